@@ -1,0 +1,21 @@
+// Where the model looked, painted onto what it saw.
+// data: {pieces: [{text, value, kind, title}], seam: index of the reply's first token}
+export default function ({ data, parentElement }) {
+  const root = parentElement.querySelector(".root");
+  const nodes = [];
+  data.pieces.forEach((piece, index) => {
+    if (index === data.seam) nodes.push(make("span", "seam"));
+    const node = make("span", `piece ${piece.kind}`);
+    node.textContent = piece.text;
+    node.title = piece.title;
+    if (piece.value) node.style.setProperty("--v", piece.value);
+    nodes.push(node);
+  });
+  root.replaceChildren(...nodes);
+}
+
+function make(tag, name) {
+  const node = document.createElement(tag);
+  node.className = name;
+  return node;
+}

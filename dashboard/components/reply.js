@@ -1,0 +1,110 @@
+// A reply as its tokens; each is a button.
+// data: {tokens: [{text, value, mark, title}], chosen, keys, live, blue, low, high, name, status, bad}
+// Triggers: pick = the index of the token chosen by click or arrow key.
+export default function ({ data, parentElement, setTriggerValue }) {
+  const root = parentElement.querySelector(".root");
+  const state = (root.state ??= { signatures: [], chosen: null });
+  const text = (root.text ??= make("div", "text"));
+  const foot = (root.foot ??= make("div", "foot"));
+  if (!text.isConnected) root.replaceChildren(text, foot);
+  state.chosen = data.chosen;
+
+  const choose = (index) => {
+    state.chosen = index;
+    mark(text, index);
+    setTriggerValue("pick", index);
+  };
+  text.setAttribute("role", "listbox");
+  text.setAttribute("aria-label", "Tokens of the reply");
+
+  root.querySelector(".cursor")?.remove();
+  data.tokens.forEach((token, index) => {
+    const signature = JSON.stringify([token, data.blue]);
+    if (state.signatures[index] === signature) return;
+    state.signatures[index] = signature;
+    const node = draw(token, data.blue);
+    node.dataset.index = index;
+    const old = text.children[index];
+    if (old) old.replaceWith(node);
+    else text.append(node);
+  });
+  while (text.children.length > data.tokens.length) text.lastChild.remove();
+  state.signatures.length = data.tokens.length;
+  if (data.live) text.append(make("span", "cursor"));
+  mark(text, data.chosen);
+  text.onclick = (event) => {
+    const node = event.target.closest(".token");
+    if (node) choose(Number(node.dataset.index));
+  };
+  footing(foot, data);
+
+  if (root.onkey) document.removeEventListener("keydown", root.onkey);
+  root.onkey = null;
+  if (data.keys) {
+    root.onkey = (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step || event.altKey || event.ctrlKey || event.metaKey || typing(event)) return;
+      const next = (state.chosen ?? -1) + step;
+      if (next < 0 || next >= data.tokens.length) return;
+      event.preventDefault();
+      choose(next);
+      text.children[next].scrollIntoView({ block: "nearest" });
+    };
+    document.addEventListener("keydown", root.onkey);
+  }
+  return () => root.onkey && document.removeEventListener("keydown", root.onkey);
+}
+
+function draw(token, blue) {
+  const node = make("span", "token");
+  node.textContent = token.text;
+  node.title = token.title;
+  node.tabIndex = 0;
+  node.setAttribute("role", "option");
+  if (token.mark) node.classList.add("mark");
+  if (blue) node.classList.add("blue");
+  if (token.value !== null) node.style.setProperty("--v", token.value);
+  node.onkeydown = (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      node.click();
+    }
+  };
+  return node;
+}
+
+function mark(text, index) {
+  for (const node of text.querySelectorAll(".chosen")) {
+    node.classList.remove("chosen");
+    node.removeAttribute("aria-selected");
+  }
+  const node = index === null ? null : text.children[index];
+  if (node?.classList.contains("token")) {
+    node.classList.add("chosen");
+    node.setAttribute("aria-selected", "true");
+  }
+}
+
+function footing(foot, data) {
+  const legend = make("span");
+  if (data.name) {
+    const ramp = make("span", "scale");
+    ramp.style.setProperty("--ramp", data.blue ? "var(--blue)" : "var(--accent)");
+    legend.append(`${data.name}  ${data.low}`, ramp, data.high);
+  }
+  const status = make("span", data.bad ? "bad" : "");
+  status.textContent = data.status;
+  foot.replaceChildren(legend, status);
+}
+
+function typing(event) {
+  const at = event.composedPath()[0];
+  return at instanceof HTMLElement && (at.isContentEditable ||
+    /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName) || at.getAttribute("role") === "slider");
+}
+
+function make(tag, name = "") {
+  const node = document.createElement(tag);
+  node.className = name;
+  return node;
+}

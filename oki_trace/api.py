@@ -1,0 +1,132 @@
+"""``run_traced``: a trace with one call, for scripts and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from oki_trace.errors import UsageError
+from oki_trace.exchange.trace_object import trace_object
+from oki_trace.llm.instrument import instrument
+from oki_trace.llm.load import load_model_and_tokenizer
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    Lens,
+    ModelChoice,
+    Role,
+    Sampling,
+    Step,
+    TensorMode,
+)
+from oki_trace.tracing import Collector, Sink, trace_turn
+
+
+def run_traced(
+    prompt: str | None = None,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    max_new_tokens: int = 64,
+    model: Any = None,
+    tokenizer: Any = None,
+    topk_logits: int = 10,
+    topk_evidence: int = 10,
+    topk_lens: int = 5,
+    *,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    db: str | None = None,
+    tensors: TensorMode = "half",
+) -> tuple[str, dict[str, Any]]:
+    """Generate a reply; return its text and its trace object.
+
+    Exactly one of ``prompt`` (one user message) and ``messages``
+    (``[{"role": …, "content": …}]``) is given. Without ``model`` and
+    ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL,
+    also keeps the conversation in that store; ``tensors`` says how full tensors
+    are kept there. Raises UsageError for arguments that make no sense,
+    ModelError when the model cannot be loaded or traced.
+    """
+    turns = _turns(prompt, messages)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors if db else "none")
+    if (model is None) != (tokenizer is None):
+        raise UsageError("Give both model and tokenizer, or neither.")
+    if model is None:
+        model, tokenizer = load_model_and_tokenizer()
+    model_id = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    collector = Collector()
+
+    def trace(*sinks: Sink) -> None:
+        trace_turn(
+            instrument(model, tokenizer), model_id, turns, sampling, policy, [collector, *sinks]
+        )
+
+    if db is None:
+        trace()
+    else:
+        _trace_into(db, model_id, turns, sampling, policy, trace)
+    return _result(collector, turns)
+
+
+def _turns(
+    prompt: str | None, messages: Sequence[Mapping[str, str]] | None
+) -> tuple[ChatMessage, ...]:
+    if (prompt is None) == (messages is None):
+        raise UsageError("Give exactly one of prompt and messages.")
+    if prompt is not None:
+        return (ChatMessage(Role.USER, prompt),)
+    try:
+        return tuple(ChatMessage(Role(m["role"]), str(m["content"])) for m in messages or ())
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            "Each message needs a role (system, user or assistant) and a content."
+        ) from error
+
+
+def _trace_into(
+    db: str,
+    model_id: str,
+    turns: Sequence[ChatMessage],
+    sampling: Sampling,
+    policy: CapturePolicy,
+    trace: Any,
+) -> None:
+    # Imported here: a trace that is not kept needs no store.
+    from oki_trace.session import title_of
+    from oki_trace.store.recorder import Recorder
+    from oki_trace.store.writer import TraceWriter
+
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation(title_of(turns[-1].content))
+        for turn in turns:
+            writer.add_message(conversation, turn)
+        reply = writer.queue_reply(
+            conversation, ModelChoice(model_id), sampling, policy, claim=True
+        )
+        trace(Recorder(writer, reply))
+
+
+def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, dict[str, Any]]:
+    start, end = collector.started, collector.ended
+    assert start is not None and end is not None
+    trace = trace_object(
+        model_id=start.model_id,
+        prompt=start.prompt,
+        generation=start.generation,
+        capture=start.capture,
+        messages=turns,
+        output=end.output,
+        status=end.status,
+        reason=end.reason,
+        steps=_with_lenses(collector.steps, collector.lenses),
+    )
+    return end.output, trace
+
+
+def _with_lenses(steps: Sequence[Step], lenses: Sequence[Lens]) -> list[Step]:
+    by_step = {lens.step_index: lens for lens in lenses}
+    return [replace(step, lens=by_step.get(step.step_index)) for step in steps]

@@ -1,0 +1,1 @@
+"""Traces leaving and entering the store as files."""

@@ -1,0 +1,1 @@
+"""A local language model, and what it does when it picks a token."""

@@ -1,0 +1,142 @@
+"""Where a model keeps its blocks, and what it does after the last one.
+
+Nothing here knows a model family. One short forward pass is watched, and the
+parts are told by what they do: the blocks are the list of modules, one a
+layer, that ran in order; the trunk is the outermost module that holds them;
+the tail is what ran inside the trunk after the last block (a final norm,
+sometimes a projection). Whether the guess is right is decided by the numbers,
+in ``lens.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from oki_trace.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model. ``trunk`` is None when the model calls its blocks itself."""
+
+    model: nn.Module
+    blocks: tuple[nn.Module, ...]
+    trunk: nn.Module | None
+    tail: tuple[nn.Module, ...]
+    trunk_output: Any = field(repr=False)
+    probe_ids: torch.Tensor = field(repr=False)
+
+    @property
+    def layers(self) -> int:
+        """L, the number of blocks."""
+        return len(self.blocks)
+
+    def layer_of(self) -> dict[nn.Module, int]:
+        """The layer, 1 to L, of every module inside a block."""
+        return {m: i for i, block in enumerate(self.blocks, 1) for m in block.modules()}
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    parent: nn.Module | None
+    output: Any = None
+    ended: int = -1
+
+
+def dissect(model: Any) -> Anatomy:
+    """Run the model once on a few tokens and name its parts.
+
+    Raises CaptureError when no list of blocks can be told apart, or when the
+    model is an encoder-decoder.
+    """
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is an encoder-decoder. Choose a model that only decodes."
+        )
+    probe_ids = probe_tokens(model)
+    with _watching(model) as calls, torch.no_grad():
+        model(input_ids=probe_ids, use_cache=False)
+    blocks = _blocks(model, calls)
+    holders = {m for m in model.modules() if set(blocks) <= set(m.modules())}
+    outer = [c for c in calls if c.module in holders and c.module is not model]
+    trunk = outer[0] if outer else None
+    last = next(c for c in reversed(calls) if c.module is blocks[-1])
+    tail = [c.module for c in calls[last.ended :] if c.parent in holders and c.parent is not model]
+    return Anatomy(
+        model=model,
+        blocks=blocks,
+        trunk=trunk.module if trunk else None,
+        tail=tuple(tail),
+        trunk_output=trunk.output if trunk else None,
+        probe_ids=probe_ids,
+    )
+
+
+def probe_tokens(model: Any, length: int = 8) -> torch.Tensor:
+    """A few valid token ids, shape (1, length), on the device of the embeddings."""
+    vocab = int(model.get_input_embeddings().weight.shape[0])
+    ids = torch.arange(3, 3 + length) * 7 % vocab
+    return ids[None].to(model.get_input_embeddings().weight.device)
+
+
+def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:
+    depth = _declared_depth(model)
+    called = {call.module: i for i, call in enumerate(calls)}
+    best: tuple[nn.Module, ...] = ()
+    for candidate in model.modules():
+        if not isinstance(candidate, nn.ModuleList):
+            continue
+        ran = tuple(m for m in candidate if m in called)
+        order = [called[m] for m in ran]
+        if ran and order == sorted(order) and depth in (None, len(ran)):
+            best = max(best, ran, key=_parameters)
+    if not best:
+        raise CaptureError(
+            f"No list of {depth or 'any'} layers was found in {type(model).__name__}: "
+            "it cannot be traced layer by layer. Choose another model."
+        )
+    return best
+
+
+def _declared_depth(model: Any) -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    depth = getattr(config, "num_hidden_layers", None)
+    return int(depth) if isinstance(depth, int) else None
+
+
+def _parameters(modules: tuple[nn.Module, ...]) -> int:
+    return sum(p.numel() for m in modules for p in m.parameters())
+
+
+@contextmanager
+def _watching(model: nn.Module) -> Iterator[list[_Call]]:
+    """Record every module call below ``model``, in order of entry."""
+    calls: list[_Call] = []
+    stack: list[_Call] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        call = _Call(module, stack[-1].module if stack else None)
+        calls.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = stack.pop()
+        call.output = output
+        call.ended = len(calls)
+
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

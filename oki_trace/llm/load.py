@@ -1,0 +1,351 @@
+"""A model and its tokenizer, from a name.
+
+A name is ``smollm2`` (built in), a hub id, a local folder, or a local
+``.gguf`` file. Two guarantees. What was got is said: a request for 4-bit that
+cannot be met is met in floating point, with a warning and the reason in
+:class:`LoadedModel`. And whatever goes wrong is one :class:`ModelError` whose
+message names the fix (see ``diagnose``). Weights are read from safetensors or
+GGUF alone, and a model's own code runs only when asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from oki_trace.errors import ModelError
+from oki_trace.llm.bars import Progress, bars, silent
+from oki_trace.llm.builtin import ensure_smollm2
+from oki_trace.llm.diagnose import Source, explain
+from oki_trace.llm.hardware import (
+    checkpoint_dtype,
+    must_fit,
+    native_dtype,
+    pick_device,
+    requested_dtype,
+)
+from oki_trace.records import ModelChoice
+from oki_trace.settings import BUILTIN_MODEL, Settings
+
+NF4 = "bitsandbytes nf4"
+
+
+class QuantizationFallback(UserWarning):
+    """4-bit was asked for and the model was loaded in floating point instead."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """A model ready to run, what was asked for, and what was got.
+
+    ``dtype`` is what it computes in. ``quantization`` is how its weights are
+    held if not in that. ``fallback_reason`` says why 4-bit, though asked for,
+    was not done.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    model_id: str
+    requested: ModelChoice
+    dtype: str
+    device: str
+    quantization: str | None
+    fallback_reason: str | None
+    seconds: float
+
+    @property
+    def description(self) -> str:
+        """One line for people: what was got."""
+        held = f"{self.quantization}, computing in " if self.quantization else ""
+        return f"{self.model_id} ({held}{self.dtype}) on {self.device}"
+
+
+def load_model_and_tokenizer(
+    model_id: str | None = None,
+    use_4bit: bool = True,
+    cache_dir: str | Path | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    ``model_id`` None is ``$OKI_TRACE_MODEL``, or ``smollm2``. ``cache_dir`` is
+    the hub's cache. The keywords are those of :func:`load`.
+
+    Raises:
+        ModelError: it cannot be found, read, or held in memory.
+        UsageError: no such dtype or device.
+    """
+    choice = ModelChoice(
+        model_id=Settings.from_environment().model_id if model_id is None else str(model_id),
+        use_4bit=use_4bit,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+    )
+    loaded = load(
+        choice, cache_dir=cache_dir, trust_remote_code=trust_remote_code, progress=progress
+    )
+    return loaded.model, loaded.tokenizer
+
+
+def load(
+    choice: ModelChoice,
+    *,
+    cache_dir: str | Path | None = None,
+    models_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load what ``choice`` names; ``models_dir`` is where the built-in model is kept.
+
+    ``dtype`` "auto" is the checkpoint's own where the hardware computes it
+    natively, else float16 on a GPU and float32 on a CPU. ``device`` "auto"
+    leaves the placing to accelerate.
+    """
+    started = time.perf_counter()
+    report = progress or silent
+    device = pick_device(choice.device)
+    dtype = requested_dtype(choice.dtype)
+    source = find(choice.model_id, models_dir, report)
+    cache = str(cache_dir) if cache_dir is not None else None
+    common: dict[str, Any] = {"cache_dir": cache, "trust_remote_code": trust_remote_code}
+    if source.gguf is not None:
+        common["gguf_file"] = source.gguf
+    with bars(progress):
+        try:
+            report(f"Reading {source.model_id}", None)
+            config: Any = AutoConfig.from_pretrained(source.path, **common)
+            _must_be_causal(config, source, trust_remote_code)
+            dtype = dtype or native_dtype(checkpoint_dtype(config), device)
+            tokenizer = _tokenizer(source, common)
+            report(f"Loading {source.model_id}", None)
+            reason = _no_4bit_reason(config, source) if choice.use_4bit else None
+            use_4bit = choice.use_4bit and reason is None
+            must_fit(config, source.model_id, device, dtype, use_4bit)
+            try:
+                model = _model(source, config, dtype, choice.device, use_4bit, common)
+            except Exception as error:
+                if not use_4bit or isinstance(error, ModelError):
+                    raise
+                # If 4-bit is not to blame, this fails again and is explained.
+                reason = f"{type(error).__name__}: {_first_line(error)}"
+                model = _model(source, config, dtype, choice.device, False, common)
+        except Exception as error:
+            raise explain(error, source, cache) from error
+    if choice.use_4bit and reason is None and not _is_4bit(model):
+        reason = "the model has no layer that bitsandbytes quantizes"
+    quantization = _quantization(model, source)
+    got = str(dtype).removeprefix("torch.")
+    if reason is not None:
+        warnings.warn(
+            f"{source.model_id}: 4-bit was asked for, {quantization or got} was loaded, "
+            f"because {reason}.",
+            QuantizationFallback,
+            stacklevel=2,
+        )
+    model.eval()
+    report(f"{source.model_id} is loaded", 1.0)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        model_id=source.model_id,
+        requested=choice,
+        dtype=got,
+        device=_placement(model),
+        quantization=quantization,
+        fallback_reason=reason,
+        seconds=time.perf_counter() - started,
+    )
+
+
+# ---------------------------------------------------------------- where it is
+
+
+def find(model_id: str, models_dir: Path | None = None, progress: Progress = silent) -> Source:
+    """Where ``model_id`` is read from; a folder that exists wins over a hub id."""
+    if not model_id.strip():
+        raise ModelError("The model's name is empty. Name a hub id, a folder, or smollm2.")
+    if model_id == BUILTIN_MODEL:
+        folder = ensure_smollm2(models_dir or Settings.from_environment().models_dir, progress)
+        return Source(model_id, str(folder), folder)
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return Source(model_id, str(path), path)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return Source(model_id, str(path.parent), path.parent, path.name)
+        raise ModelError(
+            f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
+        )
+    if _looks_like_path(model_id):
+        raise ModelError(
+            f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "
+            "the form owner/name."
+        )
+    return Source(model_id, model_id)
+
+
+def _looks_like_path(model_id: str) -> bool:
+    """Whether this can only be meant as a path: owner/name and a bare name may be hub ids."""
+    return (
+        model_id.lower().endswith((".gguf", ".safetensors"))
+        or model_id.startswith((".", "/", "~"))
+        or "\\" in model_id
+        or model_id.count("/") > 1
+        or model_id.endswith("/")
+        or re.match(r"[A-Za-z]:", model_id) is not None
+    )
+
+
+# ---------------------------------------------------------------- the model
+
+
+def _must_be_causal(config: Any, source: Source, trust_remote_code: bool) -> None:
+    kind = config.model_type
+    problem = None
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        problem = f"is an encoder-decoder model ({kind})"
+    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        problem = f"({kind}) is not a causal language model"
+    elif not own_code and not getattr(config, "is_decoder", False):
+        masked = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
+        masked -= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        named = set(config.architectures or ())
+        if named and named <= masked:
+            problem = f"({kind}) was trained to fill in masked words, not to continue a text"
+    if problem:
+        raise ModelError(
+            f"{source.model_id} {problem}. Choose a decoder-only model that generates text."
+        )
+
+
+def _no_4bit_reason(config: Any, source: Source) -> str | None:
+    """Why bitsandbytes cannot be asked at all; None if it can."""
+    if source.gguf is not None:
+        return "the weights of a GGUF file are quantized already"
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else None
+        return f"the model is quantized already ({method or 'its own way'})"
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # it warns of an optional kernel that nobody asked for
+        import_module("bitsandbytes")
+    except Exception as error:  # a broken installation raises whatever its loader does
+        return f"bitsandbytes does not work here ({_first_line(error)})"
+    finally:
+        logger.setLevel(level)
+    return None
+
+
+def _model(
+    source: Source,
+    config: Any,
+    dtype: torch.dtype,
+    device: str,
+    use_4bit: bool,
+    common: dict[str, Any],
+) -> PreTrainedModel:
+    placing: Any = "auto" if device == "auto" else {"": device}
+    if device == "auto" and not torch.accelerator.is_available():
+        placing = {"": "cpu"}  # where accelerate would put it, less its spilling to disk
+    quantization = None
+    if use_4bit:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        config=None if source.gguf else config,
+        dtype=dtype,
+        device_map=placing,
+        quantization_config=quantization,
+        use_safetensors=True,
+        output_loading_info=True,
+        **common,
+    )
+    model: PreTrainedModel = loading[0]
+    info: dict[str, Any] = loading[1]
+    made_up = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    if made_up:
+        raise ModelError(
+            f"{source.model_id} lacks weights that a causal language model needs ({made_up[0]}, "
+            f"{len(made_up)} in all). Choose a decoder-only model that generates text, or download "
+            "this one again."
+        )
+    return model
+
+
+def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **common)
+        works = len(tokenizer("a b")["input_ids"]) > 0
+    except Exception as error:
+        if source.is_hub or source.gguf or "trust_remote_code" in str(error):
+            raise
+        raise ModelError(
+            f"{source.model_id} has no tokenizer that can be read ({_first_line(error)}). Copy the "
+            "tokenizer files (tokenizer.json, tokenizer_config.json) into it."
+        ) from error
+    if not works:
+        raise ModelError(
+            f"{source.model_id} has an empty tokenizer. Copy the tokenizer files (tokenizer.json, "
+            "tokenizer_config.json) into it, or download it again."
+        )
+    return tokenizer
+
+
+# ---------------------------------------------------------------- what was got
+
+
+def _is_4bit(model: PreTrainedModel) -> bool:
+    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
+
+
+def _quantization(model: PreTrainedModel, source: Source) -> str | None:
+    if source.gguf is not None:
+        return "gguf, dequantized"
+    if _is_4bit(model):
+        return NF4
+    existing = getattr(model.config, "quantization_config", None)
+    method = getattr(existing, "quant_method", None)
+    return str(getattr(method, "value", method)) if method else None
+
+
+def _placement(model: PreTrainedModel) -> str:
+    """The devices that hold the model, the first used first."""
+    return ", ".join(dict.fromkeys(str(p.device) for p in model.parameters()))
+
+
+def _first_line(error: BaseException) -> str:
+    return next((s.strip() for s in str(error).splitlines() if s.strip()), type(error).__name__)[
+        :160
+    ]

@@ -1,0 +1,67 @@
+"""The hooks on a model: the residual stream at every layer, and the attention.
+
+Only the newest position is kept, copied out at once, so that a long prompt's
+activations are freed as they are in a plain run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from oki_trace.llm.anatomy import Anatomy
+from oki_trace.llm.attention import AttentionTap, Rows
+
+
+class Probe:
+    """Collects one forward pass at a time; ``take_*`` empties it."""
+
+    def __init__(self, anatomy: Anatomy, tap: AttentionTap | None) -> None:
+        self._blocks = anatomy.blocks
+        self._tap = tap
+        self._hidden: dict[int, Tensor] = {}
+
+    def take_hidden(self) -> tuple[Tensor, ...]:
+        """L+1 rows (width,): the input of block 1, then what each block put out."""
+        hidden, self._hidden = self._hidden, {}
+        return tuple(hidden[layer] for layer in sorted(hidden))
+
+    def take_attention(self) -> Rows:
+        """(heads, keys) by layer; empty when the attention cannot be had."""
+        return self._tap.take() if self._tap else {}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the model while this context lasts."""
+        handles = [
+            self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
+            *(
+                block.register_forward_hook(self._keeper(layer))
+                for layer, block in enumerate(self._blocks, 1)
+            ),
+        ]
+        try:
+            with self._tap.attached() if self._tap else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._hidden.clear()
+
+    def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        self._hidden[0] = newest(stream)
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._hidden[layer] = newest(output[0] if isinstance(output, tuple) else output)
+
+        return keep
+
+
+def newest(stream: Tensor) -> Tensor:
+    """The last position of a residual stream (1, T, width), copied: (width,)."""
+    return stream[0, -1].clone()

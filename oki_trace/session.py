@@ -1,0 +1,110 @@
+"""A reply in a store: the model answers, and every step is on disk as it is decoded.
+
+The command line and the worker both go through here, so a reply asked for in
+the explorer and one asked for in a terminal are kept in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from oki_trace.llm.instrument import instrument
+from oki_trace.llm.load import LoadedModel
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    Message,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    TurnEnd,
+)
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.recorder import Recorder
+from oki_trace.store.writer import TraceWriter
+from oki_trace.tracing import never, trace_turn
+
+TITLE_LENGTH = 60
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A new message for the assistant, and how it is to be answered."""
+
+    content: str
+    choice: ModelChoice
+    sampling: Sampling = Sampling()
+    policy: CapturePolicy = CapturePolicy()
+    system: str | None = None
+
+
+def submit(
+    writer: TraceWriter, ask: Ask, conversation_id: int | None = None, *, claim: bool = False
+) -> tuple[int, int]:
+    """Put the message and its queued reply into the store: (conversation id, reply id).
+
+    Without ``conversation_id`` a conversation is begun, with the system
+    message where there is one. ``claim``: this process answers, no worker may.
+    Raises NotFound for an unknown conversation.
+    """
+    if conversation_id is None:
+        conversation_id = writer.create_conversation(title_of(ask.content))
+        if ask.system:
+            writer.add_message(conversation_id, ChatMessage(Role.SYSTEM, ask.system))
+    writer.add_message(conversation_id, ChatMessage(Role.USER, ask.content))
+    reply_id = writer.queue_reply(
+        conversation_id, ask.choice, ask.sampling, ask.policy, claim=claim
+    )
+    return conversation_id, reply_id
+
+
+def title_of(content: str) -> str:
+    """A conversation's title: the first line of its first message, shortened."""
+    line = next((line.strip() for line in content.splitlines() if line.strip()), "Untitled")
+    return line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 1].rstrip()}…"
+
+
+def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
+    """What the model is given for this reply: all that was said before it."""
+    before = []
+    for message in messages:
+        if message.id == reply_id:
+            break
+        if message.role is not Role.ASSISTANT or message.content:
+            before.append(ChatMessage(message.role, message.content))
+    return before
+
+
+def answer(
+    writer: TraceWriter,
+    reader: TraceReader,
+    reply: Message,
+    loaded: LoadedModel,
+    *,
+    should_stop: Callable[[], bool] = never,
+    on_text: Callable[[str], None] | None = None,
+) -> TurnEnd:
+    """Decode the queued ``reply`` into the store.
+
+    Raises CaptureError or StoreError when it fails; the reply then ends as
+    ``failed`` with the reason, all steps before kept.
+    """
+    assert reply.sampling is not None and reply.policy is not None
+    recorder = Recorder(writer, reply.id)
+    return trace_turn(
+        instrument(loaded.model, loaded.tokenizer),
+        loaded.model_id,
+        history(reader.messages(reply.conversation_id), reply.id),
+        reply.sampling,
+        reply.policy,
+        [recorder],
+        should_stop=lambda: should_stop() or recorder.stop_requested,
+        on_text=on_text,
+    )
+
+
+def fail(writer: TraceWriter, reply_id: int, reason: str) -> None:
+    """End a reply that could not even begin, with the reason."""
+    writer.finish_reply(reply_id, TurnEnd(Status.FAILED, "", reason, 0.0))

@@ -1,0 +1,42 @@
+"""Where things are: the environment, read once, frozen.
+
+``OKI_TRACE_DB``     path or SQLAlchemy URL of the store (default ``data/oki_trace.db``)
+``OKI_TRACE_MODEL``  the default model (default ``smollm2``)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+BUILTIN_MODEL = "smollm2"
+DEFAULT_DB = "data/oki_trace.db"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The options that hold for a whole process.
+
+    ``data_dir`` is where converted models, logs and locks go: the project's
+    ``data`` folder below the current one.
+    """
+
+    db: str = DEFAULT_DB
+    model_id: str = BUILTIN_MODEL
+    data_dir: Path = Path("data")
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read the settings; an empty variable counts as unset."""
+        env = os.environ if environ is None else environ
+        return cls(
+            db=env.get("OKI_TRACE_DB") or DEFAULT_DB,
+            model_id=env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL,
+        )
+
+    @property
+    def models_dir(self) -> Path:
+        """Where the built-in model is kept once converted."""
+        return self.data_dir / "models"

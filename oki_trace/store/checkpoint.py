@@ -1,0 +1,39 @@
+"""One process at a time folds a store's write-ahead log into its file.
+
+SQLite before 3.51.3 can damage a file when two connections checkpoint at the
+same instant. So a process that writes traces checkpoints only while it holds a
+lock beside the store; the others leave the log to it, and one of them takes
+over once it is gone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+class Checkpointer:
+    """This process's candidacy. ``file`` is None where there is no log to fold."""
+
+    def __init__(self, file: Path | None, *, wanted: bool) -> None:
+        self._lock: FileLock | None = None
+        if file is not None and wanted:
+            # Held by the process, whichever of its threads took it.
+            self._lock = FileLock(
+                file.with_name(file.name + ".checkpoint.lock"), mode=0o600, thread_local=False
+            )
+
+    def elect(self) -> bool:
+        """Take the office if it is free; True when that has just happened."""
+        if self._lock is None or self._lock.is_locked:
+            return False
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            return False
+        return True
+
+    def resign(self) -> None:
+        if self._lock is not None:
+            self._lock.release(force=True)

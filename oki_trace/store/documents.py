@@ -1,0 +1,74 @@
+"""Small records as the JSON documents of a message, and back.
+
+Only settings and reports are kept like this: what is asked of as a whole and
+never searched. A field that this program does not know is left out, and one
+that an older program did not write takes its default.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from oki_trace.records import CapturePolicy, CaptureReport, Generation, ModelChoice, Sampling
+
+Record = ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport
+Document = dict[str, Any]
+_R = TypeVar("_R", ModelChoice, Sampling, CapturePolicy, Generation, CaptureReport)
+
+
+def to_document(record: Record | None) -> Document | None:
+    """``record`` as JSON can hold it: a number that is not finite becomes null."""
+    if record is None:
+        return None
+    document: Document = _plain(asdict(record))
+    return document
+
+
+def choice(document: Document | None) -> ModelChoice | None:
+    return _record(ModelChoice, document)
+
+
+def sampling(document: Document | None) -> Sampling | None:
+    return _record(Sampling, document)
+
+
+def policy(document: Document | None) -> CapturePolicy | None:
+    return _record(CapturePolicy, document)
+
+
+def generation(document: Document | None) -> Generation | None:
+    if document is None:
+        return None
+    return _record(Generation, {**document, "eos_token_ids": tuple(document["eos_token_ids"])})
+
+
+def capture(document: Document | None) -> CaptureReport | None:
+    if document is None:
+        return None
+    return _record(
+        CaptureReport,
+        {
+            **document,
+            "policy": policy(document["policy"]),
+            "attention_layers": tuple(document["attention_layers"]),
+        },
+    )
+
+
+def _record(kind: type[_R], document: Document | None) -> _R | None:
+    if document is None:
+        return None
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in document.items() if name in known})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

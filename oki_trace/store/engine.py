@@ -1,0 +1,162 @@
+"""Every connection to a store is opened here, and every pragma has its reason.
+
+Three engines for three jobs. The writer has one connection and takes the write
+lock when a transaction begins. The reader cannot write, and a transaction of
+it is one snapshot. The migrator leaves foreign keys unenforced, because a table
+rebuilt by a migration would take its children with it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Literal
+
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from oki_trace.errors import StoreError
+from oki_trace.store.identity import file_of
+
+# Waiting is right whatever the reason for a lock: a step is written in
+# milliseconds, and only a long migration or vacuum holds it longer.
+_BUSY_SECONDS = 30.0
+
+# Scope: every connection.
+_EVERY_CONNECTION = (
+    # A store may come from someone else: what its schema says is not run.
+    "PRAGMA trusted_schema = OFF",
+)
+# Scope: the connections that write traces.
+_WRITER = (
+    # In WAL mode NORMAL cannot corrupt the file when power fails, and saves
+    # an fsync a step: what may be lost is the last moments.
+    "PRAGMA synchronous = NORMAL",
+    # Deleting a conversation deletes all that hangs on it.
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA cache_size = -32768",
+    # The log is given back to the disk after a reader held it open for long.
+    "PRAGMA journal_size_limit = 67108864",
+)
+# 32 MB of 8 KB pages. The default of 1000 pages is a checkpoint, with its
+# fsyncs, every few tokens when each brings a few hundred KB of tensors.
+_CHECKPOINT_RARELY = "PRAGMA wal_autocheckpoint = 4096"
+# SQLite before 3.51.3 can damage a file when two connections checkpoint at
+# the same instant, so all but one process never do. (The last connection to
+# close checkpoints too, but holds the file exclusively while it does.)
+_CHECKPOINT_NEVER = "PRAGMA wal_autocheckpoint = 0"
+_READER = (
+    "PRAGMA query_only = ON",
+    "PRAGMA cache_size = -16384",
+)
+
+Mode = Literal["ro", "rw"]
+
+
+def writer_engine(url: URL, *, checkpoint: bool) -> Engine:
+    """One connection for all threads: a second writer waits, and never fails for it."""
+    path = file_of(url)
+    if path is None:
+        return _postgresql(url)
+    pragmas = (*_WRITER, _CHECKPOINT_RARELY if checkpoint else _CHECKPOINT_NEVER)
+    engine = _sqlite(path, "rw", pragmas)
+    # A transaction that begins by reading and then writes fails at once when
+    # another process has written in between, however long the busy timeout.
+    event.listen(engine, "begin", _begin_immediate)
+    return engine
+
+
+def set_checkpoint(connection: Connection) -> None:
+    """Let this writer's connection do the checkpoints from now on."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(_CHECKPOINT_RARELY)
+
+
+def reader_engine(url: URL) -> Engine:
+    """Connections that cannot write; what one transaction reads was true at one instant."""
+    path = file_of(url)
+    if path is None:
+        return _postgresql(
+            url, isolation_level="REPEATABLE READ", execution_options={"postgresql_readonly": True}
+        )
+    engine = _sqlite(path, "ro", _READER)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def migration_engine(url: URL) -> Engine:
+    """For migrations alone: tables may be rebuilt without losing their children."""
+    path = file_of(url)
+    if path is None:
+        return _postgresql(url)
+    engine = _sqlite(path, "rw", ("PRAGMA foreign_keys = OFF",))
+    event.listen(engine, "begin", _begin_immediate)
+    return engine
+
+
+def connect_file(path: Path, mode: Mode) -> sqlite3.Connection:
+    """A plain SQLite connection. Neither mode creates the file."""
+    # As a URI, because only so can a file be opened without creating it; it
+    # is quoted, so that a path may hold spaces, % and ?.
+    return sqlite3.connect(
+        f"{path.as_uri()}?mode={mode}",
+        uri=True,
+        timeout=_BUSY_SECONDS,
+        # Transactions are begun by the engine's event, not guessed by the driver.
+        isolation_level=None,
+        # The pool lends a connection to one thread at a time.
+        check_same_thread=False,
+        # A driver's statement cache is keyed by text; a bulk insert of each
+        # number of rows is a text of its own.
+        cached_statements=256,
+    )
+
+
+def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
+    writes = mode == "rw"
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        creator=lambda: connect_file(path, mode),
+        poolclass=QueuePool,
+        pool_size=1 if writes else 4,
+        max_overflow=0 if writes else 16,
+        pool_timeout=3600.0,
+        # An error must not quote the user's text.
+        hide_parameters=True,
+    )
+
+    def prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
+        cursor = connection.cursor()
+        for pragma in (*_EVERY_CONNECTION, *pragmas):
+            cursor.execute(pragma)
+        cursor.close()
+
+    event.listen(engine, "connect", prepare)
+    return engine
+
+
+def _postgresql(url: URL, **options: object) -> Engine:
+    try:
+        return create_engine(
+            url,
+            # Rows are sent in bulk as a flat list of values, so by place.
+            paramstyle="format",
+            poolclass=QueuePool,
+            pool_pre_ping=True,
+            hide_parameters=True,
+            **options,
+        )
+    except ModuleNotFoundError as error:
+        raise StoreError(
+            "A PostgreSQL store needs the psycopg package: run `pip install 'psycopg[binary]'`."
+        ) from error
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE")

@@ -1,0 +1,172 @@
+"""What marks a store as ours, and which schema it has.
+
+A SQLite store carries our ``application_id`` in its header from its first byte
+written, and the number of its schema in ``user_version``; on PostgreSQL the
+migrations' own table says the same. The guarantee: a file that is not ours is
+recognised by reading its first 100 bytes and is never opened, so it is never
+changed; a store newer than this program is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from sqlalchemy import DDL, Connection, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from oki_trace.errors import SchemaError, StoreError, UsageError
+
+Db = str | Path | URL
+
+# Every revision, oldest first: the schema's number is its place here, from 1.
+HISTORY = ("f0b1c5a7d2e4",)
+SCHEMA = len(HISTORY)
+
+APPLICATION_ID = 0x6F6B6974  # "okit"
+_SET_APPLICATION_ID = "PRAGMA application_id = 1869310324"
+# A step is three blobs of 30 to 200 KB: with 8 KB pages half as many overflow
+# pages have to be chained, written to the log and read back as with 4 KB.
+_SET_PAGE_SIZE = "PRAGMA page_size = 8192"
+
+_MAGIC = b"SQLite format 3\x00"
+_HEADER_BYTES = 100
+_APPLICATION_ID_AT = slice(68, 72)
+
+
+def address(db: Db) -> URL:
+    """The URL of a store given by path or by URL."""
+    if isinstance(db, URL):
+        url = db
+    elif isinstance(db, str) and "://" in db:
+        try:
+            url = make_url(db)
+        except ArgumentError as error:
+            raise UsageError(
+                "The store's address is not a valid URL: write "
+                "`postgresql://user:password@host/database` or a file path."
+            ) from error
+    else:
+        url = URL.create("sqlite", database=os.fspath(db))
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+            raise UsageError(
+                "A store must be a file that other processes can open: give its plain path."
+            )
+        return URL.create("sqlite", database=url.database)
+    if backend == "postgresql":
+        return url.set(drivername="postgresql+psycopg")
+    raise UsageError(
+        f"A store cannot be kept in {backend}: give a file path or a postgresql:// URL."
+    )
+
+
+def file_of(url: URL) -> Path | None:
+    """The store's file, absolute; None on PostgreSQL."""
+    if url.get_backend_name() != "sqlite" or url.database is None:
+        return None
+    return Path(url.database).expanduser().absolute()
+
+
+def shown(url: URL) -> str:
+    """The store's name in a message: its path, or its URL without the password."""
+    path = file_of(url)
+    return str(path) if path else url.render_as_string(hide_password=True)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether ``path`` is a store. False: absent or empty. Anything else is refused."""
+    try:
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StoreError(
+            f"The store {path} cannot be read ({error.strerror}): check the path and its "
+            "permissions."
+        ) from error
+    if not header:
+        return False
+    mark = int.from_bytes(header[_APPLICATION_ID_AT], "big")
+    if not header.startswith(_MAGIC) or mark != APPLICATION_ID:
+        raise SchemaError(
+            f"{path} is not an oki-trace store, so it is left alone: give another path with --db."
+        )
+    return True
+
+
+def create_file(path: Path) -> None:
+    """Make an empty store that only its user can read, marked as ours before anything else."""
+    create_folder(path)
+    with _creating(path):
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    uri = path.as_uri() + "?mode=rw"
+    with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+        connection.execute(_SET_PAGE_SIZE)
+        # The mark has to be in the file itself, where `is_ours` looks, so it
+        # is written before the write-ahead log takes over.
+        connection.execute(_SET_APPLICATION_ID)
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+def create_folder(path: Path) -> None:
+    """Make the folders ``path`` lacks, for its user alone; those that exist stay as they are."""
+    with _creating(path):
+        for folder in reversed(path.parents):
+            if not folder.exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+
+
+@contextmanager
+def _creating(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"The store {path} cannot be created ({error.strerror}): give a path you can write "
+            "to with --db."
+        ) from error
+
+
+def schema_of(connection: Connection) -> int:
+    """The number of the schema: 0 when there is none yet, ``SCHEMA + 1`` for any newer one."""
+    if connection.dialect.name == "sqlite":
+        return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
+    if not inspect(connection).has_table("alembic_version"):
+        return 0
+    revision = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+    if revision is None:
+        return 0
+    return HISTORY.index(revision) + 1 if revision in HISTORY else SCHEMA + 1
+
+
+def stamp(connection: Connection, schema: int) -> None:
+    """Write the schema's number into a SQLite file; PostgreSQL has it from the migrations."""
+    if connection.dialect.name == "sqlite":
+        # A pragma takes no bound parameter, and SQLAlchemy leaves DDL untyped.
+        pragma: DDL = DDL("PRAGMA user_version = %(schema)d", {"schema": schema})  # type: ignore[no-untyped-call]
+        connection.execute(pragma)
+
+
+def refuse_newer(schema: int, store: str) -> None:
+    """Raise when the store was written by a later release."""
+    if schema > SCHEMA:
+        raise SchemaError(
+            f"The store {store} was written by a newer oki-trace: upgrade this one, or give "
+            "another path with --db."
+        )
+
+
+def refuse_other(schema: int, store: str) -> None:
+    """Raise unless the store has exactly the schema this program reads."""
+    refuse_newer(schema, store)
+    if schema < SCHEMA:
+        raise SchemaError(
+            f"The store {store} has an older schema than this oki-trace: run `oki-trace migrate`."
+        )

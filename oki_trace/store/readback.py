@@ -1,0 +1,267 @@
+"""Rows back into the records they were made from.
+
+What is NULL in a measured column was not a number, and is NaN again here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from sqlalchemy import ColumnElement, Connection, Row, func, select
+
+from oki_trace.records import (
+    Candidates,
+    Conversation,
+    FloatArray,
+    IntArray,
+    LayerAttention,
+    Lens,
+    Message,
+    Role,
+    Status,
+    Step,
+    StepSummary,
+    Tensor,
+)
+from oki_trace.store import documents, models
+from oki_trace.store.lifecycle import text_so_far
+from oki_trace.store.owner import is_dead
+from oki_trace.store.tensors import EncodedTensor, decode
+
+NAN = float("nan")
+
+# The rows of one step in one table, by column.
+Columns = Mapping[str, list[Any]]
+_NO_ROWS: Columns = defaultdict(list)
+
+# Steps are numbered without a gap, so their count is one look into an index.
+_TOKENS = (
+    select(func.coalesce(func.max(models.Step.step_index) + 1, 0))
+    .where(models.Step.message_id == models.Message.id)
+    .correlate(models.Message)
+    .scalar_subquery()
+    .label("tokens")
+)
+# All but the prompt's text, which can be long and is asked for by itself.
+MESSAGE_COLUMNS: tuple[ColumnElement[Any], ...] = (
+    *(column for column in models.Message.__table__.columns if column.name != "prompt"),
+    _TOKENS,
+)
+_BRIEF_COLUMNS = (
+    models.Message.conversation_id,
+    models.Message.status,
+    models.Message.model_id,
+    models.Message.owner,
+    _TOKENS,
+)
+SUMMARY_COLUMNS = tuple(
+    models.Step.__table__.columns[name] for name in StepSummary.__dataclass_fields__
+)
+TENSOR_COLUMNS = tuple(
+    models.Tensor.__table__.columns[name] for name in EncodedTensor.__dataclass_fields__
+)
+
+
+def conversation_records(connection: Connection, rows: Iterable[Row[Any]]) -> list[Conversation]:
+    """Conversations with the totals of their messages, in the order given."""
+    rows = list(rows)
+    messages: dict[int, list[Row[Any]]] = {row.id: [] for row in rows}
+    for message in connection.execute(
+        select(*_BRIEF_COLUMNS)
+        .where(models.Message.conversation_id.in_(list(messages)))
+        .order_by(models.Message.conversation_id, models.Message.position)
+    ):
+        messages[message.conversation_id].append(message)
+    return [
+        Conversation(
+            id=row.id,
+            title=row.title,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            messages=len(messages[row.id]),
+            tokens=sum(message.tokens for message in messages[row.id]),
+            status=_status(messages[row.id][-1]) if messages[row.id] else Status.COMPLETE,
+            model_ids=tuple(
+                dict.fromkeys(message.model_id for message in messages[row.id] if message.model_id)
+            ),
+        )
+        for row in rows
+    ]
+
+
+def message_record(connection: Connection, row: Row[Any]) -> Message:
+    """A message. One without a final text has what its tokens say so far."""
+    status = _status(row)
+    content = row.content
+    if not content and row.tokens and status in (Status.RUNNING, Status.INTERRUPTED):
+        content = text_so_far(connection, row.id)
+    return Message(
+        id=row.id,
+        conversation_id=row.conversation_id,
+        position=row.position,
+        role=Role(row.role),
+        content=content,
+        status=status,
+        created_at=row.created_at,
+        model_id=row.model_id,
+        prompt_len=row.prompt_len,
+        choice=documents.choice(row.choice),
+        sampling=documents.sampling(row.sampling),
+        policy=documents.policy(row.policy),
+        generation=documents.generation(row.generation),
+        capture=documents.capture(row.capture),
+        reason=row.reason,
+        seconds=row.seconds,
+        tokens=row.tokens,
+    )
+
+
+def _status(row: Row[Any]) -> Status:
+    """The stored status, but a reply whose process is gone cannot be running."""
+    status = Status(row.status)
+    if status is Status.RUNNING and row.owner and is_dead(row.owner):
+        return Status.INTERRUPTED
+    return status
+
+
+def summary_record(row: Row[Any]) -> StepSummary:
+    values = row._asdict()
+    for name in ("prob", "logprob", "entropy", "margin"):
+        if values[name] is None:
+            values[name] = NAN
+    return StepSummary(**values)
+
+
+def tensor_record(row: Row[Any]) -> Tensor:
+    return decode(
+        EncodedTensor(
+            **{
+                **row._asdict(),
+                "shape": tuple(row.shape),
+                "layers": tuple(row.layers),
+                "data": bytes(row.data),
+            }
+        )
+    )
+
+
+def read_steps(connection: Connection, message_id: int, first: int, after: int) -> list[Step]:
+    """The steps from ``first`` up to but not ``after``, each with its children but its tensors."""
+    table = models.Step.__table__
+    rows = connection.execute(
+        select(table)
+        .where(
+            table.c.message_id == message_id,
+            table.c.step_index >= first,
+            table.c.step_index < after,
+        )
+        .order_by(table.c.step_index)
+    ).all()
+    ids = [row.id for row in rows]
+    topk = _children(connection, models.TopkEntry, ids)
+    attention_layers = _children(connection, models.AttentionLayer, ids)
+    attention = _children(connection, models.AttentionEntry, ids)
+    lens_layers = _children(connection, models.LensLayer, ids)
+    lens = _children(connection, models.LensEntry, ids)
+    return [
+        Step(
+            step_index=row.step_index,
+            position=row.position,
+            token_id=row.token_id,
+            token=row.token,
+            token_bytes=row.token_bytes,
+            is_special=row.is_special,
+            logit=_number(row.logit),
+            prob=_number(row.prob),
+            logprob=_number(row.logprob),
+            entropy=_number(row.entropy),
+            rank=row.rank,
+            margin=_number(row.margin),
+            sampled_prob=row.sampled_prob,
+            elapsed_ms=_number(row.elapsed_ms),
+            topk=_candidates(topk.get(row.id)),
+            attention=_attention(attention_layers.get(row.id), attention.get(row.id)),
+            lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id)),
+        )
+        for row in rows
+    ]
+
+
+def _children(
+    connection: Connection, model: type[models.Base], step_ids: list[int]
+) -> dict[int, Columns]:
+    """The rows of each step that has any, in the order of their key, a list a column."""
+    table = model.__table__
+    rows = connection.execute(
+        select(table).where(table.c.step_id.in_(step_ids)).order_by(*table.primary_key)
+    ).all()
+    names = table.columns.keys()
+    # Column by column: a step has hundreds of rows, and naming each value of
+    # each would take longer than reading it.
+    return {
+        step_id: dict(zip(names, map(list, zip(*group, strict=True)), strict=True))
+        for step_id, group in groupby(rows, key=itemgetter(0))
+    }
+
+
+def _candidates(rows: Columns | None) -> Candidates:
+    rows = rows or _NO_ROWS
+    sampled = rows["sampled_prob"]
+    return Candidates(
+        token_ids=_ints(rows["token_id"]),
+        tokens=tuple(rows["token"]),
+        logits=_floats(rows["logit"]),
+        probs=_floats(rows["prob"]),
+        sampled_probs=None if all(value is None for value in sampled) else _floats(sampled),
+    )
+
+
+def _attention(layers: Columns | None, entries: Columns | None) -> tuple[LayerAttention, ...]:
+    layers, entries = layers or _NO_ROWS, entries or _NO_ROWS
+    of_layer = entries["layer"]
+    positions, weights = _ints(entries["position"]), _floats(entries["weight"])
+    found = []
+    for layer, missing in zip(layers["layer"], layers["missing"], strict=True):
+        # The rows are ordered by layer.
+        rows = slice(bisect_left(of_layer, layer), bisect_right(of_layer, layer))
+        found.append(LayerAttention(layer, positions[rows], weights[rows], _number(missing)))
+    return tuple(found)
+
+
+def _lens(step_index: int, layers: Columns | None, entries: Columns | None) -> Lens | None:
+    if layers is None:
+        return None
+    entries = entries or _NO_ROWS
+    count = len(layers["layer"])
+    k = len(entries["token"]) // count
+    tokens = entries["token"]
+    return Lens(
+        step_index=step_index,
+        token_ids=_ints(entries["token_id"]).reshape(count, k),
+        tokens=tuple(tuple(tokens[i * k : (i + 1) * k]) for i in range(count)),
+        logits=_floats(entries["logit"]).reshape(count, k),
+        probs=_floats(entries["prob"]).reshape(count, k),
+        entropy=_floats(layers["entropy"]),
+        chosen_rank=_ints(layers["chosen_rank"]),
+        chosen_prob=_floats(layers["chosen_prob"]),
+        kl=_floats(layers["kl"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    return NAN if value is None else value
+
+
+def _floats(values: list[float | None]) -> FloatArray:
+    # NumPy reads None as NaN.
+    return np.array(values, dtype=np.float32)
+
+
+def _ints(values: list[int]) -> IntArray:
+    return np.array(values, dtype=np.int64)

@@ -1,0 +1,206 @@
+"""Arrays to bytes and back.
+
+Activations hardly compress, so size is won by what is stored, not by how hard
+it is packed. Codecs:
+
+    raw        the array's own bits, little-endian, C order
+    zstd       the same, compressed
+    half       16-bit floats h with value = shift + scale * h; a header holds the two
+    half+zstd  the same, compressed
+
+In mode "exact" every bit comes back. In mode "half" a float32 array is kept as
+``half``: shift is the maximum for logits, so that likely tokens are the most
+precise, and 0 otherwise; scale is the power of two that makes the largest
+|value - shift| just fit. With M that largest, the error of a value x is at most
+max(2^-11 |x - shift|, 2^-39 M), plus float32's own rounding. NaN and infinities
+are kept. A bfloat16 or float16 array is kept bit for bit in either mode.
+
+The checksum covers the stored bytes and all that is needed to read them, so a
+changed shape is noticed as well as a changed byte. It finds damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import zstandard
+from numpy.typing import NDArray
+
+from oki_trace.errors import TensorError
+from oki_trace.records import Tensor
+
+TensorName = Literal["logits", "hidden_states", "attentions"]
+
+# NumPy has no bfloat16: its bits stand in for it.
+_STORED_AS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+# Below SQLite's own limit for one value, and enough for the attention of 64
+# layers with 64 heads over 100,000 keys as 16-bit floats.
+MAX_RAW_BYTES = 1_000_000_000
+
+_HALF_HEADER = struct.Struct("<ff")
+_LARGEST_HALF_EXPONENT = 15  # 2^15 < 65504, the largest 16-bit float
+# Level 1: higher ones gain under 2 % on activations and cost several times as much.
+_LEVEL = 1
+# Compression that saves less than this share is not worth undoing at each read.
+_WORTHWHILE = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTensor:
+    """A tensor as the store's row holds it. ``dtype`` and ``shape`` are the array's own."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layers: tuple[int, ...]
+    key_offset: int
+    codec: str
+    checksum: str
+    raw_bytes: int
+    data: bytes
+
+
+def encode(tensor: Tensor, mode: Literal["exact", "half"]) -> EncodedTensor:
+    """Make the row of ``tensor``. Raises TensorError for a dtype or size that cannot be kept."""
+    stored_as = _STORED_AS.get(tensor.dtype)
+    array = tensor.array
+    if stored_as is None or array.dtype != np.dtype(stored_as).newbyteorder("="):
+        raise TensorError(
+            f"The tensor {tensor.name} ({tensor.dtype}, held as {array.dtype}) cannot be stored: "
+            f"give it as {', '.join(_STORED_AS)}."
+        )
+    if array.nbytes > MAX_RAW_BYTES:
+        raise TensorError(
+            f"The tensor {tensor.name} has {array.nbytes} bytes, more than one value of a store "
+            'can hold: capture with tensors="none", or shorten the prompt.'
+        )
+    codec, plain = "raw", b""
+    if mode == "half" and tensor.dtype == "float32":
+        codec, plain = "half", _to_half(tensor.name, cast("NDArray[np.float32]", array))
+    if not plain:
+        codec, plain = "raw", np.ascontiguousarray(array, dtype=stored_as).tobytes()
+    packed = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
+    if len(packed) < _WORTHWHILE * len(plain):
+        codec, plain = ("zstd" if codec == "raw" else f"{codec}+zstd"), packed
+    # NumPy's own integers print differently, and the checksum is over what is printed.
+    layers = tuple(int(layer) for layer in tensor.layers)
+    key_offset = int(tensor.key_offset)
+    return EncodedTensor(
+        name=tensor.name,
+        dtype=tensor.dtype,
+        shape=array.shape,
+        layers=layers,
+        key_offset=key_offset,
+        codec=codec,
+        checksum=_checksum(
+            tensor.name, tensor.dtype, array.shape, layers, key_offset, codec, plain
+        ),
+        raw_bytes=array.nbytes,
+        data=plain,
+    )
+
+
+def decode(encoded: EncodedTensor) -> Tensor:
+    """Read a row back. Anything but what was written is a TensorError that names what is wrong."""
+    where = f"The stored tensor {encoded.name}"
+    found = _checksum(
+        encoded.name,
+        encoded.dtype,
+        encoded.shape,
+        encoded.layers,
+        encoded.key_offset,
+        encoded.codec,
+        encoded.data,
+    )
+    if found != encoded.checksum:
+        raise TensorError(
+            f"{where} is damaged (checksum {found}, expected {encoded.checksum}): restore a "
+            "backup, or generate the reply again."
+        )
+    kind, _, packing = encoded.codec.partition("+")
+    if kind == "zstd":
+        kind, packing = "raw", "zstd"
+    stored_as = _STORED_AS.get(encoded.dtype)
+    if stored_as is None or kind not in ("raw", "half") or packing not in ("", "zstd"):
+        raise TensorError(
+            f"{where} has the unknown dtype or codec {encoded.dtype}, {encoded.codec}: upgrade "
+            "oki-trace."
+        )
+    # From the declared shape, before anything is unpacked: no blob can claim more memory.
+    size = math.prod(encoded.shape)
+    item = np.dtype(stored_as)
+    expected = size * item.itemsize if kind == "raw" else _HALF_HEADER.size + 2 * size
+    if min(encoded.shape, default=0) < 0 or size * item.itemsize > MAX_RAW_BYTES:
+        raise TensorError(f"{where} has the impossible shape {encoded.shape}: restore a backup.")
+    plain = _unpack(where, encoded.data, expected) if packing else encoded.data
+    if len(plain) != expected:
+        raise TensorError(
+            f"{where} has {len(plain)} bytes where its shape {encoded.shape} takes {expected}: "
+            "restore a backup."
+        )
+    array: NDArray[Any]
+    array = _from_half(plain) if kind == "half" else np.frombuffer(plain, dtype=item)
+    return Tensor(
+        name=cast("TensorName", encoded.name),
+        array=array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape),
+        dtype=encoded.dtype,
+        layers=encoded.layers,
+        key_offset=encoded.key_offset,
+    )
+
+
+def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
+    """The header and the 16-bit floats; nothing when shift or scale cannot be had."""
+    shift, values = np.float32(0), array
+    if name == "logits" and array.size:
+        shift = array.max()
+        if not np.isfinite(shift):
+            return b""
+        values = array - shift
+    magnitude = np.abs(values)
+    largest = float(magnitude.max(initial=0.0))
+    if not math.isfinite(largest):
+        largest = float(magnitude.max(initial=0.0, where=np.isfinite(magnitude)))
+    exponent = math.frexp(largest)[1] - _LARGEST_HALF_EXPONENT if largest else 0
+    if not -126 <= exponent <= 126:
+        return b""
+    # A power of two: the scaling itself rounds nothing.
+    halves = np.ldexp(values, -exponent).astype("<f2")
+    return _HALF_HEADER.pack(shift, math.ldexp(1.0, exponent)) + halves.tobytes()
+
+
+def _from_half(plain: bytes) -> NDArray[np.float32]:
+    shift, scale = _HALF_HEADER.unpack_from(plain)
+    halves = np.frombuffer(plain, dtype="<f2", offset=_HALF_HEADER.size)
+    return halves.astype(np.float32) * np.float32(scale) + np.float32(shift)
+
+
+def _unpack(where: str, data: bytes, expected: int) -> bytes:
+    try:
+        claimed = zstandard.frame_content_size(data)
+        if claimed == expected:
+            return zstandard.ZstdDecompressor().decompress(data)
+    except zstandard.ZstdError as error:
+        raise TensorError(f"{where} cannot be unpacked ({error}): restore a backup.") from error
+    raise TensorError(
+        f"{where} claims {claimed} bytes where its shape takes {expected}: restore a backup."
+    )
+
+
+def _checksum(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    layers: tuple[int, ...],
+    key_offset: int,
+    codec: str,
+    data: bytes,
+) -> str:
+    meaning = repr((name, dtype, shape, layers, key_offset, codec)).encode()
+    return f"crc32:{zlib.crc32(data, zlib.crc32(meaning)):08x}"

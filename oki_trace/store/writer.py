@@ -1,0 +1,333 @@
+"""Writing a store: conversations, replies and their steps.
+
+The guarantees: each method is one transaction, seen by others whole or not at
+all; it counts the store's version up in the same transaction; the steps of a
+reply are numbered from 0 without a gap; and a reply that is not running takes
+no steps. Methods may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from sqlalchemy import Connection, delete, select, update
+
+from oki_trace.errors import NotFound, StoreError
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    Lens,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    Step,
+    TensorMode,
+    TurnEnd,
+    TurnStart,
+)
+from oki_trace.store import documents, identity, lifecycle, migrate, models
+from oki_trace.store.checkpoint import Checkpointer
+from oki_trace.store.engine import set_checkpoint, writer_engine
+from oki_trace.store.faults import told_plainly
+from oki_trace.store.identity import Db
+from oki_trace.store.owner import is_dead, this_process
+from oki_trace.store.rows import StepRows, encode_all
+
+_LIVE = (Status.QUEUED, Status.RUNNING)
+
+_BUMP = update(models.StoreState).values(version=models.StoreState.version + 1)
+
+
+@dataclass(slots=True)
+class _Reply:
+    """What this process knows of a reply it writes, so that a step needs no look-up."""
+
+    tensors: TensorMode
+    step_ids: dict[int, int] = field(default_factory=dict)
+
+
+class TraceWriter:
+    """A store open for writing; made, or brought up to date, when needed.
+
+    ``checkpoint=False`` is for a process that submits requests and does not
+    generate. Of those that do, one at a time folds the write-ahead log into the
+    file, whoever else asks to.
+    """
+
+    def __init__(self, db: Db, *, checkpoint: bool = True) -> None:
+        url = identity.address(db)
+        self._store = identity.shown(url)
+        migrate.ensure(url)
+        self._checkpointer = Checkpointer(identity.file_of(url), wanted=checkpoint)
+        self._engine = writer_engine(url, checkpoint=self._checkpointer.elect())
+        self._rows = StepRows(self._engine.dialect)
+        self._replies: dict[int, _Reply] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back; the last one to close folds the log into the file."""
+        self._engine.dispose()
+        self._checkpointer.resign()
+
+    # ------------------------------------------------------------ conversations
+
+    def create_conversation(self, title: str, *, created_at: dt.datetime | None = None) -> int:
+        """Begin a conversation; returns its id."""
+        now = created_at or lifecycle.now()
+        with self._write() as connection:
+            return lifecycle.new_row(
+                connection, models.Conversation, title=title, created_at=now, updated_at=now
+            )
+
+    def rename_conversation(self, conversation_id: int, title: str) -> None:
+        with self._write() as connection:
+            lifecycle.touch(connection, conversation_id, title=title)
+
+    def delete_conversation(self, conversation_id: int) -> None:
+        """Delete it with all its messages, steps and tensors."""
+        table = models.Conversation
+        with self._write() as connection:
+            found = connection.execute(delete(table).where(table.id == conversation_id))
+            if not found.rowcount:
+                raise lifecycle.no_conversation(conversation_id)
+
+    def add_message(
+        self,
+        conversation_id: int,
+        message: ChatMessage,
+        *,
+        created_at: dt.datetime | None = None,
+    ) -> int:
+        """Add a message that is complete as it is; returns its id."""
+        with self._write() as connection:
+            return lifecycle.add(
+                connection,
+                conversation_id,
+                role=message.role.value,
+                content=message.content,
+                status=Status.COMPLETE.value,
+                created_at=created_at or lifecycle.now(),
+            )
+
+    # ------------------------------------------------------------------ replies
+
+    def queue_reply(
+        self,
+        conversation_id: int,
+        choice: ModelChoice,
+        sampling: Sampling,
+        policy: CapturePolicy,
+        *,
+        claim: bool = False,
+        created_at: dt.datetime | None = None,
+    ) -> int:
+        """Ask for a reply to the conversation so far; returns its id.
+
+        ``claim``: this process will generate it itself, so no worker may take it.
+        """
+        with self._write() as connection:
+            return lifecycle.add(
+                connection,
+                conversation_id,
+                role=Role.ASSISTANT.value,
+                content="",
+                status=(Status.RUNNING if claim else Status.QUEUED).value,
+                owner=str(this_process()) if claim else None,
+                model_id=choice.model_id,
+                choice=documents.to_document(choice),
+                sampling=documents.to_document(sampling),
+                policy=documents.to_document(policy),
+                created_at=created_at or lifecycle.now(),
+            )
+
+    def claim_next_reply(self) -> int | None:
+        """Take the oldest queued reply for this process; None when there is none."""
+        table = models.Message
+        with self._transaction() as connection:
+            # FOR UPDATE is PostgreSQL's; on SQLite the whole transaction has the lock.
+            message_id = connection.execute(
+                select(table.id)
+                .where(table.status == Status.QUEUED.value)
+                .order_by(table.id)
+                .limit(1)
+                .with_for_update(skip_locked=True)
+            ).scalar()
+            if message_id is None:
+                return None
+            connection.execute(
+                update(table)
+                .where(table.id == message_id)
+                .values(status=Status.RUNNING.value, owner=str(this_process()))
+            )
+            connection.execute(_BUMP)
+            return message_id
+
+    def start_reply(self, message_id: int, start: TurnStart) -> None:
+        """Write what is known before the first token: the prompt and the settings in force."""
+        with self._write() as connection:
+            lifecycle.require(connection, message_id, *_LIVE)
+            connection.execute(
+                update(models.Message)
+                .where(models.Message.id == message_id)
+                .values(
+                    status=Status.RUNNING.value,
+                    owner=str(this_process()),
+                    model_id=start.model_id,
+                    prompt_len=len(start.prompt),
+                    generation=documents.to_document(start.generation),
+                    capture=documents.to_document(start.capture),
+                    prompt=start.prompt.text,
+                )
+            )
+            self._rows.insert_prompt(connection, message_id, start.prompt)
+        self._replies[message_id] = _Reply(start.capture.policy.tensors)
+
+    def append(self, message_id: int, steps: Sequence[Step], lenses: Sequence[Lens] = ()) -> bool:
+        """Write steps, and lenses of these or earlier steps; returns whether to stop.
+
+        A step's own ``lens``, when it has one, is written with it.
+        """
+        reply = self._reply(message_id)
+        # Before the transaction: other writers need not wait for the encoding.
+        encoded = [encode_all(step, reply.tensors) for step in steps]
+        ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
+        with self._write() as connection:
+            stop = lifecycle.require(connection, message_id, Status.RUNNING)
+            first = len(reply.step_ids)
+            for number, step in enumerate(steps, start=first):
+                if step.step_index != number:
+                    raise StoreError(
+                        f"Step {step.step_index} of message {message_id} is out of order: write "
+                        f"step {number} first."
+                    )
+            written = self._rows.insert_steps(connection, message_id, steps, encoded)
+            known = reply.step_ids | written if ready else {}
+            of_steps = []
+            for lens in ready:
+                if lens.step_index not in known:
+                    raise NotFound(
+                        f"Message {message_id} has no step {lens.step_index} for its lens: write "
+                        "the step first."
+                    )
+                of_steps.append((known[lens.step_index], lens))
+            self._rows.insert_lenses(connection, of_steps)
+        reply.step_ids.update(written)
+        return stop
+
+    def finish_reply(self, message_id: int, end: TurnEnd) -> None:
+        """Write how a reply ended; no step follows."""
+        if end.status.is_live:
+            raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
+        with self._write() as connection:
+            lifecycle.require(connection, message_id, *_LIVE)
+            lifecycle.end(connection, message_id, end.status, end.output, end.reason, end.seconds)
+        self._replies.pop(message_id, None)
+        if self._checkpointer.elect():
+            with self._transaction() as connection:
+                set_checkpoint(connection)
+
+    def request_stop(self, message_id: int) -> None:
+        """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
+        with self._write() as connection:
+            status, _ = lifecycle.state_of(connection, message_id)
+            if status is Status.QUEUED:
+                lifecycle.end(
+                    connection, message_id, Status.STOPPED, "", "stopped before it began", None
+                )
+            elif status is Status.RUNNING:
+                connection.execute(
+                    update(models.Message)
+                    .where(models.Message.id == message_id)
+                    .values(stop_requested=True)
+                )
+
+    def stop_requested(self, message_id: int) -> bool:
+        """Whether a stop was asked for. ``append`` tells the same at no further cost."""
+        with self._transaction() as connection:
+            return lifecycle.state_of(connection, message_id)[1]
+
+    def mark_interrupted(self) -> list[int]:
+        """End the running replies whose process on this host is gone; returns their ids."""
+        table = models.Message
+        with self._transaction() as connection:
+            running = connection.execute(
+                select(table.id, table.owner).where(table.status == Status.RUNNING.value)
+            ).all()
+            dead = [row.id for row in running if row.owner and is_dead(row.owner)]
+            for message_id in dead:
+                said = lifecycle.text_so_far(connection, message_id)
+                reason = "the process that generated it ended"
+                lifecycle.end(connection, message_id, Status.INTERRUPTED, said, reason, None)
+            if dead:
+                connection.execute(_BUMP)
+        return dead
+
+    # ------------------------------------------------------------------- worker
+
+    def set_worker_state(
+        self,
+        state: str,
+        *,
+        model_id: str | None = None,
+        detail: str = "",
+        progress: float | None = None,
+    ) -> None:
+        """Say what this process, which owns a model, is doing; also its sign of life.
+
+        Only a change counts the version up: a viewer need not look at a heartbeat.
+        """
+        with self._transaction() as connection:
+            if lifecycle.report_worker(connection, state, model_id, detail, progress):
+                connection.execute(_BUMP)
+
+    # ------------------------------------------------------------------- within
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with told_plainly(self._store), self._engine.begin() as connection:
+            yield connection
+
+    @contextmanager
+    def _write(self) -> Iterator[Connection]:
+        with self._transaction() as connection:
+            yield connection
+            # Last, because on PostgreSQL it holds every other writer until the commit.
+            connection.execute(_BUMP)
+
+    def _reply(self, message_id: int) -> _Reply:
+        """What is known of a reply; read back when another process began it."""
+        if message_id not in self._replies:
+            with self._transaction() as connection:
+                capture = connection.execute(
+                    select(models.Message.capture).where(models.Message.id == message_id)
+                ).scalar()
+                if capture is None:
+                    lifecycle.state_of(connection, message_id)
+                    raise StoreError(
+                        f"Message {message_id} has not been started: call start_reply first."
+                    )
+                steps = connection.execute(
+                    select(models.Step.step_index, models.Step.id).where(
+                        models.Step.message_id == message_id
+                    )
+                ).all()
+            self._replies[message_id] = _Reply(
+                capture["policy"]["tensors"], {row.step_index: row.id for row in steps}
+            )
+        return self._replies[message_id]

@@ -1,0 +1,154 @@
+"""One traced turn: from the messages of a conversation to a finished reply.
+
+This is where the model side and the places a trace goes to meet. A sink is
+anything that takes a reply as it grows: the store's recorder, a list, a
+progress display. Whatever goes wrong after the sinks are told of the end, so
+no reply is left open.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from oki_trace.errors import CaptureError, OkiTraceError
+from oki_trace.llm.capture import capture
+from oki_trace.llm.chat import render
+from oki_trace.llm.decode import generation_of
+from oki_trace.llm.instrument import Instrument
+from oki_trace.llm.vocabulary import TextStream
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    Lens,
+    Sampling,
+    Status,
+    Step,
+    TurnEnd,
+    TurnStart,
+)
+
+
+class Sink(Protocol):
+    """Takes a reply as it grows; ``start`` comes first and ``end`` last, each once."""
+
+    def start(self, start: TurnStart) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def lens(self, lens: Lens) -> None: ...
+    def end(self, end: TurnEnd) -> None: ...
+
+
+@dataclass
+class Collector:
+    """A sink that keeps the reply in memory."""
+
+    started: TurnStart | None = None
+    steps: list[Step] = field(default_factory=list)
+    lenses: list[Lens] = field(default_factory=list)
+    ended: TurnEnd | None = None
+
+    def start(self, start: TurnStart) -> None:
+        self.started = start
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def lens(self, lens: Lens) -> None:
+        self.lenses.append(lens)
+
+    def end(self, end: TurnEnd) -> None:
+        self.ended = end
+
+
+def never() -> bool:
+    """The default for ``should_stop``."""
+    return False
+
+
+def trace_turn(
+    instrument: Instrument,
+    model_id: str,
+    messages: Sequence[ChatMessage],
+    sampling: Sampling,
+    policy: CapturePolicy,
+    sinks: Sequence[Sink],
+    *,
+    should_stop: Callable[[], bool] = never,
+    on_text: Callable[[str], None] | None = None,
+) -> TurnEnd:
+    """Decode the assistant's next message and hand every step to the sinks.
+
+    ``should_stop`` is asked after every step; ``on_text`` gets the reply's
+    text in whole characters. Raises CaptureError, with the sinks told, when
+    the turn fails; everything decoded until then has been handed over.
+    """
+    turn = _Turn(instrument, sinks, on_text)
+    try:
+        prompt = render(instrument.tokenizer, messages, instrument.vocabulary)
+        generation = generation_of(instrument.model, sampling, len(prompt))
+        report = instrument.report(policy)
+        turn.start(TurnStart(model_id, prompt, generation, report))
+        turn.follow(capture(instrument, prompt, generation, policy, should_stop))
+    except OkiTraceError as error:
+        turn.end(Status.FAILED, str(error))
+        raise
+    except Exception as error:
+        reason = _explain(error)
+        turn.end(Status.FAILED, reason)
+        raise CaptureError(reason) from error
+    except BaseException:
+        turn.end(Status.STOPPED, "interrupted by the user")
+        raise
+    stopped = turn.reason == "stopped"
+    return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+def _explain(error: Exception) -> str:
+    """One line for what a model's own code raised while decoding."""
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, MemoryError) or "memory" in lines[0].lower():
+        return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
+    return f"Decoding failed: {type(error).__name__}: {lines[0][:300]}"
+
+
+class _Turn:
+    """The reply so far: what its end will say."""
+
+    def __init__(
+        self,
+        instrument: Instrument,
+        sinks: Sequence[Sink],
+        on_text: Callable[[str], None] | None,
+    ) -> None:
+        self._sinks = sinks
+        self._stream = TextStream(instrument.tokenizer)
+        self._on_text = on_text
+        self._began = time.perf_counter()
+        self.reason = "token limit"
+
+    def start(self, start: TurnStart) -> None:
+        for sink in self._sinks:
+            sink.start(start)
+
+    def follow(self, events: Iterator[tuple[Step, str | None] | Lens]) -> None:
+        for event in events:
+            if isinstance(event, Lens):
+                for sink in self._sinks:
+                    sink.lens(event)
+                continue
+            step, finished = event
+            text = self._stream.push(step.token_id)
+            for sink in self._sinks:
+                sink.step(step)
+            if text and self._on_text:
+                self._on_text(text)
+            self.reason = finished or self.reason
+
+    def end(self, status: Status, reason: str) -> TurnEnd:
+        seconds = time.perf_counter() - self._began
+        end = TurnEnd(status, self._stream.finish(), reason, seconds)
+        for sink in self._sinks:
+            sink.end(end)
+        return end

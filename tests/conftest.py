@@ -1,0 +1,46 @@
+"""What every test stands on: no network, no telemetry, a store of its own, one real model."""
+
+from __future__ import annotations
+
+import os
+
+# Read once when the libraries are imported, so set before anything of ours is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["DO_NOT_TRACK"] = "1"
+os.environ["STREAMLIT_BROWSER_GATHER_USAGE_STATS"] = "false"
+os.environ.pop("OKI_TRACE_DB", None)
+os.environ.pop("OKI_TRACE_MODEL", None)
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "data" / "models"
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store of this test alone; ``data/`` is the checkout's, wherever pytest was started."""
+    monkeypatch.setenv("OKI_TRACE_DB", str(tmp_path / "oki_trace.db"))
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The built-in model, converted once per checkout and kept in ``data/models``."""
+    from oki_trace.llm.builtin import ensure_smollm2
+
+    return ensure_smollm2(MODELS)
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_dir: Path) -> tuple[Any, Any]:
+    """(model, tokenizer) of the built-in model in float32 on the CPU. Shared: leave it as it is."""
+    from oki_trace.llm.load import load
+    from oki_trace.records import ModelChoice
+
+    loaded = load(ModelChoice("smollm2", dtype="float32", device="cpu"), models_dir=MODELS)
+    return loaded.model, loaded.tokenizer
