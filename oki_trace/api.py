@@ -96,7 +96,7 @@ def _trace_into(
     trace: Any,
 ) -> None:
     # Imported here: a trace that is not kept needs no store.
-    from oki_trace.session import title_of
+    from oki_trace.asking import title_of
     from oki_trace.store.recorder import Recorder
     from oki_trace.store.writer import TraceWriter
 

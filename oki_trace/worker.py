@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from filelock import FileLock, Timeout
 
-from oki_trace import session
+from oki_trace import asking
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import Message, ModelChoice
 from oki_trace.settings import Settings
@@ -108,8 +108,11 @@ class Worker:
         assert reply.choice is not None
         try:
             loaded = self._load(reply.choice)
+            # Imported here: the explorer's pages import this module, and need no torch.
+            from oki_trace.answering import answer
+
             self._say("decoding", detail=loaded.description)
-            session.answer(
+            answer(
                 self._writer, self._reader, reply, loaded, should_stop=self._stopping.is_set
             )
         except OkiTraceError as error:
@@ -131,7 +134,7 @@ class Worker:
 
     def _fail(self, reply: Message, reason: str) -> None:
         if self._reader.message(reply.id).status.is_live:
-            session.fail(self._writer, reply.id, reason)
+            asking.fail(self._writer, reply.id, reason)
         print(f"message {reply.id} failed: {reason}", file=sys.stderr, flush=True)
 
     def _say(self, state: str, **values: Any) -> None:

@@ -30,6 +30,7 @@ def _component(name: str) -> Callable[..., Any]:
 
 bubble = _component("bubble")
 reply = _component("reply")
+facts = _component("facts")
 bars = _component("bars")
 evidence = _component("evidence")
 lens = _component("lens")

@@ -13,7 +13,6 @@ depends_on = None
 # SQLite numbers rows by itself only in a column declared INTEGER.
 ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 TIME = sa.DateTime(timezone=True)
-LIVE = sa.text("status IN ('queued', 'running')")
 
 
 def upgrade() -> None:
@@ -82,9 +81,7 @@ def upgrade() -> None:
         ),
         sqlite_autoincrement=True,
     )
-    op.create_index(
-        "ix_message_live", "message", ["status", "id"], sqlite_where=LIVE, postgresql_where=LIVE
-    )
+    op.create_index("ix_message_status_id", "message", ["status", "id"])
     op.create_table(
         "prompt_token",
         sa.Column("message_id", ID, nullable=False),

@@ -17,7 +17,7 @@ from oki_trace.records import Message, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
-    from oki_trace.session import Ask
+    from oki_trace.asking import Ask
 
 DEMO_TURNS = ("What is the capital of France?", "And what is it famous for? Answer in one sentence.")
 
@@ -131,7 +131,7 @@ def demo(
 
 
 def _ask(content: str, choice: Any, sampling: Any, policy: Any, system: str | None) -> Ask:
-    from oki_trace.session import Ask
+    from oki_trace.asking import Ask
 
     if not content:
         raise UsageError("The prompt is empty. Give the model something to answer.")
@@ -141,7 +141,7 @@ def _ask(content: str, choice: Any, sampling: Any, policy: Any, system: str | No
 @contextmanager
 def _talking(db: str, first: Ask) -> Iterator[Callable[..., tuple[Message, TurnEnd]]]:
     """Open the store and load the model; yields a function that holds one turn."""
-    from oki_trace import session
+    from oki_trace import answering, asking
     from oki_trace.store.reader import TraceReader
     from oki_trace.store.writer import TraceWriter
 
@@ -151,10 +151,10 @@ def _talking(db: str, first: Ask) -> Iterator[Callable[..., tuple[Message, TurnE
         def talk(
             ask: Ask, conversation: int | None, *, quiet: bool = False
         ) -> tuple[Message, TurnEnd]:
-            _, reply_id = session.submit(writer, ask, conversation, claim=True)
+            _, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
             with _stop_on_interrupt() as stop:
-                end = session.answer(
+                end = answering.answer(
                     writer,
                     reader,
                     reply,

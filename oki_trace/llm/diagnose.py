@@ -13,27 +13,13 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from oki_trace.errors import ModelError, OkiTraceError
+from oki_trace.llm.locate import Source
 
 _MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|paging file", re.I)
 _LEARN = "Choose a decoder-only model that generates text."
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model is read from: a hub id, or a folder, or a GGUF file in a folder."""
-
-    model_id: str
-    path: str
-    folder: Path | None = None
-    gguf: str | None = None
-
-    @property
-    def is_hub(self) -> bool:
-        return self.folder is None
 
 
 def explain(error: BaseException, source: Source, cache_dir: str | None = None) -> ModelError:

@@ -10,12 +10,9 @@ GGUF alone, and a model's own code runs only when asked for.
 
 from __future__ import annotations
 
-import logging
-import re
 import time
 import warnings
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,8 +32,16 @@ from transformers.models.auto.modeling_auto import (
 
 from oki_trace.errors import ModelError
 from oki_trace.llm.bars import Progress, bars, silent
-from oki_trace.llm.builtin import ensure_smollm2
-from oki_trace.llm.diagnose import Source, explain
+from oki_trace.llm.diagnose import explain
+from oki_trace.llm.fourbit import (
+    NF4,
+    QuantizationFallback,
+    first_line,
+    impossible,
+    is_4bit,
+    quantization_config,
+    try_out,
+)
 from oki_trace.llm.hardware import (
     checkpoint_dtype,
     must_fit,
@@ -45,14 +49,9 @@ from oki_trace.llm.hardware import (
     pick_device,
     requested_dtype,
 )
+from oki_trace.llm.locate import Source, find
 from oki_trace.records import ModelChoice
-from oki_trace.settings import BUILTIN_MODEL, Settings
-
-NF4 = "bitsandbytes nf4"
-
-
-class QuantizationFallback(UserWarning):
-    """4-bit was asked for and the model was loaded in floating point instead."""
+from oki_trace.settings import Settings
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,20 +142,22 @@ def load(
             dtype = dtype or native_dtype(checkpoint_dtype(config), device)
             tokenizer = _tokenizer(source, common)
             report(f"Loading {source.model_id}", None)
-            reason = _no_4bit_reason(config, source) if choice.use_4bit else None
+            reason = impossible(config, source.gguf is not None) if choice.use_4bit else None
             use_4bit = choice.use_4bit and reason is None
             must_fit(config, source.model_id, device, dtype, use_4bit)
             try:
                 model = _model(source, config, dtype, choice.device, use_4bit, common)
+                if use_4bit:
+                    try_out(model, tokenizer)
             except Exception as error:
                 if not use_4bit or isinstance(error, ModelError):
                     raise
                 # If 4-bit is not to blame, this fails again and is explained.
-                reason = f"{type(error).__name__}: {_first_line(error)}"
+                reason = f"it failed in 4-bit ({type(error).__name__}: {first_line(error)})"
                 model = _model(source, config, dtype, choice.device, False, common)
         except Exception as error:
             raise explain(error, source, cache) from error
-    if choice.use_4bit and reason is None and not _is_4bit(model):
+    if choice.use_4bit and reason is None and not is_4bit(model):
         reason = "the model has no layer that bitsandbytes quantizes"
     quantization = _quantization(model, source)
     got = str(dtype).removeprefix("torch.")
@@ -179,45 +180,6 @@ def load(
         quantization=quantization,
         fallback_reason=reason,
         seconds=time.perf_counter() - started,
-    )
-
-
-# ---------------------------------------------------------------- where it is
-
-
-def find(model_id: str, models_dir: Path | None = None, progress: Progress = silent) -> Source:
-    """Where ``model_id`` is read from; a folder that exists wins over a hub id."""
-    if not model_id.strip():
-        raise ModelError("The model's name is empty. Name a hub id, a folder, or smollm2.")
-    if model_id == BUILTIN_MODEL:
-        folder = ensure_smollm2(models_dir or Settings.from_environment().models_dir, progress)
-        return Source(model_id, str(folder), folder)
-    path = Path(model_id).expanduser()
-    if path.is_dir():
-        return Source(model_id, str(path), path)
-    if path.is_file():
-        if path.suffix.lower() == ".gguf":
-            return Source(model_id, str(path.parent), path.parent, path.name)
-        raise ModelError(
-            f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
-        )
-    if _looks_like_path(model_id):
-        raise ModelError(
-            f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "
-            "the form owner/name."
-        )
-    return Source(model_id, model_id)
-
-
-def _looks_like_path(model_id: str) -> bool:
-    """Whether this can only be meant as a path: owner/name and a bare name may be hub ids."""
-    return (
-        model_id.lower().endswith((".gguf", ".safetensors"))
-        or model_id.startswith((".", "/", "~"))
-        or "\\" in model_id
-        or model_id.count("/") > 1
-        or model_id.endswith("/")
-        or re.match(r"[A-Za-z]:", model_id) is not None
     )
 
 
@@ -246,26 +208,6 @@ def _must_be_causal(config: Any, source: Source, trust_remote_code: bool) -> Non
         )
 
 
-def _no_4bit_reason(config: Any, source: Source) -> str | None:
-    """Why bitsandbytes cannot be asked at all; None if it can."""
-    if source.gguf is not None:
-        return "the weights of a GGUF file are quantized already"
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None:
-        method = existing.get("quant_method") if isinstance(existing, dict) else None
-        return f"the model is quantized already ({method or 'its own way'})"
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    try:
-        logger.setLevel(logging.ERROR)  # it warns of an optional kernel that nobody asked for
-        import_module("bitsandbytes")
-    except Exception as error:  # a broken installation raises whatever its loader does
-        return f"bitsandbytes does not work here ({_first_line(error)})"
-    finally:
-        logger.setLevel(level)
-    return None
-
-
 def _model(
     source: Source,
     config: Any,
@@ -277,17 +219,12 @@ def _model(
     placing: Any = "auto" if device == "auto" else {"": device}
     if device == "auto" and not torch.accelerator.is_available():
         placing = {"": "cpu"}  # where accelerate would put it, less its spilling to disk
-    quantization = None
-    if use_4bit:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )
     loading: Any = AutoModelForCausalLM.from_pretrained(
         source.path,
         config=None if source.gguf else config,
         dtype=dtype,
         device_map=placing,
-        quantization_config=quantization,
+        quantization_config=quantization_config(dtype) if use_4bit else None,
         use_safetensors=True,
         output_loading_info=True,
         **common,
@@ -312,7 +249,7 @@ def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBas
         if source.is_hub or source.gguf or "trust_remote_code" in str(error):
             raise
         raise ModelError(
-            f"{source.model_id} has no tokenizer that can be read ({_first_line(error)}). Copy the "
+            f"{source.model_id} has no tokenizer that can be read ({first_line(error)}). Copy the "
             "tokenizer files (tokenizer.json, tokenizer_config.json) into it."
         ) from error
     if not works:
@@ -326,14 +263,10 @@ def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBas
 # ---------------------------------------------------------------- what was got
 
 
-def _is_4bit(model: PreTrainedModel) -> bool:
-    return any(type(module).__name__ == "Linear4bit" for module in model.modules())
-
-
 def _quantization(model: PreTrainedModel, source: Source) -> str | None:
     if source.gguf is not None:
         return "gguf, dequantized"
-    if _is_4bit(model):
+    if is_4bit(model):
         return NF4
     existing = getattr(model.config, "quantization_config", None)
     method = getattr(existing, "quant_method", None)
@@ -343,9 +276,3 @@ def _quantization(model: PreTrainedModel, source: Source) -> str | None:
 def _placement(model: PreTrainedModel) -> str:
     """The devices that hold the model, the first used first."""
     return ", ".join(dict.fromkeys(str(p.device) for p in model.parameters()))
-
-
-def _first_line(error: BaseException) -> str:
-    return next((s.strip() for s in str(error).splitlines() if s.strip()), type(error).__name__)[
-        :160
-    ]

@@ -33,7 +33,6 @@ from sqlalchemy import (
     String,
     Text,
     UniqueConstraint,
-    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -102,14 +101,8 @@ class Message(Base):
     __tablename__ = "message"
     __table_args__ = (
         UniqueConstraint("conversation_id", "position"),
-        # Only live replies are ever looked up by status, and they are few.
-        Index(
-            "ix_message_live",
-            "status",
-            "id",
-            sqlite_where=text("status IN ('queued', 'running')"),
-            postgresql_where=text("status IN ('queued', 'running')"),
-        ),
+        # A worker looks for queued replies many times a second.
+        Index(None, "status", "id"),
         _NEVER_REUSED,
     )
 

@@ -52,9 +52,9 @@ class Bulk:
         table = model.__table__
         assert isinstance(table, Table)
         names = [column.name for column in table.columns if column.name != "id"]
-        single = str(
-            insert(table).values({name: bindparam(name) for name in names}).compile(dialect=dialect)
-        )
+        one = insert(table).values({name: bindparam(name) for name in names})
+        # Inline: nothing is to be given back.
+        single = str(one.inline().compile(dialect=dialect))
         self._before, _, self._row = single.partition(" VALUES ")
         self._rows_at_once = _MAX_VALUES // len(names)
 

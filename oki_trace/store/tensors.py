@@ -45,6 +45,8 @@ MAX_RAW_BYTES = 1_000_000_000
 
 _HALF_HEADER = struct.Struct("<ff")
 _LARGEST_HALF_EXPONENT = 15  # 2^15 < 65504, the largest 16-bit float
+# Beyond this, in either direction, scale or value could leave float32's range.
+_LARGEST_SCALED = 2.0**90
 # Level 1: higher ones gain under 2 % on activations and cost several times as much.
 _LEVEL = 1
 # Compression that saves less than this share is not worth undoing at each read.
@@ -156,20 +158,20 @@ def decode(encoded: EncodedTensor) -> Tensor:
 
 
 def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
-    """The header and the 16-bit floats; nothing when shift or scale cannot be had."""
+    """The header and the 16-bit floats; nothing when the array is out of range."""
     shift, values = np.float32(0), array
     if name == "logits" and array.size:
         shift = array.max()
-        if not np.isfinite(shift):
+        if not abs(shift) < _LARGEST_SCALED:
             return b""
         values = array - shift
     magnitude = np.abs(values)
     largest = float(magnitude.max(initial=0.0))
     if not math.isfinite(largest):
         largest = float(magnitude.max(initial=0.0, where=np.isfinite(magnitude)))
-    exponent = math.frexp(largest)[1] - _LARGEST_HALF_EXPONENT if largest else 0
-    if not -126 <= exponent <= 126:
+    if not (largest == 0 or 1 / _LARGEST_SCALED < largest < _LARGEST_SCALED):
         return b""
+    exponent = math.frexp(largest)[1] - _LARGEST_HALF_EXPONENT if largest else 0
     # A power of two: the scaling itself rounds nothing.
     halves = np.ldexp(values, -exponent).astype("<f2")
     return _HALF_HEADER.pack(shift, math.ldexp(1.0, exponent)) + halves.tobytes()

@@ -181,13 +181,13 @@ class TraceWriter:
     def start_reply(self, message_id: int, start: TurnStart) -> None:
         """Write what is known before the first token: the prompt and the settings in force."""
         with self._write() as connection:
-            lifecycle.require(connection, message_id, *_LIVE)
+            owner = lifecycle.take(connection, message_id)
             connection.execute(
                 update(models.Message)
                 .where(models.Message.id == message_id)
                 .values(
                     status=Status.RUNNING.value,
-                    owner=str(this_process()),
+                    owner=owner,
                     model_id=start.model_id,
                     prompt_len=len(start.prompt),
                     generation=documents.to_document(start.generation),
@@ -238,9 +238,7 @@ class TraceWriter:
             lifecycle.require(connection, message_id, *_LIVE)
             lifecycle.end(connection, message_id, end.status, end.output, end.reason, end.seconds)
         self._replies.pop(message_id, None)
-        if self._checkpointer.elect():
-            with self._transaction() as connection:
-                set_checkpoint(connection)
+        self.become_checkpointer()
 
     def request_stop(self, message_id: int) -> None:
         """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
@@ -295,6 +293,12 @@ class TraceWriter:
         with self._transaction() as connection:
             if lifecycle.report_worker(connection, state, model_id, detail, progress):
                 connection.execute(_BUMP)
+
+    def become_checkpointer(self) -> None:
+        """Fold the write-ahead log from now on, if no process does; done when a reply ends."""
+        if self._checkpointer.elect():
+            with self._transaction() as connection:
+                set_checkpoint(connection)
 
     # ------------------------------------------------------------------- within
 

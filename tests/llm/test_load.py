@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from oki_trace.errors import ModelError, UsageError
+from oki_trace.llm.fourbit import NF4, QuantizationFallback
 from oki_trace.llm.hardware import native_dtype
-from oki_trace.llm.load import NF4, QuantizationFallback, load, load_model_and_tokenizer
+from oki_trace.llm.load import load, load_model_and_tokenizer
 from oki_trace.records import ModelChoice
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -278,6 +279,33 @@ def test_4bit_on_the_built_in_model(smollm2_dir: Path) -> None:
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").to(loaded.model.device)
     out = loaded.model.generate(**ids, max_new_tokens=4, do_sample=False)
     assert "Paris" in loaded.tokenizer.decode(out[0])
+
+
+def test_4bit_that_loads_but_cannot_run_falls_back(tmp_path: Path) -> None:
+    """bitsandbytes takes these shapes and, on some CPUs, refuses them at the first token."""
+    config = llama_config(hidden_size=48, intermediate_size=100)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", QuantizationFallback)
+        loaded = load(ModelChoice(str(tmp_path), use_4bit=True))
+    assert (loaded.quantization == NF4) == (loaded.fallback_reason is None)
+    ids = loaded.tokenizer("the fox", return_tensors="pt").to(loaded.model.device)
+    out = loaded.model.generate(**ids, min_new_tokens=3, max_new_tokens=3)
+    assert out.shape[1] == ids["input_ids"].shape[1] + 3
+
+
+def test_4bit_of_gpt2_runs_again_with_gradients_on(tmp_path: Path) -> None:
+    """Its layers are Conv1D and have biases; a plain forward, without no_grad, must work too."""
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4)
+    whole = GPT2LMHeadModel(config).eval()
+    whole.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    loaded = load(ModelChoice(str(tmp_path), use_4bit=True))
+    assert loaded.quantization == NF4
+    ids = loaded.tokenizer("the fox", return_tensors="pt").to(loaded.model.device)
+    off = (loaded.model(**ids).logits - whole(**ids.to("cpu")).logits).abs().max()
+    assert off < 0.5
 
 
 def test_4bit_of_a_quantized_model_falls_back_visibly(broken: Path) -> None:

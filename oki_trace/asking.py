@@ -1,16 +1,13 @@
-"""A reply in a store: the model answers, and every step is on disk as it is decoded.
+"""Asking for a reply: the request is put into the store, and whoever has the model takes it.
 
-The command line and the worker both go through here, so a reply asked for in
-the explorer and one asked for in a terminal are kept in the same way.
+No model is needed to ask, nor loaded by importing this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.load import LoadedModel
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -21,10 +18,7 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
 from oki_trace.store.writer import TraceWriter
-from oki_trace.tracing import never, trace_turn
 
 TITLE_LENGTH = 60
 
@@ -75,34 +69,6 @@ def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
         if message.role is not Role.ASSISTANT or message.content:
             before.append(ChatMessage(message.role, message.content))
     return before
-
-
-def answer(
-    writer: TraceWriter,
-    reader: TraceReader,
-    reply: Message,
-    loaded: LoadedModel,
-    *,
-    should_stop: Callable[[], bool] = never,
-    on_text: Callable[[str], None] | None = None,
-) -> TurnEnd:
-    """Decode the queued ``reply`` into the store.
-
-    Raises CaptureError or StoreError when it fails; the reply then ends as
-    ``failed`` with the reason, all steps before kept.
-    """
-    assert reply.sampling is not None and reply.policy is not None
-    recorder = Recorder(writer, reply.id)
-    return trace_turn(
-        instrument(loaded.model, loaded.tokenizer),
-        loaded.model_id,
-        history(reader.messages(reply.conversation_id), reply.id),
-        reply.sampling,
-        reply.policy,
-        [recorder],
-        should_stop=lambda: should_stop() or recorder.stop_requested,
-        on_text=on_text,
-    )
 
 
 def fail(writer: TraceWriter, reply_id: int, reason: str) -> None:

@@ -1,0 +1,1 @@
+"""The explorer: pages that read the store and ask the worker through it."""

@@ -1,0 +1,40 @@
+"""What the address says is open: conversation, message and step.
+
+The address is the only place that holds it, so a link opens the same view and
+the browser's back button works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import streamlit as st
+
+
+@dataclass(frozen=True)
+class Place:
+    """A conversation, and perhaps one step of one of its replies."""
+
+    conversation: int | None = None
+    message: int | None = None
+    step: int | None = None
+
+
+def here() -> Place:
+    """The place in the address; what is no number counts as absent."""
+    return Place(_number("conversation"), _number("message"), _number("step"))
+
+
+def go(place: Place) -> None:
+    """Write ``place`` into the address."""
+    wanted = {
+        name: str(value)
+        for name in ("conversation", "message", "step")
+        if (value := getattr(place, name)) is not None
+    }
+    st.query_params.from_dict(wanted)
+
+
+def _number(name: str) -> int | None:
+    value = st.query_params.get(name, "")
+    return int(value) if value.isdecimal() and len(value) < 18 else None

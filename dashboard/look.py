@@ -1,0 +1,38 @@
+"""The page's own style, beside the theme in ``.streamlit/config.toml``."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+# Static text of ours; nothing a model or a user wrote comes here.
+_STYLE = """
+<style>
+  .block-container { padding-top: 2.6rem; padding-bottom: 6rem; max-width: 1700px; }
+  .st-key-sides > [data-testid="stHorizontalBlock"],
+  .st-key-sides [data-testid="stLayoutWrapper"] > [data-testid="stHorizontalBlock"] {
+    align-items: flex-start;
+  }
+  @media (max-width: 1150px) {
+    .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel) {
+      flex-direction: column;
+    }
+    .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel)
+      > [data-testid="stColumn"] { width: 100% !important; flex: 1 1 100% !important; }
+  }
+  @media (min-width: 1151px) {
+    [data-testid="stColumn"]:has(> div .st-key-panel), [data-testid="stColumn"]:has(.st-key-panel) {
+      position: sticky; top: 3.2rem; max-height: calc(100vh - 9rem); overflow-y: auto;
+      border-left: 1px solid var(--st-border-color, #8884); padding-left: 1.4rem;
+    }
+  }
+  .st-key-recent button { justify-content: flex-start; text-align: left; padding: 0.15rem 0; }
+  .st-key-recent button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+  .st-key-recent button div { justify-content: flex-start; min-width: 0; }
+  .st-key-panel h4 { font-size: 0.95rem; padding: 0.9rem 0 0.2rem; }
+</style>
+"""
+
+
+def apply() -> None:
+    """Put the style onto the page."""
+    st.html(_STYLE)

@@ -1,0 +1,1 @@
+"""A page or a part of one per module."""

@@ -1,0 +1,135 @@
+"""The sidebar of the chat: which model, how it samples, what is kept."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboard import address, data
+from oki_trace.errors import UsageError
+from oki_trace.records import CapturePolicy, ModelChoice, Sampling, WorkerState
+from oki_trace import settings as environment
+
+STATES = {
+    "starting": ("Starting", "orange"),
+    "idle": ("Ready", "green"),
+    "loading": ("Loading", "orange"),
+    "decoding": ("Decoding", "blue"),
+    "failed": ("Failed", "red"),
+    "gone": ("Not running; it starts with the next message", "gray"),
+}
+
+
+Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None]
+
+
+def settings() -> Settings | None:
+    """Draw the settings; None, with the reason shown, when they make no sense."""
+    with st.sidebar:
+        if st.button("New conversation", icon=":material/add:", width="stretch"):
+            address.go(address.Place())
+            st.rerun()
+        choice = _model()
+        sampling, policy, system = _sampling()
+    return None if sampling is None else (choice, sampling, policy, system)
+
+
+def _model() -> ModelChoice:
+    default = environment.Settings.from_environment().model_id
+    known = list(dict.fromkeys([default, "smollm2", *data.models_used()]))
+    name = st.selectbox(
+        "Model",
+        known,
+        key="model",
+        accept_new_options=True,
+        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). "
+        "Type to name another one.",
+    )
+    four_bit = st.toggle(
+        "4-bit weights",
+        key="four_bit",
+        help="Loads with bitsandbytes; where that cannot be done the model is loaded in its own "
+        "precision, and its card says so.",
+    )
+    return ModelChoice(str(name or default).strip(), four_bit)
+
+
+def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
+    with st.expander("Sampling and capture"):
+        temperature = st.slider(
+            "Temperature", 0.0, 2.0, 0.0, 0.05, key="temperature", help="0 is greedy."
+        )
+        off = temperature == 0
+        top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, key="top_p", disabled=off)
+        top_k = st.number_input(
+            "Top-k", 0, 1000, 0, key="top_k", disabled=off, help="0 keeps every token."
+        )
+        seed = st.number_input("Seed", 0, None, None, key="seed", disabled=off, placeholder="any")
+        penalty = st.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05, key="penalty")
+        tokens = st.number_input("Most new tokens", 1, 8192, 256, key="max_new_tokens")
+        tensors = st.selectbox(
+            "Full tensors",
+            ["half", "exact", "none"],
+            key="tensors",
+            help="half: 16-bit floats. exact: the model's own bits. none: the rows alone.",
+        )
+        system = st.text_area("System message", key="system", placeholder="none", height=80)
+    policy = CapturePolicy(tensors=tensors)
+    try:
+        sampling = Sampling(
+            max_new_tokens=int(tokens),
+            temperature=None if off else temperature,
+            top_p=None if off or top_p == 1.0 else top_p,
+            top_k=None if off else int(top_k),
+            repetition_penalty=None if penalty == 1.0 else penalty,
+            seed=None if off or seed is None else int(seed),
+        )
+    except UsageError as error:
+        st.error(str(error))
+        return None, policy, None
+    return sampling, policy, system.strip() or None
+
+
+def worker_card() -> None:
+    """What the process that owns the model is doing."""
+    state = data.worker_state()
+    if state is None:
+        return
+    label, colour = STATES.get(state.state, (state.state, "gray"))
+    with st.container(border=True, gap="xsmall"):
+        st.badge(label, color=colour)  # type: ignore[arg-type]
+        text = _detail(state)
+        if text:
+            st.text(text)
+        if state.state == "loading" and state.progress is not None:
+            st.progress(min(max(state.progress, 0.0), 1.0))
+
+
+def _detail(state: WorkerState) -> str:
+    return state.detail or state.model_id or ""
+
+
+def recent_conversations(current: int | None) -> None:
+    """The latest conversations, to go on with."""
+    found = data.recent()
+    if not found:
+        return
+    with st.sidebar:
+        st.caption("Recent")
+        with st.container(key="recent", gap=None):
+            for c in found:
+                chosen = c.id == current
+                label = _plain(c.title)
+                if st.button(
+                    f"**{label}**" if chosen else label,
+                    key=f"open-{c.id}",
+                    type="tertiary",
+                    width="stretch",
+                    help=f"{c.tokens:,} tokens · {c.status}",
+                ):
+                    address.go(address.Place(c.id))
+                    st.rerun()
+
+
+def _plain(title: str) -> str:
+    """A title as button text, with what Markdown would read as its own escaped."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|:$<>~" else c for c in title[:40])

@@ -1,0 +1,62 @@
+"""Where a model's name leads: the built-in model, a folder, a GGUF file, or the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from oki_trace.errors import ModelError
+from oki_trace.llm.bars import Progress, silent
+from oki_trace.llm.builtin import ensure_smollm2
+from oki_trace.settings import BUILTIN_MODEL, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model is read from: a hub id, or a folder, or a GGUF file in a folder."""
+
+    model_id: str
+    path: str
+    folder: Path | None = None
+    gguf: str | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        return self.folder is None
+
+
+def find(model_id: str, models_dir: Path | None = None, progress: Progress = silent) -> Source:
+    """Where ``model_id`` is read from; a folder that exists wins over a hub id."""
+    if not model_id.strip():
+        raise ModelError("The model's name is empty. Name a hub id, a folder, or smollm2.")
+    if model_id == BUILTIN_MODEL:
+        folder = ensure_smollm2(models_dir or Settings.from_environment().models_dir, progress)
+        return Source(model_id, str(folder), folder)
+    path = Path(model_id).expanduser()
+    if path.is_dir():
+        return Source(model_id, str(path), path)
+    if path.is_file():
+        if path.suffix.lower() == ".gguf":
+            return Source(model_id, str(path.parent), path.parent, path.name)
+        raise ModelError(
+            f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
+        )
+    if _looks_like_path(model_id):
+        raise ModelError(
+            f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "
+            "the form owner/name."
+        )
+    return Source(model_id, model_id)
+
+
+def _looks_like_path(model_id: str) -> bool:
+    """Whether this can only be meant as a path: owner/name and a bare name may be hub ids."""
+    return (
+        model_id.lower().endswith((".gguf", ".safetensors"))
+        or model_id.startswith((".", "/", "~"))
+        or "\\" in model_id
+        or model_id.count("/") > 1
+        or model_id.endswith("/")
+        or re.match(r"[A-Za-z]:", model_id) is not None
+    )
