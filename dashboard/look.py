@@ -7,7 +7,7 @@ import streamlit as st
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
-  .block-container { padding-top: 2.6rem; padding-bottom: 6rem; max-width: 1700px; }
+  .block-container { padding-top: 2.6rem; padding-bottom: 1rem; max-width: 1700px; }
   .st-key-sides > [data-testid="stHorizontalBlock"],
   .st-key-sides [data-testid="stLayoutWrapper"] > [data-testid="stHorizontalBlock"] {
     align-items: flex-start;
@@ -21,7 +21,7 @@ _STYLE = """
   }
   @media (min-width: 1151px) {
     [data-testid="stColumn"]:has(> div .st-key-panel), [data-testid="stColumn"]:has(.st-key-panel) {
-      position: sticky; top: 3.2rem; max-height: calc(100vh - 9rem); overflow-y: auto;
+      position: sticky; top: 3.2rem; max-height: calc(100vh - 10.5rem); overflow-y: auto;
       border-left: 1px solid var(--st-border-color, #8884); padding-left: 1.4rem;
     }
   }

@@ -7,6 +7,7 @@ a token stands alone, and as it is where it is part of a running text.
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,11 +20,22 @@ COLOURS: tuple[Colour, ...] = ("surprisal", "entropy", "margin", "settle layer")
 
 Json = dict[str, Any]
 
+MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+# Controls, direction marks and other spaces: nothing to see, or worse.
+INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})
+
 
 def visible(token: str) -> str:
     """A token standing alone: spaces, line ends and control characters shown."""
-    shown = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 else c for c in shown) or "∅"
+    return "".join(_shown(character) for character in token) or "∅"
+
+
+def _shown(character: str) -> str:
+    if character in MARKS:
+        return MARKS[character]
+    if unicodedata.category(character) in INVISIBLE:
+        return f"<U+{ord(character):04X}>"
+    return character
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:

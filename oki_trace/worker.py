@@ -120,11 +120,10 @@ class Worker:
         self._say("idle")
 
     def _load(self, choice: ModelChoice) -> Any:
-        from oki_trace.llm.load import load
-
         if self._loaded is None or self._loaded.requested != choice:
             self._loaded = None  # two models at once may not fit
             self._say("loading", model_id=choice.model_id, detail=f"Loading {choice.model_id}")
+            from oki_trace.llm.load import load
 
             def report(text: str, fraction: float | None) -> None:
                 self._say("loading", model_id=choice.model_id, detail=text, progress=fraction)

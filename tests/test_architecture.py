@@ -20,7 +20,7 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "__main__"},
-    {"session", "tracing", "exchange", "analysis", "llm"},
+    {"answering", "asking", "tracing", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors"},
 )
@@ -33,7 +33,8 @@ FORBIDDEN = {
     "exchange": TORCH | {"streamlit", "duckdb"},
     "analysis": TORCH | {"streamlit"},
     "tracing": {"streamlit", "duckdb"},
-    "session": {"streamlit", "duckdb"},
+    "answering": {"streamlit", "duckdb"},
+    "asking": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
     "worker": {"streamlit", "duckdb"},
     "cli": {"duckdb"},

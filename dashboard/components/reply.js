@@ -48,7 +48,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (next < 0 || next >= data.tokens.length) return;
       event.preventDefault();
       choose(next);
-      text.children[next].scrollIntoView({ block: "nearest" });
+      text.children[next].focus();
     };
     document.addEventListener("keydown", root.onkey);
   }
@@ -59,7 +59,7 @@ function draw(token, blue) {
   const node = make("span", "token");
   node.textContent = token.text;
   node.title = token.title;
-  node.tabIndex = 0;
+  node.tabIndex = -1;
   node.setAttribute("role", "option");
   if (token.mark) node.classList.add("mark");
   if (blue) node.classList.add("blue");
@@ -77,11 +77,15 @@ function mark(text, index) {
   for (const node of text.querySelectorAll(".chosen")) {
     node.classList.remove("chosen");
     node.removeAttribute("aria-selected");
+    node.tabIndex = -1;
   }
-  const node = index === null ? null : text.children[index];
-  if (node?.classList.contains("token")) {
+  // One stop for the Tab key: the chosen token, or the first.
+  const node = text.children[index ?? 0];
+  if (node && index === null) node.tabIndex = 0;
+  else if (node?.classList.contains("token")) {
     node.classList.add("chosen");
     node.setAttribute("aria-selected", "true");
+    node.tabIndex = 0;
   }
 }
 

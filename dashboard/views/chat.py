@@ -30,14 +30,18 @@ def page() -> None:
     sidebar.recent_conversations(place.conversation)
     if opened is None:
         _welcome()
+        _input(settings, None, live=False)
     else:
-        st.fragment(_view, run_every=POLL_SECONDS if live else None)(opened[0].id, live)
-    said = st.chat_input("Message the model", key="message", disabled=live or settings is None)
-    if said and settings is not None:
-        _send(said, settings, place.conversation if opened else None)
+        view = st.fragment(_view, run_every=POLL_SECONDS if live else None)
+        view(opened[0].id, settings, live)
 
 
-def _send(said: str, settings: sidebar.Settings, conversation: int | None) -> None:
+def _input(settings: sidebar.Settings | None, conversation: int | None, *, live: bool) -> None:
+    # Inside a container: at the page's root it would pin the page to its end.
+    with st.container():
+        said = st.chat_input("Message the model", key="message", disabled=live or not settings)
+    if not said or settings is None:
+        return
     choice, sampling, policy, system = settings
     try:
         conversation, reply = data.ask(Ask(said, choice, sampling, policy, system), conversation)
@@ -57,7 +61,7 @@ def _welcome() -> None:
     st.caption("The built-in SmolLM2 needs no account; the first message fetches it (93 MB).")
 
 
-def _view(conversation_id: int, was_live: bool) -> None:
+def _view(conversation_id: int, settings: sidebar.Settings | None, was_live: bool) -> None:
     opened = data.conversation(conversation_id)
     if opened is None:
         return
@@ -79,6 +83,7 @@ def _view(conversation_id: int, was_live: bool) -> None:
                 components.bubble(
                     data={"text": message.content, "label": label}, key=f"said-{message.id}"
                 )
+        _input(settings, conversation_id, live=live)
         if focus is not None:
             step_panel.reply_map(focus[0], focus[1], focus[2], _pick)
     with right, st.container(key="panel"):
@@ -114,8 +119,10 @@ def _focus(replies: list[Message]) -> Focus | None:
 
 
 def _heading(title: str) -> None:
-    with st.container(horizontal=True, vertical_alignment="center"):
-        st.text(title)
+    with st.container(
+        horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"
+    ):
+        st.text(title, width="content")
         st.segmented_control(
             "Colour the tokens by",
             shapes.COLOURS,
@@ -167,8 +174,8 @@ def _waiting(message: Message) -> None:
             else:
                 st.caption("Waiting for the reply before it…")
         elif not message.tokens:
-            loading = state is not None and state.state == "loading"
-            st.caption("Loading the model…" if loading else "Reading the prompt…")
+            begun = message.prompt_len is not None
+            st.caption("Reading the prompt…" if begun else "Loading the model…")
 
 
 def _status(message: Message, tokens: int) -> str:

@@ -9,6 +9,7 @@ and greedy tokens are its tokens.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class RawStep:
 def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
     """The settings in force for this model: what was asked, else its generation config.
 
+    A reply that samples without a seed gets one, so that it can be had again.
     Raises CaptureError when the prompt leaves no room in the model's context.
     """
     config = model.generation_config
@@ -64,7 +66,7 @@ def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation
         top_p=_either(sampling.top_p, config.top_p) if sampled else None,
         top_k=_either(sampling.top_k, config.top_k) if sampled else None,
         repetition_penalty=_either(sampling.repetition_penalty, config.repetition_penalty),
-        seed=sampling.seed if sampled else None,
+        seed=_either(sampling.seed, secrets.randbelow(2**31)) if sampled else None,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
     )
 

@@ -36,18 +36,24 @@ _WRITER = (
     "PRAGMA synchronous = NORMAL",
     # Deleting a conversation deletes all that hangs on it.
     "PRAGMA foreign_keys = ON",
+    # The inner pages of every tree stay in memory while a reply is written.
     "PRAGMA cache_size = -32768",
     # The log is given back to the disk after a reader held it open for long.
     "PRAGMA journal_size_limit = 67108864",
 )
-# 32 MB of 8 KB pages. The default of 1000 pages is a checkpoint, with its
-# fsyncs, every few tokens when each brings a few hundred KB of tensors.
-_CHECKPOINT_RARELY = "PRAGMA wal_autocheckpoint = 4096"
+# 32 MB of 4 KB pages. The default of 4 MB is a checkpoint, with its fsyncs,
+# every few tokens when each brings a few hundred KB of tensors. Larger pages
+# would be chained less, but every small row written puts a whole page into
+# the log.
+_CHECKPOINT_RARELY = "PRAGMA wal_autocheckpoint = 8192"
 # SQLite before 3.51.3 can damage a file when two connections checkpoint at
 # the same instant, so all but one process never do. (The last connection to
 # close checkpoints too, but holds the file exclusively while it does.)
 _CHECKPOINT_NEVER = "PRAGMA wal_autocheckpoint = 0"
+# Scope: the connections that read, of which there may be many.
 _READER = (
+    # Beside mode=ro, which keeps the file from being written: not even a
+    # temporary table.
     "PRAGMA query_only = ON",
     "PRAGMA cache_size = -16384",
 )

@@ -29,9 +29,6 @@ SCHEMA = len(HISTORY)
 
 APPLICATION_ID = 0x6F6B6974  # "okit"
 _SET_APPLICATION_ID = "PRAGMA application_id = 1869310324"
-# A step is three blobs of 30 to 200 KB: with 8 KB pages half as many overflow
-# pages have to be chained, written to the log and read back as with 4 KB.
-_SET_PAGE_SIZE = "PRAGMA page_size = 8192"
 
 _MAGIC = b"SQLite format 3\x00"
 _HEADER_BYTES = 100
@@ -108,7 +105,6 @@ def create_file(path: Path) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     uri = path.as_uri() + "?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
-        connection.execute(_SET_PAGE_SIZE)
         # The mark has to be in the file itself, where `is_ours` looks, so it
         # is written before the write-ahead log takes over.
         connection.execute(_SET_APPLICATION_ID)
