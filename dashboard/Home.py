@@ -18,18 +18,14 @@ look.apply()
 data.open_store()
 
 pages = {
-    "chat": st.Page(
-        chat.page, title="Chat", icon=":material/chat:", url_path="chat", default=True
-    ),
+    "chat": st.Page(chat.page, title="Chat", icon=":material/chat:", url_path="chat", default=True),
     "conversations": st.Page(
         conversations.page,
         title="Conversations",
         icon=":material/forum:",
         url_path="conversations",
     ),
-    "store": st.Page(
-        store.page, title="Store", icon=":material/database:", url_path="store"
-    ),
+    "store": st.Page(store.page, title="Store", icon=":material/database:", url_path="store"),
 }
 st.session_state["pages"] = pages
 st.navigation(list(pages.values())).run()

@@ -98,7 +98,9 @@ def scale(
 
 def hover(step: StepSummary) -> str:
     """A token's numbers in a few lines."""
-    settled = "not settled" if step.settle_layer is None else f"settled at layer {step.settle_layer}"
+    settled = (
+        "not settled" if step.settle_layer is None else f"settled at layer {step.settle_layer}"
+    )
     return (
         f"{visible(step.token)}  (id {step.token_id}, step {step.step_index})\n"
         f"prob {step.prob:.3f} · rank {step.rank}\n"

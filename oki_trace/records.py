@@ -78,7 +78,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 0, "max_new_tokens must be 0 or more")
-        _require(self.temperature is None or 0 <= self.temperature < 100, "temperature must be 0 to 100")
+        _require(
+            self.temperature is None or 0 <= self.temperature < 100, "temperature must be 0 to 100"
+        )
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1")
         _require(self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or more")
         _require(

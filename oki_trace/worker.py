@@ -112,9 +112,7 @@ class Worker:
             from oki_trace.answering import answer
 
             self._say("decoding", detail=loaded.description)
-            answer(
-                self._writer, self._reader, reply, loaded, should_stop=self._stopping.is_set
-            )
+            answer(self._writer, self._reader, reply, loaded, should_stop=self._stopping.is_set)
         except OkiTraceError as error:
             self._fail(reply, str(error))
         self._say("idle")

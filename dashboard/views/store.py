@@ -21,8 +21,6 @@ def page() -> None:
         ("Steps", f"{info.steps:,}"),
     )
     for start in (0, 3):
-        for column, (name, value) in zip(
-            st.columns(3), tiles[start : start + 3], strict=True
-        ):
+        for column, (name, value) in zip(st.columns(3), tiles[start : start + 3], strict=True):
             column.metric(name, value, border=True)
     st.caption(f"Schema {info.schema}.")

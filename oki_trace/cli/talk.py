@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
     from oki_trace.asking import Ask
 
-DEMO_TURNS = ("What is the capital of France?", "And what is it famous for? Answer in one sentence.")
+DEMO_TURNS = (
+    "What is the capital of France?",
+    "And what is it famous for? Answer in one sentence.",
+)
 
 
 def register(app: typer.Typer) -> None:

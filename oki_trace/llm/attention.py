@@ -126,5 +126,7 @@ def last_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | N
     scores = scores.reshape(-1, keys)
     if mask is not None:
         row = mask[0, :, -1, :keys]
-        scores = scores.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else scores + row
+        scores = (
+            scores.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else scores + row
+        )
     return scores.softmax(-1)

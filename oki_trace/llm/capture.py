@@ -124,7 +124,9 @@ def _layer_attention(layer: int, weights: Tensor, position: int, k: int) -> Laye
 def _tensors(raw: RawStep) -> Iterator[TensorRecord]:
     yield _record("logits", raw.logits)
     if raw.hidden:
-        yield _record("hidden_states", torch.stack([h.to(raw.hidden[0].device) for h in raw.hidden]))
+        yield _record(
+            "hidden_states", torch.stack([h.to(raw.hidden[0].device) for h in raw.hidden])
+        )
     if raw.attention:
         yield _attentions(raw)
 

@@ -89,9 +89,7 @@ def test_lens_is_the_models_own_norm_and_head_at_every_layer(traced: tuple[Any, 
     model, collector = traced
     project = tiny.final_norm_and_head(model)
     ids = prompt_ids(collector)
-    assert [lens.step_index for lens in collector.lenses] == [
-        s.step_index for s in collector.steps
-    ]
+    assert [lens.step_index for lens in collector.lenses] == [s.step_index for s in collector.steps]
     for step, lens in zip(collector.steps, collector.lenses, strict=True):
         with torch.no_grad():
             output = model(torch.tensor([ids]), output_hidden_states=True)
@@ -164,9 +162,11 @@ def test_the_check_is_kept_with_the_reply(traced: tuple[Any, Collector]) -> None
 
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model = tiny.model(family)
+    # transformers installs hooks of its own, once, when it is first asked for attentions.
+    trace(model, tiny.tokenizer())
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     implementation = model.config._attn_implementation
-    trace(model, tiny.tokenizer())
+    trace(model, tiny.tokenizer(), Sampling(TOKENS, temperature=1.0))
     after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     assert after == hooks
     assert model.config._attn_implementation == implementation
@@ -281,7 +281,9 @@ def test_a_prompt_that_leaves_no_room_is_refused_in_a_sentence() -> None:
 
 
 def test_the_reply_ends_where_the_context_does() -> None:
-    collector = trace(tiny.model("llama"), tiny.tokenizer(), Sampling(max_new_tokens=1000))
+    model = tiny.model("llama")
+    model.generation_config.eos_token_id = None
+    collector = trace(model, tiny.tokenizer(), Sampling(max_new_tokens=1000))
     assert len(prompt_ids(collector)) + len(collector.steps) == 128
 
 
