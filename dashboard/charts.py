@@ -34,5 +34,5 @@ def trajectory(lens: Lens, token: str) -> alt.Chart:
             alt.Tooltip("entropy:Q", format=".2f", title="entropy (nats)"),
         ],
     )
-    line = base.mark_line(point=alt.OverlayMarkDef(size=28, filled=True), strokeWidth=2)
+    line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=28, filled=True), strokeWidth=2)
     return line.properties(height=170)

@@ -6,8 +6,6 @@ stop, is a small write; decoding is the worker's, in a process of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import streamlit as st
 
@@ -130,10 +128,16 @@ def attentions(message: Message, index: int) -> Tensor | None:
     return _attentions(store_name(), message.id, index)
 
 
-def lens_rows(message: Message, indices: Sequence[int]) -> list[Step]:
-    """These steps with their lenses, for the reply map."""
-    found = (step(message, index) for index in indices)
-    return [one for one in found if one is not None]
+def step_range(message: Message, first: int, end: int) -> list[Step]:
+    """The steps from ``first`` up to ``end``; of a finished reply they are read once."""
+    if message.status.is_live:
+        return list(_store().iter_steps(message.id, first, end))
+    return _finished_range(store_name(), message.id, first, end)
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def _finished_range(db: str, message_id: int, first: int, end: int) -> list[Step]:
+    return list(_reader(db).iter_steps(message_id, first, end))
 
 
 def message_bytes(message: Message) -> int:
@@ -157,11 +161,11 @@ def models_used() -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def ask(request: asking.Ask, conversation_id: int | None) -> tuple[int, int]:
-    """Queue a reply and see that a worker is there: (conversation id, reply id)."""
-    ids = asking.submit(_writer(store_name()), request, conversation_id)
+def ask(request: asking.Ask, conversation_id: int | None) -> int:
+    """Queue a reply and see that a worker is there; returns the conversation's id."""
+    conversation, _ = asking.submit(_writer(store_name()), request, conversation_id)
     worker.ensure_running(store_name())
-    return ids
+    return conversation
 
 
 def stop(message: Message) -> None:

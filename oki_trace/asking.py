@@ -6,7 +6,7 @@ No model is needed to ask, nor loaded by importing this.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from oki_trace.records import (
     CapturePolicy,
@@ -29,8 +29,8 @@ class Ask:
 
     content: str
     choice: ModelChoice
-    sampling: Sampling = Sampling()
-    policy: CapturePolicy = CapturePolicy()
+    sampling: Sampling = field(default_factory=Sampling)
+    policy: CapturePolicy = field(default_factory=CapturePolicy)
     system: str | None = None
 
 

@@ -63,15 +63,17 @@ def command(port: int) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(home_page()), *flags]
 
 
-def serve(db: str, port: int | None, query: Mapping[str, str], *, open_browser: bool) -> int:
-    """Serve until interrupted; returns Streamlit's exit status. ``query`` names the first view."""
-    chosen = free_port(port)
-    url = f"http://{ADDRESS}:{chosen}/" + (f"?{urlencode(query)}" if query else "")
-    print(f"Explorer: {url}  (Ctrl-C to stop)", flush=True)
+def url_of(port: int, query: Mapping[str, str]) -> str:
+    """The explorer's address; ``query`` names the first view."""
+    return f"http://{ADDRESS}:{port}/" + (f"?{urlencode(query)}" if query else "")
+
+
+def serve(db: str, port: int, url: str, *, open_browser: bool) -> int:
+    """Serve until interrupted; returns Streamlit's exit status."""
     environment = {**os.environ, "OKI_TRACE_DB": db}
-    process = subprocess.Popen(command(chosen), env=environment)
+    process = subprocess.Popen(command(port), env=environment)
     if open_browser:
-        threading.Thread(target=_open_when_up, args=(chosen, url), daemon=True).start()
+        threading.Thread(target=_open_when_up, args=(port, url), daemon=True).start()
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -32,6 +32,8 @@ Segment = Literal["system", "user", "assistant", "template"]
 
 
 class Role(StrEnum):
+    """Who says a message."""
+
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
 import signal
 import subprocess
@@ -28,6 +29,8 @@ from oki_trace.records import Message, ModelChoice
 from oki_trace.settings import Settings
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 2.0
@@ -53,14 +56,14 @@ def ensure_running(db: str) -> None:
         return
     # Two callers may both get here; the worker that comes second finds the
     # lock taken and leaves.
-    log = path.with_suffix(".log").open("ab")
+    output = path.with_suffix(".log").open("ab")
     command = [sys.executable, "-m", "oki_trace.worker", "--db", db, "--parent", str(os.getpid())]
-    with log:
+    with output:
         subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
 
@@ -132,7 +135,7 @@ class Worker:
     def _fail(self, reply: Message, reason: str) -> None:
         if self._reader.message(reply.id).status.is_live:
             asking.fail(self._writer, reply.id, reason)
-        print(f"message {reply.id} failed: {reason}", file=sys.stderr, flush=True)
+        log.error("message %d failed: %s", reply.id, reason)
 
     def _say(self, state: str, **values: Any) -> None:
         if self._loaded is not None:
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--db", required=True)
     parser.add_argument("--parent", type=int)
     options = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     try:
         with FileLock(lock_path(options.db), blocking=False):
             worker = Worker(options.db, options.parent)

@@ -44,7 +44,7 @@ def _input(settings: sidebar.Settings | None, conversation: int | None, *, live:
         return
     choice, sampling, policy, system = settings
     try:
-        conversation, reply = data.ask(Ask(said, choice, sampling, policy, system), conversation)
+        conversation = data.ask(Ask(said, choice, sampling, policy, system), conversation)
     except OkiTraceError as error:
         st.error(str(error))
         return

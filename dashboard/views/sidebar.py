@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import streamlit as st
 
 from dashboard import address, data
-from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, WorkerState
 from oki_trace import settings as environment
+from oki_trace.errors import UsageError
+from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode, WorkerState
 
 STATES = {
     "starting": ("Starting", "orange"),
@@ -68,7 +70,7 @@ def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
         tokens = st.number_input("Most new tokens", 1, 8192, 256, key="max_new_tokens")
         tensors = st.selectbox(
             "Full tensors",
-            ["half", "exact", "none"],
+            get_args(TensorMode),
             key="tensors",
             help="half: 16-bit floats. exact: the model's own bits. none: the rows alone.",
         )

@@ -1,4 +1,4 @@
-"""One step of a reply: what was considered, where the model looked, what each layer would have said."""
+"""One step of a reply: what was considered, what was looked at, what each layer would have said."""
 
 from __future__ import annotations
 
@@ -104,18 +104,14 @@ def reply_map(
         return
     if not st.toggle("Reply map: what each layer would have said", key="show_map"):
         return
-    page = index // MAP_STEPS
-    window = [s.step_index for s in steps[page * MAP_STEPS : (page + 1) * MAP_STEPS]]
+    first = index // MAP_STEPS * MAP_STEPS
+    end = min(first + MAP_STEPS, len(steps))
     layers = range(message.capture.layers, -1, -1)
     key = "map"
     components.reply_map(
         key=key,
-        data=shapes.map_data(data.lens_rows(message, window), layers, index),
+        data=shapes.map_data(data.step_range(message, first, end), layers, index),
         on_pick_change=lambda: pick(message, st.session_state[key].pick),
     )
-    pages = -(-len(steps) // MAP_STEPS)
-    if pages > 1:
-        st.caption(
-            f"Steps {window[0] + 1} to {window[-1] + 1} of {len(steps)}: the map follows the "
-            "chosen token."
-        )
+    if len(steps) > MAP_STEPS:
+        st.caption(f"Steps {first + 1} to {end} of {len(steps)}: the map follows the chosen token.")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
+from oki_trace.cli.output import console
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +30,11 @@ def ui(
 
 def open_explorer(db: str, port: int | None, query: Mapping[str, str]) -> None:
     """Serve the explorer until interrupted; on a terminal, open the browser on it."""
-    from oki_trace.launcher import serve
+    from oki_trace.launcher import free_port, serve, url_of
     from oki_trace.store.migrate import ensure
 
     ensure(db)
-    raise typer.Exit(serve(db, port, query, open_browser=sys.stdout.isatty()))
+    chosen = free_port(port)
+    url = url_of(chosen, query)
+    console().print(f"Explorer: {url}  (Ctrl-C to stop)")
+    raise typer.Exit(serve(db, chosen, url, open_browser=sys.stdout.isatty()))

@@ -16,8 +16,8 @@ from oki_trace.errors import UsageError
 from oki_trace.records import Message, TurnEnd
 
 if TYPE_CHECKING:
-    from oki_trace.llm.load import LoadedModel
     from oki_trace.asking import Ask
+    from oki_trace.llm.load import LoadedModel
 
 DEMO_TURNS = (
     "What is the capital of France?",

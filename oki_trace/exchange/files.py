@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
         ) from error
     part = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

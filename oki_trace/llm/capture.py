@@ -204,7 +204,7 @@ def _quick_matmul() -> Iterator[None]:
     Of SmolLM2's probabilities it changes none by more than 2e-5, and it is
     three times faster where the CPU has such units; elsewhere it does nothing.
     """
-    settings: Any = torch.backends.mkldnn.matmul
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

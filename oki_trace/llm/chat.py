@@ -70,7 +70,8 @@ def _segments(
 ) -> tuple[Segment, ...]:
     """Which message each token is of, found by its place in the rendered text."""
     if offsets is None:
-        return ("template",) * length
+        nowhere: Segment = "template"
+        return (nowhere,) * length
     spans: list[tuple[int, int, Segment]] = []
     cursor = 0
     for message in messages:

@@ -199,16 +199,19 @@ class TraceReader:
             )
         return found[0]
 
-    def iter_steps(self, message_id: int) -> Iterator[Step]:
-        """Every step, a batch in memory at a time; each batch is one instant."""
-        first = 0
-        while True:
+    def iter_steps(self, message_id: int, first: int = 0, end: int | None = None) -> Iterator[Step]:
+        """The steps from ``first`` up to ``end``, a batch in memory at a time.
+
+        Each batch is one instant.
+        """
+        while end is None or first < end:
+            until = first + _BATCH if end is None else min(first + _BATCH, end)
             with self._read() as connection:
-                batch = read_steps(connection, message_id, first, first + _BATCH)
+                batch = read_steps(connection, message_id, first, until)
             yield from batch
-            if len(batch) < _BATCH:
+            if len(batch) < until - first:
                 return
-            first += _BATCH
+            first = until
 
     # ------------------------------------------------------------------ tensors
 
