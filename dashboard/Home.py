@@ -14,6 +14,7 @@ from dashboard import data, look
 from dashboard.views import chat, conversations, store
 
 st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
+st.logo(Path(__file__).with_name("logo.svg"), size="large")
 look.apply()
 data.open_store()
 

@@ -16,6 +16,12 @@ from oki_trace.records import Message, Role, Status, StepSummary
 
 POLL_SECONDS = 0.3
 
+FIRST_QUESTIONS = (
+    "What is the capital of France, and what is it famous for?",
+    "Write a short story about a lighthouse.",
+    "Name three animals that live in the sea.",
+)
+
 
 def page() -> None:
     """Draw the page."""
@@ -29,8 +35,7 @@ def page() -> None:
         st.fragment(sidebar.worker_card, run_every=1.0)()
     sidebar.recent_conversations(place.conversation)
     if opened is None:
-        _welcome()
-        _input(settings, None, live=False)
+        _welcome(settings)
     else:
         view = st.fragment(_view, run_every=POLL_SECONDS if live else None)
         view(opened[0].id, settings, live)
@@ -40,8 +45,11 @@ def _input(settings: sidebar.Settings | None, conversation: int | None, *, live:
     # Inside a container: at the page's root it would pin the page to its end.
     with st.container():
         said = st.chat_input("Message the model", key="message", disabled=live or not settings)
-    if not said or settings is None:
-        return
+    if said and settings is not None:
+        _send(said, settings, conversation)
+
+
+def _send(said: str, settings: sidebar.Settings, conversation: int | None) -> None:
     choice, sampling, policy, system = settings
     try:
         conversation = data.ask(Ask(said, choice, sampling, policy, system), conversation)
@@ -52,13 +60,23 @@ def _input(settings: sidebar.Settings | None, conversation: int | None, *, live:
     st.rerun()
 
 
-def _welcome() -> None:
-    st.title("See what your model does")
-    st.write(
-        "Ask something below. Every token of the reply can be clicked: what else was considered, "
-        "where the model looked, and what each layer would have said."
-    )
-    st.caption("The built-in SmolLM2 needs no account; the first message fetches it (93 MB).")
+def _welcome(settings: sidebar.Settings | None) -> None:
+    with st.container(key="welcome", width=760):
+        st.title("See what your model does")
+        st.write(
+            "Ask something. Every token of the reply can be clicked: what else was considered, "
+            "where the model looked, and what each layer would have said."
+        )
+        _input(settings, None, live=False)
+        st.caption("Or begin with one of these:")
+        for question in FIRST_QUESTIONS:
+            if st.button(question, icon=":material/arrow_forward:", disabled=settings is None):
+                assert settings is not None
+                _send(question, settings, None)
+        st.caption(
+            "The built-in smollm2 (SmolLM2-135M-Instruct) needs no account; the first message "
+            "fetches it, 93 MB. Everything stays on this machine."
+        )
 
 
 def _view(conversation_id: int, settings: sidebar.Settings | None, was_live: bool) -> None:

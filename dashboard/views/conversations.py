@@ -37,7 +37,7 @@ def page() -> None:
         frame,
         hide_index=True,
         on_select="rerun",
-        selection_mode="single-row",
+        selection_mode="single-cell",
         key="conversations",
         column_config={
             "id": st.column_config.NumberColumn(width="small"),
@@ -45,8 +45,9 @@ def page() -> None:
             "when": st.column_config.DatetimeColumn(format="distance"),
         },
     )
-    rows = chosen.selection.rows
-    if rows:
+    cells = chosen.selection.cells
+    if cells:
+        row = cells[0][0]
         pages = st.session_state["pages"]
-        st.switch_page(pages["chat"], query_params={"conversation": str(found[rows[0]].id)})
-    st.caption("Select a row to open it.")
+        st.switch_page(pages["chat"], query_params={"conversation": str(found[row].id)})
+    st.caption("Click a row to open it.")

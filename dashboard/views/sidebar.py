@@ -17,7 +17,7 @@ STATES = {
     "loading": ("Loading", "orange"),
     "decoding": ("Decoding", "blue"),
     "failed": ("Failed", "red"),
-    "gone": ("Not running; it starts with the next message", "gray"),
+    "gone": ("Not running", "gray"),
 }
 
 
@@ -101,12 +101,14 @@ def worker_card() -> None:
         st.badge(label, color=colour)  # type: ignore[arg-type]
         text = _detail(state)
         if text:
-            st.text(text)
+            st.caption(_plain(text))
         if state.state == "loading" and state.progress is not None:
             st.progress(min(max(state.progress, 0.0), 1.0))
 
 
 def _detail(state: WorkerState) -> str:
+    if state.state == "gone":
+        return "It starts with the next message."
     return state.detail or state.model_id or ""
 
 
@@ -120,7 +122,7 @@ def recent_conversations(current: int | None) -> None:
         with st.container(key="recent", gap=None):
             for c in found:
                 chosen = c.id == current
-                label = _plain(c.title)
+                label = _plain(c.title[:60])
                 if st.button(
                     f"**{label}**" if chosen else label,
                     key=f"open-{c.id}",
@@ -132,6 +134,6 @@ def recent_conversations(current: int | None) -> None:
                     st.rerun()
 
 
-def _plain(title: str) -> str:
-    """A title as button text, with what Markdown would read as its own escaped."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|:$<>~" else c for c in title[:40])
+def _plain(text: str) -> str:
+    """``text`` with what Markdown would read as its own escaped."""
+    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|:$<>~" else c for c in text)
