@@ -83,7 +83,15 @@ def probe_tokens(model: Any, length: int = 8) -> torch.Tensor:
     """A few valid token ids, shape (1, length), on the device of the embeddings."""
     vocab = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(3, 3 + length) * 7 % vocab
-    return ids[None].to(model.get_input_embeddings().weight.device)
+    return ids[None].to(input_device(model))
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the model wants its token ids; offloaded embeddings themselves are nowhere."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return embeddings.weight.device if execution is None else torch.device(execution)
 
 
 def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:

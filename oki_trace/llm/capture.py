@@ -8,14 +8,15 @@ are complete before the reply ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from oki_trace.llm.ahead import Ahead, shared_cores
 from oki_trace.llm.decode import RawStep, decode
 from oki_trace.llm.instrument import Instrument
 from oki_trace.llm.lens import summarize
@@ -47,8 +48,26 @@ def capture(
     """
     if generation.max_new_tokens == 0:
         return
+
+    def decoded() -> Generator[RawStep]:
+        return decode(instrument.model, instrument.probe, prompt.token_ids, generation)
+
+    if instrument.moves_weights:
+        # Weights that come and go with each call cannot serve two threads.
+        with closing(decoded()) as alone:
+            yield from _follow(alone, instrument, policy, should_stop)
+        return
+    with shared_cores() as threads, closing(Ahead(decoded, threads)) as ahead:
+        yield from _follow(ahead, instrument, policy, should_stop)
+
+
+def _follow(
+    steps: Iterator[RawStep],
+    instrument: Instrument,
+    policy: CapturePolicy,
+    should_stop: Callable[[], bool],
+) -> Iterator[tuple[Step, str | None] | Lens]:
     waiting: list[RawStep] = []
-    steps = decode(instrument.model, instrument.probe, prompt.token_ids, generation)
     try:
         for raw in steps:
             waiting.append(raw)
@@ -56,14 +75,14 @@ def capture(
             yield _step(raw, instrument, policy), "stopped" if stopped else raw.finished
             if stopped:
                 break
-            if len(waiting) == LENS_BATCH:
+            # Steps first: a token is on screen before anyone computes its lens.
+            late = isinstance(steps, Ahead) and steps.waiting
+            if len(waiting) >= LENS_BATCH and not late:
                 yield from _lenses(waiting, instrument, policy)
                 waiting.clear()
     except Exception:
         yield from _lenses(waiting, instrument, policy)
         raise
-    finally:
-        steps.close()
     yield from _lenses(waiting, instrument, policy)
 
 
@@ -166,8 +185,7 @@ def _lenses(
     layers = instrument.anatomy.layers
     device = steps[0].hidden[-1].device
     streams = torch.stack([h.to(device) for raw in steps for h in raw.hidden[:layers]])
-    with _quick_matmul():
-        projected = instrument.lens.project(streams)
+    projected = instrument.lens.project(streams)
     for raw, inner in zip(steps, projected.split(layers), strict=True):
         own = raw.logits.float().to(inner.device)
         yield _lens(raw, inner, own, instrument.vocabulary, policy.topk_lens)
@@ -195,19 +213,3 @@ def _lens(raw: RawStep, inner: Tensor, own: Tensor, vocabulary: Vocabulary, k: i
 
 def _texts(vocabulary: Vocabulary, ids: Any) -> tuple[str, ...]:
     return tuple(vocabulary.text(i) for i in ids.tolist())
-
-
-@contextmanager
-def _quick_matmul() -> Iterator[None]:
-    """Let fp32 products on the CPU use bf16 units, fp32 in and out, for the lens alone.
-
-    Of SmolLM2's probabilities it changes none by more than 2e-5, and it is
-    three times faster where the CPU has such units; elsewhere it does nothing.
-    """
-    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before

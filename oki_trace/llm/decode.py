@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.anatomy import input_device
 from oki_trace.llm.probe import Probe
 from oki_trace.records import Generation, Sampling
 
@@ -89,8 +90,7 @@ def decode(
     Close the iterator to stop early. Raises CaptureError on NaN or infinite
     logits.
     """
-    device = model.get_input_embeddings().weight.device
-    input_ids = torch.tensor([prompt_ids], device=device)
+    input_ids = torch.tensor([prompt_ids], device=input_device(model))
     settings = {
         name: value
         for name, value in (

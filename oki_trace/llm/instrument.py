@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oki_trace.llm.anatomy import Anatomy, dissect
+from oki_trace.llm.anatomy import Anatomy, dissect, input_device
 from oki_trace.llm.attention import AttentionTap, Rows
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
@@ -47,6 +47,11 @@ class Instrument:
     attention_check: float | None
     provenance: str
 
+    @property
+    def moves_weights(self) -> bool:
+        """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
+        return any(hasattr(module, "_hf_hook") for module in self.model.modules())
+
     def report(self, policy: CapturePolicy) -> CaptureReport:
         """What a reply traced under ``policy`` will hold."""
         parameter = self.model.get_input_embeddings().weight
@@ -55,7 +60,7 @@ class Instrument:
             layers=self.anatomy.layers,
             width=int(parameter.shape[-1]),
             dtype=str(self.model.dtype).removeprefix("torch."),
-            device=str(parameter.device),
+            device=str(input_device(self.model)),
             quantization=_quantization(self.model),
             evidence_provenance=self.provenance,
             attention_layers=self.attention_layers,

@@ -3,8 +3,10 @@
 Logit Lens: nostalgebraist, "interpreting GPT: the logit lens" (2020). The
 hidden state of every layer goes through *the model's own* final norm and head,
 whatever they are called and whatever comes after them (softcap, scale, bias):
-the tail found by ``anatomy.py`` is replayed on it, the result is put in place
-of the trunk's output, and the model's own outer forward does the rest.
+the tail found by ``anatomy.py`` is replayed on it, and the model's own outer
+forward does the rest, on a shell of the model in which a stand-in returns that
+result in the trunk's place. The shell shares every weight, and the model itself
+is not touched: it may decode at the same time.
 
 A comparison with the model's own logits decides, once per load, whether the
 lens may be shown at all.
@@ -12,8 +14,7 @@ lens may be shown at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,14 +38,19 @@ class LensCheck:
 
 
 class LogitLens:
-    """Projects residual streams to logits through the model's own tail and head."""
+    """Projects residual streams to logits through the model's own tail and head.
+
+    It may be used while the model runs in another thread, but from one thread.
+    """
 
     def __init__(self, anatomy: Anatomy) -> None:
-        self._model: Any = anatomy.model
-        self._trunk = anatomy.trunk
         self._tail = anatomy.tail
         self._output = anatomy.trunk_output
         self._ids = anatomy.probe_ids[:, :1]
+        self._stand_in = _StandIn()
+        self._shell: Any = None
+        if anatomy.trunk is not None:
+            self._shell = _shell(anatomy.model, anatomy.trunk, self._stand_in)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -53,12 +59,10 @@ class LogitLens:
         for module in self._tail:
             rows = module(rows)
             rows = rows[0] if isinstance(rows, tuple) else rows
-        assert self._trunk is not None
-        with _returning(self._trunk, _with_last_hidden_state(self._output, rows)):
-            output = self._model(
-                input_ids=self._ids.expand(1, hidden.shape[0]), use_cache=False, return_dict=True
-            )
-        logits: Tensor = output.logits[0]
+        self._stand_in.value = _with_last_hidden_state(self._output, rows)
+        ids = self._ids.expand(1, hidden.shape[0])
+        logits: Tensor = self._shell(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        self._stand_in.value = None
         return logits.float()
 
     def check(self, last_block: Tensor, logits: Tensor) -> LensCheck:
@@ -67,7 +71,7 @@ class LogitLens:
         ``last_block`` (rows, width) is what the last block put out, ``logits``
         (rows, vocab) what the model made of it.
         """
-        if self._trunk is None:
+        if self._shell is None:
             return LensCheck(None, "the model runs its blocks itself, so its head stands not apart")
         try:
             projected = self.project(last_block)
@@ -99,19 +103,30 @@ def _with_last_hidden_state(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
-@contextmanager
-def _returning(module: nn.Module, value: Any) -> Iterator[None]:
-    """Let ``module`` return ``value``, whatever it is called with."""
-    # Offloading libraries wrap forward on the instance: put back what was there.
-    wrapped = module.__dict__.get("forward")
-    module.forward = lambda *args, **kwargs: value
-    try:
-        yield
-    finally:
-        if wrapped is None:
-            del module.forward
-        else:
-            module.forward = wrapped
+class _StandIn(nn.Module):
+    """Takes the trunk's place in the shell: returns ``value``, whatever it is called with."""
+
+    value: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.value
+
+
+def _shell(model: nn.Module, trunk: nn.Module, stand_in: nn.Module) -> nn.Module:
+    """A copy of the modules from the model down to the trunk, which is replaced.
+
+    All else is shared, so no weight is held twice.
+    """
+    copied = copy.copy(model)
+    copied._modules = dict(model._modules)
+    # Offloading libraries put a forward bound to the original onto it.
+    copied.__dict__.pop("forward", None)
+    for name, child in model._modules.items():
+        if child is trunk:
+            copied._modules[name] = stand_in
+        elif child is not None and any(m is trunk for m in child.modules()):
+            copied._modules[name] = _shell(child, trunk, stand_in)
+    return copied
 
 
 @dataclass(frozen=True)
@@ -139,22 +154,33 @@ def summarize(logits: Tensor, own: Tensor, chosen_id: int, k: int) -> Distributi
     more likely than the chosen one, plus one.
     """
     top_logits, top_ids = logits.topk(min(k, logits.shape[-1]))
-    lse = logits.logsumexp(-1)
-    probs = (logits - lse[:, None]).exp_()
-    # -inf logits are tokens the model rules out: 0 · -inf counts as 0 here.
-    entropy = lse - torch.nansum(probs * logits, -1)
-    chosen = logits[:, chosen_id]
-    rank = (logits > chosen[:, None]).sum(-1) + 1
+    probs = logits.softmax(-1)
+    top_probs = probs.gather(-1, top_ids)
+    # Cheaper than a second pass over the vocabulary, and as exact.
+    lse = top_logits[:, 0] - top_probs[:, 0].log()
+    own_probs = own.softmax(-1)
     own_lse = own.logsumexp(-1)
-    own_probs = (own - own_lse).exp()
-    cross = torch.nansum(own_probs * logits, -1) - lse
-    own_entropy = own_lse - torch.nansum(own_probs * own)
+    mean_logit, own_mean, cross = (
+        _expectation(probs, logits),
+        _expectation(own_probs, own),
+        _expectation(own_probs, logits),
+    )
+    chosen = logits[:, chosen_id]
+    ahead = (logits > chosen[:, None]).view(torch.uint8).sum(-1, dtype=torch.int32)
     return Distribution(
         token_ids=top_ids.cpu(),
         logits=top_logits.cpu(),
-        probs=(top_logits - lse[:, None]).exp().cpu(),
-        entropy=entropy.clamp_min(0).cpu(),
-        chosen_rank=rank.cpu(),
+        probs=top_probs.cpu(),
+        entropy=(lse - mean_logit).clamp_min(0).cpu(),
+        chosen_rank=ahead.long().cpu() + 1,
         chosen_prob=(chosen - lse).exp().cpu(),
-        kl=(-cross - own_entropy).clamp_min(0).cpu(),
+        kl=(lse - cross - (own_lse - own_mean)).clamp_min(0).cpu(),
     )
+
+
+def _expectation(probs: Tensor, logits: Tensor) -> Tensor:
+    """Σ p · logit over the vocabulary, where 0 · -inf, a token ruled out, counts as 0."""
+    found = (probs * logits).sum(-1)
+    if torch.isnan(found).any():
+        found = torch.nansum(probs * logits, -1)
+    return found

@@ -2,7 +2,8 @@
 
 A tokenizer's ``decode([id])`` is lossy: half a UTF-8 character becomes U+FFFD
 and SentencePiece drops a leading space. Here every id keeps its own bytes, so
-that the bytes of a reply's tokens, joined, are the reply.
+that the bytes of a text's tokens, joined, are the text (SentencePiece puts a
+space before it, which is then there too).
 """
 
 from __future__ import annotations
@@ -76,8 +77,12 @@ class Vocabulary:
         return piece if isinstance(piece, str) else None
 
     def _encode(self, token_id: int) -> bytes:
-        if token_id in self._added:
-            return str(self._added[token_id].content).encode()
+        added = self._added.get(token_id)
+        if added is not None:
+            content = str(added.content)
+            # Gemma adds its runs of spaces to the vocabulary: decoded like any other piece.
+            spaced = self._scheme == "sentencepiece" and not self.is_special(token_id)
+            return (content.replace("▁", " ") if spaced else content).encode()
         piece = self._piece(token_id)
         if piece is None:
             return b""
@@ -121,8 +126,9 @@ def _decoder_kinds(state: dict[str, Any]) -> set[str]:
 class TextStream:
     """Turns token ids into text as they come, emitting a character only when it is whole.
 
-    The pieces joined equal ``tokenizer.decode(ids, skip_special_tokens=True)``.
-    Only the last few tokens are decoded again at each step.
+    The pieces joined and ``rest()`` are ``finish()``, which is
+    ``tokenizer.decode(ids, skip_special_tokens=True)`` with no space tidied
+    away. Only the last few tokens are decoded again at each step.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -130,6 +136,7 @@ class TextStream:
         self._ids: list[int] = []
         self._start = 0
         self._read = 0
+        self._given = 0
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that has become whole with it, perhaps none."""
@@ -139,7 +146,13 @@ class TextStream:
         if now.endswith("\N{REPLACEMENT CHARACTER}") or len(now) <= len(before):
             return ""
         self._start, self._read = self._read, len(self._ids)
-        return now[len(before) :]
+        piece = now[len(before) :]
+        self._given += len(piece)
+        return piece
+
+    def rest(self) -> str:
+        """What ``push`` has held back: the beginning of a character that was never finished."""
+        return self.finish()[self._given :]
 
     def finish(self) -> str:
         """The whole text, and the only place where an unfinished character shows."""

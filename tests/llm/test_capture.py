@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -328,3 +329,21 @@ def test_smollm2_is_traced_exactly(smollm2: tuple[Any, Any]) -> None:
                 row = model.lm_head(model.model.norm(output.hidden_states[layer][0, at]))
             probs = row.softmax(-1)
             assert lens.probs[layer] == pytest.approx(probs.topk(5).values.numpy(), abs=2e-3)
+
+
+def test_weights_offloaded_to_disk_are_traced_the_same(tmp_path: Path) -> None:
+    from accelerate import disk_offload
+
+    expected = trace(tiny.model("llama"), tiny.tokenizer())
+    model = tiny.model("llama")
+    disk_offload(model, str(tmp_path), execution_device=torch.device("cpu"))
+    offloaded = trace(model, tiny.tokenizer())
+    assert [s.token_id for s in offloaded.steps] == [s.token_id for s in expected.steps]
+    for one, other in zip(offloaded.lenses, expected.lenses, strict=True):
+        assert one.probs == pytest.approx(other.probs, abs=1e-5)
+
+
+def test_torch_may_use_as_many_threads_after_a_turn_as_before() -> None:
+    before = torch.get_num_threads()
+    trace(tiny.model("llama"), tiny.tokenizer())
+    assert torch.get_num_threads() == before
