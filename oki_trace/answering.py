@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from oki_trace.asking import history
-from oki_trace.llm.instrument import instrument
 from oki_trace.llm.load import LoadedModel
 from oki_trace.records import Message, TurnEnd
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.recorder import Recorder
 from oki_trace.store.writer import TraceWriter
-from oki_trace.tracing import never, trace_turn
+from oki_trace.tracing import never, prepare, trace_turn
 
 
 def answer(
@@ -35,7 +34,7 @@ def answer(
     assert reply.sampling is not None and reply.policy is not None
     recorder = Recorder(writer, reply.id)
     return trace_turn(
-        instrument(loaded.model, loaded.tokenizer),
+        prepare(loaded.model, loaded.tokenizer, [recorder]),
         loaded.model_id,
         history(reader.messages(reply.conversation_id), reply.id),
         reply.sampling,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import trace_object
-from oki_trace.llm.instrument import instrument
 from oki_trace.llm.load import load_model_and_tokenizer
 from oki_trace.records import (
     CapturePolicy,
@@ -20,7 +20,7 @@ from oki_trace.records import (
     Step,
     TensorMode,
 )
-from oki_trace.tracing import Collector, Sink, trace_turn
+from oki_trace.tracing import Collector, Sink, prepare, trace_turn
 
 
 def run_traced(
@@ -38,7 +38,7 @@ def run_traced(
     top_k: int | None = None,
     repetition_penalty: float | None = None,
     seed: int | None = None,
-    db: str | None = None,
+    db: str | os.PathLike[str] | None = None,
     tensors: TensorMode = "half",
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
@@ -52,7 +52,7 @@ def run_traced(
     """
     turns = _turns(prompt, messages)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors if db else "none")
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, "none" if db is None else tensors)
     if (model is None) != (tokenizer is None):
         raise UsageError("Give both model and tokenizer, or neither.")
     if model is None:
@@ -60,15 +60,14 @@ def run_traced(
     model_id = str(getattr(model, "name_or_path", "") or type(model).__name__)
     collector = Collector()
 
-    def trace(*sinks: Sink) -> None:
-        trace_turn(
-            instrument(model, tokenizer), model_id, turns, sampling, policy, [collector, *sinks]
-        )
+    def trace(*more: Sink) -> None:
+        sinks = [collector, *more]
+        trace_turn(prepare(model, tokenizer, sinks), model_id, turns, sampling, policy, sinks)
 
     if db is None:
         trace()
     else:
-        _trace_into(db, model_id, turns, sampling, policy, trace)
+        _trace_into(os.fspath(db), model_id, turns, sampling, policy, trace)
     return _result(collector, turns)
 
 
@@ -77,14 +76,18 @@ def _turns(
 ) -> tuple[ChatMessage, ...]:
     if (prompt is None) == (messages is None):
         raise UsageError("Give exactly one of prompt and messages.")
-    if prompt is not None:
-        return (ChatMessage(Role.USER, prompt),)
+    given = messages if prompt is None else [{"role": Role.USER, "content": prompt}]
     try:
-        return tuple(ChatMessage(Role(m["role"]), str(m["content"])) for m in messages or ())
+        turns = tuple(ChatMessage(Role(m["role"]), m["content"]) for m in given or ())
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(
             "Each message needs a role (system, user or assistant) and a content."
         ) from error
+    if not turns:
+        raise UsageError("There are no messages. Give at least one, or a prompt.")
+    if not all(isinstance(turn.content, str) for turn in turns):
+        raise UsageError("What is said has to be a string: give the prompt, or each content, so.")
+    return turns
 
 
 def _trace_into(
@@ -93,7 +96,7 @@ def _trace_into(
     turns: Sequence[ChatMessage],
     sampling: Sampling,
     policy: CapturePolicy,
-    trace: Any,
+    trace: Callable[..., None],
 ) -> None:
     # Imported here: a trace that is not kept needs no store.
     from oki_trace.asking import title_of

@@ -61,13 +61,20 @@ def title_of(content: str) -> str:
 
 
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
-    """What the model is given for this reply: all that was said before it."""
-    before = []
+    """What the model is given for this reply: all that was said before it.
+
+    A question whose reply came to nothing is left out with it. It may be the
+    very reason (too long for the model), and many chat templates refuse two
+    user messages in a row.
+    """
+    before: list[ChatMessage] = []
     for message in messages:
         if message.id == reply_id:
             break
         if message.role is not Role.ASSISTANT or message.content:
             before.append(ChatMessage(message.role, message.content))
+        elif before and before[-1].role is Role.USER:
+            before.pop()
     return before
 
 

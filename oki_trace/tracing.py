@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture import capture
 from oki_trace.llm.chat import render
 from oki_trace.llm.decode import generation_of
-from oki_trace.llm.instrument import Instrument
+from oki_trace.llm.instrument import Instrument, instrument
 from oki_trace.llm.vocabulary import TextStream
 from oki_trace.records import (
     CapturePolicy,
@@ -67,8 +68,22 @@ def never() -> bool:
     return False
 
 
+def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
+    """The model's instrument; the sinks of the reply it is for are told when there is none.
+
+    Raises CaptureError for a model that cannot be traced.
+    """
+
+    def end(status: Status, reason: str) -> None:
+        for sink in sinks:
+            sink.end(TurnEnd(status, "", reason, 0.0))
+
+    with _ending(end):
+        return instrument(model, tokenizer)
+
+
 def trace_turn(
-    instrument: Instrument,
+    made: Instrument,
     model_id: str,
     messages: Sequence[ChatMessage],
     sampling: Sampling,
@@ -81,28 +96,35 @@ def trace_turn(
     """Decode the assistant's next message and hand every step to the sinks.
 
     ``should_stop`` is asked after every step; ``on_text`` gets the reply's
-    text in whole characters. Raises CaptureError, with the sinks told, when
-    the turn fails; everything decoded until then has been handed over.
+    text in whole characters, what is left of one at the end. Raises
+    CaptureError, with the sinks told, when the turn fails; everything decoded
+    until then has been handed over.
     """
-    turn = _Turn(instrument, sinks, on_text)
+    turn = _Turn(made.tokenizer, sinks, on_text)
+    with _ending(turn.end):
+        prompt = render(made.tokenizer, messages, made.vocabulary)
+        generation = generation_of(made.model, sampling, len(prompt))
+        turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
+        turn.follow(capture(made, prompt, generation, policy, should_stop))
+    stopped = turn.reason == "stopped"
+    return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+@contextmanager
+def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
+    """End the reply with the reason when the body raises; what goes on is an OkiTraceError."""
     try:
-        prompt = render(instrument.tokenizer, messages, instrument.vocabulary)
-        generation = generation_of(instrument.model, sampling, len(prompt))
-        report = instrument.report(policy)
-        turn.start(TurnStart(model_id, prompt, generation, report))
-        turn.follow(capture(instrument, prompt, generation, policy, should_stop))
+        yield
     except OkiTraceError as error:
-        turn.end(Status.FAILED, str(error))
+        end(Status.FAILED, str(error))
         raise
     except Exception as error:
         reason = _explain(error)
-        turn.end(Status.FAILED, reason)
+        end(Status.FAILED, reason)
         raise CaptureError(reason) from error
     except BaseException:
-        turn.end(Status.STOPPED, "interrupted by the user")
+        end(Status.STOPPED, "interrupted by the user")
         raise
-    stopped = turn.reason == "stopped"
-    return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
 
 def _explain(error: Exception) -> str:
@@ -110,20 +132,18 @@ def _explain(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, MemoryError) or "memory" in lines[0].lower():
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
-    return f"Decoding failed: {type(error).__name__}: {lines[0][:300]}"
+    what = f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
+    return f"The model failed ({what}). Run it with --debug to see where, or try another model."
 
 
 class _Turn:
     """The reply so far: what its end will say."""
 
     def __init__(
-        self,
-        instrument: Instrument,
-        sinks: Sequence[Sink],
-        on_text: Callable[[str], None] | None,
+        self, tokenizer: Any, sinks: Sequence[Sink], on_text: Callable[[str], None] | None
     ) -> None:
         self._sinks = sinks
-        self._stream = TextStream(instrument.tokenizer)
+        self._stream = TextStream(tokenizer)
         self._on_text = on_text
         self._began = time.perf_counter()
         self.reason = "token limit"
@@ -151,4 +171,6 @@ class _Turn:
         end = TurnEnd(status, self._stream.finish(), reason, seconds)
         for sink in self._sinks:
             sink.end(end)
+        if self._on_text and (rest := self._stream.rest()):
+            self._on_text(rest)
         return end

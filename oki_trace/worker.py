@@ -4,7 +4,8 @@ Pages ask through the store: a queued reply is the request, its steps are the
 answer, a stop is a flag on it. So a page may be reloaded, closed or opened
 twice while a reply is decoded, and nothing of it is lost. One worker serves
 one store on a machine; it leaves when the explorer that started it is gone and
-no reply is waiting.
+no reply is waiting. Nothing that a model or a request does ends it: the reply
+fails with the reason, and the next one is served.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 
 from oki_trace import asking
-from oki_trace.errors import OkiTraceError
+from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.records import Message, ModelChoice
 from oki_trace.settings import Settings
+from oki_trace.store import identity
+from oki_trace.store.owner import is_dead, this_process
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
@@ -36,42 +39,56 @@ POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 2.0
 
 
+# The workers this process has started, by store. One that has ended is reaped here.
+_started: dict[Path, subprocess.Popen[bytes]] = {}
+
+
 def lock_path(db: str) -> Path:
-    """The file whose lock the worker of this store holds."""
-    folder = Settings.from_environment().data_dir
-    return folder / f"worker-{hashlib.sha256(db.encode()).hexdigest()[:12]}.lock"
+    """The file whose lock the worker of this store holds; its log stands beside it.
+
+    Beside the store, so that all who use one meet, from whatever folder.
+    """
+    url = identity.address(db)
+    path = identity.file_of(url)
+    if path is not None:
+        return path.with_name(path.name + ".worker.lock")
+    folder = Settings.from_environment().data_dir.absolute()
+    return folder / f"worker-{hashlib.sha256(str(url).encode()).hexdigest()[:12]}.lock"
 
 
 def ensure_running(db: str) -> None:
-    """Start a worker for this store unless one holds its lock; returns at once.
+    """Start a worker for this store unless it has one; returns at once.
 
     The worker belongs to the calling process and follows it when it ends.
     """
     path = lock_path(db)
+    mine = _started.get(path)
+    if mine is not None and mine.poll() is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path, blocking=False):
+        with FileLock(path, blocking=False, mode=0o600):
             pass
     except Timeout:
         return
-    # Two callers may both get here; the worker that comes second finds the
+    # Two processes may both get here; the worker that comes second finds the
     # lock taken and leaves.
-    output = path.with_suffix(".log").open("ab")
-    command = [sys.executable, "-m", "oki_trace.worker", "--db", db, "--parent", str(os.getpid())]
-    with output:
-        subprocess.Popen(
-            command,
+    with path.with_suffix(".log").open("ab") as output:
+        _started[path] = subprocess.Popen(
+            [sys.executable, "-m", "oki_trace.worker", "--parent", str(this_process())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
+            # Not an argument: an address may hold a password, and arguments are for all to see.
+            env={**os.environ, "OKI_TRACE_DB": db},
         )
 
 
 class Worker:
     """Answers the queued replies of one store, one after another."""
 
-    def __init__(self, db: str, parent: int | None) -> None:
+    def __init__(self, db: str, parent: str | None) -> None:
         self._writer = TraceWriter(db)
         self._reader = TraceReader(db)
         self._parent = parent
@@ -91,7 +108,7 @@ class Worker:
                 self._serve(self._reader.message(reply_id))
                 continue
             seen = version
-            if self._parent is not None and not psutil.pid_exists(self._parent):
+            if self._parent is not None and is_dead(self._parent):
                 return
             self._stopping.wait(POLL_SECONDS)
             idle_for += POLL_SECONDS
@@ -118,6 +135,9 @@ class Worker:
             answer(self._writer, self._reader, reply, loaded, should_stop=self._stopping.is_set)
         except OkiTraceError as error:
             self._fail(reply, str(error))
+        except Exception as error:
+            log.exception("a fault of oki-trace")
+            self._fail(reply, f"This is a fault of oki-trace ({type(error).__name__}: {error}).")
         self._say("idle")
 
     def _load(self, choice: ModelChoice) -> Any:
@@ -133,9 +153,11 @@ class Worker:
         return self._loaded
 
     def _fail(self, reply: Message, reason: str) -> None:
-        if self._reader.message(reply.id).status.is_live:
-            asking.fail(self._writer, reply.id, reason)
         log.error("message %d failed: %s", reply.id, reason)
+        # It may have been deleted meanwhile, and that may be why.
+        with suppress(NotFound):
+            if self._reader.message(reply.id).status.is_live:
+                asking.fail(self._writer, reply.id, reason)
 
     def _say(self, state: str, **values: Any) -> None:
         if self._loaded is not None:
@@ -147,13 +169,13 @@ class Worker:
 def main() -> None:
     """``python -m oki_trace.worker``: started by the explorer, not by hand."""
     parser = argparse.ArgumentParser(prog="oki_trace.worker", description=main.__doc__)
-    parser.add_argument("--db", required=True)
-    parser.add_argument("--parent", type=int)
-    options = parser.parse_args()
+    parser.add_argument("--parent", help="The process it follows, as store.owner names it.")
+    parent = parser.parse_args().parent
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
+    db = Settings.from_environment().db
     try:
-        with FileLock(lock_path(options.db), blocking=False):
-            worker = Worker(options.db, options.parent)
+        with FileLock(lock_path(db), blocking=False, mode=0o600):
+            worker = Worker(db, parent)
             signal.signal(signal.SIGTERM, lambda number, frame: worker.stop())
             try:
                 worker.run()

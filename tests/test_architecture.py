@@ -19,7 +19,7 @@ PACKAGE = ROOT / "oki_trace"
 
 # The higher may import the lower, never the other way round.
 ORDER = (
-    {"cli", "worker", "dashboard", "launcher", "api", "__main__"},
+    {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
     {"answering", "asking", "tracing", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors"},

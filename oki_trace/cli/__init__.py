@@ -1,11 +1,12 @@
 """The command line: arguments in, sentences and tables out; the work is elsewhere.
 
 Exit status 0: done. 1: the work failed, one line on stderr names the fix.
-2: wrong usage.
+2: wrong usage. 130: Ctrl-C (143: SIGTERM); what was decoded until then is kept.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -18,16 +19,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from oki_trace.cli.output import complain
     from oki_trace.errors import OkiTraceError, UsageError
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = DEBUG in given
+    given, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    _take_any_text()
     try:
-        app([argument for argument in given if argument != DEBUG], prog_name="oki-trace")
+        app(given, prog_name="oki-trace")
     except OkiTraceError as error:
         if debug:
             raise
         complain(str(error))
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
-    except BrokenPipeError:
-        # The reader of our output went away (``| head``): nothing more to say.
-        sys.stderr.close()
-        raise SystemExit(0) from None
+    except Exception as error:
+        if debug:
+            raise
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        complain(f"This is a fault of oki-trace ({what}). Report it, with what --debug shows.")
+        raise SystemExit(1) from None
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments less ``--debug``, and whether it was there; after ``--`` it is text."""
+    options = arguments.index("--") if "--" in arguments else len(arguments)
+    before, after = arguments[:options], arguments[options:]
+    return [argument for argument in before if argument != DEBUG] + after, DEBUG in before
+
+
+def _take_any_text() -> None:
+    """No text from outside ends a command: what an encoding cannot hold is escaped or replaced."""
+    for stream, errors in (
+        (sys.stdin, "replace"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from oki_trace.cli import browse, explorer, export, store, talk
+from oki_trace.cli import bench, browse, explorer, export, store, talk
+
+
+class _Commands(TyperGroup):
+    """All commands. When the reader of their output goes away (``| head``), they just end."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            # What is still buffered goes nowhere, and no complaint is made of it at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="See what a local language model does at every step and every layer.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -34,9 +54,12 @@ def root(
 ) -> None:
     """See what a local language model does at every step and every layer.
 
-    Every command takes --debug, which shows tracebacks.
+    Every command takes --debug, which shows tracebacks. Exit status: 0 done,
+    1 the work failed, 2 wrong usage, 130 ended by Ctrl-C.
+
+    Example: oki-trace demo
     """
 
 
-for _module in (talk, browse, export, store, explorer):
+for _module in (talk, browse, export, store, explorer, bench):
     _module.register(app)

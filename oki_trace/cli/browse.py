@@ -106,11 +106,12 @@ def _show_messages(reader: TraceReader, messages: list[Message]) -> None:
     for message in messages:
         out.print()
         out.print(Text(f"{message.role} · message {message.id}", style="bold"))
-        if message.role is not Role.ASSISTANT:
-            out.print(Text(inert(message.content)))
-            continue
-        out.print(Text(_headline(message), style="dim"))
-        _print_steps(out, list(reader.iter_steps(message.id)))
+        if message.content:
+            # Written as it is: wrapping would put line ends into it.
+            out.print(Text(inert(message.content)), soft_wrap=True)
+        if message.role is Role.ASSISTANT:
+            out.print(Text(_headline(message), style="dim"))
+            _print_steps(out, list(reader.iter_steps(message.id)))
 
 
 def _headline(message: Message) -> str:

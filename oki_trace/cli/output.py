@@ -22,7 +22,13 @@ def console() -> Console:
     """Standard output; colours only on a terminal."""
     # A pipe has no width: nothing is cut for the program that reads it.
     width = None if sys.stdout.isatty() else 10_000
-    return Console(highlight=False, width=width)
+    return _Console(highlight=False, width=width)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Left to the one place that handles it for every command."""
+        raise BrokenPipeError
 
 
 def complain(sentence: str) -> None:

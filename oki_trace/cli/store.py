@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import typer
+from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import console, inert, print_json, size, table
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command()(migrate)
 
 
-def migrate(db: options.Db = None) -> None:
+def migrate(db: options.Db = None, json: options.Json = False) -> None:
     """Create the store, or bring it to this version's schema after a backup.
 
     Example: oki-trace migrate --db data/oki_trace.db
@@ -27,8 +28,11 @@ def migrate(db: options.Db = None) -> None:
     before = schema.current(where)
     schema.ensure(where)
     after = schema.current(where)
-    verb = "is up to date" if before == after else "was created" if before is None else "upgraded"
-    console().print(f"{inert(where)} {verb} (schema {after}).")
+    if json:
+        print_json({"store": where, "before": before, "schema": after})
+        return
+    done = "is up to date" if before == after else "created" if before is None else "upgraded"
+    console().print(Text(f"{inert(where, keep='')} {done} (schema {after})."))
 
 
 def info(db: options.Db = None, json: options.Json = False) -> None:
@@ -49,7 +53,7 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
     rows = table("", "")
     rows.show_header = False
     for name, value in (
-        ("store", inert(found.url)),
+        ("store", inert(found.url, keep="")),
         ("schema", found.schema),
         ("size", size(found.bytes)),
         ("  of it full tensors", size(found.tensor_bytes)),
@@ -57,8 +61,8 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
         ("conversations", f"{found.conversations:,}"),
         ("messages", f"{found.messages:,}"),
         ("steps", f"{found.steps:,}"),
-        ("default model", inert(Settings.from_environment().model_id)),
+        ("default model", inert(Settings.from_environment().model_id, keep="")),
         ("oki-trace", __version__),
     ):
-        rows.add_row(f"[dim]{name}[/]", value)
+        rows.add_row(Text(name, style="dim"), Text(value))
     console().print(rows)

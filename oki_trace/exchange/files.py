@@ -16,21 +16,22 @@ from oki_trace.errors import ExchangeError
 def replacing(path: Path) -> Iterator[TextIO]:
     """Write beside ``path``, sync, and rename over it; on an error nothing is left.
 
-    Raises ExchangeError when the folder cannot be written.
+    Raises ExchangeError when it cannot be written there.
     """
+    part: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise ExchangeError(
-            f"Cannot write to {path.parent}: {error.strerror}. Choose another --output."
-        ) from error
-    part = Path(name)
-    try:
+        part = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise ExchangeError(
+                f"Cannot write {path}: {error.strerror or error}. Choose another --output."
+            ) from error
         raise

@@ -7,12 +7,13 @@ Shape: ``{"format": "oki-trace", "version": 2, "conversation": {…},
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, TextIO
 
+from oki_trace.asking import history
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import FORMAT, VERSION, trace_object
-from oki_trace.records import ChatMessage, Message, Role
+from oki_trace.records import Message, Role
 from oki_trace.store.reader import TraceReader
 
 
@@ -21,21 +22,30 @@ def write_conversation(
 ) -> None:
     """Write the whole conversation, or the trace object of one of its replies.
 
-    Raises NotFound for a conversation or message that is not there.
+    What is written was true at one instant, while replies go on too. Raises
+    NotFound for a conversation or message that is not there.
     """
-    if message_id is None:
-        file.write("".join(_encode(conversation_object(reader, conversation_id))))
-    else:
-        messages = reader.messages(conversation_id)
-        chosen = next((m for m in messages if m.id == message_id), None)
-        trace = chosen and trace_of(reader, messages, chosen)
-        if not trace:
-            raise NotFound(
-                f"Conversation {conversation_id} has no traced message {message_id}. "
-                f"See: oki-trace show {conversation_id}"
-            )
-        file.write("".join(_encode(trace)))
+    with reader.snapshot() as instant:
+        if message_id is None:
+            document = conversation_object(instant, conversation_id)
+        else:
+            document = _one_trace(instant, conversation_id, message_id)
+    # ASCII, so that it is the same in every encoding and inert in a terminal.
+    encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, indent=1)
+    file.writelines(encoder.iterencode(document))
     file.write("\n")
+
+
+def _one_trace(reader: TraceReader, conversation_id: int, message_id: int) -> dict[str, Any]:
+    messages = reader.messages(conversation_id)
+    chosen = next((m for m in messages if m.id == message_id), None)
+    trace = chosen and trace_of(reader, messages, chosen)
+    if not trace:
+        raise NotFound(
+            f"Conversation {conversation_id} has no traced message {message_id}. "
+            f"See: oki-trace show {conversation_id}"
+        )
+    return trace
 
 
 def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, Any]:
@@ -65,9 +75,7 @@ def trace_of(
         prompt=reader.prompt(message.id),
         generation=message.generation,
         capture=message.capture,
-        messages=[
-            ChatMessage(m.role, m.content) for m in messages if m.position < message.position
-        ],
+        messages=history(messages, message.id),
         output=message.content,
         status=message.status,
         reason=message.reason,
@@ -76,16 +84,14 @@ def trace_of(
 
 
 def _message(reader: TraceReader, messages: Sequence[Message], message: Message) -> dict[str, Any]:
-    plain = {
+    plain: dict[str, Any] = {
         "id": message.id,
         "role": str(message.role),
         "content": message.content,
         "status": str(message.status),
         "created_at": message.created_at.isoformat(),
     }
+    if message.reason is not None:
+        plain["reason"] = message.reason
     trace = trace_of(reader, messages, message)
     return plain if trace is None else {**plain, "trace": trace}
-
-
-def _encode(value: Any) -> Iterator[str]:
-    return json.JSONEncoder(ensure_ascii=False, allow_nan=False, indent=1).iterencode(value)

@@ -55,8 +55,8 @@ def trace_object(
         "reason": reason,
         "evidence_provenance": capture.evidence_provenance,
         "logit_lens_available": capture.logit_lens_available,
-        "generation": asdict(generation),
-        "capture": asdict(capture),
+        "generation": _plain(asdict(generation)),
+        "capture": _plain(asdict(capture)),
         "steps": [_step(step, len(prompt), ids, tokens) for step in decoded],
     }
 
@@ -68,16 +68,16 @@ def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dic
         "chosen_token": step.token,
         "chosen_id": step.token_id,
         "position": step.position,
-        "prob": step.prob,
+        "prob": _number(step.prob),
         "logprob": _number(step.logprob),
-        "entropy": step.entropy,
+        "entropy": _number(step.entropy),
         "rank": step.rank,
-        "margin": step.margin,
-        "sampled_prob": step.sampled_prob,
+        "margin": _number(step.margin),
+        "sampled_prob": _number(step.sampled_prob),
         "logits_topk": _candidates(step),
         "evidence": _evidence(evidence, prompt_len, ids, tokens) if evidence else [],
         "attention": [
-            {"layer": layer.layer, "topk": _ranked(layer), "missing": layer.missing}
+            {"layer": layer.layer, "topk": _ranked(layer), "missing": _number(layer.missing)}
             for layer in step.attention
         ],
         "logit_lens": _lens(step.lens) if step.lens else [],
@@ -94,8 +94,8 @@ def _candidates(step: Step) -> list[dict[str, Any]]:
             "token_id": token_id,
             "token": token,
             "logit": _number(logit),
-            "prob": prob,
-            "sampled_prob": after,
+            "prob": _number(prob),
+            "sampled_prob": _number(after),
         }
         for rank, (token_id, token, logit, prob, after) in enumerate(
             zip(*columns, strict=True), start=1
@@ -106,7 +106,7 @@ def _candidates(step: Step) -> list[dict[str, Any]]:
 def _ranked(layer: LayerAttention) -> list[dict[str, Any]]:
     pairs = zip(layer.positions.tolist(), layer.weights.tolist(), strict=True)
     return [
-        {"rank": rank, "position": position, "weight": weight}
+        {"rank": rank, "position": position, "weight": _number(weight)}
         for rank, (position, weight) in enumerate(pairs, start=1)
     ]
 
@@ -147,18 +147,27 @@ def _lens(lens: Lens) -> list[dict[str, Any]]:
         {
             "layer": layer,
             "topk": [
-                {"rank": r, "token_id": i, "token": t, "logit": _number(x), "prob": p}
+                {"rank": r, "token_id": i, "token": t, "logit": _number(x), "prob": _number(p)}
                 for r, (i, t, x, p) in enumerate(zip(ids, tokens, logits, probs, strict=True), 1)
             ],
             "chosen_rank": rank,
-            "chosen_prob": prob,
-            "entropy": entropy,
+            "chosen_prob": _number(prob),
+            "entropy": _number(entropy),
             "kl": _number(kl),
         }
         for layer, (ids, tokens, logits, probs, rank, prob, entropy, kl) in enumerate(columns)
     ]
 
 
-def _number(value: float) -> float | None:
-    """JSON has no infinities: a token that was ruled out has no logit."""
-    return value if math.isfinite(value) else None
+def _number(value: float | None) -> float | None:
+    """JSON has no infinities and no NaN: a token that was ruled out has no logit."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    """A report's fields as JSON holds them: lists, and only finite numbers."""
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return _number(value) if isinstance(value, float) else value

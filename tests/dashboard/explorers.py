@@ -1,0 +1,134 @@
+"""The explorer as a process of its own, and what a test in the browser does with it."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from oki_trace import worker
+
+ROOT = Path(__file__).resolve().parents[2]
+HOME = ROOT / "dashboard" / "Home.py"
+
+# Two cores have to do for the browser, the server and the model.
+SECONDS = 90.0
+
+T = TypeVar("T")
+
+
+def eventually(what: str, ask: Callable[[], T], seconds: float = SECONDS) -> T:
+    """The first true answer of ``ask``; fails when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (answer := ask()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:.0f} s: {what} (last: {answer!r})")
+        time.sleep(0.05)
+    return answer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Explorer:
+    """A running explorer; ``db`` is its store, ``output`` what it printed."""
+
+    db: str
+    port: int
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+    def family(self) -> list[psutil.Process]:
+        """The server, its children and the worker."""
+        try:
+            own = psutil.Process(self.process.pid)
+            return [own, *own.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def listens_on(self) -> set[str]:
+        """The addresses at which the explorer can be reached."""
+        found = set()
+        for process in self.family():
+            try:
+                connections = process.net_connections(kind="inet")
+            except (psutil.NoSuchProcess, psutil.ZombieProcess):
+                continue
+            found |= {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+        return found
+
+    def close(self) -> None:
+        """End it as Ctrl-C does. Its worker has to follow by itself; nothing may be left."""
+        family = self.family()
+        if sys.platform == "win32":  # where Ctrl-C cannot be sent to one process
+            for process in family[1:]:
+                process.terminate()
+        else:
+            self.process.send_signal(signal.SIGINT)
+        _, left = psutil.wait_procs(family, timeout=40)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=10)
+        self.process.wait()
+        lock = ROOT / worker.lock_path(self.db)
+        log = lock.with_suffix(".log")
+        said = self.output.read_text(encoding="utf-8", errors="replace")
+        said += log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+        lock.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+        assert not left, f"still running: {left}\n{said}"
+        assert "Traceback" not in said, said
+
+
+def start(command: Sequence[str], db: str, port: int, output: Path, cwd: Path = ROOT) -> Explorer:
+    """Run ``command``, which serves the store ``db`` on ``port``, and wait until it answers."""
+    environment = {**os.environ, "OKI_TRACE_DB": db, "HF_HUB_OFFLINE": "1"}
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    explorer = Explorer(db, port, process, output)
+    try:
+        eventually("the explorer answers", lambda: _answers(explorer))
+    except BaseException:
+        for one in reversed(explorer.family()):
+            one.kill()
+        process.wait()
+        raise
+    return explorer
+
+
+def _answers(explorer: Explorer) -> bool:
+    ended = explorer.process.poll()
+    assert ended is None, f"it ended with {ended}: {explorer.output.read_text(encoding='utf-8')}"
+    # Not urllib: it would ask a proxy that the environment names.
+    with closing(http.client.HTTPConnection("127.0.0.1", explorer.port, timeout=5)) as connection:
+        try:
+            connection.request("GET", "/_stcore/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False

@@ -1,0 +1,187 @@
+"""What can be read on the explorer's pages, and what the browser did meanwhile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from explorers import eventually
+from playwright.sync_api import BrowserContext, Page
+
+from dashboard import shapes
+from oki_trace.records import Step
+
+Panel = dict[str, Any]
+
+LOCAL = {"data", "blob", "about"}
+# On a page below the root Streamlit asks there for its server first.
+PROBES = ("/_stcore/health", "/_stcore/host-config")
+
+
+@dataclass
+class Witness:
+    """Every request and every complaint of the pages in a browser context."""
+
+    addresses: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def watch(self, context: BrowserContext) -> None:
+        context.on("request", lambda request: self.addresses.append(request.url))
+        context.on("page", self._follow)
+        context.on("weberror", lambda error: self.complaints.append(str(error.error)))
+        context.on("console", lambda m: self._hear(m.type, m.text, m.location["url"]))
+
+    def _follow(self, page: Page) -> None:
+        page.on("websocket", lambda socket: self.addresses.append(socket.url))
+
+    def _hear(self, kind: str, text: str, url: str) -> None:
+        if kind == "error" and not url.endswith(PROBES):
+            self.complaints.append(f"{text} ({url})")
+
+    def abroad(self) -> list[str]:
+        """The addresses asked for that are not on this machine."""
+        parts = [(urlsplit(address), address) for address in self.addresses]
+        return [a for p, a in parts if p.scheme not in LOCAL and p.hostname != "127.0.0.1"]
+
+
+def ask(page: Page, text: str) -> None:
+    page.get_by_test_id("stChatInputTextArea").fill(text)
+    page.get_by_test_id("stChatInputTextArea").press("Enter")
+
+
+def set_most_new_tokens(page: Page, number: int) -> None:
+    page.get_by_text("Sampling and capture").click()
+    box = page.get_by_label("Most new tokens")
+    box.fill(str(number))
+    box.press("Enter")
+
+
+def progress(page: Page) -> tuple[int, bool]:
+    """How many tokens the last reply shows, and whether its cursor is there."""
+    reply = page.locator(".root.reply").last
+    script = "root => [root.querySelectorAll('.token').length, !!root.querySelector('.cursor')]"
+    count, live = reply.evaluate(script)
+    return count, live
+
+
+def wait_for_tokens(page: Page, at_least: int) -> int:
+    """Wait until the last reply has so many tokens; returns how many it then has."""
+    page.locator(".root.reply .token").first.wait_for(timeout=90_000)
+    return eventually(
+        f"{at_least} tokens", lambda: n if (n := progress(page)[0]) >= at_least else 0
+    )
+
+
+def watch_to_the_end(page: Page) -> list[int]:
+    """The numbers of tokens seen beside the cursor, until it is gone."""
+    seen: list[int] = []
+    page.locator(".root.reply .cursor").wait_for(timeout=30_000)
+
+    def ended() -> bool:
+        count, live = progress(page)
+        if live and count not in seen:
+            seen.append(count)
+        return not live
+
+    eventually("the end of the reply", ended)
+    return seen
+
+
+def tokens(page: Page) -> list[str]:
+    """The texts of the last reply's tokens."""
+    return page.locator(".root.reply").last.locator(".token").all_text_contents()
+
+
+def status(page: Page) -> str:
+    return page.locator(".root.reply").last.locator(".foot").inner_text()
+
+
+def place(page: Page) -> dict[str, int]:
+    """What the address says is open."""
+    query = parse_qs(urlsplit(page.url).query)
+    return {name: int(values[0]) for name, values in query.items()}
+
+
+def panel(page: Page) -> Panel:
+    """The numbers of the step panel, as they are shown."""
+    facts = page.locator(".root.facts")
+    names = facts.locator("dt").all_text_contents()
+    values = facts.locator("dd").all_text_contents()
+    rows = page.locator(".root.bars .row:not(.head)").all()
+    layers = page.locator(".root.lens tr").all()
+    return {
+        "where": facts.locator(".where span").first.text_content(),
+        "what": facts.locator(".what").text_content(),
+        "facts": dict(zip(names, values, strict=True)),
+        "considered": [tuple(row.locator("span").all_text_contents()[:2]) for row in rows],
+        "lens": [_layer(row.locator("td, .pair span").all_text_contents()) for row in layers],
+        "settled": page.locator(".root.lens tr.settled td").first.text_content()
+        if page.locator(".root.lens tr.settled").count()
+        else None,
+    }
+
+
+def _layer(cells: list[str]) -> tuple[str, str, str, str]:
+    """(layer, top token, its probability, the chosen token's rank)."""
+    return cells[0], cells[2], cells[3], cells[-1]
+
+
+def expected_panel(step: Step, total: int) -> Panel:
+    """What ``panel`` has to give for this step."""
+    lens = step.lens
+    assert lens is not None
+    settled = lens.settle_layer
+    return {
+        "where": f"step {step.step_index + 1} of {total} · position {step.position}",
+        "what": shapes.visible(step.token),
+        "facts": {
+            "prob": f"{step.prob:.3f}",
+            "rank": str(step.rank),
+            "surprisal": f"{-step.logprob:.2f} nats",
+            "entropy": f"{step.entropy:.2f} nats",
+            "settled": "–" if settled is None else f"layer {settled}",
+        },
+        "considered": [
+            (shapes.visible(token), f"{prob:.3f}")
+            for token, prob in zip(step.topk.tokens, step.topk.probs.tolist(), strict=True)
+        ],
+        "lens": [
+            (
+                str(layer),
+                shapes.visible(lens.tokens[layer][0]),
+                f"{lens.probs[layer, 0]:.2f}",
+                f"#{lens.chosen_rank[layer]:,}",
+            )
+            for layer in range(len(lens.tokens) - 1, -1, -1)
+        ],
+        "settled": None if settled is None else str(settled),
+    }
+
+
+def wait_for_panel(page: Page, step: Step, total: int) -> None:
+    """Wait until the panel shows this step; its parts come one after another."""
+    wanted = expected_panel(step, total)
+    page.locator(".root.lens tr").first.wait_for()
+    eventually(f"step {step.step_index + 1} in the panel", lambda: panel(page) == wanted, 20)
+
+
+def overflow(page: Page) -> list[str]:
+    """The parts of the page that are wider than the room they have."""
+    return list(
+        page.evaluate(
+            """() => {
+              const wide = [];
+              const look = (node, name) => {
+                if (node && node.scrollWidth > node.clientWidth + 1)
+                  wide.push(`${name}: ${node.scrollWidth} in ${node.clientWidth}`);
+              };
+              look(document.documentElement, "document");
+              look(document.querySelector("[data-testid=stMain]"), "main");
+              look(document.querySelector("[data-testid=stSidebarContent]"), "sidebar");
+              for (const column of document.querySelectorAll("[data-testid=stColumn]"))
+                look(column, "column");
+              return wide;
+            }"""
+        )
+    )

@@ -1,0 +1,178 @@
+"""A store with something to see: what a model said, and what seldom happens.
+
+All is written through the public writer, as the command line and the worker do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import builders
+import numpy as np
+
+from oki_trace import asking
+from oki_trace.answering import answer
+from oki_trace.llm.load import load
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    Step,
+    TensorMode,
+    TurnEnd,
+    TurnStart,
+)
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+
+QUESTIONS = ("What is the capital of France?", "And what river flows through it?")
+
+# Each would do harm, or spoil the page, if it were read as anything but text.
+HOSTILE = (
+    "<script>window.pwned = 1</script>",
+    '<img src="/x" onerror="window.pwned = 2">',
+    "![x](http://evil.test/x.png)",
+    "[x](javascript:window.pwned=3) <b>b</b>",
+    ":red[x] :material/delete: **b** $a$ `c` ~s~",
+    "\u202ethgir ot tfel\u200f",
+    "\x1b[31mred\x1b[0m\x07",
+)
+LONG = "W" * 20_000
+
+LENS_REASON = "the final norm was not found"
+NO_ATTENTION = "not available: this model has no attention"
+FAILURE = "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
+
+
+@dataclass(frozen=True)
+class Stories:
+    """The store, and by name the conversations in it; a reply is (conversation id, message id)."""
+
+    db: str
+    first: tuple[int, int]
+    second: tuple[int, int]
+    hostile: tuple[int, int]
+    long: tuple[int, int]
+    bare: tuple[int, int]
+    without_tensors: tuple[int, int]
+    failed: tuple[int, int]
+    failed_at_once: tuple[int, int]
+
+
+def tell(db: str, models_dir: Path) -> Stories:
+    """Fill the store ``db``; the last conversation in it is the real one."""
+    rng = np.random.default_rng(11)
+    with TraceWriter(db) as writer, TraceReader(db) as reader:
+        bare = _bare(writer, rng)
+        without_tensors = _reply(
+            writer, "No tensors", builders.turn_start("none"), _steps(rng, tensors=False)
+        )
+        failed = _reply(
+            writer,
+            "Ran out of memory",
+            builders.turn_start(),
+            _steps(rng),
+            TurnEnd(Status.FAILED, "the cat", FAILURE, 0.5),
+        )
+        failed_at_once = asking.submit(
+            writer, asking.Ask("Are you there?", ModelChoice("no/such")), claim=True
+        )
+        asking.fail(writer, failed_at_once[1], "There is no model no/such: check the name.")
+        # What the list of recent conversations has to stand comes late.
+        for text in HOSTILE[1:]:
+            _say(writer, text, text)
+        hostile = _hostile(writer, rng, HOSTILE[0], HOSTILE)
+        long = _hostile(writer, rng, LONG, (LONG,))
+        first, second = _talk(writer, reader, models_dir)
+    return Stories(db, first, second, hostile, long, bare, without_tensors, failed, failed_at_once)
+
+
+def _talk(
+    writer: TraceWriter, reader: TraceReader, models_dir: Path
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    choice = ModelChoice("smollm2", dtype="float32", device="cpu")
+    loaded = load(choice, models_dir=models_dir)
+    sampling = Sampling(max_new_tokens=30)
+    conversation: int | None = None
+    replies = []
+    for question in QUESTIONS:
+        conversation, reply = asking.submit(
+            writer, asking.Ask(question, choice, sampling), conversation, claim=True
+        )
+        answer(writer, reader, reader.message(reply), loaded)
+        replies.append((conversation, reply))
+    return replies[0], replies[1]
+
+
+def _say(writer: TraceWriter, title: str, *said: str) -> int:
+    conversation = writer.create_conversation(title)
+    for text in said:
+        writer.add_message(conversation, ChatMessage(Role.USER, text))
+    return conversation
+
+
+def _reply(
+    writer: TraceWriter,
+    title: str,
+    start: TurnStart,
+    steps: Sequence[Step],
+    end: TurnEnd | None = None,
+    said: Sequence[str] = ("Say something.",),
+) -> tuple[int, int]:
+    conversation = _say(writer, title, *said)
+    policy = start.capture.policy
+    reply = writer.queue_reply(
+        conversation, ModelChoice(start.model_id), Sampling(), policy, claim=True
+    )
+    writer.start_reply(reply, start)
+    writer.append(reply, steps)
+    output = "".join(step.token for step in steps)
+    writer.finish_reply(reply, end or TurnEnd(Status.COMPLETE, output, "end of turn", 1.0))
+    return conversation, reply
+
+
+def _steps(rng: np.random.Generator, *, tensors: bool = True) -> list[Step]:
+    words = (" the", " cat", " sat")
+    return [
+        builders.step(i, rng, token=word, with_lens=True, with_tensors=tensors)
+        for i, word in enumerate(words)
+    ]
+
+
+def _bare(writer: TraceWriter, rng: np.random.Generator) -> tuple[int, int]:
+    """A model of which only the logits can be seen."""
+    tensors: TensorMode = "none"
+    report = replace(
+        builders.report(tensors),
+        policy=CapturePolicy(tensors=tensors),
+        attention_layers=(),
+        attention_check=None,
+        evidence_provenance=NO_ATTENTION,
+        logit_lens_available=False,
+        lens_reason=LENS_REASON,
+        lens_check=None,
+    )
+    steps = [replace(step, attention=(), tensors=(), lens=None) for step in _steps(rng)]
+    return _reply(writer, "A bare model", replace(builders.turn_start(), capture=report), steps)
+
+
+def _hostile(
+    writer: TraceWriter, rng: np.random.Generator, title: str, texts: Sequence[str]
+) -> tuple[int, int]:
+    """``texts`` as messages, as the prompt's tokens, as the reply's, and as all it considered."""
+    prompt = replace(builders.prompt(len(texts)), text="".join(texts), tokens=tuple(texts))
+    steps = []
+    for index, text in enumerate((*texts, " end")):
+        step = builders.step(
+            index, rng, prompt_len=len(texts), token=text, topk=len(texts) + 1, with_lens=True
+        )
+        assert step.lens is not None
+        lens = replace(step.lens, tokens=tuple((text, *row[1:]) for row in step.lens.tokens))
+        steps.append(replace(step, topk=replace(step.topk, tokens=(*texts, text)), lens=lens))
+    start = replace(builders.turn_start(), prompt=prompt)
+    return _reply(writer, title, start, steps, said=texts)
