@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from oki_trace import asking
@@ -29,7 +30,6 @@ from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.records import Message, ModelChoice
 from oki_trace.settings import Settings
 from oki_trace.store import identity
-from oki_trace.store.owner import is_dead, this_process
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 2.0
-
 
 # The workers this process has started, by store. One that has ended is reaped here.
 _started: dict[Path, subprocess.Popen[bytes]] = {}
@@ -75,7 +74,7 @@ def ensure_running(db: str) -> None:
     # lock taken and leaves.
     with path.with_suffix(".log").open("ab") as output:
         _started[path] = subprocess.Popen(
-            [sys.executable, "-m", "oki_trace.worker", "--parent", str(this_process())],
+            [sys.executable, "-m", "oki_trace.worker", "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -88,10 +87,10 @@ def ensure_running(db: str) -> None:
 class Worker:
     """Answers the queued replies of one store, one after another."""
 
-    def __init__(self, db: str, parent: str | None) -> None:
+    def __init__(self, db: str, parent: int | None) -> None:
         self._writer = TraceWriter(db)
         self._reader = TraceReader(db)
-        self._parent = parent
+        self._parent = None if parent is None else _Parent(parent)
         self._loaded: Any = None
         self._stopping = threading.Event()
 
@@ -108,7 +107,7 @@ class Worker:
                 self._serve(self._reader.message(reply_id))
                 continue
             seen = version
-            if self._parent is not None and is_dead(self._parent):
+            if self._parent is not None and self._parent.is_gone():
                 return
             self._stopping.wait(POLL_SECONDS)
             idle_for += POLL_SECONDS
@@ -166,10 +165,31 @@ class Worker:
         self._writer.set_worker_state(state, **values)
 
 
+class _Parent:
+    """The process that is followed. A later one with its number is not taken for it."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._process = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+
+    def is_gone(self) -> bool:
+        try:
+            return (
+                self._process is None
+                or not self._process.is_running()
+                # Ended, and whoever started it has not asked how.
+                or self._process.status() == psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return True
+
+
 def main() -> None:
     """``python -m oki_trace.worker``: started by the explorer, not by hand."""
     parser = argparse.ArgumentParser(prog="oki_trace.worker", description=main.__doc__)
-    parser.add_argument("--parent", help="The process it follows, as store.owner names it.")
+    parser.add_argument("--parent", type=int, help="The process it follows.")
     parent = parser.parse_args().parent
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     db = Settings.from_environment().db
