@@ -21,7 +21,7 @@ _STYLE = """
   }
   @media (min-width: 1151px) {
     [data-testid="stColumn"]:has(> div .st-key-panel), [data-testid="stColumn"]:has(.st-key-panel) {
-      position: sticky; top: 3.2rem; max-height: calc(100vh - 10.5rem); overflow-y: auto;
+      position: sticky; top: 3.2rem; max-height: calc(100vh - 5rem); overflow-y: auto;
       border-left: 1px solid var(--st-border-color, #8884); padding-left: 1.4rem;
     }
   }

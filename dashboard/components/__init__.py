@@ -24,7 +24,7 @@ def _component(name: str) -> Callable[..., Any]:
         f"oki_trace_{name}",
         html=f'<div class="root {name}"></div>',
         css=read("shared.css") + read(f"{name}.css"),
-        js=read(f"{name}.js"),
+        js=read("shared.js") + read(f"{name}.js"),
     )
 
 

@@ -26,10 +26,3 @@ export default function ({ data, parentElement }) {
   }
   root.replaceChildren(...rows);
 }
-
-function make(tag, name = "", text = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}

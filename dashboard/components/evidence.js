@@ -5,17 +5,10 @@ export default function ({ data, parentElement }) {
   const nodes = [];
   data.pieces.forEach((piece, index) => {
     if (index === data.seam) nodes.push(make("span", "seam"));
-    const node = make("span", `piece ${piece.kind}`);
-    node.textContent = piece.text;
+    const node = make("span", `piece ${piece.kind}`, piece.text);
     node.title = piece.title;
     if (piece.value) node.style.setProperty("--v", piece.value);
     nodes.push(node);
   });
   root.replaceChildren(...nodes);
-}
-
-function make(tag, name) {
-  const node = document.createElement(tag);
-  node.className = name;
-  return node;
 }

@@ -12,10 +12,3 @@ export default function ({ data, parentElement }) {
   }
   root.replaceChildren(where, make("div", "what", data.what), list);
 }
-
-function make(tag, name = "", text = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}

@@ -30,10 +30,3 @@ function draw(cell) {
   node.append(pair);
   return node;
 }
-
-function make(tag, name = "", text = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}

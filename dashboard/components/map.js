@@ -49,10 +49,3 @@ function dot(color) {
   node.style.background = color;
   return node;
 }
-
-function make(tag, name = "", text = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  node.textContent = text;
-  return node;
-}

@@ -56,8 +56,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
 }
 
 function draw(token, blue) {
-  const node = make("span", "token");
-  node.textContent = token.text;
+  const node = make("span", "token", token.text);
   node.title = token.title;
   node.tabIndex = -1;
   node.setAttribute("role", "option");
@@ -96,19 +95,11 @@ function footing(foot, data) {
     ramp.style.setProperty("--ramp", data.blue ? "var(--blue)" : "var(--accent)");
     legend.append(`${data.name}  ${data.low}`, ramp, data.high);
   }
-  const status = make("span", data.bad ? "bad" : "");
-  status.textContent = data.status;
-  foot.replaceChildren(legend, status);
+  foot.replaceChildren(legend, make("span", data.bad ? "bad" : "", data.status));
 }
 
 function typing(event) {
   const at = event.composedPath()[0];
   return at instanceof HTMLElement && (at.isContentEditable ||
     /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName) || at.getAttribute("role") === "slider");
-}
-
-function make(tag, name = "") {
-  const node = document.createElement(tag);
-  node.className = name;
-  return node;
 }

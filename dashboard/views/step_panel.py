@@ -102,7 +102,9 @@ def reply_map(
     """The lens over the reply, a window of steps around the chosen one."""
     if message.capture is None or not message.capture.logit_lens_available:
         return
-    if not st.toggle("Reply map: what each layer would have said", key="show_map"):
+    if message.status.is_live:
+        return  # it would be drawn anew with every token
+    if not st.toggle("Reply map: what each layer would have said", value=True, key="show_map"):
         return
     first = index // MAP_STEPS * MAP_STEPS
     end = min(first + MAP_STEPS, len(steps))
