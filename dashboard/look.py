@@ -13,6 +13,13 @@ _STYLE = """
     align-items: flex-start;
   }
   @media (max-width: 1150px) {
+    /* One column: the conversation, then the step, then the map. */
+    [data-testid="stColumn"]:has(.st-key-map),
+    [data-testid="stColumn"]:has(.st-key-map) > [data-testid="stVerticalBlock"] {
+      display: contents;
+    }
+    [data-testid="stColumn"]:has(.st-key-panel) { order: 2; }
+    [data-testid="stLayoutWrapper"]:has(> .st-key-map) { order: 3; }
     .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel) {
       flex-direction: column;
     }

@@ -102,8 +102,9 @@ def _view(conversation_id: int, settings: sidebar.Settings | None, was_live: boo
                     data={"text": message.content, "label": label}, key=f"said-{message.id}"
                 )
         _input(settings, conversation_id, live=live)
-        if focus is not None:
-            step_panel.reply_map(focus[0], focus[1], focus[2], _pick)
+        with st.container(key="map"):
+            if focus is not None:
+                step_panel.reply_map(focus[0], focus[1], focus[2], _pick)
     with right, st.container(key="panel"):
         if focus is None:
             st.caption("A token's step shows here.")

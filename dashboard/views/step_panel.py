@@ -109,7 +109,7 @@ def reply_map(
     first = index // MAP_STEPS * MAP_STEPS
     end = min(first + MAP_STEPS, len(steps))
     layers = range(message.capture.layers, -1, -1)
-    key = "map"
+    key = "reply-map"
     components.reply_map(
         key=key,
         data=shapes.map_data(data.step_range(message, first, end), layers, index),

@@ -28,7 +28,7 @@ def summary(index: int = 0, token: str = " the", **values: Any) -> StepSummary:
         "position": 6 + index,
         "token_id": 40 + index,
         "token": token,
-        "token_bytes": token.encode(),
+        "token_bytes": token.encode(errors="surrogatepass"),
         "is_special": False,
         "prob": 0.5,
         "logprob": float(np.log(0.5)),

@@ -100,9 +100,14 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 # SentencePiece's sign for a space cannot be told from a space afterwards, and
-# SmolLM2 has no tokens for the bytes that begin the planes above the third.
+# SmolLM2 has no tokens for a few bytes, which it leaves out: some control
+# characters, and those that begin the characters above U+3FFFF.
 any_text = st.text(
-    st.characters(max_codepoint=0x3FFFF, exclude_characters="▁", exclude_categories=["Cs"]),
+    st.characters(
+        max_codepoint=0x3FFFF,
+        exclude_characters="▁\x04\x06\x13\x14\x16\x1d",
+        exclude_categories=["Cs"],
+    ),
     max_size=40,
 )
 
@@ -188,9 +193,9 @@ def test_added_runs_of_spaces_are_spaces() -> None:
 
 
 def test_markers_are_special_and_keep_their_own_text(smollm2_dir: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_dir)
     vocabulary = Vocabulary(tokenizer)
-    end: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert (vocabulary.text(end), vocabulary.token_bytes(end)) == ("<|im_end|>", b"<|im_end|>")
     assert vocabulary.is_special(end)
     (paris,) = tokenizer(" Paris")["input_ids"]
