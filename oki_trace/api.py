@@ -20,6 +20,7 @@ from oki_trace.records import (
     Step,
     TensorMode,
 )
+from oki_trace.settings import Settings
 from oki_trace.tracing import Collector, Sink, prepare, trace_turn
 
 
@@ -56,8 +57,10 @@ def run_traced(
     if (model is None) != (tokenizer is None):
         raise UsageError("Give both model and tokenizer, or neither.")
     if model is None:
-        model, tokenizer = load_model_and_tokenizer()
-    model_id = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        model_id = Settings.from_environment().model_id
+        model, tokenizer = load_model_and_tokenizer(model_id)
+    else:
+        model_id = str(getattr(model, "name_or_path", "") or type(model).__name__)
     collector = Collector()
 
     def trace(*more: Sink) -> None:

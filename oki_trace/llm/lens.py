@@ -15,6 +15,7 @@ lens may be shown at all.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,11 @@ class LogitLens:
         self._tail = anatomy.tail
         self._output = anatomy.trunk_output
         self._ids = anatomy.probe_ids[:, :1]
-        self._stand_in = _StandIn()
+        self._returned: Any = None
         self._shell: Any = None
         if anatomy.trunk is not None:
-            self._shell = _shell(anatomy.model, anatomy.trunk, self._stand_in)
+            stand_in = _stand_in(anatomy.trunk, lambda: self._returned)
+            self._shell = _shell(anatomy.model, anatomy.trunk, stand_in)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -59,10 +61,10 @@ class LogitLens:
         for module in self._tail:
             rows = module(rows)
             rows = rows[0] if isinstance(rows, tuple) else rows
-        self._stand_in.value = _with_last_hidden_state(self._output, rows)
+        self._returned = _with_last_hidden_state(self._output, rows)
         ids = self._ids.expand(1, hidden.shape[0])
         logits: Tensor = self._shell(input_ids=ids, use_cache=False, return_dict=True).logits[0]
-        self._stand_in.value = None
+        self._returned = None
         return logits.float()
 
     def check(self, last_block: Tensor, logits: Tensor) -> LensCheck:
@@ -103,13 +105,11 @@ def _with_last_hidden_state(output: Any, hidden: Tensor) -> Any:
     return type(output)(**{**output, "last_hidden_state": hidden})
 
 
-class _StandIn(nn.Module):
-    """Takes the trunk's place in the shell: returns ``value``, whatever it is called with."""
-
-    value: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.value
+def _stand_in(trunk: nn.Module, returns: Callable[[], Any]) -> nn.Module:
+    """Takes the trunk's place in the shell; a copy, since heads read its other attributes."""
+    copied = copy.copy(trunk)
+    copied.__dict__["forward"] = lambda *args, **kwargs: returns()
+    return copied
 
 
 def _shell(model: nn.Module, trunk: nn.Module, stand_in: nn.Module) -> nn.Module:
