@@ -37,6 +37,11 @@ class Anatomy:
         """L, the number of blocks."""
         return len(self.blocks)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The layers' numbers, 1 to L."""
+        return tuple(range(1, self.layers + 1))
+
     def layer_of(self) -> dict[nn.Module, int]:
         """The layer, 1 to L, of every module inside a block."""
         return {m: i for i, block in enumerate(self.blocks, 1) for m in block.modules()}
@@ -97,20 +102,24 @@ def input_device(model: Any) -> torch.device:
 def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:
     depth = _declared_depth(model)
     called = {call.module: i for i, call in enumerate(calls)}
-    best: tuple[nn.Module, ...] = ()
-    for candidate in model.modules():
-        if not isinstance(candidate, nn.ModuleList):
-            continue
-        ran = tuple(m for m in candidate if m in called)
-        order = [called[m] for m in ran]
-        if ran and order == sorted(order) and depth in (None, len(ran)):
-            best = max(best, ran, key=_parameters)
+    lists = [
+        tuple(m for m in candidate if m in called)
+        for candidate in model.modules()
+        if isinstance(candidate, nn.ModuleList)
+    ]
+    in_order = [ran for ran in lists if ran and _ascending([called[m] for m in ran])]
+    # The depth a config declares is a hint: some count their layers otherwise.
+    best = max([r for r in in_order if len(r) == depth] or in_order, key=_parameters, default=())
     if not best:
         raise CaptureError(
-            f"No list of {depth or 'any'} layers was found in {type(model).__name__}: "
+            f"No list of layers was found in {type(model).__name__}: "
             "it cannot be traced layer by layer. Choose another model."
         )
     return best
+
+
+def _ascending(numbers: list[int]) -> bool:
+    return numbers == sorted(numbers)
 
 
 def _declared_depth(model: Any) -> int | None:

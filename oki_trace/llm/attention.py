@@ -2,20 +2,22 @@
 
 Asking transformers for ``output_attentions`` forces eager attention, which
 holds layers × heads × T × T weights. Only the newest position's row is
-evidence, so an attention function is registered under the model's own key: it
-calls the stock function and, for a module that is being watched, works out
-that one row beside it. A model that runs eager attention anyway has its
-weights read by a hook, and only the row is kept.
+evidence. Three ways to have it, the cheapest that agrees with the model's own
+eager attention is taken (``instrument.py`` compares, once per load):
 
-Which of the two is right for a model, and whether its weights are the eager
-ones, is decided by comparing numbers once per load (``instrument.py``).
+- **beside**: an attention function is registered under the model's own key; it
+  calls the stock function and works out that one row beside it.
+- **hooked**: the model runs eager attention anyway; hooks read its weights and
+  keep the row.
+- **asked**: the prompt but for its last token goes through the fused kernel,
+  every later step is asked for its attentions. Any model that can answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +25,41 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Rows = dict[int, Tensor]
+"""(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
 
-_watched: dict[nn.Module, AttentionTap] = {}
+
+class AttentionTap(Protocol):
+    """A way to the weights of the last query, for one forward pass at a time."""
+
+    splits_prompt: bool
+    """Whether the prompt's last token must go through the model by itself."""
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Watch the model while this context lasts."""
+
+    def asking(self) -> AbstractContextManager[dict[str, Any]]:
+        """Around a forward pass whose rows are wanted; yields arguments for it."""
+
+    def take(self, outputs: Any) -> Rows:
+        """The rows of the forward pass that gave ``outputs``."""
 
 
-class AttentionTap:
-    """Collects, for one forward pass, the last query's weights of every layer.
+class _Watching:
+    """Collects rows while the model runs, from the modules of ``layer_of``."""
 
-    ``rows`` maps a layer's number to (heads, keys) in fp32. Keys are in the
-    order of positions and end at the newest one.
-    """
+    splits_prompt = False
 
-    def __init__(self, layer_of: Mapping[nn.Module, int], implementation: str) -> None:
+    def __init__(self, layer_of: Mapping[nn.Module, int]) -> None:
         self._layer_of = dict(layer_of)
         self._seen: set[nn.Module] = set()
-        self.implementation = implementation
-        self.rows: Rows = {}
+        self._rows: Rows = {}
 
-    def take(self) -> Rows:
-        """The rows of the forward pass just done, by layer; the tap is empty afterwards."""
-        rows, self.rows = self.rows, {}
+    @contextmanager
+    def asking(self) -> Iterator[dict[str, Any]]:
+        yield {}
+
+    def take(self, outputs: Any) -> Rows:
+        rows, self._rows = self._rows, {}
         return dict(sorted(rows.items()))
 
     def keep(self, module: nn.Module, row: Tensor) -> None:
@@ -50,24 +67,26 @@ class AttentionTap:
         layer = self._layer_of.get(module)
         if layer is not None:
             self._seen.add(module)
-            self.rows[layer] = row.float()
+            self._rows[layer] = row.float()
 
     def forget_idle_modules(self) -> None:
         """Watch only the modules that gave weights so far: a hook on every module costs time."""
         self._layer_of = {m: layer for m, layer in self._layer_of.items() if m in self._seen}
 
+
+_watched: dict[nn.Module, BesideTap] = {}
+
+
+class BesideTap(_Watching):
+    """Works out the row beside the fused kernel."""
+
+    def __init__(self, layer_of: Mapping[nn.Module, int], implementation: str) -> None:
+        super().__init__(layer_of)
+        self._implementation = implementation
+
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Watch the model's attention while this context lasts."""
-        if self.implementation == "eager":
-            handles = [m.register_forward_hook(self._read_output) for m in self._layer_of]
-            try:
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-            return
-        _wrap(self.implementation)
+        _wrap(self._implementation)
         _watched.update(dict.fromkeys(self._layer_of, self))
         try:
             yield
@@ -75,17 +94,87 @@ class AttentionTap:
             for module in self._layer_of:
                 _watched.pop(module, None)
 
+
+class HookedTap(_Watching):
+    """Reads the weights that eager attention modules return beside their output."""
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = [m.register_forward_hook(self._read_output) for m in self._layer_of]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _read_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Keep the weights an attention module returns beside its output: (1, heads, T, keys)."""
-        if isinstance(output, tuple) and not isinstance(module, nn.ModuleList):
+        if isinstance(output, tuple):
             for value in output[1:]:
                 if isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] == 1:
                     self.keep(module, value[0, :, -1])
                     return
 
 
+class AskingTap:
+    """Asks the model for its attentions, its last query alone in the forward pass.
+
+    ``layers`` are the true numbers of the layers that answer. A model without
+    a cache cannot have its prompt split: it holds all weights of every pass.
+    """
+
+    def __init__(self, model: Any, layers: tuple[int, ...], *, has_cache: bool) -> None:
+        self._model = model
+        self._layers = layers
+        self.splits_prompt = has_cache
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def asking(self) -> Iterator[dict[str, Any]]:
+        with eager(self._model):
+            yield {"output_attentions": True}
+
+    def take(self, outputs: Any) -> Rows:
+        return dict(zip(self._layers, last_rows(outputs), strict=True))
+
+
+@contextmanager
+def eager(model: Any) -> Iterator[None]:
+    """Let ``model`` run its own eager attention while this context lasts."""
+    before = model.config._attn_implementation
+    if before == "eager":
+        yield
+        return
+    switch = model.set_attn_implementation
+    if not model._can_set_attn_implementation():
+        # Older families read the name from their config at every call.
+        def switch(name: str) -> None:
+            model.config._attn_implementation_internal = name
+
+    switch("eager")
+    try:
+        yield
+    finally:
+        switch(before)
+
+
+def last_rows(outputs: Any) -> list[Tensor]:
+    """The last query's weights of each layer that gave any: (heads, keys) in fp32."""
+    attentions = getattr(outputs, "attentions", None) or ()
+    return [
+        weights[0, :, -1].float()
+        for weights in attentions
+        if isinstance(weights, Tensor) and weights.ndim == 4
+    ]
+
+
 def _wrap(implementation: str) -> None:
-    """Register the watching function under the stock function's own key, once."""
+    """Register the watching function under the stock function's own key, once.
+
+    The same key keeps the masks and every branch a model takes on its name.
+    """
     stock = ALL_ATTENTION_FUNCTIONS[implementation]
     if not getattr(stock, "watches_attention", False):
         AttentionInterface.register(implementation, _watching(stock))
@@ -103,8 +192,7 @@ def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tap = _watched.get(module)
         if tap is not None:
-            scaling = kwargs.get("scaling")
-            tap.keep(module, last_row(query, key, attention_mask, scaling))
+            tap.keep(module, last_row(query, key, attention_mask, kwargs.get("scaling")))
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.watches_attention = True  # type: ignore[attr-defined]
@@ -126,7 +214,6 @@ def last_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | N
     scores = scores.reshape(-1, keys)
     if mask is not None:
         row = mask[0, :, -1, :keys]
-        scores = (
-            scores.masked_fill(~row, float("-inf")) if row.dtype == torch.bool else scores + row
-        )
+        hidden = row.dtype == torch.bool
+        scores = scores.masked_fill(~row, float("-inf")) if hidden else scores + row
     return scores.softmax(-1)

@@ -133,17 +133,24 @@ def _loop(
         for step_index in range(generation_config.max_length - prompt_len):
             started = time.perf_counter()
             # 1. the model's own forward pass, watched
-            if step_index == 0:
-                outputs = model._prefill(input_ids, generation_config, model_kwargs)
-            else:
-                inputs = model.prepare_inputs_for_generation(
-                    input_ids,
-                    next_sequence_length=1 if model_kwargs["use_cache"] else None,
-                    **model_kwargs,
-                )
-                outputs = model(**inputs, return_dict=True)
+            whole = step_index == 0
+            if whole and probe.splits_prompt and prompt_len > 1:
+                model_kwargs = _all_but_last(model, input_ids, generation_config, model_kwargs)
+                whole = False
+            with probe.asking() as arguments:
+                if whole:
+                    asked = {**model_kwargs, **arguments}
+                    outputs = model._prefill(input_ids, generation_config, asked)
+                else:
+                    inputs = model.prepare_inputs_for_generation(
+                        input_ids,
+                        next_sequence_length=1 if model_kwargs["use_cache"] else None,
+                        **model_kwargs,
+                    )
+                    outputs = model(**{**inputs, **arguments}, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             logits = outputs.logits[0, -1].clone()
+            attention = probe.take_attention(outputs)
             del outputs
             # 2. what the sampling settings make of its distribution
             raw = logits.to(input_ids.device, torch.float32)[None]
@@ -165,12 +172,23 @@ def _loop(
                 logits=logits,
                 scores=None if scores is raw else scores[0],
                 hidden=probe.take_hidden(),
-                attention=probe.take_attention(),
+                attention=attention,
                 elapsed_ms=elapsed_ms,
                 finished=_stop_reason(token_id, generation_config) if done else None,
             )
             if done:
                 return
+
+
+def _all_but_last(
+    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Put the prompt but for its last token into the cache; the arguments to go on with."""
+    mask = model_kwargs.get("attention_mask")
+    before = model_kwargs if mask is None else {**model_kwargs, "attention_mask": mask[:, :-1]}
+    outputs = model._prefill(input_ids[:, :-1], generation_config, before)
+    updated: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, before)
+    return updated
 
 
 def _refuse_broken(logits: Tensor, step_index: int) -> None:

@@ -15,9 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.anatomy import Anatomy, dissect, input_device
-from oki_trace.llm.attention import AttentionTap, Rows
+from oki_trace.llm.attention import (
+    AskingTap,
+    AttentionTap,
+    BesideTap,
+    HookedTap,
+    Rows,
+    eager,
+    last_rows,
+)
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.vocabulary import Vocabulary
@@ -85,8 +94,8 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     if found is not None and found.tokenizer is tokenizer:
         return found
     anatomy = dissect(model)
-    tap, layers, error, provenance = _checked_attention(model, anatomy)
-    probe = Probe(anatomy, tap)
+    attention = _checked_attention(model, anatomy)
+    probe = Probe(anatomy, attention.tap)
     lens, lens_error, reason = _checked_lens(model, anatomy, probe)
     made = Instrument(
         model=model,
@@ -97,9 +106,9 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
         lens=lens,
         lens_check=lens_error,
         lens_reason=reason,
-        attention_layers=layers,
-        attention_check=error,
-        provenance=provenance,
+        attention_layers=attention.layers,
+        attention_check=attention.error,
+        provenance=attention.provenance,
     )
     _made[model] = made
     return made
@@ -112,55 +121,91 @@ def _checked_lens(
     with probe.attached():
         logits = model(input_ids=anatomy.probe_ids, use_cache=False).logits[0, -1:]
         last_block = probe.take_hidden()[-1][None]
-        probe.take_attention()
     lens = LogitLens(anatomy)
     check = lens.check(last_block, logits)
     return (lens if check.reason is None else None), check.error, check.reason
 
 
+@dataclass(frozen=True)
+class _Attention:
+    """The way to the weights, the layers it covers, its error, and what to say of it."""
+
+    tap: AttentionTap | None
+    layers: tuple[int, ...]
+    error: float | None
+    provenance: str
+
+
 @torch.no_grad()
-def _checked_attention(
-    model: Any, anatomy: Anatomy
-) -> tuple[AttentionTap | None, tuple[int, ...], float | None, str]:
-    """The tap, the layers it covers, its error, and what to say of it."""
-    implementation = str(model.config._attn_implementation)
-    tap = AttentionTap(anatomy.layer_of(), implementation)
-    with tap.attached():
-        model(input_ids=anatomy.probe_ids, use_cache=False)
-    rows = tap.take()
-    tap.forget_idle_modules()
+def _checked_attention(model: Any, anatomy: Anatomy) -> _Attention:
+    """The cheapest tap whose rows are the model's own eager ones."""
+    watching = _watching_tap(model, anatomy)
+    with watching.attached():
+        rows = watching.take(model(input_ids=anatomy.probe_ids, use_cache=False))
+    watching.forget_idle_modules()
     reference = _eager_rows(model, anatomy.probe_ids)
-    if not rows:
-        why = "this model has no attention" if not reference else "its attention is not reachable"
-        return None, (), None, f"not available: {why}"
-    if len(reference) != len(rows):
-        return None, (), None, "not available: the model gives no eager attention to check against"
+    if not reference:
+        return _Attention(None, (), None, "not available: this model has no attention weights")
+    length = anatomy.probe_ids.shape[1]
+    if any(row.shape[1] != length for row in reference):
+        return _Attention(None, (), None, "not available: its keys are not token positions")
     error = _largest_difference(rows, reference)
-    tolerance = ATTENTION_TOLERANCE.get(model.dtype, ATTENTION_TOLERANCE_16_BIT)
-    if error > tolerance:
-        return None, (), error, f"not available: it differs from eager attention by {error:.2g}"
-    return tap, tuple(rows), error, PROVENANCE
+    if error <= ATTENTION_TOLERANCE.get(model.dtype, ATTENTION_TOLERANCE_16_BIT):
+        return _Attention(watching, tuple(rows), error, PROVENANCE)
+    layers = tuple(rows) if len(rows) == len(reference) else anatomy.numbers
+    if len(layers) != len(reference):
+        why = "which layers its attention is of cannot be told"
+        return _Attention(None, (), None, f"not available: {why}")
+    return _asked_attention(model, anatomy, layers, reference)
+
+
+def _asked_attention(
+    model: Any, anatomy: Anatomy, layers: tuple[int, ...], reference: list[Tensor]
+) -> _Attention:
+    """The last resort, checked in the way it will be used: the last token by itself."""
+    ids = anatomy.probe_ids
+    try:
+        cache = getattr(model(input_ids=ids[:, :-1], use_cache=True), "past_key_values", None)
+        tap = AskingTap(model, layers, has_cache=cache is not None)
+        with tap.asking() as arguments:
+            if cache is None:
+                outputs = model(input_ids=ids, **arguments)
+            else:
+                outputs = model(input_ids=ids[:, -1:], past_key_values=cache, **arguments)
+        error = _largest_difference(tap.take(outputs), reference)
+    except Exception as failure:  # whatever a model's own code raises, the turn goes on
+        why = f"asking for it fails ({type(failure).__name__}: {failure})"
+        return _Attention(None, (), None, f"not available: {why}")
+    if error > ATTENTION_TOLERANCE.get(model.dtype, ATTENTION_TOLERANCE_16_BIT):
+        why = f"with a cache it differs from eager attention by {error:.2g}"
+        return _Attention(None, (), error, f"not available: {why}")
+    return _Attention(tap, layers, error, PROVENANCE)
+
+
+def _watching_tap(model: Any, anatomy: Anatomy) -> BesideTap | HookedTap:
+    implementation = str(model.config._attn_implementation)
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return BesideTap(anatomy.layer_of(), implementation)
+    return HookedTap(anatomy.layer_of())
 
 
 def _eager_rows(model: Any, probe_ids: Tensor) -> list[Tensor]:
     """The model's own eager weights of the last position, (heads, keys) a layer."""
-    before = model.config._attn_implementation
     try:
-        model.set_attn_implementation("eager")
-        attentions = model(input_ids=probe_ids, use_cache=False, output_attentions=True).attentions
+        with eager(model):
+            return last_rows(model(input_ids=probe_ids, use_cache=False, output_attentions=True))
     except (ValueError, TypeError, AttributeError):
         return []
-    finally:
-        model.set_attn_implementation(before)
-    return [weights[0, :, -1].float() for weights in attentions or () if weights is not None]
 
 
 def _largest_difference(rows: Rows, reference: list[Tensor]) -> float:
+    if len(rows) != len(reference):
+        return float("inf")
     worst = 0.0
-    for row, eager in zip(rows.values(), reference, strict=True):
-        if row.shape != eager.shape:
+    for row, own in zip(rows.values(), reference, strict=True):
+        if row.shape != own.shape:
             return float("inf")
-        worst = max(worst, float((row - eager.to(row.device)).abs().max()))
+        worst = max(worst, float((row - own.to(row.device)).abs().max()))
     return worst
 
 

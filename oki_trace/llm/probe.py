@@ -29,9 +29,20 @@ class Probe:
         hidden, self._hidden = self._hidden, {}
         return tuple(hidden[layer] for layer in sorted(hidden))
 
-    def take_attention(self) -> Rows:
-        """(heads, keys) by layer; empty when the attention cannot be had."""
-        return self._tap.take() if self._tap else {}
+    def take_attention(self, outputs: Any) -> Rows:
+        """(heads, keys) by layer of the pass that gave ``outputs``; empty when it has none."""
+        return self._tap.take(outputs) if self._tap else {}
+
+    @property
+    def splits_prompt(self) -> bool:
+        """Whether the prompt's last token must go through the model by itself."""
+        return self._tap is not None and self._tap.splits_prompt
+
+    @contextmanager
+    def asking(self) -> Iterator[dict[str, Any]]:
+        """Around a forward pass of one step; yields arguments for it."""
+        with self._tap.asking() if self._tap else nullcontext({}) as arguments:
+            yield arguments
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -57,7 +68,8 @@ class Probe:
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._hidden[layer] = newest(output[0] if isinstance(output, tuple) else output)
+            whole = isinstance(output, Tensor)
+            self._hidden[layer] = newest(output if whole else output[0])
 
         return keep
 
