@@ -5,7 +5,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   const frame = make("div", "frame");
   const grid = make("div", "grid");
-  grid.style.gridTemplateColumns = `2rem repeat(${data.steps.length}, minmax(2.9rem, 1fr))`;
+  grid.style.gridTemplateColumns = `2rem repeat(${data.steps.length}, minmax(3.1rem, 1fr))`;
   grid.append(make("div", "cell layer"));
   for (const step of data.steps) grid.append(cell(step.text, step.title, step.index, "head"));
   data.layers.forEach((layer, row) => {
@@ -14,14 +14,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
       const step = data.steps[column];
       const node = cell(entry.text, entry.title, step.index, entry.same ? "same" : "");
       if (entry.settled) node.classList.add("settled");
-      if (step.index === data.chosen) node.classList.add("column");
       node.style.setProperty("--v", entry.prob);
       grid.append(node);
     });
   });
-  for (const node of grid.querySelectorAll(".head")) {
-    if (Number(node.dataset.step) === data.chosen) node.classList.add("picked");
-  }
+  grid.querySelector(`.head[data-step="${Number(data.chosen)}"]`)?.classList.add("picked");
   grid.onclick = (event) => {
     const step = event.target.closest("[data-step]")?.dataset.step;
     if (step !== undefined) setTriggerValue("pick", Number(step));
@@ -34,6 +31,12 @@ export default function ({ data, parentElement, setTriggerValue }) {
   frame.append(grid);
   root.replaceChildren(key, frame);
   frame.scrollLeft = scrolled;
+  const head = grid.querySelector(".picked");
+  if (head && root.chosen !== data.chosen) {
+    const hidden = head.offsetLeft + head.offsetWidth > scrolled + frame.clientWidth;
+    if (hidden || head.offsetLeft < scrolled) frame.scrollLeft = head.offsetLeft - frame.clientWidth / 2;
+  }
+  root.chosen = data.chosen;
 }
 
 function cell(text, title, step, kind) {

@@ -7,6 +7,7 @@ Exit status 0: done. 1: the work failed, one line on stderr names the fix.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     given, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     _take_any_text()
+    if not debug:
+        # What these libraries log of a failure, ours says in one line.
+        for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
     try:
         app(given, prog_name="oki-trace")
     except OkiTraceError as error:

@@ -12,7 +12,7 @@ from oki_trace.settings import Settings
 
 Db = Annotated[
     str | None,
-    typer.Option("--db", metavar="PATH_OR_URL", help="The store.  [default: $OKI_TRACE_DB]"),
+    typer.Option("--db", metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Model = Annotated[
@@ -20,7 +20,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="Hugging Face id, folder, .gguf file, or smollm2.  [default: $OKI_TRACE_MODEL]",
+        show_default="$OKI_TRACE_MODEL",
+        help="Hugging Face id, folder, .gguf file, or smollm2.",
     ),
 ]
 FourBit = Annotated[bool, typer.Option("--4bit", help="Load the weights in 4-bit.")]
@@ -44,7 +45,8 @@ ConversationId = Annotated[
     int | None, typer.Option("--conversation", "-c", help="Go on with this conversation.")
 ]
 Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="File to write.  [default: standard output]")
+    Path | None,
+    typer.Option("--output", "-o", show_default="standard output", help="File to write."),
 ]
 
 DEFAULT_TOKENS = 256

@@ -21,7 +21,7 @@ from rich.text import Text
 def console() -> Console:
     """Standard output; colours only on a terminal."""
     # A pipe has no width: nothing is cut for the program that reads it.
-    width = None if sys.stdout.isatty() else 10_000
+    width = None if sys.stdout.isatty() else 1_000_000
     return _Console(highlight=False, width=width)
 
 

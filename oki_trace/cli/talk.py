@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import typer
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, size
+from oki_trace.cli.output import complain, console, inert, print_json, size
 from oki_trace.errors import UsageError
 from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TurnEnd
 
@@ -214,6 +215,15 @@ def _talking(db: str, choice: ModelChoice, conversation: int | None) -> Iterator
 
 
 def _load(choice: ModelChoice) -> LoadedModel:
+    """Load with a spinner on a terminal; what was not got as asked is said in a line."""
+    with warnings.catch_warnings(record=True) as said:
+        loaded = _load_showing(choice)
+    for warning in said:
+        complain(str(warning.message))
+    return loaded
+
+
+def _load_showing(choice: ModelChoice) -> LoadedModel:
     from oki_trace.llm.load import load
 
     status = console().status("Loading the model") if sys.stdout.isatty() else None

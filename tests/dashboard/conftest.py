@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from explorers import Explorer, free_port, start
+from explorers import HOME, ROOT, Explorer, free_port, start
 from stories import Stories, tell
-
-from oki_trace.store import migrate
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Playwright
 
 # As Home.py does: an installed wheel has the pages elsewhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(ROOT))
 
 QUIET = (
     "--no-sandbox",  # a container's root may not make one
@@ -118,7 +116,17 @@ def told(run_explorer: Callable[..., Explorer], stories: Stories) -> Explorer:
 
 
 @pytest.fixture
-def empty_store(tmp_path: Path) -> str:
-    db = str(tmp_path / "empty.db")
-    migrate.ensure(db)
-    return db
+def streamlit_run(tmp_path: Path) -> Iterator[Callable[[str], Explorer]]:
+    """Starts ``streamlit run dashboard/Home.py``, by its path, from a folder that is not ours."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with ExitStack() as running:
+
+        def run(db: str) -> Explorer:
+            port = free_port()
+            command = ["streamlit", "run", str(HOME), "--server.port", str(port)]
+            explorer = start(command, db, port, tmp_path / "output.txt", elsewhere)
+            running.callback(explorer.close)
+            return explorer
+
+        yield run

@@ -89,19 +89,19 @@ class Explorer:
             process.kill()
         psutil.wait_procs(left, timeout=10)
         self.process.wait()
-        lock = ROOT / worker.lock_path(self.db)
-        log = lock.with_suffix(".log")
         said = self.output.read_text(encoding="utf-8", errors="replace")
-        said += log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        lock.unlink(missing_ok=True)
-        log.unlink(missing_ok=True)
+        log = worker.lock_path(self.db).with_suffix(".log")
+        if log.exists():
+            said += log.read_text(encoding="utf-8", errors="replace")
         assert not left, f"still running: {left}\n{said}"
         assert "Traceback" not in said, said
 
 
 def start(command: Sequence[str], db: str, port: int, output: Path, cwd: Path = ROOT) -> Explorer:
     """Run ``command``, which serves the store ``db`` on ``port``, and wait until it answers."""
-    environment = {**os.environ, "OKI_TRACE_DB": db, "HF_HUB_OFFLINE": "1"}
+    # Without Streamlit's variables, which would stand in for our own settings.
+    own = {name: v for name, v in os.environ.items() if not name.startswith("STREAMLIT_")}
+    environment = {**own, "OKI_TRACE_DB": db, "HF_HUB_OFFLINE": "1"}
     with output.open("wb") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],

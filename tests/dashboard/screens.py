@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from explorers import eventually
-from playwright.sync_api import BrowserContext, Page
+from playwright.sync_api import BrowserContext, Page, expect
 
 from dashboard import shapes
 from oki_trace.records import Step
@@ -46,8 +46,12 @@ class Witness:
 
 
 def ask(page: Page, text: str) -> None:
-    page.get_by_test_id("stChatInputTextArea").fill(text)
-    page.get_by_test_id("stChatInputTextArea").press("Enter")
+    box = page.get_by_test_id("stChatInputTextArea")
+    # When a reply has just ended, the box that was shut goes as the open one comes.
+    expect(box).to_have_count(1)
+    expect(box).to_be_enabled()
+    box.fill(text)
+    box.press("Enter")
 
 
 def set_most_new_tokens(page: Page, number: int) -> None:
@@ -91,6 +95,11 @@ def watch_to_the_end(page: Page) -> list[int]:
 def tokens(page: Page) -> list[str]:
     """The texts of the last reply's tokens."""
     return page.locator(".root.reply").last.locator(".token").all_text_contents()
+
+
+def said(page: Page) -> str:
+    """The last reply as text, without the mark that makes a line end something to click."""
+    return "".join(tokens(page)).replace("⏎", "")
 
 
 def status(page: Page) -> str:

@@ -5,7 +5,9 @@ All is written through the public writer, as the command line and the worker do.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
+from oki_trace.store import migrate
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
@@ -36,13 +39,18 @@ QUESTIONS = ("What is the capital of France?", "And what river flows through it?
 HOSTILE = (
     "<script>window.pwned = 1</script>",
     '<img src="/x" onerror="window.pwned = 2">',
+    ":red[x] :material/delete: **b** $a$ `c` ~s~",
     "![x](http://evil.test/x.png)",
     "[x](javascript:window.pwned=3) <b>b</b>",
-    ":red[x] :material/delete: **b** $a$ `c` ~s~",
     "\u202ethgir ot tfel\u200f",
     "\x1b[31mred\x1b[0m\x07",
 )
 LONG = "W" * 20_000
+# Wherever a title is cut off, it may end in a space.
+CUT_AT_A_SPACE = "a " * 60
+
+WORDS = (" the", " cat", " sat")
+LINES = ("One", "\n\n", "two")
 
 LENS_REASON = "the final norm was not found"
 NO_ATTENTION = "not available: this model has no attention"
@@ -60,6 +68,7 @@ class Stories:
     long: tuple[int, int]
     bare: tuple[int, int]
     without_tensors: tuple[int, int]
+    unknown: tuple[int, int]
     failed: tuple[int, int]
     failed_at_once: tuple[int, int]
 
@@ -70,7 +79,14 @@ def tell(db: str, models_dir: Path) -> Stories:
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         bare = _bare(writer, rng)
         without_tensors = _reply(
-            writer, "No tensors", builders.turn_start("none"), _steps(rng, tensors=False)
+            writer, "No tensors", builders.turn_start("none"), _steps(rng, LINES, tensors=False)
+        )
+        first_step, step, last_step = _steps(rng)
+        unknown = _reply(
+            writer,
+            "Not a number",
+            builders.turn_start(),
+            [first_step, without_numbers(step), last_step],
         )
         failed = _reply(
             writer,
@@ -83,13 +99,25 @@ def tell(db: str, models_dir: Path) -> Stories:
             writer, asking.Ask("Are you there?", ModelChoice("no/such")), claim=True
         )
         asking.fail(writer, failed_at_once[1], "There is no model no/such: check the name.")
-        # What the list of recent conversations has to stand comes late.
-        for text in HOSTILE[1:]:
+        # The list of recent conversations is short, so what it has to stand comes late.
+        for text in reversed(HOSTILE[1:]):
             _say(writer, text, text)
+        _say(writer, CUT_AT_A_SPACE, "A short message.")
         hostile = _hostile(writer, rng, HOSTILE[0], HOSTILE)
         long = _hostile(writer, rng, LONG, (LONG,))
         first, second = _talk(writer, reader, models_dir)
-    return Stories(db, first, second, hostile, long, bare, without_tensors, failed, failed_at_once)
+    return Stories(
+        db=db,
+        first=first,
+        second=second,
+        hostile=hostile,
+        long=long,
+        bare=bare,
+        without_tensors=without_tensors,
+        unknown=unknown,
+        failed=failed,
+        failed_at_once=failed_at_once,
+    )
 
 
 def _talk(
@@ -136,12 +164,37 @@ def _reply(
     return conversation, reply
 
 
-def _steps(rng: np.random.Generator, *, tensors: bool = True) -> list[Step]:
-    words = (" the", " cat", " sat")
+def _steps(
+    rng: np.random.Generator, words: Sequence[str] = WORDS, *, tensors: bool = True
+) -> list[Step]:
     return [
         builders.step(i, rng, token=word, with_lens=True, with_tensors=tensors)
         for i, word in enumerate(words)
     ]
+
+
+def without_numbers(step: Step) -> Step:
+    """``step`` with the numbers that an import may lack, or that overflowed."""
+    assert step.lens is not None
+    lens, topk, nan = step.lens, step.topk, float("nan")
+    return replace(
+        step,
+        logit=nan,
+        prob=nan,
+        logprob=nan,
+        entropy=nan,
+        margin=nan,
+        topk=replace(topk, logits=topk.logits * nan, probs=topk.probs * nan),
+        attention=tuple(replace(one, weights=one.weights * nan) for one in step.attention),
+        lens=replace(
+            lens,
+            logits=lens.logits * nan,
+            probs=lens.probs * nan,
+            entropy=lens.entropy * nan,
+            chosen_prob=lens.chosen_prob * nan,
+            kl=lens.kl * nan,
+        ),
+    )
 
 
 def _bare(writer: TraceWriter, rng: np.random.Generator) -> tuple[int, int]:
@@ -176,3 +229,24 @@ def _hostile(
         steps.append(replace(step, topk=replace(step.topk, tokens=(*texts, text)), lens=lens))
     start = replace(builders.turn_start(), prompt=prompt)
     return _reply(writer, title, start, steps, said=texts)
+
+
+# Files that are no store of ours; each returns what is to be said of it.
+
+
+def strangers(path: Path) -> str:
+    path.write_text("Dear diary", encoding="utf-8")
+    return "is not an oki-trace store"
+
+
+def newer(path: Path) -> str:
+    migrate.ensure(str(path))
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    return "was written by a newer oki-trace"
+
+
+def another_database(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE notes (text)")
+    return "is not an oki-trace store"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
+from stories import without_numbers
 
 from dashboard import shapes
-from oki_trace.records import Lens, Prompt, StepSummary
+from oki_trace.records import Lens, Prompt, Step, StepSummary
 
 LAYERS = 3
 
@@ -136,7 +138,9 @@ def test_margin_is_darkest_at_a_tie() -> None:
 
 def test_settle_layer_is_darkest_at_the_last_and_absent_without_a_lens() -> None:
     steps = [summary(0, settle_layer=0), summary(1, settle_layer=3), summary(2, settle_layer=None)]
-    assert shapes.scale(steps, "settle layer", LAYERS) == ([0.0, 1.0, None], "layer 0", "3")
+    shades, _, high = shapes.scale(steps, "settle layer", LAYERS)
+    assert shades == [0.0, 1.0, None]
+    assert high == "3"
 
 
 @pytest.mark.parametrize("colour", shapes.COLOURS)
@@ -188,6 +192,14 @@ def test_reply_marks_what_is_no_text() -> None:
     assert [t["mark"] for t in tokens] == [True, True, True]
     assert tokens[0]["text"] == "<|im_end|>"
     assert tokens[1]["text"] == tokens[2]["text"] == "◌"
+
+
+def test_a_line_end_is_something_to_click() -> None:
+    """It stays a line end, and has a mark: alone it would be no wider than nothing."""
+    for token in ("\n", "\n\n", " \n"):
+        text = reply([summary(0, token)])["tokens"][0]["text"]
+        assert text.strip()
+        assert text.count("\n") == token.count("\n")
 
 
 def test_an_empty_reply_has_no_legend() -> None:
@@ -382,19 +394,34 @@ def test_map_waits_for_lenses_that_trail(rng: np.random.Generator) -> None:
     assert all(len(row) == 2 for row in data["cells"])
 
 
-def test_everything_can_be_sent_to_the_browser(rng: np.random.Generator) -> None:
-    """Plain JSON, whatever the tokens hold: no NumPy number, no lone surrogate."""
-    import json
-
-    step = builders.step(0, rng, token="\ud800", with_lens=True)
+def sendable(step: Step, shown: StepSummary) -> bool:
+    """Whether all that is made of a step is plain JSON, as the browser reads it."""
     assert step.lens is not None
-    strange = summary(0, "\ud800", token_bytes=b"\xed\xa0\x80")
     for data in (
-        reply([strange]),
-        shapes.facts_data(step, strange, 1),
+        *(reply([shown], colour=colour) for colour in shapes.COLOURS),
+        shapes.facts_data(step, shown, 1),
         shapes.bars_data(step),
         shapes.lens_data(step, step.lens),
         shapes.map_data([step], range(LAYERS, -1, -1), 0),
-        shapes.evidence_data(prompt(), [strange], 7, {0: 1.0}),
+        shapes.evidence_data(prompt(), [shown], 7, {0: 1.0}),
     ):
         json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    return True
+
+
+def test_numpy_numbers_and_lone_surrogates_can_be_sent(rng: np.random.Generator) -> None:
+    step = builders.step(0, rng, token="\ud800", with_lens=True)
+    assert sendable(step, summary(0, "\ud800"))
+
+
+def test_numbers_that_are_not_known_can_be_sent(rng: np.random.Generator) -> None:
+    nan = float("nan")
+    step = without_numbers(builders.step(0, rng, with_lens=True))
+    assert sendable(step, summary(0, prob=nan, logprob=nan, entropy=nan, margin=nan))
+
+
+def test_a_token_of_unknown_surprisal_leaves_the_others_theirs() -> None:
+    nan = float("nan")
+    steps = [summary(0, logprob=nan), summary(1, logprob=-2.0), summary(2, logprob=-1.0)]
+    assert shapes.scale(steps, "surprisal", LAYERS) == ([None, 1.0, 0.5], "0", "2.0 nats")
+    assert shapes.most_surprising(steps) == 1

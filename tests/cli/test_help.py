@@ -1,0 +1,64 @@
+"""Every command says what it does, and shows it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import typer.main
+
+from oki_trace import __version__
+from oki_trace.cli.app import app
+from tests.cli.commands import ACTIVE, Oki
+
+COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def unwrapped(text: str) -> str:
+    """Help without its boxes and line ends."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def test_the_commands_of_the_contract_are_there() -> None:
+    assert {"demo", "run", "chat", "list", "show", "info", "export", "migrate", "ui"} <= {*COMMANDS}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_an_example(oki: Oki, name: str) -> None:
+    for option in ("--help", "-h"):
+        done = oki(name, option)
+        assert (done.status, done.err) == (0, "")
+        assert not ACTIVE.search(done.out)
+        text = unwrapped(done.out)
+        assert f"Example: oki-trace {name}" in text
+        # Each option says what it is for.
+        assert "--help" in text and not re.search(r"--[a-z-]+ +(<\w+> +)?(?=--)", text)
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"bench"}))
+def test_every_command_takes_a_store(oki: Oki, name: str) -> None:
+    text = unwrapped(oki(name, "--help").out)
+    assert "--db PATH_OR_URL The store. [default: ($OKI_TRACE_DB)]" in text
+
+
+@pytest.mark.parametrize("name", ["run", "chat"])
+def test_the_default_model_is_told(oki: Oki, name: str) -> None:
+    assert "[default: ($OKI_TRACE_MODEL)]" in unwrapped(oki(name, "--help").out)
+
+
+def test_exit_statuses_and_debug_are_told(oki: Oki) -> None:
+    text = unwrapped(oki("--help").out)
+    assert "--debug, which shows tracebacks" in text
+    assert "Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 ended by Ctrl-C" in text
+    assert "the exit status is 130" in unwrapped(oki("run", "--help").out)
+    for name in COMMANDS:
+        assert f" {name} " in text
+
+
+def test_version(oki: Oki) -> None:
+    assert oki("--version").out == f"oki-trace {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["run"], ["list", "too", "many"]])
+def test_wrong_usage_exits_2(oki: Oki, arguments: list[str]) -> None:
+    assert oki(*arguments).status == 2

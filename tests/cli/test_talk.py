@@ -1,0 +1,295 @@
+"""``demo``, ``run`` and ``chat``: what a user types, sees, and finds in the store afterwards."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from oki_trace.cli import main
+from oki_trace.errors import ModelError
+from oki_trace.llm.fourbit import QuantizationFallback
+from oki_trace.records import Message, Role, Status
+from oki_trace.settings import Settings
+from oki_trace.store.reader import TraceReader
+from tests.cli.commands import ACTIVE, Done, Oki, start
+from tests.cli.conftest import Demo
+
+
+def stored(conversation: int = 1, db: str | Path | None = None) -> list[Message]:
+    with TraceReader(db or Settings.from_environment().db) as reader:
+        return reader.messages(conversation)
+
+
+def shown(done: Done) -> Any:
+    """The JSON of the last line."""
+    assert (done.status, done.err) == (0, "")
+    return json.loads(done.lines[-1])
+
+
+def complaint(done: Done, status: int) -> str:
+    """The one line on standard error of a command that did not work."""
+    assert done.status == status, done
+    assert "Traceback" not in done.out + done.err
+    (line,) = done.err.splitlines()
+    assert line.startswith("oki-trace: ")
+    return line.removeprefix("oki-trace: ")
+
+
+# -------------------------------------------------------------------------- demo
+
+
+def test_the_demo_holds_a_conversation_and_says_where_it_is(demo: Demo) -> None:
+    done = demo.done
+    assert (done.status, done.err) == (0, "")
+    assert not ACTIVE.search(done.out), "colours or progress bars, into a pipe"
+    asked = [line for line in done.lines if line.startswith("> ")]
+    assert asked[0] == "> What is the capital of France?" and len(asked) == 2
+    answer = done.lines[done.lines.index(asked[0]) + 1]
+    assert "Paris" in answer
+    messages = stored(db=demo.db)
+    assert [str(m.role) for m in messages] == ["user", "assistant"] * 2
+    assert messages[1].content == answer
+    assert all(m.status is Status.COMPLETE for m in messages)
+    assert all(m.model_id == "smollm2" and m.tokens > 3 for m in messages[1::2])
+    assert f"conversation 1 in {demo.db}." in done.out
+    assert "oki-trace show 1" in done.out
+    with TraceReader(demo.db) as reader:
+        # The second question is asked in the light of the first.
+        assert answer in reader.prompt(messages[3].id).text
+        names = ["attentions", "hidden_states", "logits"]
+        assert reader.tensor_names(messages[3].id, 0) == names
+
+
+def test_a_conversation_goes_on_with_the_real_model(oki: Oki, demo: Demo, tmp_path: Path) -> None:
+    db = shutil.copy(demo.db, tmp_path / "copy.db")
+    found = shown(oki("run", "And of Italy?", "-c", 1, "--db", db, "--max-new-tokens", 6, "--json"))
+    assert found["conversation"] == 1
+    messages = stored(db=db)
+    assert [m.content for m in messages[4:]] == ["And of Italy?", found["output"]]
+    with TraceReader(db) as reader:
+        assert messages[1].content in reader.prompt(found["message"]).text
+
+
+# --------------------------------------------------------------------------- run
+
+
+def test_a_reply_is_written_as_it_was_kept(oki: Oki, small: Path) -> None:
+    done = oki("run", "the fox", "--model", small, "--max-new-tokens", 12)
+    assert (done.status, done.err) == (0, "")
+    asked, reply = stored()
+    assert (asked.role, asked.content) == (Role.USER, "the fox")
+    assert (reply.status, reply.tokens) == (Status.COMPLETE, 12)
+    # Characters that act are shown by a symbol; nothing else is between.
+    text, _, summary = done.out.rstrip("\n").rpartition("\n")
+    assert len(text) >= len(reply.content)
+    for written, kept in zip(text, reply.content, strict=False):
+        if ACTIVE.match(kept) or kept == "␀":
+            break
+        assert written == kept
+    assert summary.startswith("complete (token limit) · 12 tokens · ")
+    assert summary.endswith(f"conversation 1, message {reply.id}")
+    assert not ACTIVE.search(done.out)
+
+
+def test_json_is_the_last_line_and_says_what_is_kept(oki: Oki, small: Path) -> None:
+    done = oki("run", "the fox", "--model", small, "--max-new-tokens", 5, "--json")
+    assert len(done.lines) == 1
+    reply = stored()[-1]
+    assert shown(done) == {
+        "conversation": 1,
+        "message": reply.id,
+        "steps": 5,
+        "status": "complete",
+        "reason": "token limit",
+        "output": reply.content,
+    }
+    assert done.out.isascii()
+
+
+def test_a_system_message_begins_the_conversation(oki: Oki, small: Path) -> None:
+    options = ("--model", small, "--max-new-tokens", 2, "--json")
+    first = shown(oki("run", "the fox", "--system", "be brief", *options))
+    again = shown(oki("run", "jumps", "-c", first["conversation"], *options))
+    messages = stored()
+    assert [(str(m.role), m.content) for m in messages[:2]] == [
+        ("system", "be brief"),
+        ("user", "the fox"),
+    ]
+    assert (again["conversation"], len(messages)) == (1, 5)
+    with TraceReader(Settings.from_environment().db) as reader:
+        text = reader.prompt(again["message"]).text
+    assert text == (
+        f"<s>system: be brief\n<s>user: the fox\n<s>assistant: {first['output']}\n"
+        "<s>user: jumps\n<s>assistant: "
+    )
+
+
+def test_the_same_seed_gives_the_same_reply(oki: Oki, small: Path) -> None:
+    def run(*options: object) -> str:
+        found = shown(oki("run", "fox", "-m", small, "--max-new-tokens", 20, "--json", *options))
+        return str(found["output"])
+
+    hot = ("--temperature", 1.5, "--seed")
+    first, second = run(*hot, 1), run(*hot, 2)
+    assert first != second
+    assert run(*hot, 1) == first
+    assert run("--temperature", 1.5, "--top-k", 1, "--seed", 5) == run(), "one candidate: greedy"
+    assert run("--temperature", 0) == run(), "no temperature is greedy"
+
+
+def test_tensors_are_kept_as_asked(oki: Oki, small: Path) -> None:
+    for mode, names in (("none", []), ("exact", ["attentions", "hidden_states", "logits"])):
+        found = shown(
+            oki("run", "x", "-m", small, "--max-new-tokens", 1, "--tensors", mode, "--json")
+        )
+        with TraceReader(Settings.from_environment().db) as reader:
+            assert reader.tensor_names(found["message"], 0) == names
+
+
+def test_a_prompt_comes_from_standard_input(
+    oki: Oki, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is not text: what cannot be read is replaced, and the line end is not of it."""
+    raw = io.TextIOWrapper(io.BytesIO(b"two\nlines \xff\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", raw)
+    done = oki("run", "-", "--model", small, "--max-new-tokens", 1, "--json")
+    assert shown(done)["steps"] == 1
+    assert stored()[0].content == "two\nlines \N{REPLACEMENT CHARACTER}"
+
+
+def test_4bit_that_could_not_be_had_is_said_in_a_line(oki: Oki, small: Path) -> None:
+    """Whether it can be had for so small a model is up to bitsandbytes and this machine."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", QuantizationFallback)
+        done = oki("run", "x", "--model", small, "--max-new-tokens", 1, "--4bit")
+    assert done.status == 0
+    capture = stored()[-1].capture
+    assert capture is not None
+    if capture.quantization == "4-bit":
+        assert done.err == ""
+    else:
+        (line,) = done.err.splitlines()
+        assert line.startswith(f"oki-trace: {small}: 4-bit was asked for, float32 was loaded")
+
+
+def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: Path) -> None:
+    options = ("--model", small, "--max-new-tokens", 1, "--json")
+    assert shown(oki("run", *options, "--debug", "--", "--debug"))["steps"] == 1
+    assert stored()[0].content == "--debug"
+
+
+# -------------------------------------------------------------------- wrong usage
+
+
+@pytest.mark.parametrize(
+    ("options", "complains"),
+    [
+        (["--temperature", "-1"], "emperature must be 0 to 100"),
+        (["--temperature", "nan"], "emperature must be 0 to 100"),
+        (["--temperature", "warm"], "valid number"),
+        (["--top-p", "0"], "op_p must be above 0"),
+        (["--top-p", "1.5"], "op_p must be above 0"),
+        (["--top-k", "-1"], "op_k must be 0"),
+        (["--repetition-penalty", "0"], "epetition_penalty must be above 0"),
+        (["--seed", "-1"], "eed must be 0"),
+        (["--max-new-tokens", "-1"], "greater than or equal"),
+        (["--tensors", "all"], "ensors must be one of exact, half, none"),
+        (["--dtype", "float99"], "float99"),
+        (["--device", "abacus"], "abacus"),
+        (["--no-such-option"], "No such option: --no-such-option"),
+        (["-c", "1", "--system", "be brief"], "A system message begins a conversation"),
+        (["--db", "mysql://host/db"], "cannot be kept in mysql"),
+    ],
+)
+def test_values_that_make_no_sense_exit_2(
+    oki: Oki, small: Path, options: list[str], complains: str
+) -> None:
+    done = oki("run", "the fox", "--model", small, *options)
+    assert done.status == 2
+    assert complains in done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err and not ACTIVE.search(done.err)
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", ""], ["run", "  \n"], ["show", "one"]])
+def test_what_is_missing_exits_2(oki: Oki, arguments: list[str]) -> None:
+    assert oki(*arguments).status == 2
+
+
+# ------------------------------------------------------------------ work that fails
+
+
+@pytest.mark.parametrize(
+    ("model", "complains"),
+    [
+        ("./no/such/folder", "There is no ./no/such/folder here"),
+        ("no-such.gguf", "There is no no-such.gguf here"),
+        ("no-such-owner/no-such-model", "no-such-owner/no-such-model"),
+        ("README.md", "README.md is a file, not a model"),
+    ],
+)
+def test_an_unknown_model_is_one_clear_line(oki: Oki, model: str, complains: str) -> None:
+    done = oki("run", "the fox", "--model", model)
+    assert complains in complaint(done, 1)
+    assert done.out == ""
+    with pytest.raises(ModelError):
+        main(["run", "the fox", "--model", model, "--debug"])
+
+
+def test_an_unknown_conversation_is_found_out_before_a_model_is_loaded(oki: Oki) -> None:
+    for name in ("run", "chat"):
+        prompt = ["the fox"] if name == "run" else []
+        done = oki(name, *prompt, "-c", 99, "--model", "./no/such/folder")
+        assert "There is no conversation 99" in complaint(done, 1)
+
+
+def test_a_conversation_goes_on_after_a_prompt_that_was_too_long(oki: Oki, small: Path) -> None:
+    options = ("--model", small, "--max-new-tokens", 2, "--json")
+    done = oki("run", "word " * 200, *options)
+    assert "the model's context holds 128" in complaint(done, 1)
+    asked, reply = stored()
+    assert reply.status is Status.FAILED
+    assert reply.reason is not None and "context holds 128" in reply.reason
+    found = shown(oki("run", "short", "-c", asked.conversation_id, *options))
+    assert (found["conversation"], found["steps"]) == (1, 2)
+
+
+# ------------------------------------------------------------------------- chat
+
+
+def test_chat_takes_turns_from_a_pipe(small: Path) -> None:
+    options = ("--model", small, "--max-new-tokens", 4, "--system", "be brief")
+    done = start("chat", *options, said="one\ntwo\n\nnever said\n")
+    assert (done.status, done.err) == (0, "")
+    assert not ACTIVE.search(done.out)
+    summaries = [line for line in done.lines if line.startswith("complete (")]
+    assert len(summaries) == 2 and summaries[1].endswith("conversation 1, message 5")
+    messages = stored()
+    assert [(str(m.role), m.tokens) for m in messages] == [
+        ("system", 0),
+        ("user", 0),
+        ("assistant", 4),
+        ("user", 0),
+        ("assistant", 4),
+    ]
+    assert [m.content for m in messages if m.role is Role.USER] == ["one", "two"]
+    with TraceReader(Settings.from_environment().db) as reader:
+        assert len(reader.conversations()) == 1
+        assert "user: one\n" in reader.prompt(messages[-1].id).text
+
+
+def test_chat_goes_on_with_a_conversation_and_ends_where_its_input_does(
+    oki: Oki, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--model", small, "--max-new-tokens", 2)
+    assert oki("run", "one", *options).status == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two"))
+    assert oki("chat", "-c", 1, *options).status == 0
+    assert [m.content for m in stored() if m.role is Role.USER] == ["one", "two"]

@@ -1,0 +1,297 @@
+"""The worker as a real process: asked through the store, watched through the store."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from oki_trace import asking, worker
+from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, Status, WorkerState
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+from tests import models
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 5
+FOREVER = 1_000_000
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes by signals")
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A store with both ends open, as the explorer has it."""
+
+    db: str
+    writer: TraceWriter
+    reader: TraceReader
+
+    def ask(self, model: Path | str, tokens: int = 4) -> int:
+        """Queue a reply in a conversation of its own; returns its id."""
+        ask = asking.Ask(
+            "the fox",
+            ModelChoice(str(model)),
+            Sampling(max_new_tokens=tokens),
+            CapturePolicy(tensors="none"),
+        )
+        return asking.submit(self.writer, ask)[1]
+
+    def ended(self, reply: int) -> Message:
+        """The reply once it has ended."""
+
+        def look() -> Message | None:
+            message = self.reader.message(reply)
+            return None if message.status.is_live else message
+
+        return until(look, f"the end of reply {reply}")
+
+    def under_way(self, reply: int) -> Message:
+        """The reply once it has a few steps; it is one that goes on for ever."""
+
+        def look() -> Message | None:
+            message = self.reader.message(reply)
+            assert message.status.is_live, message.reason
+            return message if message.tokens >= STEPS else None
+
+        return until(look, f"the first steps of reply {reply}")
+
+    def state(self) -> WorkerState:
+        found = self.reader.worker()
+        assert found is not None
+        return found
+
+    def idle(self) -> WorkerState:
+        until(lambda: self.state().state == "idle", "an idle worker")
+        return self.state()
+
+    def workers(self) -> list[psutil.Process]:
+        """The living worker processes of this store, whoever started them."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                mine = "oki_trace.worker" in process.cmdline()
+                if mine and process.environ().get("OKI_TRACE_DB") == self.db:
+                    found.append(process)
+            except psutil.Error:
+                continue  # ended meanwhile, or not ours to look at
+        return found
+
+
+@contextmanager
+def desk_at(folder: Path) -> Iterator[Desk]:
+    """A desk whose workers are gone afterwards, whatever happened."""
+    db = str(folder / "store.db")
+    with TraceWriter(db, checkpoint=False) as writer, TraceReader(db) as reader:
+        desk = Desk(db, writer, reader)
+        try:
+            yield desk
+        finally:
+            left = desk.workers()
+            for process in left:
+                process.kill()
+            psutil.wait_procs(left, timeout=30)
+    assert desk.workers() == []
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    with desk_at(tmp_path) as desk:
+        yield desk
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """A desk with one worker for several tests: torch takes seconds to start."""
+    with desk_at(tmp_path_factory.mktemp("served")) as desk:
+        worker.ensure_running(desk.db)
+        until(desk.reader.worker, "the worker's first sign of life")
+        yield desk
+        assert len(desk.workers()) == 1, "it has served all of it"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_small(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_endless(tmp_path_factory.mktemp("models") / "endless")
+
+
+def test_a_queued_reply_is_answered(served: Desk, small: Path) -> None:
+    reply = served.ended(served.ask(small))
+    assert (reply.status, reply.reason, reply.tokens) == (Status.COMPLETE, "token limit", 4)
+    steps = list(served.reader.iter_steps(reply.id))
+    assert all(step.lens is not None and step.attention for step in steps)
+    assert served.reader.prompt(reply.id).text == "<s>user: the fox\n<s>assistant: "
+    state = served.idle()
+    (process,) = served.workers()
+    assert (state.pid, state.model_id) == (process.pid, str(small))
+    assert state.detail == f"{small} (float32) on cpu"
+
+
+def test_replies_are_answered_in_the_order_they_were_asked_for(served: Desk, small: Path) -> None:
+    replies = [served.ask(small) for _ in range(3)]
+    assert [served.ended(reply).status for reply in replies] == [Status.COMPLETE] * 3
+    steps = [next(served.reader.iter_steps(reply)) for reply in replies]
+    assert len({step.token_id for step in steps}) == 1, "the same question, greedily"
+
+
+def test_asking_again_starts_no_second_worker(served: Desk) -> None:
+    """Neither from the process that started it nor from another one."""
+    (process,) = served.workers()
+    for _ in range(3):
+        worker.ensure_running(served.db)
+    code = (
+        "import sys, psutil; from oki_trace import worker; worker.ensure_running(sys.argv[1]); "
+        "sys.exit(len(psutil.Process().children()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, served.db], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert served.workers() == [process]
+
+
+def test_a_stop_ends_a_long_reply_and_keeps_it(served: Desk, endless: Path) -> None:
+    reply = served.ask(endless, FOREVER)
+    before = served.under_way(reply)
+    assert before.status is Status.RUNNING
+    assert served.state().state == "decoding"
+    served.writer.request_stop(reply)
+    stopped = served.ended(reply)
+    assert (stopped.status, stopped.reason) == (Status.STOPPED, "stopped")
+    assert stopped.tokens >= before.tokens
+    steps = list(served.reader.iter_steps(reply))
+    assert [step.step_index for step in steps] == list(range(stopped.tokens))
+    assert all(step.lens is not None for step in steps)
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(served: Desk, small: Path) -> None:
+    bad, good = served.ask("./no/such/model"), served.ask(small)
+    failed = served.ended(bad)
+    assert failed.status is Status.FAILED
+    assert failed.reason is not None and "There is no ./no/such/model here" in failed.reason
+    assert served.ended(good).status is Status.COMPLETE
+    log = worker.lock_path(served.db).with_suffix(".log").read_text()
+    assert f"message {bad} failed: There is no ./no/such/model here" in log
+    assert "Traceback" not in log
+
+
+def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: Desk, small: Path) -> None:
+    choice = ModelChoice(str(small))
+    _, bad = asking.submit(served.writer, asking.Ask("word " * 200, choice))
+    failed = served.ended(bad)
+    assert failed.reason is not None and "context holds 128" in failed.reason
+    assert served.ended(served.ask(small)).status is Status.COMPLETE
+
+
+def test_a_conversation_deleted_meanwhile_does_not_end_the_worker(
+    served: Desk, small: Path, endless: Path
+) -> None:
+    reply = served.under_way(served.ask(endless, FOREVER))
+    served.writer.delete_conversation(reply.conversation_id)
+    assert served.ended(served.ask(small)).status is Status.COMPLETE
+
+
+def test_what_it_leaves_stands_beside_the_store(served: Desk) -> None:
+    """Not in the folder it was started from: so all who use a store find its worker."""
+    lock = worker.lock_path(served.db)
+    assert lock == Path(served.db + ".worker.lock") and lock.is_file()
+    assert lock.with_suffix(".log").is_file()
+    (process,) = served.workers()
+    # The address of a store may hold a password, and a command line is for all to see.
+    assert served.db not in " ".join(process.cmdline())
+
+
+def test_one_store_has_one_lock_however_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("store.db", "./store.db", str(tmp_path / "store.db"), f"sqlite:///{tmp_path}/store.db")
+    assert {worker.lock_path(name) for name in names} == {tmp_path / "store.db.worker.lock"}
+    remote = worker.lock_path("postgresql://me:secret@host/traces")
+    assert remote.parent == tmp_path / "data", "a server has no folder"
+    assert remote != worker.lock_path("postgresql://me:secret@host/others")
+    assert "secret" not in str(remote)
+
+
+def test_of_two_started_at_once_one_leaves(desk: Desk) -> None:
+    """Two processes may both find no worker there, and start one."""
+    command = [sys.executable, "-m", "oki_trace.worker", "--parent", str(os.getpid())]
+    environment = {**os.environ, "OKI_TRACE_DB": desk.db}
+    started = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(2)]
+    try:
+        left = until(lambda: [p for p in started if p.poll() is not None], "one to leave")
+        state = until(desk.reader.worker, "the other to say it is there")
+        (stayed,) = [p for p in started if p not in left]
+        assert [p.returncode for p in left] == [0]
+        assert (state.pid, stayed.poll()) == (stayed.pid, None)
+        stayed.terminate()
+        assert stayed.wait(timeout=60) == 0
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+ASK_AND_LEAVE = """
+import sys
+from oki_trace import asking, worker
+from oki_trace.records import ModelChoice, Sampling
+from oki_trace.store.writer import TraceWriter
+
+db, model = sys.argv[1:]
+with TraceWriter(db, checkpoint=False) as writer:
+    asking.submit(writer, asking.Ask("the fox", ModelChoice(model), Sampling(max_new_tokens=4)))
+worker.ensure_running(db)
+"""
+
+
+def test_it_follows_its_parent_once_nothing_waits(desk: Desk, small: Path) -> None:
+    # Not waited for, so that it stays as a zombie: gone all the same.
+    with subprocess.Popen([sys.executable, "-c", ASK_AND_LEAVE, desk.db, small], cwd=ROOT):
+        until(desk.reader.worker, "the worker's first sign of life")
+        until(lambda: desk.state().state == "gone", "the worker to leave")
+        assert desk.workers() == []
+    (conversation,) = desk.reader.conversations()
+    reply = desk.reader.messages(conversation.id)[-1]
+    assert (reply.status, reply.tokens) == (Status.COMPLETE, 4), "what was asked for came first"
+
+
+def test_killed_in_the_middle_and_started_again(desk: Desk, small: Path, endless: Path) -> None:
+    cut = desk.ask(endless, FOREVER)
+    worker.ensure_running(desk.db)
+    before = desk.under_way(cut)
+    (killed,) = desk.workers()
+    killed.kill()
+    killed.wait(timeout=30)
+    # Said by the reader alone: nobody has written anything since.
+    seen = desk.reader.message(cut)
+    assert seen.status is Status.INTERRUPTED
+    assert seen.tokens >= before.tokens and seen.content
+    assert desk.state().state == "gone"
+
+    following = desk.ask(small)
+    worker.ensure_running(desk.db)
+    assert desk.ended(following).status is Status.COMPLETE
+    (second,) = desk.workers()
+    assert second.pid != killed.pid
+    assert desk.reader.message(cut).status is Status.INTERRUPTED
+    assert "ended" in (desk.reader.message(cut).reason or "")
+
+    # Asked to leave, it ends the reply under way in good order; what waits goes on waiting.
+    last, waiting = desk.ask(endless, FOREVER), desk.ask(small)
+    desk.under_way(last)
+    second.terminate()
+    assert second.wait(timeout=60) == 0
+    assert desk.reader.message(last).status is Status.STOPPED
+    assert desk.reader.message(waiting).status is Status.QUEUED
