@@ -19,8 +19,8 @@ DEFAULT_DB = "data/oki_trace.db"
 class Settings:
     """The options that hold for a whole process.
 
-    ``data_dir`` is where converted models, logs and locks go: the project's
-    ``data`` folder below the current one.
+    ``data_dir`` is where converted models go, and the lock and log of a store
+    that is no file: the project's ``data`` folder below the current one.
     """
 
     db: str = DEFAULT_DB

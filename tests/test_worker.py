@@ -99,6 +99,9 @@ def desk_at(folder: Path) -> Iterator[Desk]:
             for process in left:
                 process.kill()
             psutil.wait_procs(left, timeout=30)
+            mine = worker._started.pop(worker.lock_path(db), None)
+            if mine is not None:
+                mine.wait()  # else Python complains of it when it ends
     assert desk.workers() == []
 
 

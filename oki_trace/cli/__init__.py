@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,11 +17,19 @@ DEBUG = "--debug"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``oki-trace``. ``--debug``, anywhere, shows tracebacks."""
+    try:
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        # While modules are still being imported; after that, commands see to it.
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
     from oki_trace.cli.output import complain
     from oki_trace.errors import OkiTraceError, UsageError
 
-    given, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    given, debug = _without_debug(arguments)
     _take_any_text()
     if not debug:
         # What these libraries log of a failure, ours says in one line.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -74,20 +75,28 @@ def kept(message: Message) -> Message:
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
+    ("number", "status", "options"),
+    [(signal.SIGINT, 130, ()), (signal.SIGTERM, 143, ("--json",))],
+    ids=["ctrl-c", "term"],
 )
 def test_a_signal_ends_the_reply_and_keeps_it(
-    endless: Path, number: signal.Signals, status: int
+    endless: Path, number: signal.Signals, status: int, options: tuple[str, ...]
 ) -> None:
-    with running("run", "the fox", "--model", endless, "--max-new-tokens", 1_000_000) as process:
+    wanted = ("--model", endless, "--max-new-tokens", 1_000_000, *options)
+    with running("run", "the fox", *wanted) as process:
         message = until(under_way(process), "the first steps")
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (status, "")
     reply = kept(message)
     assert (reply.status, reply.reason) == (Status.STOPPED, "stopped")
-    summary = out.rstrip("\n").splitlines()[-1]
-    assert summary.startswith(f"stopped (stopped) · {reply.tokens} tokens · ")
+    last = out.splitlines()[-1]
+    if "--json" in options:
+        found = json.loads(last)
+        assert (found["status"], found["steps"]) == ("stopped", reply.tokens)
+        assert found["output"].replace("\0", "␀") == reply.content
+    else:
+        assert last.startswith(f"stopped (stopped) · {reply.tokens} tokens · ")
 
 
 def test_ctrl_c_in_a_chat_ends_the_reply_and_not_the_chat(endless: Path) -> None:

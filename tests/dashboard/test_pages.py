@@ -149,7 +149,7 @@ def test_chat_in_every_colour(filled_store: Stories, colour: str) -> None:
 def test_the_title_as_a_button_is_no_markup(filled_store: Stories) -> None:
     labels = [button.label for button in chat().sidebar.button]
     assert HOSTILE[0] not in labels
-    assert any(label.startswith("\\<script") for label in labels)
+    assert any("script" in label for label in labels)
 
 
 def test_conversations_are_listed_and_searched(filled_store: Stories) -> None:
