@@ -7,6 +7,7 @@ a token stands alone, and as it is where it is part of a running text.
 from __future__ import annotations
 
 import codecs
+import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -38,6 +39,21 @@ def _shown(character: str) -> str:
     return character
 
 
+def clickable(text: str) -> str:
+    """A piece of running text; a line end has a mark before it, being no wider than nothing."""
+    return text.replace("\n", "⏎\n")
+
+
+def known(value: float) -> float | None:
+    """``value``, or None where it is no number: an import may lack it, float16 may overflow."""
+    return value if math.isfinite(value) else None
+
+
+def figure(value: float, digits: int, unit: str = "") -> str:
+    """``value`` with so many digits, a dash where it is no number."""
+    return f"{value:.{digits}f}{unit}" if math.isfinite(value) else "–"
+
+
 def running_text(steps: Sequence[StepSummary]) -> list[str]:
     """Each token's part of the reply's text: a character stands with the token that ends it."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -60,7 +76,7 @@ def reply_data(
     texts = running_text(steps)
     tokens = [
         {
-            "text": visible(s.token) if s.is_special else (text or "◌"),
+            "text": visible(s.token) if s.is_special else (clickable(text) or "◌"),
             "value": None if value is None else round(value, 3),
             "mark": s.is_special or not text,
             "title": hover(s),
@@ -86,14 +102,14 @@ def scale(
 ) -> tuple[list[float | None], str, str]:
     """A shade from 0 to 1 for each step, and what the two ends stand for."""
     if colour == "margin":
-        return [1 - s.margin for s in steps], "1", "0 (a near tie)"
+        return [known(1 - s.margin) for s in steps], "1", "0 (a near tie)"
     if colour == "settle layer":
         depth = max(layers, 1)
         shades = [None if s.settle_layer is None else s.settle_layer / depth for s in steps]
-        return shades, "layer 0", f"{layers}"
-    raw = [-s.logprob if colour == "surprisal" else s.entropy for s in steps]
-    top = max([1.0, *raw])
-    return [value / top for value in raw], "0", f"{top:.1f} nats"
+        return shades, "0", f"{layers}"
+    raw = [known(-s.logprob if colour == "surprisal" else s.entropy) for s in steps]
+    top = max([1.0, *(value for value in raw if value is not None)])
+    return [None if value is None else value / top for value in raw], "0", f"{top:.1f} nats"
 
 
 def hover(step: StepSummary) -> str:
@@ -103,30 +119,33 @@ def hover(step: StepSummary) -> str:
     )
     return (
         f"{visible(step.token)}  (id {step.token_id}, step {step.step_index})\n"
-        f"prob {step.prob:.3f} · rank {step.rank}\n"
-        f"surprisal {-step.logprob:.2f} nats · entropy {step.entropy:.2f} nats\n"
-        f"margin {step.margin:.3f} · {settled}"
+        f"prob {figure(step.prob, 3)} · rank {step.rank}\n"
+        f"surprisal {figure(-step.logprob, 2, ' nats')} · "
+        f"entropy {figure(step.entropy, 2, ' nats')}\n"
+        f"margin {figure(step.margin, 3)} · {settled}"
     )
 
 
 def most_surprising(steps: Sequence[StepSummary]) -> int | None:
     """The step with the least likely token: where to look first."""
-    return min(steps, key=lambda s: s.logprob).step_index if steps else None
+    rated = [s for s in steps if math.isfinite(s.logprob)] or steps[:1]
+    return min(rated, key=lambda s: s.logprob).step_index if rated else None
 
 
 def facts_data(step: Step, summary: StepSummary, total: int) -> Json:
     """What the head of the step panel shows."""
     settled = "–" if summary.settle_layer is None else f"layer {summary.settle_layer}"
     facts = [
-        ("prob", f"{step.prob:.3f}", "The model's own probability, before any sampling setting"),
+        ("prob", figure(step.prob, 3), "The model's own probability, before any sampling setting"),
         ("rank", str(step.rank), "1 is the most likely token"),
-        ("surprisal", f"{step.surprisal:.2f} nats", "-log prob of the chosen token"),
-        ("entropy", f"{step.entropy:.2f} nats", "of the whole next-token distribution"),
+        ("surprisal", figure(step.surprisal, 2, " nats"), "-log prob of the chosen token"),
+        ("entropy", figure(step.entropy, 2, " nats"), "of the whole next-token distribution"),
         ("settled", settled, "The first layer from which the chosen token stays on top"),
     ]
     if step.sampled_prob is not None:
         facts.insert(
-            1, ("sampled", f"{step.sampled_prob:.3f}", "Its probability after temperature and cuts")
+            1,
+            ("sampled", figure(step.sampled_prob, 3), "Its probability after temperature and cuts"),
         )
     return {
         "where": f"step {step.step_index + 1} of {total} · position {step.position}",
@@ -143,10 +162,11 @@ def bars_data(step: Step) -> Json:
     rows = [
         {
             "text": visible(text),
-            "prob": prob,
-            "sampled": None if sampled is None else float(sampled[k]),
+            "prob": known(prob),
+            "sampled": None if sampled is None else known(float(sampled[k])),
             "chosen": token_id == step.token_id,
-            "title": f"rank {k + 1} · id {token_id} · logit {logit:.2f} · prob {prob:.5f}",
+            "title": f"rank {k + 1} · id {token_id} · logit {figure(logit, 2)} · "
+            f"prob {figure(prob, 5)}",
         }
         for k, (token_id, text, logit, prob) in enumerate(
             zip(
@@ -166,21 +186,27 @@ def evidence_data(
     steps: Sequence[StepSummary],
     position: int,
     weights: Mapping[int, float],
+    left_out: int | None = None,
 ) -> Json:
-    """The text the model saw, each piece shaded by its weight; ``position`` is the newest's end."""
+    """The text the model saw, each piece shaded by its weight; ``position`` is the newest's end.
+
+    ``left_out`` is a position whose weight is told but not shown as a shade.
+    """
     seen = [s for s in steps if s.position < position]
     texts = [*prompt.tokens, *running_text(seen)]
     kinds = [*prompt.segments, *["reply"] * len(seen)]
-    top = max(weights.values(), default=0.0) or 1.0
+    shaded = {at: w for at, w in weights.items() if at != left_out and math.isfinite(w)}
+    top = max(shaded.values(), default=0.0) or 1.0
     pieces = []
     for at, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        weight = weights.get(at, 0.0)
+        weight = figure(weights.get(at, 0.0), 4)
         pieces.append(
             {
-                "text": text,
-                "value": round(weight / top, 3),
+                "text": clickable(text) or "◌",
+                "value": round(shaded.get(at, 0.0) / top, 3),
                 "kind": kind,
-                "title": f"position {at} · {kind} · weight {weight:.4f}",
+                "title": f"position {at} · {kind} · weight {weight}"
+                + (" · left out" if at == left_out else ""),
             }
         )
     return {"pieces": pieces, "seam": len(prompt)}
@@ -204,9 +230,9 @@ def lens_data(step: Step, lens: Lens, columns: int = 3) -> Json:
                 "cells": [
                     {
                         "text": visible(text),
-                        "prob": prob,
+                        "prob": known(prob),
                         "chosen": token_id == step.token_id,
-                        "title": f"layer {layer}, rank {k + 1}: {visible(text)} {prob:.4f}",
+                        "title": f"layer {layer}, rank {k + 1}: {visible(text)} {figure(prob, 4)}",
                     }
                     for k, (token_id, text, prob) in enumerate(
                         zip(ids, lens.tokens[layer], probs, strict=False)
@@ -214,9 +240,9 @@ def lens_data(step: Step, lens: Lens, columns: int = 3) -> Json:
                 ],
                 "rank": int(lens.chosen_rank[layer]),
                 "settled": layer == settle,
-                "title": f"entropy {lens.entropy[layer]:.2f} nats · "
-                f"KL to the final layer {lens.kl[layer]:.2f} nats · "
-                f"chosen token {lens.chosen_prob[layer]:.4f}",
+                "title": f"entropy {figure(float(lens.entropy[layer]), 2, ' nats')} · "
+                f"KL to the final layer {figure(float(lens.kl[layer]), 2, ' nats')} · "
+                f"chosen token {figure(float(lens.chosen_prob[layer]), 4)}",
             }
         )
     return {"rows": rows}
@@ -240,9 +266,9 @@ def _map_cell(step: Step, lens: Lens, layer: int) -> Json:
     text, prob = visible(lens.tokens[layer][0]), float(lens.probs[layer, 0])
     return {
         "text": text,
-        "prob": round(prob, 3),
+        "prob": known(round(prob, 3)),
         "same": int(lens.token_ids[layer, 0]) == step.token_id,
         "settled": lens.settle_layer == layer,
-        "title": f"layer {layer}, step {step.step_index + 1}: {text} {prob:.3f}\n"
+        "title": f"layer {layer}, step {step.step_index + 1}: {text} {figure(prob, 3)}\n"
         f"chosen {visible(step.token)}: rank {int(lens.chosen_rank[layer]):,}",
     }

@@ -8,6 +8,7 @@ statistics.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -72,6 +73,8 @@ def serve(db: str, port: int, url: str, *, open_browser: bool) -> int:
     """Serve until interrupted; returns Streamlit's exit status."""
     environment = {**os.environ, "OKI_TRACE_DB": db}
     process = subprocess.Popen(command(port), env=environment)
+    # What ends a service ends this process alone: Streamlit is told by us.
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     if open_browser:
         threading.Thread(target=_open_when_up, args=(port, url), daemon=True).start()
     try:

@@ -60,7 +60,7 @@ class Status(StrEnum):
 
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
-        raise UsageError(f"{sentence[0].upper()}{sentence[1:]}.")
+        raise UsageError(f"{sentence}.")
 
 
 @dataclass(frozen=True, slots=True)

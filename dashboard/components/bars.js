@@ -10,11 +10,11 @@ export default function ({ data, parentElement }) {
     const name = make("span", "name mono", entry.text);
     const track = make("div", "track");
     const fill = make("div", "fill");
-    fill.style.width = `${entry.prob * 100}%`;
+    fill.style.width = `${(entry.prob ?? 0) * 100}%`;
     track.append(fill);
-    row.append(name, track, make("span", "num", entry.prob.toFixed(3)));
+    row.append(name, track, make("span", "num", figure(entry.prob, 3)));
     if (data.sampled) {
-      row.append(make("span", "num", entry.sampled === 0 ? "–" : entry.sampled.toFixed(3)));
+      row.append(make("span", "num", entry.sampled === 0 ? "–" : figure(entry.sampled, 3)));
     }
     return row;
   });

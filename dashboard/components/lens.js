@@ -23,10 +23,10 @@ export default function ({ data, parentElement }) {
 
 function draw(cell) {
   const node = make("td", cell.chosen ? "cell chosen" : "cell");
-  node.style.setProperty("--v", cell.prob);
+  node.style.setProperty("--v", cell.prob ?? 0);
   node.title = cell.title;
   const pair = make("div", "pair");
-  pair.append(make("span", "name mono", cell.text), make("span", "num", cell.prob.toFixed(2)));
+  pair.append(make("span", "name mono", cell.text), make("span", "num", figure(cell.prob, 2)));
   node.append(pair);
   return node;
 }

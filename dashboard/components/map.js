@@ -14,7 +14,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       const step = data.steps[column];
       const node = cell(entry.text, entry.title, step.index, entry.same ? "same" : "");
       if (entry.settled) node.classList.add("settled");
-      node.style.setProperty("--v", entry.prob);
+      node.style.setProperty("--v", entry.prob ?? 0);
       grid.append(node);
     });
   });

@@ -6,3 +6,8 @@ function make(tag, name = "", text = "") {
   return node;
 }
 
+// A number with so many digits, a dash where it is not known.
+function figure(value, digits) {
+  return value === null ? "–" : value.toFixed(digits);
+}
+

@@ -15,6 +15,7 @@ from oki_trace.errors import OkiTraceError
 from oki_trace.records import Message, Role, Status, StepSummary
 
 POLL_SECONDS = 0.3
+TITLE_LENGTH = 200
 
 FIRST_QUESTIONS = (
     "What is the capital of France, and what is it famous for?",
@@ -139,9 +140,12 @@ def _focus(replies: list[Message]) -> Focus | None:
 
 def _heading(title: str) -> None:
     with st.container(
-        horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"
+        horizontal=True,
+        horizontal_alignment="distribute",
+        vertical_alignment="center",
+        key="heading",
     ):
-        st.text(title, width="content")
+        st.text(title[:TITLE_LENGTH])
         st.segmented_control(
             "Colour the tokens by",
             shapes.COLOURS,
@@ -170,8 +174,10 @@ def _reply(message: Message, focus: Focus | None) -> None:
         ),
         on_pick_change=lambda: _pick(message, st.session_state[key].pick),
     )
-    if message.status.is_live:
-        _waiting(message)
+    # Also when empty: so what follows stays the element it was, and keeps the focus.
+    with st.container():
+        if message.status.is_live:
+            _waiting(message)
 
 
 def _pick(message: Message, index: int | None) -> None:
@@ -201,7 +207,7 @@ def _status(message: Message, tokens: int) -> str:
     if message.status in (Status.FAILED, Status.INTERRUPTED):
         return f"{message.status}: {message.reason}" if message.reason else str(message.status)
     parts = [str(message.status)]
-    if message.status is Status.STOPPED and message.reason:
+    if message.status is Status.STOPPED and message.reason not in (None, "", "stopped"):
         parts[0] += f" ({message.reason})"
     parts.append(f"{tokens} tokens")
     if message.seconds:

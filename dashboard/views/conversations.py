@@ -20,7 +20,12 @@ def page() -> None:
         number = st.number_input("Page", 1, None, 1, key="page", width=120)
     found = data.find(search.strip(), PAGE_SIZE, (int(number) - 1) * PAGE_SIZE)
     if not found:
-        st.caption("Nothing found." if search else "No conversations yet: begin one in Chat.")
+        if search:
+            st.caption("Nothing found.")
+        elif number > 1:
+            st.caption("No conversations on this page.")
+        else:
+            st.caption("No conversations yet: begin one in Chat.")
         return
     frame = pd.DataFrame(
         {

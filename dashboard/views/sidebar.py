@@ -21,6 +21,8 @@ STATES = {
 }
 
 
+TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
+
 Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None]
 
 
@@ -70,7 +72,8 @@ def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
         tokens = st.number_input("Most new tokens", 1, 8192, 256, key="max_new_tokens")
         tensors = st.selectbox(
             "Full tensors",
-            get_args(TensorMode),
+            TENSORS,
+            index=TENSORS.index(CapturePolicy().tensors),
             key="tensors",
             help="half: 16-bit floats. exact: the model's own bits. none: the rows alone.",
         )
@@ -122,7 +125,7 @@ def recent_conversations(current: int | None) -> None:
         with st.container(key="recent", gap=None):
             for c in found:
                 chosen = c.id == current
-                label = _plain(c.title[:60])
+                label = _plain(c.title[:60].strip()) or "Untitled"
                 if st.button(
                     f"**{label}**" if chosen else label,
                     key=f"open-{c.id}",
@@ -135,5 +138,12 @@ def recent_conversations(current: int | None) -> None:
 
 
 def _plain(text: str) -> str:
-    """``text`` with what Markdown would read as its own escaped."""
-    return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|:$<>~" else c for c in text)
+    """``text`` with what Markdown would read as its own escaped.
+
+    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
+    a joiner, which is not seen, keeps their characters apart.
+    """
+    return "".join(f"\\{c}\u2060" if c in _MARKDOWN else c for c in text)
+
+
+_MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")

@@ -9,7 +9,7 @@ import streamlit as st
 from dashboard import charts, components, data, shapes
 from oki_trace.records import CaptureReport, Message, Step, StepSummary
 
-MAP_STEPS = 24
+MAP_STEPS = 12
 
 
 def show(message: Message, steps: Sequence[StepSummary], index: int) -> None:
@@ -62,13 +62,14 @@ def _evidence(
         kept = next(a for a in step.attention if a.layer == layer)
         pairs = zip(kept.positions.tolist(), kept.weights.tolist(), strict=True)
         weights = dict(pairs)
-    first = weights.get(0, 0.0)
-    if no_sink:
-        weights.pop(0, None)
+    first = shapes.figure(100 * weights.get(0, 0.0), 0, "%")
     components.evidence(
-        data=shapes.evidence_data(prompt, steps, step.position, weights), key="evidence"
+        data=shapes.evidence_data(
+            prompt, steps, step.position, weights, left_out=0 if no_sink else None
+        ),
+        key="evidence",
     )
-    notes = [f"First token, left out: {first:.0%} of the attention." if no_sink else ""]
+    notes = [f"First token, left out: {first} of the attention." if no_sink else ""]
     if tensor is None:
         notes.append(f"Only the {len(weights)} most attended positions were kept.")
     notes.append("Attention shows where the model looked, not why.")

@@ -8,7 +8,6 @@ why. The errors found travel with every reply.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -81,7 +80,8 @@ class Instrument:
         )
 
 
-_made: weakref.WeakKeyDictionary[Any, Instrument] = weakref.WeakKeyDictionary()
+# Kept on the model itself, so that it goes when the model goes.
+_KEPT = "_oki_trace_instrument"
 
 
 def instrument(model: Any, tokenizer: Any) -> Instrument:
@@ -90,7 +90,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     The first call for a model runs three short forward passes; later calls
     return the same instrument.
     """
-    found = _made.get(model)
+    found: Instrument | None = model.__dict__.get(_KEPT)
     if found is not None and found.tokenizer is tokenizer:
         return found
     anatomy = dissect(model)
@@ -110,7 +110,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
         attention_check=attention.error,
         provenance=attention.provenance,
     )
-    _made[model] = made
+    model.__dict__[_KEPT] = made
     return made
 
 

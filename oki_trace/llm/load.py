@@ -169,6 +169,8 @@ def load(
             stacklevel=2,
         )
     model.eval()
+    # What a trace calls it: the name that loads it again, not the folder it came from.
+    model.name_or_path = model.config._name_or_path = source.model_id
     report(f"{source.model_id} is loaded", 1.0)
     return LoadedModel(
         model=model,

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from explorers import eventually
-from playwright.sync_api import BrowserContext, Page, expect
+from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from dashboard import shapes
 from oki_trace.records import Step
@@ -45,11 +45,16 @@ class Witness:
         return [a for p, a in parts if p.scheme not in LOCAL and p.hostname != "127.0.0.1"]
 
 
-def ask(page: Page, text: str) -> None:
+def ready_for_a_message(page: Page) -> Locator:
+    """The box to write into, once there is one and it is open."""
     box = page.get_by_test_id("stChatInputTextArea")
-    # When a reply has just ended, the box that was shut goes as the open one comes.
     expect(box).to_have_count(1)
     expect(box).to_be_enabled()
+    return box
+
+
+def ask(page: Page, text: str) -> None:
+    box = ready_for_a_message(page)
     box.fill(text)
     box.press("Enter")
 
