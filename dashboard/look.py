@@ -23,8 +23,7 @@ _STYLE = """
     .st-key-heading { flex-wrap: wrap; }
     .st-key-heading > :has(> [data-testid="stText"]) { flex: 1 1 100%; }
   }
-  .st-key-sides > [data-testid="stHorizontalBlock"],
-  .st-key-sides [data-testid="stLayoutWrapper"] > [data-testid="stHorizontalBlock"] {
+  .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"]) {
     align-items: flex-start;
   }
   @media (max-width: 1150px) {

@@ -78,7 +78,7 @@ def reply_data(
         {
             "text": visible(s.token) if s.is_special else (clickable(text) or "◌"),
             "value": None if value is None else round(value, 3),
-            "mark": s.is_special or not text,
+            "mark": s.is_special or not text.strip("\n"),
             "title": hover(s),
         }
         for s, text, value in zip(steps, texts, values, strict=True)

@@ -119,7 +119,8 @@ Focus = tuple[Message, list[StepSummary], int]
 def _focus(replies: list[Message]) -> Focus | None:
     """The reply and step in the panel: the address's, else where the last reply hesitated most.
 
-    While a reply is live and nothing is chosen, its newest token is followed.
+    While a reply is live and nothing is chosen, its newest token whose lens is
+    there is followed.
     """
     place = address.here()
     begun = [m for m in replies if m.tokens]
@@ -132,7 +133,8 @@ def _focus(replies: list[Message]) -> Focus | None:
     if place.message == message.id and place.step is not None:
         index: int | None = min(place.step, len(steps) - 1)
     elif message.status.is_live:
-        index = steps[-1].step_index
+        settled = [s.step_index for s in steps if s.settle_layer is not None]
+        index = settled[-1] if settled else steps[-1].step_index
     else:
         index = shapes.most_surprising(steps)
     return message, steps, index or 0

@@ -83,9 +83,9 @@ def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
         sampling = Sampling(
             max_new_tokens=int(tokens),
             temperature=None if off else temperature,
-            top_p=None if off or top_p == 1.0 else top_p,
+            top_p=None if off else top_p,
             top_k=None if off else int(top_k),
-            repetition_penalty=None if penalty == 1.0 else penalty,
+            repetition_penalty=penalty,
             seed=None if off or seed is None else int(seed),
         )
     except UsageError as error:
