@@ -11,4 +11,8 @@ export default function ({ data, parentElement }) {
     nodes.push(node);
   });
   root.replaceChildren(...nodes);
+  // A long prompt is scrolled to where the model looked most.
+  const strongest = data.pieces.findIndex((piece) => piece.value === 1);
+  const piece = root.querySelectorAll(".piece")[strongest];
+  if (piece) root.scrollTop = piece.offsetTop - root.clientHeight * 0.7;
 }

@@ -46,7 +46,7 @@ def page() -> None:
         key="conversations",
         column_config={
             "id": st.column_config.NumberColumn(width="small"),
-            "title": st.column_config.TextColumn(width="large"),
+            "title": st.column_config.TextColumn(width="medium"),
             "when": st.column_config.DatetimeColumn(format="distance"),
         },
     )
