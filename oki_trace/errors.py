@@ -5,9 +5,11 @@
     ├── ModelError            a model cannot be found, read, or held in memory
     │   └── CaptureError      the model runs, but a turn cannot be traced
     ├── StoreError            the trace store cannot be opened, read or written
+    │   ├── StoreBusy         another process held it for too long
     │   ├── NotFound          no such conversation, message, step or tensor
     │   ├── SchemaError       the store is older or newer than this program, or not ours
     │   └── TensorError       a stored tensor is damaged
+    ├── QuestionError         a question across steps cannot be answered
     └── ExchangeError         a file cannot be exported to or imported from
 
 The message of each is one sentence that says what is wrong and one that names
@@ -37,6 +39,10 @@ class StoreError(OkiTraceError):
     """The trace store cannot be opened, read or written."""
 
 
+class StoreBusy(StoreError):
+    """Another process held the store for too long; asking again later may do."""
+
+
 class NotFound(StoreError, LookupError):
     """No such conversation, message, step or tensor in this store."""
 
@@ -47,6 +53,10 @@ class SchemaError(StoreError):
 
 class TensorError(StoreError):
     """A stored tensor does not match its checksum, shape or codec."""
+
+
+class QuestionError(OkiTraceError):
+    """A question across steps cannot be answered: wrong SQL, no time, no room, nothing there."""
 
 
 class ExchangeError(OkiTraceError):

@@ -1,0 +1,89 @@
+"""The plain frozen records that cross rooms.
+
+The model side makes them, the store keeps them, and the explorer and the
+exports read them back: the same shapes in both directions. They hold Python
+scalars, strings and NumPy arrays, never a torch tensor or an ORM row, so that
+each room can be used and tested without the others.
+
+Words, as everywhere in the project: layer 0 is the embedding output, layer l
+the residual stream after block l, layer L (the last) the model's own
+distribution. ``position`` is a token's absolute index in the sequence the
+model saw. ``rank`` counts from 1. ``prob`` is the model's own probability,
+before any sampling setting. Log-probabilities and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from oki_trace.records.asked import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    TensorMode,
+)
+from oki_trace.records.seen import (
+    Candidates,
+    CaptureReport,
+    Contender,
+    Decision,
+    Effect,
+    FloatArray,
+    Generation,
+    IntArray,
+    LayerAttention,
+    Lens,
+    Prompt,
+    Segment,
+    Step,
+    Tensor,
+    TurnEnd,
+    TurnStart,
+)
+from oki_trace.records.stored import (
+    AttentionPoints,
+    Conversation,
+    ConversationFilter,
+    ConversationTotals,
+    LensGrid,
+    Message,
+    StepSummary,
+    StoreInfo,
+    WorkerState,
+)
+
+__all__ = [
+    "AttentionPoints",
+    "Candidates",
+    "CapturePolicy",
+    "CaptureReport",
+    "ChatMessage",
+    "Contender",
+    "Conversation",
+    "ConversationFilter",
+    "ConversationTotals",
+    "Decision",
+    "Effect",
+    "FloatArray",
+    "Generation",
+    "IntArray",
+    "LayerAttention",
+    "Lens",
+    "LensGrid",
+    "Message",
+    "ModelChoice",
+    "Prompt",
+    "Role",
+    "Sampling",
+    "Segment",
+    "Status",
+    "Step",
+    "StepSummary",
+    "StoreInfo",
+    "Tensor",
+    "TensorMode",
+    "TurnEnd",
+    "TurnStart",
+    "WorkerState",
+]

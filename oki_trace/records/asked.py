@@ -1,0 +1,114 @@
+"""What is asked of a model: the words said so far, the model, the sampling, what to keep."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, get_args
+
+from oki_trace.errors import UsageError
+
+TensorMode = Literal["exact", "half", "compact", "none"]
+
+
+class Role(StrEnum):
+    """Who says a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+class Status(StrEnum):
+    """Where a message is in its life. User and system messages are born complete."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"
+
+    @property
+    def is_live(self) -> bool:
+        """Whether more steps may still come."""
+        return self in (Status.QUEUED, Status.RUNNING)
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UsageError(f"{sentence}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is picked, in the terms of transformers' ``generate()``.
+
+    ``temperature`` of None or 0 is greedy. The others, when None, are left to
+    the model's own generation config.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 0, "max_new_tokens must be 0 or more")
+        _require(
+            self.temperature is None or 0 <= self.temperature < 100, "temperature must be 0 to 100"
+        )
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1")
+        _require(self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or more")
+        _require(
+            self.repetition_penalty is None or self.repetition_penalty > 0,
+            "repetition_penalty must be above 0 (1 is off)",
+        )
+        _require(self.seed is None or 0 <= self.seed < 2**63, "seed must be 0 to 2^63 - 1")
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.temperature
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePolicy:
+    """What is kept of every step.
+
+    ``topk_*`` are numbers of entries: of the next-token distribution, of
+    attended positions a layer, of tokens a lens layer. ``tensors``: "exact"
+    keeps the full tensors in the model's own dtype, "half" as 16-bit floats,
+    "compact" within stated bounds in about a fifth of the room of 32-bit
+    floats, "none" keeps the rows alone.
+    """
+
+    topk_logits: int = 10
+    topk_evidence: int = 10
+    topk_lens: int = 5
+    tensors: TensorMode = "half"
+
+    def __post_init__(self) -> None:
+        for name in ("topk_logits", "topk_evidence", "topk_lens"):
+            _require(1 <= getattr(self, name) <= 1000, f"{name} must be 1 to 1000")
+        modes = get_args(TensorMode)
+        _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChoice:
+    """Which model, and how it is to be loaded."""
+
+    model_id: str
+    use_4bit: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """One message of a conversation, as a chat template takes it."""
+
+    role: Role
+    content: str
