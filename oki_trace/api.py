@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from oki_trace.errors import UsageError
-from oki_trace.exchange.trace_object import trace_object
+from oki_trace.exchange.trace_object import TraceHead, trace_object
 from oki_trace.llm.load import load_model_and_tokenizer
 from oki_trace.records import (
     CapturePolicy,
@@ -119,7 +119,7 @@ def _trace_into(
 def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, dict[str, Any]]:
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
-    trace = trace_object(
+    head = TraceHead(
         model_id=start.model_id,
         prompt=start.prompt,
         generation=start.generation,
@@ -128,8 +128,8 @@ def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, di
         output=end.output,
         status=end.status,
         reason=end.reason,
-        steps=_with_lenses(collector.steps, collector.lenses),
     )
+    trace = trace_object(head, _with_lenses(collector.steps, collector.lenses))
     return end.output, trace
 
 

@@ -8,6 +8,7 @@ no reply is left open.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture import capture
 from oki_trace.llm.chat import render
-from oki_trace.llm.decode import generation_of
+from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import Instrument, instrument
 from oki_trace.llm.vocabulary import TextStream
 from oki_trace.records import (
@@ -38,6 +39,9 @@ class Sink(Protocol):
     def start(self, start: TurnStart) -> None: ...
     def step(self, step: Step) -> None: ...
     def lens(self, lens: Lens) -> None: ...
+    def settle(self) -> None:
+        """Return when nothing that was handed over is still worked on."""
+
     def end(self, end: TurnEnd) -> None: ...
 
 
@@ -58,6 +62,9 @@ class Collector:
 
     def lens(self, lens: Lens) -> None:
         self.lenses.append(lens)
+
+    def settle(self) -> None:
+        """Nothing goes on here."""
 
     def end(self, end: TurnEnd) -> None:
         self.ended = end
@@ -105,7 +112,9 @@ def trace_turn(
         prompt = render(made.tokenizer, messages, made.vocabulary)
         generation = generation_of(made.model, sampling, len(prompt))
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
-        turn.follow(capture(made, prompt, generation, policy, should_stop))
+        turn.follow(capture(made, prompt, generation, policy, should_stop, turn.settle))
+        if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
+            turn.reason = "context full"
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
@@ -130,7 +139,10 @@ def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
 def _explain(error: Exception) -> str:
     """One line for what a model's own code raised while decoding."""
     lines = str(error).strip().splitlines() or [""]
-    if isinstance(error, MemoryError) or "memory" in lines[0].lower():
+    # torch says it in these words, on the CPU as a plain RuntimeError.
+    said = f"{type(error).__name__}: {lines[0]}"
+    full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
+    if isinstance(error, MemoryError) or full:
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
     what = f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
     return f"The model failed ({what}). Run it with --debug to see where, or try another model."
@@ -165,6 +177,10 @@ class _Turn:
             if text and self._on_text:
                 self._on_text(text)
             self.reason = finished or self.reason
+
+    def settle(self) -> None:
+        for sink in self._sinks:
+            sink.settle()
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began

@@ -33,14 +33,15 @@ TRACE = {
     *("format", "version", "model_id", "prompt", "prompt_len", "prompt_token_ids", "output"),
     *("messages", "status", "evidence_provenance", "logit_lens_available", "generation"),
     *("capture", "steps"),
-    "reason",
+    *("reason", "prompt_tokens", "prompt_segments"),
 }
 STEP = {
     *("step", "chosen_token", "chosen_id", "position", "prob", "logprob", "entropy", "rank"),
     *("logits_topk", "evidence", "attention", "logit_lens"),
-    *("margin", "sampled_prob"),
+    *("margin", "sampled_prob", "decision"),
+    *("chosen_bytes", "is_special", "logit"),
 }
-CANDIDATE = {*("rank", "token_id", "token", "logit", "prob"), "sampled_prob"}
+CANDIDATE = {*("rank", "token_id", "token", "logit", "prob"), "sampled_prob", "noise"}
 EVIDENCE = {"rank", "position", "token_id", "token", "weight", "in_prompt", "relative"}
 ATTENTION = {*("layer", "topk"), "missing"}
 ATTENDED = {"rank", "position", "weight"}

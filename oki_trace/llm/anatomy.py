@@ -23,13 +23,21 @@ from oki_trace.errors import CaptureError
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of one model. ``trunk`` is None when the model calls its blocks itself."""
+    """The parts of one model. ``trunk`` is None when the model calls its blocks itself.
+
+    ``position_axis`` is where a block's output counts positions: 1, or 2 where
+    several residual streams come before the batch. ``repeats`` says that blocks
+    run more than once in one pass. The outputs are those of the probe.
+    """
 
     model: nn.Module
     blocks: tuple[nn.Module, ...]
     trunk: nn.Module | None
     tail: tuple[nn.Module, ...]
+    position_axis: int
+    repeats: bool
     trunk_output: Any = field(repr=False)
+    block_output: Any = field(repr=False)
     probe_ids: torch.Tensor = field(repr=False)
 
     @property
@@ -73,19 +81,32 @@ def dissect(model: Any) -> Anatomy:
     outer = [c for c in calls if c.module in holders and c.module is not model]
     trunk = outer[0] if outer else None
     last = next(c for c in reversed(calls) if c.module is blocks[-1])
-    tail = [c.module for c in calls[last.ended :] if c.parent in holders and c.parent is not model]
+    after = [c for c in calls[last.ended :] if c.parent in holders and c.parent is not model]
     return Anatomy(
         model=model,
         blocks=blocks,
         trunk=trunk.module if trunk else None,
-        tail=tuple(tail),
+        tail=_tail(last, after, trunk),
+        position_axis=_position_axis(stream_of(last.output), probe_ids.shape[1]),
+        repeats=sum(c.module is last.module for c in calls) > 1,
         trunk_output=trunk.output if trunk else None,
+        block_output=last.output,
         probe_ids=probe_ids,
     )
 
 
-def probe_tokens(model: Any, length: int = 8) -> torch.Tensor:
-    """A few valid token ids, shape (1, length), on the device of the embeddings."""
+def stream_of(output: Any) -> torch.Tensor:
+    """The residual stream in what a block, a norm or a trunk puts out: all of it, or its first."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return found
+
+
+def probe_tokens(model: Any, length: int = 11) -> torch.Tensor:
+    """A few valid token ids, shape (1, length), on the device of the embeddings.
+
+    The length is one that no size of a model is likely to have, so that an axis
+    of that size counts positions.
+    """
     vocab = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(3, 3 + length) * 7 % vocab
     return ids[None].to(input_device(model))
@@ -116,6 +137,23 @@ def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:
             "it cannot be traced layer by layer. Choose another model."
         )
     return best
+
+
+def _tail(last: _Call, after: list[_Call], trunk: _Call | None) -> tuple[nn.Module, ...]:
+    """The modules from the last block to what the trunk returns; a pooler beside it is left out."""
+    returned = None if trunk is None else stream_of(trunk.output)
+    if stream_of(last.output) is returned:
+        return ()
+    for count, call in enumerate(after, 1):
+        if isinstance(call.output, (torch.Tensor, tuple)) and stream_of(call.output) is returned:
+            return tuple(c.module for c in after[:count])
+    return tuple(c.module for c in after)
+
+
+def _position_axis(stream: torch.Tensor, length: int) -> int:
+    """The axis of ``length`` that follows a batch of one; 1, the usual place, if there is none."""
+    shape = tuple(stream.shape)
+    return next((i for i in range(1, len(shape)) if shape[i - 1 : i + 1] == (1, length)), 1)
 
 
 def _ascending(numbers: list[int]) -> bool:

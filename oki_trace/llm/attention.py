@@ -51,8 +51,7 @@ class _Watching:
 
     def __init__(self, layer_of: Mapping[nn.Module, int]) -> None:
         self._layer_of = dict(layer_of)
-        self._seen: set[nn.Module] = set()
-        self._rows: Rows = {}
+        self._rows: dict[nn.Module, Tensor] = {}
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
@@ -60,18 +59,30 @@ class _Watching:
 
     def take(self, outputs: Any) -> Rows:
         rows, self._rows = self._rows, {}
-        return dict(sorted(rows.items()))
+        of_layer: dict[int, list[Tensor]] = {}
+        for module, row in rows.items():
+            of_layer.setdefault(self._layer_of[module], []).append(row)
+        # Where a layer attends more than once, its heads stand one after the other.
+        return {
+            layer: found[0] if len(found) == 1 else torch.cat(found)
+            for layer, found in sorted(of_layer.items())
+        }
 
     def keep(self, module: nn.Module, row: Tensor) -> None:
         """Called by the attention function or the hook with (heads, keys)."""
-        layer = self._layer_of.get(module)
-        if layer is not None:
-            self._seen.add(module)
-            self._rows[layer] = row.float()
+        if module in self._layer_of:
+            self._rows[module] = row.float()
 
-    def forget_idle_modules(self) -> None:
-        """Watch only the modules that gave weights so far: a hook on every module costs time."""
-        self._layer_of = {m: layer for m, layer in self._layer_of.items() if m in self._seen}
+    def settle(self, keys: int) -> None:
+        """From now on, watch only the modules whose last weights were over ``keys`` keys.
+
+        The others gave none (a hook on each costs time), something else of that
+        form, or handed on the weights of a module within.
+        """
+        over_keys = {m for m, row in self._rows.items() if row.shape[1] == keys}
+        own = {m for m in over_keys if over_keys.isdisjoint(set(m.modules()) - {m})}
+        self._rows = {m: row for m, row in self._rows.items() if m in own}
+        self._layer_of = {m: self._layer_of[m] for m in self._rows}
 
 
 _watched: dict[nn.Module, BesideTap] = {}
@@ -118,11 +129,12 @@ class HookedTap(_Watching):
 class AskingTap:
     """Asks the model for its attentions, its last query alone in the forward pass.
 
-    ``layers`` are the true numbers of the layers that answer. A model without
-    a cache cannot have its prompt split: it holds all weights of every pass.
+    ``layers`` are the true numbers of the layers whose weights are wanted, by
+    their place among all that answer. A model without a cache cannot have its
+    prompt split: it holds all weights of every pass.
     """
 
-    def __init__(self, model: Any, layers: tuple[int, ...], *, has_cache: bool) -> None:
+    def __init__(self, model: Any, layers: Mapping[int, int], *, has_cache: bool) -> None:
         self._model = model
         self._layers = layers
         self.splits_prompt = has_cache
@@ -137,36 +149,45 @@ class AskingTap:
             yield {"output_attentions": True}
 
     def take(self, outputs: Any) -> Rows:
-        return dict(zip(self._layers, last_rows(outputs), strict=True))
+        rows = last_rows(outputs)
+        found = ((layer, rows[place]) for place, layer in self._layers.items())
+        return {layer: row for layer, row in found if row is not None}
 
 
 @contextmanager
 def eager(model: Any) -> Iterator[None]:
-    """Let ``model`` run its own eager attention while this context lasts."""
-    before = model.config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    switch = model.set_attn_implementation
-    if not model._can_set_attn_implementation():
-        # Older families read the name from their config at every call.
-        def switch(name: str) -> None:
-            model.config._attn_implementation_internal = name
+    """Let ``model`` run its own eager attention while this context lasts.
 
-    switch("eager")
+    The name is read from the config at every call; parts of a model may have
+    configs, and names, of their own.
+    """
+    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    for config, _ in before:
+        config._attn_implementation_internal = "eager"
     try:
         yield
     finally:
-        switch(before)
+        for config, name in before:
+            config._attn_implementation_internal = name
 
 
-def last_rows(outputs: Any) -> list[Tensor]:
-    """The last query's weights of each layer that gave any: (heads, keys) in fp32."""
-    attentions = getattr(outputs, "attentions", None) or ()
+def _configs(model: nn.Module) -> list[Any]:
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+
+
+def last_rows(outputs: Any, queries: int | None = None) -> list[Tensor | None]:
+    """The last query's weights, (heads, keys) in fp32, of each layer that answered.
+
+    None for what is no attention weights: not of ``queries`` queries, where that
+    is given. Linear attention may answer with its state.
+    """
     return [
         weights[0, :, -1].float()
-        for weights in attentions
-        if isinstance(weights, Tensor) and weights.ndim == 4
+        if weights.ndim == 4 and queries in (None, weights.shape[2])
+        else None
+        for weights in getattr(outputs, "attentions", None) or ()
+        if isinstance(weights, Tensor)
     ]
 
 
@@ -192,7 +213,8 @@ def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tap = _watched.get(module)
         if tap is not None:
-            tap.keep(module, last_row(query, key, attention_mask, kwargs.get("scaling")))
+            bias = kwargs.get("position_bias")
+            tap.keep(module, last_row(query, key, attention_mask, kwargs.get("scaling"), bias))
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.watches_attention = True  # type: ignore[attr-defined]
@@ -200,18 +222,26 @@ def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @torch.no_grad()
-def last_row(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """softmax(q Kᵀ · scaling + mask) for the last query: (heads, keys) in fp32.
+def last_row(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """softmax(q Kᵀ · scaling + bias + mask) for the last query: (heads, keys) in fp32.
 
     ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d); each key head
     serves a run of consecutive query heads. ``mask`` is boolean or additive,
-    (1, 1 or heads, T, keys).
+    (1, 1 or heads, T, keys), as is ``bias``, a learned one.
     """
     groups, keys, width = key.shape[1], key.shape[2], key.shape[3]
     rows = query[0, :, -1].reshape(groups, -1, width)
     scores = torch.matmul(rows, key[0].transpose(1, 2)).float()
     scores *= width**-0.5 if scaling is None else scaling
     scores = scores.reshape(-1, keys)
+    if bias is not None:
+        scores = scores + bias[0, :, -1, :keys]
     if mask is not None:
         row = mask[0, :, -1, :keys]
         hidden = row.dtype == torch.bool

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from oki_trace.llm.anatomy import Anatomy
+from oki_trace.llm.anatomy import Anatomy, stream_of
 from oki_trace.llm.attention import AttentionTap, Rows
 
 
@@ -21,11 +21,15 @@ class Probe:
 
     def __init__(self, anatomy: Anatomy, tap: AttentionTap | None) -> None:
         self._blocks = anatomy.blocks
+        self._axis = anatomy.position_axis
         self._tap = tap
         self._hidden: dict[int, Tensor] = {}
 
     def take_hidden(self) -> tuple[Tensor, ...]:
-        """L+1 rows (width,): the input of block 1, then what each block put out."""
+        """L+1 rows (width,): the input of block 1, then what each block put out.
+
+        Where a model carries several residual streams, (streams, width).
+        """
         hidden, self._hidden = self._hidden, {}
         return tuple(hidden[layer] for layer in sorted(hidden))
 
@@ -64,16 +68,18 @@ class Probe:
 
     def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        self._hidden[0] = newest(stream)
+        self._hidden[0] = newest(stream, self._axis)
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            whole = isinstance(output, Tensor)
-            self._hidden[layer] = newest(output if whole else output[0])
+            self._hidden[layer] = newest(stream_of(output), self._axis)
 
         return keep
 
 
-def newest(stream: Tensor) -> Tensor:
-    """The last position of a residual stream (1, T, width), copied: (width,)."""
-    return stream[0, -1].clone()
+def newest(stream: Tensor, axis: int) -> Tensor:
+    """The last position of a residual stream (1, T, width), copied: (width,).
+
+    ``axis`` counts the positions, and the axis before it is the batch of one.
+    """
+    return stream.select(axis, -1).select(axis - 1, 0).clone()

@@ -1,0 +1,213 @@
+"""Which lens and which way to the attention agree with the model itself.
+
+Asked once per load, on a few short forward passes: the lens at the last layer
+against the model's own logits, all of them; the captured attention against the
+model's own eager attention, in one pass and with a cache. What does not agree
+is not used, and why is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from oki_trace.llm.anatomy import Anatomy
+from oki_trace.llm.attention import (
+    AskingTap,
+    AttentionTap,
+    BesideTap,
+    HookedTap,
+    Rows,
+    eager,
+    last_rows,
+)
+from oki_trace.llm.lens import LogitLens
+from oki_trace.llm.probe import Probe
+
+# Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
+# the two kernels round every layer's input differently, and single weights of a
+# deep model drift apart (SmolLM2 in bfloat16: 3e-2); a wrong formula is further
+# off in some head of some layer.
+ATTENTION_TOLERANCE = {torch.float32: 1e-4}
+ATTENTION_TOLERANCE_16_BIT = 1e-1
+
+PROVENANCE = "attention of the newest position, final layer with attention, heads averaged"
+
+
+@torch.no_grad()
+def checked_lens(
+    model: Any, anatomy: Anatomy, probe: Probe
+) -> tuple[LogitLens | None, float | None, str | None]:
+    """The cheaper of two lenses that agrees with the model; else what is wrong with them."""
+    if anatomy.repeats:
+        return None, None, "its blocks run several times for each token, so no layer is one place"
+    with probe.attached():
+        logits = model(input_ids=anatomy.probe_ids, use_cache=False).logits[0, -1:]
+        last_block = probe.take_hidden()[-1][None]
+    checks = []
+    for run_trunk in (False, True):
+        lens = LogitLens(anatomy, run_trunk=run_trunk)
+        checks.append(lens.check(last_block, logits))
+        if checks[-1].reason is None:
+            return lens, checks[-1].error, None
+    # One that ran and gave another answer says more than one that could not run.
+    told = next((check for check in checks if check.error is not None), checks[0])
+    return None, told.error, told.reason
+
+
+@dataclass(frozen=True)
+class AttentionFound:
+    """The way to the weights, the layers it covers, its error, and what to say of it."""
+
+    tap: AttentionTap | None
+    layers: tuple[int, ...]
+    error: float | None
+    provenance: str
+
+
+def _no_attention(why: str, error: float | None = None) -> AttentionFound:
+    return AttentionFound(None, (), error, f"not available: {why}")
+
+
+@torch.no_grad()
+def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
+    """The cheapest tap whose rows are the model's own eager ones, in one pass and with a cache.
+
+    Layers that answer with something else, as linear attention does with its
+    state, are left out.
+    """
+    ids = anatomy.probe_ids
+    if _adds_tokens(model, ids):
+        return _no_attention("it adds a token of its own to the sequence at every step")
+    answers = _eager_rows(model, ids)
+    reference = {place: row for place, row in enumerate(answers) if row is not None}
+    if not reference:
+        return _no_attention("this model gives no attention weights")
+    if any(row.shape[1] != ids.shape[1] for row in reference.values()):
+        return _no_attention("its keys are not token positions")
+    own = list(reference.values())
+    watching = _watching_tap(model, anatomy)
+    with watching.attached():
+        model(input_ids=ids, use_cache=False)
+        watching.settle(ids.shape[1])
+        rows = watching.take(None)
+    error = _largest_difference(rows, own)
+    if _agrees(model, error):
+        error = max(error, _difference_with_cache(model, watching, tuple(reference), ids))
+        if _agrees(model, error):
+            return AttentionFound(watching, tuple(rows), error, PROVENANCE)
+    if len(rows) == len(own):
+        layers = dict(zip(reference, rows, strict=True))
+    elif len(answers) == anatomy.layers:
+        layers = {place: place + 1 for place in reference}
+    else:
+        return _no_attention("which layers its attention is of cannot be told")
+    return _asked_attention(model, layers, ids, own)
+
+
+def _agrees(model: Any, error: float) -> bool:
+    return error <= ATTENTION_TOLERANCE.get(model.dtype, ATTENTION_TOLERANCE_16_BIT)
+
+
+def _asked_attention(
+    model: Any, layers: dict[int, int], ids: Tensor, own: list[Tensor]
+) -> AttentionFound:
+    """The last resort, checked in the way it will be used: the last token by itself."""
+    try:
+        tap = AskingTap(model, layers, has_cache=True)
+        found = _last_by_itself(model, tap, ids)
+        if found is None:
+            tap = AskingTap(model, layers, has_cache=False)
+            with tap.asking() as arguments:
+                found = tap.take(model(input_ids=ids, **arguments))
+        error = _largest_difference(found, own)
+    except Exception as failure:  # whatever a model's own code raises, the turn goes on
+        return _no_attention(f"asking for it fails ({type(failure).__name__}: {failure})")
+    if error == float("inf"):
+        return _no_attention("with a cache its keys are not those of one pass")
+    if not _agrees(model, error):
+        return _no_attention(f"with a cache it differs from one pass by {error:.2g}", error)
+    return AttentionFound(tap, tuple(layers.values()), error, PROVENANCE)
+
+
+def _difference_with_cache(
+    model: Any, watching: AttentionTap, places: tuple[int, ...], ids: Tensor
+) -> float:
+    """Between a tap and the model's own eager answers when the last token comes by itself.
+
+    0 for a model that has no cache, or that needs more than ids for it: decoding
+    goes through generate()'s own preparation, which gives it that.
+    """
+    asked = AskingTap(model, {place: place for place in places}, has_cache=True)
+    try:
+        rows, own = (_last_by_itself(model, tap, ids) for tap in (watching, asked))
+    except Exception:
+        return 0.0
+    if rows is None or own is None:
+        return 0.0
+    if any(row.shape[1] > ids.shape[1] for row in rows.values()):
+        return float("inf")
+    return _largest_difference(rows, list(own.values()))
+
+
+def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
+    """The rows of ``tap`` when all tokens but the last are in the cache; None without a cache."""
+    outputs = model(input_ids=ids[:, :-1], use_cache=True)
+    cache = getattr(outputs, "past_key_values", None)
+    if cache is None:
+        return None
+    with tap.attached(), tap.asking() as arguments:
+        outputs = model(input_ids=ids[:, -1:], past_key_values=cache, **arguments)
+        return tap.take(outputs)
+
+
+def _adds_tokens(model: Any, ids: Tensor) -> bool:
+    """Whether decoding runs the model on more tokens than there are: a mask to be filled in."""
+    try:
+        inputs = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids))
+    except Exception:  # it may want more than this; whether it can decode shows when it does
+        return False
+    given = inputs.get("input_ids")
+    return given is not None and given.shape[1] > ids.shape[1]
+
+
+def _watching_tap(model: Any, anatomy: Anatomy) -> BesideTap | HookedTap:
+    implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
+    if implementation in ALL_ATTENTION_FUNCTIONS:
+        return BesideTap(anatomy.layer_of(), implementation)
+    return HookedTap(anatomy.layer_of())
+
+
+def _eager_rows(model: Any, probe_ids: Tensor) -> list[Tensor | None]:
+    """The model's own eager weights of the last position, (heads, keys) an answering layer."""
+    try:
+        with eager(model):
+            outputs = model(input_ids=probe_ids, use_cache=False, output_attentions=True)
+            return last_rows(outputs, probe_ids.shape[1])
+    except (ValueError, TypeError, AttributeError):
+        return []
+
+
+def _largest_difference(rows: Rows, reference: list[Tensor]) -> float:
+    """Between all heads of all layers; infinite when they are not the same heads and keys.
+
+    A row may be shorter than the model's own where a cache has dropped keys
+    that a window hides.
+    """
+    heads = [head for row in rows.values() for head in row]
+    own_heads = [head for row in reference for head in row]
+    if len(heads) != len(own_heads):
+        return float("inf")
+    worst = 0.0
+    for head, own in zip(heads, own_heads, strict=True):
+        dropped = len(own) - len(head)
+        if dropped < 0:
+            return float("inf")
+        apart = own.to(head.device, copy=True)
+        apart[dropped:] -= head
+        worst = max(worst, float(apart.abs().max()))
+    return worst

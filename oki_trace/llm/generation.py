@@ -1,0 +1,144 @@
+"""The settings of a reply: what was asked, over the model's own generation config.
+
+All of the config holds that is one choice a step. What is not (beam search,
+several replies at once, guesses by an assistant) is replaced by sampling or by
+greedy decoding, whichever was asked, and the reply says so.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from transformers import StoppingCriteriaList, StopStringCriteria
+
+from oki_trace.errors import CaptureError
+from oki_trace.records import Generation, Sampling
+
+# By field of GenerationConfig: the value that turns it off, and what it is called.
+_REPLACED: dict[str, tuple[Any, str]] = {
+    "num_beams": (1, "beam search"),
+    "num_beam_groups": (1, "beam search in groups"),
+    "constraints": (None, "constrained beam search"),
+    "force_words_ids": (None, "forced words"),
+    "num_return_sequences": (1, "several replies at once"),
+    "penalty_alpha": (None, "contrastive search"),
+    "dola_layers": (None, "DoLa"),
+    "prompt_lookup_num_tokens": (None, "prompt lookup"),
+    "assistant_early_exit": (None, "early exit"),
+    "use_mtp": (None, "multi-token prediction"),
+    "token_healing": (None, "token healing"),
+}
+# These change what generate() returns, not what is said; or they are seen to here.
+_SILENT: dict[str, Any] = {
+    "diversity_penalty": None,
+    "is_assistant": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "return_dict_in_generate": False,
+    "stop_strings": None,
+}
+# What changes the choice and has no field of its own in Generation: always, and when sampling.
+_OTHERS = (
+    *("min_length", "min_new_tokens", "max_time", "stop_strings", "no_repeat_ngram_size"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+    *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+    *("suppress_tokens", "begin_suppress_tokens", "sequence_bias", "guidance_scale"),
+    *("watermarking_config", "remove_invalid_values", "renormalize_logits"),
+)
+_OTHERS_SAMPLED = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
+    """The settings in force for this model: what was asked, else its generation config.
+
+    A reply that samples without a seed gets one, so that it can be had again.
+    Raises CaptureError when the prompt leaves no room in the model's context.
+    """
+    room = context_length(model) - prompt_len
+    if room < 1:
+        raise CaptureError(
+            f"The prompt has {prompt_len:,} tokens, but the model's context holds "
+            f"{context_length(model):,}. Shorten the prompt or start a new conversation."
+        )
+    defaults = model.generation_config._get_default_generation_params()
+    given = model.generation_config.to_dict()
+    config = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+
+    def is_on(name: str, off: Any) -> bool:
+        value = config.get(name)
+        return value is not None and value is not False and value != off
+
+    eos = config.get("eos_token_id")
+    sampled = not sampling.is_greedy
+    return Generation(
+        do_sample=sampled,
+        max_new_tokens=min(sampling.max_new_tokens, room),
+        temperature=sampling.temperature if sampled else None,
+        top_p=_either(sampling.top_p, config["top_p"]) if sampled else None,
+        top_k=_either(sampling.top_k, config["top_k"]) if sampled else None,
+        repetition_penalty=_either(sampling.repetition_penalty, config["repetition_penalty"]),
+        seed=_either(sampling.seed, secrets.randbelow(2**31)) if sampled else None,
+        eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+        others=tuple(
+            _words(name, config[name])
+            for name in (*_OTHERS, *(_OTHERS_SAMPLED if sampled else ()))
+            if is_on(name, defaults.get(name))
+        ),
+        replaced=tuple(
+            words
+            for name, (off, words) in _REPLACED.items()
+            if is_on(name, off)
+            # Only what generate() would have done: contrastive search is for greedy decoding.
+            and not (sampled and name == "penalty_alpha")
+        ),
+    )
+
+
+def context_length(model: Any) -> int:
+    """The most tokens the model can see, from its config; very large when it has no limit."""
+    config = model.config.get_text_config(decoder=True)
+    limit = int(getattr(config, "max_position_embeddings", None) or 0)
+    return limit if limit > 0 else 1 << 30
+
+
+def arguments_of(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What ``model.generate()`` is given so that it prepares these settings."""
+    own = (
+        ("temperature", generation.temperature),
+        ("top_p", generation.top_p),
+        ("top_k", generation.top_k),
+        ("repetition_penalty", generation.repetition_penalty),
+    )
+    # generate() hands its tokenizer, which this needs, to no loop but its own.
+    strings = model.generation_config.stop_strings
+    stopping = [StopStringCriteria(tokenizer, strings)] if strings else []
+    off = {**{name: value for name, (value, _) in _REPLACED.items()}, **_SILENT}
+    return {
+        # Not every version has them all.
+        **{name: value for name, value in off.items() if hasattr(model.generation_config, name)},
+        "do_sample": generation.do_sample,
+        "max_new_tokens": generation.max_new_tokens,
+        **{name: value for name, value in own if value is not None},
+        "stopping_criteria": StoppingCriteriaList(stopping),
+    }
+
+
+def stop_reason(token_id: int, length: int, generation_config: Any) -> str:
+    """Which stop a token met; ``length`` is that of prompt and reply, the token included."""
+    eos = generation_config.eos_token_id
+    if token_id in (eos if isinstance(eos, list) else [eos]):
+        return "end of turn"
+    if length >= generation_config.max_length:
+        return "token limit"
+    return "stop string" if generation_config.max_time is None else "stop string or time limit"
+
+
+def _either(asked: Any, default: Any) -> Any:
+    return default if asked is None else asked
+
+
+def _words(name: str, value: Any) -> str:
+    if isinstance(value, list | tuple | dict) and len(value) > 4:
+        return f"{name} ({len(value)} entries)"
+    return f"{name} {value}"
