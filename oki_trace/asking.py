@@ -60,6 +60,13 @@ def title_of(content: str) -> str:
     return line if len(line) <= TITLE_LENGTH else f"{line[: TITLE_LENGTH - 1].rstrip()}…"
 
 
+def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
+    """The model that last spoke in a conversation; else the one last asked, if any was."""
+    replies = [message for message in messages if message.choice is not None]
+    spoke = [message for message in replies if message.capture is not None]
+    return (spoke or replies)[-1].choice if replies else None
+
+
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
     """What the model is given for this reply: all that was said before it.
 

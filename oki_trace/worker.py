@@ -20,13 +20,13 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import psutil
 from filelock import FileLock, Timeout
 
 from oki_trace import asking
-from oki_trace.errors import NotFound, OkiTraceError
+from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
 from oki_trace.records import Message, ModelChoice
 from oki_trace.settings import Settings
 from oki_trace.store import identity
@@ -64,7 +64,7 @@ def ensure_running(db: str) -> None:
     mine = _started.get(path)
     if mine is not None and mine.poll() is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    identity.create_folder(path)
     try:
         with FileLock(path, blocking=False, mode=0o600):
             pass
@@ -72,7 +72,7 @@ def ensure_running(db: str) -> None:
         return
     # Two processes may both get here; the worker that comes second finds the
     # lock taken and leaves.
-    with path.with_suffix(".log").open("ab") as output:
+    with _private(path.with_suffix(".log")) as output:
         _started[path] = subprocess.Popen(
             [sys.executable, "-m", "oki_trace.worker", "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
@@ -82,6 +82,13 @@ def ensure_running(db: str) -> None:
             # Not an argument: an address may hold a password, and arguments are for all to see.
             env={**os.environ, "OKI_TRACE_DB": db},
         )
+
+
+def _private(path: Path) -> BinaryIO:
+    """A file to append to that only its user can read, also when others could until now."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
+    return path.open("ab")
 
 
 class Worker:
@@ -101,12 +108,16 @@ class Worker:
         seen = -1
         idle_for = 0.0
         while not self._stopping.is_set():
-            version = self._reader.version()
-            reply_id = self._writer.claim_next_reply() if version != seen else None
-            if reply_id is not None:
-                self._serve(self._reader.message(reply_id))
-                continue
-            seen = version
+            try:
+                version = self._reader.version()
+                reply_id = self._writer.claim_next_reply() if version != seen else None
+            except StoreBusy as error:
+                log.warning("asking again: %s", error)
+            else:
+                if reply_id is not None:
+                    self._serve(self._reader.message(reply_id))
+                    continue
+                seen = version
             if self._parent is not None and self._parent.is_gone():
                 return
             self._stopping.wait(POLL_SECONDS)
@@ -162,7 +173,12 @@ class Worker:
         if self._loaded is not None:
             values.setdefault("model_id", self._loaded.model_id)
             values.setdefault("detail", self._loaded.description)
-        self._writer.set_worker_state(state, **values)
+        # A vacuum may hold the store for long. What is said here is news only,
+        # and is said again: no reason to end, or to fail a reply.
+        try:
+            self._writer.set_worker_state(state, **values)
+        except StoreBusy as error:
+            log.warning("not told that it is %s: %s", state, error)
 
 
 class _Parent:

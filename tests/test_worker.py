@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from oki_trace import asking, worker
+from oki_trace.errors import StoreError
 from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, Status, WorkerState
+from oki_trace.store import engine
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
-from tests import models
+from tests import models, tiny
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,11 +202,52 @@ def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: Desk, small: P
     assert served.ended(served.ask(small)).status is Status.COMPLETE
 
 
+def _mute(model: Any, tokenizer: Any) -> None:
+    model.generation_config.suppress_tokens = list(range(tiny.VOCABULARY))
+
+
+def _not_a_number(model: Any, tokenizer: Any) -> None:
+    model.lm_head.weight.data.fill_(float("nan"))
+
+
+def _no_template(model: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (_mute, "suppression of 300 tokens left no token to choose"),
+        (_not_a_number, "logits are not finite at step 0"),
+        (_no_template, "chat template refused the messages: never"),
+    ],
+)
+def test_a_model_that_is_broken_fails_its_reply_alone(
+    served: Desk, small: Path, tmp_path: Path, break_it: Callable[[Any, Any], None], reason: str
+) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    break_it(model, tokenizer)
+    folder = models.save(tmp_path / "broken", model, tokenizer)
+    failed = served.ended(served.ask(folder))
+    assert (failed.status, failed.tokens) == (Status.FAILED, 0)
+    assert failed.reason is not None and reason in failed.reason
+    assert served.ended(served.ask(small)).status is Status.COMPLETE
+    log = worker.lock_path(served.db).with_suffix(".log").read_text()
+    assert f"message {failed.id} failed: {failed.reason}" in log
+    assert "Traceback" not in log
+
+
 def test_a_conversation_deleted_meanwhile_does_not_end_the_worker(
     served: Desk, small: Path, endless: Path
 ) -> None:
     reply = served.under_way(served.ask(endless, FOREVER))
-    served.writer.delete_conversation(reply.conversation_id)
+    with pytest.raises(StoreError, match="stop it first"):
+        served.writer.delete_conversation(reply.conversation_id)
+    # Another program does not ask.
+    with closing(sqlite3.connect(served.db)) as connection:
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("DELETE FROM conversation WHERE id = ?", (reply.conversation_id,))
+        connection.commit()
     assert served.ended(served.ask(small)).status is Status.COMPLETE
 
 
@@ -213,6 +259,77 @@ def test_what_it_leaves_stands_beside_the_store(served: Desk) -> None:
     (process,) = served.workers()
     # The address of a store may hold a password, and a command line is for all to see.
     assert served.db not in " ".join(process.cmdline())
+
+
+def test_its_log_is_for_its_user_alone(served: Desk) -> None:
+    log = worker.lock_path(served.db).with_suffix(".log")
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_that_others_could_read_is_theirs_no_more(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        path = tmp_path / "worker.log"
+        worker._private(path).close()
+        assert path.stat().st_mode & 0o777 == 0o600
+        path.chmod(0o644)
+        path.write_text("kept\n")
+        with worker._private(path) as output:
+            output.write(b"and more\n")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.read_text() == "kept\nand more\n"
+
+
+def test_folders_made_for_a_server_s_worker_are_for_its_user_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "a" / "worker.lock"
+    monkeypatch.setattr(worker, "lock_path", lambda db: made)
+    before = os.umask(0)
+    try:
+        # No server: it ends by itself, and says so in its log.
+        worker.ensure_running("postgresql://nobody@127.0.0.1:9/nothing")
+    finally:
+        os.umask(before)
+    worker._started.pop(made).wait(timeout=60)
+    assert made.parent.stat().st_mode & 0o777 == 0o700
+    assert "the server does not answer" in made.with_suffix(".log").read_text()
+
+
+def test_a_long_vacuum_does_not_end_it(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither its signs of life nor its search for work: both are tried again."""
+    monkeypatch.setattr(engine, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.1)
+    serving = worker.Worker(desk.db, None)
+    thread = threading.Thread(target=serving.run)
+    thread.start()
+    try:
+        until(desk.reader.worker, "its first sign of life")
+        with closing(sqlite3.connect(desk.db, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            until(lambda: "not told" in caplog.text, "a sign of life that was not written")
+
+            def asked_in_vain() -> bool:
+                """Whether it looked for work while held; it may have come just before."""
+                connection.execute("UPDATE store_state SET version = version + 1")
+                connection.execute("COMMIT")
+                connection.execute("BEGIN IMMEDIATE")
+                thread.join(timeout=0.5)
+                return "asking again" in caplog.text
+
+            until(asked_in_vain, "a search for work that was refused")
+            connection.execute("ROLLBACK")
+        reply = desk.ask("no/such-model")
+        ended = desk.ended(reply)
+        assert (ended.status, thread.is_alive()) == (Status.FAILED, True)
+    finally:
+        serving.stop()
+        thread.join()
+        serving.close()
 
 
 def test_one_store_has_one_lock_however_it_is_named(

@@ -22,7 +22,10 @@ def upgrade() -> None:
         sa.Column("title", sa.Text(), nullable=False),
         sa.Column("created_at", TIME, nullable=False),
         sa.Column("updated_at", TIME, nullable=False),
+        # The same in every copy of a conversation, so that none is copied twice.
+        sa.Column("uid", sa.String(length=32), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_conversation"),
+        sa.UniqueConstraint("uid", name="uq_conversation_uid"),
         sqlite_autoincrement=True,
     )
     op.create_index("ix_conversation_updated_at_id", "conversation", ["updated_at", "id"])
@@ -59,7 +62,11 @@ def upgrade() -> None:
         sa.Column("model_id", sa.Text(), nullable=True),
         sa.Column("prompt_len", sa.Integer(), nullable=True),
         sa.Column("owner", sa.Text(), nullable=True),
+        # A process on another machine is judged by its last sign of life.
+        sa.Column("seen_at", TIME, nullable=True),
         sa.Column("stop_requested", sa.Boolean(), nullable=False),
+        # Tells tensors that were thrown away from tensors that were never kept.
+        sa.Column("tensors_pruned_at", TIME, nullable=True),
         sa.Column("seconds", sa.Double(), nullable=True),
         sa.Column("reason", sa.Text(), nullable=True),
         sa.Column("choice", sa.JSON(), nullable=True),
@@ -118,6 +125,8 @@ def upgrade() -> None:
         sa.Column("elapsed_ms", sa.Double(), nullable=True),
         sa.Column("settle_layer", sa.Integer(), nullable=True),
         sa.Column("tensor_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("greedy_id", sa.Integer(), nullable=True),
+        sa.Column("decision", sa.JSON(), nullable=True),
         sa.ForeignKeyConstraint(
             ["message_id"], ["message.id"], name="fk_step_message_id_message", ondelete="CASCADE"
         ),
@@ -207,6 +216,7 @@ def upgrade() -> None:
         sa.Column("logit", sa.Double(), nullable=True),
         sa.Column("prob", sa.Double(), nullable=True),
         sa.Column("sampled_prob", sa.Double(), nullable=True),
+        sa.Column("noise", sa.Double(), nullable=True),
         sa.ForeignKeyConstraint(
             ["step_id"], ["step.id"], name="fk_topk_entry_step_id_step", ondelete="CASCADE"
         ),

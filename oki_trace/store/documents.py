@@ -1,4 +1,4 @@
-"""Small records as the JSON documents of a message, and back.
+"""Small records as the JSON documents of a message or a step, and back.
 
 Only settings and reports are kept like this: what is asked of as a whole and
 never searched. A field that this program does not know is left out, and one
@@ -11,11 +11,30 @@ import math
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from oki_trace.records import CapturePolicy, CaptureReport, Generation, ModelChoice, Sampling
+from oki_trace.records import (
+    CapturePolicy,
+    CaptureReport,
+    Contender,
+    Decision,
+    Effect,
+    Generation,
+    ModelChoice,
+    Sampling,
+)
 
-Record = ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport
+Record = ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport | Decision
 Document = dict[str, Any]
-_R = TypeVar("_R", ModelChoice, Sampling, CapturePolicy, Generation, CaptureReport)
+_R = TypeVar(
+    "_R",
+    ModelChoice,
+    Sampling,
+    CapturePolicy,
+    Generation,
+    CaptureReport,
+    Decision,
+    Effect,
+    Contender,
+)
 
 
 def to_document(record: Record | None) -> Document | None:
@@ -41,7 +60,30 @@ def policy(document: Document | None) -> CapturePolicy | None:
 def generation(document: Document | None) -> Generation | None:
     if document is None:
         return None
-    return _record(Generation, {**document, "eos_token_ids": tuple(document["eos_token_ids"])})
+    lists = ("eos_token_ids", "others", "replaced")
+    return _record(
+        Generation, {**document, **{name: tuple(document.get(name) or ()) for name in lists}}
+    )
+
+
+def decision(document: Document | None) -> Decision | None:
+    nan = float("nan")
+    if document is None:
+        return None
+    # What is null where a number belongs was not one.
+    effects = (
+        _record(Effect, {name: nan if value is None else value for name, value in effect.items()})
+        for effect in document["effects"]
+    )
+    return _record(
+        Decision,
+        {
+            **document,
+            "effects": tuple(effect for effect in effects if effect is not None),
+            "greedy": _record(Contender, document["greedy"]),
+            "runner_up": _record(Contender, document["runner_up"]),
+        },
+    )
 
 
 def capture(document: Document | None) -> CaptureReport | None:

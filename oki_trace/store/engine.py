@@ -102,6 +102,11 @@ def migration_engine(url: URL) -> Engine:
     return engine
 
 
+def autocommit_engine(url: URL) -> Engine:
+    """PostgreSQL only, for what refuses to run inside a transaction."""
+    return _postgresql(url, isolation_level="AUTOCOMMIT")
+
+
 def connect_file(path: Path, mode: Mode) -> sqlite3.Connection:
     """A plain SQLite connection. Neither mode creates the file."""
     # As a URI, because only so can a file be opened without creating it; it

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from oki_trace.errors import StoreError
+from oki_trace.errors import StoreBusy, StoreError
 
-_KNOWN = (
+_BUSY = (
     ("database is locked", "another process is writing to it: wait for it to finish, or stop it"),
+    ("lock timeout", "another process is using it: wait for it to finish, or stop it"),
+)
+_KNOWN = (
     ("disk is full", "the disk is full: free some space, or delete conversations"),
     ("readonly database", "it may not be written to: check the permissions of the file and folder"),
     ("unable to open database", "it cannot be opened: check the path and its permissions"),
@@ -32,9 +35,10 @@ def told_plainly(store: str) -> Iterator[None]:
         yield
     except DBAPIError as error:
         cause = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
-        for part, explanation in _KNOWN:
-            if part in str(error.orig):
-                raise StoreError(f"The store {store} failed: {explanation}.") from error
+        for kind, known in ((StoreBusy, _BUSY), (StoreError, _KNOWN)):
+            for part, explanation in known:
+                if part in str(error.orig):
+                    raise kind(f"The store {store} failed: {explanation}.") from error
         raise StoreError(
             f"The store {store} failed: {cause[0]}. Run `oki-trace info` to check it."
         ) from error

@@ -30,6 +30,10 @@ SCHEMA = len(HISTORY)
 APPLICATION_ID = 0x6F6B6974  # "okit"
 _SET_APPLICATION_ID = "PRAGMA application_id = 1869310324"
 
+_NO_URL = (
+    "The store's address is not a valid URL: write `postgresql://user:password@host/database` "
+    "or a file path."
+)
 _MAGIC = b"SQLite format 3\x00"
 _HEADER_BYTES = 100
 _APPLICATION_ID_AT = slice(68, 72)
@@ -42,11 +46,12 @@ def address(db: Db) -> URL:
     elif isinstance(db, str) and "://" in db:
         try:
             url = make_url(db)
-        except ArgumentError as error:
-            raise UsageError(
-                "The store's address is not a valid URL: write "
-                "`postgresql://user:password@host/database` or a file path."
-            ) from error
+        except (ArgumentError, ValueError):
+            # Not told from the error, which may quote the password.
+            raise UsageError(_NO_URL) from None
+        if "@" in f"{url.host}{url.database}" and url.get_backend_name() != "sqlite":
+            # A part of the password was taken for the host.
+            raise UsageError(f"{_NO_URL} In a password, write %40 for @ and %2F for /.")
     else:
         url = URL.create("sqlite", database=os.fspath(db))
     backend = url.get_backend_name()
@@ -71,9 +76,13 @@ def file_of(url: URL) -> Path | None:
 
 
 def shown(url: URL) -> str:
-    """The store's name in a message: its path, or its URL without the password."""
+    """The store's name in a message: its path, or its URL without any password."""
     path = file_of(url)
-    return str(path) if path else url.render_as_string(hide_password=True)
+    if path:
+        return str(path)
+    # The server takes a password among the options too.
+    secret = [name for name in url.query if "pass" in name.lower()]
+    return url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
 def is_ours(path: Path) -> bool:
@@ -108,7 +117,6 @@ def create_file(path: Path) -> None:
         # The mark has to be in the file itself, where `is_ours` looks, so it
         # is written before the write-ahead log takes over.
         connection.execute(_SET_APPLICATION_ID)
-        connection.execute("PRAGMA journal_mode = WAL")
 
 
 def create_folder(path: Path) -> None:

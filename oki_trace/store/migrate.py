@@ -109,8 +109,13 @@ def _reading(url: URL) -> Iterator[Connection]:
 def prepare(db: Db) -> None:
     """Make the file of a new store, or refuse one that is not ours."""
     path = identity.file_of(identity.address(db))
-    if path is not None and not identity.is_ours(path):
+    if path is None:
+        return
+    if not identity.is_ours(path):
         identity.create_file(path)
+    # Here, for whoever made the file may have been killed before the log was set up.
+    with closing(connect_file(path, "rw")) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
 
 
 def _run(db: Db, scripts: Path | None, action: Callable[[Config], None]) -> None:

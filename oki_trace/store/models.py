@@ -17,6 +17,7 @@ the logit of a token the model rules out is -inf.
 from __future__ import annotations
 
 import datetime as dt
+import uuid
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -81,21 +82,27 @@ class StoreState(Base):
 
 
 class Conversation(Base):
-    """``updated_at`` moves when a message is added or ends, not with every step."""
+    """``updated_at`` moves when a message is added or ends, not with every step.
+
+    ``uid`` is the same in every copy of a conversation, whatever its id there.
+    """
 
     __tablename__ = "conversation"
-    __table_args__ = (Index(None, "updated_at", "id"), _NEVER_REUSED)
+    __table_args__ = (Index(None, "updated_at", "id"), UniqueConstraint("uid"), _NEVER_REUSED)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     title: Mapped[str] = mapped_column(ModelText)
     created_at: Mapped[dt.datetime]
     updated_at: Mapped[dt.datetime]
+    uid: Mapped[str] = mapped_column(String(32), default=lambda: uuid.uuid4().hex)
 
 
 class Message(Base):
     """A message; what follows ``created_at`` is of assistant messages only.
 
-    ``owner`` names the process that generates a running reply.
+    ``owner`` names the process that generates a running reply; ``seen_at`` is its
+    last sign of life by the server's clock, where a server keeps the store.
+    ``tensors_pruned_at``: when the full tensors that were kept were thrown away.
     """
 
     __tablename__ = "message"
@@ -115,7 +122,9 @@ class Message(Base):
     model_id: Mapped[str | None] = mapped_column(ModelText)
     prompt_len: Mapped[int | None]
     owner: Mapped[str | None] = mapped_column(Text)
+    seen_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
+    tensors_pruned_at: Mapped[dt.datetime | None]
     seconds: Mapped[float | None]
     reason: Mapped[str | None] = mapped_column(ModelText)
     choice: Mapped[dict[str, Any] | None]
@@ -143,6 +152,8 @@ class PromptToken(Base):
 class Step(Base):
     """One generated token. ``settle_layer`` comes with the step's lens.
 
+    ``decision`` is how it came to be chosen, ``greedy_id`` the token that would
+    have been said without settings or draw; both NULL when plainly greedy.
     ``tensor_bytes`` is what the step's tensors take in the store: a total over
     many steps then never reads the tensors' own table.
     """
@@ -168,10 +179,15 @@ class Step(Base):
     elapsed_ms: Mapped[float | None]
     settle_layer: Mapped[int | None]
     tensor_bytes: Mapped[int] = mapped_column(BigInteger)
+    greedy_id: Mapped[int | None]
+    decision: Mapped[dict[str, Any] | None]
 
 
 class TopkEntry(Base):
-    """A candidate for the next token. ``sampled_prob``: after the sampling settings."""
+    """A candidate for the next token.
+
+    ``sampled_prob``: after the sampling settings. ``noise``: what the draw gave it.
+    """
 
     __tablename__ = "topk_entry"
     __table_args__ = _CLUSTERED
@@ -183,6 +199,7 @@ class TopkEntry(Base):
     logit: Mapped[float | None]
     prob: Mapped[float | None]
     sampled_prob: Mapped[float | None]
+    noise: Mapped[float | None]
 
 
 class AttentionLayer(Base):

@@ -30,8 +30,8 @@ from oki_trace.records import (
     Tensor,
 )
 from oki_trace.store import documents, models
+from oki_trace.store.heartbeat import CLOCK, LIFE, is_gone
 from oki_trace.store.lifecycle import text_so_far
-from oki_trace.store.owner import is_dead
 from oki_trace.store.tensors import EncodedTensor, decode
 
 NAN = float("nan")
@@ -51,13 +51,14 @@ _TOKENS = (
 # All but the prompt's text, which can be long and is asked for by itself.
 MESSAGE_COLUMNS: tuple[ColumnElement[Any], ...] = (
     *(column for column in models.Message.__table__.columns if column.name != "prompt"),
+    CLOCK,
     _TOKENS,
 )
 _BRIEF_COLUMNS = (
     models.Message.conversation_id,
     models.Message.status,
     models.Message.model_id,
-    models.Message.owner,
+    *LIFE,
     _TOKENS,
 )
 SUMMARY_COLUMNS = tuple(
@@ -119,13 +120,14 @@ def message_record(connection: Connection, row: Row[Any]) -> Message:
         reason=row.reason,
         seconds=row.seconds,
         tokens=row.tokens,
+        tensors_pruned_at=row.tensors_pruned_at,
     )
 
 
 def _status(row: Row[Any]) -> Status:
     """The stored status, but a reply whose process is gone cannot be running."""
     status = Status(row.status)
-    if status is Status.RUNNING and row.owner and is_dead(row.owner):
+    if status is Status.RUNNING and is_gone(row):
         return Status.INTERRUPTED
     return status
 
@@ -188,9 +190,26 @@ def read_steps(connection: Connection, message_id: int, first: int, after: int) 
             topk=_candidates(topk.get(row.id)),
             attention=_attention(attention_layers.get(row.id), attention.get(row.id)),
             lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id)),
+            decision=documents.decision(row.decision),
         )
         for row in rows
     ]
+
+
+def read_candidates(connection: Connection, message_id: int) -> dict[int, Candidates]:
+    """What was considered at each step of a reply, by step_index; nothing else is read."""
+    step, entry = models.Step.__table__, models.TopkEntry.__table__
+    rows = connection.execute(
+        select(step.c.step_index, entry)
+        .join(entry, entry.c.step_id == step.c.id)
+        .where(step.c.message_id == message_id)
+        .order_by(step.c.step_index, entry.c.rank)
+    ).all()
+    names = ["step_index", *entry.columns.keys()]
+    return {
+        index: _candidates(dict(zip(names, map(list, zip(*group, strict=True)), strict=True)))
+        for index, group in groupby(rows, key=itemgetter(0))
+    }
 
 
 def _children(
@@ -212,14 +231,18 @@ def _children(
 
 def _candidates(rows: Columns | None) -> Candidates:
     rows = rows or _NO_ROWS
-    sampled = rows["sampled_prob"]
     return Candidates(
         token_ids=_ints(rows["token_id"]),
         tokens=tuple(rows["token"]),
         logits=_floats(rows["logit"]),
         probs=_floats(rows["prob"]),
-        sampled_probs=None if all(value is None for value in sampled) else _floats(sampled),
+        sampled_probs=_floats_or_none(rows["sampled_prob"]),
+        noise=_floats_or_none(rows["noise"]),
     )
+
+
+def _floats_or_none(values: list[float | None]) -> FloatArray | None:
+    return None if all(value is None for value in values) else _floats(values)
 
 
 def _attention(layers: Columns | None, entries: Columns | None) -> tuple[LayerAttention, ...]:

@@ -8,40 +8,50 @@ whole). No transaction outlives its call, so the write-ahead log is never held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from sqlalchemy import Connection, Engine, func, or_, select
+from sqlalchemy import Connection, Engine, Executable, func, select
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import (
+    AttentionPoints,
+    Candidates,
     Conversation,
+    ConversationFilter,
+    ConversationTotals,
+    LensGrid,
     Message,
     Prompt,
+    Status,
     Step,
     StepSummary,
     StoreInfo,
     Tensor,
     WorkerState,
 )
-from oki_trace.store import identity, models
+from oki_trace.store import browse, columnar, grids, identity, models
+from oki_trace.store.columnar import Columns, MessageMark
 from oki_trace.store.engine import reader_engine
 from oki_trace.store.faults import told_plainly
+from oki_trace.store.heartbeat import CLOCK, ended
 from oki_trace.store.identity import Db
 from oki_trace.store.lifecycle import no_conversation, no_message
-from oki_trace.store.owner import is_dead
 from oki_trace.store.readback import (
     MESSAGE_COLUMNS,
     SUMMARY_COLUMNS,
     TENSOR_COLUMNS,
     conversation_records,
     message_record,
+    read_candidates,
     read_steps,
     summary_record,
     tensor_record,
 )
+from oki_trace.store.sizes import measure
+from oki_trace.store.tensors import TensorHead
 
 # Steps of an export that are in memory at once.
 _BATCH = 64
@@ -92,6 +102,11 @@ class TraceReader:
             pinned._pinned = connection
             yield pinned
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the store is a SQLite file."""
+        return identity.file_of(self._url) is not None
+
     # -------------------------------------------------------------------- lists
 
     def version(self) -> int:
@@ -99,22 +114,44 @@ class TraceReader:
         with self._read() as connection:
             return connection.execute(select(models.StoreState.version)).scalar_one()
 
+    def stamp(self) -> str:
+        """The version, and what tells this store from another that is put in its place."""
+        path = identity.file_of(self._url)
+        with self._read() as connection:
+            version = connection.execute(select(models.StoreState.version)).scalar_one()
+            latest = connection.execute(select(func.max(models.Message.created_at))).scalar()
+        which = path.stat().st_ino if path else 0
+        return f"{version} {which} {latest}"
+
     def conversations(
-        self, search: str | None = None, *, limit: int = 50, offset: int = 0
+        self,
+        search: str | None = None,
+        *,
+        by: ConversationFilter | None = None,
+        limit: int = 50,
+        offset: int = 0,
     ) -> list[Conversation]:
         """The conversations changed last, first; ``search`` looks in titles and messages."""
         table = models.Conversation
         wanted = select(table).order_by(table.updated_at.desc(), table.id.desc())
-        if search:
-            said = select(models.Message.conversation_id).where(
-                models.Message.content.icontains(search, autoescape=True)
-            )
-            wanted = wanted.where(
-                or_(table.title.icontains(search, autoescape=True), table.id.in_(said))
-            )
         with self._read() as connection:
+            wanted = browse.narrowed(connection, wanted, by or ConversationFilter(), search)
             rows = connection.execute(wanted.limit(limit).offset(offset)).all()
             return conversation_records(connection, rows)
+
+    def conversation_count(
+        self, search: str | None = None, *, by: ConversationFilter | None = None
+    ) -> int:
+        """How many conversations fit."""
+        wanted = select(func.count(models.Conversation.id))
+        with self._read() as connection:
+            wanted = browse.narrowed(connection, wanted, by or ConversationFilter(), search)
+            return connection.execute(wanted).scalar_one()
+
+    def conversation_totals(self, conversation_ids: Sequence[int]) -> dict[int, ConversationTotals]:
+        """What the replies of these conversations took; reads no tensor."""
+        with self._read() as connection:
+            return browse.totals(connection, conversation_ids)
 
     def conversation(self, conversation_id: int) -> Conversation:
         table = models.Conversation
@@ -150,6 +187,17 @@ class TraceReader:
             if row is None:
                 raise no_message(message_id)
             return message_record(connection, row)
+
+    def waiting(self) -> list[int]:
+        """The replies that are queued or running, in the order in which they are served."""
+        table = models.Message
+        live = [status.value for status in Status if status.is_live]
+        with self._read() as connection:
+            return list(
+                connection.execute(
+                    select(table.id).where(table.status.in_(live)).order_by(table.id)
+                ).scalars()
+            )
 
     # -------------------------------------------------------------- one message
 
@@ -213,6 +261,25 @@ class TraceReader:
                 return
             first = until
 
+    # ---------------------------------------------------------------- one reply
+
+    def candidates(self, message_id: int) -> dict[int, Candidates]:
+        """What was considered at each step of a reply, by step_index."""
+        with self._read() as connection:
+            return read_candidates(connection, message_id)
+
+    def lens_grid(self, message_id: int, first: int = 0, end: int | None = None) -> LensGrid:
+        """What every layer would have said, at the steps from ``first`` up to ``end``."""
+        with self._read() as connection:
+            return grids.lens(connection, message_id, first, end)
+
+    def attention_points(
+        self, message_id: int, layer: int, first: int = 0, end: int | None = None
+    ) -> AttentionPoints:
+        """Where ``layer`` looked, at the steps from ``first`` up to ``end``; reads no tensor."""
+        with self._read() as connection:
+            return grids.attention(connection, message_id, layer, first, end)
+
     # ------------------------------------------------------------------ tensors
 
     def tensor_names(self, message_id: int, step_index: int) -> list[str]:
@@ -225,6 +292,59 @@ class TraceReader:
                 .order_by(models.Tensor.name)
             ).scalars()
             return list(names)
+
+    def tensor_heads(self, message_id: int) -> Iterator[tuple[int, TensorHead]]:
+        """(step_index, tensor) of all full tensors of a reply, in order; no blob is touched."""
+        table, first = models.Tensor, 0
+        columns = [table.__table__.columns[name] for name in TensorHead.__dataclass_fields__]
+        last = len(self.steps(message_id))
+        while first < last:
+            with self._read() as connection:
+                rows = connection.execute(
+                    select(models.Step.step_index, *columns)
+                    .join(models.Step, models.Step.id == table.step_id)
+                    .where(
+                        models.Step.message_id == message_id,
+                        models.Step.step_index >= first,
+                        models.Step.step_index < first + _BATCH,
+                    )
+                    .order_by(models.Step.step_index, table.name)
+                ).all()
+            for index, name, dtype, shape, layers, key_offset in rows:
+                yield index, TensorHead(name, dtype, tuple(shape), tuple(layers), key_offset)
+            first += _BATCH
+
+    def tensor_shape(self, message_id: int, step_index: int, name: str) -> tuple[int, ...] | None:
+        """The shape of a full tensor, or None where it was not kept; its blob is not read."""
+        with self._read() as connection:
+            shape = connection.execute(
+                select(models.Tensor.shape)
+                .join(models.Step, models.Step.id == models.Tensor.step_id)
+                .where(
+                    models.Step.message_id == message_id,
+                    models.Step.step_index == step_index,
+                    models.Tensor.name == name,
+                )
+            ).scalar()
+        return None if shape is None else tuple(shape)
+
+    def iter_tensors(
+        self, message_id: int, name: str, first: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(step_index, tensor) of the steps from ``first`` up to ``end`` that have it, checked.
+
+        One at a time, and a transaction each: it may take as long as its reader does.
+        """
+        wanted = (
+            select(models.Step.step_index)
+            .join(models.Tensor, models.Step.id == models.Tensor.step_id)
+            .where(*grids.within(message_id, first, end), models.Tensor.name == name)
+            .order_by(models.Step.step_index)
+        )
+        with self._read() as connection:
+            found = list(connection.execute(wanted).scalars())
+        for index in found:
+            yield index, self.tensor(message_id, index, name)
 
     def tensor(self, message_id: int, step_index: int, name: str) -> Tensor:
         """One full tensor, checked; no other blob is touched."""
@@ -239,11 +359,40 @@ class TraceReader:
                 )
             ).one_or_none()
         if row is None:
+            pruned_at = self.message(message_id).tensors_pruned_at
+            if pruned_at is not None:
+                raise NotFound(
+                    f"Step {step_index} of message {message_id} has no tensor {name} any more: "
+                    f"its tensors were pruned on {pruned_at:%Y-%m-%d}. Generate the reply again "
+                    "to have them."
+                )
             raise NotFound(
                 f"Step {step_index} of message {message_id} has no tensor {name}: generate with "
-                "--tensors half or exact to keep them."
+                "--tensors half, compact or exact to keep them."
             )
         return tensor_record(row)
+
+    # ------------------------------------------------------------------ columns
+
+    def message_marks(self) -> list[MessageMark]:
+        """Every message, as briefly as it can be told from any other."""
+        with self._read() as connection:
+            return columnar.message_marks(connection)
+
+    def conversation_columns(self) -> Columns:
+        """Every conversation, a column at a time."""
+        with self._read() as connection:
+            return columnar.conversation_columns(connection)
+
+    def prompt_columns(self, message_id: int) -> Columns:
+        """The tokens a reply's model was given, a column at a time; empty before it begins."""
+        with self._read() as connection:
+            return columnar.prompt_columns(connection, message_id)
+
+    def step_columns(self, message_id: int, first: int, end: int) -> dict[str, Columns]:
+        """Some steps of a reply with all that hangs on them but tensors: table, then column."""
+        with self._read() as connection:
+            return columnar.step_columns(connection, message_id, first, end)
 
     # ------------------------------------------------------------------- totals
 
@@ -257,30 +406,24 @@ class TraceReader:
 
     def info(self) -> StoreInfo:
         """Totals over the whole store; reads no tensor."""
-        path = identity.file_of(self._url)
         with self._read() as connection:
-            if path is None:
-                size = connection.execute(
-                    select(func.pg_database_size(func.current_database()))
-                ).scalar_one()
-            else:
-                log = path.with_name(path.name + "-wal")
-                size = sum(file.stat().st_size for file in (path, log) if file.exists())
+            sizes = measure(connection, identity.file_of(self._url))
             counts = [
                 connection.execute(select(func.count()).select_from(table)).scalar_one()
                 for table in (models.Conversation, models.Message, models.Step)
             ]
-            tensor_bytes = connection.execute(
-                select(func.coalesce(func.sum(models.Step.tensor_bytes), 0))
-            ).scalar_one()
         return StoreInfo(
             url=self._store,
             schema=identity.HISTORY[-1],
-            bytes=size,
+            bytes=sizes.disk,
             conversations=counts[0],
             messages=counts[1],
             steps=counts[2],
-            tensor_bytes=int(tensor_bytes),
+            tensor_bytes=sizes.tensors,
+            tensor_steps=sizes.tensor_steps,
+            row_bytes=sizes.rows,
+            log_bytes=sizes.log,
+            free_bytes=sizes.free,
         )
 
     def worker(self) -> WorkerState | None:
@@ -288,11 +431,13 @@ class TraceReader:
         table = models.Worker
         with self._read() as connection:
             row = connection.execute(
-                select(table.__table__).order_by(table.heartbeat.desc(), table.id.desc()).limit(1)
+                select(table.__table__, CLOCK)
+                .order_by(table.heartbeat.desc(), table.id.desc())
+                .limit(1)
             ).one_or_none()
         if row is None:
             return None
-        gone = is_dead(row.owner)
+        gone = ended(row.owner, row.heartbeat, row.clock)
         return WorkerState(
             state="gone" if gone else row.state,
             model_id=None if gone else row.model_id,
@@ -301,6 +446,13 @@ class TraceReader:
             pid=row.pid,
             updated_at=row.heartbeat,
         )
+
+    # ------------------------------------------------------------------- within
+
+    def rows(self, query: Executable) -> Sequence[Any]:
+        """The rows of a question of the store's own modules."""
+        with self._read() as connection:
+            return connection.execute(query).all()
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:

@@ -25,9 +25,9 @@ from oki_trace.records import (
     Step,
     TensorMode,
 )
-from oki_trace.store import models
+from oki_trace.store import documents, models
 from oki_trace.store.columns import storable
-from oki_trace.store.tensors import EncodedTensor, encode
+from oki_trace.store.tensors import EncodedTensor, encode, encode_faithfully
 
 Row = tuple[Any, ...]
 
@@ -135,9 +135,12 @@ class StepRows:
         )
 
 
-def encode_all(step: Step, mode: TensorMode) -> list[EncodedTensor]:
+def encode_all(step: Step, mode: TensorMode, *, faithful: bool = False) -> list[EncodedTensor]:
     """The step's tensors as bytes, or none of them."""
-    return [] if mode == "none" else [encode(tensor, mode) for tensor in step.tensors]
+    if mode == "none":
+        return []
+    make = encode_faithfully if faithful else encode
+    return [make(tensor, mode) for tensor in step.tensors]
 
 
 def _step(message_id: int, step: Step, tensors: Sequence[EncodedTensor]) -> dict[str, Any]:
@@ -158,6 +161,8 @@ def _step(message_id: int, step: Step, tensors: Sequence[EncodedTensor]) -> dict
         "sampled_prob": None if step.sampled_prob is None else number(step.sampled_prob),
         "elapsed_ms": number(step.elapsed_ms),
         "tensor_bytes": sum(len(tensor.data) for tensor in tensors),
+        "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
+        "decision": documents.to_document(step.decision),
     }
 
 
@@ -192,6 +197,9 @@ def _topk(step_id: int, topk: Candidates) -> Iterator[Row]:
     sampled: Iterable[float | None] = repeat(None, len(topk.tokens))
     if topk.sampled_probs is not None:
         sampled = _numbers(topk.sampled_probs)
+    noise: Iterable[float | None] = repeat(None, len(topk.tokens))
+    if topk.noise is not None:
+        noise = _numbers(topk.noise)
     return zip(
         repeat(step_id, len(topk.tokens)),
         range(1, len(topk.tokens) + 1),
@@ -200,6 +208,7 @@ def _topk(step_id: int, topk: Candidates) -> Iterator[Row]:
         _numbers(topk.logits),
         _numbers(topk.probs),
         sampled,
+        noise,
         strict=True,
     )
 

@@ -6,7 +6,8 @@ it is packed. Codecs:
     raw        the array's own bits, little-endian, C order
     zstd       the same, compressed
     half       16-bit floats h with value = shift + scale * h; a header holds the two
-    half+zstd  the same, compressed
+    cumulative, companded, blocks    see ``compact``
+    half+zstd, cumulative+zstd, …    the same, compressed
 
 In mode "exact" every bit comes back. In mode "half" a float32 array is kept as
 ``half``: shift is the maximum for logits, so that likely tokens are the most
@@ -14,6 +15,13 @@ precise, and 0 otherwise; scale is the power of two that makes the largest
 |value - shift| just fit. With M that largest, the error of a value x is at most
 max(2^-11 |x - shift|, 2^-39 M), plus float32's own rounding. NaN and infinities
 are kept. A bfloat16 or float16 array is kept bit for bit in either mode.
+
+Mode "compact" promises, for every model: an attention weight, and the sum of
+any run of them, is off by at most 2^-10 < 0.001; a probability (the softmax of
+the logits) by at most 0.001, which is checked on each step as it is stored; a
+hidden state by at most 1/254 of the largest among its 32 neighbours; a 16-bit
+array is then rounded to its own dtype. An array that cannot keep this, because
+it holds NaN, say, is kept as in mode "half", or bit for bit.
 
 The checksum covers the stored bytes and all that is needed to read them, so a
 changed shape is noticed as well as a changed byte. It finds damage, not forgery.
@@ -33,6 +41,7 @@ from numpy.typing import NDArray
 
 from oki_trace.errors import TensorError
 from oki_trace.records import Tensor
+from oki_trace.store import compact
 
 TensorName = Literal["logits", "hidden_states", "attentions"]
 
@@ -49,6 +58,7 @@ _LARGEST_HALF_EXPONENT = 15  # 2^15 < 65504, the largest 16-bit float
 _LARGEST_SCALED = 2.0**90
 # Level 1: higher ones gain under 2 % on activations and cost several times as much.
 _LEVEL = 1
+_COMPACT = {"attentions": "cumulative", "logits": "companded", "hidden_states": "blocks"}
 # Compression that saves less than this share is not worth undoing at each read.
 _WORTHWHILE = 0.97
 
@@ -68,7 +78,18 @@ class EncodedTensor:
     data: bytes
 
 
-def encode(tensor: Tensor, mode: Literal["exact", "half"]) -> EncodedTensor:
+@dataclass(frozen=True, slots=True)
+class TensorHead:
+    """A stored tensor without its numbers."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    layers: tuple[int, ...]
+    key_offset: int
+
+
+def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
     """Make the row of ``tensor``. Raises TensorError for a dtype or size that cannot be kept."""
     stored_as = _STORED_AS.get(tensor.dtype)
     array = tensor.array
@@ -83,7 +104,9 @@ def encode(tensor: Tensor, mode: Literal["exact", "half"]) -> EncodedTensor:
             'can hold: capture with tensors="none", or shorten the prompt.'
         )
     codec, plain = "raw", b""
-    if mode == "half" and tensor.dtype == "float32":
+    if mode == "compact":
+        codec, plain = _to_compact(tensor)
+    elif mode == "half" and tensor.dtype == "float32":
         codec, plain = "half", _to_half(tensor.name, cast("NDArray[np.float32]", array))
     if not plain:
         codec, plain = "raw", np.ascontiguousarray(array, dtype=stored_as).tobytes()
@@ -108,6 +131,18 @@ def encode(tensor: Tensor, mode: Literal["exact", "half"]) -> EncodedTensor:
     )
 
 
+def encode_faithfully(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
+    """Make the row in ``mode`` if every bit comes back from it, else in mode "exact".
+
+    For arrays that have been through a store: what a codec made of them once it
+    can nearly always make again.
+    """
+    encoded = encode(tensor, mode)
+    if mode == "exact" or decode(encoded).array.tobytes() == tensor.array.tobytes():
+        return encoded
+    return encode(tensor, "exact")
+
+
 def decode(encoded: EncodedTensor) -> Tensor:
     """Read a row back. Anything but what was written is a TensorError that names what is wrong."""
     where = f"The stored tensor {encoded.name}"
@@ -129,7 +164,8 @@ def decode(encoded: EncodedTensor) -> Tensor:
     if kind == "zstd":
         kind, packing = "raw", "zstd"
     stored_as = _STORED_AS.get(encoded.dtype)
-    if stored_as is None or kind not in ("raw", "half") or packing not in ("", "zstd"):
+    known = kind in ("raw", "half", *_COMPACT.values())
+    if stored_as is None or not known or packing not in ("", "zstd"):
         raise TensorError(
             f"{where} has the unknown dtype or codec {encoded.dtype}, {encoded.codec}: upgrade "
             "oki-trace."
@@ -137,7 +173,12 @@ def decode(encoded: EncodedTensor) -> Tensor:
     # From the declared shape, before anything is unpacked: no blob can claim more memory.
     size = math.prod(encoded.shape)
     item = np.dtype(stored_as)
-    expected = size * item.itemsize if kind == "raw" else _HALF_HEADER.size + 2 * size
+    if kind == "raw":
+        expected = size * item.itemsize
+    elif kind == "half":
+        expected = _HALF_HEADER.size + 2 * size
+    else:
+        expected = compact.plain_size(kind, size)
     if min(encoded.shape, default=0) < 0 or size * item.itemsize > MAX_RAW_BYTES:
         raise TensorError(f"{where} has the impossible shape {encoded.shape}: restore a backup.")
     plain = _unpack(where, encoded.data, expected) if packing else encoded.data
@@ -147,7 +188,15 @@ def decode(encoded: EncodedTensor) -> Tensor:
             "restore a backup."
         )
     array: NDArray[Any]
-    array = _from_half(plain) if kind == "half" else np.frombuffer(plain, dtype=item)
+    if kind == "raw":
+        array = np.frombuffer(plain, dtype=item)
+    elif kind == "half":
+        array = _from_half(plain)
+    else:
+        try:
+            array = _from_float32(compact.decode(kind, plain, size), encoded.dtype)
+        except ValueError as error:
+            raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
     return Tensor(
         name=cast("TensorName", encoded.name),
         array=array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape),
@@ -155,6 +204,56 @@ def decode(encoded: EncodedTensor) -> Tensor:
         layers=encoded.layers,
         key_offset=encoded.key_offset,
     )
+
+
+def _to_compact(tensor: Tensor) -> tuple[str, bytes]:
+    """The codec and its bytes; no bytes when only the array's own bits will do."""
+    floats = _to_float32(tensor)
+    if floats is None:
+        return "raw", b""
+    codec = _COMPACT[tensor.name]
+    if tensor.name == "attentions":
+        plain = compact.cumulative(floats)
+    elif tensor.name == "hidden_states":
+        plain = compact.blocks(floats)
+    else:
+        for grid in compact.GRIDS:
+            plain = compact.companded(floats, *grid)
+            if plain and _keeps_probs(tensor, floats, compact.from_companded(plain)):
+                return codec, plain
+        plain = b""
+    if not plain and tensor.dtype == "float32":
+        codec, plain = "half", _to_half(tensor.name, floats)
+        if (
+            tensor.name == "logits"
+            and plain
+            and not _keeps_probs(tensor, floats, _from_half(plain))
+        ):
+            plain = b""
+    return codec if plain else "raw", plain
+
+
+def _keeps_probs(tensor: Tensor, exact: NDArray[np.float32], restored: NDArray[np.float32]) -> bool:
+    back = _from_float32(restored, tensor.dtype)
+    as_read = _to_float32(Tensor(tensor.name, back, tensor.dtype))
+    return as_read is not None and compact.keeps_probs(exact.ravel(), as_read.ravel())
+
+
+def _to_float32(tensor: Tensor) -> NDArray[np.float32] | None:
+    """The values, exactly; None for a dtype that has more of them than float32."""
+    if tensor.dtype == "bfloat16":
+        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
+    if tensor.dtype in ("float32", "float16"):
+        return np.ascontiguousarray(tensor.array, dtype=np.float32)
+    return None
+
+
+def _from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """``array`` rounded to ``dtype``, to the nearest, ties to even."""
+    if dtype == "bfloat16":
+        bits = array.view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return array.astype(dtype, copy=False)
 
 
 def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
@@ -171,7 +270,10 @@ def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
         largest = float(magnitude.max(initial=0.0, where=np.isfinite(magnitude)))
     if not (largest == 0 or 1 / _LARGEST_SCALED < largest < _LARGEST_SCALED):
         return b""
-    exponent = math.frexp(largest)[1] - _LARGEST_HALF_EXPONENT if largest else 0
+    mantissa, exponent = math.frexp(largest)
+    # A largest value that was rounded up to a power of two gets the scale it was rounded
+    # with, so that what has been through this once comes through it unchanged.
+    exponent -= _LARGEST_HALF_EXPONENT + (mantissa == 0.5) if largest else 0
     # A power of two: the scaling itself rounds nothing.
     halves = np.ldexp(values, -exponent).astype("<f2")
     return _HALF_HEADER.pack(shift, math.ldexp(1.0, exponent)) + halves.tobytes()

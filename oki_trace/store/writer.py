@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from sqlalchemy import Connection, delete, select, update
+from sqlalchemy import Connection, func, select, update
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import (
@@ -35,9 +35,11 @@ from oki_trace.store import documents, identity, lifecycle, migrate, models
 from oki_trace.store.checkpoint import Checkpointer
 from oki_trace.store.engine import set_checkpoint, writer_engine
 from oki_trace.store.faults import told_plainly
+from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
 from oki_trace.store.identity import Db
-from oki_trace.store.owner import is_dead, this_process
-from oki_trace.store.rows import StepRows, encode_all
+from oki_trace.store.owner import this_process
+from oki_trace.store.presence import Presence
+from oki_trace.store.rows import StepRows, encode_all, number
 
 _LIVE = (Status.QUEUED, Status.RUNNING)
 
@@ -64,8 +66,10 @@ class TraceWriter:
         url = identity.address(db)
         self._store = identity.shown(url)
         migrate.ensure(url)
+        self._presence = Presence(identity.file_of(url))
         self._checkpointer = Checkpointer(identity.file_of(url), wanted=checkpoint)
         self._engine = writer_engine(url, checkpoint=self._checkpointer.elect())
+        self._heartbeat = Heartbeat(self._engine)
         self._rows = StepRows(self._engine.dialect)
         self._replies: dict[int, _Reply] = {}
 
@@ -82,6 +86,7 @@ class TraceWriter:
 
     def close(self) -> None:
         """Give the connection back; the last one to close folds the log into the file."""
+        self._heartbeat.stop()
         self._engine.dispose()
         self._checkpointer.resign()
 
@@ -90,22 +95,22 @@ class TraceWriter:
     def create_conversation(self, title: str, *, created_at: dt.datetime | None = None) -> int:
         """Begin a conversation; returns its id."""
         now = created_at or lifecycle.now()
-        with self._write() as connection:
+        with self.write() as connection:
             return lifecycle.new_row(
                 connection, models.Conversation, title=title, created_at=now, updated_at=now
             )
 
     def rename_conversation(self, conversation_id: int, title: str) -> None:
-        with self._write() as connection:
+        with self.write() as connection:
             lifecycle.touch(connection, conversation_id, title=title)
 
     def delete_conversation(self, conversation_id: int) -> None:
-        """Delete it with all its messages, steps and tensors."""
-        table = models.Conversation
-        with self._write() as connection:
-            found = connection.execute(delete(table).where(table.id == conversation_id))
-            if not found.rowcount:
-                raise lifecycle.no_conversation(conversation_id)
+        """Delete it with all its messages, steps and tensors.
+
+        Raises StoreError when a process is writing to it.
+        """
+        with self.write() as connection:
+            lifecycle.delete_conversation(connection, conversation_id)
 
     def add_message(
         self,
@@ -115,7 +120,7 @@ class TraceWriter:
         created_at: dt.datetime | None = None,
     ) -> int:
         """Add a message that is complete as it is; returns its id."""
-        with self._write() as connection:
+        with self.write() as connection:
             return lifecycle.add(
                 connection,
                 conversation_id,
@@ -141,7 +146,9 @@ class TraceWriter:
 
         ``claim``: this process will generate it itself, so no worker may take it.
         """
-        with self._write() as connection:
+        if claim:
+            self._heartbeat.start()
+        with self.write() as connection:
             return lifecycle.add(
                 connection,
                 conversation_id,
@@ -149,6 +156,7 @@ class TraceWriter:
                 content="",
                 status=(Status.RUNNING if claim else Status.QUEUED).value,
                 owner=str(this_process()) if claim else None,
+                seen_at=func.now() if claim else None,
                 model_id=choice.model_id,
                 choice=documents.to_document(choice),
                 sampling=documents.to_document(sampling),
@@ -173,14 +181,16 @@ class TraceWriter:
             connection.execute(
                 update(table)
                 .where(table.id == message_id)
-                .values(status=Status.RUNNING.value, owner=str(this_process()))
+                .values(status=Status.RUNNING.value, owner=str(this_process()), seen_at=func.now())
             )
             connection.execute(_BUMP)
-            return message_id
+        self._heartbeat.start()
+        return message_id
 
     def start_reply(self, message_id: int, start: TurnStart) -> None:
         """Write what is known before the first token: the prompt and the settings in force."""
-        with self._write() as connection:
+        self._heartbeat.start()
+        with self.write() as connection:
             owner = lifecycle.take(connection, message_id)
             connection.execute(
                 update(models.Message)
@@ -188,6 +198,7 @@ class TraceWriter:
                 .values(
                     status=Status.RUNNING.value,
                     owner=owner,
+                    seen_at=func.now(),
                     model_id=start.model_id,
                     prompt_len=len(start.prompt),
                     generation=documents.to_document(start.generation),
@@ -198,16 +209,24 @@ class TraceWriter:
             self._rows.insert_prompt(connection, message_id, start.prompt)
         self._replies[message_id] = _Reply(start.capture.policy.tensors)
 
-    def append(self, message_id: int, steps: Sequence[Step], lenses: Sequence[Lens] = ()) -> bool:
+    def append(
+        self,
+        message_id: int,
+        steps: Sequence[Step],
+        lenses: Sequence[Lens] = (),
+        *,
+        faithful: bool = False,
+    ) -> bool:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
-        A step's own ``lens``, when it has one, is written with it.
+        A step's own ``lens``, when it has one, is written with it. ``faithful``:
+        tensors are kept in the reply's mode only where every bit comes back.
         """
         reply = self._reply(message_id)
         # Before the transaction: other writers need not wait for the encoding.
-        encoded = [encode_all(step, reply.tensors) for step in steps]
+        encoded = [encode_all(step, reply.tensors, faithful=faithful) for step in steps]
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
-        with self._write() as connection:
+        with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
             first = len(reply.step_ids)
             for number, step in enumerate(steps, start=first):
@@ -234,15 +253,17 @@ class TraceWriter:
         """Write how a reply ended; no step follows."""
         if end.status.is_live:
             raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
-        with self._write() as connection:
+        with self.write() as connection:
             lifecycle.require(connection, message_id, *_LIVE)
-            lifecycle.end(connection, message_id, end.status, end.output, end.reason, end.seconds)
+            lifecycle.end(
+                connection, message_id, end.status, end.output, end.reason, number(end.seconds)
+            )
         self._replies.pop(message_id, None)
         self.become_checkpointer()
 
     def request_stop(self, message_id: int) -> None:
         """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
-        with self._write() as connection:
+        with self.write() as connection:
             status, _ = lifecycle.state_of(connection, message_id)
             if status is Status.QUEUED:
                 lifecycle.end(
@@ -261,17 +282,26 @@ class TraceWriter:
             return lifecycle.state_of(connection, message_id)[1]
 
     def mark_interrupted(self) -> list[int]:
-        """End the running replies whose process on this host is gone; returns their ids."""
+        """End the running replies whose process is gone; returns their ids."""
         table = models.Message
         with self._transaction() as connection:
             running = connection.execute(
-                select(table.id, table.owner).where(table.status == Status.RUNNING.value)
+                select(table.id, *LIFE)
+                .where(table.status == Status.RUNNING.value)
+                .order_by(table.id)
+                .with_for_update()
             ).all()
-            dead = [row.id for row in running if row.owner and is_dead(row.owner)]
+            dead = [row.id for row in running if is_gone(row)]
             for message_id in dead:
                 said = lifecycle.text_so_far(connection, message_id)
-                reason = "the process that generated it ended"
-                lifecycle.end(connection, message_id, Status.INTERRUPTED, said, reason, None)
+                lifecycle.end(
+                    connection,
+                    message_id,
+                    Status.INTERRUPTED,
+                    said,
+                    lifecycle.PROCESS_ENDED,
+                    None,
+                )
             if dead:
                 connection.execute(_BUMP)
         return dead
@@ -290,6 +320,7 @@ class TraceWriter:
 
         Only a change counts the version up: a viewer need not look at a heartbeat.
         """
+        self._heartbeat.start()
         with self._transaction() as connection:
             if lifecycle.report_worker(connection, state, model_id, detail, progress):
                 connection.execute(_BUMP)
@@ -303,16 +334,18 @@ class TraceWriter:
     # ------------------------------------------------------------------- within
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with told_plainly(self._store), self._engine.begin() as connection:
-            yield connection
-
-    @contextmanager
-    def _write(self) -> Iterator[Connection]:
+    def write(self) -> Iterator[Connection]:
+        """One write of the store's own modules: whole or not at all, and counted."""
         with self._transaction() as connection:
             yield connection
             # Last, because on PostgreSQL it holds every other writer until the commit.
             connection.execute(_BUMP)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        self._presence.require()
+        with told_plainly(self._store), self._engine.begin() as connection:
+            yield connection
 
     def _reply(self, message_id: int) -> _Reply:
         """What is known of a reply; read back when another process began it."""

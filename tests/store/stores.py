@@ -19,9 +19,16 @@ class Store:
     writer: TraceWriter
     reader: TraceReader
 
-    def reply(self, tensors: TensorMode = "exact", *, begin: bool = True) -> tuple[int, int]:
+    def reply(
+        self,
+        tensors: TensorMode = "exact",
+        *,
+        begin: bool = True,
+        conversation: int | None = None,
+    ) -> tuple[int, int]:
         """(conversation id, message id) of a reply that takes steps."""
-        conversation = self.writer.create_conversation("a conversation")
+        if conversation is None:
+            conversation = self.writer.create_conversation("a conversation")
         message = self.writer.queue_reply(
             conversation,
             ModelChoice("tiny/model"),

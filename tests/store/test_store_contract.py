@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 from stores import Store
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
+    ConversationFilter,
+    ConversationTotals,
+    Effect,
     ModelChoice,
     Role,
     Sampling,
@@ -25,6 +29,8 @@ from oki_trace.records import (
     Step,
     TurnEnd,
 )
+from oki_trace.store.models import Message as MessageRow
+from oki_trace.store.owner import this_process
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
@@ -56,6 +62,8 @@ class TestSteps:
             assert store.writer.append(message, [step]) is False
         for step in steps:
             assert_same(store.reader.step(message, step.step_index), step)
+        considered = store.reader.candidates(message)
+        assert plain(list(considered.items())) == plain([(s.step_index, s.topk) for s in steps])
         for found, written in zip(store.reader.iter_steps(message), steps, strict=True):
             assert_same(found, written)
 
@@ -145,13 +153,44 @@ class TestSteps:
         bare = dataclasses.replace(
             bare,
             sampled_prob=None,
-            topk=dataclasses.replace(bare.topk, sampled_probs=None),
+            topk=dataclasses.replace(bare.topk, sampled_probs=None, noise=None),
+            decision=None,
             attention=(),
         )
         no_entries = builders.step(1, rng, topk_attention=0, with_lens=True, topk_lens=0)
         store.writer.append(message, [bare, no_entries])
         assert_same(store.reader.step(message, 0), bare)
         assert_same(store.reader.step(message, 1), no_entries)
+
+    def test_a_decision_reads_back_as_it_was(self, store: Store, rng: np.random.Generator) -> None:
+        """With a draw, without one, and with numbers that are none."""
+        _, message = store.reply()
+        drawn = builders.step(0, rng)
+        assert drawn.decision is not None
+        penalised = dataclasses.replace(
+            drawn.decision,
+            drawn=False,
+            noise=None,
+            runner_up=None,
+            effects=(),
+            greedy=dataclasses.replace(drawn.decision.greedy, noise=None),
+        )
+        nan = float("nan")
+        broken = dataclasses.replace(
+            drawn.decision, effects=(Effect("top-k", "5", 3, nan, nan),), noise=-0.1
+        )
+        steps = [
+            drawn,
+            dataclasses.replace(builders.step(1, rng), decision=penalised),
+            dataclasses.replace(builders.step(2, rng), decision=broken),
+            dataclasses.replace(builders.step(3, rng), decision=None),
+        ]
+        store.writer.append(message, steps)
+        for found, written in zip(store.reader.iter_steps(message), steps, strict=True):
+            assert_same(found, written)
+        told = [summary.greedy_id for summary in store.reader.steps(message)]
+        assert told == [s.decision and s.decision.greedy.token_id for s in steps]
+        assert [s.differs_from_greedy for s in steps] == [True, True, True, False]
 
     @settings(
         max_examples=25,
@@ -227,6 +266,62 @@ class TestConversations:
         assert [c.id for c in store.reader.conversations("50% off_")] == [second]
         assert store.reader.conversations("%off") == []
 
+    def test_a_list_is_narrowed_by_model_status_and_date(
+        self, store: Store, rng: np.random.Generator
+    ) -> None:
+        def found(search: str | None = None, **by: Any) -> list[int]:
+            narrow = ConversationFilter(**by)
+            ids = [c.id for c in store.reader.conversations(search, by=narrow)]
+            assert store.reader.conversation_count(search, by=narrow) == len(ids)
+            return ids
+
+        done, message = store.reply()
+        store.writer.append(message, [builders.step(0, rng)])
+        store.writer.finish_reply(message, DONE)
+        running, _ = store.reply()
+        old = dt.datetime(2020, 5, 1, tzinfo=dt.UTC)
+        empty = store.writer.create_conversation("old", created_at=old)
+        assert found() == [running, done, empty]
+        assert found(model_id="tiny/model") == [running, done]
+        assert found(model_id="tiny/mod") == []
+        assert found(status=Status.RUNNING) == [running]
+        assert found(status=Status.COMPLETE) == [done, empty]
+        assert found(status=Status.FAILED) == []
+        day = dt.timedelta(days=1)
+        assert found(until=old + day) == [empty]
+        assert found(since=old, until=old) == []
+        assert found(since=old + day) == [running, done]
+        assert found("OLD", since=old, status=Status.COMPLETE) == [empty]
+        assert found("the end", model_id="tiny/model") == [done]
+
+    def test_what_a_dead_process_left_running_is_found_as_interrupted(self, store: Store) -> None:
+        conversation, _ = store.reply()
+        with store.writer.write() as connection:
+            gone = str(this_process()._replace(pid=2**30))
+            connection.execute(update(MessageRow).values(owner=gone))
+        (only,) = store.reader.conversations(by=ConversationFilter(status=Status.INTERRUPTED))
+        assert (only.id, only.status) == (conversation, Status.INTERRUPTED)
+        assert not store.reader.conversations(by=ConversationFilter(status=Status.RUNNING))
+
+    def test_a_conversation_tells_what_its_replies_took(
+        self, store: Store, rng: np.random.Generator
+    ) -> None:
+        first, message = store.reply()
+        steps = [builders.step(i, rng) for i in range(3)]
+        store.writer.append(message, steps)
+        store.writer.finish_reply(message, DONE)
+        _, unfinished = store.reply(conversation=first)
+        store.writer.append(unfinished, steps[:1])
+        empty = store.writer.create_conversation("empty")
+        totals = store.reader.conversation_totals([first, empty])
+        assert (totals[first].timed_tokens, totals[first].seconds) == (3, 1.5)
+        assert totals[first].tokens_per_second == 2
+        held = [store.reader.message_bytes(one) for one in (message, unfinished)]
+        assert totals[first].tensor_bytes == sum(held) > 0
+        assert totals[empty] == ConversationTotals(0, 0.0, 0)
+        assert totals[empty].tokens_per_second is None
+        assert store.reader.conversation_totals([]) == {}
+
     def test_messages_come_in_order_with_all_their_settings(
         self, store: Store, rng: np.random.Generator
     ) -> None:
@@ -260,6 +355,7 @@ class TestConversations:
     ) -> None:
         conversation, message = store.reply()
         store.writer.append(message, [builders.step(0, rng, with_lens=True)])
+        store.writer.finish_reply(message, DONE)
         store.writer.delete_conversation(conversation)
         info = store.reader.info()
         assert (info.conversations, info.messages, info.steps, info.tensor_bytes) == (0, 0, 0, 0)
@@ -292,6 +388,7 @@ class TestConversations:
         assert (info.conversations, info.messages, info.steps) == (1, 1, 3)
         assert info.tensor_bytes == store.reader.message_bytes(message) > 0
         assert info.bytes > info.tensor_bytes
+        assert info.tensor_steps == 3 and info.row_bytes > 0
 
 
 class TestReplies:

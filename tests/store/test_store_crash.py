@@ -8,81 +8,164 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import builders
 import pytest
+import victim
+from test_store_contract import plain
 
-from oki_trace.errors import StoreError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status
+from oki_trace.errors import NotFound, StoreError
+from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
 from oki_trace.store.owner import Owner, is_dead, this_process
 from oki_trace.store.reader import TraceReader
+from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
 
-WRITE_FOREVER = """
-import sys
-import numpy as np
-import builders
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-from oki_trace.store.writer import TraceWriter
-
-rng = np.random.default_rng(0)
-with TraceWriter(sys.argv[1]) as writer:
-    conversation = writer.create_conversation("x")
-    choice = ModelChoice("m")
-    message = writer.queue_reply(conversation, choice, Sampling(), CapturePolicy(), claim=True)
-    writer.start_reply(message, builders.turn_start())
-    for index in range(1_000_000):
-        writer.append(message, [builders.step(index, rng, with_lens=True, vocab=5000)])
-        print(message, index, flush=True)
-"""
+VICTIM = Path(__file__).with_name("victim.py")
+KILLS = 10
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_kill_9_while_writing(file: Path, seed: int) -> None:
-    steps = random.Random(seed).randint(1, 60)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+@dataclass
+class Told:
+    """What a killed process had acknowledged."""
+
+    opened: bool = False
+    steps: dict[int, int] = field(default_factory=dict)
+    lenses: dict[int, int] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)
+    deleting: set[int] = field(default_factory=set)
+    deleted: set[int] = field(default_factory=set)
+
+    def hear(self, line: str) -> None:
+        if not line.endswith("\n"):
+            return  # killed while it spoke
+        what, *numbers = line.split()
+        values = [int(number) for number in numbers]
+        if what == "open":
+            self.opened = True
+        elif what == "reply":
+            self.steps[values[0]] = self.lenses[values[0]] = 0
+        elif what == "steps":
+            self.steps[values[0]], self.lenses[values[0]] = values[1:]
+        elif what == "end":
+            self.ended.add(values[0])
+        elif what == "deleting":
+            self.deleting.add(values[0])
+        else:
+            self.deleted.add(values[0])
+
+
+def killed(file: Path, seed: int, moment: random.Random) -> Told:
+    """Let a process write and kill it, at times before it has opened the store."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITE_FOREVER, str(file)],
+        [sys.executable, str(VICTIM), str(file), str(seed)],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
+    told = Told()
     assert process.stdout is not None
-    told = -1
-    message = 0
-    for line in process.stdout:
-        message, told = map(int, line.split())
-        if told >= steps:
-            break
-    process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read().split("\n")
-    complete = [line for line in rest if line.count(" ") == 1]
-    if complete:
-        told = max(told, int(complete[-1].split()[1]))
-    process.stdout.close()
-    process.wait()
+    with process.stdout as said:
+        if moment.random() < 0.2:
+            wait = moment.uniform(0.3, 1.5)
+        else:
+            told.hear(said.readline())
+            wait = moment.uniform(0.0, 0.5)
+        # Not waiting for something: the moment itself is what is tried.
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        for line in said:
+            told.hear(line)
+    assert process.wait() == -signal.SIGKILL
+    return told
 
-    with TraceReader(file) as reader:
-        found = list(reader.iter_steps(message))
-        assert len(found) in (told + 1, told + 2), "all that was told of, and at most one more"
-        for step in found:
-            assert len(step.topk.tokens) == 10 and step.lens is not None
-            for name in reader.tensor_names(message, step.step_index):
-                reader.tensor(message, step.step_index, name)
-        seen = reader.message(message)
-        assert seen.status is Status.INTERRUPTED
-        assert seen.content == " the" * len(found)
-        assert reader.conversations()[0].status is Status.INTERRUPTED
-        with TraceWriter(file) as writer:
-            assert writer.mark_interrupted() == [message]
-            assert writer.mark_interrupted() == []
-        assert reader.message(message).content == seen.content
-        assert "ended" in (reader.message(message).reason or "")
+
+def assert_sound(file: Path) -> None:
     with closing(sqlite3.connect(file)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
+
+
+def assert_kept(reader: TraceReader, told: Told) -> int:
+    """All that was acknowledged is there and whole; returns how many steps were compared."""
+    compared = 0
+    for message, steps in told.steps.items():
+        try:
+            seen = reader.message(message)
+        except NotFound:
+            assert message in told.deleting, "lost"
+            continue
+        assert message not in told.deleted, "deleted, and back again"
+        found = list(reader.iter_steps(message))
+        assert steps <= len(found) <= steps + 3, "what was told of, and at most one commit more"
+        for step in found:
+            written = victim.step_of(message, step.step_index)
+            lens = written.lens if step.lens is not None else None
+            assert plain(step) == plain(replace(written, tensors=(), lens=lens))
+            assert lens is not None or step.step_index >= told.lenses[message]
+            for tensor in written.tensors:
+                read = reader.tensor(message, step.step_index, tensor.name)
+                assert read.array.tobytes() == tensor.array.tobytes()
+        compared += len(found)
+        if message in told.ended:
+            assert seen.status is Status.COMPLETE
+        else:
+            # It may have ended just before it could say so.
+            assert seen.status in (Status.INTERRUPTED, Status.COMPLETE)
+        assert seen.content == " the" * len(found)
+    return compared
+
+
+def assert_usable(file: Path, last: int | None) -> None:
+    """Another process writes at once, and what was cut off ends as interrupted."""
+    with TraceWriter(file) as writer, TraceReader(file) as reader:
+        cut = last is not None and reader.message(last).status is Status.INTERRUPTED
+        marked = writer.mark_interrupted()
+        # Or one that was asked for just before it could be told of.
+        assert marked == [last] if cut else len(marked) <= 1
+        assert writer.mark_interrupted() == []
+        if cut and last is not None:
+            assert "ended" in (reader.message(last).reason or "")
+        conversation = (
+            writer.create_conversation("x")
+            if last is None
+            else reader.message(last).conversation_id
+        )
+        message = writer.queue_reply(
+            conversation, ModelChoice("m"), Sampling(), CapturePolicy(), claim=True
+        )
+        writer.start_reply(message, builders.turn_start())
+        writer.append(message, [victim.step_of(message, 0)])
+        writer.finish_reply(message, TurnEnd(Status.COMPLETE, " the", "end of turn", 0.1))
+        assert reader.message(message).tokens == 1
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.stress) for seed in range(1, 11))]
+)
+def test_killed_at_random_moments(file: Path, seed: int) -> None:
+    moment = random.Random(seed)
+    steps = 0
+    for number in range(KILLS):
+        told = killed(file, 1000 * seed + number, moment)
+        # The reader comes first: it has to find all of it without anyone's help.
+        if told.opened:
+            with TraceReader(file) as reader:
+                steps += assert_kept(reader, told)
+        if file.exists() and told.opened:
+            assert_sound(file)
+        # One that was deleted is not its last; one announced but not begun is.
+        last = max(told.steps, default=None)
+        assert_usable(file, last)
+    assert_sound(file)
+    with TraceReader(file) as reader:
+        assert [str(finding) for finding in Verification(reader)] == []
+    print(f"{KILLS} kills, {steps} steps compared, none lost")
 
 
 def test_a_reply_of_a_living_process_is_left_alone(file: Path) -> None:

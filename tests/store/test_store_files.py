@@ -134,6 +134,13 @@ def test_a_full_disk_ends_a_write_and_leaves_the_store_whole(file: Path) -> None
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def test_a_store_whose_making_was_cut_off_is_finished(file: Path) -> None:
+    """Killed after the mark and before the write-ahead log: readers must not block later on."""
+    identity.create_file(file)
+    with TraceWriter(file), closing(sqlite3.connect(file)) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 def test_a_damaged_file_is_a_clear_error(file: Path) -> None:
     with TraceWriter(file) as writer:
         for _ in range(50):
