@@ -1,0 +1,85 @@
+"""All built-in questions, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from oki_trace.analysis import compare, heads, questions
+from oki_trace.analysis.again import AGAIN
+from oki_trace.analysis.doubt import UNSURE
+from oki_trace.analysis.formation import LAYERS, RIVALS, SETTLE
+from oki_trace.analysis.gaze import LOOKED
+from oki_trace.analysis.questions import Answer, Question
+from oki_trace.analysis.scope import Scope
+from oki_trace.analysis.trove import Trove
+from oki_trace.errors import UsageError
+
+# Worked out from the tensors: their views have no SQL.
+HEADS = Question(
+    "heads",
+    "Heads that look at one thing: the first token, the token before, a part of the prompt.",
+    "From the full attention tensors of a sample of the steps. Most heads rest on the first "
+    "token: that is where attention goes that has nothing to do.",
+    {},
+    {"sample": (64, "how many steps are read"), "top": (20, "how many heads")},
+)
+COMPARE = Question(
+    "compare",
+    "Two steps (2:5 4:5), two replies (2 4) or two models: how far their distributions are apart.",
+    "KL, Jensen-Shannon and total variation from the full logits where both were kept, from the "
+    "candidates where not. Only steps after the same words compare the models; later ones "
+    "answer different texts.",
+    {},
+    {"top": (20, "how many prompts, for models")},
+)
+
+QUESTIONS: dict[str, Question] = {
+    question.name: question
+    for question in (SETTLE, UNSURE, LAYERS, RIVALS, LOOKED, HEADS, COMPARE, AGAIN)
+}
+
+
+def answer(
+    trove: Trove,
+    name: str,
+    what: tuple[str, ...] = (),
+    *,
+    scope: Scope | None = None,
+    view: str | None = None,
+    **given: Any,
+) -> Answer:
+    """Ask a question by its name. Raises UsageError when it is put wrongly, else QuestionError
+    or NotFound.
+    """
+    question = QUESTIONS.get(name)
+    if question is None:
+        raise UsageError(f"There is no question {name}: ask {', '.join(QUESTIONS)}.")
+    if question is COMPARE:
+        return _compare(trove, what, scope, given.get("top", 20))
+    if what:
+        raise UsageError(f"{name} takes no {what[0]}: narrow it down with options, as --model.")
+    if question is HEADS:
+        return heads.heads_answer(
+            trove, scope, sample=given.get("sample", 64), top=given.get("top", 20)
+        )
+    known = {key: value for key, value in given.items() if key in question.parameters}
+    return questions.ask(trove, question, scope, view, **known)
+
+
+def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int) -> Answer:
+    if len(what) != 2:
+        raise UsageError(
+            "compare takes two of a kind: two steps (2:5 4:5), two replies (2 4) or two models."
+        )
+    steps = [_step(one) for one in what]
+    if steps[0] and steps[1]:
+        return compare.steps_answer(trove.reader, steps[0], steps[1])
+    if what[0].isdecimal() and what[1].isdecimal():
+        return compare.replies_answer(trove.reader, int(what[0]), int(what[1]))
+    return compare.models_answer(trove, what[0], what[1], scope, top)
+
+
+def _step(text: str) -> tuple[int, int] | None:
+    """``message:step``; None for what is not that."""
+    message, colon, step = text.partition(":")
+    return (int(message), int(step)) if colon and (message + step).isdecimal() else None

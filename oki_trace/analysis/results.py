@@ -1,0 +1,50 @@
+"""Results as files and as JSON."""
+
+from __future__ import annotations
+
+import csv
+import datetime as dt
+import io
+import math
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON can hold it: what is not a number is null, a moment ISO text in UTC."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return float(value)
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.hex() if isinstance(value, bytes) else str(value)
+
+
+def objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """A dictionary a row; of columns of one name the last counts."""
+    return [dict(zip(names, map(plain, row), strict=True)) for row in rows]
+
+
+def write_csv(names: Sequence[str], rows: Iterable[Sequence[Any]], file: TextIO) -> None:
+    """With a header; NULL is empty."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([plain(value) for value in row] for row in rows)
+
+
+def parquet(table: pa.Table) -> bytes:
+    """A whole Parquet file, compressed."""
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd")
+    return file.getvalue()

@@ -1,0 +1,206 @@
+"""The tables that a question can be asked of, with what each column means.
+
+Names are the store's own. Beside its columns stand a few that save a question
+a join or a scan: whose message a row is of, what the first candidate of a layer
+is, how a layer's attention is shared out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["BIGINT", "INTEGER", "DOUBLE", "FLOAT", "BOOLEAN", "VARCHAR", "TIMESTAMP"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """``kind`` is DuckDB's type."""
+
+    name: str
+    kind: Kind
+    meaning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """``columns`` in order; a row is what ``meaning`` says."""
+
+    name: str
+    meaning: str
+    columns: tuple[Column, ...]
+
+
+def _columns(text: str) -> tuple[Column, ...]:
+    """A line a column: name, kind, meaning."""
+    lines = (line.split(maxsplit=2) for line in text.splitlines() if line)
+    return tuple(Column(name, kind, meaning) for name, kind, meaning in lines)  # type: ignore[arg-type]
+
+
+_OF_STEP = """
+message_id BIGINT the reply
+step_id BIGINT the step
+step_index INTEGER the step's number in the reply, from 0
+"""
+
+TABLES: tuple[Table, ...] = (
+    Table(
+        "conversation",
+        "a conversation",
+        _columns("""
+id BIGINT its number
+title VARCHAR its title
+created_at TIMESTAMP when it began, in UTC
+updated_at TIMESTAMP when a message was added or ended, in UTC
+"""),
+    ),
+    Table(
+        "message",
+        "a message; what follows created_at is of replies only",
+        _columns("""
+id BIGINT its number
+conversation_id BIGINT the conversation
+position INTEGER its place in the conversation, from 0
+role VARCHAR system, user or assistant
+content VARCHAR what was said
+status VARCHAR queued, running, complete, stopped, failed or interrupted
+created_at TIMESTAMP when it was said or asked for, in UTC
+model_id VARCHAR the model
+prompt_len INTEGER tokens of the prompt
+tokens INTEGER tokens of the reply
+seconds DOUBLE how long it took
+reason VARCHAR why it ended
+layers INTEGER the model's last layer
+dtype VARCHAR what the model computed in
+device VARCHAR where
+quantization VARCHAR how its weights were held; NULL: as they are
+temperature DOUBLE NULL when greedy
+top_p DOUBLE nucleus sampling
+top_k INTEGER sampling among the k most likely
+repetition_penalty DOUBLE 1 is off
+seed BIGINT the seed of the draws
+asked VARCHAR the same for all replies to the same messages
+"""),
+    ),
+    Table(
+        "step",
+        "a generated token",
+        _columns("""
+id BIGINT its number
+message_id BIGINT the reply
+step_index INTEGER its number in the reply, from 0
+position INTEGER its place in all that the model saw
+token_id INTEGER the token
+token VARCHAR the token's text
+is_special BOOLEAN whether it is one of the model's control tokens
+token_class VARCHAR new word, rest of a word, number, punctuation, space or special
+logit DOUBLE the model's own
+prob DOUBLE the model's own, before sampling
+logprob DOUBLE its logarithm, in nats
+entropy DOUBLE of the model's distribution, in nats
+rank INTEGER 1: the most likely
+margin DOUBLE prob of rank 1 less that of rank 2
+sampled_prob DOUBLE prob after the sampling settings
+greedy_id INTEGER what would have been said without a draw
+elapsed_ms DOUBLE time of the step
+settle_layer INTEGER first layer from which the token stays on top; NULL: it never does
+settle_prob DOUBLE the token's prob at that layer
+layers INTEGER the last layer of its lens; NULL: no lens
+other_id INTEGER the most likely token that was not said
+other_token VARCHAR its text
+other_prob DOUBLE its prob
+"""),
+    ),
+    Table(
+        "topk_entry",
+        "a candidate for a step's token",
+        _columns(
+            _OF_STEP
+            + """
+rank INTEGER 1: the most likely
+token_id INTEGER the token
+token VARCHAR its text
+logit DOUBLE the model's own
+prob FLOAT the model's own
+sampled_prob FLOAT after the sampling settings
+"""
+        ),
+    ),
+    Table(
+        "lens_layer",
+        "what the Logit Lens says of a layer at a step",
+        _columns(
+            _OF_STEP
+            + """
+layer INTEGER 0: the embedding; the last: the model's own distribution
+entropy FLOAT of the layer's distribution, in nats
+chosen_rank INTEGER the rank of the token that was said
+chosen_prob FLOAT its prob
+kl FLOAT KL(model's own distribution ‖ this layer's), in nats
+top_id INTEGER the layer's own first token
+top_token VARCHAR its text
+top_prob FLOAT its prob
+"""
+        ),
+    ),
+    Table(
+        "lens_entry",
+        "a token that the Logit Lens reads at a layer",
+        _columns(
+            _OF_STEP
+            + """
+layer INTEGER the layer
+rank INTEGER 1: the most likely
+token_id INTEGER the token
+token VARCHAR its text
+logit FLOAT the layer's
+prob FLOAT the layer's
+"""
+        ),
+    ),
+    Table(
+        "attention_layer",
+        "how a layer's attention is shared out at a step, heads averaged",
+        _columns(
+            _OF_STEP
+            + """
+layer INTEGER the layer
+is_evidence BOOLEAN whether it is the last layer that has attention
+first_token FLOAT on position 0, whatever it is
+system FLOAT on the system message
+user FLOAT on what the user said
+assistant FLOAT on earlier replies
+template FLOAT on the chat template around them
+reply FLOAT on this reply's own tokens
+rest FLOAT on positions below the kept ones
+missing FLOAT on no position: a learned sink
+"""
+        ),
+    ),
+    Table(
+        "attention_entry",
+        "a position that a layer looked at, heads averaged",
+        _columns(
+            _OF_STEP
+            + """
+layer INTEGER the layer
+rank INTEGER 1: the most attended
+position INTEGER the position
+weight FLOAT its weight
+"""
+        ),
+    ),
+    Table(
+        "prompt_token",
+        "a token of what a reply's model was given",
+        _columns("""
+message_id BIGINT the reply
+position INTEGER its place, from 0
+token_id INTEGER the token
+token VARCHAR its text
+segment VARCHAR system, user, assistant or template
+"""),
+    ),
+)
+
+BY_NAME = {table.name: table for table in TABLES}
