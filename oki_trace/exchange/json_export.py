@@ -1,90 +1,166 @@
-"""A conversation as one JSON document.
+"""A conversation as JSON: one document, or a line a step.
 
-Shape: ``{"format": "oki-trace", "version": 2, "conversation": {…},
-"messages": [{id, role, content, status, trace?}]}``.
+The document: ``{"format": "oki-trace", "version": 2, "conversation": {…},
+"messages": [{id, role, content, status, …, trace?}]}``, a step a line in the
+file. In JSON lines the first line is that document with traces that have no
+``steps``, and each line after it is a step that names its ``message``.
+
+Both are written as they are read, a few steps in memory, however long the reply.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, TextIO
 
-from oki_trace.asking import history
 from oki_trace.errors import NotFound
-from oki_trace.exchange.trace_object import FORMAT, VERSION, trace_object
-from oki_trace.records import Message, Role
+from oki_trace.exchange.selection import Progress, Selection, is_traced, selected
+from oki_trace.exchange.trace_object import (
+    FORMAT,
+    VERSION,
+    head_object,
+    plain,
+    step_objects,
+    trace_object,
+)
+from oki_trace.exchange.v1 import v1_head, v1_steps
+from oki_trace.records import Message
 from oki_trace.store.reader import TraceReader
+
+JSONL = "jsonl"
+
+# ASCII, so that it is the same in every encoding and inert in a terminal.
+_encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
 
 
 def write_conversation(
-    reader: TraceReader, conversation_id: int, file: TextIO, message_id: int | None = None
+    reader: TraceReader,
+    conversation_id: int,
+    file: TextIO,
+    message_id: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write the whole conversation, or the trace object of one of its replies.
 
     What is written was true at one instant, while replies go on too. Raises
     NotFound for a conversation or message that is not there.
     """
-    with reader.snapshot() as instant:
-        if message_id is None:
-            document = conversation_object(instant, conversation_id)
-        else:
-            document = _one_trace(instant, conversation_id, message_id)
-    # ASCII, so that it is the same in every encoding and inert in a terminal.
-    encoder = json.JSONEncoder(ensure_ascii=True, allow_nan=False, indent=1)
-    file.writelines(encoder.iterencode(document))
-    file.write("\n")
+    with selected(reader, conversation_id, message_id) as chosen:
+        counted = _Counted(chosen, progress)
+        if message_id is not None:
+            (reply,) = chosen.replies
+            _write_trace(file, counted, reply)
+            file.write("\n")
+            return
+        file.write(_open(document_head(chosen)) + ', "messages": [')
+        for place, message in enumerate(chosen.messages):
+            file.write(",\n" if place else "\n")
+            if message.id in chosen.traced:
+                file.write(_open(message_head(message)) + ', "trace": ')
+                _write_trace(file, counted, message)
+                file.write("}")
+            else:
+                file.write(_encode(message_head(message)))
+        file.write("\n]}\n")
 
 
-def _one_trace(reader: TraceReader, conversation_id: int, message_id: int) -> dict[str, Any]:
-    messages = reader.messages(conversation_id)
-    chosen = next((m for m in messages if m.id == message_id), None)
-    trace = chosen and trace_of(reader, messages, chosen)
-    if not trace:
-        raise NotFound(
-            f"Conversation {conversation_id} has no traced message {message_id}. "
-            f"See: oki-trace show {conversation_id}"
-        )
-    return trace
+def write_lines(
+    reader: TraceReader,
+    conversation_id: int,
+    file: TextIO,
+    message_id: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the conversation as JSON lines; with ``message_id`` the steps of that reply alone."""
+    with selected(reader, conversation_id, message_id) as chosen:
+        counted = _Counted(chosen, progress)
+        heads = []
+        for message in chosen.messages:
+            head = message_head(message)
+            if message.id in chosen.traced:
+                head["trace"] = head_object(chosen.head(message))
+            heads.append(head)
+        file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
+        for reply in chosen.replies:
+            for step in counted.steps(reply):
+                file.write(_encode({"message": reply.id, **step}) + "\n")
+
+
+def write_v1(
+    reader: TraceReader,
+    conversation_id: int,
+    file: TextIO,
+    message_id: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write traces of version 1: of one reply the trace, of several a list.
+
+    Raises NotFound when the conversation has no traced reply.
+    """
+    with selected(reader, conversation_id, message_id) as chosen:
+        if not chosen.replies:
+            raise NotFound(
+                f"Conversation {conversation_id} has no traced reply, and trace-v1 holds nothing "
+                "else. Choose another --format."
+            )
+        several = len(chosen.replies) > 1
+        done = 0
+        file.write("[\n" if several else "")
+        for place, reply in enumerate(chosen.replies):
+            head = chosen.head(reply)
+            file.write((",\n" if place else "") + _open(v1_head(head)) + ', "steps": [')
+            for number, step in enumerate(v1_steps(head, chosen.reader.iter_steps(reply.id))):
+                file.write((",\n" if number else "\n") + _encode(step))
+                done += 1
+                if progress is not None:
+                    progress(done, chosen.steps)
+            file.write("\n]}")
+        file.write("\n]\n" if several else "\n")
 
 
 def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, Any]:
-    """The document of a conversation. Raises NotFound."""
-    conversation = reader.conversation(conversation_id)
-    messages = reader.messages(conversation_id)
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "conversation": {
-            "id": conversation.id,
-            "title": conversation.title,
-            "created_at": conversation.created_at.isoformat(),
-        },
-        "messages": [_message(reader, messages, message) for message in messages],
-    }
+    """The document of a conversation, in memory. Raises NotFound."""
+    with selected(reader, conversation_id) as chosen:
+        messages = []
+        for message in chosen.messages:
+            head = message_head(message)
+            if message.id in chosen.traced:
+                head["trace"] = _trace(chosen, message)
+            messages.append(head)
+        return {**document_head(chosen), "messages": messages}
 
 
 def trace_of(
     reader: TraceReader, messages: Sequence[Message], message: Message
 ) -> dict[str, Any] | None:
-    """The trace object of a reply; None for a message that has none."""
-    if message.role is not Role.ASSISTANT or message.generation is None or message.capture is None:
+    """The trace object of a reply, in memory; None for a message that has none."""
+    if not is_traced(message):
         return None
-    return trace_object(
-        model_id=message.model_id or "",
-        prompt=reader.prompt(message.id),
-        generation=message.generation,
-        capture=message.capture,
-        messages=history(messages, message.id),
-        output=message.content,
-        status=message.status,
-        reason=message.reason,
-        steps=reader.iter_steps(message.id),
+    conversation = reader.conversation(message.conversation_id)
+    return _trace(
+        Selection(reader, conversation, messages, frozenset({message.id})),
+        message,
     )
 
 
-def _message(reader: TraceReader, messages: Sequence[Message], message: Message) -> dict[str, Any]:
-    plain: dict[str, Any] = {
+def document_head(chosen: Selection) -> dict[str, Any]:
+    """The document up to its ``messages``."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "conversation": {
+            "id": chosen.conversation.id,
+            "title": chosen.conversation.title,
+            "created_at": chosen.conversation.created_at.isoformat(),
+        },
+    }
+
+
+def message_head(message: Message) -> dict[str, Any]:
+    """A message up to its ``trace``; what was asked for stands in replies alone."""
+    head: dict[str, Any] = {
         "id": message.id,
         "role": str(message.role),
         "content": message.content,
@@ -92,6 +168,46 @@ def _message(reader: TraceReader, messages: Sequence[Message], message: Message)
         "created_at": message.created_at.isoformat(),
     }
     if message.reason is not None:
-        plain["reason"] = message.reason
-    trace = trace_of(reader, messages, message)
-    return plain if trace is None else {**plain, "trace": trace}
+        head["reason"] = message.reason
+    for name in ("choice", "sampling", "policy"):
+        asked = getattr(message, name)
+        if asked is not None:
+            head[name] = plain(asdict(asked))
+    if is_traced(message):
+        head |= {"seconds": plain(message.seconds), "tokens": message.tokens}
+    return head
+
+
+def _trace(chosen: Selection, reply: Message) -> dict[str, Any]:
+    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id))
+
+
+class _Counted:
+    """The steps of a selection as objects, told to the progress as they go by."""
+
+    def __init__(self, chosen: Selection, progress: Progress | None) -> None:
+        self.chosen = chosen
+        self._progress = progress
+        self._done = 0
+
+    def steps(self, reply: Message) -> Iterator[dict[str, Any]]:
+        prompt = self.chosen.reader.prompt(reply.id)
+        steps = self.chosen.reader.iter_steps(reply.id)
+        for step in step_objects(prompt, steps, timed=True):
+            yield step
+            self._done += 1
+            if self._progress is not None:
+                self._progress(self._done, self.chosen.steps)
+
+
+def _write_trace(file: TextIO, counted: _Counted, reply: Message) -> None:
+    file.write(_open(head_object(counted.chosen.head(reply))) + ', "steps": [')
+    for place, step in enumerate(counted.steps(reply)):
+        file.write(",\n" if place else "\n")
+        file.write(_encode(step))
+    file.write("\n]}")
+
+
+def _open(document: dict[str, Any]) -> str:
+    """An object that more is to be written into."""
+    return _encode(document)[:-1]

@@ -7,13 +7,16 @@ version 2 adds stands beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from oki_trace.exchange.decision import explain
 from oki_trace.records import (
     CaptureReport,
     ChatMessage,
+    Contender,
+    Decision,
     Generation,
     LayerAttention,
     Lens,
@@ -25,40 +28,65 @@ from oki_trace.records import (
 FORMAT = "oki-trace"
 VERSION = 2
 
+# Not every imported trace says which tokens it means: a token known by its text
+# alone has an id of its own below BLANK, which fills up a shorter list.
+BLANK = -1
 
-def trace_object(
-    *,
-    model_id: str,
-    prompt: Prompt,
-    generation: Generation,
-    capture: CaptureReport,
-    messages: Sequence[ChatMessage],
-    output: str,
-    status: Status,
-    reason: str | None,
-    steps: Iterable[Step],
-) -> dict[str, Any]:
-    """The trace of one reply; ``messages`` are those before it."""
-    decoded = list(steps)
-    tokens = [*prompt.tokens, *(step.token for step in decoded)]
-    ids = [*prompt.token_ids, *(step.token_id for step in decoded)]
+
+@dataclass(frozen=True, slots=True)
+class TraceHead:
+    """All of a reply's trace but its steps; ``messages`` are those before it."""
+
+    model_id: str
+    prompt: Prompt
+    generation: Generation
+    capture: CaptureReport
+    messages: Sequence[ChatMessage]
+    output: str
+    status: Status
+    reason: str | None
+
+
+def trace_object(head: TraceHead, steps: Iterable[Step]) -> dict[str, Any]:
+    """The trace of one reply."""
+    return {**head_object(head), "steps": list(step_objects(head.prompt, steps))}
+
+
+def head_object(head: TraceHead) -> dict[str, Any]:
+    """The trace of one reply up to its ``steps``, which come last."""
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model_id": model_id,
-        "prompt": prompt.text,
-        "prompt_len": len(prompt),
-        "prompt_token_ids": list(prompt.token_ids),
-        "output": output,
-        "messages": [{"role": str(m.role), "content": m.content} for m in messages],
-        "status": str(status),
-        "reason": reason,
-        "evidence_provenance": capture.evidence_provenance,
-        "logit_lens_available": capture.logit_lens_available,
-        "generation": _plain(asdict(generation)),
-        "capture": _plain(asdict(capture)),
-        "steps": [_step(step, len(prompt), ids, tokens) for step in decoded],
+        "model_id": head.model_id,
+        "prompt": head.prompt.text,
+        "prompt_len": len(head.prompt),
+        "prompt_token_ids": [_known_id(token_id) for token_id in head.prompt.token_ids],
+        "prompt_tokens": list(head.prompt.tokens),
+        "prompt_segments": list(head.prompt.segments),
+        "output": head.output,
+        "messages": [{"role": str(m.role), "content": m.content} for m in head.messages],
+        "status": str(head.status),
+        "reason": head.reason,
+        "evidence_provenance": head.capture.evidence_provenance,
+        "logit_lens_available": head.capture.logit_lens_available,
+        "generation": plain(asdict(head.generation)),
+        "capture": plain(asdict(head.capture)),
     }
+
+
+def step_objects(
+    prompt: Prompt, steps: Iterable[Step], *, timed: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Each step as it comes: no more than one is held, beside the reply's tokens.
+
+    ``timed``: with ``elapsed_ms``, which differs between runs that are otherwise the same.
+    """
+    ids, tokens = list(prompt.token_ids), list(prompt.tokens)
+    for step in steps:
+        made = _step(step, len(prompt), ids, tokens)
+        yield {**made, "elapsed_ms": _number(step.elapsed_ms)} if timed else made
+        ids.append(step.token_id)
+        tokens.append(step.token)
 
 
 def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dict[str, Any]:
@@ -66,14 +94,18 @@ def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dic
     return {
         "step": step.step_index,
         "chosen_token": step.token,
-        "chosen_id": step.token_id,
+        "chosen_id": _known_id(step.token_id),
+        "chosen_bytes": step.token_bytes.hex(),
+        "is_special": step.is_special,
         "position": step.position,
+        "logit": _number(step.logit),
         "prob": _number(step.prob),
         "logprob": _number(step.logprob),
         "entropy": _number(step.entropy),
-        "rank": step.rank,
+        "rank": step.rank or None,
         "margin": _number(step.margin),
         "sampled_prob": _number(step.sampled_prob),
+        "decision": decision_object(step, step.decision) if step.decision else None,
         "logits_topk": _candidates(step),
         "evidence": _evidence(evidence, prompt_len, ids, tokens) if evidence else [],
         "attention": [
@@ -84,20 +116,47 @@ def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dic
     }
 
 
+def decision_object(step: Step, decision: Decision) -> dict[str, Any]:
+    """``processors`` in order; ``text`` says it all in a sentence or two."""
+    return {
+        "text": explain(step),
+        "drawn": decision.drawn,
+        "differs_from_greedy": step.differs_from_greedy,
+        "candidates": decision.candidates,
+        "noise": _number(decision.noise),
+        "greedy": _contender(decision.greedy),
+        "runner_up": _contender(decision.runner_up) if decision.runner_up else None,
+        "processors": [plain(asdict(effect)) for effect in decision.effects],
+    }
+
+
+def _contender(contender: Contender) -> dict[str, Any]:
+    return {
+        "token_id": _known_id(contender.token_id),
+        "token": contender.token,
+        "sampled_prob": _number(contender.prob),
+        "noise": _number(contender.noise),
+    }
+
+
 def _candidates(step: Step) -> list[dict[str, Any]]:
     top = step.topk
-    sampled = [None] * len(top.tokens) if top.sampled_probs is None else top.sampled_probs.tolist()
-    columns = (top.token_ids.tolist(), top.tokens, top.logits.tolist(), top.probs.tolist(), sampled)
+    nothing = [None] * len(top.tokens)
+    sampled = nothing if top.sampled_probs is None else top.sampled_probs.tolist()
+    noise = nothing if top.noise is None else top.noise.tolist()
+    own = (top.token_ids.tolist(), top.tokens, top.logits.tolist(), top.probs.tolist())
+    columns = (*own, sampled, noise)
     return [
         {
             "rank": rank,
-            "token_id": token_id,
+            "token_id": _known_id(token_id),
             "token": token,
             "logit": _number(logit),
             "prob": _number(prob),
             "sampled_prob": _number(after),
+            "noise": _number(drawn),
         }
-        for rank, (token_id, token, logit, prob, after) in enumerate(
+        for rank, (token_id, token, logit, prob, after, drawn) in enumerate(
             zip(*columns, strict=True), start=1
         )
     ]
@@ -122,7 +181,7 @@ def _evidence(
         entries.append(
             {
                 **entry,
-                "token_id": ids[position],
+                "token_id": _known_id(ids[position]),
                 "token": tokens[position],
                 "in_prompt": in_prompt,
                 "relative": None if in_prompt else position - prompt_len,
@@ -147,10 +206,17 @@ def _lens(lens: Lens) -> list[dict[str, Any]]:
         {
             "layer": layer,
             "topk": [
-                {"rank": r, "token_id": i, "token": t, "logit": _number(x), "prob": _number(p)}
+                {
+                    "rank": r,
+                    "token_id": _known_id(i),
+                    "token": t,
+                    "logit": _number(x),
+                    "prob": _number(p),
+                }
                 for r, (i, t, x, p) in enumerate(zip(ids, tokens, logits, probs, strict=True), 1)
+                if i != BLANK
             ],
-            "chosen_rank": rank,
+            "chosen_rank": rank or None,
             "chosen_prob": _number(prob),
             "entropy": _number(entropy),
             "kl": _number(kl),
@@ -159,15 +225,19 @@ def _lens(lens: Lens) -> list[dict[str, Any]]:
     ]
 
 
+def _known_id(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
 def _number(value: float | None) -> float | None:
     """JSON has no infinities and no NaN: a token that was ruled out has no logit."""
     return value if value is not None and math.isfinite(value) else None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A report's fields as JSON holds them: lists, and only finite numbers."""
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return _number(value) if isinstance(value, float) else value

@@ -220,6 +220,7 @@ def test_what_is_not_a_number_is_null(story: Story) -> None:
             logits=nothing,
             probs=nothing,
             sampled_probs=None,
+            noise=nothing,
         ),
         lens=replace(step.lens, entropy=np.full_like(step.lens.entropy, math.nan)),
     )
@@ -228,7 +229,8 @@ def test_what_is_not_a_number_is_null(story: Story) -> None:
     (exported,) = story.export(reply)["steps"]
     assert (exported["logprob"], exported["entropy"]) == (None, None)
     assert exported["prob"] == step.prob
-    assert [(c["logit"], c["prob"]) for c in exported["logits_topk"]] == [(None, None)] * 2
+    missing = [(c["logit"], c["prob"], c["noise"]) for c in exported["logits_topk"]]
+    assert missing == [(None, None, None)] * 2
     assert {row["entropy"] for row in exported["logit_lens"]} == {None}
 
 

@@ -1,0 +1,150 @@
+"""Stores with a conversation worth exporting: every kind of message, hostile text, odd numbers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    Step,
+    Tensor,
+    TensorMode,
+    TurnEnd,
+)
+from oki_trace.store.writer import TraceWriter
+from tests import builders
+
+HOSTILE = "\x1b[31m </script><script>alert(1)</script> <!-- \u202e rtl é 日本 🙂 \u2028 ]]> ' \""
+
+
+def odd_step(index: int, rng: np.random.Generator) -> Step:
+    """No number is one, half a character, no lens, an empty list, tensors of 16 bits."""
+    step = builders.step(index, rng)
+    nothing = np.array([math.nan, 1.5], dtype=np.float32)
+    bits = rng.integers(0, 2**15, size=50).astype(np.uint16)
+    return replace(
+        step,
+        token="\ufffd",
+        token_bytes=b"\xf0\x9f",
+        is_special=True,
+        entropy=math.nan,
+        elapsed_ms=math.nan,
+        rank=7,
+        topk=replace(
+            step.topk,
+            token_ids=step.topk.token_ids[:2],
+            tokens=step.topk.tokens[:2],
+            logits=nothing,
+            probs=nothing,
+            sampled_probs=None,
+            noise=None,
+        ),
+        attention=(),
+        decision=None,
+        tensors=(Tensor("logits", bits, "bfloat16"),),
+    )
+
+
+def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
+    """A store with one conversation; returns its id."""
+    rng = np.random.default_rng(5)
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation(f"About {HOSTILE}")
+
+        def queue() -> int:
+            return writer.queue_reply(
+                conversation,
+                ModelChoice("tiny/model", use_4bit=True),
+                Sampling(16, 0.7, seed=3),
+                CapturePolicy(tensors=tensors),
+                claim=True,
+            )
+
+        writer.add_message(conversation, ChatMessage(Role.SYSTEM, "Be brief."))
+        writer.add_message(conversation, ChatMessage(Role.USER, HOSTILE))
+        reply = queue()
+        writer.start_reply(reply, builders.turn_start(tensors))
+        made: list[Step] = [
+            builders.step(i, rng, with_lens=True, token=(" the", "\n", HOSTILE)[i % 3])
+            for i in range(steps)
+        ]
+        writer.append(reply, [*made, odd_step(steps, rng)])
+        writer.finish_reply(reply, TurnEnd(Status.COMPLETE, HOSTILE, "end of turn", 1.5))
+        writer.add_message(conversation, ChatMessage(Role.USER, "again"))
+        failed = queue()
+        writer.finish_reply(failed, TurnEnd(Status.FAILED, "", "No such model.", 0.0))
+        writer.add_message(conversation, ChatMessage(Role.USER, "and again"))
+        writer.add_message(conversation, ChatMessage(Role.ASSISTANT, "said by hand"))
+        reply = queue()
+        writer.start_reply(reply, builders.turn_start(tensors))
+        writer.append(reply, [builders.step(0, rng, with_lens=True, token="é")])
+        writer.finish_reply(reply, TurnEnd(Status.STOPPED, "é", "stopped", 0.25))
+    return conversation
+
+
+def v1_trace(steps: int = 3, **changes: Any) -> dict[str, Any]:
+    """A trace as the tool replaced writes it: texts without ids, evidence into prompt and reply."""
+    words = [" Paris", " is", "."]
+    return {
+        "model_id": "some/model",
+        "prompt": "<|user|>Capital of France?<|assistant|>",
+        "output": "".join(words[:steps]),
+        "prompt_len": 6,
+        "messages": [{"role": "user", "content": "Capital of France?"}],
+        "evidence_provenance": "last_layer_mean_heads",
+        "logit_lens_available": True,
+        "steps": [
+            {
+                "step": index,
+                "chosen_token": words[index],
+                "chosen_id": 40 + index,
+                "logits_topk": [
+                    {"token": words[index], "prob": 0.75},
+                    {"token": " the", "prob": 0.125},
+                ],
+                "evidence": [
+                    {
+                        "token": " France",
+                        "weight": 0.5,
+                        "position": 3,
+                        "in_prompt": True,
+                        "relative": None,
+                    },
+                    *(
+                        [
+                            {
+                                "token": words[0],
+                                "weight": 0.25,
+                                "position": 6,
+                                "in_prompt": False,
+                                "relative": 0,
+                            }
+                        ]
+                        if index
+                        else []
+                    ),
+                ],
+                "logit_lens": [
+                    {
+                        "layer": layer,
+                        "topk": [
+                            {"token": words[index] if layer == 2 else " x", "prob": 0.5},
+                            {"token": " y", "prob": 0.25},
+                        ],
+                    }
+                    for layer in range(3)
+                ],
+            }
+            for index in range(steps)
+        ],
+    }

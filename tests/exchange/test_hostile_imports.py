@@ -1,0 +1,512 @@
+"""Whatever a file holds: it is imported whole, or one line says why not and nothing is."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import re
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from oki_trace.errors import OkiTraceError
+from oki_trace.exchange import importing, incoming, json_stream
+from oki_trace.exchange.exporting import export
+from oki_trace.exchange.formats import Format
+from oki_trace.exchange.importing import import_path, import_stream
+from oki_trace.exchange.tables import TABLES
+from oki_trace.store.reader import TraceReader
+from tests.exchange import stories
+
+quick = settings(
+    max_examples=int(os.environ.get("OKI_TRACE_FUZZ", "40")),
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[Format, Path]:
+    folder = tmp_path_factory.mktemp("exports")
+    stories.fill(folder / "s.db", steps=2)
+    written = {}
+    with TraceReader(folder / "s.db") as reader:
+        for format in (Format.JSON, Format.JSONL, Format.PARQUET, Format.TRACE_V1):
+            written[format] = folder / f"{format}.file"
+            export(reader, 1, format, written[format], sys.stdout)
+        export(reader, 1, Format.JSON, folder / "full.json", sys.stdout, tensors=True)
+    return written
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "t.db"
+
+
+def refused(path: Path, db: Path, why: str = "") -> None:
+    """One line, and no store is made of it."""
+    with pytest.raises(OkiTraceError) as caught:
+        import_path(path, db)
+    said = str(caught.value)
+    assert re.search(why, said), said
+    assert "\n" not in said and len(said) < 400
+    assert not db.exists()
+
+
+def whole_or_nothing(path: Path, db: Path) -> None:
+    """Any outcome but half of it, and no error but ours."""
+    db.unlink(missing_ok=True)
+    try:
+        imported = import_path(path, db)
+    except OkiTraceError as error:
+        assert "\n" not in str(error)
+        assert not db.exists()
+        return
+    with TraceReader(db) as reader:
+        assert sum(len(reader.messages(n)) for n in imported.conversations) == imported.messages
+        for number in imported.conversations:
+            for message in reader.messages(number):
+                assert not message.status.is_live
+                if message.capture:
+                    assert len(list(reader.iter_steps(message.id))) == message.tokens
+            export(reader, number, Format.JSON, path.parent / "again.json", io.StringIO())
+
+
+# -------------------------------------------------------------------------- JSON
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "not JSON of oki-trace"),
+        (b"hello", "not JSON of oki-trace"),
+        (b"{}", "neither a prompt nor an output"),
+        (b"[]", "no conversation in it"),
+        (b"[1]", "is no object"),
+        (b'{"prompt": "a", "output": NaN}', "NaN is not JSON"),
+        (b'{"prompt": "a", "x": Infinity}', "Infinity is not JSON"),
+        (b'{"prompt": "a", "x": 1e999}', "too large a number"),
+        (b'{"prompt": "a", "x": ' + b"9" * 5000 + b"}", "import"),
+        (b'{"prompt": "a", "prompt": "b"}', "twice"),
+        (b'{"prompt": "a"} and more', "after its end"),
+        (b'{"prompt": "\xff\xfe"}', "not UTF-8"),
+        (b'{"prompt": "a', "in the middle"),
+        (b'{"x": ' + b"[" * 200_000, "nested too deeply|in the middle"),
+        (b"[" * 200_000, "nested too deeply|in the middle|no object"),
+        (b'{"prompt": "a", "steps": {"chosen_token": "a"}}', "steps is no list"),
+        (b'{"prompt": "a", "prompt_len": 5000000}', "prompt_len"),
+        (b'{"prompt": "a", "prompt_len": -1}', "prompt_len"),
+        (b'{"prompt": "a", "prompt_len": true}', "prompt_len"),
+        (b'{"prompt": "a", "version": 3}', "upgrade oki-trace"),
+        (b'{"prompt": "a", "format": "other"}', "another format"),
+        (b'{"prompt": "a", "status": "dancing"}', "dancing"),
+        (b'{"prompt": "a", "messages": [{"role": "robot", "content": ""}]}', "robot"),
+        (b"\x1f\x8b\x08\x00", "compressed"),
+        (b"\x28\xb5\x2f\xfd\x00", "compressed"),
+        (b"PAR1", "give the folder"),
+        (b"PK\x03\x04 no zip at all", "zip is damaged"),
+        (b"SQLite format 3\x00", "not JSON of oki-trace"),
+    ],
+)
+def test_what_is_no_export_is_refused_in_one_line(
+    text: bytes, why: str, tmp_path: Path, db: Path
+) -> None:
+    file = tmp_path / "file.json"
+    file.write_bytes(text)
+    refused(file, db, why)
+
+
+def edited(exports: dict[Format, Path], change: Callable[[Any], object], into: Path) -> Path:
+    document = json.loads(exports[Format.JSON].read_text())
+    change(document)
+    into.write_text(json.dumps(document))
+    return into
+
+
+def trace(document: Any) -> Any:
+    return document["messages"][2]["trace"]
+
+
+EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "duplicate ids": (lambda d: d["messages"][1].update(id=1), "two messages have the id 1"),
+    "a step gone": (lambda d: trace(d)["steps"].pop(0), "out of order"),
+    "the last step gone": (lambda d: trace(d)["steps"].pop(), "2 of its 3 steps"),
+    "a step twice": (lambda d: trace(d)["steps"].insert(0, trace(d)["steps"][0]), "out of order"),
+    "another position": (lambda d: trace(d)["steps"][0].update(position=9), "position is not 6"),
+    "evidence ahead": (
+        lambda d: trace(d)["steps"][0]["attention"][0]["topk"][0].update(position=6),
+        "position is no whole number",
+    ),
+    "a huge layer": (
+        lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=10**9),
+        "layer is no whole number",
+    ),
+    "a layer twice": (
+        lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=1),
+        "layer is there twice",
+    ),
+    "too many candidates": (
+        lambda d: trace(d)["steps"][0].update(logits_topk=[{"token": "a"}] * 1001),
+        "more than 1,000",
+    ),
+    "a wide lens over many layers": (
+        lambda d: trace(d)["steps"][0].update(
+            logit_lens=[{"layer": 1000, "topk": [{"token": "a"}] * 1000}]
+        ),
+        "more than 200,000",
+    ),
+    "a number beyond 32 bits": (
+        lambda d: trace(d)["steps"][0].update(entropy=1e300),
+        "too large a number",
+    ),
+    "an id beyond 32 bits": (lambda d: trace(d)["steps"][0].update(chosen_id=2**40), "chosen_id"),
+    "text for a number": (lambda d: trace(d)["steps"][0].update(prob="0.5"), "prob is no number"),
+    "no token": (lambda d: trace(d)["steps"][0].pop("chosen_token"), "chosen_token is missing"),
+    "no hex": (lambda d: trace(d)["steps"][0].update(chosen_bytes="zz"), "hexadecimal"),
+    "ids of another length": (lambda d: trace(d)["prompt_token_ids"].pop(), "not as many"),
+    "an unknown segment": (
+        lambda d: trace(d)["prompt_segments"].__setitem__(0, "x"),
+        "segment there is not",
+    ),
+    "settings out of range": (
+        lambda d: d["messages"][2]["sampling"].update(temperature=-1),
+        "(?i)temperature",
+    ),
+    "a time that is none": (lambda d: d["conversation"].update(created_at="x"), "is no time"),
+    "a time before time": (
+        lambda d: d["conversation"].update(created_at="0001-01-01T00:00:00+14:00"),
+        "is no time",
+    ),
+    "messages that are none": (lambda d: d.update(messages=[1]), "no object|not JSON of"),
+    "too many messages": (
+        lambda d: d.update(messages=[{"role": "user", "content": ""}] * 10_001),
+        "more than 10,000 messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_what_does_not_fit_is_refused(
+    name: str, exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    change, why = EDITS[name]
+    refused(edited(exports, change, tmp_path / "x.json"), db, why)
+
+
+def test_a_store_that_is_there_is_left_as_it_was(
+    exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    import_path(exports[Format.JSON], db)
+    with TraceReader(db) as reader:
+        before = reader.version()
+        with pytest.raises(OkiTraceError):
+            import_path(edited(exports, EDITS["the last step gone"][0], tmp_path / "x.json"), db)
+        assert reader.version() == before
+
+
+def test_a_value_without_end_is_given_up_on(
+    tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_stream, "MAX_VALUE_CHARACTERS", 1_000_000)
+    file = tmp_path / "x.json"
+    file.write_text('{"prompt": "' + "a" * 3_000_000)
+    refused(file, db, "longer than 1,000,000 characters")
+
+
+def test_steps_without_end_are_given_up_on(
+    tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incoming, "MAX_STEPS", 10)
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"prompt": "", "output": "", "steps": [{"chosen_token": "a"}] * 11}))
+    refused(file, db, "more than 10")
+
+
+@pytest.mark.parametrize("format", [Format.JSON, Format.JSONL, Format.TRACE_V1])
+def test_a_file_cut_short_anywhere_is_refused(
+    format: Format, exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    data = exports[format].read_bytes().rstrip()
+    file = tmp_path / "x.json"
+    lines = [match.start() for match in re.finditer(b"\n", data)]
+    for end in (1, 100, len(data) // 2, *lines, len(data) - 1):
+        file.write_bytes(data[:end])
+        refused(file, db)
+
+
+# ------------------------------------------------------------------ files and zips
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path, db: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "nowhere.json", db, "No such file")
+    refused(tmp_path / "pipe", db, "is no file")
+    refused(tmp_path / "empty", db, "missing or no file")
+    refused(Path("/dev/zero"), db, "is no file")
+
+
+def test_a_link_in_the_folder_or_beside_the_file_is_not_followed(
+    exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for table in exports[Format.PARQUET].iterdir():
+        (folder / table.name).symlink_to(table)
+    refused(folder, db, "missing or no file")
+    file = tmp_path / "x.json"
+    file.write_bytes(exports[Format.JSON].read_bytes())
+    (tmp_path / "x.safetensors").symlink_to("/etc/passwd")
+    refused(file, db, "x.safetensors beside it is no file")
+
+
+def packed(into: Path, members: dict[str, bytes], mode: int = 0o644) -> Path:
+    with zipfile.ZipFile(into, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = mode << 16
+            info.compress_type = zipfile.ZIP_DEFLATED
+            file.writestr(info, data)
+    return into
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../step.parquet", "/tmp/step.parquet", "a/../../step.parquet", "a/b/step.parquet"),
+        *("..\\step.parquet", "C:\\step.parquet", "readme.txt", "step.parquet/../x", ".."),
+    ],
+)
+def test_a_zip_cannot_name_a_place(name: str, tmp_path: Path, db: Path) -> None:
+    refused(packed(tmp_path / "x.zip", {name: b"x"}), db, "no place for a table|is no table")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zip"]
+
+
+def test_zips_of_links_doubles_and_bombs_are_refused(
+    tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = packed(tmp_path / "link.zip", {"step.parquet": b"/etc/passwd"}, stat.S_IFLNK | 0o777)
+    refused(link, db, "no place for a table")
+    refused(packed(tmp_path / "two.zip", {"a/step.parquet": b"", "step.parquet": b""}), db, "step")
+    many = {f"{n}.parquet": b"" for n in range(50)}
+    refused(packed(tmp_path / "many.zip", many), db, "more files")
+    monkeypatch.setattr(importing, "MAX_UNPACKED_FLOOR", 1_000_000)
+    bomb = packed(tmp_path / "bomb.zip", {"step.parquet": bytes(50_000_000)})
+    assert bomb.stat().st_size < 60_000
+    refused(bomb, db, "far more than an export")
+    # What it says of its own size is not believed.
+    data = bytearray(bomb.read_bytes())
+    central = data.rindex(b"PK\x01\x02")
+    struct.pack_into("<I", data, central + 24, 10)
+    (tmp_path / "liar.zip").write_bytes(data)
+    refused(tmp_path / "liar.zip", db)
+
+
+# -------------------------------------------------------------------------- tables
+
+
+def with_table(exports: dict[Format, Path], into: Path, name: str, change: Any) -> Path:
+    into.mkdir()
+    for file in exports[Format.PARQUET].iterdir():
+        (into / file.name).write_bytes(file.read_bytes())
+    rows = pq.read_table(into / f"{name}.parquet").to_pylist()
+    change(rows)
+    table = pa.Table.from_pylist(rows, schema=TABLES[name])
+    pq.write_table(table, into / f"{name}.parquet")
+    return into
+
+
+TABLE_EDITS: dict[str, tuple[str, Callable[[list[Any]], object], str]] = {
+    "no conversation": ("conversation", lambda rows: rows.clear(), "0 rows, not one"),
+    "two conversations": ("conversation", lambda rows: rows.append(rows[0]), "2 rows, not one"),
+    "a message twice": ("message", lambda rows: rows.append(rows[0]), "two messages have the id"),
+    "a step gone": ("step", lambda rows: rows.pop(0), "not 0|belong to nothing"),
+    "a step of nothing": (
+        "step",
+        lambda rows: rows.append({**rows[-1], "message_id": 99}),
+        "belong to nothing",
+    ),
+    "entries out of order": ("topk_entry", lambda rows: rows.reverse(), "belong|ranks|order"),
+    "ranks twice": ("topk_entry", lambda rows: rows[1].update(rank=1), "ranks"),
+    "a null token": ("topk_entry", lambda rows: rows[0].update(token=None), "token is missing"),
+    "a tensor too small": ("tensor", lambda rows: rows[0].update(data=b"1"), "as its shape says"),
+    "a huge shape": ("tensor", lambda rows: rows[0].update(shape=[2**40, 2**40]), "as its shape"),
+    "a negative shape": ("tensor", lambda rows: rows[0].update(shape=[-1, -1]), "as its shape"),
+    "an unknown tensor": ("tensor", lambda rows: rows[0].update(name="x"), "unknown name"),
+    "a tensor twice": ("tensor", lambda rows: rows.insert(0, rows[0]), "twice"),
+    "an unknown dtype": ("tensor", lambda rows: rows[0].update(dtype="object"), "unknown"),
+    "no JSON": ("message", lambda rows: rows[2].update(capture="{"), "no JSON object"),
+    "NaN in JSON": ("message", lambda rows: rows[2].update(generation="NaN"), "no JSON object"),
+    "deep JSON": ("step", lambda rows: rows[0].update(decision="[" * 100_000), "no JSON object"),
+    "a lens of no layer": (
+        "lens_entry",
+        lambda rows: rows[0].update(layer=77),
+        "a layer that is not there|order",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_EDITS)
+def test_tables_that_do_not_fit_are_refused(
+    name: str, exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    table, change, why = TABLE_EDITS[name]
+    refused(with_table(exports, tmp_path / "x", table, change), db, why)
+
+
+def test_tables_with_other_columns_are_refused(
+    exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    folder = with_table(exports, tmp_path / "x", "step", lambda rows: None)
+    table = pq.read_table(folder / "step.parquet")
+    pq.write_table(table.drop_columns(["prob"]), folder / "step.parquet")
+    refused(folder, db, "other columns")
+    (folder / "step.parquet").write_bytes(b"PAR1 and nothing PAR1")
+    refused(folder, db, "damaged or no Parquet file")
+    (folder / "step.parquet").unlink()
+    refused(folder, db, "step.parquet is missing")
+
+
+# -------------------------------------------------------------------------- tensors
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x00" * 8,
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"\xff\xff\xff\xff",
+    ],
+)
+def test_a_file_of_tensors_that_is_none_is_refused(
+    data: bytes, exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    (tmp_path / "x.json").write_bytes(exports[Format.JSON].read_bytes())
+    (tmp_path / "x.safetensors").write_bytes(data)
+    refused(tmp_path / "x.json", db, "holds no tensors of oki-trace")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["message-3/step-0/logits"].update(shape=[2**62, 2**62]),
+        lambda h: h["message-3/step-0/logits"].update(data_offsets=[0, 2**60]),
+        lambda h: h["message-3/step-0/logits"].update(data_offsets=[100, 0]),
+        lambda h: h["message-3/step-0/logits"].update(dtype="PICKLE"),
+        lambda h: h.update({"../../x": h.pop("message-3/step-0/logits")}),
+        lambda h: h.update({"message-3/step-99/logits": h.pop("message-3/step-0/logits")}),
+        lambda h: h["__metadata__"].update(layers="["),
+        lambda h: h["__metadata__"].update(key_offset='{"message-3/step-0/logits": -1}'),
+        lambda h: h.pop("__metadata__"),
+    ],
+)
+def test_a_header_of_tensors_is_not_believed(
+    change: Callable[[Any], object], exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    full = exports[Format.JSON].parent / "full.json"
+    data = full.with_suffix(".safetensors").read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    (tmp_path / "x.json").write_bytes(full.read_bytes())
+    (tmp_path / "x.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + data[8 + length :]
+    )
+    refused(tmp_path / "x.json", db, "tensors")
+
+
+# -------------------------------------------------------------------------- fuzzing
+
+JUNK: Any = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+
+
+def places(value: Any, so_far: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inside = value.items() if isinstance(value, dict) else enumerate(value)
+    found = []
+    for key, item in inside:
+        found.append((*so_far, key))
+        if isinstance(item, dict | list):
+            found += places(item, (*so_far, key))
+    return found
+
+
+@quick
+@given(data=st.data())
+def test_a_document_with_anything_anywhere(
+    data: st.DataObject, exports: dict[Format, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A value replaced, dropped or doubled, up to three of them."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    format = data.draw(st.sampled_from([Format.JSON, Format.TRACE_V1]))
+    document = copy.deepcopy(json.loads(exports[format].read_text()))
+    for _ in range(data.draw(st.integers(1, 3))):
+        where = data.draw(st.sampled_from(places(document)))
+        holder = document
+        for key in where[:-1]:
+            holder = holder[key]
+        if data.draw(st.booleans()):
+            holder[where[-1]] = data.draw(JUNK)
+        elif isinstance(holder, list):
+            holder.insert(where[-1], holder[where[-1]])
+        else:
+            del holder[where[-1]]
+    (folder / "x.json").write_text(json.dumps(document))
+    whole_or_nothing(folder / "x.json", folder / "t.db")
+
+
+@quick
+@given(data=st.data())
+def test_a_file_with_any_bytes_changed(
+    data: st.DataObject, exports: dict[Format, Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    format = data.draw(st.sampled_from([Format.JSON, Format.JSONL, Format.PARQUET]))
+    target = folder / "x"
+    if format is Format.PARQUET:
+        target.mkdir()
+        for file in exports[format].iterdir():
+            (target / file.name).write_bytes(file.read_bytes())
+        file = target / data.draw(st.sampled_from(sorted(p.name for p in target.iterdir())))
+    else:
+        file = target
+        file.write_bytes(exports[format].read_bytes())
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    file.write_bytes(content)
+    whole_or_nothing(target, folder / "t.db")
+
+
+@quick
+@given(data=st.binary(max_size=200))
+def test_any_bytes_at_all(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    db = tmp_path_factory.mktemp("fuzz") / "t.db"
+    with pytest.raises(OkiTraceError):
+        import_stream(io.BytesIO(data), db)
+    assert not db.exists()

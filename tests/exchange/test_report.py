@@ -1,0 +1,231 @@
+"""The report in a real browser: one file, no request, text that stays text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oki_trace.exchange.exporting import export
+from oki_trace.exchange.formats import Format
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    TurnEnd,
+)
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+from tests import builders
+from tests.exchange import stories
+
+CHROMIUM = os.environ.get("OKI_TRACE_CHROMIUM") or shutil.which("chromium")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    stories.fill(folder / "s.db", steps=40)
+    with TraceReader(folder / "s.db") as reader:
+        export(reader, 1, Format.HTML, folder / "report.html", sys.stdout)
+    return folder / "report.html"
+
+
+def test_it_names_nothing_outside_itself(report: Path) -> None:
+    text = report.read_text(encoding="utf-8")
+    assert "default-src &#x27;none&#x27;" in text or "default-src 'none'" in text
+    assert text.count("<script") == 2 and text.count("</script") == 2
+    assert not re.search(r"<(link|img|iframe|object|embed|base|form)\b", text)
+    # The one address is the name of SVG, which no one asks for.
+    assert set(re.findall(r"https?://[\w./]+", text)) <= {"http://www.w3.org/2000/svg"}
+    assert "innerHTML" not in text and "eval(" not in text
+
+
+def test_three_hundred_steps_of_thirty_layers_are_less_than_two_megabytes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    with TraceWriter(tmp_path / "s.db") as writer:
+        conversation = writer.create_conversation("long")
+        reply = writer.queue_reply(
+            conversation, ModelChoice("m"), Sampling(), CapturePolicy(tensors="none"), claim=True
+        )
+        writer.start_reply(reply, builders.turn_start("none", tokens=40, layers=30))
+        for start in range(0, 300, 50):
+            writer.append(
+                reply,
+                [
+                    builders.step(
+                        *(i, rng),
+                        prompt_len=40,
+                        layers=30,
+                        vocab=49152,
+                        topk_attention=10,
+                        with_lens=True,
+                        with_tensors=False,
+                    )
+                    for i in range(start, start + 50)
+                ],
+            )
+        writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "token limit", 1.0))
+    with TraceReader(tmp_path / "s.db") as reader:
+        export(reader, 1, Format.HTML, tmp_path / "r.html", sys.stdout)
+    # Random tokens, of which none comes twice: a real reply is smaller.
+    assert (tmp_path / "r.html").stat().st_size < 2_000_000
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    if CHROMIUM is None:
+        if os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+            pytest.fail("There is no chromium, and OKI_TRACE_REQUIRE_BROWSER is set.")
+        pytest.skip("There is no chromium here.")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, report: Path) -> Iterator[Any]:
+    """The report, opened from the disk; nothing may be asked for and nothing may go wrong."""
+    opened = chromium.new_page(viewport={"width": 1440, "height": 900})
+    asked: list[str] = []
+    wrong: list[str] = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.on("pageerror", lambda error: wrong.append(str(error)))
+    opened.on("console", lambda said: wrong.append(said.text))
+    opened.on("dialog", lambda dialog: wrong.append("a dialog"))
+    opened.goto(report.as_uri())
+    opened.wait_for_selector(".token.chosen")
+    yield opened
+    assert [url.partition("#")[0] for url in asked] == [report.as_uri()] * len(asked)
+    assert {url.partition("#")[0] for url in asked} == {report.as_uri()}
+    assert wrong == []
+    opened.close()
+
+
+@pytest.mark.browser
+def test_hostile_text_is_text(page: Any) -> None:
+    assert page.locator("h1").text_content() == f"About {stories.HOSTILE}"
+    assert page.locator(".bubble.user").first.text_content() == stories.HOSTILE
+    assert page.locator("script").count() == 2
+
+
+@pytest.mark.browser
+def test_a_click_and_the_keys_choose_a_step(page: Any) -> None:
+    tokens = page.locator(".reply").first.locator(".token")
+    assert tokens.count() == 41
+    tokens.nth(3).click()
+    assert "step 4 of 41" in page.locator(".where").text_content()
+    assert page.url.endswith("#1.4")
+    page.keyboard.press("ArrowRight")
+    assert "step 5 of 41" in page.locator(".where").text_content()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    assert "step 3 of 41" in page.locator(".where").text_content()
+    page.keyboard.press("End")
+    assert "step 41 of 41" in page.locator(".where").text_content()
+    # Odd as that step is, what it has is shown and what it lacks is said.
+    panel = page.locator("#panel").text_content()
+    assert "Not computed for this step" in panel and "Considered" in panel
+    page.locator(".reply").nth(1).locator(".token").click()
+    assert "step 1 of 1" in page.locator(".where").text_content()
+
+
+@pytest.mark.browser
+def test_the_step_shows_what_was_recorded(page: Any, report: Path) -> None:
+    page.locator(".reply").first.locator(".token").nth(0).click()
+    with TraceReader(report.parent / "s.db") as reader:
+        step = reader.step(3, 0)
+    assert step.lens is not None and step.evidence is not None
+    assert page.locator(".bar:not(.head)").count() == len(step.topk.tokens)
+    assert f"{step.prob:.3f}" in page.locator(".numbers").text_content()
+    assert page.locator("table tr").count() == len(step.lens.tokens)
+    ranks = page.locator("table td.num.dim:last-child").all_text_contents()
+    assert ranks == [f"#{rank}" for rank in reversed(step.lens.chosen_rank.tolist())]
+    assert "Greedy would have said" in page.locator(".why").text_content()
+    painted = page.locator(".piece").evaluate_all(
+        "nodes => nodes.flatMap((n, i) => n.style.getPropertyValue('--v') ? [i] : [])"
+    )
+    assert set(painted) <= set(step.evidence.positions.tolist()) and painted
+    page.locator("#panel select").select_option("1")
+    other = page.locator(".piece").evaluate_all(
+        "nodes => nodes.flatMap((n, i) => n.style.getPropertyValue('--v') ? [i] : [])"
+    )
+    assert set(other) <= set(step.attention[0].positions.tolist())
+
+
+@pytest.mark.browser
+def test_the_map_is_drawn_and_chooses(page: Any) -> None:
+    page.locator(".reply").first.locator(".token").nth(0).click()
+    page.locator("#cells").click(position={"x": 30 + 50 * 2 + 25, "y": 40})
+    assert "step 3 of 41" in page.locator(".where").text_content()
+    inked = page.evaluate(
+        "(() => { const c = document.getElementById('cells');"
+        " const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;"
+        " let n = 0; for (let i = 3; i < d.length; i += 4) n += d[i] > 0;"
+        " return n / (d.length / 4); })()"
+    )
+    assert inked > 0.4
+
+
+@pytest.mark.browser
+def test_colours_follow_the_choice(page: Any) -> None:
+    def shades() -> list[str]:
+        found: list[str] = (
+            page.locator(".reply")
+            .first.locator(".token")
+            .evaluate_all("nodes => nodes.map(n => n.style.getPropertyValue('--v'))")
+        )
+        return found
+
+    by_surprisal = shades()
+    page.get_by_role("button", name="settle layer").first.click()
+    assert shades() != by_surprisal
+    assert page.locator(".reply.depth").count() == 2
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 800, 1440])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_spills_over(page: Any, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": width, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert back == {"light": "rgb(252, 252, 250)", "dark": "rgb(20, 23, 26)"}[scheme]
+
+
+@pytest.mark.browser
+def test_a_link_opens_the_same_step_and_print_holds_the_reply(page: Any, report: Path) -> None:
+    page.goto(f"{report.as_uri()}#2.1")
+    page.wait_for_selector(".token.chosen")
+    assert "step 1 of 1" in page.locator(".where").text_content()
+    page.emulate_media(media="print")
+    assert page.locator(".choice").first.is_hidden()
+    assert len(page.pdf()) > 20_000
+
+
+def test_a_conversation_without_traces_is_a_report_too(tmp_path: Path, chromium: Any) -> None:
+    with TraceWriter(tmp_path / "s.db") as writer:
+        conversation = writer.create_conversation("empty")
+        writer.add_message(conversation, ChatMessage(Role.USER, "hello"))
+    with TraceReader(tmp_path / "s.db") as reader:
+        export(reader, 1, Format.HTML, tmp_path / "r.html", sys.stdout)
+    page = chromium.new_page()
+    page.goto((tmp_path / "r.html").as_uri())
+    assert "No reply of this conversation has traced tokens" in page.locator("main").inner_text()
+    data = json.loads(page.locator("#data").text_content())
+    assert data["replies"] == []
