@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from oki_trace.cli import bench, browse, explorer, export, store, talk
+from oki_trace.cli import (
+    ask,
+    bench,
+    browse,
+    copy,
+    explorer,
+    export,
+    importing,
+    maintain,
+    store,
+    talk,
+    verify,
+)
 
 
 class _Commands(TyperGroup):
@@ -60,5 +72,9 @@ def root(
     """
 
 
-for _module in (talk, browse, export, store, explorer, bench):
+MODULES = (
+    *(talk, browse, ask, export, importing),
+    *(store, maintain, verify, copy, explorer, bench),
+)
+for _module in MODULES:
     _module.register(app)

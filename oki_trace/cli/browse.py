@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,8 +11,11 @@ from rich.text import Text
 from oki_trace.cli import options
 from oki_trace.cli.output import console, inert, print_json, table, token
 from oki_trace.errors import NotFound
+from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
 from oki_trace.records import Conversation, Lens, Message, Prompt, Role, Step
-from oki_trace.store.reader import TraceReader
+
+if TYPE_CHECKING:
+    from oki_trace.store.reader import TraceReader
 
 BAR_WIDTH = 24
 
@@ -35,6 +38,8 @@ def list_conversations(
 
     Example: oki-trace list --search Paris
     """
+    from oki_trace.store.reader import TraceReader
+
     with TraceReader(options.store_of(db)) as reader:
         found = reader.conversations(search=search, limit=limit)
     if json:
@@ -70,6 +75,8 @@ def show(
 
     Example: oki-trace show 1 --step 5
     """
+    from oki_trace.store.reader import TraceReader
+
     with TraceReader(options.store_of(db)) as reader:
         messages = reader.messages(conversation)
         chosen = [m for m in messages if message in (None, m.id)]
@@ -120,6 +127,8 @@ def _headline(message: Message) -> str:
     if message.seconds:
         parts.append(f"{message.tokens / message.seconds:.1f} tokens/s")
     parts.append(inert(message.model_id or ""))
+    if message.generation is not None:
+        parts.append(inert(explain_generation(message.generation)))
     capture = message.capture
     if capture is not None:
         parts.append(f"{capture.dtype} on {capture.device}")
@@ -187,6 +196,7 @@ def _show_step(reader: TraceReader, message: Message, index: int, as_json: bool)
         f" · entropy {step.entropy:.3f} nats · position {step.position}"
         f" · settled {_settled(step.lens)}"
     )
+    _print_decision(out, step)
     _print_candidates(out, step)
     _print_evidence(out, reader, message, step, prompt)
     _print_lens(out, message, step)
@@ -199,13 +209,35 @@ def _show_step_json(reader: TraceReader, message: Message, step: Step) -> None:
     print_json(next(s for s in (trace or {})["steps"] if s["step"] == step.step_index))
 
 
+def _print_decision(out: Console, step: Step) -> None:
+    def quote(text: str) -> str:
+        return quoted(token(text).plain)
+
+    out.print(Text(explain(step, quote)), soft_wrap=True)
+    effects = effects_table(step)
+    if effects:
+        columns = ("setting", "removed", "that had", "the token then")
+        rows = table(*columns, right=columns[1:])
+        for name, *figures in effects:
+            rows.add_row(Text(inert(name)), *figures)
+        out.print()
+        out.print(rows)
+
+
 def _print_candidates(out: Console, step: Step) -> None:
     top = step.topk
-    sampled = top.sampled_probs
-    rows = table("considered", "prob", "", *(["sampled"] if sampled is not None else []))
+    after: list[tuple[str, list[str]]] = []
+    if top.sampled_probs is not None:
+        after.append(("sampled", [f"{prob:.4f}" for prob in top.sampled_probs.tolist()]))
+    if top.noise is not None and top.sampled_probs is not None:
+        # What was removed took no part in the draw.
+        pairs = zip(top.noise.tolist(), top.sampled_probs.tolist(), strict=True)
+        after.append(("noise", [f"{noise:+.2f}" if prob else "" for noise, prob in pairs]))
+    names = [name for name, _ in after]
+    rows = table("considered", "prob", "", *names, right=tuple(names))
     for rank, (text, prob) in enumerate(zip(top.tokens, top.probs.tolist(), strict=True)):
-        after = [] if sampled is None else [f"{float(sampled[rank]):.4f}"]
-        rows.add_row(token(text), f"{prob:.4f}", _bar(prob, BAR_WIDTH), *after)
+        cells = [column[rank] for _, column in after]
+        rows.add_row(token(text), f"{prob:.4f}", _bar(prob, BAR_WIDTH), *cells)
     out.print()
     out.print(rows)
 
@@ -226,6 +258,8 @@ def _print_evidence(
             token(tokens[position]), str(position), f"{weight:.4f}", _bar(weight, BAR_WIDTH)
         )
     out.print(rows)
+    if message.capture is not None:
+        _print_check(out, "attention check", message.capture.attention_check)
 
 
 def _print_lens(out: Console, message: Message, step: Step) -> None:
@@ -243,6 +277,14 @@ def _print_lens(out: Console, message: Message, step: Step) -> None:
             cells += [token(lens.tokens[layer][k]), f"{float(lens.probs[layer, k]):.3f}"]
         rows.add_row(str(layer), *cells, f"{int(lens.chosen_rank[layer]):,}")
     out.print(rows)
+    if message.capture is not None:
+        _print_check(out, "lens check", message.capture.lens_check)
+
+
+def _print_check(out: Console, name: str, error: float | None) -> None:
+    """How far it was from the model itself when the model was loaded."""
+    if error is not None:
+        out.print(Text(f"{name} {error:.0e}", style="dim"))
 
 
 def _conversation_json(conversation: Conversation) -> dict[str, Any]:

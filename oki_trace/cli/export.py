@@ -1,20 +1,15 @@
-"""``export``: a conversation as a file."""
+"""``export``: a conversation as a file or a folder."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import complain
-
-
-class Format(StrEnum):
-    """The formats a conversation can be written in."""
-
-    JSON = "json"
+from oki_trace.cli.output import bar, complain
+from oki_trace.exchange.formats import Format
 
 
 def register(app: typer.Typer) -> None:
@@ -24,30 +19,58 @@ def register(app: typer.Typer) -> None:
 
 def export(
     conversation: Annotated[int, typer.Option("--conversation", "-c", help="Its number.")],
-    format: Annotated[Format, typer.Option("--format", "-f", help="The file's format.")] = (
-        Format.JSON
-    ),
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            "-f",
+            help="html: a report to read; json, jsonl, parquet: all of it; "
+            "trace-v1: for the viewers of that format.",
+        ),
+    ] = Format.JSON,
     message: Annotated[
         int | None, typer.Option("--message", help="Only this message's trace.")
     ] = None,
-    output: options.Output = None,
+    tensors: Annotated[
+        bool,
+        typer.Option("--tensors", help="Full tensors too, as safetensors beside json or jsonl."),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            show_default="standard output",
+            help="File or, for parquet, folder to write; - is standard output.",
+        ),
+    ] = None,
     db: options.Db = None,
 ) -> None:
-    """Write a conversation and its traces as JSON.
+    """Write a conversation and its traces as a file.
 
-    Example: oki-trace export --conversation 1 --output paris.json
+    The file is there whole or not at all. `oki-trace import` reads all formats
+    but html back.
+
+    Example: oki-trace export --conversation 1 --format html --output paris.html
     """
     import sys
 
-    from oki_trace.exchange.json_export import write_conversation
+    from oki_trace.exchange import exporting
     from oki_trace.store.reader import TraceReader
 
-    with TraceReader(options.store_of(db)) as reader:
-        if output is None:
-            write_conversation(reader, conversation, sys.stdout, message)
-        else:
-            from oki_trace.exchange.files import replacing
-
-            with replacing(output) as file:
-                write_conversation(reader, conversation, file, message)
-            complain(f"wrote {output}")
+    target = None if output is None or str(output) == "-" else output
+    with TraceReader(options.store_of(db)) as reader, bar("exporting") as progress:
+        written = exporting.export(
+            reader,
+            conversation,
+            format,
+            target,
+            sys.stdout,
+            message_id=message,
+            tensors=tensors,
+            # Bar and text would meet on one terminal.
+            progress=None if target is None and sys.stdout.isatty() else progress,
+            tell=complain,
+        )
+    for path in written:
+        complain(f"wrote {path}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling
+from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode
 from oki_trace.settings import Settings
 
 Db = Annotated[
@@ -40,9 +44,12 @@ Seed = Annotated[int | None, typer.Option("--seed", help="The same seed, the sam
 RepetitionPenalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1 repeats less.")
 ]
-Tensors = Annotated[str, typer.Option("--tensors", help="Full tensors kept: half, exact or none.")]
+Tensors = Annotated[
+    str, typer.Option("--tensors", help=f"Full tensors kept: {', '.join(get_args(TensorMode))}.")
+]
 ConversationId = Annotated[
-    int | None, typer.Option("--conversation", "-c", help="Go on with this conversation.")
+    int | None,
+    typer.Option("--conversation", "-c", help="Go on with this conversation, and its model."),
 ]
 Output = Annotated[
     Path | None,
@@ -57,23 +64,90 @@ def store_of(db: str | None) -> str:
     return db or Settings.from_environment().db
 
 
+def shown(db: str) -> str:
+    """The store's name for the terminal: without its password, and inert."""
+    from oki_trace.cli.output import inert
+    from oki_trace.store import identity
+
+    url = identity.address(db)
+    return inert(db if identity.file_of(url) else identity.shown(url), keep="")
+
+
 def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> ModelChoice:
     """Which model a command loads, and how."""
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
-def sampling_of(
-    max_new_tokens: int,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-) -> Sampling:
-    """The sampling settings of a command. Raises UsageError for values out of range."""
-    return Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
-
-
 def policy_of(tensors: str) -> CapturePolicy:
     """What a command keeps of each step. Raises UsageError for an unknown mode."""
     return CapturePolicy(tensors=tensors)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What ``run`` and ``chat`` have in common: the model, the conversation, the sampling."""
+
+    model: Model = None
+    conversation: ConversationId = None
+    system: System = None
+    max_new_tokens: MaxNewTokens = DEFAULT_TOKENS
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    repetition_penalty: RepetitionPenalty = None
+    seed: Seed = None
+    four_bit: FourBit = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    tensors: Tensors = "half"
+    db: Db = None
+
+    def choice(self, last: ModelChoice | None) -> ModelChoice:
+        """Which model; without ``--model`` the conversation's ``last``, loaded as it was then."""
+        if self.model is not None or last is None:
+            return choice_of(self.model, self.four_bit, self.dtype, self.device)
+        return ModelChoice(
+            last.model_id,
+            use_4bit=self.four_bit or last.use_4bit,
+            dtype=last.dtype if self.dtype == "auto" else self.dtype,
+            device=last.device if self.device == "auto" else self.device,
+        )
+
+    def sampling(self) -> Sampling:
+        """Raises UsageError for values out of range."""
+        return Sampling(
+            self.max_new_tokens,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.repetition_penalty,
+            self.seed,
+        )
+
+
+def with_turns(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its parameter ``turns`` given as options, a field of ``Turns`` each."""
+    own = inspect.signature(command, eval_str=True).parameters
+    hints = get_type_hints(Turns, include_extras=True)
+    grouped = {
+        field.name: inspect.Parameter(
+            field.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(Turns)
+    }
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        turns = Turns(**{name: given.pop(name) for name in grouped})
+        command(turns=turns, **given)
+
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        expanded = grouped.values() if name == "turns" else [parameter]
+        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in expanded]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return wrapped

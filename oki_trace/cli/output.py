@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import sys
-import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from oki_trace.visible import inert as inert
+from oki_trace.visible import visible
 
 
 def console() -> Console:
@@ -43,14 +47,9 @@ def print_json(value: Any, *, indent: int | None = 2) -> None:
     print(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))
 
 
-def inert(text: str, keep: str = "\n\t") -> str:
-    """``text`` with every character that a terminal would act on shown as a symbol."""
-    return "".join(c if c in keep or _is_plain(c) else _symbol(c) for c in text)
-
-
 def token(text: str) -> Text:
     """A token for a table: spaces and line ends visible."""
-    return Text(inert(text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥"), keep=""))
+    return Text(visible(text))
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
@@ -71,10 +70,21 @@ def size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _is_plain(character: str) -> bool:
-    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+def counted(number: int, noun: str) -> str:
+    """``1 reply``, ``2,000 replies``."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
-def _symbol(character: str) -> str:
-    code = ord(character)
-    return chr(0x2400 + code) if code < 0x20 else f"<U+{code:04X}>"
+@contextmanager
+def bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
+    """A callback (done, of all) that draws a progress bar; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task(doing, total=None)
+        yield lambda done, total: drawn.update(task, completed=done, total=total)

@@ -29,10 +29,10 @@ def migrate(db: options.Db = None, json: options.Json = False) -> None:
     schema.ensure(where)
     after = schema.current(where)
     if json:
-        print_json({"store": where, "before": before, "schema": after})
+        print_json({"store": options.shown(where), "before": before, "schema": after})
         return
     done = "is up to date" if before == after else "created" if before is None else "upgraded"
-    console().print(Text(f"{inert(where, keep='')} {done} (schema {after})."))
+    console().print(Text(f"{options.shown(where)} {done} (schema {after})."))
 
 
 def info(db: options.Db = None, json: options.Json = False) -> None:
@@ -46,18 +46,27 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
 
     with TraceReader(options.store_of(db)) as reader:
         found = reader.info()
-    per_token = found.bytes / found.steps if found.steps else 0.0
     if json:
-        print_json({**asdict(found), "bytes_per_token": per_token, "version": __version__})
+        per_token = {
+            "bytes_per_token": found.bytes_per_token,
+            "row_bytes_per_token": found.row_bytes_per_token,
+            "tensor_bytes_per_token": found.tensor_bytes_per_token,
+        }
+        print_json({**asdict(found), **per_token, "version": __version__})
         return
+    kept = f" ({found.tensor_steps:,} of {found.steps:,} have them)"
     rows = table("", "")
     rows.show_header = False
     for name, value in (
         ("store", inert(found.url, keep="")),
         ("schema", found.schema),
-        ("size", size(found.bytes)),
-        ("  of it full tensors", size(found.tensor_bytes)),
-        ("a token takes", size(round(per_token))),
+        ("size on disk", size(found.bytes)),
+        ("  full tensors", size(found.tensor_bytes)),
+        ("  rows", size(found.row_bytes)),
+        ("  write-ahead log", size(found.log_bytes)),
+        ("  free room", size(found.free_bytes)),
+        ("a token's rows", size(round(found.row_bytes_per_token))),
+        ("a token's tensors", size(round(found.tensor_bytes_per_token)) + kept),
         ("conversations", f"{found.conversations:,}"),
         ("messages", f"{found.messages:,}"),
         ("steps", f"{found.steps:,}"),

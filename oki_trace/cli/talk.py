@@ -16,10 +16,10 @@ from rich.text import Text
 from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TurnEnd
+from oki_trace.exchange.decision import explain_generation
+from oki_trace.records import Message, ModelChoice, TurnEnd
 
 if TYPE_CHECKING:
-    from oki_trace.asking import Ask
     from oki_trace.llm.load import LoadedModel
 
 DEMO_TURNS = (
@@ -35,22 +35,10 @@ def register(app: typer.Typer) -> None:
     app.command()(chat)
 
 
+@options.with_turns
 def run(
     prompt: Annotated[str, typer.Argument(help="The message to the model; - reads it from stdin.")],
-    model: options.Model = None,
-    conversation: options.ConversationId = None,
-    system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = options.DEFAULT_TOKENS,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    four_bit: options.FourBit = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    tensors: options.Tensors = "half",
-    db: options.Db = None,
+    turns: options.Turns,
     json: options.Json = False,
 ) -> None:
     """One traced turn, streamed to the terminal.
@@ -59,36 +47,17 @@ def run(
 
     Example: oki-trace run "What is the capital of France?"
     """
-    _refuse_late_system(system, conversation)
-    ask = _ask(
-        sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt,
-        options.choice_of(model, four_bit, dtype, device),
-        options.sampling_of(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
-        options.policy_of(tensors),
-        system,
-    )
-    with _talking(options.store_of(db), ask.choice, conversation) as talk:
-        turn = talk(ask, conversation, quiet=json)
-        _summary(turn, options.store_of(db), as_json=json)
+    content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
+    if not content.strip():
+        raise UsageError("The prompt is empty. Give the model something to answer.")
+    with _talking(turns) as talk:
+        turn = talk(content, turns.conversation, quiet=json)
+        _summary(turn, options.store_of(turns.db), as_json=json)
     raise typer.Exit(turn.exit_status)
 
 
-def chat(
-    model: options.Model = None,
-    conversation: options.ConversationId = None,
-    system: options.System = None,
-    max_new_tokens: options.MaxNewTokens = options.DEFAULT_TOKENS,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    four_bit: options.FourBit = False,
-    dtype: options.Dtype = "auto",
-    device: options.Device = "auto",
-    tensors: options.Tensors = "half",
-    db: options.Db = None,
-) -> None:
+@options.with_turns
+def chat(turns: options.Turns) -> None:
     """A traced conversation, turn after turn. An empty line or Ctrl-D ends it.
 
     Ctrl-C ends the reply under way and keeps what was decoded; at the prompt it
@@ -96,17 +65,12 @@ def chat(
 
     Example: oki-trace chat --temperature 0.7
     """
-    _refuse_late_system(system, conversation)
-    choice = options.choice_of(model, four_bit, dtype, device)
-    sampling = options.sampling_of(
-        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed
-    )
-    policy = options.policy_of(tensors)
-    with _talking(options.store_of(db), choice, conversation) as talk:
+    conversation = turns.conversation
+    with _talking(turns) as talk:
         while line := _read_line():
-            turn = talk(_ask(line, choice, sampling, policy, system), conversation)
+            turn = talk(line, conversation)
             conversation = turn.reply.conversation_id
-            _summary(turn, options.store_of(db))
+            _summary(turn, options.store_of(turns.db))
             if turn.exit_status not in (0, 128 + signal.SIGINT):
                 raise typer.Exit(turn.exit_status)
 
@@ -125,47 +89,24 @@ def demo(
     from oki_trace.settings import BUILTIN_MODEL
 
     where = options.store_of(db)
-    choice = options.choice_of(BUILTIN_MODEL, False, "auto", "auto")
-    asks = [
-        _ask(turn, choice, Sampling(max_new_tokens=64), CapturePolicy(), None)
-        for turn in DEMO_TURNS
-    ]
+    turns = options.Turns(model=BUILTIN_MODEL, max_new_tokens=64, db=where)
     conversation: int | None = None
     out = console()
-    with _talking(where, choice, None) as talk:
-        for ask in asks:
-            out.print(Text(f"\n> {ask.content}", style="bold"))
-            turn = talk(ask, conversation)
+    with _talking(turns) as talk:
+        for content in DEMO_TURNS:
+            out.print(Text(f"\n> {content}", style="bold"))
+            turn = talk(content, conversation)
             conversation = turn.reply.conversation_id
             _summary(turn, where)
             if turn.exit_status:
                 raise typer.Exit(turn.exit_status)
-    out.print(Text(f"\nThe trace is conversation {conversation} in {inert(where, keep='')}."))
+    out.print(Text(f"\nThe trace is conversation {conversation} in {options.shown(where)}."))
     out.print(f"  oki-trace show {conversation}          every step in the terminal")
     out.print(f"  oki-trace export --conversation {conversation}   as JSON")
     if not no_ui:
         from oki_trace.cli.explorer import open_explorer
 
         open_explorer(where, port, {"conversation": str(conversation)})
-
-
-def _ask(
-    content: str,
-    choice: ModelChoice,
-    sampling: Sampling,
-    policy: CapturePolicy,
-    system: str | None,
-) -> Ask:
-    from oki_trace.asking import Ask
-
-    if not content.strip():
-        raise UsageError("The prompt is empty. Give the model something to answer.")
-    return Ask(content, choice, sampling, policy, system)
-
-
-def _refuse_late_system(system: str | None, conversation: int | None) -> None:
-    if system and conversation is not None:
-        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
 
 
 @dataclass(frozen=True)
@@ -180,22 +121,27 @@ class _Turn:
 class _Talk(Protocol):
     """Holds one turn of a conversation, a new one when none is given."""
 
-    def __call__(self, ask: Ask, conversation: int | None, *, quiet: bool = False) -> _Turn: ...
+    def __call__(self, content: str, conversation: int | None, *, quiet: bool = False) -> _Turn: ...
 
 
 @contextmanager
-def _talking(db: str, choice: ModelChoice, conversation: int | None) -> Iterator[_Talk]:
-    """Open the store and load the model, unless there is no such conversation to go on with."""
+def _talking(turns: options.Turns) -> Iterator[_Talk]:
+    """Open the store and load the model, once all that was asked for makes sense."""
     from oki_trace import answering, asking
     from oki_trace.store.reader import TraceReader
     from oki_trace.store.writer import TraceWriter
 
+    db = options.store_of(turns.db)
+    sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
+    if turns.system and turns.conversation is not None:
+        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
     with TraceWriter(db) as writer, TraceReader(db) as reader:
-        if conversation is not None:
-            reader.conversation(conversation)
+        before = [] if turns.conversation is None else reader.messages(turns.conversation)
+        choice = turns.choice(asking.last_choice(before))
         loaded = _load(choice)
 
-        def talk(ask: Ask, conversation: int | None, *, quiet: bool = False) -> _Turn:
+        def talk(content: str, conversation: int | None, *, quiet: bool = False) -> _Turn:
+            ask = asking.Ask(content, choice, sampling, policy, turns.system)
             _, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
             with _stoppable() as stop:
@@ -303,8 +249,10 @@ def _summary(turn: _Turn, db: str, *, as_json: bool = False) -> None:
     with TraceReader(db) as reader:
         kept = reader.message_bytes(reply.id)
     rate = reply.tokens / end.seconds if end.seconds else 0.0
+    replaced = explain_generation(reply.generation) if reply.generation else ""
     line = (
         f"{end.status} ({inert(end.reason)}) · {reply.tokens} tokens · {rate:.1f} tokens/s"
-        f" · {size(kept)} · conversation {reply.conversation_id}, message {reply.id}"
+        + (f" · {inert(replaced)}" if replaced else "")
+        + f" · {size(kept)} · conversation {reply.conversation_id}, message {reply.id}"
     )
     console().print(Text(line, style="dim"))

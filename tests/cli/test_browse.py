@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 import os
 import re
 import subprocess
@@ -71,9 +72,14 @@ def shelf() -> Iterator[Shelf]:
         yield Shelf(writer)
 
 
+# What an export says when the full tensors stay behind.
+LEFT_OUT = "oki-trace: The full tensors are left out: --tensors writes them beside the file.\n"
+
+
 def shown(done: Done) -> Any:
     """The JSON that is all a command wrote."""
-    assert (done.status, done.err) == (0, "")
+    assert done.status == 0
+    assert done.err in ("", LEFT_OUT)
     return json.loads(done.out)
 
 
@@ -131,7 +137,9 @@ def test_info(oki: Oki, demo: Demo) -> None:
     assert (found["conversations"], found["messages"]) == (1, 4)
     assert found["url"] == str(demo.db)
     assert found["bytes"] >= found["tensor_bytes"] > 100_000 * found["steps"]
-    assert found["bytes_per_token"] == found["bytes"] / found["steps"]
+    data = found["row_bytes"] + found["tensor_bytes"]
+    assert found["bytes_per_token"] == data / found["steps"]
+    assert found["bytes"] >= data, "the log and free room are no data"
     pairs = dict(
         re.split(r"  +", line.strip(), maxsplit=1) for line in plain(oki("info", "--db", demo.db))
     )
@@ -180,6 +188,44 @@ def test_show_one_step(oki: Oki, demo: Demo) -> None:
     assert layers == [str(layer) for layer in range(30, -1, -1)]
     for entry in (*step["logits_topk"], *step["evidence"]):
         assert f"{entry.get('prob', entry.get('weight')):.4f}" in "\n".join(lines)
+    with TraceReader(demo.db) as reader:
+        capture = reader.message(2).capture
+    assert capture is not None and capture.lens_check is not None
+    assert f"lens check {capture.lens_check:.0e}" in lines
+    assert f"attention check {capture.attention_check:.0e}" in lines
+
+
+def test_why_a_token_was_drawn(oki: Oki, small: Path) -> None:
+    hot = ("--temperature", 1.5, "--top-k", 40, "--top-p", 0.9, "--repetition-penalty", 1.2)
+    oki("run", "the fox", "--model", small, "--max-new-tokens", 12, "--seed", 1, *hot)
+    (reply,) = (m for m in shown(oki("show", 1, "--json"))["messages"] if "trace" in m)
+    differing = 0
+    for step in reply["trace"]["steps"]:
+        decision = step["decision"]
+        lines = plain(oki("show", 1, "--step", step["step"]))
+        assert lines[1].startswith(f"Drawn: it had {said(step['sampled_prob'])} among ")
+        assert f"noise {decision['noise']:+.2f} " in lines[1]
+        differs = decision["greedy"]["token_id"] != step["chosen_id"]
+        assert decision["differs_from_greedy"] is differs
+        assert lines[1].endswith("the same.") is not differs
+        differing += differs
+        processors = [(p["name"], p["setting"]) for p in decision["processors"]]
+        assert processors == [
+            ("repetition penalty", "1.2"),
+            ("temperature", "1.5"),
+            ("top-k", "40"),
+            ("top-p", "0.9"),
+        ]
+        (row,) = (line for line in lines if line.startswith("top-k 40"))
+        assert row.split()[2:4] == ["260", said(decision["processors"][2]["removed_mass"])]
+        score = math.log(step["sampled_prob"]) + decision["noise"]
+        for other in (decision["runner_up"], *(decision["greedy"],) * differs):
+            assert score > math.log(other["sampled_prob"]) + other["noise"]
+    assert differing, "no step was drawn against greedy: nothing was tested"
+
+
+def said(prob: float) -> str:
+    return f"{prob:.3f}" if prob >= 0.1 else f"{prob:.3g}"
 
 
 def test_without_a_message_the_last_reply_is_meant(oki: Oki, demo: Demo) -> None:
@@ -251,7 +297,7 @@ def test_export_to_a_file(oki: Oki, demo: Demo, tmp_path: Path) -> None:
     path = tmp_path / "paris.json"
     done = oki("export", "--conversation", 1, "--output", path, "--db", demo.db)
     assert (done.status, done.out) == (0, "")
-    assert done.err == f"oki-trace: wrote {path}\n"
+    assert done.err == f"{LEFT_OUT}oki-trace: wrote {path}\n"
     document = json.loads(path.read_text())
     assert document == shown(oki("export", "--conversation", 1, "--db", demo.db))
     assert "Paris" in document["messages"][1]["content"]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import typer.main
 
 from oki_trace import __version__
 from oki_trace.cli.app import app
+from oki_trace.store.writer import TraceWriter
 from tests.cli.commands import ACTIVE, Oki
 
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
@@ -62,3 +66,25 @@ def test_version(oki: Oki) -> None:
 @pytest.mark.parametrize("arguments", [[], ["no-such-command"], ["run"], ["list", "too", "many"]])
 def test_wrong_usage_exits_2(oki: Oki, arguments: list[str]) -> None:
     assert oki(*arguments).status == 2
+
+
+def test_help_and_browsing_wait_for_no_library_they_do_not_use(tmp_path: Path) -> None:
+    """Importing torch takes seconds and SQLAlchemy half of one: help needs neither."""
+    code = (
+        "import sys\n"
+        "from oki_trace.cli import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as ended:\n"
+        "    assert not ended.code, ended\n"
+        "heavy = {'torch', 'transformers', 'streamlit', 'pandas', 'duckdb', 'pyarrow'}\n"
+        "heavy |= {'sqlalchemy'} if '--help' in sys.argv else set()\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    db = str(tmp_path / "new.db")
+    TraceWriter(db).close()
+    for arguments in (["--help"], ["run", "--help"], ["list", "--db", db]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == "[]", arguments

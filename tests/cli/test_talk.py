@@ -7,6 +7,8 @@ import json
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,19 @@ import pytest
 from oki_trace.cli import main
 from oki_trace.errors import ModelError
 from oki_trace.llm.fourbit import QuantizationFallback
-from oki_trace.records import Message, Role, Status
+from oki_trace.records import (
+    CapturePolicy,
+    Message,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    TurnEnd,
+)
 from oki_trace.settings import Settings
 from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+from tests import models, tiny
 from tests.cli.commands import ACTIVE, Done, Oki, start
 from tests.cli.conftest import Demo
 
@@ -25,6 +37,21 @@ from tests.cli.conftest import Demo
 def stored(conversation: int = 1, db: str | Path | None = None) -> list[Message]:
     with TraceReader(db or Settings.from_environment().db) as reader:
         return reader.messages(conversation)
+
+
+Save = Callable[[Path, Any], Path]
+
+
+@pytest.fixture
+def saved(capfd: pytest.CaptureFixture[str]) -> Save:
+    """Writes a model to a folder; what transformers prints of it is not the command's."""
+
+    def save(folder: Path, model: Any) -> Path:
+        models.save(folder, model, tiny.tokenizer())
+        capfd.readouterr()
+        return folder
+
+    return save
 
 
 def shown(done: Done) -> Any:
@@ -200,7 +227,7 @@ def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: 
         (["--repetition-penalty", "0"], "epetition_penalty must be above 0"),
         (["--seed", "-1"], "eed must be 0"),
         (["--max-new-tokens", "-1"], "greater than or equal"),
-        (["--tensors", "all"], "ensors must be one of exact, half, none"),
+        (["--tensors", "all"], "ensors must be one of exact, half, compact, none"),
         (["--dtype", "float99"], "float99"),
         (["--device", "abacus"], "abacus"),
         (["--no-such-option"], "No such option: --no-such-option"),
@@ -259,6 +286,86 @@ def test_a_conversation_goes_on_after_a_prompt_that_was_too_long(oki: Oki, small
     assert reply.reason is not None and "context holds 128" in reply.reason
     found = shown(oki("run", "short", "-c", asked.conversation_id, *options))
     assert (found["conversation"], found["steps"]) == (1, 2)
+
+
+@pytest.mark.parametrize("temperature", [(), ("--temperature", 1)], ids=["greedy", "sampled"])
+def test_settings_that_leave_no_token_are_one_clear_line(
+    oki: Oki, saved: Save, tmp_path: Path, temperature: tuple[object, ...]
+) -> None:
+    model = tiny.model("llama")
+    model.generation_config.suppress_tokens = list(range(tiny.VOCABULARY))
+    folder = saved(tmp_path / "mute", model)
+    done = oki("run", "the fox", "--model", folder, *temperature)
+    said = complaint(done, 1)
+    assert said.startswith("The sampling setting suppression of 300 tokens left no token")
+    assert (stored()[-1].status, stored()[-1].reason) == (Status.FAILED, said)
+
+
+def test_weights_that_are_not_numbers_are_one_clear_line(
+    oki: Oki, saved: Save, tmp_path: Path
+) -> None:
+    model = tiny.model("llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    folder = saved(tmp_path / "nan", model)
+    said = complaint(oki("run", "the fox", "--model", folder), 1)
+    assert "not finite" in said
+    assert (stored()[-1].status, stored()[-1].reason) == (Status.FAILED, said)
+
+
+# ------------------------------------------------------- the model of a conversation
+
+
+def test_a_conversation_goes_on_with_its_own_model(oki: Oki, small: Path) -> None:
+    """Not with the default one, and loaded as it was."""
+    options = ("--max-new-tokens", 2, "--json")
+    shown(oki("run", "one", "--model", small, "--dtype", "float32", "--device", "cpu", *options))
+    shown(oki("run", "two", "-c", 1, *options))
+    first, second = (m.choice for m in stored() if m.role is Role.ASSISTANT)
+    assert first is not None and first.dtype == "float32"
+    assert second == first
+    shown(oki("run", "three", "-c", 1, "--dtype", "bfloat16", *options))
+    third = stored()[-1]
+    assert third.choice == replace(first, dtype="bfloat16")
+    assert third.capture is not None and third.capture.dtype == "bfloat16"
+
+
+def test_a_model_that_never_spoke_is_not_the_conversations(oki: Oki, small: Path) -> None:
+    options = ("--max-new-tokens", 2, "--json")
+    shown(oki("run", "one", "--model", small, *options))
+    with TraceWriter(Settings.from_environment().db) as writer:
+        choice = ModelChoice("./no/such/folder")
+        reply = writer.queue_reply(1, choice, Sampling(), CapturePolicy(), claim=True)
+        writer.finish_reply(reply, TurnEnd(Status.FAILED, "", "There is no such model.", 0.0))
+    assert shown(oki("run", "two", "-c", 1, *options))["steps"] == 2
+    assert stored()[-1].model_id == str(small)
+
+
+def test_a_model_that_is_named_is_taken(
+    oki: Oki, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--max-new-tokens", 2)
+    other = models.save_small(tmp_path / "other")
+    assert oki("run", "one", "--model", small, *options).status == 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two"))
+    assert oki("chat", "-c", 1, *options).status == 0
+    assert oki("run", "three", "-c", 1, "--model", other, *options).status == 0
+    told = [m.model_id for m in stored() if m.role is Role.ASSISTANT]
+    assert told == [str(small), str(small), str(other)]
+
+
+# --------------------------------------------------------------- what was replaced
+
+
+def test_beam_search_is_replaced_and_the_reply_says_so(
+    oki: Oki, saved: Save, tmp_path: Path
+) -> None:
+    model = tiny.model("llama")
+    model.generation_config.num_beams = 4
+    folder = saved(tmp_path / "beams", model)
+    done = oki("run", "the fox", "--model", folder, "--max-new-tokens", 3)
+    assert (done.status, done.err) == (0, "")
+    assert " · greedy in place of beam search · " in done.lines[-1]
+    assert " · greedy in place of beam search · " in oki("show", 1).out
 
 
 # ------------------------------------------------------------------------- chat

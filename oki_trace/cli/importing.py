@@ -1,0 +1,58 @@
+"""``import``: what ``export`` wrote, and traces of version 1, into the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from oki_trace.cli import options
+from oki_trace.cli.output import bar, complain, console, counted, print_json
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to ``app``."""
+    app.command("import")(import_)
+
+
+def import_(
+    path: Annotated[
+        Path, typer.Argument(help="A file, a folder or a zip of tables; - is standard input.")
+    ],
+    db: options.Db = None,
+    json: options.Json = False,
+) -> None:
+    """Take an export into the store: json, jsonl, parquet, trace-v1.
+
+    All of the file is checked first; then it is there whole, or nothing is. It
+    gets new numbers, which are told. The tensors of name.json are looked for in
+    name.safetensors beside it.
+
+    Example: oki-trace import paris.json
+    """
+    import sys
+
+    from oki_trace.exchange.importing import import_path, import_stream
+
+    store = options.store_of(db)
+    with bar("importing") as progress:
+        if str(path) == "-":
+            done = import_stream(sys.stdin.buffer, store, progress)
+        else:
+            done = import_path(path, store, progress)
+    if json:
+        print_json(
+            {
+                "conversations": list(done.conversations),
+                "messages": done.messages,
+                "steps": done.steps,
+            }
+        )
+        return
+    if done.tensors_from is not None:
+        complain(f"with the tensors of {done.tensors_from}")
+    what = f"{counted(done.messages, 'message')}, {counted(done.steps, 'step')}"
+    numbers = ", ".join(map(str, done.conversations))
+    noun = "conversation" if len(done.conversations) == 1 else "conversations"
+    console().print(f"Imported as {noun} {numbers} ({what}). See: oki-trace show {numbers}")

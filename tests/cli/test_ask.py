@@ -1,0 +1,145 @@
+"""Questions across steps on the command line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from oki_trace.analysis.tables import TABLES
+from tests.cli.commands import ACTIVE, ROOT, Oki
+from tests.cli.conftest import Demo
+
+QUESTIONS = ("settle", "unsure", "layers", "rivals", "looked", "heads", "again")
+
+
+def test_all_questions_are_listed(oki: Oki) -> None:
+    done = oki("ask")
+    assert all(name in done.out for name in (*QUESTIONS, "compare"))
+    listed = json.loads(oki("ask", "--json").out)
+    assert all(one["meaning"].endswith(".") and one["reading"] for one in listed)
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_each_is_answered_with_a_picture(oki: Oki, demo: Demo, name: str) -> None:
+    done = oki("ask", name, "--db", demo.db)
+    assert (done.status, done.err) == (0, "")
+    assert not ACTIVE.search(done.out)
+    if name != "again":
+        assert "█" in done.out
+
+
+def test_an_answer_as_json_and_csv_says_the_same(oki: Oki, demo: Demo) -> None:
+    answer = json.loads(oki("ask", "layers", "--json", "--db", demo.db).out)
+    assert (answer["question"], answer["by"]) == ("layers", "layer")
+    rows = list(csv.DictReader(io.StringIO(oki("ask", "layers", "-f", "csv", "--db", demo.db).out)))
+    assert [float(row["kl"]) for row in rows] == [row["kl"] for row in answer["rows"]]
+    assert [c["name"] for c in answer["columns"]] == list(rows[0])
+
+
+def test_its_sql_is_the_users_own(oki: Oki, demo: Demo) -> None:
+    options = ("settle", "--by", "class", "--text", "it's", "--model", "a'b", "--db", demo.db)
+    sql = oki("ask", *options, "--sql").out
+    assert "'a''b'" in sql
+    assert json.loads(oki("sql", sql, "--json", "--db", demo.db).out) == []
+    sql = oki("ask", "settle", "--db", demo.db, "--sql").out
+    ours = json.loads(oki("ask", "settle", "--json", "--db", demo.db).out)["rows"]
+    assert json.loads(oki("sql", sql, "--json", "--db", demo.db).out) == ours
+
+
+def test_two_steps_and_two_replies(oki: Oki, demo: Demo) -> None:
+    done = oki("ask", "compare", "2:5", "4:0", "--db", demo.db)
+    assert "from full logits" in done.out and "␣Paris" in done.out
+    assert "tokens alike" in oki("ask", "compare", "2", "4", "--db", demo.db).out
+
+
+def test_filters(oki: Oki, demo: Demo) -> None:
+    def steps(*options: object) -> int:
+        rows = json.loads(oki("ask", "settle", "--json", "--db", demo.db, *options).out)["rows"]
+        return sum(row["steps"] for row in rows)
+
+    whole = steps()
+    first = steps("--message", 2)
+    assert 0 < first < whole
+    assert steps("--conversation", 1) == steps("--model", "smollm2") == whole
+    assert steps("--model", "other") == steps("--until", "2020-01-01") == 0
+    assert steps("--since", "2020-01-01", "--until", "2999-12-31") == whole
+    assert steps("--role", "user", "--text", "FAMOUS") == whole - first
+    assert steps("--role", "system") == steps("--text", "no such words") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (("ask", "nothing"), 2, "There is no question nothing"),
+        (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
+        (("ask", "settle", "2"), 2, "takes no 2"),
+        (("ask", "compare", "2"), 2, "two of a kind"),
+        (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
+        (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
+        (("ask", "settle", "--since", "yesterday"), 2, "write 2026-01-31"),
+        (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
+        (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
+        (("sql", "SELECT wrong FROM step"), 1, "wrong"),
+        (("sql",), 2, "There is no question"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    oki: Oki, demo: Demo, arguments: tuple[str, ...], status: int, said: str
+) -> None:
+    done = oki(*arguments, "--db", demo.db)
+    assert (done.status, done.out) == (status, "")
+    assert said in done.err and len(done.err.splitlines()) == 1
+
+
+def test_tables_are_listed(oki: Oki) -> None:
+    done = oki("sql", "--tables")
+    for table in TABLES:
+        assert re.search(rf"^{table.name}: ", done.out, re.MULTILINE)
+        assert all(f"  {column.name} " in done.out for column in table.columns)
+    assert list(json.loads(oki("sql", "--tables", "--json").out)) == [t.name for t in TABLES]
+
+
+def test_sql_in_every_format(oki: Oki, demo: Demo, tmp_path: Path) -> None:
+    query = "SELECT token, prob, NULL AS nothing FROM step WHERE message_id = 2 ORDER BY step_index"
+    rows = json.loads(oki("sql", query, "-f", "json", "--db", demo.db).out)
+    assert rows[5]["token"] == " Paris" and rows[5]["nothing"] is None
+    table = oki("sql", query, "--db", demo.db)
+    assert "NULL" in table.out and f"{rows[5]['prob']:.6g}" in table.out
+    found = list(csv.DictReader(io.StringIO(oki("sql", query, "-f", "csv", "--db", demo.db).out)))
+    assert [float(row["prob"]) for row in found] == [row["prob"] for row in rows]
+    for format in ("parquet", "csv", "json"):
+        file = tmp_path / f"out.{format}"
+        done = oki("sql", query, "-f", format, "-o", file, "--db", demo.db)
+        assert (done.status, done.out) == (0, "") and file.exists()
+    assert pq.read_table(tmp_path / "out.parquet")["prob"].to_pylist() == [r["prob"] for r in rows]
+    assert json.loads((tmp_path / "out.json").read_text()) == rows
+
+
+def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:
+    done = oki("sql", "SELECT layer FROM lens_layer", "--limit", 3, "--json", "--db", demo.db)
+    assert len(json.loads(done.out)) == 3 and "more rows than 3" in done.err
+
+
+def test_rebuild(oki: Oki, demo: Demo) -> None:
+    done = oki("sql", "--rebuild", "SELECT count(*) AS n FROM message", "--json", "--db", demo.db)
+    assert json.loads(done.out) == [{"n": 4}]
+
+
+def test_other_commands_start_without_duckdb() -> None:
+    code = (
+        "import sys\nfrom oki_trace.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'duckdb', 'pyarrow', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
