@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench pictures
 
 install:
 	$(PYTHON) -m venv .venv
@@ -21,3 +21,6 @@ lint:
 
 bench:
 	$(BIN)/oki-trace bench
+
+pictures:
+	$(BIN)/python tests/dashboard/pictures.py

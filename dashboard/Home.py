@@ -5,26 +5,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Streamlit puts this folder on the path; the pages import it as a package.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Streamlit puts this folder on the path, and runs this file at every click; the
+# pages import it as a package.
+ROOT = str(Path(__file__).resolve().parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
 
-import streamlit as st
+import streamlit as st  # noqa: E402
 
-from dashboard import data, look
-from dashboard.views import chat, conversations, store
+from dashboard import data, look  # noqa: E402
+from dashboard.views import chat, compare, conversations, reply_map, store  # noqa: E402
 
 st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
-st.logo(Path(__file__).with_name("logo.svg"), size="large")
+look.logo()
 look.apply()
 data.open_store()
 
 pages = {
     "chat": st.Page(chat.page, title="Chat", icon=":material/chat:", url_path="chat", default=True),
+    "map": st.Page(reply_map.page, title="Reply map", icon=":material/grid_on:", url_path="map"),
     "conversations": st.Page(
         conversations.page,
         title="Conversations",
         icon=":material/forum:",
         url_path="conversations",
+    ),
+    "compare": st.Page(
+        compare.page, title="Compare", icon=":material/compare_arrows:", url_path="compare"
     ),
     "store": st.Page(store.page, title="Store", icon=":material/database:", url_path="store"),
 }

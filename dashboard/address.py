@@ -19,6 +19,14 @@ class Place:
     message: int | None = None
     step: int | None = None
 
+    def query(self) -> dict[str, str]:
+        """As it stands in an address."""
+        return {
+            name: str(value)
+            for name in ("conversation", "message", "step")
+            if (value := getattr(self, name)) is not None
+        }
+
 
 def here() -> Place:
     """The place in the address; what is no number counts as absent."""
@@ -27,12 +35,7 @@ def here() -> Place:
 
 def go(place: Place) -> None:
     """Write ``place`` into the address."""
-    wanted = {
-        name: str(value)
-        for name in ("conversation", "message", "step")
-        if (value := getattr(place, name)) is not None
-    }
-    st.query_params.from_dict(wanted)
+    st.query_params.from_dict(place.query())
 
 
 def _number(name: str) -> int | None:

@@ -1,38 +1,142 @@
-"""Pictures as pure functions: records in, an Altair chart out."""
+"""Pictures as pure functions: rows in, an Altair chart out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import altair as alt
 import pandas as pd
 
-from oki_trace.records import Lens
+from dashboard.shapes import Json
+
+HEIGHT = 270
 
 
-def trajectory(lens: Lens, token: str) -> alt.Chart:
-    """The chosen token's rank through the layers, rank 1 on top, on a log scale."""
-    frame = pd.DataFrame(
-        {
-            "layer": range(len(lens.chosen_rank)),
-            "rank": lens.chosen_rank,
-            "prob": lens.chosen_prob,
-            "entropy": lens.entropy,
-        }
-    )
-    worst = max(10, int(lens.chosen_rank.max()))
+def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
+    """Tokens through the layers; ``field`` is "rank", on a log scale with 1 on top, or "prob".
+
+    Colours go by the order of the tokens: the chosen one has the accent.
+    """
+    frame = pd.DataFrame(rows)
+    names = list(dict.fromkeys(frame["token"]))
+    known = frame.dropna(subset=[field])
+    # Two lines may meet: the last drawn is on top, and it is to be the chosen one.
     base = alt.Chart(frame).encode(
-        x=alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False)),
-        y=alt.Y(
-            "rank:Q",
-            title=f"rank of {token}",
-            scale=alt.Scale(type="log", domain=[worst, 1], nice=False),
-            axis=alt.Axis(values=[10**n for n in range(7) if 10**n <= worst], format="~s"),
+        x=_layers(),
+        y=_ranks(known) if field == "rank" else _probs(),
+        color=alt.Color(
+            "token:N",
+            sort=names,
+            scale=alt.Scale(domain=names),
+            title=None,
+            legend=alt.Legend(orient="top", labelLimit=170, columns=3, symbolType="circle"),
         ),
         tooltip=[
+            alt.Tooltip("token:N"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("rank:Q", format=","),
-            alt.Tooltip("prob:Q", format=".4f"),
-            alt.Tooltip("entropy:Q", format=".2f", title="entropy (nats)"),
+            alt.Tooltip("prob:Q", format=".4f", title="probability"),
         ],
     )
-    line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=28, filled=True), strokeWidth=2)
-    return line.properties(height=170)
+    line: alt.Chart = base.mark_line(
+        point=alt.OverlayMarkDef(size=26, filled=True), strokeWidth=2, clip=False
+    )
+    return line.properties(height=HEIGHT)
+
+
+def by_layer(rows: Sequence[Json]) -> alt.Chart:
+    """Entropy of each layer's distribution, and its distance from the final one, in nats."""
+    names = {"entropy": "entropy", "kl": "KL to the final layer"}
+    frame = pd.DataFrame(
+        [
+            {"layer": row["layer"], "what": name, "nats": row[key]}
+            for key, name in names.items()
+            for row in rows
+        ]
+    )
+    base = alt.Chart(frame).encode(
+        x=_layers(),
+        y=alt.Y("nats:Q", title="nats", axis=alt.Axis(tickCount=5)),
+        color=alt.Color(
+            "what:N",
+            sort=list(names.values()),
+            scale=alt.Scale(domain=list(names.values())),
+            title=None,
+            legend=alt.Legend(orient="top", labelLimit=170, symbolType="circle"),
+        ),
+        tooltip=[
+            alt.Tooltip("what:N", title="measure"),
+            alt.Tooltip("layer:Q"),
+            alt.Tooltip("nats:Q", format=".3f"),
+        ],
+    )
+    line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
+    return line.properties(height=HEIGHT)
+
+
+def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
+    """How far two replies' distributions are apart, a bar a place: what is sure, and what may be.
+
+    ``divergence`` is the place, from 1, of the first token that differs.
+    """
+    frame = pd.DataFrame(rows)
+    base = alt.Chart(frame).encode(
+        x=alt.X(
+            "place:Q",
+            title="place in the replies",
+            axis=alt.Axis(tickMinStep=1, grid=False),
+            scale=alt.Scale(domain=[0.5, frame["place"].max() + 0.5], nice=False),
+        ),
+        tooltip=[
+            alt.Tooltip("place:Q"),
+            alt.Tooltip("left:N"),
+            alt.Tooltip("right:N"),
+            alt.Tooltip("low:Q", format=".4f", title="at least"),
+            alt.Tooltip("high:Q", format=".4f", title="at most"),
+        ],
+    )
+    size = max(1.0, min(14.0, 420 / float(frame["place"].max())))
+    scale = alt.Scale(domain=[0, 1])
+    may = base.mark_bar(size=size, opacity=0.3).encode(
+        y=alt.Y("low:Q", title="total variation", scale=scale, axis=alt.Axis(tickCount=5)),
+        y2="high:Q",
+        color=alt.Color("token:N", legend=None, scale=_SAMENESS),
+    )
+    sure = base.mark_bar(size=size).encode(
+        y=alt.Y("low:Q", scale=scale),
+        color=alt.Color(
+            "token:N",
+            title=None,
+            scale=_SAMENESS,
+            legend=alt.Legend(orient="top", symbolType="circle"),
+        ),
+    )
+    parts = [may, sure]
+    if divergence is not None:
+        mark = alt.Chart(pd.DataFrame([{"place": divergence - 0.5}]))
+        parts.append(
+            mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
+        )
+    return alt.LayerChart(layer=parts).properties(height=220)
+
+
+# In the order of the theme's categories: the accent is what differs.
+_SAMENESS = alt.Scale(domain=["another", "the same"])
+
+
+def _layers() -> alt.X:
+    return alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
+
+
+def _ranks(known: pd.DataFrame) -> alt.Y:
+    worst = max([10, *known["rank"].astype(int)])
+    return alt.Y(
+        "rank:Q",
+        title="rank",
+        scale=alt.Scale(type="log", domain=[worst, 1], nice=False),
+        axis=alt.Axis(values=[10**n for n in range(7) if 10**n <= worst], format="~s"),
+    )
+
+
+def _probs() -> alt.Y:
+    return alt.Y("prob:Q", title="probability", scale=alt.Scale(domain=[0, 1]))

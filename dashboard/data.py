@@ -6,13 +6,23 @@ stop, is a small write; decoding is the worker's, in a process of its own.
 
 from __future__ import annotations
 
-import numpy as np
+import gc
+import io
+from collections.abc import Sequence
+
 import streamlit as st
 
+from dashboard import attention_shapes, compare_shapes
 from oki_trace import asking, worker
 from oki_trace.errors import NotFound, OkiTraceError
+from oki_trace.exchange.json_export import write_conversation
 from oki_trace.records import (
+    AttentionPoints,
+    Candidates,
     Conversation,
+    ConversationFilter,
+    ConversationTotals,
+    LensGrid,
     Message,
     Prompt,
     Step,
@@ -44,6 +54,10 @@ def open_store() -> None:
 @st.cache_resource
 def _opened(db: str) -> None:
     migrate.ensure(db)
+    # Streamlit collects garbage after every run, through all that was ever
+    # imported: a tenth of a second in which nothing reaches the browser.
+    gc.collect()
+    gc.freeze()
 
 
 @st.cache_resource
@@ -70,9 +84,36 @@ def recent(limit: int = 8) -> list[Conversation]:
     return _store().conversations(limit=limit)
 
 
-def find(search: str, limit: int, offset: int) -> list[Conversation]:
-    """A page of the conversations whose title or messages hold ``search``."""
-    return _store().conversations(search=search or None, limit=limit, offset=offset)
+def find(search: str, by: ConversationFilter, limit: int, offset: int) -> list[Conversation]:
+    """A page of the conversations that fit, whose title or messages hold ``search``."""
+    return _store().conversations(search or None, by=by, limit=limit, offset=offset)
+
+
+def count(search: str, by: ConversationFilter) -> int:
+    """How many conversations fit."""
+    return _store().conversation_count(search or None, by=by)
+
+
+def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
+    """What the replies of each took."""
+    return _store().conversation_totals([c.id for c in found])
+
+
+def rename(conversation_id: int, title: str) -> None:
+    """Give a conversation another title."""
+    _writer(store_name()).rename_conversation(conversation_id, title)
+
+
+def delete(conversation_id: int) -> None:
+    """Delete it for good. Raises StoreError while it is being written."""
+    _writer(store_name()).delete_conversation(conversation_id)
+
+
+def exported(conversation_id: int) -> str:
+    """The conversation with all its traces as a JSON document."""
+    file = io.StringIO()
+    write_conversation(_store(), conversation_id, file)
+    return file.getvalue()
 
 
 def conversation(conversation_id: int) -> tuple[Conversation, list[Message]] | None:
@@ -83,6 +124,14 @@ def conversation(conversation_id: int) -> tuple[Conversation, list[Message]] | N
         except NotFound:
             return None
         return found, reader.messages(conversation_id)
+
+
+def message(message_id: int) -> Message | None:
+    """One message; None when it is not there."""
+    try:
+        return _store().message(message_id)
+    except NotFound:
+        return None
 
 
 def steps(message: Message) -> list[StepSummary]:
@@ -115,7 +164,7 @@ def _prompt(db: str, message_id: int) -> Prompt:
     return _reader(db).prompt(message_id)
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
+@st.cache_data(max_entries=64, show_spinner=False)
 def _attentions(db: str, message_id: int, index: int) -> Tensor | None:
     try:
         return _reader(db).tensor(message_id, index, "attentions")
@@ -128,16 +177,108 @@ def attentions(message: Message, index: int) -> Tensor | None:
     return _attentions(store_name(), message.id, index)
 
 
-def step_range(message: Message, first: int, end: int) -> list[Step]:
-    """The steps from ``first`` up to ``end``; of a finished reply they are read once."""
-    if message.status.is_live:
-        return list(_store().iter_steps(message.id, first, end))
-    return _finished_range(store_name(), message.id, first, end)
+def head_count(message: Message, index: int) -> int | None:
+    """How many heads the step's full attention has; None where it was not kept. Reads no tensor."""
+    shape = _store().tensor_shape(message.id, index, "attentions")
+    return None if shape is None else shape[1]
+
+
+# Of a finished reply all that follows is read once. ``tokens`` is part of what
+# it is kept under, so what was read of a reply that went on is not kept for it.
+
+
+def lens_grid(message: Message, first: int, end: int) -> LensGrid:
+    """What every layer would have said, from step ``first`` up to ``end``."""
+    return _lens_grid(store_name(), message.id, message.tokens, first, end)
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def _finished_range(db: str, message_id: int, first: int, end: int) -> list[Step]:
-    return list(_reader(db).iter_steps(message_id, first, end))
+def _lens_grid(db: str, message_id: int, tokens: int, first: int, end: int) -> LensGrid:
+    return _reader(db).lens_grid(message_id, first, end)
+
+
+def attention_points(message: Message, layer: int, first: int, end: int) -> AttentionPoints:
+    """Where ``layer`` looked, heads averaged, from step ``first`` up to ``end``."""
+    return _attention_points(store_name(), message.id, message.tokens, layer, first, end)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _attention_points(
+    db: str, message_id: int, tokens: int, layer: int, first: int, end: int
+) -> AttentionPoints:
+    return _reader(db).attention_points(message_id, layer, first, end)
+
+
+def full_attention(
+    message: Message, layer: int, head: str, first: int, end: int
+) -> AttentionPoints:
+    """The same of one head, or over heads, at every position: from the full tensors."""
+    return _full_attention(store_name(), message.id, message.tokens, layer, head, first, end)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _full_attention(
+    db: str, message_id: int, tokens: int, layer: int, head: str, first: int, end: int
+) -> AttentionPoints:
+    tensors = _reader(db).iter_tensors(message_id, "attentions", first, end)
+    return attention_shapes.full_points(tensors, layer, head)
+
+
+def candidates(message: Message) -> dict[int, Candidates]:
+    """What was considered at each step, by its number."""
+    return _candidates(store_name(), message.id, message.tokens)
+
+
+@st.cache_data(max_entries=8, show_spinner=False)
+def _candidates(db: str, message_id: int, tokens: int) -> dict[int, Candidates]:
+    return _reader(db).candidates(message_id)
+
+
+def has_logits(message: Message) -> bool:
+    """Whether the reply's first step has its full logits. Reads no tensor."""
+    return _store().tensor_shape(message.id, 0, "logits") is not None
+
+
+@st.cache_data(max_entries=8, show_spinner="Reading the full logits…")
+def _exact(
+    db: str, left: int, right: int, pairs: tuple[tuple[int, int], ...]
+) -> list[compare_shapes.Distance | None]:
+    reader = _reader(db)
+    found: list[compare_shapes.Distance | None] = []
+    for one, two in pairs:
+        try:
+            a, b = reader.tensor(left, one, "logits"), reader.tensor(right, two, "logits")
+            found.append(compare_shapes.exactly(a, b))
+        except NotFound:
+            found.append(None)
+    return found
+
+
+def exact_distances(
+    left: Message, right: Message, pairs: Sequence[compare_shapes.Pair]
+) -> list[compare_shapes.Distance | None]:
+    """How far the distributions of each pair are apart, from the full logits."""
+    both = [(p.left, p.right) for p in pairs if p.left is not None and p.right is not None]
+    known = dict(zip(both, _exact(store_name(), left.id, right.id, tuple(both)), strict=True))
+    return [None if p.left is None or p.right is None else known[p.left, p.right] for p in pairs]
+
+
+def replies(limit: int = 25) -> list[tuple[Conversation, Message]]:
+    """The replies that have tokens, of the conversations changed last."""
+    with _store().snapshot() as reader:
+        return [
+            (found, message)
+            for found in reader.conversations(limit=limit)
+            for message in reversed(reader.messages(found.id))
+            if message.tokens
+        ]
+
+
+def last_reply(conversation_id: int) -> int | None:
+    """The last reply of a conversation that has tokens."""
+    opened = conversation(conversation_id)
+    ids = [m.id for m in opened[1] if m.tokens] if opened else []
+    return ids[-1] if ids else None
 
 
 def message_bytes(message: Message) -> int:
@@ -148,6 +289,11 @@ def message_bytes(message: Message) -> int:
 def info() -> StoreInfo:
     """Totals over the store."""
     return _store().info()
+
+
+def builtin_is_here() -> bool:
+    """Whether the built-in model has been fetched."""
+    return (Settings.from_environment().models_dir / "smollm2").is_dir()
 
 
 def worker_state() -> WorkerState | None:
@@ -162,10 +308,14 @@ def models_used() -> list[str]:
 
 
 def ask(request: asking.Ask, conversation_id: int | None) -> int:
-    """Queue a reply and see that a worker is there; returns the conversation's id."""
+    """Queue a reply; returns the conversation's id. ``see_to_worker`` finds who answers."""
     conversation, _ = asking.submit(_writer(store_name()), request, conversation_id)
-    worker.ensure_running(store_name())
     return conversation
+
+
+def waiting() -> list[int]:
+    """The replies queued or under way in the whole store, in the order they are served."""
+    return _store().waiting()
 
 
 def stop(message: Message) -> None:
@@ -174,20 +324,5 @@ def stop(message: Message) -> None:
 
 
 def see_to_worker() -> None:
-    """Start a worker again if a reply is waiting and the last one is gone."""
+    """Start the process that answers, unless there is one."""
     worker.ensure_running(store_name())
-
-
-def full_weights(tensor: Tensor, layer: int, head: int | str) -> tuple[np.ndarray, int]:
-    """One layer's weights by position from ``key_offset`` on: (keys,), and that offset.
-
-    ``head`` is a number, "mean" or "max".
-    """
-    heads = tensor.array[tensor.layers.index(layer)].astype(np.float32)
-    if head == "mean":
-        weights = heads.mean(0)
-    elif head == "max":
-        weights = heads.max(0)
-    else:
-        weights = heads[int(head)]
-    return weights, tensor.key_offset

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import streamlit as st
 
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
+  :root { --oki-back: BACK; --oki-line: LINE; }
   .block-container { padding: 2.6rem clamp(1rem, 3vw, 2.6rem) 1rem; max-width: 1700px; }
   /* With the sidebar shut the header is no longer empty: nothing may lie below it. */
   [data-testid="stApp"]:has([data-testid="stExpandSidebarButton"]) .block-container {
@@ -26,34 +29,76 @@ _STYLE = """
   .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"]) {
     align-items: flex-start;
   }
+  /* However long the conversation, the box to write into is in sight. */
+  .st-key-say {
+    position: sticky; bottom: 0; z-index: 3; padding: 0.5rem 0 0.7rem;
+    background: linear-gradient(transparent, var(--oki-back) 0.5rem);
+  }
+  .st-key-welcome .st-key-say { position: static; }
   @media (max-width: 1150px) {
-    /* One column: the conversation, then the step, then the map. */
-    [data-testid="stColumn"]:has(.st-key-map),
-    [data-testid="stColumn"]:has(.st-key-map) > [data-testid="stVerticalBlock"] {
-      display: contents;
-    }
-    [data-testid="stColumn"]:has(.st-key-panel) { order: 2; }
-    [data-testid="stLayoutWrapper"]:has(> .st-key-map) { order: 3; }
+    /* One column: the conversation and the map, and the step as a sheet over their foot. */
     .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel) {
-      flex-direction: column; gap: 1rem;
+      flex-direction: column; gap: 0;
     }
     .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel)
       > [data-testid="stColumn"] { width: 100% !important; flex: 1 1 100% !important; }
-  }
-  @media (min-width: 1151px) {
-    [data-testid="stColumn"]:has(> div .st-key-panel), [data-testid="stColumn"]:has(.st-key-panel) {
-      position: sticky; top: 2.6rem; max-height: calc(100vh - 5rem); overflow-y: auto;
-      border-left: 1px solid var(--st-border-color, #8884); padding-left: 1.4rem;
+    .st-key-say { position: static; }
+    [data-testid="stColumn"]:has(.st-key-panel) {
+      position: sticky; bottom: 0; z-index: 4; max-height: 46vh; overflow-y: auto;
+      background: var(--oki-back); border-top: 1px solid var(--oki-line);
+      box-shadow: 0 -8px 24px #00000014; padding: 0.8rem 0 0.6rem;
     }
   }
-  .st-key-recent button { justify-content: flex-start; text-align: left; padding: 0.15rem 0; }
+  @media (min-width: 1151px) {
+    [data-testid="stColumn"]:has(.st-key-panel) {
+      position: sticky; top: 2.6rem; max-height: calc(100vh - 3.4rem); overflow-y: auto;
+      border-left: 1px solid var(--oki-line); padding: 0 0.4rem 0 1.4rem;
+      scrollbar-width: thin;
+    }
+  }
+  .st-key-recent button {
+    justify-content: flex-start; text-align: left; padding: 0.1rem 0; min-height: 1.9rem;
+  }
   .st-key-recent button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   .st-key-recent button div { justify-content: flex-start; min-width: 0; }
-  .st-key-panel h4 { font-size: 0.95rem; padding: 0.9rem 0 0.2rem; }
+  .st-key-panel h4, .st-key-map h4 { font-size: 0.95rem; padding: 0.5rem 0 0.1rem; }
+  .st-key-evidence-head, .st-key-lens-head, .st-key-curves-head, .st-key-map-head {
+    gap: 0.3rem 0.5rem; margin-top: 0.4rem;
+  }
+  .st-key-evidence-head h4, .st-key-lens-head h4, .st-key-curves-head h4, .st-key-map-head h4 {
+    font-size: 0.95rem; padding: 0; line-height: 1.9rem;
+  }
+  .st-key-evidence-head [data-testid="stMarkdownContainer"],
+  .st-key-lens-head [data-testid="stMarkdownContainer"],
+  .st-key-curves-head [data-testid="stMarkdownContainer"],
+  .st-key-map-head [data-testid="stMarkdownContainer"] { margin-bottom: 0; }
+  .st-key-panel [data-testid="stVerticalBlock"] { gap: 0.55rem; }
+  .st-key-panel [data-baseweb="select"] > div, .st-key-map-head [data-baseweb="select"] > div {
+    min-height: 2rem; font-size: 0.85rem;
+  }
+  .st-key-panel [data-testid="stSegmentedControl"] button,
+  .st-key-panel [data-testid="stButtonGroup"] button,
+  .st-key-map-head [data-testid="stButtonGroup"] button {
+    min-height: 1.9rem; padding: 0.1rem 0.6rem; font-size: 0.82rem;
+  }
 </style>
 """
 
 
+def logo() -> None:
+    """The name as a picture, in the ink of the theme in force."""
+    st.logo(Path(__file__).with_name(f"logo-{_theme()}.svg"), size="large")
+
+
 def apply() -> None:
     """Put the style onto the page."""
-    st.html(_STYLE)
+    # Outside the page's own elements Streamlit's colours have no name in CSS.
+    back, line = (
+        str(st.get_option(f"theme.{_theme()}.{name}") or fallback)
+        for name, fallback in (("backgroundColor", "Canvas"), ("borderColor", "GrayText"))
+    )
+    st.html(_STYLE.replace("BACK", back).replace("LINE", line))
+
+
+def _theme() -> str:
+    return "dark" if st.context.theme.type == "dark" else "light"

@@ -1,5 +1,8 @@
 """From records to what the page's elements draw: pure functions, no Streamlit.
 
+Here the reply and the numbers of one step; ``lens_shapes`` and
+``attention_shapes`` have the rest.
+
 Text leaves here as plain strings with spaces and line ends made visible where
 a token stands alone, and as it is where it is part of a running text.
 """
@@ -8,35 +11,17 @@ from __future__ import annotations
 
 import codecs
 import math
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
-from oki_trace.records import Lens, Prompt, Step, StepSummary
+from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
+from oki_trace.records import Generation, Step, StepSummary
+from oki_trace.visible import visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
 COLOURS: tuple[Colour, ...] = ("surprisal", "entropy", "margin", "settle layer")
 
 Json = dict[str, Any]
-
-MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
-# Controls, direction marks and other spaces: nothing to see, or worse.
-INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Zs", "Zl", "Zp"})
-
-
-def visible(token: str) -> str:
-    """A token standing alone: spaces, line ends and control characters shown."""
-    return "".join(_shown(character) for character in token) or "∅"
-
-
-def _shown(character: str) -> str:
-    if character in MARKS:
-        return MARKS[character]
-    if unicodedata.category(character) in INVISIBLE:
-        return f"<U+{ord(character):04X}>"
-    return character
 
 
 def clickable(text: str) -> str:
@@ -50,8 +35,31 @@ def known(value: float) -> float | None:
 
 
 def figure(value: float, digits: int, unit: str = "") -> str:
-    """``value`` with so many digits, a dash where it is no number."""
-    return f"{value:.{digits}f}{unit}" if math.isfinite(value) else "–"
+    """``value`` with so many digits, a dash where it is no number; never 0 for what is not."""
+    if not math.isfinite(value):
+        return "–"
+    least = 10.0**-digits
+    if 0 < abs(value) < least / 2:
+        return f"{'>-' if value < 0 else '<'}{least:.{digits}f}{unit}"
+    return f"{value:.{digits}f}{unit}"
+
+
+def plain(text: str) -> str:
+    """``text`` with what Markdown would read as its own escaped: for labels and captions.
+
+    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
+    a joiner, which is not seen, keeps their characters apart.
+    """
+    return "".join(f"\\{c}\u2060" if c in MARKDOWN else c for c in text)
+
+
+def sentence(text: str) -> str:
+    """``text``, ended as a sentence is, and safe to be read as Markdown: it may name a model."""
+    return "".join(f"\\{c}" if c in MARKDOWN else c for c in text.rstrip(".")) + "."
+
+
+# What Markdown would read as its own.
+MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:
@@ -63,11 +71,11 @@ def running_text(steps: Sequence[StepSummary]) -> list[str]:
 def reply_data(
     steps: Sequence[StepSummary],
     *,
+    conversation: int,
+    message: int,
     colour: Colour,
     layers: int,
-    chosen: int | None,
     live: bool,
-    keys: bool,
     status: str,
     bad: bool,
 ) -> Json:
@@ -85,9 +93,10 @@ def reply_data(
     ]
     return {
         "tokens": tokens,
-        "chosen": chosen,
-        "keys": keys,
+        "conversation": conversation,
+        "message": message,
         "live": live,
+        "newest": newest(steps),
         "blue": colour == "settle layer",
         "name": colour if steps else "",
         "low": low,
@@ -104,9 +113,11 @@ def scale(
     if colour == "margin":
         return [known(1 - s.margin) for s in steps], "1", "0 (a near tie)"
     if colour == "settle layer":
-        depth = max(layers, 1)
-        shades = [None if s.settle_layer is None else s.settle_layer / depth for s in steps]
-        return shades, "0", f"{layers}"
+        # From the reply's own lowest: most tokens settle late, and would look all alike.
+        low = min((s.settle_layer for s in steps if s.settle_layer is not None), default=0)
+        depth = max(layers - low, 1)
+        shades = [None if s.settle_layer is None else (s.settle_layer - low) / depth for s in steps]
+        return shades, f"layer {low}", f"{layers}"
     raw = [known(-s.logprob if colour == "surprisal" else s.entropy) for s in steps]
     top = max([1.0, *(value for value in raw if value is not None)])
     return [None if value is None else value / top for value in raw], "0", f"{top:.1f} nats"
@@ -126,33 +137,95 @@ def hover(step: StepSummary) -> str:
     )
 
 
+def newest(steps: Sequence[StepSummary]) -> int | None:
+    """The last step whose lens is there, or the last of all; it is followed while decoding."""
+    ready = [s.step_index for s in steps if s.settle_layer is not None]
+    return ready[-1] if ready else (steps[-1].step_index if steps else None)
+
+
 def most_surprising(steps: Sequence[StepSummary]) -> int | None:
     """The step with the least likely token: where to look first."""
     rated = [s for s in steps if math.isfinite(s.logprob)] or steps[:1]
     return min(rated, key=lambda s: s.logprob).step_index if rated else None
 
 
-def facts_data(step: Step, summary: StepSummary, total: int) -> Json:
-    """What the head of the step panel shows."""
+NO_STEP: Json = {"empty": True}
+
+
+def facts_data(
+    step: Step,
+    summary: StepSummary,
+    total: int,
+    *,
+    conversation: int = 0,
+    message: int = 0,
+    following: bool = False,
+) -> Json:
+    """The head of the step panel: the token, its numbers, and where the reader is.
+
+    ``following``: nobody chose this step, so the newest one of a live reply takes its place.
+    """
     settled = "–" if summary.settle_layer is None else f"layer {summary.settle_layer}"
     facts = [
         ("prob", figure(step.prob, 3), "The model's own probability, before any sampling setting"),
-        ("rank", str(step.rank), "1 is the most likely token"),
+        ("rank", f"{step.rank:,}", "Among all tokens of the vocabulary; 1 is the most likely"),
         ("surprisal", figure(step.surprisal, 2, " nats"), "-log prob of the chosen token"),
-        ("entropy", figure(step.entropy, 2, " nats"), "of the whole next-token distribution"),
+        (
+            "entropy",
+            figure(step.entropy, 2, " nats"),
+            "Of the whole next-token distribution: 0 when the model is certain",
+        ),
+        (
+            "margin",
+            figure(step.margin, 3),
+            "Probability of the likeliest token less the next one's",
+        ),
         ("settled", settled, "The first layer from which the chosen token stays on top"),
     ]
     if step.sampled_prob is not None:
         facts.insert(
             1,
-            ("sampled", figure(step.sampled_prob, 3), "Its probability after temperature and cuts"),
+            (
+                "sampled",
+                figure(step.sampled_prob, 3),
+                "Its probability after temperature, cuts and penalties",
+            ),
         )
     return {
+        "conversation": conversation,
+        "message": message,
+        "step": step.step_index,
+        "total": total,
+        "following": following,
+        "waiting": step.lens is None,
         "where": f"step {step.step_index + 1} of {total} · position {step.position}",
-        "hint": "← →",
         "what": visible(step.token),
         "facts": [{"name": n, "value": v, "title": t} for n, v, t in facts],
     }
+
+
+def decision(step: Step, generation: Generation | None) -> str:
+    """Why this token, in a few sentences; what a token says stands in them as it is seen."""
+    if step.decision is None and generation is not None and generation.do_sample:
+        after = "" if step.sampled_prob is None else f": it had {figure(step.sampled_prob, 3)}"
+        told = f"Drawn{after}; how the settings came to that is not recorded."
+    else:
+        told = explain(step, lambda token: quoted(clipped(visible(token))))
+    replaced = explain_generation(generation) if generation is not None else ""
+    return f"{told} The reply was {replaced}." if replaced else told
+
+
+def clipped(text: str, length: int = 40) -> str:
+    """``text``, cut off where it is too long to stand in a line."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+EFFECT_COLUMNS = ("setting", "tokens removed", "their probability", "chosen token after")
+
+
+def effects(step: Step) -> list[dict[str, str]]:
+    """What each sampling setting did to the distribution, a row each; empty without any."""
+    return [dict(zip(EFFECT_COLUMNS, row, strict=True)) for row in effects_table(step)]
 
 
 def bars_data(step: Step) -> Json:
@@ -164,9 +237,12 @@ def bars_data(step: Step) -> Json:
             "text": visible(text),
             "prob": known(prob),
             "sampled": None if sampled is None else known(float(sampled[k])),
+            "id": token_id,
+            "logit": known(logit),
             "chosen": token_id == step.token_id,
             "title": f"rank {k + 1} · id {token_id} · logit {figure(logit, 2)} · "
-            f"prob {figure(prob, 5)}",
+            f"prob {figure(prob, 5)}"
+            + ("" if sampled is None else f" · after sampling {figure(float(sampled[k]), 5)}"),
         }
         for k, (token_id, text, logit, prob) in enumerate(
             zip(
@@ -178,97 +254,4 @@ def bars_data(step: Step) -> Json:
             )
         )
     ]
-    return {"rows": rows, "sampled": sampled is not None}
-
-
-def evidence_data(
-    prompt: Prompt,
-    steps: Sequence[StepSummary],
-    position: int,
-    weights: Mapping[int, float],
-    left_out: int | None = None,
-) -> Json:
-    """The text the model saw, each piece shaded by its weight; ``position`` is the newest's end.
-
-    ``left_out`` is a position whose weight is told but not shown as a shade.
-    """
-    seen = [s for s in steps if s.position < position]
-    texts = [*prompt.tokens, *running_text(seen)]
-    kinds = [*prompt.segments, *["reply"] * len(seen)]
-    shaded = {at: w for at, w in weights.items() if at != left_out and math.isfinite(w)}
-    top = max(shaded.values(), default=0.0) or 1.0
-    pieces = []
-    for at, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        weight = figure(weights.get(at, 0.0), 4)
-        pieces.append(
-            {
-                "text": clickable(text) or "◌",
-                "value": round(shaded.get(at, 0.0) / top, 3),
-                "kind": kind,
-                "title": f"position {at} · {kind} · weight {weight}"
-                + (" · left out" if at == left_out else ""),
-            }
-        )
-    return {"pieces": pieces, "seam": len(prompt)}
-
-
-def positions(weights: np.ndarray, offset: int) -> dict[int, float]:
-    """Weights by absolute position, from a row whose first key stands at ``offset``."""
-    return {offset + i: float(w) for i, w in enumerate(weights) if w > 0}
-
-
-def lens_data(step: Step, lens: Lens, columns: int = 3) -> Json:
-    """What each layer would have said, the last layer first."""
-    settle = lens.settle_layer
-    rows = []
-    for layer in range(len(lens.tokens) - 1, -1, -1):
-        ids = lens.token_ids[layer].tolist()[:columns]
-        probs = lens.probs[layer].tolist()[:columns]
-        rows.append(
-            {
-                "layer": layer,
-                "cells": [
-                    {
-                        "text": visible(text),
-                        "prob": known(prob),
-                        "chosen": token_id == step.token_id,
-                        "title": f"layer {layer}, rank {k + 1}: {visible(text)} {figure(prob, 4)}",
-                    }
-                    for k, (token_id, text, prob) in enumerate(
-                        zip(ids, lens.tokens[layer], probs, strict=False)
-                    )
-                ],
-                "rank": int(lens.chosen_rank[layer]),
-                "settled": layer == settle,
-                "title": f"entropy {figure(float(lens.entropy[layer]), 2, ' nats')} · "
-                f"KL to the final layer {figure(float(lens.kl[layer]), 2, ' nats')} · "
-                f"chosen token {figure(float(lens.chosen_prob[layer]), 4)}",
-            }
-        )
-    return {"rows": rows}
-
-
-def map_data(steps: Sequence[Step], layers: Sequence[int], chosen: int | None) -> Json:
-    """The lens over these steps: the top token of each layer, shaded by its probability."""
-    ready = [(s, s.lens) for s in steps if s.lens is not None]
-    return {
-        "steps": [
-            {"index": s.step_index, "text": visible(s.token), "title": f"step {s.step_index + 1}"}
-            for s, _ in ready
-        ],
-        "layers": list(layers),
-        "cells": [[_map_cell(s, lens, layer) for s, lens in ready] for layer in layers],
-        "chosen": chosen,
-    }
-
-
-def _map_cell(step: Step, lens: Lens, layer: int) -> Json:
-    text, prob = visible(lens.tokens[layer][0]), float(lens.probs[layer, 0])
-    return {
-        "text": text,
-        "prob": known(round(prob, 3)),
-        "same": int(lens.token_ids[layer, 0]) == step.token_id,
-        "settled": lens.settle_layer == layer,
-        "title": f"layer {layer}, step {step.step_index + 1}: {text} {figure(prob, 3)}\n"
-        f"chosen {visible(step.token)}: rank {int(lens.chosen_rank[layer]):,}",
-    }
+    return {"rows": rows, "sampled": sampled is not None, "step": step.step_index}

@@ -1,28 +1,47 @@
-// What was considered. data: {rows: [{text, prob, sampled, chosen, title}], sampled: bool}
+// What was considered: the model's own probability, and beside it what sampling made of it.
+// data: {rows: [{text, prob, sampled, chosen, title}], sampled: bool, step}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   root.classList.toggle("sampled", data.sampled);
+  const table = make("div", "table");
+  table.setAttribute("role", "table");
+  table.setAttribute("aria-label", "Candidates and their probabilities");
+  const csv = csvButton(`candidates-step-${data.step + 1}`, () => [
+    ["rank", "token", "token_id", "logit", "prob", "sampled_prob", "chosen"],
+    ...data.rows.map((r, k) => [k + 1, r.text, r.id, r.logit, r.prob, r.sampled, Number(r.chosen)])]);
+  const head = make("div", "row head");
+  const own = make("span", "", data.sampled ? "the model's own" : "probability");
+  own.title = "The model's own probability, before any sampling setting";
+  const after = make("span", "", "after sampling");
+  after.title = "After temperature, cuts and penalties; a dash: removed by them";
+  head.append(make("span"), own, ...(data.sampled ? [make("span"), after, csv] : [csv]));
   const rows = data.rows.map((entry) => {
     const row = make("div", "row");
+    row.setAttribute("role", "row");
     if (entry.chosen) row.classList.add("chosen");
     if (data.sampled && entry.sampled === 0) row.classList.add("gone");
     row.title = entry.title;
-    const name = make("span", "name mono", entry.text);
-    const track = make("div", "track");
-    const fill = make("div", "fill");
-    fill.style.width = `${(entry.prob ?? 0) * 100}%`;
-    track.append(fill);
-    row.append(name, track, make("span", "num", figure(entry.prob, 3)));
+    row.append(cell("name mono", entry.text), bar(entry.prob), cell("num", figure(entry.prob, 3)));
     if (data.sampled) {
-      row.append(make("span", "num", entry.sampled === 0 ? "–" : figure(entry.sampled, 3)));
+      const after = entry.sampled === 0 ? "–" : figure(entry.sampled, 3);
+      row.append(bar(entry.sampled), cell("num", after));
     }
     return row;
   });
-  if (data.sampled) {
-    const head = make("div", "row head");
-    head.append(
-      make("span"), make("span"), make("span", "num", "model"), make("span", "num", "sampled"));
-    rows.unshift(head);
-  }
-  root.replaceChildren(...rows);
+  table.append(...rows);
+  root.replaceChildren(head, table);
+}
+
+function cell(name, text) {
+  const node = make("span", name, text);
+  node.setAttribute("role", "cell");
+  return node;
+}
+
+function bar(prob) {
+  const track = make("div", "track");
+  const fill = make("div", "fill");
+  fill.style.width = `${(prob ?? 0) * 100}%`;
+  track.append(fill);
+  return track;
 }

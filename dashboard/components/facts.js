@@ -1,8 +1,80 @@
-// The chosen token and its numbers. data: {where, hint, what, facts: [{name, value, title}]}
-export default function ({ data, parentElement }) {
+// The chosen token, its numbers, and the way to the next one.
+// data: {conversation, message, step, total, following, waiting, where, what, facts: [{name, value,
+// title}]}, or {empty: true}. Triggers: pick = {conversation, message, step}; refresh = a number.
+//
+// This element alone tells the server which step was chosen, one at a time: while an answer is
+// under way the marks already move, and the last wish is sent when it has come.
+export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
+  const state = (root.state ??= { sent: null, since: 0, refreshed: null });
+  const signal = listening(root);
+  const same = (a, b) => a && b && a.message === b.message && a.step === b.step;
+  const wish = () => ({ conversation: place.conversation, message: place.message, step: place.step });
+  const send = () => {
+    state.sent = wish();
+    state.since = performance.now();
+    setTriggerValue("pick", state.sent);
+  };
+  const underWay = () => state.sent && performance.now() - state.since < 3000;
+
+  if (underWay() && !same(data, state.sent)) {
+    // Something older; what was asked for comes yet.
+  } else {
+    const late = state.sent && !same(wish(), state.sent);
+    state.sent = null;
+    if (late) send();
+    else if (!data.empty) {
+      Object.assign(place, {
+        conversation: data.conversation, message: data.message, step: data.step });
+      place.dispatchEvent(new Event("shown"));
+    } else place.message = place.step = null;
+  }
+  place.addEventListener("pick", () => underWay() || send(), { signal });
+
+  const news = () => {
+    const newest = place.newest;
+    if (!newest || state.sent) return;
+    const behind = data.empty || (newest.message === data.message && (
+      (data.following && newest.step !== data.step) || (data.waiting && newest.step >= data.step)));
+    const name = `${newest.message}/${newest.step}`;
+    if (!behind || state.refreshed === name) return;
+    state.refreshed = name;
+    setTriggerValue("refresh", newest.step);
+  };
+  place.addEventListener("news", news, { signal });
+  news();
+
+  if (data.empty) {
+    root.replaceChildren();
+    return () => root.stop.abort();
+  }
+  const walk = (by) => {
+    const next = place.message === data.message ? place.step + by : data.step + by;
+    if (next >= 0 && next < data.total) pick(data.conversation, data.message, next, true);
+  };
+  document.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by || event.altKey || event.ctrlKey || event.metaKey || typing(event)) return;
+    event.preventDefault();
+    walk(by);
+  }, { signal });
+
   const where = make("div", "where");
-  where.append(make("span", "", data.where), make("span", "", data.hint));
+  const copy = button("copy link", "Copy a link to this step", async () => {
+    const query = new URLSearchParams({
+      conversation: data.conversation, message: data.message, step: data.step });
+    await navigator.clipboard.writeText(`${location.origin}${location.pathname}?${query}`);
+    copy.textContent = "copied";
+    setTimeout(() => (copy.textContent = "copy link"), 1500);
+  });
+  const back = button("←", "Previous token (left key)", () => walk(-1));
+  const on = button("→", "Next token (right key)", () => walk(1));
+  back.disabled = data.step === 0;
+  on.disabled = data.step + 1 >= data.total;
+  where.append(make("span", "grow", data.where), back, on, copy);
+  const what = make("div", "what", data.what);
+  what.setAttribute("role", "heading");
+  what.setAttribute("aria-level", "2");
   const list = make("dl");
   for (const fact of data.facts) {
     const pair = make("div");
@@ -10,5 +82,19 @@ export default function ({ data, parentElement }) {
     pair.append(make("dt", "", fact.name), make("dd", "", fact.value));
     list.append(pair);
   }
-  root.replaceChildren(where, make("div", "what", data.what), list);
+  // Told to a screen reader when the step changes.
+  const spoken = make("div", "spoken", `${data.where}: ${data.what.slice(0, 80)}`);
+  spoken.setAttribute("aria-live", "polite");
+  const focused = root.contains(root.getRootNode().activeElement)
+    ? root.getRootNode().activeElement.getAttribute("aria-label") : null;
+  root.replaceChildren(where, what, list, spoken);
+  if (focused) root.querySelector(`[aria-label="${focused}"]`)?.focus();
+  return () => root.stop.abort();
+}
+
+function typing(event) {
+  const at = event.composedPath()[0];
+  return at instanceof HTMLElement && (at.isContentEditable ||
+    /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName) ||
+    /^(slider|radio|tab|grid|option)$/.test(at.getAttribute("role") ?? "") && !at.closest(".reply"));
 }

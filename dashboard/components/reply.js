@@ -1,27 +1,21 @@
-// A reply as its tokens; each is a button.
-// data: {tokens: [{text, value, mark, title}], chosen, keys, live, blue, low, high, name, status, bad}
-// Triggers: pick = the index of the token chosen by click or arrow key.
-export default function ({ data, parentElement, setTriggerValue }) {
+// A reply as its tokens; each is a button. A click is told to all elements of the page.
+// data: {tokens: [{text, value, mark, title}], conversation, message, live, newest, blue, low, high,
+// name, status, bad}
+export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
-  const state = (root.state ??= { signatures: [], chosen: null });
+  const signal = listening(root);
+  const signatures = (root.signatures ??= []);
   const text = (root.text ??= make("div", "text"));
   const foot = (root.foot ??= make("div", "foot"));
   if (!text.isConnected) root.replaceChildren(text, foot);
-  state.chosen = data.chosen;
-
-  const choose = (index) => {
-    state.chosen = index;
-    mark(text, index);
-    setTriggerValue("pick", index);
-  };
   text.setAttribute("role", "listbox");
   text.setAttribute("aria-label", "Tokens of the reply");
 
   root.querySelector(".cursor")?.remove();
   data.tokens.forEach((token, index) => {
     const signature = JSON.stringify([token, data.blue]);
-    if (state.signatures[index] === signature) return;
-    state.signatures[index] = signature;
+    if (signatures[index] === signature) return;
+    signatures[index] = signature;
     const node = draw(token, data.blue);
     node.dataset.index = index;
     const old = text.children[index];
@@ -29,30 +23,31 @@ export default function ({ data, parentElement, setTriggerValue }) {
     else text.append(node);
   });
   while (text.children.length > data.tokens.length) text.lastChild.remove();
-  state.signatures.length = data.tokens.length;
+  signatures.length = data.tokens.length;
   if (data.live) text.append(make("span", "cursor"));
-  mark(text, data.chosen);
-  text.onclick = (event) => {
-    const node = event.target.closest(".token");
-    if (node) choose(Number(node.dataset.index));
-  };
   footing(foot, data);
 
-  if (root.onkey) document.removeEventListener("keydown", root.onkey);
-  root.onkey = null;
-  if (data.keys) {
-    root.onkey = (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (!step || event.altKey || event.ctrlKey || event.metaKey || typing(event)) return;
-      const next = (state.chosen ?? -1) + step;
-      if (next < 0 || next >= data.tokens.length) return;
-      event.preventDefault();
-      choose(next);
-      text.children[next].focus();
-    };
-    document.addEventListener("keydown", root.onkey);
+  const follow = (event) => {
+    const index = place.message === data.message ? place.step : null;
+    mark(text, index);
+    const node = index === null ? null : text.children[index];
+    if (event?.detail?.focus && node) {
+      node.focus({ preventScroll: true });
+      node.scrollIntoView({ block: "nearest" });
+    }
+  };
+  follow();
+  place.addEventListener("pick", follow, { signal });
+  place.addEventListener("shown", follow, { signal });
+  text.onclick = (event) => {
+    const node = event.target.closest(".token");
+    if (node) pick(data.conversation, data.message, Number(node.dataset.index));
+  };
+  if (data.newest !== null && (data.live || place.newest?.message === data.message)) {
+    place.newest = { message: data.message, step: data.newest };
+    place.dispatchEvent(new Event("news"));
   }
-  return () => root.onkey && document.removeEventListener("keydown", root.onkey);
+  return () => root.stop.abort();
 }
 
 function draw(token, blue) {
@@ -96,10 +91,4 @@ function footing(foot, data) {
     legend.append(`${data.name}  ${data.low}`, ramp, data.high);
   }
   foot.replaceChildren(legend, make("span", data.bad ? "bad" : "", data.status));
-}
-
-function typing(event) {
-  const at = event.composedPath()[0];
-  return at instanceof HTMLElement && (at.isContentEditable ||
-    /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName) || at.getAttribute("role") === "slider");
 }

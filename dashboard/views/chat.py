@@ -1,18 +1,21 @@
 """Chat: the conversation, its replies as clickable tokens, and the step panel beside them.
 
-Decoding is the worker's. While a reply is live the view below reads what is new a
-few times a second; leaving, reloading or clicking around touches nothing of it.
+Decoding is the worker's. The page is in parts that are drawn by themselves: what
+has been said, the replies under way (the only part that asks again and again),
+the step panel, the reply map. A click on a token draws the panel alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import streamlit as st
 
 from dashboard import address, components, data, shapes
-from dashboard.views import sidebar, step_panel
+from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.asking import Ask
 from oki_trace.errors import OkiTraceError
-from oki_trace.records import Message, Role, Status, StepSummary
+from oki_trace.records import Message, Role, Status
 
 POLL_SECONDS = 0.3
 TITLE_LENGTH = 200
@@ -31,21 +34,23 @@ def page() -> None:
     opened = data.conversation(place.conversation) if place.conversation else None
     if place.conversation and opened is None:
         st.warning(f"There is no conversation {place.conversation} in this store.")
-    live = opened is not None and any(m.status.is_live for m in opened[1])
-    with st.sidebar:
-        st.fragment(sidebar.worker_card, run_every=1.0)()
-    sidebar.recent_conversations(place.conversation)
     if opened is None:
         _welcome(settings)
     else:
-        view = st.fragment(_view, run_every=POLL_SECONDS if live else None)
-        view(opened[0].id, settings, live)
+        _conversation(opened[0].id, opened[1], settings)
+    with st.sidebar:
+        st.fragment(sidebar.worker_card, run_every=1.0)()
+    sidebar.recent_conversations(place.conversation)
 
 
 def _input(settings: sidebar.Settings | None, conversation: int | None, *, live: bool) -> None:
     # Inside a container: at the page's root it would pin the page to its end.
-    with st.container():
-        said = st.chat_input("Message the model", key="message", disabled=live or not settings)
+    with st.container(key="say"):
+        said = st.chat_input(
+            "Message the model; it is answered next" if live else "Message the model",
+            key="message",
+            disabled=settings is None,
+        )
     if said and settings is not None:
         _send(said, settings, conversation)
 
@@ -74,70 +79,48 @@ def _welcome(settings: sidebar.Settings | None) -> None:
             if st.button(question, icon=":material/arrow_forward:", disabled=settings is None):
                 assert settings is not None
                 _send(question, settings, None)
-        st.caption(
-            "The built-in smollm2 (SmolLM2-135M-Instruct) needs no account; the first message "
-            "fetches it, 93 MB. Everything stays on this machine."
-        )
+        builtin = "The built-in smollm2 (SmolLM2-135M-Instruct) needs no account"
+        if not data.builtin_is_here():
+            builtin += "; the first message fetches it, 93 MB"
+        st.caption(f"{builtin}. Everything stays on this machine.")
 
 
-def _view(conversation_id: int, settings: sidebar.Settings | None, was_live: bool) -> None:
+def _conversation(
+    conversation_id: int, messages: Sequence[Message], settings: sidebar.Settings | None
+) -> None:
+    live = [m.id for m in messages if m.status.is_live]
+    with st.container(key="sides"):
+        left, right = st.columns([8, 5], gap="medium")
+    with left:
+        # What follows a reply under way is drawn with it, in the order it was said.
+        first = messages.index(next(m for m in messages if m.id == live[0])) if live else None
+        st.fragment(_said)(conversation_id, first)
+        if first is not None:
+            st.fragment(_under_way, run_every=POLL_SECONDS)(conversation_id, first, len(live))
+        _input(settings, conversation_id, live=bool(live))
+    with right, st.container(key="panel"):
+        st.fragment(step_panel.show)(conversation_id)
+    with left, st.container(key="map"):
+        st.fragment(reply_map.section)(conversation_id)
+
+
+def _said(conversation_id: int, end: int | None) -> None:
+    """The title and the messages up to the first that is under way."""
     opened = data.conversation(conversation_id)
     if opened is None:
         return
-    conversation, messages = opened
-    live = any(m.status.is_live for m in messages)
-    if was_live and not live:
-        st.rerun()  # the last token is here: stop polling
-    with st.container(key="sides"):
-        left, right = st.columns([8, 5], gap="medium")
-    replies = [m for m in messages if m.role is Role.ASSISTANT]
-    focus = _focus(replies)
-    with left:
-        _heading(conversation.title)
-        for message in messages:
-            if message.role is Role.ASSISTANT:
-                _reply(message, focus)
-            else:
-                label = "system" if message.role is Role.SYSTEM else ""
-                components.bubble(
-                    data={"text": message.content, "label": label}, key=f"said-{message.id}"
-                )
-        _input(settings, conversation_id, live=live)
-        with st.container(key="map"):
-            if focus is not None:
-                step_panel.reply_map(focus[0], focus[1], focus[2], _pick)
-    with right, st.container(key="panel"):
-        if focus is None:
-            st.caption("A token's step shows here.")
-        else:
-            step_panel.show(*focus)
+    _heading(opened[0].title)
+    for message in opened[1][:end]:
+        _message(message)
 
 
-Focus = tuple[Message, list[StepSummary], int]
-
-
-def _focus(replies: list[Message]) -> Focus | None:
-    """The reply and step in the panel: the address's, else where the last reply hesitated most.
-
-    While a reply is live and nothing is chosen, its newest token whose lens is
-    there is followed.
-    """
-    place = address.here()
-    begun = [m for m in replies if m.tokens]
-    if not begun:
-        return None
-    message = next((m for m in begun if m.id == place.message), begun[-1])
-    steps = data.steps(message)
-    if not steps:
-        return None
-    if place.message == message.id and place.step is not None:
-        index: int | None = min(place.step, len(steps) - 1)
-    elif message.status.is_live:
-        settled = [s.step_index for s in steps if s.settle_layer is not None]
-        index = settled[-1] if settled else steps[-1].step_index
-    else:
-        index = shapes.most_surprising(steps)
-    return message, steps, index or 0
+def _under_way(conversation_id: int, first: int, live: int) -> None:
+    """The replies under way, anew a few times a second; when one has ended, the whole page."""
+    opened = data.conversation(conversation_id)
+    if opened is None or sum(m.status.is_live for m in opened[1]) != live:
+        st.rerun()
+    for message in opened[1][first:]:
+        _message(message)
 
 
 def _heading(title: str) -> None:
@@ -158,33 +141,27 @@ def _heading(title: str) -> None:
         )
 
 
-def _reply(message: Message, focus: Focus | None) -> None:
-    focused = focus is not None and focus[0].id == message.id
-    steps = focus[1] if focus is not None and focused else data.steps(message)
-    key = f"reply-{message.id}"
+def _message(message: Message) -> None:
+    if message.role is not Role.ASSISTANT:
+        label = "system" if message.role is Role.SYSTEM else ""
+        components.bubble(data={"text": message.content, "label": label}, key=f"said-{message.id}")
+        return
+    steps = data.steps(message)
     components.reply(
-        key=key,
+        key=f"reply-{message.id}",
         data=shapes.reply_data(
             steps,
+            conversation=message.conversation_id,
+            message=message.id,
             colour=st.session_state.get("colour") or "surprisal",
             layers=message.capture.layers if message.capture else 0,
-            chosen=focus[2] if focus is not None and focused else None,
             live=message.status.is_live,
-            keys=focused,
             status=_status(message, len(steps)),
             bad=message.status in (Status.FAILED, Status.INTERRUPTED),
         ),
-        on_pick_change=lambda: _pick(message, st.session_state[key].pick),
     )
-    # Also when empty: so what follows stays the element it was, and keeps the focus.
-    with st.container():
-        if message.status.is_live:
-            _waiting(message)
-
-
-def _pick(message: Message, index: int | None) -> None:
-    if index is not None:
-        address.go(address.Place(message.conversation_id, message.id, int(index)))
+    if message.status.is_live:
+        _waiting(message)
 
 
 def _waiting(message: Message) -> None:
@@ -192,14 +169,17 @@ def _waiting(message: Message) -> None:
         if st.button("Stop", key=f"stop-{message.id}", icon=":material/stop_circle:"):
             data.stop(message)
         state = data.worker_state()
+        if state is None or state.state == "gone":
+            data.see_to_worker()
         if message.status is Status.QUEUED:
-            if state is None or state.state == "gone":
-                data.see_to_worker()
+            before = [waiting for waiting in data.waiting() if waiting < message.id]
+            if before:
+                some = "1 reply" if len(before) == 1 else f"{len(before)} replies"
+                st.caption(f"Queued: {some} before it.")
+            elif state is None or state.state in ("gone", "starting"):
                 st.caption("Starting the model's process…")
-            elif state.state == "loading":
-                st.caption("Waiting for the model to load…")
             else:
-                st.caption("Waiting for the reply before it…")
+                st.caption("Waiting for the model to load…")
         elif not message.tokens:
             begun = message.prompt_len is not None
             st.caption("Reading the prompt…" if begun else "Loading the model…")
@@ -211,7 +191,7 @@ def _status(message: Message, tokens: int) -> str:
     parts = [str(message.status)]
     if message.status is Status.STOPPED and message.reason not in (None, "", "stopped"):
         parts[0] += f" ({message.reason})"
-    parts.append(f"{tokens} tokens")
+    parts.append("1 token" if tokens == 1 else f"{tokens:,} tokens")
     if message.seconds:
         parts.append(f"{tokens / message.seconds:.1f} tokens/s")
     if not message.status.is_live:

@@ -1,58 +1,200 @@
-"""Conversations: browse and search the past ones."""
+"""Conversations: browse, search, rename, delete and export the past ones."""
 
 from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import streamlit as st
 
-from dashboard import data
+from dashboard import data, shapes
+from oki_trace.errors import OkiTraceError
+from oki_trace.records import Conversation, ConversationFilter, Status
 
 PAGE_SIZE = 50
+ANY = "any"
+STATUSES = (ANY, *(status.value for status in Status))
 
 
 def page() -> None:
     """Draw the page."""
     st.title("Conversations")
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        search = st.text_input(
-            "Search", key="search", placeholder="text in titles and messages", width=420
-        )
-        number = st.number_input("Page", 1, None, 1, key="page", width=120)
-    found = data.find(search.strip(), PAGE_SIZE, (int(number) - 1) * PAGE_SIZE)
-    if not found:
-        if search:
-            st.caption("Nothing found.")
-        elif number > 1:
-            st.caption("No conversations on this page.")
-        else:
-            st.caption("No conversations yet: begin one in Chat.")
+    search, by = _wanted()
+    total = data.count(search, by)
+    if not total:
+        narrowed = search or by != ConversationFilter()
+        st.caption("Nothing found." if narrowed else "No conversations yet: begin one in Chat.")
         return
+    pages = -(-total // PAGE_SIZE)
+    with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-head"):
+        some = "1 conversation" if total == 1 else f"{total:,} conversations"
+        st.caption(f"{some}, the one changed last first", width="stretch")
+        number = _page_number(pages)
+    found = data.find(search, by, PAGE_SIZE, (number - 1) * PAGE_SIZE)
+    # Above the table, where they do not move; what is ticked is known after it is drawn.
+    place = st.container()
+    chosen = _table(found)
+    with place:
+        actions(chosen)
+
+
+def _wanted() -> tuple[str, ConversationFilter]:
+    with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-filter"):
+        search = st.text_input(
+            "Search", key="search", placeholder="text in titles and messages", width=280
+        )
+        model = st.selectbox(
+            "Model", [ANY, *data.models_used()], key="of_model", accept_new_options=True, width=200
+        )
+        status = st.selectbox("Status", STATUSES, key="of_status", width=130)
+        since = st.date_input("Changed from", None, key="since", width=150)
+        until = st.date_input("to", None, key="until", width=150)
+    return (search or "").strip(), ConversationFilter(
+        model_id=None if model in (None, ANY) else model,
+        status=None if status == ANY else Status(status),
+        since=None if since is None else _midnight(since),
+        until=None if until is None else _midnight(until + dt.timedelta(days=1)),
+    )
+
+
+def _midnight(day: dt.date) -> dt.datetime:
+    """The beginning of a day on this machine."""
+    return dt.datetime.combine(day, dt.time()).astimezone()
+
+
+def _page_number(pages: int) -> int:
+    """The page chosen, of so many; a search may have left fewer than before."""
+    if pages == 1:
+        return 1
+    if (st.session_state.get("page") or 1) > pages:
+        st.session_state["page"] = pages
+    return int(st.number_input(f"Page of {pages:,}", 1, pages, key="page", width=130))
+
+
+def _table(found: Sequence[Conversation]) -> list[Conversation]:
+    """Draw the rows; returns those that are ticked. A click on a row's text opens it."""
+    totals = data.totals(found)
     frame = pd.DataFrame(
         {
             "id": [c.id for c in found],
             "title": [c.title for c in found],
-            "when": [c.updated_at for c in found],
+            "changed": [c.updated_at for c in found],
             "model": [", ".join(c.model_ids) for c in found],
             "messages": [c.messages for c in found],
             "tokens": [c.tokens for c in found],
+            "tokens/s": [totals[c.id].tokens_per_second for c in found],
+            "tensors": [totals[c.id].tensor_bytes / 1e6 for c in found],
             "status": [str(c.status) for c in found],
         }
     )
-    chosen = st.dataframe(
+    number = st.column_config.NumberColumn
+    seen = st.dataframe(
         frame,
         hide_index=True,
         on_select="rerun",
-        selection_mode="single-cell",
-        key="conversations",
+        selection_mode=["multi-row", "single-cell"],
+        # Ticks are by place: on other rows they must not stay.
+        key=f"conversations-{hash(tuple(c.id for c in found))}",
+        height="content" if len(found) < 12 else 560,
         column_config={
-            "id": st.column_config.NumberColumn(width="small"),
-            "title": st.column_config.TextColumn(width="medium"),
-            "when": st.column_config.DatetimeColumn(format="distance"),
+            "id": number(width=50),
+            "title": st.column_config.TextColumn(width="large"),
+            "changed": st.column_config.DatetimeColumn(format="distance", width=110),
+            "messages": number(width="small"),
+            "tokens": number(format="localized", width="small"),
+            "tokens/s": number(
+                format="%.1f", width="small", help="Over the replies whose time is known"
+            ),
+            "tensors": number(
+                format="%.1f MB", width="small", help="What the full tensors take in the store"
+            ),
         },
     )
-    cells = chosen.selection.cells
+    cells = seen.selection.cells
     if cells:
-        row = cells[0][0]
-        pages = st.session_state["pages"]
-        st.switch_page(pages["chat"], query_params={"conversation": str(found[row].id)})
-    st.caption("Click a row to open it.")
+        _open("chat", conversation=found[cells[0][0]].id)
+    return [found[row] for row in seen.selection.rows]
+
+
+def actions(chosen: Sequence[Conversation]) -> None:
+    """What can be done with the conversations that are ticked."""
+    if not chosen:
+        st.caption(
+            "Click a row to open it; tick its box to rename, export or delete it; "
+            "tick two to compare them."
+        )
+        return
+    one = chosen[0]
+    with st.container(horizontal=True, vertical_alignment="center", key="conversations-actions"):
+        if len(chosen) == 1:
+            if st.button("Open", icon=":material/open_in_new:", key="open"):
+                _open("chat", conversation=one.id)
+            _rename(one)
+            st.download_button(
+                "Export",
+                partial(_export, one.id),
+                f"conversation-{one.id}.json",
+                "application/json",
+                key="export",
+                on_click="ignore",
+                icon=":material/download:",
+                help="The conversation and all its traces, without tensors, as JSON",
+            )
+        if len(chosen) == 2:
+            _compare(chosen)
+        _delete(chosen)
+
+
+def _compare(chosen: Sequence[Conversation]) -> None:
+    replies = [data.last_reply(c.id) for c in chosen]
+    if st.button(
+        "Compare",
+        icon=":material/compare_arrows:",
+        key="compare",
+        disabled=None in replies,
+        help="One of them has no reply." if None in replies else "Their last replies, side by side",
+    ):
+        _open("compare", left=replies[0] or 0, right=replies[1] or 0)
+
+
+def _export(conversation_id: int) -> str:
+    return data.exported(conversation_id)
+
+
+def _rename(one: Conversation) -> None:
+    with st.popover("Rename", icon=":material/edit:"):
+        title = st.text_input("New title", one.title, key=f"title-{one.id}", width=360)
+        if st.button("Rename", key="rename", type="primary", disabled=not title.strip()):
+            _do(partial(data.rename, one.id, title.strip()))
+
+
+def _delete(chosen: Sequence[Conversation]) -> None:
+    with st.popover("Delete", icon=":material/delete:"):
+        tokens = sum(c.tokens for c in chosen)
+        what = "this conversation" if len(chosen) == 1 else f"{len(chosen)} conversations"
+        st.write(f"Delete {what} with {tokens:,} traced tokens? There is no way back.")
+        st.caption(
+            shapes.plain(
+                "\n".join(f"{c.id}  {shapes.clipped(c.title.strip(), 60)}" for c in chosen[:5])
+            )
+        )
+        if st.button("Delete for good", key="delete", type="primary"):
+            _do(*[partial(data.delete, c.id) for c in chosen])
+
+
+def _do(*all_of: partial[None]) -> None:
+    """Do it and draw the list anew, or say what stood in the way."""
+    try:
+        for one in all_of:
+            one()
+    except OkiTraceError as error:
+        st.error(shapes.sentence(str(error)))
+        return
+    st.rerun()
+
+
+def _open(name: str, **query: int) -> None:
+    pages = st.session_state["pages"]
+    st.switch_page(pages[name], query_params={key: str(value) for key, value in query.items()})

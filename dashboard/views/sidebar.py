@@ -6,7 +6,7 @@ from typing import get_args
 
 import streamlit as st
 
-from dashboard import address, data
+from dashboard import address, data, shapes
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode, WorkerState
@@ -104,7 +104,7 @@ def worker_card() -> None:
         st.badge(label, color=colour)  # type: ignore[arg-type]
         text = _detail(state)
         if text:
-            st.caption(_plain(text))
+            st.caption(shapes.plain(text))
         if state.state == "loading" and state.progress is not None:
             st.progress(min(max(state.progress, 0.0), 1.0))
 
@@ -120,30 +120,17 @@ def recent_conversations(current: int | None) -> None:
     found = data.recent()
     if not found:
         return
-    with st.sidebar:
+    with st.sidebar, st.container(key="recent", gap=None):
         st.caption("Recent")
-        with st.container(key="recent", gap=None):
-            for c in found:
-                chosen = c.id == current
-                label = _plain(c.title[:60].strip()) or "Untitled"
-                if st.button(
-                    f"**{label}**" if chosen else label,
-                    key=f"open-{c.id}",
-                    type="tertiary",
-                    width="stretch",
-                    help=f"{c.tokens:,} tokens · {c.status}",
-                ):
-                    address.go(address.Place(c.id))
-                    st.rerun()
-
-
-def _plain(text: str) -> str:
-    """``text`` with what Markdown would read as its own escaped.
-
-    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
-    a joiner, which is not seen, keeps their characters apart.
-    """
-    return "".join(f"\\{c}\u2060" if c in _MARKDOWN else c for c in text)
-
-
-_MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")
+        for c in found:
+            chosen = c.id == current
+            label = shapes.plain(c.title[:60].strip()) or "Untitled"
+            if st.button(
+                f"**{label}**" if chosen else label,
+                key=f"open-{c.id}",
+                type="tertiary",
+                width="stretch",
+                help=f"{c.tokens:,} tokens · {c.status}",
+            ):
+                address.go(address.Place(c.id))
+                st.rerun()

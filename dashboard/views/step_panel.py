@@ -1,30 +1,102 @@
-"""One step of a reply: what was considered, what was looked at, what each layer would have said."""
+"""One step of a reply: what was considered, what was looked at, what each layer would have said.
+
+It is a part of the page that is drawn by itself; its head (``components.facts``)
+is where a click on any token of the page arrives.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import charts, components, data, shapes
-from oki_trace.records import CaptureReport, Message, Step, StepSummary
+from dashboard import address, attention_shapes, charts, components, data, lens_shapes, shapes
+from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
-MAP_STEPS = 12
+Focus = tuple[Message, list[StepSummary], int]
+
+TABLES = ("tokens", "changes")
 
 
-def show(message: Message, steps: Sequence[StepSummary], index: int) -> None:
-    """Draw the panel for step ``index`` of ``message``."""
-    step = data.step(message, index)
-    if step is None or message.capture is None:
-        st.caption("This step is not in the store yet.")
+def focus(conversation_id: int) -> Focus | None:
+    """The reply and step to show: the address's, else where the last reply hesitated most.
+
+    While a reply is live and nothing is chosen, its newest token whose lens is
+    there is followed.
+    """
+    place = address.here()
+    opened = data.conversation(conversation_id)
+    begun = [m for m in opened[1] if m.role is Role.ASSISTANT and m.tokens] if opened else []
+    if not begun:
+        return None
+    message = next((m for m in begun if m.id == place.message), begun[-1])
+    steps = data.steps(message)
+    if not steps:
+        return None
+    if place.message == message.id and place.step is not None:
+        return message, steps, min(place.step, len(steps) - 1)
+    pick = shapes.newest if message.status.is_live else shapes.most_surprising
+    return message, steps, pick(steps) or 0
+
+
+def show(conversation_id: int) -> None:
+    """Draw the panel."""
+    found = focus(conversation_id)
+    step = data.step(found[0], found[2]) if found else None
+    capture = found[0].capture if found else None
+    if found is None or step is None or capture is None:
+        head(shapes.NO_STEP)
+        st.caption("A token's step shows here.")
         return
-    components.facts(data=shapes.facts_data(step, steps[index], len(steps)), key="facts")
+    message, steps, index = found
+    head(
+        shapes.facts_data(
+            step,
+            steps[index],
+            len(steps),
+            conversation=conversation_id,
+            message=message.id,
+            following=message.status.is_live and address.here().step is None,
+        )
+    )
     st.markdown("#### Considered")
     components.bars(data=shapes.bars_data(step), key="bars")
-    st.markdown("#### Evidence")
-    _evidence(message, message.capture, steps, step)
-    st.markdown("#### Logit Lens")
-    _lens(message, message.capture, step)
+    st.caption(shapes.plain(shapes.decision(step, message.generation)))
+    effects = shapes.effects(step)
+    if effects:
+        # Narrow, so that all of it is seen: the panel is a column of the page.
+        widths = dict(zip(effects[0], (120, 70, 70, 70), strict=True))
+        st.dataframe(
+            effects,
+            hide_index=True,
+            key="effects",
+            height="content",
+            width="content",
+            column_config={name: {"width": width} for name, width in widths.items()},
+        )
+    _evidence(message, capture, steps, step)
+    _lens(message, capture, step)
+
+
+def head(shown: shapes.Json) -> None:
+    """The token and its numbers; every click on a token of the page arrives here."""
+    components.facts(
+        data=shown,
+        key="facts",
+        on_pick_change=_picked,
+        on_refresh_change=lambda: None,  # that it is drawn anew is all
+    )
+
+
+def _picked() -> None:
+    chosen = st.session_state["facts"].pick
+    if chosen:
+        address.go(
+            address.Place(*(int(chosen[name]) for name in ("conversation", "message", "step")))
+        )
+
+
+# ------------------------------------------------------------------------ evidence
 
 
 def _evidence(
@@ -32,89 +104,171 @@ def _evidence(
 ) -> None:
     prompt = data.prompt(message)
     if step.evidence is None or prompt is None:
-        st.caption(f"Attention: {capture.evidence_provenance}.")
+        st.markdown("#### Evidence")
+        st.caption(shapes.sentence(f"Attention: {capture.evidence_provenance}"))
         return
-    tensor = data.attentions(message, step.step_index)
-    final = step.attention[-1].layer
-    layer, head, no_sink = final, "mean", True
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        layers = [a.layer for a in reversed(step.attention)]
-        layer = st.selectbox(
-            "Layer",
-            layers,
-            format_func=lambda n: f"{n} (final)" if n == final else str(n),
-            key="evidence_layer",
-            width=120,
-        )
-        if tensor is not None:
-            heads = ["mean", "max", *map(str, range(tensor.array.shape[1]))]
-            head = st.selectbox("Head", heads, key="evidence_head", width=110)
-        no_sink = st.toggle(
-            "Leave out the first token",
-            value=True,
-            key="no_sink",
-            help="Models park attention they have no use for on the first token (a sink).",
-        )
-    layer = layer if layer in [a.layer for a in step.attention] else final
-    if tensor is not None:
-        weights = shapes.positions(*data.full_weights(tensor, layer, head))
+    count = data.head_count(message, step.step_index)
+    with st.container(horizontal=True, vertical_alignment="center", key="evidence-head"):
+        st.markdown("#### Evidence", width="content")
+        layer = layer_of([one.layer for one in step.attention])
+        which = head_of(count)
+    park = leave_out()
+    if which == attention_shapes.MEAN:
+        weights = attention_shapes.kept_row(step, layer)
     else:
-        kept = next(a for a in step.attention if a.layer == layer)
-        pairs = zip(kept.positions.tolist(), kept.weights.tolist(), strict=True)
-        weights = dict(pairs)
-    first = shapes.figure(100 * weights.get(0, 0.0), 0, "%")
+        tensor = data.attentions(message, step.step_index)
+        assert tensor is not None
+        weights = attention_shapes.positions(*attention_shapes.full_row(tensor, layer, which))
+    seen = [s for s in steps if s.position < step.position]
+    found = attention_shapes.evidence(
+        weights,
+        attention_shapes.parked(prompt, seen) if park else (),
+        scale=which != attention_shapes.MAXIMUM,
+    )
     components.evidence(
-        data=shapes.evidence_data(
-            prompt, steps, step.position, weights, left_out=0 if no_sink else None
-        ),
+        data={
+            **attention_shapes.evidence_data(prompt, steps, step.position, found),
+            "step": step.step_index,
+        },
         key="evidence",
     )
-    notes = [f"First token, left out: {first} of the attention." if no_sink else ""]
-    if tensor is None:
-        notes.append(f"Only the {len(weights)} most attended positions were kept.")
-    notes.append("Attention shows where the model looked, not why.")
-    st.caption(" ".join(note for note in notes if note))
+    notes = attention_shapes.notes(found, which, len(weights), count)
+    if capture.attention_check is not None:
+        notes = f"{notes} Attention check {capture.attention_check:.0e}."
+    st.caption(notes)
+
+
+def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
+    """The layer to look at, as chosen; the final one with attention at first."""
+    final = offered[-1]
+    return st.selectbox(
+        "Layer",
+        list(reversed(offered)),
+        format_func=lambda n: f"layer {n} (final)" if n == final else f"layer {n}",
+        key=key,
+        label_visibility="collapsed",
+        width=140,
+    )
+
+
+def head_of(count: int | None, key: str = "evidence_head") -> str:
+    """The head to look at, as chosen, of what was kept."""
+    offered = attention_shapes.heads(count)
+    return st.selectbox(
+        "Head",
+        offered,
+        key=key,
+        label_visibility="collapsed",
+        width=150,
+        disabled=count is None,
+        help="Single heads and the maximum need the full tensors, which were not kept."
+        if count is None
+        else None,
+    )
+
+
+def leave_out(key: str = "no_sink") -> bool:
+    """Whether to leave out what attention is parked on."""
+    return st.toggle(
+        "Leave out the first token and the chat template",
+        value=True,
+        key=key,
+        help="Models park attention they have no use for on the first token (a sink) and on "
+        "special tokens. What is left is scaled so that it adds up to 1.",
+    )
+
+
+# ---------------------------------------------------------------------------- lens
 
 
 def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
+    with st.container(horizontal=True, vertical_alignment="center", key="lens-head"):
+        st.markdown("#### Logit Lens", width="content")
+        if step.lens is None:
+            view = None
+        else:
+            view = st.segmented_control(
+                "Show",
+                TABLES,
+                default="tokens",
+                required=True,
+                key="lens_view",
+                label_visibility="collapsed",
+            )
     if step.lens is None:
         if not capture.logit_lens_available:
-            st.caption(f"Not available: {capture.lens_reason}.")
+            st.caption(shapes.sentence(f"Not available: {capture.lens_reason}"))
         elif message.status.is_live:
             st.caption("A few steps behind; it comes before the reply ends.")
         else:
             st.caption("The reply ended before this step's lens was computed.")
         return
-    components.lens(data=shapes.lens_data(step, step.lens), key="lens")
-    check = "" if capture.lens_check is None else f" Lens check {capture.lens_check:.0e}."
+    pinned: list[str] = st.session_state.get("pins") or []
+    if view == "changes":
+        components.changes(
+            data={**lens_shapes.changes_data(step, step.lens), "step": step.step_index},
+            key="changes",
+        )
+        st.caption(
+            "Probability at a layer less that at the layer before it. With ≥ or ≤ the token is "
+            "among the kept ones of only one of the two, and the change is at least that large."
+        )
+    else:
+        components.lens(
+            data={**lens_shapes.lens_data(step, step.lens, pinned), "step": step.step_index},
+            key="lens",
+            on_pin_change=_pin,
+        )
+        check = "" if capture.lens_check is None else f" Lens check {capture.lens_check:.0e}."
+        st.caption(
+            "What the model would say if a layer were its last, through its own final norm and "
+            f"head. Early layers often give nonsense.{check}"
+        )
+    _curves(step)
+
+
+def _pin() -> None:
+    """Pin the token that was clicked, or let it go."""
+    label = st.session_state["lens"].pin
+    if label is None:
+        return
+    pins = list(st.session_state.get("pins") or [])
+    st.session_state["pins"] = [p for p in pins if p != label] if label in pins else [*pins, label]
+
+
+def _curves(step: Step) -> None:
+    assert step.lens is not None
+    with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
+        st.markdown("#### Through the layers", width="content")
+        curve = st.segmented_control(
+            "Curve",
+            lens_shapes.CURVES,
+            default="rank",
+            required=True,
+            key="curve",
+            label_visibility="collapsed",
+        )
+    if curve == "entropy and KL":
+        st.altair_chart(charts.by_layer(lens_shapes.by_layer(step.lens)), key="by_layer")
+        st.caption(
+            "In nats. KL is how far the final distribution is from what the layer would have said."
+        )
+        return
+    kept: list[str] = st.session_state.get("pins") or []
+    pinned = st.multiselect(
+        "Pinned tokens",
+        list(dict.fromkeys([*kept, *lens_shapes.pinnable(step, step.lens)])),
+        key="pins",
+        placeholder="Pin a token: type it, or click it above",
+        label_visibility="collapsed",
+        accept_new_options=True,
+    )
+    rows = lens_shapes.curves(step, step.lens, pinned)
+    st.altair_chart(
+        charts.trajectories(rows, "rank" if curve == "rank" else "prob"), key="trajectory"
+    )
+    k = step.lens.probs.shape[1]
     st.caption(
-        "What the model would say if a layer were its last, through its own final norm and head; "
-        f"#n is the chosen token's rank there.{check}"
+        f"The chosen token is known at every layer; of others the {k} likeliest of each layer "
+        "were kept, and where they are not among them there is a gap."
     )
-    st.altair_chart(charts.trajectory(step.lens, shapes.visible(step.token)), key="trajectory")
-
-
-def reply_map(
-    message: Message,
-    steps: Sequence[StepSummary],
-    index: int,
-    pick: Callable[[Message, int | None], None],
-) -> None:
-    """The lens over the reply, a window of steps around the chosen one."""
-    if message.capture is None or not message.capture.logit_lens_available:
-        return
-    if message.status.is_live:
-        return  # it would be drawn anew with every token
-    if not st.toggle("Reply map: what each layer would have said", value=True, key="show_map"):
-        return
-    first = index // MAP_STEPS * MAP_STEPS
-    end = min(first + MAP_STEPS, len(steps))
-    layers = range(message.capture.layers, -1, -1)
-    key = "reply-map"
-    components.reply_map(
-        key=key,
-        data=shapes.map_data(data.step_range(message, first, end), layers, index),
-        on_pick_change=lambda: pick(message, st.session_state[key].pick),
-    )
-    if len(steps) > MAP_STEPS:
-        st.caption(f"Steps {first + 1} to {end} of {len(steps)}: the map follows the chosen token.")

@@ -1,4 +1,4 @@
-"""Store: where the traces are and how much room they take."""
+"""Store: where the traces are, how much room they take and for what."""
 
 from __future__ import annotations
 
@@ -13,14 +13,25 @@ def page() -> None:
     info = data.info()
     st.code(info.url, language=None)
     tiles = (
-        ("Size", f"{info.bytes / 1e6:,.1f} MB"),
-        ("Full tensors", f"{info.tensor_bytes / 1e6:,.1f} MB"),
-        ("A token takes", f"{info.bytes / info.steps / 1e3:,.0f} kB" if info.steps else "–"),
-        ("Conversations", f"{info.conversations:,}"),
-        ("Messages", f"{info.messages:,}"),
-        ("Steps", f"{info.steps:,}"),
+        ("On disk", _size(info.bytes), "All the store's files"),
+        ("Rows", _size(info.row_bytes), "Tokens, candidates, attention and lens"),
+        ("Full tensors", _size(info.tensor_bytes), "Logits, hidden states and attention"),
+        ("Log", _size(info.log_bytes), "Repeats some of the data until it is folded in"),
+        ("Free", _size(info.free_bytes), "Left by what was deleted; used again"),
+        ("A token's rows", _size(info.row_bytes_per_token), "On average"),
+        ("A token's tensors", _size(info.tensor_bytes_per_token), "Of tokens that have them"),
+        ("Conversations", f"{info.conversations:,}", None),
+        ("Messages", f"{info.messages:,}", None),
+        ("Steps", f"{info.steps:,}", None),
     )
-    for start in (0, 3):
-        for column, (name, value) in zip(st.columns(3), tiles[start : start + 3], strict=True):
-            column.metric(name, value, border=True)
+    with st.container(horizontal=True):
+        for name, value, meaning in tiles:
+            st.metric(name, value, border=True, help=meaning, width=200)
     st.caption(f"Schema {info.schema}.")
+
+
+def _size(count: float) -> str:
+    """A number of bytes as people say it."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.1f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

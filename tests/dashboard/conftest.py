@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+from browsers import NoBrowser, launch
 from explorers import HOME, ROOT, Explorer, free_port, start
 from stories import Stories, tell
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Playwright
+    from playwright.sync_api import Browser, Page
+    from screens import Witness
 
 # As Home.py does: an installed wheel has the pages elsewhere.
 sys.path.insert(0, str(ROOT))
 
-QUIET = (
-    "--no-sandbox",  # a container's root may not make one
-    "--disable-gpu",
-    "--no-first-run",
-    # What the browser itself would like to fetch.
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-)
-NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
-INSTALL = (
-    "Install one with `apt-get install chromium` or `python -m playwright install chromium`, or "
-    "set OKI_TRACE_CHROMIUM to the path of a Chromium, Chrome or Edge."
-)
 
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """A Chromium that is installed here, with a new profile."""
     try:
@@ -45,36 +30,15 @@ def browser() -> Iterator[Browser]:
     except ModuleNotFoundError:
         _no_browser("Playwright is not installed: run `pip install playwright`.")
     with sync_playwright() as playwright:
-        browser = _launch(playwright)
+        try:
+            browser = launch(playwright)
+        except NoBrowser as error:
+            _no_browser(str(error))
         yield browser
         browser.close()
 
 
-def _launch(playwright: Playwright) -> Browser:
-    from playwright.sync_api import Error
-
-    chromium = playwright.chromium
-    named = os.environ.get("OKI_TRACE_CHROMIUM")
-    if named:  # this one and no other: an error here is the answer
-        return chromium.launch(executable_path=named, args=QUIET)
-    paths = [path for name in NAMES if (path := shutil.which(name))]
-    tries: list[Callable[[], Browser]] = [
-        *[lambda path=path: chromium.launch(executable_path=path, args=QUIET) for path in paths],
-        # Where installers put them on macOS and Windows, and Playwright's own.
-        lambda: chromium.launch(channel="chrome", args=QUIET),
-        lambda: chromium.launch(channel="msedge", args=QUIET),
-        lambda: chromium.launch(args=QUIET),
-    ]
-    errors = []
-    for launch in tries:
-        try:
-            return launch()
-        except Error as error:
-            errors.append(error.message.splitlines()[0])
-    return _no_browser(f"No Chromium could be started. {INSTALL} Tried: {'; '.join(errors)}")
-
-
-def _no_browser(why: str) -> Browser:
+def _no_browser(why: str) -> NoReturn:
     if os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
         pytest.fail(why)
     pytest.skip(why)
@@ -113,6 +77,37 @@ def stories(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Stor
 def told(run_explorer: Callable[..., Explorer], stories: Stories) -> Explorer:
     """An explorer on the store of ``stories``, to look at."""
     return run_explorer(stories.db)
+
+
+@pytest.fixture
+def witness() -> Witness:
+    from screens import Witness
+
+    return Witness()
+
+
+@pytest.fixture
+def browse(browser: Browser, witness: Witness) -> Iterator[Callable[..., Page]]:
+    """Opens an address in a window of its own.
+
+    Whatever a test does there, no request may leave the machine and nothing may
+    complain in the browser's console.
+    """
+    with ExitStack() as contexts:
+
+        def open_page(address: str, width: int = 1440, height: int = 1000) -> Page:
+            context = browser.new_context(viewport={"width": width, "height": height})
+            contexts.callback(context.close)
+            context.set_default_timeout(30_000)
+            witness.watch(context)
+            page = context.new_page()
+            page.goto(address)
+            page.get_by_test_id("stAppViewContainer").wait_for()
+            return page
+
+        yield open_page
+    assert witness.abroad() == []
+    assert witness.complaints == []
 
 
 @pytest.fixture

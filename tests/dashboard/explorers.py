@@ -8,34 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import psutil
 
 from oki_trace import worker
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / "dashboard" / "Home.py"
-
-# Two cores have to do for the browser, the server and the model.
-SECONDS = 90.0
-
-T = TypeVar("T")
-
-
-def eventually(what: str, ask: Callable[[], T], seconds: float = SECONDS) -> T:
-    """The first true answer of ``ask``; fails when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while not (answer := ask()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s: {what} (last: {answer!r})")
-        time.sleep(0.05)
-    return answer
 
 
 def free_port() -> int:
@@ -115,7 +99,7 @@ def start(command: Sequence[str], db: str, port: int, output: Path, cwd: Path = 
         )
     explorer = Explorer(db, port, process, output)
     try:
-        eventually("the explorer answers", lambda: _answers(explorer))
+        until(lambda: _answers(explorer), "the explorer to answer")
     except BaseException:
         for one in reversed(explorer.family()):
             one.kill()

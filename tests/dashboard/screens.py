@@ -6,17 +6,22 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from explorers import eventually
+from explorers import Explorer
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from dashboard import shapes
+from dashboard.shapes import figure
 from oki_trace.records import Step
+from oki_trace.visible import visible
+from tests.waiting import until
 
 Panel = dict[str, Any]
 
 LOCAL = {"data", "blob", "about"}
 # On a page below the root Streamlit asks there for its server first.
 PROBES = ("/_stcore/health", "/_stcore/host-config")
+
+# What a page has to show is waited for, also on a machine with other work.
+expect.set_options(timeout=30_000)
 
 
 @dataclass
@@ -77,9 +82,7 @@ def progress(page: Page) -> tuple[int, bool]:
 def wait_for_tokens(page: Page, at_least: int) -> int:
     """Wait until the last reply has so many tokens; returns how many it then has."""
     page.locator(".root.reply .token").first.wait_for(timeout=90_000)
-    return eventually(
-        f"{at_least} tokens", lambda: n if (n := progress(page)[0]) >= at_least else 0
-    )
+    return until(lambda: n if (n := progress(page)[0]) >= at_least else 0, f"{at_least} tokens")
 
 
 def watch_to_the_end(page: Page) -> list[int]:
@@ -93,7 +96,7 @@ def watch_to_the_end(page: Page) -> list[int]:
             seen.append(count)
         return not live
 
-    eventually("the end of the reply", ended)
+    until(ended, "the end of the reply")
     return seen
 
 
@@ -113,7 +116,8 @@ def status(page: Page) -> str:
 
 def place(page: Page) -> dict[str, int]:
     """What the address says is open."""
-    query = parse_qs(urlsplit(page.url).query)
+    # Asked of the page: what Playwright knows is as old as its last call.
+    query = parse_qs(page.evaluate("location.search").removeprefix("?"))
     return {name: int(values[0]) for name, values in query.items()}
 
 
@@ -123,12 +127,12 @@ def panel(page: Page) -> Panel:
     names = facts.locator("dt").all_text_contents()
     values = facts.locator("dd").all_text_contents()
     rows = page.locator(".root.bars .row:not(.head)").all()
-    layers = page.locator(".root.lens tr").all()
+    layers = page.locator(".root.lens tbody tr").all()
     return {
         "where": facts.locator(".where span").first.text_content(),
         "what": facts.locator(".what").text_content(),
         "facts": dict(zip(names, values, strict=True)),
-        "considered": [tuple(row.locator("span").all_text_contents()[:2]) for row in rows],
+        "considered": [tuple(row.locator("[role=cell]").all_text_contents()[:2]) for row in rows],
         "lens": [_layer(row.locator("td, .pair span").all_text_contents()) for row in layers],
         "settled": page.locator(".root.lens tr.settled td").first.text_content()
         if page.locator(".root.lens tr.settled").count()
@@ -148,23 +152,24 @@ def expected_panel(step: Step, total: int) -> Panel:
     settled = lens.settle_layer
     return {
         "where": f"step {step.step_index + 1} of {total} · position {step.position}",
-        "what": shapes.visible(step.token),
+        "what": visible(step.token),
         "facts": {
-            "prob": f"{step.prob:.3f}",
-            "rank": str(step.rank),
-            "surprisal": f"{-step.logprob:.2f} nats",
-            "entropy": f"{step.entropy:.2f} nats",
+            "prob": figure(step.prob, 3),
+            "rank": f"{step.rank:,}",
+            "surprisal": figure(-step.logprob, 2, " nats"),
+            "entropy": figure(step.entropy, 2, " nats"),
+            "margin": figure(step.margin, 3),
             "settled": "–" if settled is None else f"layer {settled}",
         },
         "considered": [
-            (shapes.visible(token), f"{prob:.3f}")
+            (visible(token), figure(prob, 3))
             for token, prob in zip(step.topk.tokens, step.topk.probs.tolist(), strict=True)
         ],
         "lens": [
             (
                 str(layer),
-                shapes.visible(lens.tokens[layer][0]),
-                f"{lens.probs[layer, 0]:.2f}",
+                visible(lens.tokens[layer][0]),
+                figure(float(lens.probs[layer, 0]), 2),
                 f"#{lens.chosen_rank[layer]:,}",
             )
             for layer in range(len(lens.tokens) - 1, -1, -1)
@@ -177,7 +182,21 @@ def wait_for_panel(page: Page, step: Step, total: int) -> None:
     """Wait until the panel shows this step; its parts come one after another."""
     wanted = expected_panel(step, total)
     page.locator(".root.lens tr").first.wait_for()
-    eventually(f"step {step.step_index + 1} in the panel", lambda: panel(page) == wanted, 20)
+    until(lambda: panel(page) == wanted, f"step {step.step_index + 1} in the panel", seconds=20)
+
+
+def of(explorer: Explorer, reply: tuple[int, int], step: int | None = None) -> str:
+    """The address of a reply, or of one step of it."""
+    conversation, message = reply
+    query = f"?conversation={conversation}&message={message}"
+    return explorer.url + query + ("" if step is None else f"&step={step}")
+
+
+def chosen(page: Page) -> int:
+    """The index of the token that is marked as chosen."""
+    index = page.locator(".root.reply .token.chosen").get_attribute("data-index")
+    assert index is not None
+    return int(index)
 
 
 def overflow(page: Page) -> list[str]:

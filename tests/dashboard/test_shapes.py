@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from stories import without_numbers
 
-from dashboard import shapes
-from oki_trace.records import Lens, Prompt, Step, StepSummary
+from dashboard import lens_shapes, shapes
+from oki_trace.records import Step, StepSummary
 
 LAYERS = 3
 
@@ -44,11 +44,11 @@ def summary(index: int = 0, token: str = " the", **values: Any) -> StepSummary:
 
 def reply(steps: Sequence[StepSummary], **values: Any) -> shapes.Json:
     given: dict[str, Any] = {
+        "conversation": 1,
+        "message": 2,
         "colour": "surprisal",
         "layers": LAYERS,
-        "chosen": None,
         "live": False,
-        "keys": False,
         "status": "complete",
         "bad": False,
     }
@@ -56,29 +56,6 @@ def reply(steps: Sequence[StepSummary], **values: Any) -> shapes.Json:
 
 
 # ------------------------------------------------------------------------ texts
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"),
-    [
-        (" the", "␣the"),
-        ("the", "the"),
-        ("\n", "⏎"),
-        ("a\t b", "a⇥␣b"),
-        ("", "∅"),
-        ("\u202eabc", "<U+202E>abc"),
-        ("\x1b[31m", "<U+001B>[31m"),
-        ("\x00", "<U+0000>"),
-        ("\u200b", "<U+200B>"),
-        ("\u00a0", "<U+00A0>"),
-        ("\u2028", "<U+2028>"),
-        ("\ud800", "<U+D800>"),
-        ("<b>&amp;", "<b>&amp;"),
-        ("é🙂字", "é🙂字"),
-    ],
-)
-def test_visible_shows_what_cannot_be_seen(token: str, shown: str) -> None:
-    assert shapes.visible(token) == shown
 
 
 def bytewise(*parts: bytes) -> list[StepSummary]:
@@ -136,11 +113,11 @@ def test_margin_is_darkest_at_a_tie() -> None:
     assert (low, high) == ("1", "0 (a near tie)")
 
 
-def test_settle_layer_is_darkest_at_the_last_and_absent_without_a_lens() -> None:
-    steps = [summary(0, settle_layer=0), summary(1, settle_layer=3), summary(2, settle_layer=None)]
-    shades, _, high = shapes.scale(steps, "settle layer", LAYERS)
-    assert shades == [0.0, 1.0, None]
-    assert high == "3"
+def test_settle_layer_is_shaded_from_the_replys_own_lowest() -> None:
+    steps = [summary(0, settle_layer=1), summary(1, settle_layer=3), summary(2, settle_layer=None)]
+    assert shapes.scale(steps, "settle layer", LAYERS) == ([0.0, 1.0, None], "layer 1", "3")
+    alike = [summary(0, settle_layer=3), summary(1, settle_layer=3)]
+    assert shapes.scale(alike, "settle layer", LAYERS)[0] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("colour", shapes.COLOURS)
@@ -170,13 +147,13 @@ def test_no_steps_have_no_shades(colour: shapes.Colour) -> None:
 
 def test_reply_gives_each_token_its_text_shade_and_numbers() -> None:
     steps = [summary(0, "The", logprob=-1.0), summary(1, " cat", logprob=-2.0, rank=7)]
-    data = reply(steps, chosen=1, live=True, keys=True, status="running")
+    data = reply(steps, live=True, status="running")
     assert [t["text"] for t in data["tokens"]] == ["The", " cat"]
     assert [t["value"] for t in data["tokens"]] == [0.5, 1.0]
     assert not any(t["mark"] for t in data["tokens"])
     assert "rank 7" in data["tokens"][1]["title"]
     assert "surprisal 2.00 nats" in data["tokens"][1]["title"]
-    assert (data["chosen"], data["live"], data["keys"]) == (1, True, True)
+    assert (data["conversation"], data["message"], data["live"]) == (1, 2, True)
     assert (data["name"], data["low"], data["high"]) == ("surprisal", "0", "2.0 nats")
     assert data["status"] == "running"
 
@@ -228,6 +205,7 @@ def test_facts_are_the_numbers_of_the_step(rng: np.random.Generator) -> None:
         "rank": "3",
         "surprisal": "2.08 nats",
         "entropy": "2.50 nats",
+        "margin": f"{step.margin:.3f}",
         "settled": "layer 1",
     }
 
@@ -264,134 +242,55 @@ def test_bars_show_what_sampling_removed(rng: np.random.Generator) -> None:
     assert [row["sampled"] for row in data["rows"]] == [1.0, *[0.0] * 9]
 
 
-# ---------------------------------------------------------------------- evidence
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.000"), (0.0004, "<0.001"), (0.0006, "0.001"), (1.0, "1.000"), (float("nan"), "–")],
+)
+def test_a_figure_is_never_nought_for_what_is_not(value: float, shown: str) -> None:
+    assert shapes.figure(value, 3) == shown
 
 
-def prompt() -> Prompt:
-    return Prompt(
-        text="<s>user: hi</s>",
-        token_ids=(0, 1, 2, 3),
-        tokens=("<s>", "user:", " hi", "</s>"),
-        segments=("template", "template", "user", "template"),
-    )
+def test_the_newest_step_is_the_last_with_a_lens() -> None:
+    steps = [summary(0), summary(1), summary(2, settle_layer=None)]
+    assert shapes.newest(steps) == 1
+    assert shapes.newest(steps[2:]) == 2
+    assert shapes.newest([]) is None
 
 
-def said() -> list[StepSummary]:
-    """A reply to ``prompt()``: its first token stands at position 4."""
-    return [summary(i, text, position=4 + i) for i, text in enumerate((" one", " two", " three"))]
-
-
-def test_evidence_is_what_the_model_saw_and_no_more() -> None:
-    """A token at position p was chosen from what stands before p."""
-    for steps_seen, position in ((0, 4), (1, 5), (2, 6)):
-        data = shapes.evidence_data(prompt(), said(), position, {})
-        assert len(data["pieces"]) == position
-        kinds = [piece["kind"] for piece in data["pieces"]]
-        assert kinds == ["template", "template", "user", "template", *["reply"] * steps_seen]
-        assert data["seam"] == 4
-
-
-def test_evidence_puts_each_weight_on_its_position() -> None:
-    data = shapes.evidence_data(prompt(), said(), 6, {2: 0.1, 5: 0.4})
-    assert [piece["value"] for piece in data["pieces"]] == [0, 0, 0.25, 0, 0, 1.0]
-    assert "hi" in data["pieces"][2]["text"]
-    assert "two" in data["pieces"][5]["text"]
-    assert "position 5" in data["pieces"][5]["title"]
-    assert "0.4000" in data["pieces"][5]["title"]
-
-
-def test_evidence_without_weights_is_plain_text() -> None:
-    pieces = shapes.evidence_data(prompt(), said(), 4, {})["pieces"]
-    assert [piece["value"] for piece in pieces] == [0, 0, 0, 0]
-
-
-def test_a_weight_on_a_line_end_can_be_seen() -> None:
-    """A line end alone has no width to be shaded."""
-    broken = replace(prompt(), tokens=("<s>", "user:", "\n", "</s>"))
-    piece = shapes.evidence_data(broken, said(), 4, {2: 1.0})["pieces"][2]
-    assert piece["text"].endswith("\n")
-    assert piece["text"].strip()
-
-
-def test_positions_counts_from_the_offset() -> None:
-    weights = np.array([0.0, 0.25, 0.75], dtype=np.float32)
-    assert shapes.positions(weights, 10) == {11: 0.25, 12: 0.75}
-
-
-# -------------------------------------------------------------------------- lens
-
-
-def settling(rng: np.random.Generator, ranks: Sequence[int]) -> Lens:
-    return replace(builders.lens(0, rng, layers=LAYERS), chosen_rank=np.array(ranks))
-
-
-def test_lens_has_the_last_layer_on_top(rng: np.random.Generator) -> None:
+def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
-    lens = settling(rng, [9, 1_234, 1, 1])
-    data = shapes.lens_data(step, lens)
-    assert [row["layer"] for row in data["rows"]] == [3, 2, 1, 0]
-    assert [row["rank"] for row in data["rows"]] == [1, 1, 1234, 9]
-    assert [row["settled"] for row in data["rows"]] == [False, True, False, False]
-    for row in data["rows"]:
-        layer = row["layer"]
-        count = len(row["cells"])
-        assert 1 <= count <= 5
-        assert [c["prob"] for c in row["cells"]] == lens.probs[layer, :count].tolist()
-        shown = [shapes.visible(t) for t in lens.tokens[layer][:count]]
-        assert [c["text"] for c in row["cells"]] == shown
+    told = shapes.decision(step, builders.generation())
+    assert told.startswith("Drawn: it had 0.500 among 12 tokens, and noise +2.25 kept it above ")
+    assert told.endswith("Greedy would have said “␣greedy”.")
+    assert [row["setting"] for row in shapes.effects(step)] == [
+        "the model itself",
+        "temperature 0.7",
+        "top-p 0.9",
+    ]
+    beams = replace(builders.generation(), replaced=("beam search",))
+    assert shapes.decision(step, beams).endswith("The reply was sampled in place of beam search.")
 
 
-def test_lens_marks_the_chosen_token_by_its_id(rng: np.random.Generator) -> None:
-    """Two tokens may read the same."""
-    lens = replace(
-        settling(rng, [1, 1, 1, 1]),
-        token_ids=np.full((4, 5), 7),
-        tokens=((" a", " a", " a", " a", " a"),) * 4,
-    )
-    ids = lens.token_ids.copy()
-    ids[:, 1] = 8
-    step = replace(builders.step(0, rng), token_id=8, token=" a")
-    data = shapes.lens_data(step, replace(lens, token_ids=ids))
-    assert [c["chosen"] for c in data["rows"][0]["cells"]][:3] == [False, True, False]
+def test_a_decision_that_is_not_recorded_is_not_made_up(rng: np.random.Generator) -> None:
+    step = replace(builders.step(0, rng), decision=None, sampled_prob=0.25)
+    told = shapes.decision(step, builders.generation())
+    assert told == "Drawn: it had 0.250; how the settings came to that is not recorded."
+    greedy = replace(builders.generation(), do_sample=False)
+    assert shapes.decision(step, greedy).startswith("Greedy")
+    assert shapes.decision(step, None).startswith("Greedy")
+    assert shapes.effects(step) == []
 
 
-def test_lens_that_never_settles_marks_no_layer(rng: np.random.Generator) -> None:
-    data = shapes.lens_data(builders.step(0, rng), settling(rng, [1, 1, 1, 2]))
-    assert not any(row["settled"] for row in data["rows"])
+def test_a_long_token_does_not_fill_the_sentence(rng: np.random.Generator) -> None:
+    step = builders.step(0, rng)
+    assert step.decision is not None
+    greedy = replace(step.decision.greedy, token="W" * 20_000)
+    long = replace(step, decision=replace(step.decision, greedy=greedy))
+    assert len(shapes.decision(long, builders.generation())) < 300
 
 
-def test_lens_takes_as_many_columns_as_were_kept(rng: np.random.Generator) -> None:
-    lens = builders.lens(0, rng, layers=LAYERS, k=1)
-    data = shapes.lens_data(builders.step(0, rng), lens)
-    assert [len(row["cells"]) for row in data["rows"]] == [1, 1, 1, 1]
-
-
-# --------------------------------------------------------------------------- map
-
-
-def test_map_has_a_column_a_step_and_a_row_a_layer(rng: np.random.Generator) -> None:
-    steps = [builders.step(i, rng, token=f" {i}", with_lens=True) for i in range(4)]
-    layers = range(LAYERS, -1, -1)
-    data = shapes.map_data(steps, layers, 2)
-    assert [s["index"] for s in data["steps"]] == [0, 1, 2, 3]
-    assert data["layers"] == [3, 2, 1, 0]
-    assert data["chosen"] == 2
-    assert len(data["cells"]) == 4
-    for layer, row in zip(layers, data["cells"], strict=True):
-        assert len(row) == 4
-        for step, cell in zip(steps, row, strict=True):
-            assert step.lens is not None
-            assert cell["text"] == shapes.visible(step.lens.tokens[layer][0])
-            assert cell["prob"] == pytest.approx(float(step.lens.probs[layer, 0]), abs=5e-4)
-            assert cell["same"] == (int(step.lens.token_ids[layer, 0]) == step.token_id)
-            assert cell["settled"] == (step.lens.settle_layer == layer)
-
-
-def test_map_waits_for_lenses_that_trail(rng: np.random.Generator) -> None:
-    steps = [builders.step(i, rng, with_lens=i < 2) for i in range(4)]
-    data = shapes.map_data(steps, range(LAYERS, -1, -1), 3)
-    assert [s["index"] for s in data["steps"]] == [0, 1]
-    assert all(len(row) == 2 for row in data["cells"])
+def test_a_sentence_is_read_as_it_is() -> None:
+    assert shapes.sentence("no *norm* in [x](y)") == r"no \*norm\* in \[x\]\(y\)."
 
 
 def sendable(step: Step, shown: StepSummary) -> bool:
@@ -401,9 +300,10 @@ def sendable(step: Step, shown: StepSummary) -> bool:
         *(reply([shown], colour=colour) for colour in shapes.COLOURS),
         shapes.facts_data(step, shown, 1),
         shapes.bars_data(step),
-        shapes.lens_data(step, step.lens),
-        shapes.map_data([step], range(LAYERS, -1, -1), 0),
-        shapes.evidence_data(prompt(), [shown], 7, {0: 1.0}),
+        lens_shapes.lens_data(step, step.lens),
+        lens_shapes.changes_data(step, step.lens),
+        lens_shapes.curves(step, step.lens),
+        lens_shapes.by_layer(step.lens),
     ):
         json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
     return True

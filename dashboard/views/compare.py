@@ -1,0 +1,144 @@
+"""Compare: two replies side by side, where they part, and how far apart they are at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import streamlit as st
+
+from dashboard import charts, compare_shapes, components, data, shapes
+from oki_trace.records import Message
+from oki_trace.visible import inert
+
+SIDES = ("left", "right")
+
+
+def page() -> None:
+    """Draw the page."""
+    st.title("Compare")
+    offered = _offered()
+    if not offered:
+        st.caption("No replies yet: begin a conversation in Chat.")
+        return
+    with st.container(horizontal=True, key="compare-choice"):
+        chosen = [_choice(side, offered) for side in SIDES]
+    left, right = (data.message(one) if one is not None else None for one in chosen)
+    if left is None or right is None:
+        st.caption("Choose two replies: of two models, two temperatures, two questions.")
+        return
+    _replies(left, right)
+    st.markdown("#### Settings")
+    rows = compare_shapes.settings(left, right)
+    st.dataframe(
+        [{**row, "differs": "≠" if row["differs"] else ""} for row in rows],
+        hide_index=True,
+        key="settings",
+        height="content",
+        column_config={"differs": st.column_config.TextColumn("", width=30)},
+    )
+
+
+def _offered() -> dict[int, str]:
+    """The replies to choose from, and how they are called: the address's, and the latest."""
+    found = {message.id: _name(title.title, message) for title, message in data.replies()}
+    for side in SIDES:
+        wanted = _in_address(side)
+        message = data.message(wanted) if wanted is not None and wanted not in found else None
+        opened = data.conversation(message.conversation_id) if message is not None else None
+        if message is not None and opened is not None and message.tokens:
+            found[message.id] = _name(opened[0].title, message)
+    return found
+
+
+def _name(title: str, message: Message) -> str:
+    sampling = message.generation
+    how = (
+        f"temperature {sampling.temperature:g}"
+        if (sampling is not None and sampling.do_sample and sampling.temperature is not None)
+        else "greedy"
+    )
+    short = shapes.clipped(inert(title, keep="").strip() or "Untitled", 50)
+    model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
+    return f"{short} · {model} · {how} · {message.tokens:,} tokens · message {message.id}"
+
+
+def _choice(side: str, offered: Mapping[int, str]) -> int | None:
+    wanted = _in_address(side)
+    ids = list(offered)
+    picked: int | None = st.selectbox(
+        f"{side.capitalize()} reply",
+        ids,
+        index=ids.index(wanted) if wanted is not None and wanted in offered else None,
+        format_func=offered.__getitem__,
+        key=f"compare-{side}",
+        placeholder="Choose a reply",
+    )
+    if picked is not None and picked != wanted:
+        st.query_params[side] = str(picked)
+    return picked
+
+
+def _in_address(side: str) -> int | None:
+    value = st.query_params.get(side, "")
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
+
+
+def _replies(left: Message, right: Message) -> None:
+    steps = (data.steps(left), data.steps(right))
+    pairs = compare_shapes.align(*steps)
+    first = compare_shapes.divergence(pairs)
+    same = sum(pair.same for pair in pairs)
+    if first is None:
+        st.write(f"All {same:,} tokens are the same.")
+    else:
+        st.write(
+            f"They part at token {first + 1:,}; {same:,} tokens are the same, "
+            f"{len(pairs) - same:,} places are not."
+        )
+    one_model = left.model_id == right.model_id
+    full = all(data.has_logits(message) for message in (left, right))
+    exact = st.toggle(
+        "Exact distances, from the full logits",
+        key="exact",
+        disabled=not (full and one_model),
+        help=None
+        if full and one_model
+        else "Two models' vocabularies need not agree."
+        if full
+        else "One of the replies did not keep its full logits.",
+    )
+    if exact and full and one_model:
+        found = data.exact_distances(left, right, pairs)
+    else:
+        exact = False
+        found = compare_shapes.distances(
+            pairs, data.candidates(left), data.candidates(right), by_id=one_model
+        )
+    components.compare(
+        data=compare_shapes.replies_data((left, right), steps, pairs, found), key="compare-replies"
+    )
+    _apart(compare_shapes.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
+
+
+def _apart(rows: list[shapes.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+    st.markdown("#### Distance between the distributions")
+    if not rows:
+        st.caption("Nothing is known of it: no two steps with probabilities lie side by side.")
+        return
+    st.altair_chart(charts.apart(rows, None if first is None else first + 1), key="apart")
+    how = (
+        "Exact, from the full logits."
+        if exact
+        else "From the likeliest tokens that were kept: the full bar is the least it can be, the "
+        "pale one the most."
+    )
+    if not by_id:
+        how += " Two models' tokens are held to be the same when their texts are."
+    st.caption(
+        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common. "
+        f"{how} Behind the dashed line the replies have parted, so the models went on from "
+        "different texts."
+        if first is not None
+        else "Total variation of the models' own probabilities: 0 is the same, 1 nothing in "
+        f"common. {how}"
+    )

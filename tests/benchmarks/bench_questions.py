@@ -1,0 +1,115 @@
+"""How long the built-in questions take: bench_questions.py FOLDER 1000 10000 100000
+
+For each size a store is built in FOLDER through the public writer (or found
+there from an earlier run), the cache is written anew, and every view of every
+question that is SQL is asked over everything and over one conversation: the
+median of five. A process of its own each, so that its peak memory is its own.
+Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import synthetic
+
+from oki_trace.analysis import builtin
+from oki_trace.analysis.folder import folder_of
+from oki_trace.analysis.scope import Scope
+from oki_trace.analysis.trove import Trove
+from oki_trace.store.writer import TraceWriter
+
+TIMES = 5
+# What a token of SmolLM2 takes, traced, on the two cores of the README's figures.
+TOKEN_MS = 1000 / 22.3
+
+
+def measure(path: Path, steps: int) -> dict[str, Any]:
+    """Everything about one size, in this process."""
+    writing: float | None = None
+    if not path.exists():
+        began = time.perf_counter()
+        with TraceWriter(path) as writer:
+            synthetic.fill(writer, steps)
+        writing = (time.perf_counter() - began) / steps * 1000
+    with Trove(path) as trove:
+        began, cpu = time.perf_counter(), time.process_time()
+        trove.rebuild()
+        written = time.perf_counter() - began
+        written_cpu = time.process_time() - cpu
+        began = time.perf_counter()
+        (found,) = trove.ask("SELECT count(*) FROM step").rows
+        opened = time.perf_counter() - began
+        assert found == (steps,)
+        conversation = trove.ask("SELECT median(conversation_id)::BIGINT FROM message").rows[0][0]
+        times = {
+            f"{question.name} --by {view}": [
+                asked(trove, question.name, view, scope)
+                for scope in (Scope(), Scope(conversation=conversation))
+            ]
+            for question in builtin.QUESTIONS.values()
+            for view in question.views
+        }
+    files = list(folder_of(str(path)).rglob("*.parquet"))
+    return {
+        "steps": steps,
+        "writer, ms a step": writing,
+        "cache, ms a step": written / steps * 1000,
+        "cache, CPU ms a step": written_cpu / steps * 1000,
+        "cache, share of the time of a token": written_cpu / steps * 1000 / TOKEN_MS,
+        "cache, bytes a step": sum(file.stat().st_size for file in files) / steps,
+        "cache, files a table": len(files) / 8,
+        "open, ms": opened * 1000,
+        "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+        "times": times,
+    }
+
+
+def asked(trove: Trove, name: str, view: str, scope: Scope) -> float:
+    """The median time of a question, in milliseconds."""
+    taken = []
+    for _ in range(TIMES):
+        began = time.perf_counter()
+        builtin.answer(trove, name, view=view, scope=scope)
+        taken.append((time.perf_counter() - began) * 1000)
+    return statistics.median(taken)
+
+
+def report(found: list[dict[str, Any]]) -> str:
+    """Two Markdown tables."""
+    head = "| | " + " | ".join(f"{one['steps']:,} steps" for one in found) + " |"
+    rule = "| --- |" + " ---: |" * len(found)
+    lines = [head, rule]
+    for name in found[0]["times"]:
+        cells = [f"{one['times'][name][0]:.0f} / {one['times'][name][1]:.0f}" for one in found]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    lines += ["", head, rule]
+    for name in list(found[0])[1:-1]:
+        cells = ["" if one[name] is None else f"{one[name]:,.3g}" for one in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    sizes = [int(size) for size in sys.argv[2:]]
+    if len(sizes) == 1:
+        print(json.dumps(measure(folder / f"{sizes[0]}.db", sizes[0])))
+        return
+    found = []
+    for size in sizes:
+        command = [sys.executable, __file__, str(folder), str(size)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    print(report(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How quick the explorer is in a real browser: ``python tests/benchmarks/explorer_speed.py DB``.
+
+DB is a store, as ``big_store.py`` makes it. Measured from the click to the
+panel with the new token's lens on screen, in the browser's own clock; pages
+from the request to their last part. Prints medians and the slowest, in
+milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+for folder in ("tests/dashboard", "tests", "."):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+
+from browsers import launch  # noqa: E402
+from explorers import free_port, start  # noqa: E402
+from playwright.sync_api import Page, sync_playwright  # noqa: E402
+
+# From the click until the panel's head and its lens are those of another step.
+CLICK = """
+index => new Promise(done => {
+  // Where the elements are drawn in the page itself or in a shadow root.
+  const all = (selector, root = document) => [
+    ...root.querySelectorAll(selector),
+    ...[...root.querySelectorAll('*')].filter(n => n.shadowRoot)
+      .flatMap(n => all(selector, n.shadowRoot))];
+  const token = all('.root.reply .token').find(n => Number(n.dataset.index) === index);
+  const seen = () => [
+    all('.root.facts .where')[0]?.textContent, all('.root.lens')[0]?.textContent];
+  const before = seen();
+  const began = performance.now();
+  token.click();
+  const look = () => {
+    const now = seen();
+    if (now[0]?.startsWith(`step ${index + 1} of`) && now[1] !== before[1])
+      requestAnimationFrame(() => done(performance.now() - began));
+    else if (performance.now() - began > 10_000) done(NaN);
+    else setTimeout(look, 2);
+  };
+  look();
+})
+"""
+
+
+def clicks(page: Page, indices: list[int]) -> list[float]:
+    """Milliseconds from the click to the panel, token by token."""
+    return [page.evaluate(CLICK, index) for index in indices]
+
+
+def opened(page: Page, address: str, ready: Callable[[], None]) -> float:
+    """Milliseconds from asking for the address until ``ready``."""
+    began = time.perf_counter()
+    page.goto(address)
+    ready()
+    return (time.perf_counter() - began) * 1000
+
+
+def told(name: str, values: list[float]) -> None:
+    print(f"{name:44} median {statistics.median(values):6.0f}   slowest {max(values):6.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("db")
+    parser.add_argument("--conversation", type=int, default=500)
+    db = parser.parse_args().db
+    number = parser.parse_args().conversation
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        command = ["oki_trace", "ui", "--port", str(port), "--db", db]
+        explorer = start(command, db, port, Path(folder) / "output.txt")
+        browser = launch(playwright)
+        try:
+            page = browser.new_page(viewport={"width": 1440, "height": 1000})
+            pages = {
+                "chat, a conversation": (f"?conversation={number}", ".root.lens tr"),
+                "chat, a reply of 600 tokens": ("?conversation=1", ".root.lens tr"),
+                "chat, new": ("", "[data-testid=stChatInputTextArea]"),
+                "reply map": (f"map?conversation={number}", ".root.map canvas"),
+                "conversations": ("conversations", "[data-testid=data-grid-canvas]"),
+                "store": ("store", "[data-testid=stMetric]"),
+            }
+            for name, (query, mark) in pages.items():
+                address = explorer.url + query
+                ready = page.locator(mark).first.wait_for
+                told(f"open: {name}", [opened(page, address, ready) for _ in range(4)][1:])
+            for name, one in (("100 tokens", number), ("600 tokens", 1), ("tensors kept", 2)):
+                page.goto(f"{explorer.url}?conversation={one}")
+                page.locator(".root.lens tr").first.wait_for()
+                page.wait_for_timeout(1500)
+                told(f"click to panel: {name}", clicks(page, [7, 30, 12, 55, 13, 80, 3, 41, 90]))
+        finally:
+            browser.close()
+            explorer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What eight polling readers cost a writer, and how soon they see a step.
+
+``python tests/benchmarks/store_load.py``, on a machine with nothing else to do.
+Steps are as large as SmolLM2's, with full tensors. First at full speed, with
+readers and without, in turn; then at the pace of a model, through the recorder,
+from the moment a step is decoded. Prints a table; nothing is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+for folder in ("tests/store", "tests"):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+
+import crowd  # noqa: E402
+
+from oki_trace.records import Status, Step, TurnEnd  # noqa: E402
+from oki_trace.store.recorder import Recorder  # noqa: E402
+from oki_trace.store.writer import TraceWriter  # noqa: E402
+
+DONE = TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0)
+
+
+def full_speed(
+    made: Sequence[Step], readers: int, pause: float, nice: int
+) -> tuple[float, list[float], int]:
+    """(steps a second, milliseconds from each append's return until seen, faults)."""
+    with tempfile.TemporaryDirectory() as folder:
+        db = str(Path(folder) / "store.db")
+        with TraceWriter(db) as writer:
+            message = crowd.begin(writer)
+            with crowd.readers(readers, db, message, len(made), pause, nice=nice) as looking:
+                returned = []
+                began = time.perf_counter()
+                for step in made:
+                    writer.append(message, [step])
+                    returned.append(time.monotonic_ns())
+                took = time.perf_counter() - began
+                seen = [crowd.told(process) for process in looking]
+    return len(made) / took, latencies(seen, returned), sum(len(one.wrong) for one in seen)
+
+
+def at_a_pace(
+    made: Sequence[Step], readers: int, pause: float, a_second: float, nice: int
+) -> tuple[list[float], int]:
+    """(milliseconds from handing each step to the recorder until seen, faults)."""
+    with tempfile.TemporaryDirectory() as folder:
+        db = str(Path(folder) / "store.db")
+        with TraceWriter(db) as writer:
+            message = crowd.begin(writer, start=False)
+            recorder = Recorder(writer, message)
+            recorder.start(crowd.START)
+            with crowd.readers(readers, db, message, len(made), pause, nice=nice) as looking:
+                handed = []
+                began = time.monotonic()
+                for number, step in enumerate(made):
+                    time.sleep(max(0.0, began + number / a_second - time.monotonic()))
+                    handed.append(time.monotonic_ns())
+                    recorder.step(step)
+                recorder.end(DONE)
+                seen = [crowd.told(process) for process in looking]
+    return latencies(seen, handed), sum(len(one.wrong) for one in seen)
+
+
+def latencies(seen: Sequence[crowd.Seen], since: Sequence[int]) -> list[float]:
+    """Of every step, for every reader. One seen before append returned was seen at once."""
+    return [max(0.0, (at - since[i]) / 1e6) for one in seen for i, at in one.at.items()]
+
+
+def shown(name: str, values: Sequence[float]) -> str:
+    if not values:
+        return f"{name:44} –"
+    at = statistics.quantiles(values, n=100)
+    return (
+        f"{name:44} p50 {at[49]:6.1f} ms   p95 {at[94]:6.1f} ms   "
+        f"slowest {max(values):6.1f} ms   ({len(values)} sights)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--readers", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=0.05, help="Between polls, in seconds.")
+    parser.add_argument(
+        "--nice",
+        type=int,
+        default=0,
+        help="Of the readers. 19 takes the rivalry for the processor out: what is left is "
+        "what the store itself makes the writer wait.",
+    )
+    parser.add_argument("--pace", type=float, default=25.0, help="Tokens a second of a model.")
+    given = parser.parse_args()
+    made = crowd.steps(given.steps)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {given.steps} steps a run")
+    alone, watched, visible, wrong = [], [], [], 0
+    for _ in range(given.pairs):
+        alone.append(full_speed(made, 0, given.pause, 0)[0])
+        speed, late, faults = full_speed(made, given.readers, given.pause, given.nice)
+        watched.append(speed)
+        visible += late
+        wrong += faults
+        print(f"alone {alone[-1]:6.1f} steps/s   watched {speed:6.1f} steps/s", flush=True)
+    loss = 1 - statistics.median(watched) / statistics.median(alone)
+    print(
+        f"medians: alone {statistics.median(alone):.1f}, with {given.readers} readers "
+        f"{statistics.median(watched):.1f} steps/s: {loss:.1%} lost"
+    )
+    print(shown("full speed: append returned → seen", visible))
+    paced, faults = at_a_pace(made, given.readers, given.pause, given.pace, given.nice)
+    print(shown(f"{given.pace:g} tokens/s: handed over → seen", paced))
+    print(f"{wrong + faults} faults among {len(visible) + len(paced)} sights")
+
+
+if __name__ == "__main__":
+    main()

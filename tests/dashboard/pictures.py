@@ -1,0 +1,62 @@
+"""The README's pictures, taken anew: ``python tests/dashboard/pictures.py`` (or ``make pictures``).
+
+A new store with the demo's conversation, the explorer as users start it, a real
+Chromium; the pictures go to ``docs/images``, or to the folder given.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+for folder in ("tests/dashboard", "tests", "."):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+
+from browsers import launch  # noqa: E402
+from explorers import ROOT, free_port, start  # noqa: E402
+from playwright.sync_api import Page, sync_playwright  # noqa: E402
+
+# Of the demo's first reply, the step that says " Paris".
+PARIS = "conversation=1&message=2&step=5"
+WIDTH, HEIGHT = 1440, 1000
+
+
+def ready(page: Page, address: str, mark: str) -> None:
+    """Open ``address`` and wait until all of it is drawn."""
+    page.goto(address)
+    page.locator(mark).first.wait_for()
+    page.get_by_test_id("stStatusWidget").wait_for(state="detached")
+    page.wait_for_timeout(1500)  # fonts and pictures have no sign of being done
+
+
+def take(to: Path) -> None:
+    to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        db = str(Path(scratch) / "store.db")
+        demo = [sys.executable, "-m", "oki_trace", "demo", "--no-ui", "--db", db]
+        subprocess.run(demo, cwd=ROOT, check=True)
+        port = free_port()
+        command = ["oki_trace", "ui", "--port", str(port), "--db", db]
+        explorer = start(command, db, port, Path(scratch) / "output.txt")
+        try:
+            with sync_playwright() as playwright:
+                browser = launch(playwright)
+                for name, query, mark, scheme in (
+                    ("chat-light", f"?{PARIS}", ".root.lens tr", "light"),
+                    ("map-dark", f"map?{PARIS}", ".root.map canvas", "dark"),
+                ):
+                    page = browser.new_page(
+                        viewport={"width": WIDTH, "height": HEIGHT},
+                        color_scheme="light" if scheme == "light" else "dark",
+                    )
+                    ready(page, explorer.url + query, mark)
+                    page.screenshot(path=to / f"{name}.png")
+                browser.close()
+        finally:
+            explorer.close()
+
+
+if __name__ == "__main__":
+    take(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images")

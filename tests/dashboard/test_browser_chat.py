@@ -1,0 +1,204 @@
+"""Asking and being answered, in a real browser, with the real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+    pytest.importorskip("playwright", reason="pip install playwright")
+
+from explorers import Explorer
+from playwright.sync_api import Page, expect
+from screens import (
+    ask,
+    chosen,
+    place,
+    progress,
+    ready_for_a_message,
+    said,
+    set_most_new_tokens,
+    status,
+    tokens,
+    wait_for_panel,
+    wait_for_tokens,
+    watch_to_the_end,
+)
+from stories import (
+    QUESTIONS,
+)
+
+from dashboard import shapes
+from oki_trace.records import Status
+from oki_trace.store.reader import TraceReader
+from tests.waiting import until
+
+pytestmark = pytest.mark.browser
+
+STORY = "Write a long story about a lighthouse keeper and the sea."
+
+Browse = Callable[..., Page]
+
+
+# -------------------------------------------------------------------------------------- a new user
+
+
+def test_a_new_user_asks_and_sees_why_each_token_was_chosen(
+    run_explorer: Callable[..., Explorer], browse: Browse
+) -> None:
+    explorer = run_explorer()
+    page = browse(explorer.url)
+    ask(page, QUESTIONS[0])
+    seen = watch_to_the_end(page)
+    assert len(seen) > 1, "tokens come while the cursor is there"
+    assert seen == sorted(seen)
+    assert "Paris" in "".join(tokens(page))
+    # However often the page asked for it while it was not yet up.
+    assert len(explorer.family()[2:]) == 1, "one question starts one process"
+
+    with TraceReader(explorer.db) as reader:
+        conversation, reply = place(page)["conversation"], reader.messages(1)[-1]
+        steps = reader.steps(reply.id)
+        assert tokens(page) == [s.token for s in steps]
+        paris = next(s.step_index for s in steps if "Paris" in s.token)
+
+        page.locator(".root.reply .token").filter(has_text="Paris").click()
+        wait_for_panel(page, reader.step(reply.id, paris), len(steps))
+        assert QUESTIONS[0] in (page.locator(".root.evidence").text_content() or "")
+        assert place(page) == {"conversation": conversation, "message": reply.id, "step": paris}
+        assert chosen(page) == paris
+
+        page.keyboard.press("ArrowRight")
+        wait_for_panel(page, reader.step(reply.id, paris + 1), len(steps))
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        wait_for_panel(page, reader.step(reply.id, paris - 1), len(steps))
+        assert place(page)["step"] == paris - 1
+
+        again = browse(page.url)
+        wait_for_panel(again, reader.step(reply.id, paris - 1), len(steps))
+        assert chosen(again) == paris - 1
+
+        page.locator(".root.reply .token").first.click()
+        wait_for_panel(page, reader.step(reply.id, 0), len(steps))
+        page.go_back()
+        wait_for_panel(page, reader.step(reply.id, paris - 1), len(steps))
+
+
+# -------------------------------------------------------------------------------- while it answers
+
+
+def test_tokens_come_one_after_another_and_stop_keeps_them(live: Explorer, browse: Browse) -> None:
+    page = browse(live.url)
+    page.get_by_role("button", name="Write a short story").click()
+    counts = [wait_for_tokens(page, 1)]
+    while len(counts) < 4:
+        counts.append(wait_for_tokens(page, counts[-1] + 1))
+        assert progress(page)[1], "the cursor is there while tokens come"
+    page.get_by_role("button", name="Stop").click()
+    until(lambda: not progress(page)[1], "the end of the reply")
+    expect(page.locator(".root.reply .foot")).to_contain_text("stopped")
+    assert status(page).count("stopped") == 1, "said once"
+
+    with TraceReader(live.db) as reader:
+        reply = reader.messages(place(page)["conversation"])[-1]
+        steps = reader.steps(reply.id)
+    assert reply.status is Status.STOPPED
+    assert counts[-1] <= len(steps) < 256
+    assert said(page) == "".join(shapes.running_text(steps)) == reply.content
+    ready_for_a_message(page)
+
+
+def test_a_reply_outlives_reloads_and_tabs(live: Explorer, browse: Browse) -> None:
+    first = browse(live.url)
+    set_most_new_tokens(first, 70)
+    ask(first, STORY)
+    wait_for_tokens(first, 3)
+
+    first.reload()
+    before = wait_for_tokens(first, 3)
+    second = first.context.new_page()
+    second.goto(first.url)
+    wait_for_tokens(second, before)
+    assert wait_for_tokens(first, before + 1) > before
+    address = first.url
+    first.close()
+    second.close()
+
+    with TraceReader(live.db) as reader:
+        conversation = reader.conversations(limit=1)[0]
+
+        def whole() -> bool:
+            return not reader.messages(conversation.id)[-1].status.is_live
+
+        until(whole, "the reply to end with nobody looking")
+        reply = reader.messages(conversation.id)[-1]
+        steps = reader.steps(reply.id)
+    assert reply.status is Status.COMPLETE
+    assert [s.step_index for s in steps] == list(range(70))
+    third = browse(address)
+    third.locator(".root.reply .token").nth(69).wait_for()
+    assert said(third) == reply.content
+    assert "complete" in status(third)
+
+
+def test_a_second_message_waits_its_turn(live: Explorer, browse: Browse) -> None:
+    page = browse(live.url)
+    set_most_new_tokens(page, 24)
+    ask(page, STORY)
+    wait_for_tokens(page, 2)
+    ask(page, "What is the capital of Italy?")
+    expect(page.locator(".root.reply")).to_have_count(2)
+    expect(page.get_by_text("Queued: 1 reply before it.")).to_be_visible()
+    expect(page.get_by_role("button", name="Stop")).to_have_count(2)
+    until(lambda: "complete" in status(page), "the second reply to be complete")
+    with TraceReader(live.db) as reader:
+        messages = reader.messages(place(page)["conversation"])
+    assert [m.status for m in messages] == [Status.COMPLETE] * 4
+
+
+def test_a_live_reply_is_followed_until_a_token_is_chosen(live: Explorer, browse: Browse) -> None:
+    page = browse(live.url)
+    set_most_new_tokens(page, 40)
+    ask(page, STORY)
+    where = page.locator(".root.facts .where")
+
+    def step() -> int:
+        return int((where.text_content() or "step 0").split()[1])
+
+    first = until(lambda: step() if where.count() else 0, "a step in the panel")
+    until(lambda: step() > first, "the panel to follow")
+    page.locator(".root.reply .token").nth(1).click()
+    until(lambda: step() == 2, "the chosen step")
+    before = progress(page)[0]
+    wait_for_tokens(page, before + 2)
+    assert step() == 2
+    assert chosen(page) == 1
+    page.get_by_role("button", name="Stop").click()
+    until(lambda: not progress(page)[1], "the end of the reply")
+
+
+def test_a_reply_whose_process_dies_ends_as_interrupted(live: Explorer, browse: Browse) -> None:
+    """And the next question finds a new process."""
+    page = browse(live.url)
+    ask(page, STORY)
+    count = wait_for_tokens(page, 3)
+    (worker,) = [p for p in live.family() if "oki_trace.worker" in _command(p)]
+    worker.kill()
+    until(lambda: not progress(page)[1], "the end of the reply")
+    assert "interrupted" in status(page)
+    assert len(tokens(page)) >= count
+    ask(page, "What is the capital of Italy?")
+    expect(page.locator(".root.reply")).to_have_count(2)
+    watch_to_the_end(page)
+    assert "complete" in status(page)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

@@ -1,0 +1,192 @@
+"""The reply map and what can be saved, in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+    pytest.importorskip("playwright", reason="pip install playwright")
+
+from explorers import Explorer
+from playwright.sync_api import Locator, Page, expect
+from screens import chosen, of, overflow, panel, place, wait_for_panel
+from stories import HOSTILE, Stories
+
+from oki_trace.records import Step
+from oki_trace.store.reader import TraceReader
+from oki_trace.visible import visible
+from tests.waiting import until
+
+pytestmark = pytest.mark.browser
+
+Browse = Callable[..., Page]
+
+# As in components/map.js: the column of layers, the row of tokens, a cell.
+GUTTER, HEAD, WIDE, HIGH = 48, 44, 56, 19
+
+
+def at(column: int, row: int) -> dict[str, float]:
+    return {"x": GUTTER + column * WIDE + 20, "y": HEAD + row * HIGH + 8}
+
+
+def frame(page: Page) -> Locator:
+    found = page.locator(".root.map .frame")
+    found.wait_for()
+    return found
+
+
+def saved(page: Page, name: str) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=re.compile(f"^{name}.* as CSV$")).click()
+    return Path(download.value.path())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize("address", ["", "map"])
+def test_a_cell_tells_its_layer_and_leads_to_its_step(
+    told: Explorer, browse: Browse, stories: Stories, address: str
+) -> None:
+    page = browse(of(told, stories.first, 0).replace("/?", f"/{address}?"))
+    with TraceReader(told.db) as reader:
+        steps = list(reader.iter_steps(stories.first[1]))
+    lens = steps[3].lens
+    assert lens is not None
+    layer = len(lens.tokens) - 6
+    frame(page).hover(position=at(3, 5))
+    tip = page.locator(".root.map .tip")
+    expect(tip).to_contain_text(f"layer {layer}, step 4: {visible(lens.tokens[layer][0])}")
+    expect(tip).to_contain_text(f"rank {lens.chosen_rank[layer]:,}")
+    frame(page).click(position=at(3, 5))
+    until(lambda: place(page).get("step") == 3, "the step in the address")
+    expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
+    if address:
+        page.get_by_role("button", name="Open in chat").click()
+    wait_for_panel(page, steps[3], len(steps))
+    assert chosen(page) == 3
+
+
+def test_the_map_is_walked_with_the_keys(told: Explorer, browse: Browse, stories: Stories) -> None:
+    page = browse(of(told, stories.first, 2))
+    frame(page).focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    spoken = page.locator(".root.map .spoken")
+    expect(spoken).to_contain_text("layer 29, step 3")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
+
+
+def test_a_token_of_another_reply_brings_its_map(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 2))
+    frame(page)
+    page.locator(".root.reply").nth(1).locator(".token").nth(4).click()
+    with TraceReader(told.db) as reader:
+        count = len(reader.steps(stories.second[1]))
+    label = f"{count} steps"
+    until(
+        lambda: label in (page.locator(".root.map .frame").get_attribute("aria-label") or ""),
+        "the other map",
+    )
+
+
+def test_what_is_shown_can_be_saved(told: Explorer, browse: Browse, stories: Stories) -> None:
+    page = browse(of(told, stories.first, 5))
+    frame(page)
+    with TraceReader(told.db) as reader:
+        steps = list(reader.iter_steps(stories.first[1]))
+    step = steps[5]
+    assert step.lens is not None
+    page.locator(".root.lens tbody tr").first.wait_for()
+
+    candidates = rows(saved(page, "Save candidates"))
+    assert [row["token"] for row in candidates] == [visible(t) for t in step.topk.tokens]
+    lens = rows(saved(page, "Save lens"))
+    assert [int(row["layer"]) for row in lens] == list(range(len(lens) - 1, -1, -1))
+    assert [int(row["chosen_rank"]) for row in lens] == step.lens.chosen_rank.tolist()[::-1]
+    evidence = rows(saved(page, "Save evidence"))
+    assert len(evidence) == step.position
+    weights = [float(row["weight"]) for row in evidence if row["weight"]]
+    assert sum(weights) == pytest.approx(1)
+    cells = rows(saved(page, "Save layers-message"))
+    assert len(cells) == len(steps) * len(lens)
+    assert [c["top_token"] for c in cells[: len(lens)]] == _tops(steps[0])
+
+
+def _tops(step: Step) -> list[str]:
+    assert step.lens is not None
+    return [visible(texts[0]) for texts in step.lens.tokens]
+
+
+def test_the_map_can_be_saved_as_a_picture(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    """Also with hostile text in it: the picture is well-formed and has it as text."""
+    page = browse(of(told, stories.hostile, 0))
+    frame(page)
+    buttons = page.locator(".root.map .bar")
+    with page.expect_download() as png:
+        buttons.get_by_role("button", name="as PNG").click()
+    assert Path(png.value.path()).read_bytes().startswith(b"\x89PNG")
+    with page.expect_download() as svg:
+        buttons.get_by_role("button", name="as SVG").click()
+    tree = ElementTree.parse(svg.value.path())
+    assert {node.tag.rpartition("}")[2] for node in tree.iter()} == {"svg", "rect", "text"}
+
+
+def test_attention_is_mapped_by_layer_and_head(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5).replace("/?", "/map?"))
+    page.get_by_role("radio", name="attention").click()
+    label = page.locator(".root.map .frame")
+    until(lambda: "positions" in (label.get_attribute("aria-label") or ""), "the attention map")
+    found = rows(saved(page, "Save attention-layer-30-mean"))
+    with TraceReader(told.db) as reader:
+        points = reader.attention_points(stories.first[1], 30)
+    assert [int(row["position"]) for row in found] == points.position.tolist()
+    assert overflow(page) == []
+
+
+# -------------------------------------------------------------------------- the step panel
+
+
+def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5))
+    cell = page.locator(".root.lens tbody tr").nth(8).locator(".cell").first
+    cell.wait_for()
+    label = cell.get_attribute("data-label")
+    assert label
+    cell.click()
+    pins = page.get_by_test_id("stMultiSelect")
+    expect(pins).to_contain_text(label)
+    page.locator(".root.reply .token").nth(2).click()
+    expect(page.locator(".root.facts .where")).to_contain_text("step 3 of")
+    expect(pins).to_contain_text(label)
+
+
+def test_promoted_and_suppressed_tokens_are_shown(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.hostile, 1))
+    page.get_by_role("radio", name="changes").click()
+    table = page.locator(".root.changes table")
+    expect(table).to_contain_text("promoted")
+    assert table.locator("td.up").count() > 0
+    assert page.evaluate("window.pwned") is None
+    assert panel(page)["what"] == visible(HOSTILE[1])
+    assert overflow(page) == []

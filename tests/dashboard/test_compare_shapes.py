@@ -1,0 +1,137 @@
+"""Two replies side by side, without a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import builders
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboard import compare_shapes
+from dashboard.compare_shapes import Pair, align, between, divergence, exactly
+from oki_trace.records import Candidates, StepSummary, Tensor
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(3)
+
+
+def said(words: Sequence[str]) -> list[StepSummary]:
+    return [
+        StepSummary(
+            id=i,
+            step_index=i,
+            position=6 + i,
+            token_id=i,
+            token=word,
+            token_bytes=word.encode(),
+            is_special=False,
+            prob=0.5,
+            logprob=-0.7,
+            entropy=1.0,
+            rank=1,
+            margin=0.1,
+            settle_layer=2,
+        )
+        for i, word in enumerate(words)
+    ]
+
+
+def test_equal_tokens_stand_beside_each_other() -> None:
+    pairs = align(said(["the", "cat", "sat", "down"]), said(["the", "old", "cat", "sat", "up"]))
+    assert pairs == [
+        Pair(0, 0, True),
+        Pair(None, 1, False),
+        Pair(1, 2, True),
+        Pair(2, 3, True),
+        Pair(3, 4, False),
+    ]
+    assert divergence(pairs) == 1
+    assert divergence(pairs[:1]) is None
+    assert align([], []) == []
+
+
+def test_long_replies_are_held_side_by_side_step_by_step() -> None:
+    many = said(["a"] * (compare_shapes.ALIGNED_TOKENS + 1))
+    pairs = align(many, said(["a", "b", "a"]))
+    assert pairs[:4] == [
+        Pair(0, 0, True),
+        Pair(1, 1, False),
+        Pair(2, 2, True),
+        Pair(3, None, False),
+    ]
+    assert len(pairs) == len(many)
+
+
+words = st.lists(st.sampled_from("abc"), max_size=12)
+
+
+@given(words, words)
+def test_an_alignment_loses_nothing_and_keeps_the_order(left: list[str], right: list[str]) -> None:
+    pairs = align(said(left), said(right))
+    assert [p.left for p in pairs if p.left is not None] == list(range(len(left)))
+    assert [p.right for p in pairs if p.right is not None] == list(range(len(right)))
+    for p in pairs:
+        if p.same:
+            assert p.left is not None and p.right is not None
+            assert left[p.left] == right[p.right]
+    first = divergence(pairs)
+    assert (first is None) == (left == right)
+    if first is not None:
+        assert left[:first] == right[:first]
+
+
+def likeliest(probs: np.ndarray, k: int) -> Candidates:
+    ids = np.argsort(-probs, kind="stable")[:k]
+    return Candidates(
+        ids, tuple(f"t{i}" for i in ids), np.log(probs[ids]).astype(np.float32), probs[ids]
+    )
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 6), st.integers(1, 20), st.booleans())
+def test_what_is_kept_bounds_the_distance(seed: int, spread: float, k: int, by_id: bool) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(2, 20)) * spread
+    logits[1] += logits[0] * rng.integers(0, 2)
+    p, q = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    total = float(np.abs(p - q).sum() / 2)
+    found = between(likeliest(p, k), likeliest(q, k), by_id=by_id)
+    assert found is not None
+    assert found.low - 1e-9 <= total <= found.high + 1e-9
+    if k == 20:
+        assert found.high - found.low < 1e-9
+    one, two = (Tensor("logits", row.astype(np.float64), "float64") for row in logits)
+    exact = exactly(one, two)
+    assert exact is not None
+    assert exact.low == exact.high == pytest.approx(total, abs=1e-5)
+
+
+def test_what_is_not_known_is_not_told(rng: np.random.Generator) -> None:
+    kept = builders.step(0, rng).topk
+    none = Candidates(np.empty(0, np.int64), (), np.empty(0, np.float32), np.empty(0, np.float32))
+    unknown = Candidates(kept.token_ids, kept.tokens, kept.logits, kept.probs * np.nan)
+    assert between(kept, none, by_id=True) is None
+    assert between(unknown, kept, by_id=True) is None
+    other = Tensor("logits", np.zeros(7, np.float32), "float32")
+    assert exactly(Tensor("logits", np.zeros(8, np.float32), "float32"), other) is None
+    assert compare_shapes.told(None) == "not known"
+    assert compare_shapes.told(compare_shapes.Distance(0.25, 0.25)) == "0.250"
+    assert compare_shapes.told(compare_shapes.Distance(0.25, 0.5)) == "0.250 to 0.500"
+
+
+def test_the_distance_of_the_same_is_nothing(rng: np.random.Generator) -> None:
+    steps = said(["a", "b"])
+    kept = {0: builders.step(0, rng).topk}
+    pairs = align(steps, steps)
+    found = compare_shapes.distances(pairs, kept, kept, by_id=True)
+    assert found[0] is not None
+    assert found[0].low == 0
+    assert found[1] is None
+    rows = compare_shapes.rows(pairs, found, steps, steps)
+    assert [(row["place"], row["token"]) for row in rows] == [(1, "the same")]
+    json.dumps(rows, allow_nan=False)
