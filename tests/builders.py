@@ -8,6 +8,9 @@ from oki_trace.records import (
     Candidates,
     CapturePolicy,
     CaptureReport,
+    Contender,
+    Decision,
+    Effect,
     Generation,
     LayerAttention,
     Lens,
@@ -81,6 +84,21 @@ def lens(
         chosen_rank=rng.integers(1, 4, size=layers + 1),
         chosen_prob=rng.random(layers + 1).astype(np.float32),
         kl=rng.random(layers + 1).astype(np.float32),
+    )
+
+
+def decision(chosen_id: int, greedy_id: int) -> Decision:
+    """A draw of one token where greedy decoding would have said another."""
+    return Decision(
+        drawn=True,
+        effects=(
+            Effect("temperature", "0.7", 0, 0.0, 0.4),
+            Effect("top-p", "0.9", 38, 0.08, 0.5),
+        ),
+        candidates=12,
+        noise=2.25,
+        greedy=Contender(greedy_id, " greedy", 0.3, -0.5),
+        runner_up=Contender(chosen_id + 1, "\u202e", 0.01, 3.5),
     )
 
 
@@ -161,12 +179,84 @@ def step(
             logits=logits,
             probs=probs.astype(np.float32),
             sampled_probs=probs.astype(np.float32),
+            noise=rng.gumbel(size=len(token_ids)).astype(np.float32),
         ),
         attention=tuple(attention),
         lens=lens(index, rng, layers=layers, k=topk_lens, vocab=vocab) if with_lens else None,
+        decision=decision(int(token_ids[0]), int(token_ids[1])),
         tensors=(
             tensors(rng, layers=layers, heads=heads, keys=position + 1, width=width, vocab=vocab)
             if with_tensors
             else ()
         ),
+    )
+
+
+def coherent_step(
+    index: int,
+    rng: np.random.Generator,
+    *,
+    prompt_len: int = 6,
+    layers: int = 3,
+    heads: int = 2,
+    width: int = 8,
+    vocab: int = 50,
+    topk: int = 10,
+    token: str = " the",
+) -> Step:
+    """A step whose rows all follow from its full tensors, as those of a model do."""
+    position = prompt_len + index
+    full = tensors(rng, layers=layers, heads=heads, keys=position, width=width, vocab=vocab)
+    by_layer = rng.normal(size=(layers + 1, vocab)).astype(np.float32) * 2
+    by_layer[-1] = full[0].array
+    probs = np.exp(by_layer - by_layer.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    order = np.argsort(-by_layer, axis=1)
+    ids = order[-1, :topk]
+    chosen = int(ids[1])
+    mean = full[2].array.mean(axis=1)
+    attention = []
+    for layer in range(layers):
+        positions = np.argsort(-mean[layer])[:4]
+        attention.append(
+            LayerAttention(
+                layer + 1,
+                positions,
+                mean[layer][positions],
+                max(0.0, 1.0 - float(mean[layer].sum())),
+            )
+        )
+    entropy = -(probs * np.log(probs)).sum(axis=1)
+    lens_ids = order[:, :5]
+    return Step(
+        step_index=index,
+        position=position,
+        token_id=chosen,
+        token=token,
+        token_bytes=token.encode(),
+        is_special=False,
+        logit=float(by_layer[-1, chosen]),
+        prob=float(probs[-1, chosen]),
+        logprob=float(np.log(probs[-1, chosen])),
+        entropy=float(entropy[-1]),
+        rank=2,
+        margin=float(probs[-1, ids[0]] - probs[-1, ids[1]]),
+        sampled_prob=0.5,
+        elapsed_ms=12.5,
+        topk=Candidates(
+            ids, tuple(WORDS[i % len(WORDS)] for i in ids), by_layer[-1, ids], probs[-1, ids]
+        ),
+        attention=tuple(attention),
+        lens=Lens(
+            step_index=index,
+            token_ids=lens_ids,
+            tokens=tuple(tuple(WORDS[i % len(WORDS)] for i in row) for row in lens_ids),
+            logits=np.take_along_axis(by_layer, lens_ids, axis=1),
+            probs=np.take_along_axis(probs, lens_ids, axis=1),
+            entropy=entropy.astype(np.float32),
+            chosen_rank=1 + (by_layer > by_layer[:, [chosen]]).sum(axis=1),
+            chosen_prob=probs[:, chosen],
+            kl=rng.random(layers + 1).astype(np.float32),
+        ),
+        tensors=full,
     )

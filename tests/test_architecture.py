@@ -20,9 +20,9 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
-    {"answering", "asking", "tracing", "exchange", "analysis", "llm"},
+    {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
     {"store"},
-    {"records", "settings", "errors"},
+    {"records", "settings", "errors", "visible"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}
@@ -34,12 +34,13 @@ FORBIDDEN = {
     "analysis": TORCH | {"streamlit"},
     "tracing": {"streamlit", "duckdb"},
     "answering": {"streamlit", "duckdb"},
+    "verifying": SQL | {"streamlit", "duckdb"},
     "asking": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
     "worker": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors"}
+GROUND = {"records", "settings", "errors", "visible"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
