@@ -39,9 +39,6 @@ class Sink(Protocol):
     def start(self, start: TurnStart) -> None: ...
     def step(self, step: Step) -> None: ...
     def lens(self, lens: Lens) -> None: ...
-    def settle(self) -> None:
-        """Return when nothing that was handed over is still worked on."""
-
     def end(self, end: TurnEnd) -> None: ...
 
 
@@ -62,9 +59,6 @@ class Collector:
 
     def lens(self, lens: Lens) -> None:
         self.lenses.append(lens)
-
-    def settle(self) -> None:
-        """Nothing goes on here."""
 
     def end(self, end: TurnEnd) -> None:
         self.ended = end
@@ -112,7 +106,7 @@ def trace_turn(
         prompt = render(made.tokenizer, messages, made.vocabulary)
         generation = generation_of(made.model, sampling, len(prompt))
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
-        turn.follow(capture(made, prompt, generation, policy, should_stop, turn.settle))
+        turn.follow(capture(made, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
     stopped = turn.reason == "stopped"
@@ -177,10 +171,6 @@ class _Turn:
             if text and self._on_text:
                 self._on_text(text)
             self.reason = finished or self.reason
-
-    def settle(self) -> None:
-        for sink in self._sinks:
-            sink.settle()
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began

@@ -58,7 +58,7 @@ def decode(
     steps: Generator[RawStep] = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        custom_generate=_loop,
+        custom_generate=_grad_mode(model)(_loop),
         probe=probe,
         seed=generation.seed,
         **arguments_of(generation, model, tokenizer),
@@ -66,7 +66,17 @@ def decode(
     return steps
 
 
-@torch.no_grad()
+def _grad_mode(model: Any) -> Any:
+    """Inference mode, which spares the bookkeeping of gradients, where nothing made in it stays.
+
+    Code from elsewhere may keep tensors on the model, which could then not be
+    trained any more, and weights that are moved in it would be such tensors.
+    """
+    known = type(model).__module__.startswith("transformers.")
+    moved = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return torch.inference_mode() if known and not moved else torch.no_grad()
+
+
 def _loop(
     model: Any,
     input_ids: Tensor,
@@ -145,8 +155,8 @@ def _all_but_last(
 
 
 def _refuse_broken(logits: Tensor, step_index: int) -> None:
-    total = float(logits.logsumexp(-1))
-    if total != total or total in (float("inf"), float("-inf")):
+    # The largest is not a number where any is not, and infinite where no softmax is to be had.
+    if not float("-inf") < float(logits.max()) < float("inf"):
         raise CaptureError(
             f"The model's logits are not finite at step {step_index}. "
             "Load it with --dtype float32, or with other weights."

@@ -46,7 +46,9 @@ class Distribution:
 def own_distribution(logits: Tensor) -> Own:
     """Of the model's own logits (vocab,) in fp32."""
     probs = logits.softmax(-1)
-    return Own(probs, float(logits.logsumexp(-1) - _expectation(probs, logits[None])[0]))
+    best = probs.argmax()
+    lse = logits[best] - probs[best].log()
+    return Own(probs, float(lse - _expectation(probs, logits[None])[0]))
 
 
 @torch.no_grad()

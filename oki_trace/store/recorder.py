@@ -59,10 +59,6 @@ class Recorder:
         """Hand over the lens of this or an earlier step; waits while the queue is full."""
         self._put(lens)
 
-    def settle(self) -> None:
-        """Return when all that was handed over is written, or writing has failed."""
-        self._queue.join()
-
     def end(self, end: TurnEnd) -> None:
         """Write all that waits, then how the reply ended.
 
@@ -124,8 +120,6 @@ class Recorder:
                     self._write([item for item in batch if item is not None])
                 except Exception as error:
                     self._failure = error
-            for _ in batch:
-                self._queue.task_done()
 
     def _write(self, items: list[Step | Lens]) -> None:
         steps = [item for item in items if isinstance(item, Step)]

@@ -347,3 +347,13 @@ def test_torch_may_use_as_many_threads_after_a_turn_as_before() -> None:
     before = torch.get_num_threads()
     trace(tiny.model("llama"), tiny.tokenizer())
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_model_that_was_traced_can_still_be_trained(family: str) -> None:
+    model = tiny.model(family)
+    trace(model, tiny.tokenizer())
+    model.train()
+    ids = torch.arange(3, 12)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from sqlalchemy import text
 from test_store_contract import plain
+from waiting import until
 
 from oki_trace.errors import StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, Step, TurnEnd
@@ -56,13 +57,16 @@ def assert_kept(file: Path, message: int, steps: list[Step]) -> None:
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
 
 
-def recorded(writer: TraceWriter, message: int, steps: list[Step], *, first: int) -> Recorder:
+def recorded(
+    writer: TraceWriter, file: Path, message: int, steps: list[Step], *, first: int
+) -> Recorder:
     """A recorder with the first steps written."""
     recorder = Recorder(writer, message)
     recorder.start(builders.turn_start())
     for step in steps[:first]:
         recorder.step(step)
-    recorder.settle()
+    with TraceReader(file) as reader:
+        until(lambda: reader.message(message).tokens == first, "the first steps")
     return recorder
 
 
@@ -70,7 +74,7 @@ def test_a_disk_that_fills_up_fails_the_reply_and_keeps_it(file: Path) -> None:
     steps = made(400)
     with TraceWriter(file) as writer:
         message = asked(writer)
-        recorder = recorded(writer, message, steps, first=KEPT)
+        recorder = recorded(writer, file, message, steps, first=KEPT)
         with writer._transaction() as connection:
             # Less than there is: SQLite takes what there is.
             connection.execute(text("PRAGMA max_page_count = 1"))
@@ -88,7 +92,7 @@ def test_a_disk_that_fills_up_fails_the_reply_and_keeps_it(file: Path) -> None:
         with writer._transaction() as connection:
             connection.execute(text("PRAGMA max_page_count = 1000000"))
         following = asked(writer)
-        recorded(writer, following, steps, first=KEPT).end(DONE)
+        recorded(writer, file, following, steps, first=KEPT).end(DONE)
     assert_kept(file, following, steps)
 
 
@@ -102,7 +106,7 @@ def test_a_store_that_vanishes_is_not_written_to_in_vain(
     away.mkdir()
     with TraceWriter(file) as writer:
         message = asked(writer)
-        recorder = recorded(writer, message, steps, first=KEPT)
+        recorder = recorded(writer, file, message, steps, first=KEPT)
         if how == "replaced":
             with TraceWriter(away / "other.db"):
                 pass
@@ -158,7 +162,7 @@ def test_what_may_not_be_written_is_told_and_left_as_it_is(tmp_path: Path, which
     steps = made(KEPT)
     with TraceWriter(file) as writer:
         message = asked(writer)
-        recorded(writer, message, steps, first=KEPT).end(DONE)
+        recorded(writer, file, message, steps, first=KEPT).end(DONE)
     before = file.read_bytes()
     modes = {"file": (0o700, 0o400), "folder": (0o500, 0o400), "neither may be read": (0o700, 0)}
     for lock in folder.glob("*.lock"):
