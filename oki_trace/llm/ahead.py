@@ -52,11 +52,6 @@ class Ahead(Iterator[Item]):
             raise found.error
         raise StopIteration
 
-    @property
-    def waiting(self) -> bool:
-        """Whether the next item, or the end, is already there."""
-        return not self._queue.empty()
-
     def close(self) -> None:
         """End the generator; what it had made and nobody took is dropped."""
         self._closing.set()
