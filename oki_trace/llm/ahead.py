@@ -17,21 +17,23 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+Make = Callable[[Callable[[], bool]], Generator[Item]]
 
 # Steps that may wait, each with its tensors. A full queue makes the decoder wait.
 STEPS_AHEAD = 8
 
 
 class Ahead(Iterator[Item]):
-    """Iterates over what ``make()`` generates in another thread.
+    """Iterates over what ``make(abandoned)`` generates in another thread.
 
-    ``cores`` is how many torch may use there: for the first item, which takes the
-    whole prompt, and for each later one. An exception of the generator is raised
-    here, after the items before it. ``close`` ends the thread after the item under
-    way; it may be called more than once.
+    ``abandoned()`` tells it that this was closed. ``cores`` is how many torch may
+    use there: for the first item, which takes the whole prompt, and for each later
+    one. An exception of the generator is raised here, after the items before it.
+    ``close`` ends the thread, at the latest after the item under way; it may be
+    called more than once.
     """
 
-    def __init__(self, make: Callable[[], Generator[Item]], cores: tuple[int, int]) -> None:
+    def __init__(self, make: Make[Item], cores: tuple[int, int]) -> None:
         self._queue: queue.Queue[Item | _End] = queue.Queue(STEPS_AHEAD)
         self._closing = threading.Event()
         self._ended = False
@@ -59,11 +61,11 @@ class Ahead(Iterator[Item]):
             self._ended = isinstance(self._queue.get(), _End)
         self._thread.join()
 
-    def _run(self, make: Callable[[], Generator[Item]], first: int, later: int) -> None:
+    def _run(self, make: Make[Item], first: int, later: int) -> None:
         error: BaseException | None = None
         try:
             torch.set_num_threads(first)
-            items = make()
+            items = make(self._closing.is_set)
             try:
                 for item in items:
                     torch.set_num_threads(later)

@@ -33,10 +33,9 @@ def capture(
         return
     lens, vocabulary = instrument.lens, instrument.vocabulary
 
-    def decoded() -> Generator[RawStep]:
-        return decode(
-            instrument.model, instrument.tokenizer, instrument.probe, prompt.token_ids, generation
-        )
+    def decoded(abandoned: Callable[[], bool] = lambda: False) -> Generator[RawStep]:
+        model, tokenizer, probe = instrument.model, instrument.tokenizer, instrument.probe
+        return decode(model, tokenizer, probe, prompt.token_ids, generation, abandoned)
 
     def compute(steps: list[Unlensed]) -> list[Lens]:
         return lenses_of(steps, lens, vocabulary, policy.topk_lens) if lens else []

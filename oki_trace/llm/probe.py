@@ -6,7 +6,7 @@ activations are freed as they are in a plain run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from oki_trace.llm.anatomy import Anatomy, stream_of
 from oki_trace.llm.attention import AttentionTap, Rows
+
+
+class Abandoned(Exception):
+    """Ends a forward pass, a long prompt's perhaps, that nobody waits for any more."""
 
 
 class Probe:
@@ -49,12 +53,15 @@ class Probe:
             yield arguments
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Watch the model while this context lasts."""
+    def attached(self, abandoned: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Watch the model while this context lasts.
+
+        ``abandoned`` is asked after every block; once it is true, Abandoned is raised there.
+        """
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(
-                block.register_forward_hook(self._keeper(layer))
+                block.register_forward_hook(self._keeper(layer, abandoned))
                 for layer, block in enumerate(self._blocks, 1)
             ),
         ]
@@ -70,8 +77,10 @@ class Probe:
         stream = args[0] if args else kwargs["hidden_states"]
         self._hidden[0] = newest(stream, self._axis)
 
-    def _keeper(self, layer: int) -> Any:
+    def _keeper(self, layer: int, abandoned: Callable[[], bool]) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
+            if abandoned():
+                raise Abandoned
             self._hidden[layer] = newest(stream_of(output), self._axis)
 
         return keep

@@ -2,8 +2,9 @@
 
 ``python tests/benchmarks/store_load.py``, on a machine with nothing else to do.
 Steps are as large as SmolLM2's, with full tensors. First at full speed, with
-readers and without, in turn; then at the pace of a model, through the recorder,
-from the moment a step is decoded. Prints a table; nothing is asserted.
+readers and without, in turn; then at the pace of a model, through the recorder;
+then with SmolLM2 itself, from the moment a token is decoded until another
+process has read it. Prints a table; nothing is asserted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 for folder in ("tests/store", "tests"):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
@@ -70,6 +72,41 @@ def at_a_pace(
     return latencies(seen, handed), sum(len(one.wrong) for one in seen)
 
 
+def with_a_model(readers: int, pause: float, tokens: int, nice: int) -> tuple[list[float], int]:
+    """(milliseconds from the decode of each token until seen, faults): SmolLM2 in float32."""
+    from oki_trace.answering import answer
+    from oki_trace.asking import Ask, submit
+    from oki_trace.llm import capture
+    from oki_trace.llm.load import load
+    from oki_trace.records import CapturePolicy, ModelChoice, Sampling
+    from oki_trace.store.reader import TraceReader
+
+    loaded = load(ModelChoice("smollm2", dtype="float32"))
+    loaded.model.generation_config.eos_token_id = None
+    decoded, decode = [], capture.decode
+
+    def timed(*arguments: Any) -> Iterator[Any]:
+        for raw in decode(*arguments):
+            decoded.append(time.monotonic_ns())
+            yield raw
+
+    with tempfile.TemporaryDirectory() as folder:
+        db = str(Path(folder) / "store.db")
+        with TraceWriter(db) as writer, TraceReader(db) as reader:
+            ask = Ask("Write a story.", loaded.requested, Sampling(tokens), CapturePolicy())
+            for look in (False, True):
+                _, message = submit(writer, ask, claim=True)
+                count = readers if look else 0
+                with crowd.readers(count, db, message, tokens, pause, nice=nice) as looking:
+                    decoded.clear()
+                    capture.decode = timed  # type: ignore[assignment]
+                    answer(writer, reader, reader.message(message), loaded)
+                    seen = [crowd.told(process) for process in looking]
+    # The lens follows its step, so a step read at once may be without it.
+    wrong = [fault for one in seen for fault in one.wrong if "no whole lens" not in fault]
+    return latencies(seen, decoded), len(wrong)
+
+
 def latencies(seen: Sequence[crowd.Seen], since: Sequence[int]) -> list[float]:
     """Of every step, for every reader. One seen before append returned was seen at once."""
     return [max(0.0, (at - since[i]) / 1e6) for one in seen for i, at in one.at.items()]
@@ -118,6 +155,10 @@ def main() -> None:
     print(shown("full speed: append returned → seen", visible))
     paced, faults = at_a_pace(made, given.readers, given.pause, given.pace, given.nice)
     print(shown(f"{given.pace:g} tokens/s: handed over → seen", paced))
+    real, more = with_a_model(given.readers, given.pause, 100, given.nice)
+    print(shown("SmolLM2: decoded → seen", real))
+    faults += more
+    paced += real
     print(f"{wrong + faults} faults among {len(visible) + len(paced)} sights")
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 import pytest
 import torch
 
 from oki_trace.llm.ahead import STEPS_AHEAD, Ahead, one_core
+
+Asked = Callable[[], bool]
 
 
 def numbers(count: int) -> Generator[int]:
@@ -17,7 +19,7 @@ def numbers(count: int) -> Generator[int]:
 
 @pytest.mark.parametrize("count", [0, 1, STEPS_AHEAD, 5 * STEPS_AHEAD + 1])
 def test_every_item_comes_once_and_in_order(count: int) -> None:
-    ahead = Ahead(lambda: numbers(count), (1, 1))
+    ahead = Ahead(lambda _: numbers(count), (1, 1))
     assert list(ahead) == list(range(count))
     with pytest.raises(StopIteration):
         next(ahead)
@@ -28,7 +30,7 @@ def test_the_decoder_waits_when_nobody_takes_what_it_made() -> None:
     made = []
     full = threading.Event()
 
-    def many() -> Generator[int]:
+    def many(_: Asked) -> Generator[int]:
         for number in range(100):
             made.append(number)
             if number == STEPS_AHEAD:
@@ -46,7 +48,7 @@ def test_the_decoder_waits_when_nobody_takes_what_it_made() -> None:
 def test_close_ends_the_generator_in_its_own_thread(taken: int) -> None:
     ended: list[str] = []
 
-    def endless() -> Generator[int]:
+    def endless(_: Asked) -> Generator[int]:
         try:
             yield from iter(int, 1)
         finally:
@@ -62,8 +64,24 @@ def test_close_ends_the_generator_in_its_own_thread(taken: int) -> None:
     assert not any(thread.name == "decoder" for thread in threading.enumerate())
 
 
+def test_the_generator_is_told_that_nobody_waits_any_more() -> None:
+    begun = threading.Event()
+
+    def long(abandoned: Asked) -> Generator[int]:
+        begun.set()
+        while not abandoned():
+            threading.Event().wait(0.001)
+        raise RuntimeError("nobody sees this")
+        yield
+
+    ahead = Ahead(long, (1, 1))
+    assert begun.wait(10)
+    ahead.close()
+    assert list(ahead) == []
+
+
 def test_a_fault_is_raised_after_the_items_before_it() -> None:
-    def broken() -> Generator[int]:
+    def broken(_: Asked) -> Generator[int]:
         yield 1
         yield 2
         raise ZeroDivisionError("a fault")
@@ -80,7 +98,7 @@ def test_the_prompt_may_use_every_core_and_the_steps_all_but_one() -> None:
     before = torch.get_num_threads()
     seen: list[int] = []
 
-    def counting() -> Generator[int]:
+    def counting(_: Asked) -> Generator[int]:
         for number in range(3):
             seen.append(torch.get_num_threads())
             yield number
