@@ -32,14 +32,14 @@ DONE = TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0)
 
 
 def full_speed(
-    made: Sequence[Step], readers: int, pause: float, nice: int
+    made: Sequence[Step], readers: int, pause: float, watching: Any
 ) -> tuple[float, list[float], int]:
     """(steps a second, milliseconds from each append's return until seen, faults)."""
     with tempfile.TemporaryDirectory() as folder:
         db = str(Path(folder) / "store.db")
         with TraceWriter(db) as writer:
             message = crowd.begin(writer)
-            with crowd.readers(readers, db, message, len(made), pause, nice=nice) as looking:
+            with crowd.readers(readers, db, message, len(made), pause, **watching) as looking:
                 returned = []
                 began = time.perf_counter()
                 for step in made:
@@ -51,7 +51,7 @@ def full_speed(
 
 
 def at_a_pace(
-    made: Sequence[Step], readers: int, pause: float, a_second: float, nice: int
+    made: Sequence[Step], readers: int, pause: float, a_second: float, watching: Any
 ) -> tuple[list[float], int]:
     """(milliseconds from handing each step to the recorder until seen, faults)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -60,7 +60,7 @@ def at_a_pace(
             message = crowd.begin(writer, start=False)
             recorder = Recorder(writer, message)
             recorder.start(crowd.START)
-            with crowd.readers(readers, db, message, len(made), pause, nice=nice) as looking:
+            with crowd.readers(readers, db, message, len(made), pause, **watching) as looking:
                 handed = []
                 began = time.monotonic()
                 for number, step in enumerate(made):
@@ -72,7 +72,7 @@ def at_a_pace(
     return latencies(seen, handed), sum(len(one.wrong) for one in seen)
 
 
-def with_a_model(readers: int, pause: float, tokens: int, nice: int) -> tuple[list[float], int]:
+def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tuple[list[float], int]:
     """(milliseconds from the decode of each token until seen, faults): SmolLM2 in float32."""
     from oki_trace.answering import answer
     from oki_trace.asking import Ask, submit
@@ -97,7 +97,7 @@ def with_a_model(readers: int, pause: float, tokens: int, nice: int) -> tuple[li
             for look in (False, True):
                 _, message = submit(writer, ask, claim=True)
                 count = readers if look else 0
-                with crowd.readers(count, db, message, tokens, pause, nice=nice) as looking:
+                with crowd.readers(count, db, message, tokens, pause, **watching) as looking:
                     decoded.clear()
                     capture.decode = timed  # type: ignore[assignment]
                     answer(writer, reader, reader.message(message), loaded)
@@ -136,13 +136,20 @@ def main() -> None:
         "what the store itself makes the writer wait.",
     )
     parser.add_argument("--pace", type=float, default=25.0, help="Tokens a second of a model.")
+    parser.add_argument(
+        "--strip",
+        action="store_true",
+        help="Read of each new step its token and numbers, as a reply on screen does, and not "
+        "the newest one whole, as an open step panel does.",
+    )
     given = parser.parse_args()
+    watching = {"nice": given.nice, "whole": not given.strip}
     made = crowd.steps(given.steps)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {given.steps} steps a run")
     alone, watched, visible, wrong = [], [], [], 0
     for _ in range(given.pairs):
-        alone.append(full_speed(made, 0, given.pause, 0)[0])
-        speed, late, faults = full_speed(made, given.readers, given.pause, given.nice)
+        alone.append(full_speed(made, 0, given.pause, {})[0])
+        speed, late, faults = full_speed(made, given.readers, given.pause, watching)
         watched.append(speed)
         visible += late
         wrong += faults
@@ -153,9 +160,9 @@ def main() -> None:
         f"{statistics.median(watched):.1f} steps/s: {loss:.1%} lost"
     )
     print(shown("full speed: append returned → seen", visible))
-    paced, faults = at_a_pace(made, given.readers, given.pause, given.pace, given.nice)
+    paced, faults = at_a_pace(made, given.readers, given.pause, given.pace, watching)
     print(shown(f"{given.pace:g} tokens/s: handed over → seen", paced))
-    real, more = with_a_model(given.readers, given.pause, 100, given.nice)
+    real, more = with_a_model(given.readers, given.pause, 100, watching)
     print(shown("SmolLM2: decoded → seen", real))
     faults += more
     paced += real

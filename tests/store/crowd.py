@@ -1,9 +1,9 @@
 """One writer at full speed and many readers that poll: what each of them sees, and when.
 
-Readers are processes: ``python crowd.py STORE MESSAGE STEPS PAUSE NICE`` polls the
-version number, reads the newest step with its children at every change, and
-prints what it found wrong and when it saw each step. All clocks are one: the
-machine's monotonic clock.
+Readers are processes: ``python crowd.py STORE MESSAGE STEPS PAUSE NICE WHOLE`` polls
+the version number, reads the new steps at every change, with WHOLE the newest of
+them with its children, and prints what it found wrong and when it saw each step.
+All clocks are one: the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Seen:
     polls: int = 0
 
 
-def watch(db: str, message: int, count: int, pause: float) -> Seen:
+def watch(db: str, message: int, count: int, pause: float, *, whole: bool) -> Seen:
     """Look until all ``count`` steps were seen."""
     found = Seen()
     version = -1
@@ -113,7 +113,7 @@ def watch(db: str, message: int, count: int, pause: float) -> Seen:
                 version = page.version()
                 new = page.steps(message, since=len(found.at) - 1)
                 seen_at = time.monotonic_ns()
-                if new:
+                if new and whole:
                     index = new[-1].step_index
                     step = page.step(message, index)
                     names = page.tensor_names(message, index)
@@ -129,10 +129,18 @@ def watch(db: str, message: int, count: int, pause: float) -> Seen:
 
 @contextmanager
 def readers(
-    count: int, db: str, message: int, of: int, pause: float, *, nice: int = 0
+    count: int,
+    db: str,
+    message: int,
+    of: int,
+    pause: float,
+    *,
+    nice: int = 0,
+    whole: bool = True,
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """So many reader processes, all of them looking already; ``nice`` yields the processor."""
-    command = [sys.executable, __file__, db, str(message), str(of), str(pause), str(nice)]
+    command = [sys.executable, __file__, db]
+    command += [str(value) for value in (message, of, pause, nice, int(whole))]
     started = [
         subprocess.Popen(
             command,
@@ -162,11 +170,11 @@ def told(process: subprocess.Popen[str]) -> Seen:
 
 
 def main() -> None:
-    db, message, count, pause, nice = sys.argv[1:]
+    db, message, count, pause, nice, whole = sys.argv[1:]
     if int(nice):
         os.nice(int(nice))
     try:
-        seen = watch(db, int(message), int(count), float(pause))
+        seen = watch(db, int(message), int(count), float(pause), whole=bool(int(whole)))
     except OkiTraceError as error:
         seen = Seen(wrong=[str(error)])
     print(json.dumps({"at": seen.at, "rest": [seen.wrong, seen.whole, seen.polls]}), flush=True)
