@@ -10,35 +10,58 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
 
 Item = TypeVar("Item")
-Make = Callable[[Callable[[], bool]], Generator[Item]]
 
 # Steps that may wait, each with its tensors. A full queue makes the decoder wait.
 STEPS_AHEAD = 8
 
 
-class Ahead(Iterator[Item]):
-    """Iterates over what ``make(abandoned)`` generates in another thread.
+@contextmanager
+def ahead(items: Generator[Item]) -> Iterator[Iterator[Item]]:
+    """Within, ``items`` are generated in another thread; an exception of theirs is raised here.
 
-    ``abandoned()`` tells it that this was closed. ``cores`` is how many torch may
-    use there: for the first item, which takes the whole prompt, and for each later
-    one. An exception of the generator is raised here, after the items before it.
-    ``close`` ends the thread, at the latest after the item under way; it may be
-    called more than once.
+    The first, which takes the whole prompt, is generated here and now: it is
+    computing, so it may use every core, its memory is where that of the model is,
+    and a signal ends it at once. The thread has all cores but one for torch, and
+    this thread the other. When the context ends, so do ``items``, at the latest
+    after the one under way, and the number of threads is put back.
     """
+    cores = torch.get_num_threads()
+    try:
+        first = list(_first(items))
+        torch.set_num_threads(1)
+        decoder = _Decoder(items, max(1, cores - 1))
+        try:
+            yield chain(first, decoder)
+        finally:
+            decoder.close()
+    finally:
+        items.close()
+        torch.set_num_threads(cores)
 
-    def __init__(self, make: Make[Item], cores: tuple[int, int]) -> None:
+
+def _first(items: Iterator[Item]) -> Iterator[Item]:
+    for item in items:
+        yield item
+        return
+
+
+class _Decoder(Iterator[Item]):
+    """Iterates over ``items``, which go on in another thread."""
+
+    def __init__(self, items: Generator[Item], cores: int) -> None:
         self._queue: queue.Queue[Item | _End] = queue.Queue(STEPS_AHEAD)
         self._closing = threading.Event()
         self._ended = False
         self._thread = threading.Thread(
-            target=self._run, args=(make, *cores), name="decoder", daemon=True
+            target=self._run, args=(items, cores), name="decoder", daemon=True
         )
         self._thread.start()
 
@@ -49,31 +72,25 @@ class Ahead(Iterator[Item]):
         if not isinstance(found, _End):
             return found
         self._ended = True
-        self._thread.join()
         if found.error is not None:
             raise found.error
         raise StopIteration
 
     def close(self) -> None:
-        """End the generator; what it had made and nobody took is dropped."""
+        """What was made and nobody took is dropped."""
         self._closing.set()
         while not self._ended:
             self._ended = isinstance(self._queue.get(), _End)
         self._thread.join()
 
-    def _run(self, make: Make[Item], first: int, later: int) -> None:
+    def _run(self, items: Generator[Item], cores: int) -> None:
         error: BaseException | None = None
         try:
-            torch.set_num_threads(first)
-            items = make(self._closing.is_set)
-            try:
-                for item in items:
-                    torch.set_num_threads(later)
-                    self._queue.put(item)
-                    if self._closing.is_set():
-                        break
-            finally:
-                items.close()
+            torch.set_num_threads(cores)
+            for item in items:
+                self._queue.put(item)
+                if self._closing.is_set():
+                    break
         except BaseException as raised:  # handed over to the thread that iterates
             error = raised
         self._queue.put(_End(error))
@@ -82,17 +99,3 @@ class Ahead(Iterator[Item]):
 class _End:
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
-
-
-@contextmanager
-def one_core() -> Iterator[int]:
-    """Within, this thread uses one core for torch; yields how many there are in all.
-
-    The number of threads is put back as it was found.
-    """
-    cores = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield cores
-    finally:
-        torch.set_num_threads(cores)

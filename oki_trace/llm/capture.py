@@ -7,10 +7,10 @@ lets it run on while ``reduce`` makes records of them, and their lenses follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 
-from oki_trace.llm.ahead import Ahead, one_core
+from oki_trace.llm.ahead import ahead
 from oki_trace.llm.behind import Behind
 from oki_trace.llm.decode import RawStep, decode
 from oki_trace.llm.instrument import Instrument
@@ -33,25 +33,18 @@ def capture(
         return
     lens, vocabulary = instrument.lens, instrument.vocabulary
 
-    def decoded(abandoned: Callable[[], bool] = lambda: False) -> Generator[RawStep]:
-        model, tokenizer, probe = instrument.model, instrument.tokenizer, instrument.probe
-        return decode(model, tokenizer, probe, prompt.token_ids, generation, abandoned)
-
     def compute(steps: list[Unlensed]) -> list[Lens]:
         return lenses_of(steps, lens, vocabulary, policy.topk_lens) if lens else []
 
+    steps = decode(
+        instrument.model, instrument.tokenizer, instrument.probe, prompt.token_ids, generation
+    )
     # Weights that come and go with each call cannot serve two threads.
-    with Behind(compute, aside=not instrument.moves_weights) as behind:
+    alone = instrument.moves_weights
+    with Behind(compute, aside=not alone) as behind:
         try:
-            if instrument.moves_weights:
-                with closing(decoded()) as alone:
-                    yield from _follow(alone, behind, instrument, policy, should_stop)
-            else:
-                with (
-                    one_core() as cores,
-                    closing(Ahead(decoded, (cores, max(1, cores - 1)))) as ahead,
-                ):
-                    yield from _follow(ahead, behind, instrument, policy, should_stop)
+            with closing(steps) if alone else ahead(steps) as taken:
+                yield from _follow(taken, behind, instrument, policy, should_stop)
         except Exception:
             yield from behind.rest()
             raise

@@ -10,7 +10,7 @@ and greedy tokens are its tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,12 +52,10 @@ def decode(
     probe: Probe,
     prompt_ids: tuple[int, ...],
     generation: Generation,
-    abandoned: Callable[[], bool] = lambda: False,
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
-    Close the iterator to stop early; from another thread, let ``abandoned`` be
-    true, which ends a step in its midst. Raises CaptureError on NaN or infinite
+    Close the iterator to stop early. Raises CaptureError on NaN or infinite
     logits, and when the sampling settings leave no token.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
@@ -66,7 +64,6 @@ def decode(
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
         probe=probe,
-        abandoned=abandoned,
         seed=generation.seed,
         **arguments_of(generation, model, tokenizer),
     )
@@ -91,7 +88,6 @@ def _loop(
     stopping_criteria: Any,
     generation_config: Any,
     probe: Probe,
-    abandoned: Callable[[], bool],
     seed: int | None,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
@@ -101,7 +97,7 @@ def _loop(
         generator = torch.Generator(device=input_ids.device)
         if seed is not None:
             generator.manual_seed(seed)
-    with probe.attached(abandoned), model._optimize_model_for_decode():
+    with probe.attached(), model._optimize_model_for_decode():
         for step_index in range(generation_config.max_length - prompt_len):
             started = time.perf_counter()
             # 1. the model's own forward pass, watched

@@ -6,7 +6,7 @@ activations are freed as they are in a plain run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -14,10 +14,6 @@ from torch import Tensor
 
 from oki_trace.llm.anatomy import Anatomy, stream_of
 from oki_trace.llm.attention import AttentionTap, Rows
-
-
-class Abandoned(Exception):
-    """Ends a forward pass, a long prompt's perhaps, that nobody waits for any more."""
 
 
 class Probe:
@@ -53,15 +49,12 @@ class Probe:
             yield arguments
 
     @contextmanager
-    def attached(self, abandoned: Callable[[], bool] = lambda: False) -> Iterator[None]:
-        """Watch the model while this context lasts.
-
-        ``abandoned`` is asked after every block; once it is true, Abandoned is raised there.
-        """
+    def attached(self) -> Iterator[None]:
+        """Watch the model while this context lasts."""
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(
-                block.register_forward_hook(self._keeper(layer, abandoned))
+                block.register_forward_hook(self._keeper(layer))
                 for layer, block in enumerate(self._blocks, 1)
             ),
         ]
@@ -77,10 +70,8 @@ class Probe:
         stream = args[0] if args else kwargs["hidden_states"]
         self._hidden[0] = newest(stream, self._axis)
 
-    def _keeper(self, layer: int, abandoned: Callable[[], bool]) -> Any:
+    def _keeper(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            if abandoned():
-                raise Abandoned
             self._hidden[layer] = newest(stream_of(output), self._axis)
 
         return keep

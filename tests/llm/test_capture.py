@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.decode import decode
-from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import instrument
-from oki_trace.llm.probe import Abandoned
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling, Status, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -360,17 +357,3 @@ def test_a_model_that_was_traced_can_still_be_trained(family: str) -> None:
     ids = torch.arange(3, 12)[None]
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_prompt_that_nobody_waits_for_is_given_up_in_its_midst(family: str) -> None:
-    model, tokenizer = tiny.model(family), tiny.tokenizer()
-    made = instrument(model, tokenizer)
-    generation = generation_of(model, Sampling(max_new_tokens=2), prompt_len=3)
-    asked = iter([False, True])
-    hooks = [len(module._forward_hooks) for module in model.modules()]
-    steps = decode(model, tokenizer, made.probe, (3, 4, 5), generation, lambda: next(asked))
-    with pytest.raises(Abandoned):
-        next(steps)
-    assert list(asked) == [], "the second block is the last that ran"
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
