@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 _NOTES = os.environ.get("OKI_TRACE_WITNESS")
@@ -50,7 +51,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
     host = _host(event, arguments)
     if host is None or _stays(host):
         return
-    with open(_NOTES, "a", encoding="utf-8") as notes:
+    with Path(_NOTES).open("a", encoding="utf-8") as notes:
         notes.write(f"{event} {host!r} by {' '.join(sys.orig_argv)[:200]}\n")
     raise OSError(f"refused: {event} {host!r}")
 
