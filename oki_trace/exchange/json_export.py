@@ -179,7 +179,7 @@ def message_head(message: Message) -> dict[str, Any]:
 
 
 def _trace(chosen: Selection, reply: Message) -> dict[str, Any]:
-    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id))
+    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id), timed=True)
 
 
 class _Counted:
