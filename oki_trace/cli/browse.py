@@ -37,6 +37,8 @@ def list_conversations(
     """The conversations in the store, the latest first.
 
     Example: oki-trace list --search Paris
+
+    Example: oki-trace list --json
     """
     from oki_trace.store.reader import TraceReader
 
@@ -74,6 +76,8 @@ def show(
     """A conversation, with every step of its replies.
 
     Example: oki-trace show 1 --step 5
+
+    Example: oki-trace show 1 --message 2 --json
     """
     from oki_trace.store.reader import TraceReader
 
