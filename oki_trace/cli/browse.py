@@ -209,7 +209,7 @@ def _show_step(reader: TraceReader, message: Message, index: int, as_json: bool)
 def _show_step_json(reader: TraceReader, message: Message, step: Step) -> None:
     from oki_trace.exchange.json_export import trace_of
 
-    trace = trace_of(reader, reader.messages(message.conversation_id), message)
+    trace = trace_of(reader, reader.messages(message.conversation_id), message, timed=True)
     print_json(next(s for s in (trace or {})["steps"] if s["step"] == step.step_index))
 
 
