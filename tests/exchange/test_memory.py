@@ -60,7 +60,10 @@ def fill(db: Path, steps: int) -> Path:
                 one = pool[index % len(pool)]
                 assert one.lens is not None
                 lens = replace(one.lens, step_index=index)
-                batch.append(replace(one, step_index=index, position=6 + index, lens=lens))
+                # Tensors of its own, or they would be packed away to nothing.
+                full = builders.tensors(rng, layers=6, width=256, vocab=VOCABULARY)
+                placed = replace(one, step_index=index, position=6 + index, lens=lens)
+                batch.append(replace(placed, tensors=full))
             writer.append(reply, batch)
         writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "token limit", 1.0))
     return db
