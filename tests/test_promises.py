@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streamlit as st
+from streamlit.testing.v1 import AppTest
 
 from oki_trace import load_model_and_tokenizer, run_traced
 from tests import tiny
@@ -23,29 +25,48 @@ TESTS = Path(__file__).resolve().parent
 PROOFS = {
     "the chosen token of every step": [
         "test_api.py::test_the_trace_says_what_was_given_and_got",
-        "test_tracing.py",
+        "llm/test_capture.py::test_greedy_tokens_are_those_of_generate",
     ],
     "the next-token distribution, top-k": [
         "test_api.py::test_what_is_said_twice_is_the_same",
-        "llm/test_capture.py",
+        "llm/test_capture.py::test_distribution_is_the_models_own",
     ],
     "evidence: the attention of the newest position": [
         "test_api.py::test_positions_count_through_prompt_and_reply",
-        "llm/test_capture.py",
+        "llm/test_capture.py::test_attention_is_the_models_own_eager_attention",
     ],
     "a Logit Lens at every layer": [
         "test_api.py::test_what_is_said_twice_is_the_same",
-        "llm/test_capture.py",
+        "llm/test_capture.py::test_lens_is_the_models_own_norm_and_head_at_every_layer",
     ],
-    "any causal model of Hugging Face": ["llm/test_load.py"],
-    "4-bit is optional, with a fallback": ["llm/test_load.py"],
-    "a chat template, or USER and ASSISTANT": ["llm/test_chat.py"],
-    "a dashboard to chat in, each reply traced": ["dashboard/test_browser_chat.py"],
+    "any causal model of Hugging Face, with fallbacks where it does not support something": [
+        "llm/test_families.py::test_a_model_type_is_traced_as_the_page_says",
+        "llm/test_load.py::test_hub_id_from_the_cache",
+    ],
+    "4-bit is optional, with a fallback": [
+        "llm/test_load.py::test_4bit_on_the_built_in_model",
+        "llm/test_load.py::test_4bit_that_loads_but_cannot_run_falls_back",
+        "llm/test_load.py::test_4bit_without_bitsandbytes_falls_back_visibly",
+    ],
+    "a chat template, or USER and ASSISTANT": [
+        "llm/test_chat.py::test_the_models_own_template_is_used",
+        "llm/test_chat.py::test_without_a_template_the_plain_form_is_used",
+    ],
+    "a dashboard to chat in, each reply traced": [
+        "dashboard/test_browser_chat.py::test_a_new_user_asks_and_sees_why_each_token_was_chosen",
+    ],
     "a click on a token shows its step": [
-        "dashboard/test_browser_chat.py",
-        "exchange/test_report.py",
+        "dashboard/test_browser_chat.py::test_a_new_user_asks_and_sees_why_each_token_was_chosen",
+        "exchange/test_report.py::test_a_click_and_the_keys_choose_a_step",
     ],
-    "everything runs locally": ["dashboard/test_start.py"],
+    "the model and 4-bit are chosen in the sidebar": [
+        "test_promises.py::test_the_model_and_4bit_are_in_the_sidebar",
+    ],
+    "everything runs locally; no telemetry, no cloud": [
+        "privacy/test_cut_off.py::test_a_whole_turn_and_every_page_with_the_network_cut_off",
+        "privacy/test_rules.py::test_nothing_here_speaks_to_another_machine",
+        "dashboard/test_start.py::test_ui_listens_here_alone_and_ends_with_what_it_started",
+    ],
     "its trace files open here, and ours there": [
         "exchange/test_import_v1.py::test_every_view_shows_it",
         "exchange/test_formats.py::test_version_1_has_its_names_and_no_other",
@@ -67,7 +88,7 @@ def test_each_claim_has_its_proof(claim: str) -> None:
         name, _, test = proof.partition("::")
         tree = ast.parse((TESTS / name).read_text(encoding="utf-8"))
         tests = {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
-        assert test in tests if test else any(n.startswith("test_") for n in tests), proof
+        assert test in tests, proof
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +173,20 @@ def test_every_layer_says_what_it_would_have_predicted(
         assert [entry["token"] for entry in last] == [
             entry["token"] for entry in step["logits_topk"][:2]
         ]
+
+
+def test_the_model_and_4bit_are_in_the_sidebar() -> None:
+    app = AppTest.from_file(str(TESTS.parent / "dashboard" / "Home.py"), default_timeout=60).run()
+    try:
+        assert not app.exception
+        assert app.sidebar.selectbox(key="model").value == "smollm2"
+        assert app.sidebar.toggle(key="four_bit").value is False
+    finally:
+        from dashboard import data
+
+        data._reader(data.store_name()).close()
+        st.cache_resource.clear()
+        st.cache_data.clear()
 
 
 def test_everything_runs_locally(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,12 @@ def ask(
     """A built-in question over all that the store holds, or over a part of it.
 
     Example: oki-trace ask settle --by class
+
+    Example: oki-trace ask
+
+    Example: oki-trace ask compare 2:5 4:5
+
+    Example: oki-trace ask unsure --model smollm2 --since 2026-01-01 --format csv
     """
     from oki_trace.analysis import builtin
     from oki_trace.analysis.scope import Scope, moment
@@ -144,6 +150,10 @@ def sql(
     """Your own question, in SQL (DuckDB's), over the whole store. Nothing can be changed by it.
 
     Example: oki-trace sql "SELECT layer, avg(kl) FROM lens_layer GROUP BY layer ORDER BY layer"
+
+    Example: oki-trace sql --tables
+
+    Example: oki-trace sql "FROM step WHERE prob < 0.1" --format parquet --output unsure.parquet
     """
     from oki_trace.cli import answers
 

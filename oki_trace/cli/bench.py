@@ -31,6 +31,8 @@ def bench(
     The traces go into a store that is deleted afterwards.
 
     Example: oki-trace bench --tokens 64
+
+    Example: oki-trace bench --model ./my-model --json
     """
     from oki_trace import bench as benchmark
     from oki_trace.llm.load import load

@@ -37,6 +37,8 @@ def list_conversations(
     """The conversations in the store, the latest first.
 
     Example: oki-trace list --search Paris
+
+    Example: oki-trace list --json
     """
     from oki_trace.store.reader import TraceReader
 
@@ -74,6 +76,8 @@ def show(
     """A conversation, with every step of its replies.
 
     Example: oki-trace show 1 --step 5
+
+    Example: oki-trace show 1 --message 2 --json
     """
     from oki_trace.store.reader import TraceReader
 
@@ -205,7 +209,7 @@ def _show_step(reader: TraceReader, message: Message, index: int, as_json: bool)
 def _show_step_json(reader: TraceReader, message: Message, step: Step) -> None:
     from oki_trace.exchange.json_export import trace_of
 
-    trace = trace_of(reader, reader.messages(message.conversation_id), message)
+    trace = trace_of(reader, reader.messages(message.conversation_id), message, timed=True)
     print_json(next(s for s in (trace or {})["steps"] if s["step"] == step.step_index))
 
 

@@ -31,6 +31,8 @@ def copy(
     finished by the same command. This store is only read.
 
     Example: oki-trace copy --to postgresql://me@host/traces
+
+    Example: oki-trace copy 1 2 --to some.db
     """
     from oki_trace.store.copy import Fate
     from oki_trace.store.copy import copy as copy_store

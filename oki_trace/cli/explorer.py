@@ -24,6 +24,8 @@ def ui(
     """Open the explorer, on this machine alone.
 
     Example: oki-trace ui --port 8600
+
+    Example: oki-trace ui --db elsewhere.db
     """
     open_explorer(options.store_of(db), port, {})
 

@@ -52,6 +52,12 @@ def export(
     but html back.
 
     Example: oki-trace export --conversation 1 --format html --output paris.html
+
+    Example: oki-trace export -c 1 --output paris.json --tensors
+
+    Example: oki-trace export -c 1 --format parquet --output paris
+
+    Example: oki-trace export -c 1 --format trace-v1 --message 2 --output old.json
     """
     import sys
 

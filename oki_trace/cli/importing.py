@@ -30,6 +30,10 @@ def import_(
     name.safetensors beside it.
 
     Example: oki-trace import paris.json
+
+    Example: oki-trace import paris.zip --db elsewhere.db
+
+    Example: oki-trace import - < paris.jsonl
     """
     import sys
 

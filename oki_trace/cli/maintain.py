@@ -60,6 +60,8 @@ def delete(
     Numbers are never given again. The disk has the room back after: oki-trace vacuum
 
     Example: oki-trace delete 3 --yes
+
+    Example: oki-trace delete 4 5 6
     """
     from oki_trace.store.reader import TraceReader
     from oki_trace.store.writer import TraceWriter
@@ -108,6 +110,8 @@ def prune(
     that is being written is spared. The disk has the room back after: oki-trace vacuum
 
     Example: oki-trace prune --older-than 30d --dry-run
+
+    Example: oki-trace prune --max-size 10GB
     """
     from oki_trace.store import prune as pruning
     from oki_trace.store.reader import TraceReader

@@ -46,6 +46,12 @@ def run(
     Ctrl-C ends the reply; what was decoded is kept, and the exit status is 130.
 
     Example: oki-trace run "What is the capital of France?"
+
+    Example: oki-trace run "Why is the sky blue?" --temperature 0.7 --seed 1 --max-new-tokens 80
+
+    Example: oki-trace run "And in winter?" --conversation 1
+
+    Example: oki-trace run "Hello" --model ./my-model --tensors none --json
     """
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
     if not content.strip():
@@ -64,6 +70,8 @@ def chat(turns: options.Turns) -> None:
     ends the conversation.
 
     Example: oki-trace chat --temperature 0.7
+
+    Example: oki-trace chat --model Qwen/Qwen2.5-0.5B-Instruct --4bit
     """
     conversation = turns.conversation
     with _talking(turns) as talk:

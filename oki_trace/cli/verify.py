@@ -38,6 +38,8 @@ def verify(
     is changed. A model that is not there any more is told, and is no fault.
 
     Example: oki-trace verify 1 --recompute
+
+    Example: oki-trace verify
     """
     from oki_trace.store.reader import TraceReader
     from oki_trace.store.verify import Verification

@@ -127,21 +127,23 @@ def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, 
         for message in chosen.messages:
             head = message_head(message)
             if message.id in chosen.traced:
-                head["trace"] = _trace(chosen, message)
+                head["trace"] = _trace(chosen, message, timed=True)
             messages.append(head)
         return {**document_head(chosen), "messages": messages}
 
 
 def trace_of(
-    reader: TraceReader, messages: Sequence[Message], message: Message
+    reader: TraceReader, messages: Sequence[Message], message: Message, *, timed: bool = False
 ) -> dict[str, Any] | None:
-    """The trace object of a reply, in memory; None for a message that has none."""
+    """The trace object of a reply, in memory; None for a message that has none.
+
+    ``timed`` as a file has it; without, it is what ``run_traced`` returned.
+    """
     if not is_traced(message):
         return None
     conversation = reader.conversation(message.conversation_id)
     return _trace(
-        Selection(reader, conversation, messages, frozenset({message.id})),
-        message,
+        Selection(reader, conversation, messages, frozenset({message.id})), message, timed=timed
     )
 
 
@@ -178,8 +180,8 @@ def message_head(message: Message) -> dict[str, Any]:
     return head
 
 
-def _trace(chosen: Selection, reply: Message) -> dict[str, Any]:
-    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id))
+def _trace(chosen: Selection, reply: Message, *, timed: bool) -> dict[str, Any]:
+    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id), timed=timed)
 
 
 class _Counted:

@@ -34,6 +34,7 @@ MAX_ROWS = 2_000_000_000
 # What a row group says it unpacks to; ours are some tens of megabytes.
 MAX_GROUP_BYTES = 4_000_000_000
 _ROWS_AT_ONCE = 8192
+_BUFFER_BYTES = 1 << 20
 _DOCUMENTS = ("choice", "sampling", "policy", "generation", "capture")
 
 
@@ -47,7 +48,8 @@ class _Cursor:
         if path.is_symlink() or not path.is_file():
             raise wrong(f"the table {path.name} is missing or no file")
         try:
-            self._file = pq.ParquetFile(path)
+            # By default all of the file is fetched before the first row is given.
+            self._file = pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES)
             self._check()
         except (pa.ArrowException, OSError, ValueError) as error:
             raise _unreadable(name, error) from error

@@ -47,9 +47,9 @@ class TraceHead:
     reason: str | None
 
 
-def trace_object(head: TraceHead, steps: Iterable[Step]) -> dict[str, Any]:
-    """The trace of one reply."""
-    return {**head_object(head), "steps": list(step_objects(head.prompt, steps))}
+def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> dict[str, Any]:
+    """The trace of one reply; ``timed`` as in ``step_objects``."""
+    return {**head_object(head), "steps": list(step_objects(head.prompt, steps, timed=timed))}
 
 
 def head_object(head: TraceHead) -> dict[str, Any]:

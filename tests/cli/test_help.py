@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
@@ -15,12 +19,63 @@ from oki_trace.cli.app import app
 from oki_trace.store.writer import TraceWriter
 from tests.cli.commands import ACTIVE, Oki
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 
 
 def unwrapped(text: str) -> str:
     """Help without its boxes and line ends."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def command_help() -> ModuleType:
+    """The script that writes docs/commands.md."""
+    spec = importlib.util.spec_from_file_location("command_help", ROOT / "docs/command_help.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_page_on_commands_is_what_their_help_says() -> None:
+    script = command_help()
+    assert sorted(script.commands()) == COMMANDS
+    told = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert told == script.page(), "run: python docs/command_help.py"
+
+
+def test_every_example_is_a_command_that_parses() -> None:
+    script = command_help()
+    made = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for name, command in script.commands().items():
+        shown = script.examples(command)
+        assert shown
+        for line in shown:
+            program, called, *arguments = shlex.split(re.sub(r" < \S+$", "", line))
+            assert (program, called) == ("oki-trace", name), line
+            made[name].make_context(name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("oki-trace ex", "export"), ("oki-trace export --for", "--format")],
+)
+def test_a_shell_completes_commands_and_options(typed: str, offered: str) -> None:
+    """As bash asks after ``oki-trace --install-completion``."""
+    environment = {
+        **os.environ,
+        "_OKI_TRACE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(typed.split()) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", "from oki_trace.cli import main; main()"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert offered in done.stdout.split()
 
 
 def test_the_commands_of_the_contract_are_there() -> None:

@@ -216,6 +216,18 @@ def test_a_link_opens_the_same_step_and_print_holds_the_reply(page: Any, report:
     page.emulate_media(media="print")
     assert page.locator(".choice").first.is_hidden()
     assert len(page.pdf()) > 20_000
+    # On paper, how the reply was made is part of it.
+    assert page.locator("details[open]").count() == page.locator("details").count() == 2
+
+
+@pytest.mark.browser
+def test_on_a_phone_the_lens_has_two_tokens_that_can_be_read(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.locator(".reply").first.locator(".token").nth(0).click()
+    row = page.locator("#panel table tr").first
+    assert row.locator("td.cell:visible").count() == 2
+    page.set_viewport_size({"width": 1440, "height": 900})
+    assert row.locator("td.cell:visible").count() == 3
 
 
 def test_a_conversation_without_traces_is_a_report_too(tmp_path: Path, chromium: Any) -> None:

@@ -127,7 +127,9 @@ def _sampling(generation: Generation) -> str:
 
 
 def _check(value: float | None, unit: str) -> str:
-    return "not made" if value is None else f"off by at most {value:.0e} {unit}".strip()
+    if value is None:
+        return "not made"
+    return f"off by at most {value:.0e} {unit}".strip() if value else "no difference"
 
 
 def _step(step: Step, tokens: _Tokens) -> Json:

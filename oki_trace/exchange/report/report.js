@@ -226,7 +226,7 @@ function drawLens(reply, step) {
   const width = Math.min(3, step.lens[0].length);
   const table = make("table");
   const columns = make("colgroup");
-  columns.append(make("col", "layer"), ...Array.from({ length: width }, () => make("col")), make("col", "rank"));
+  columns.append(make("col", "layer"), ...Array.from({ length: width }, (_, k) => make("col", k === 2 ? "third" : "")), make("col", "rank"));
   const body = make("tbody");
   for (let layer = step.lens.length - 1; layer >= 0; layer -= 1) {
     const row = make("tr", step.settle === layer ? "settled" : "");
@@ -235,6 +235,7 @@ function drawLens(reply, step) {
       const number = step.lens[layer][k];
       const share = step.lensProb[layer][k];
       const cell = make("td", number === step.token ? "cell picked" : "cell");
+      cell.classList.toggle("third", k === 2);
       cell.style.setProperty("--v", (share ?? 0) / 1000);
       cell.title = `layer ${layer}, rank ${k + 1}: ${tokenText(number)}`;
       const pair = make("div", "pair");
@@ -404,3 +405,5 @@ new ResizeObserver(() => at.reply >= 0 && layMap(false)).observe(frame);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
 matchMedia("print").addEventListener("change", drawMap);
 window.addEventListener("hashchange", open);
+// On paper nothing can be opened: how a reply was made is part of it.
+window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));

@@ -1,0 +1,93 @@
+"""What the pages say is there, is there: files, modules, links and examples."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def tree() -> str:
+    """The annotated file tree of the README."""
+    return "\n" + README.partition("## How it is built")[2].split("```")[1]
+
+
+def test_every_file_the_tree_names_is_there() -> None:
+    """Below the folder under which it stands, as deep as it may be."""
+    room = ROOT
+    named = 0
+    for line in tree().strip().splitlines():
+        first = line.split()[0]
+        if first.endswith("/") and not line.startswith("    "):
+            room = ROOT / first if line == line.lstrip() else ROOT / "oki_trace" / first
+            assert room.is_dir(), line
+        elif line.startswith("  ") and not line.startswith("    "):
+            room = ROOT / "oki_trace"
+        for name in re.findall(r"\w+\.py\b|(?<=[ ,])\w+/(?=[:;, ]|$)", line):
+            here = room.name == name.rstrip("/")
+            assert here or any(room.rglob(name.rstrip("/"))), f"{name} in: {line}"
+            named += 1
+    assert named > 50
+
+
+def test_the_tree_names_every_room_and_every_module_at_the_top() -> None:
+    text = tree()
+    top = [p for p in (ROOT / "oki_trace").iterdir() if not p.name.startswith("_")]
+    names = {p.name + "/" if p.is_dir() else p.name for p in top if p.suffix in ("", ".py")}
+    assert [name for name in sorted(names) if name not in text] == []
+    for folder in ("dashboard/", "migrations/", "tests/", "docs/", "data/"):
+        assert f"\n{folder}" in text
+
+
+def test_the_map_of_modules_is_what_their_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("module_map", ROOT / "docs/module_map.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
+    told = page.partition(script.BEGIN)[2].partition(script.END)[0]
+    assert told.strip() == script.module_map().strip(), "run: python docs/module_map.py"
+    modules = [path for folder in script.folders() for path in script.modules(folder)]
+    assert [p for p in modules if p.stem != "__init__" and not script.told(p)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_link_within_leads_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        name, _, anchor = target.partition("#")
+        other = page.parent / name if name else page
+        assert other.exists(), target
+        if anchor and other.suffix == ".md":
+            lines = other.read_text(encoding="utf-8").splitlines()
+            heads = [re.sub(r"[^\w\- ]", "", h.lstrip("# ")).lower() for h in lines if h[:1] == "#"]
+            assert anchor in [head.replace(" ", "-") for head in heads], target
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    seen: set[Path] = set()
+    waiting = [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)[)#]", page.read_text(encoding="utf-8"))
+        waiting += [(page.parent / link).resolve() for link in links if "://" not in link]
+    assert set((ROOT / "docs").glob("*.md")) | {ROOT / "SECURITY.md"} <= seen
+
+
+def test_every_command_the_readme_shows_is_one() -> None:
+    from oki_trace.cli.app import app
+
+    names = {
+        info.name or getattr(info.callback, "__name__", "") for info in app.registered_commands
+    }
+    shown = set(re.findall(r"(?m)^(?:\$ )?oki-trace (\w+)", README))
+    assert len(shown) >= 7 and shown <= names
