@@ -6,6 +6,8 @@ from pathlib import Path
 
 import streamlit as st
 
+from oki_trace.launcher import is_loopback
+
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
@@ -98,6 +100,17 @@ def apply() -> None:
         for name, fallback in (("backgroundColor", "Canvas"), ("borderColor", "GrayText"))
     )
     st.html(_STYLE.replace("BACK", back).replace("LINE", line))
+
+
+def warn_of_strangers() -> None:
+    """Say on every page that others may be here too, where the explorer is open to them."""
+    address = st.get_option("server.address")
+    if address is None or not is_loopback(str(address)):
+        st.warning(
+            "Other machines can reach this explorer, and it has no password: whoever finds it "
+            "reads and deletes every conversation.",
+            icon=":material/public:",
+        )
 
 
 def _theme() -> str:
