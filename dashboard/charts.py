@@ -101,7 +101,7 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
         "token:N",
         title=None,
         scale=_SAMENESS,
-        legend=alt.Legend(orient="top", symbolType="circle"),
+        legend=alt.Legend(orient="top", symbolType="circle", symbolOpacity=1),
     )
     may = base.mark_bar(size=size, opacity=0.3).encode(
         y=alt.Y("low:Q", title="total variation", scale=scale, axis=alt.Axis(tickCount=5)),
@@ -133,7 +133,7 @@ def room(rows: Sequence[Json]) -> alt.LayerChart:
     bars = base.mark_bar(size=16, cornerRadiusEnd=3).encode(color=_kinds(legend=False))
     # The theme's gray is told apart from the page in the light and in the dark.
     sizes = base.mark_text(align="left", dx=6, color="gray").encode(text="size:N")
-    return alt.LayerChart(layer=[bars, sizes]).properties(height=24 * len(rows) + 6)
+    return alt.LayerChart(layer=[bars, sizes]).properties(height=30 * len(rows) + 12)
 
 
 def growth(rows: Sequence[Json]) -> alt.Chart:

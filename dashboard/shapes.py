@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
-from oki_trace.records import Generation, Message, Step, StepSummary
+from oki_trace.records import CaptureReport, Generation, Message, Step, StepSummary
 from oki_trace.visible import visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
@@ -232,6 +232,47 @@ def absence(message: Message) -> str:
 def clipped(text: str, length: int = 40) -> str:
     """``text``, cut off where it is too long to stand in a line."""
     return text if len(text) <= length else f"{text[:length]}…"
+
+
+class Badge(NamedTuple):
+    """A word on how far something can be trusted, and what it rests on."""
+
+    name: str
+    colour: Literal["green", "gray"]
+    meaning: str
+
+
+def model_line(capture: CaptureReport) -> str:
+    """A model as it was loaded, in a line."""
+    precision = capture.quantization or capture.dtype
+    return f"{precision} · {capture.device} · {capture.layers} layers × {capture.width:,} wide"
+
+
+def check(largest: float) -> str:
+    """The largest difference that a check found, in few characters."""
+    return "exact" if largest == 0 else f"{largest:.0e}"
+
+
+def trust(capture: CaptureReport) -> list[Badge]:
+    """What was held against the model itself when it was loaded, and with what outcome."""
+    badges = []
+    if capture.logit_lens_available and capture.lens_check is not None:
+        meaning = (
+            "The largest difference in log-probability between the lens at the last layer and the "
+            "model's own logits, all of them, in nats"
+        )
+        badges.append(Badge(f"lens check {check(capture.lens_check)}", "green", meaning))
+    elif not capture.logit_lens_available:
+        badges.append(Badge("no lens", "gray", capture.lens_reason or "Not available"))
+    if capture.attention_check is not None:
+        meaning = (
+            "The largest difference in weight between the captured attention and the model's own "
+            "eager attention"
+        )
+        badges.append(Badge(f"attention check {check(capture.attention_check)}", "green", meaning))
+    elif not capture.attention_layers:
+        badges.append(Badge("no attention", "gray", capture.evidence_provenance))
+    return badges
 
 
 class Column(NamedTuple):

@@ -24,9 +24,7 @@ export default function ({ data, parentElement }) {
     });
     made.append(row);
   });
-  const csv = data.name && csvButton(data.name, () => [
-    ...(titled ? [data.head.map((column) => column.text)] : []), ...data.rows]);
-  const foot = make("div", "foot");
-  if (csv) foot.append(csv);
-  root.replaceChildren(made, ...(csv ? [foot] : []));
+  const csv = data.name ? [csvButton(data.name, () => [
+    ...(titled ? [data.head.map((column) => column.text)] : []), ...data.rows])] : [];
+  root.replaceChildren(made, ...csv);
 }

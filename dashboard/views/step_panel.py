@@ -126,7 +126,7 @@ def _evidence(
         found, which, len(weights), None if count else shapes.absence(message)
     )
     if capture.attention_check is not None:
-        notes = f"{notes} Attention check {capture.attention_check:.0e}."
+        notes = f"{notes} Attention check {shapes.check(capture.attention_check)}."
     st.caption(notes)
 
 
@@ -211,7 +211,9 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             key="lens",
             on_pin_change=_pin,
         )
-        check = "" if capture.lens_check is None else f" Lens check {capture.lens_check:.0e}."
+        check = (
+            "" if capture.lens_check is None else f" Lens check {shapes.check(capture.lens_check)}."
+        )
         st.caption(
             "What the model would say if a layer were its last, through its own final norm and "
             f"head. Early layers often give nonsense.{check}"
