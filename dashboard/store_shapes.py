@@ -133,14 +133,15 @@ def plan_rows(plan: PrunePlan) -> list[Json]:
 
 
 def plan_told(plan: PrunePlan) -> str:
-    """A plan in a sentence."""
-    spared = f" {counted(plan.spared, 'reply')} being written stay." if plan.spared else ""
+    """A plan in a sentence or two."""
+    noun = "reply" if plan.tensors_only else "conversation"
+    stay = "stays" if plan.spared == 1 else "stay"
+    spared = f" {counted(plan.spared, noun)} being written {stay}." if plan.spared else ""
     if not plan.items:
         return f"Nothing would go.{spared}"
-    noun = "reply" if plan.tensors_only else "conversation"
-    what = f"The full tensors of {counted(len(plan.items), noun)}"
-    if not plan.tensors_only:
-        what = counted(len(plan.items), noun)
+    what = counted(len(plan.items), noun)
+    if plan.tensors_only:
+        what = f"The full tensors of {what}"
     return (
         f"{what} would go and free {size(plan.frees_bytes)}; "
         f"{size(plan.left_bytes)} of data would stay.{spared}"
