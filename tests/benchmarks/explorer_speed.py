@@ -23,6 +23,8 @@ from browsers import launch  # noqa: E402
 from explorers import free_port, start  # noqa: E402
 from playwright.sync_api import Page, sync_playwright  # noqa: E402
 
+from oki_trace.store.reader import TraceReader  # noqa: E402
+
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """
 index => new Promise(done => {
@@ -47,6 +49,9 @@ index => new Promise(done => {
   look();
 })
 """
+
+
+ROUNDS = 4
 
 
 def clicks(page: Page, indices: list[int]) -> list[float]:
@@ -79,18 +84,28 @@ def main() -> None:
         browser = launch(playwright)
         try:
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
+            with TraceReader(db) as reader:
+                left, right = (
+                    next(m.id for m in reader.messages(c) if m.tokens) for c in (number, number + 1)
+                )
             pages = {
                 "chat, a conversation": (f"?conversation={number}", ".root.lens tr"),
                 "chat, a reply of 600 tokens": ("?conversation=1", ".root.lens tr"),
                 "chat, new": ("", "[data-testid=stChatInputTextArea]"),
                 "reply map": (f"map?conversation={number}", ".root.map canvas"),
                 "conversations": ("conversations", "[data-testid=data-grid-canvas]"),
-                "store": ("store", "[data-testid=stMetric]"),
+                "compare": (f"compare?left={left}&right={right}", ".root.lens tr"),
+                "store": ("store", ".root.table tr"),
             }
-            for name, (query, mark) in pages.items():
-                address = explorer.url + query
-                ready = page.locator(mark).first.wait_for
-                told(f"open: {name}", [opened(page, address, ready) for _ in range(4)][1:])
+            times: dict[str, list[float]] = {name: [] for name in pages}
+            for _ in range(ROUNDS + 1):
+                for name, (query, mark) in pages.items():
+                    ready = page.locator(mark).first.wait_for
+                    times[name].append(opened(page, explorer.url + query, ready))
+            for name, values in times.items():
+                told(f"open: {name}", values[1:])
+            # The browser has compiled nothing yet, and the server imported nothing.
+            print(f"{'open: the first of all':44} {times['chat, a conversation'][0]:6.0f}")
             for name, one in (("100 tokens", number), ("600 tokens", 1), ("tensors kept", 2)):
                 page.goto(f"{explorer.url}?conversation={one}")
                 page.locator(".root.lens tr").first.wait_for()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+    pytest.importorskip("playwright", reason="pip install playwright")
 
 from explorers import Explorer
 from playwright.sync_api import Page, expect
@@ -15,6 +21,8 @@ from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.store.reader import TraceReader
 from tests.waiting import until
+
+pytestmark = pytest.mark.browser
 
 Browse = Callable[..., Page]
 
@@ -38,7 +46,7 @@ def test_an_export_is_uploaded_and_the_store_verified(
     page.goto(explorer.url + "?conversation=1")
     expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
     page.goto(explorer.url + "store")
-    page.locator(".st-key-verify button").click()
+    page.get_by_role("button", name="Verify").click()
     expect(page.get_by_test_id("stAlert")).to_contain_text("all as promised")
     expect(page.get_by_test_id("stAlert")).to_contain_text(f"{steps} steps")
     expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(2)
