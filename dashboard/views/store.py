@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import pandas as pd
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
 
 from dashboard import charts, components, data, shapes, store_shapes
 from oki_trace.errors import OkiTraceError
@@ -65,21 +66,24 @@ def _health(info: StoreInfo) -> None:
     components.table(
         data=store_shapes.health(info, data.statuses(), data.worker_state()), key="health"
     )
-    if st.button(
+    wanted = st.button(
         "Verify",
         icon=":material/fact_check:",
         key="verify",
         disabled=not info.messages,
         help="Checks the file, every tensor's checksum, and that all that is kept of a step "
         "agrees. Reads all of the store and changes nothing.",
-    ):
-        _verify()
-    _last("verified")
+    )
+    # A place of its own, so that what stands below stays while it works.
+    place = st.empty()
+    if wanted:
+        _verify(place)
+    _last("verified", place)
 
 
-def _verify() -> None:
+def _verify(place: DeltaGenerator) -> None:
     began = time.monotonic()
-    bar = st.progress(0.0, "Checking the file…")
+    bar = place.progress(0.0, "Checking the file…")
 
     def progress(done: int, of_all: int) -> None:
         rest = store_shapes.left(time.monotonic() - began, done, of_all)
@@ -111,20 +115,20 @@ def _verify() -> None:
     )
     verdict = f"{shapes.counted(faults, 'fault')} found." if faults else "all as promised."
     when = time.strftime("%H:%M")
-    bar.empty()
     st.session_state["verified"] = (f"Checked {looked} at {when}: {verdict}", not faults, found)
 
 
-def _last(name: str) -> None:
+def _last(name: str, place: DeltaGenerator) -> None:
     """What came of it the last time in this window."""
     told = st.session_state.get(name)
     if told is None:
         return
     sentence, good, lines = told
-    box, icon = (st.success, ":material/check:") if good else (st.error, ":material/error:")
-    box(shapes.plain(sentence), icon=icon)
-    if lines:
-        st.dataframe({"found": lines}, hide_index=True, key=f"{name}-lines")
+    with place.container():
+        box, icon = (st.success, ":material/check:") if good else (st.error, ":material/error:")
+        box(shapes.plain(sentence), icon=icon)
+        if lines:
+            st.dataframe({"found": lines}, hide_index=True, key=f"{name}-lines")
 
 
 # ----------------------------------------------------------------------- make room
@@ -132,7 +136,7 @@ def _last(name: str) -> None:
 
 def _make_room(info: StoreInfo) -> None:
     st.markdown("#### Make room")
-    _last("made-room")
+    _last("made-room", st.empty())
     with st.container(horizontal=True, vertical_alignment="bottom", key="prune-form"):
         days = st.number_input(
             "Older than, days", 0.0, None, None, 1.0, key="prune-days", placeholder="any", width=170
@@ -194,7 +198,7 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
             )
 
 
-def _show(bar: st.delta_generator.DeltaGenerator, done: int, of_all: int, what: str) -> None:
+def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
     bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {what}")
 
 

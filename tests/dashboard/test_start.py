@@ -96,7 +96,7 @@ def _answer_to(port: int, host: str) -> int:
         "Connection": "Upgrade",
         "Upgrade": "websocket",
         "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "b2tpLXRyYWNlLXRlc3Qtay0=",
+        "Sec-WebSocket-Key": "b2tpLXRyYWNlLXRlc3Qtaw==",
     }
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
         connection.request("GET", "/_stcore/stream", headers=asked)
