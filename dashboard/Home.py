@@ -19,6 +19,7 @@ from dashboard.views import chat, compare, conversations, reply_map, store  # no
 st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
 look.logo()
 look.apply()
+look.warn_of_strangers()
 data.open_store()
 
 pages = {

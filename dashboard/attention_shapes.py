@@ -128,8 +128,11 @@ def evidence_data(
     return {"pieces": pieces, "seam": len(prompt)}
 
 
-def notes(found: Evidence, head: str, kept: int, head_count: int | None) -> str:
-    """What has to be said beside the picture: what it leaves out, and what it rests on."""
+def notes(found: Evidence, head: str, kept: int, absence: str | None) -> str:
+    """What has to be said beside the picture: what it leaves out, and what it rests on.
+
+    ``absence``: why the full tensors are not there; None where they are.
+    """
     said = []
     parts = [
         f"{figure(100 * weight, 0, ' %')} of the attention on {where}"
@@ -143,8 +146,8 @@ def notes(found: Evidence, head: str, kept: int, head_count: int | None) -> str:
         said.append(f"Left out: {' and '.join(parts)}{rest}.")
     if head == MEAN:
         said.append(f"The {kept} most attended positions.")
-        if head_count is None:
-            said.append("Single heads are not there: the full tensors were not kept.")
+        if absence is not None:
+            said.append(f"Single heads are not there: they need the full tensors, {absence}.")
     said.append("Attention shows where the model looked, not why.")
     return " ".join(said)
 

@@ -97,20 +97,18 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
     )
     size = max(1.0, min(14.0, 420 / float(frame["place"].max())))
     scale = alt.Scale(domain=[0, 1])
+    colour = alt.Color(
+        "token:N",
+        title=None,
+        scale=_SAMENESS,
+        legend=alt.Legend(orient="top", symbolType="circle", symbolOpacity=1),
+    )
     may = base.mark_bar(size=size, opacity=0.3).encode(
         y=alt.Y("low:Q", title="total variation", scale=scale, axis=alt.Axis(tickCount=5)),
         y2="high:Q",
-        color=alt.Color("token:N", legend=None, scale=_SAMENESS),
+        color=colour,
     )
-    sure = base.mark_bar(size=size).encode(
-        y=alt.Y("low:Q", scale=scale),
-        color=alt.Color(
-            "token:N",
-            title=None,
-            scale=_SAMENESS,
-            legend=alt.Legend(orient="top", symbolType="circle"),
-        ),
-    )
+    sure = base.mark_bar(size=size).encode(y=alt.Y("low:Q", scale=scale), color=colour)
     parts = [may, sure]
     if divergence is not None:
         mark = alt.Chart(pd.DataFrame([{"place": divergence - 0.5}]))
@@ -118,6 +116,67 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
             mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
         )
     return alt.LayerChart(layer=parts).properties(height=220)
+
+
+def room(rows: Sequence[Json]) -> alt.LayerChart:
+    """What takes the room of a store: a bar a kind, with its size."""
+    base = alt.Chart(pd.DataFrame(rows)).encode(
+        x=alt.X("share:Q", axis=None, scale=alt.Scale(domain=[0, 1.12])),
+        y=alt.Y("what:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False)),
+        tooltip=[
+            alt.Tooltip("what:N", title="kind"),
+            alt.Tooltip("size:N"),
+            alt.Tooltip("share:Q", format=".1%", title="of all"),
+            alt.Tooltip("meaning:N"),
+        ],
+    )
+    bars = base.mark_bar(size=16, cornerRadiusEnd=3).encode(color=_kinds(legend=False))
+    # The theme's gray is told apart from the page in the light and in the dark.
+    sizes = base.mark_text(align="left", dx=6, color="gray").encode(text="size:N")
+    return alt.LayerChart(layer=[bars, sizes]).properties(height=30 * len(rows) + 12)
+
+
+def growth(rows: Sequence[Json]) -> alt.Chart:
+    """A store's data over the time of its replies, running totals, stacked by kind."""
+    scale, unit = _unit(max(row["bytes"] for row in rows))
+    frame = pd.DataFrame(rows)
+    frame["amount"] = frame["bytes"] / scale
+    chart: alt.Chart = (
+        alt.Chart(frame)
+        .mark_area(interpolate="step-after", line=True, opacity=0.75)
+        .encode(
+            x=alt.X("when:T", title=None, axis=alt.Axis(grid=False, tickCount=8, labelFlush=True)),
+            y=alt.Y("amount:Q", stack=True, title=unit, axis=alt.Axis(tickCount=5)),
+            color=_kinds(),
+            tooltip=[
+                alt.Tooltip("when:T", format="%Y-%m-%d %H:%M", title="up to"),
+                alt.Tooltip("what:N", title="kind"),
+                alt.Tooltip("size:N"),
+                alt.Tooltip("replies:Q", format=","),
+                alt.Tooltip("tokens:Q", format=","),
+            ],
+        )
+    )
+    return chart.properties(height=240)
+
+
+def _unit(most: float) -> tuple[float, str]:
+    """The factor and the name of the unit in which ``most`` bytes are told."""
+    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if most >= factor:
+            return factor, name
+    return 1.0, "B"
+
+
+def _kinds(*, legend: bool = True) -> alt.Color:
+    """The kinds of what a store holds, each of the same colour in every picture."""
+    names = ["full tensors", "rows"]
+    return alt.Color(
+        "what:N",
+        title=None,
+        scale=alt.Scale(domain=[*names, "free", "log"]),
+        legend=alt.Legend(orient="top", symbolType="circle", values=names) if legend else None,
+    )
 
 
 # In the order of the theme's categories: the accent is what differs.

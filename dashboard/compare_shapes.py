@@ -18,8 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dashboard.attention_shapes import values
-from dashboard.shapes import Json, clickable, clipped, figure, hover, running_text
-from oki_trace.records import Candidates, Message, StepSummary, Tensor
+from dashboard.shapes import (
+    Column,
+    Json,
+    clickable,
+    clipped,
+    figure,
+    hover,
+    running_text,
+    table_data,
+)
+from oki_trace.records import Candidates, Message, Step, StepSummary, Tensor
 from oki_trace.visible import visible
 
 # Beyond it what follows the divergence is held side by side step by step: to
@@ -153,8 +162,12 @@ def replies_data(
     steps: tuple[Sequence[StepSummary], Sequence[StepSummary]],
     pairs: Sequence[Pair],
     found: Sequence[Distance | None],
+    chosen: int | None = None,
 ) -> Json:
-    """What the element of both replies draws (see ``components/compare.js``)."""
+    """What the element of both replies draws (see ``components/compare.js``).
+
+    ``chosen``: the number of the pair that is looked at.
+    """
     first = divergence(pairs)
     sides = []
     for message, of_it, side in zip(messages, steps, ("left", "right"), strict=True):
@@ -184,7 +197,7 @@ def replies_data(
                 "empty": "This reply has no tokens." if not tokens else "",
             }
         )
-    return {"sides": sides}
+    return {"sides": sides, "chosen": chosen}
 
 
 def told(distance: Distance | None) -> str:
@@ -217,13 +230,47 @@ def rows(
     ]
 
 
-def settings(left: Message, right: Message) -> list[Json]:
-    """What each reply was made with, a row a setting; ``differs``: they are not alike."""
+SIDES = (Column(""), Column("left"), Column("right"))
+
+
+def settings(left: Message, right: Message) -> Json:
+    """What each reply was made with, as a table; marked are the rows that differ."""
     one, two = _settings(left), _settings(right)
-    return [
-        {"setting": name, "left": one[name], "right": two[name], "differs": one[name] != two[name]}
-        for name in one
-    ]
+    rows = [(name, one[name], two[name]) for name in one]
+    differ = [number for number, (_, a, b) in enumerate(rows) if a != b]
+    return table_data("Settings", SIDES, rows, name="settings", marked=differ)
+
+
+STEPS = (
+    Column(""),
+    Column("token"),
+    Column("step", "Counted from 1 in its own reply", True),
+    Column("prob", "The model's own probability, before any sampling setting", True),
+    Column("rank", "Among all tokens of the vocabulary; 1 is the most likely", True),
+    Column("surprisal", "-log prob of the chosen token, in nats", True),
+    Column("entropy", "Of the whole next-token distribution, in nats", True),
+    Column("margin", "Probability of the likeliest token less the next one's", True),
+)
+
+
+def steps_table(left: Step | None, right: Step | None) -> Json:
+    """Two steps in numbers, a row each; a side that has no step here has dashes."""
+    rows = [("left", *_numbers(left)), ("right", *_numbers(right))]
+    return table_data("Both steps in numbers", STEPS, rows, name="two-steps")
+
+
+def _numbers(step: Step | None) -> tuple[str, ...]:
+    if step is None:
+        return ("–",) * (len(STEPS) - 1)
+    return (
+        clipped(visible(step.token)),
+        str(step.step_index + 1),
+        figure(step.prob, 3),
+        f"{step.rank:,}",
+        figure(step.surprisal, 2),
+        figure(step.entropy, 2),
+        figure(step.margin, 3),
+    )
 
 
 def _settings(message: Message) -> dict[str, str]:

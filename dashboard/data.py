@@ -6,16 +6,23 @@ stop, is a small write; decoding is the worker's, in a process of its own.
 
 from __future__ import annotations
 
+import datetime as dt
 import gc
 import io
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import streamlit as st
 
 from dashboard import attention_shapes, compare_shapes
 from oki_trace import asking, worker
 from oki_trace.errors import NotFound, OkiTraceError
-from oki_trace.exchange.json_export import write_conversation
+from oki_trace.exchange.exporting import export
+from oki_trace.exchange.formats import Format
+from oki_trace.exchange.importing import Imported, import_path
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -25,6 +32,8 @@ from oki_trace.records import (
     LensGrid,
     Message,
     Prompt,
+    ReplySize,
+    Status,
     Step,
     StepSummary,
     StoreInfo,
@@ -32,9 +41,12 @@ from oki_trace.records import (
     WorkerState,
 )
 from oki_trace.settings import Settings
-from oki_trace.store import migrate
+from oki_trace.store import growth, migrate, prune, vacuum
 from oki_trace.store.reader import TraceReader
+from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
+
+Progress = Callable[[int, int], None]  # done, of all
 
 
 def store_name() -> str:
@@ -109,11 +121,27 @@ def delete(conversation_id: int) -> None:
     _writer(store_name()).delete_conversation(conversation_id)
 
 
-def exported(conversation_id: int) -> str:
-    """The conversation with all its traces as a JSON document."""
-    file = io.StringIO()
-    write_conversation(_store(), conversation_id, file)
-    return file.getvalue()
+def exported(conversation_id: int, format: Format) -> bytes:
+    """The conversation with all its traces as a file; the tables of parquet in a zip."""
+    with tempfile.TemporaryDirectory(prefix="oki-trace-export-") as room:
+        path = Path(room) / "conversation"
+        export(_store(), conversation_id, format, path, io.StringIO())
+        if path.is_dir():
+            path = Path(shutil.make_archive(str(path), "zip", path))
+        return path.read_bytes()
+
+
+def bring_in(files: Mapping[str, BinaryIO], progress: Progress) -> Imported:
+    """Import an export that was uploaded: a file, and perhaps its safetensors, by their suffix.
+
+    Raises ExchangeError for what is none, and then nothing of it is kept.
+    """
+    with tempfile.TemporaryDirectory(prefix="oki-trace-upload-") as room:
+        for suffix, source in files.items():
+            with (Path(room) / f"upload{suffix}").open("wb") as file:
+                shutil.copyfileobj(source, file)
+        first = next(suffix for suffix in files if suffix != ".safetensors" or len(files) == 1)
+        return import_path(Path(room) / f"upload{first}", store_name(), progress)
 
 
 def conversation(conversation_id: int) -> tuple[Conversation, list[Message]] | None:
@@ -289,6 +317,37 @@ def message_bytes(message: Message) -> int:
 def info() -> StoreInfo:
     """Totals over the store."""
     return _store().info()
+
+
+def reply_sizes() -> list[ReplySize]:
+    """What each reply takes in the store, the oldest first."""
+    return growth.reply_sizes(_store())
+
+
+def statuses() -> dict[Status, int]:
+    """How many replies are in each state."""
+    return growth.statuses(_store())
+
+
+def verification(progress: Progress) -> Verification:
+    """The check of the whole store: iterate for what is found. Reads all of it."""
+    return Verification(_store(), progress=progress)
+
+
+def prune_plan(days: float | None, max_bytes: int | None, *, tensors_only: bool) -> prune.PrunePlan:
+    """What would go that is older than ``days``, or for the data to fit into ``max_bytes``."""
+    age = None if days is None else dt.timedelta(days=days)
+    return prune.plan(_store(), older_than=age, max_bytes=max_bytes, tensors_only=tensors_only)
+
+
+def carry_out(plan: prune.PrunePlan, progress: Progress) -> prune.PrunePlan:
+    """Throw away what is planned; returns what went. There is no way back."""
+    return prune.prune(_writer(store_name()), plan, progress)
+
+
+def build_anew(on_tick: Callable[[], None]) -> vacuum.Vacuumed:
+    """Vacuum the store. Raises StoreError while a reply is being generated."""
+    return vacuum.vacuum(store_name(), on_tick)
 
 
 def builtin_is_here() -> bool:

@@ -16,8 +16,11 @@ from oki_trace.visible import visible
 LABEL_LENGTH = 60
 
 
-def lens_data(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> Json:
-    """What each layer would have said, the last layer first; all that was kept of it."""
+def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json:
+    """What each layer would have said, the last layer first; all that was kept of it.
+
+    ``pinned``: the tokens whose curves are drawn; None where there are no curves to pin to.
+    """
     settle = lens.settle_layer
     rows = []
     for layer in range(len(lens.tokens) - 1, -1, -1):
@@ -33,9 +36,10 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> Json:
                         "prob": known(prob),
                         "shown": figure(prob, 2),
                         "chosen": token_id == step.token_id,
-                        "pinned": label(text) in pinned,
+                        "pinned": label(text) in (pinned or ()),
                         "title": f"layer {layer}, rank {k + 1}: {visible(text)} "
-                        f"{figure(prob, 4)}\nclick to pin its curve",
+                        f"{figure(prob, 4)}"
+                        + ("" if pinned is None else "\nclick to pin its curve"),
                     }
                     for k, (token_id, text, prob) in enumerate(
                         zip(ids, lens.tokens[layer], probs, strict=False)
@@ -49,7 +53,7 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> Json:
                 f"KL to the final layer {figure(float(lens.kl[layer]), 2, ' nats')}",
             }
         )
-    return {"rows": rows}
+    return {"rows": rows, "pins": pinned is not None}
 
 
 def label(token: str) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import streamlit as st
 
+from oki_trace.launcher import is_loopback
+
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
@@ -61,6 +63,15 @@ _STYLE = """
   }
   .st-key-recent button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
   .st-key-recent button div { justify-content: flex-start; min-width: 0; }
+  .st-key-model-card { gap: 0.1rem; padding: 0.6rem 0.8rem; }
+  .st-key-model-card [data-testid="stCaptionContainer"] { margin-bottom: 0; }
+  .st-key-model-card p { overflow-wrap: anywhere; }
+  @media (max-width: 1000px) {
+    .st-key-two-steps [data-testid="stHorizontalBlock"] { flex-direction: column; }
+    .st-key-two-steps [data-testid="stColumn"] { width: 100% !important; }
+  }
+  .st-key-kept { gap: 0.4rem; flex-wrap: nowrap; }
+  .st-key-kept button { display: none; }
   .st-key-panel h4, .st-key-map h4 { font-size: 0.95rem; padding: 0.5rem 0 0.1rem; }
   .st-key-evidence-head, .st-key-lens-head, .st-key-curves-head, .st-key-map-head {
     gap: 0.3rem 0.5rem; margin-top: 0.4rem;
@@ -98,6 +109,17 @@ def apply() -> None:
         for name, fallback in (("backgroundColor", "Canvas"), ("borderColor", "GrayText"))
     )
     st.html(_STYLE.replace("BACK", back).replace("LINE", line))
+
+
+def warn_of_strangers() -> None:
+    """Say on every page that others may be here too, where the explorer is open to them."""
+    address = st.get_option("server.address")
+    if address is None or not is_loopback(str(address)):
+        st.warning(
+            "Other machines can reach this explorer, and it has no password: whoever finds it "
+            "reads and deletes every conversation.",
+            icon=":material/public:",
+        )
 
 
 def _theme() -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import codecs
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
-from oki_trace.records import Generation, Step, StepSummary
+from oki_trace.records import CaptureReport, Generation, Message, Step, StepSummary
 from oki_trace.visible import visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
@@ -215,17 +215,106 @@ def decision(step: Step, generation: Generation | None) -> str:
     return f"{told} The reply was {replaced}." if replaced else told
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 reply``, ``2,000 replies``."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def absence(message: Message) -> str:
+    """Why a reply's full tensors are not there, as the end of a sentence on them."""
+    pruned = message.tensors_pruned_at
+    if pruned is not None:
+        return f"which were pruned on {pruned:%Y-%m-%d}"
+    return "which were not kept"
+
+
 def clipped(text: str, length: int = 40) -> str:
     """``text``, cut off where it is too long to stand in a line."""
     return text if len(text) <= length else f"{text[:length]}…"
 
 
-EFFECT_COLUMNS = ("setting", "tokens removed", "their probability", "chosen token after")
+class Badge(NamedTuple):
+    """A word on how far something can be trusted, and what it rests on."""
+
+    name: str
+    colour: Literal["green", "gray"]
+    meaning: str
 
 
-def effects(step: Step) -> list[dict[str, str]]:
-    """What each sampling setting did to the distribution, a row each; empty without any."""
-    return [dict(zip(EFFECT_COLUMNS, row, strict=True)) for row in effects_table(step)]
+def model_line(capture: CaptureReport) -> str:
+    """A model as it was loaded, in a line."""
+    precision = capture.quantization or capture.dtype
+    return f"{precision} · {capture.device} · {capture.layers} layers × {capture.width:,} wide"
+
+
+def check(largest: float) -> str:
+    """The largest difference that a check found, in few characters."""
+    return "exact" if largest == 0 else f"{largest:.0e}"
+
+
+def trust(capture: CaptureReport) -> list[Badge]:
+    """What was held against the model itself when it was loaded, and with what outcome."""
+    badges = []
+    if capture.logit_lens_available and capture.lens_check is not None:
+        meaning = (
+            "The largest difference in log-probability between the lens at the last layer and the "
+            "model's own logits, all of them, in nats"
+        )
+        badges.append(Badge(f"lens check {check(capture.lens_check)}", "green", meaning))
+    elif not capture.logit_lens_available:
+        badges.append(Badge("no lens", "gray", capture.lens_reason or "Not available"))
+    if capture.attention_check is not None:
+        meaning = (
+            "The largest difference in weight between the captured attention and the model's own "
+            "eager attention"
+        )
+        badges.append(Badge(f"attention check {check(capture.attention_check)}", "green", meaning))
+    elif not capture.attention_layers:
+        badges.append(Badge("no attention", "gray", capture.evidence_provenance))
+    return badges
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, and what hovering over it tells."""
+
+    title: str
+    meaning: str = ""
+    is_number: bool = False
+
+
+def table_data(
+    label: str,
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    *,
+    name: str = "",
+    marked: Sequence[int] = (),
+) -> Json:
+    """What the table element draws; ``name``: what it is saved as, empty where it is not."""
+    return {
+        "label": label,
+        "name": name,
+        "head": [{"text": c.title, "title": c.meaning, "num": c.is_number} for c in columns],
+        "rows": [list(row) for row in rows],
+        "marked": list(marked),
+    }
+
+
+EFFECT_COLUMNS = (
+    Column("setting"),
+    Column("removed", "How many tokens it took out", True),
+    Column("with prob", "The probability that these had together", True),
+    Column("chosen after", "The chosen token's probability after this setting", True),
+)
+
+
+def effects_data(step: Step) -> Json | None:
+    """What each sampling setting did to the distribution, a row each; None without any."""
+    rows = effects_table(step)
+    name = f"settings-step-{step.step_index + 1}"
+    label = "What each setting did"
+    return table_data(label, EFFECT_COLUMNS, rows, name=name) if rows else None
 
 
 def bars_data(step: Step) -> Json:

@@ -2,11 +2,12 @@
 
 Everything that matters for privacy is given on the command line, so it holds
 whatever configuration files are about: the loopback address, no usage
-statistics.
+statistics. Another address is taken only from one who says that it is meant.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -35,48 +36,90 @@ def home_page() -> Path:
     raise OkiTraceError("The explorer's pages are not installed. Reinstall oki-trace.")
 
 
-def free_port(wanted: int | None) -> int:
+def is_loopback(host: str) -> bool:
+    """Whether this machine alone can reach ``host``: an address of the loopback, or its name."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def checked_host(host: str, *, public: bool) -> str:
+    """``host``, unless it opens the explorer to others and ``public`` does not say so.
+
+    Raises UsageError then, and for what is no address of this machine.
+    """
+    if not is_loopback(host) and not public:
+        raise UsageError(
+            f"{host} can be reached from other machines, and the explorer has no password: "
+            "whoever finds it reads and deletes every conversation. Say --public if that is meant."
+        )
+    try:
+        with socket.socket(_family(host)) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        raise UsageError(f"{host} is no address of this machine: {error.strerror}.") from error
+    return host
+
+
+def free_port(wanted: int | None, host: str = ADDRESS) -> int:
     """``wanted`` if it is free, else the first free one from 8501 on."""
     candidates = [wanted] if wanted else range(FIRST_PORT, FIRST_PORT + 100)
     for port in candidates:
-        with socket.socket() as probe:
+        with socket.socket(_family(host)) as probe:
             if os.name == "posix":
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((ADDRESS, port))
+                probe.bind((host, port))
             except OSError:
                 continue
             return port
     raise UsageError(f"Port {wanted or FIRST_PORT} is in use. Choose another with --port.")
 
 
-def command(port: int) -> list[str]:
-    """The command that serves the explorer on ``port``."""
-    options = {
-        "server.address": ADDRESS,
-        "server.port": str(port),
-        "server.headless": "true",
-        "server.fileWatcherType": "none",
-        "browser.gatherUsageStats": "false",
-        "client.toolbarMode": "minimal",
-    }
-    flags = [part for name, value in options.items() for part in (f"--{name}", value)]
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def command(port: int, host: str = ADDRESS) -> list[str]:
+    """The command that serves the explorer on ``port`` of ``host``."""
+    # The names a browser may call it by: a page of others' cannot lend it its own.
+    names = dict.fromkeys(("127.0.0.1", "localhost", "::1", host)) if is_loopback(host) else ("*",)
+    options = [
+        ("server.address", host),
+        ("server.port", str(port)),
+        ("server.headless", "true"),
+        ("server.fileWatcherType", "none"),
+        *(("server.allowedHosts", name) for name in names),
+        # Given it, Streamlit does not ask a server of others for this machine's address.
+        ("browser.serverAddress", _name(host)),
+        ("browser.gatherUsageStats", "false"),
+        ("client.toolbarMode", "minimal"),
+    ]
+    flags = [part for name, value in options for part in (f"--{name}", value)]
     return [sys.executable, "-m", "streamlit", "run", str(home_page()), *flags]
 
 
-def url_of(port: int, query: Mapping[str, str]) -> str:
-    """The explorer's address; ``query`` names the first view."""
-    return f"http://{ADDRESS}:{port}/" + (f"?{urlencode(query)}" if query else "")
+def url_of(port: int, query: Mapping[str, str], host: str = ADDRESS) -> str:
+    """The explorer's address, as this machine's browser asks for it; ``query`` names the view."""
+    return f"http://{_name(host)}:{port}/" + (f"?{urlencode(query)}" if query else "")
 
 
-def serve(db: str, port: int, url: str, *, open_browser: bool) -> int:
+def _name(host: str) -> str:
+    """``host`` as it stands in an address; what stands for all of them is this machine's own."""
+    return {"0.0.0.0": ADDRESS, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+
+
+def serve(db: str, port: int, url: str, *, open_browser: bool, host: str = ADDRESS) -> int:
     """Serve until interrupted; returns Streamlit's exit status."""
     environment = {**os.environ, "OKI_TRACE_DB": db}
-    process = subprocess.Popen(command(port), env=environment)
+    process = subprocess.Popen(command(port, host), env=environment)
     # What ends a service ends this process alone: Streamlit is told by us.
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     if open_browser:
-        threading.Thread(target=_open_when_up, args=(port, url), daemon=True).start()
+        threading.Thread(target=_open_when_up, args=(host, port, url), daemon=True).start()
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -85,12 +128,12 @@ def serve(db: str, port: int, url: str, *, open_browser: bool) -> int:
         return 0
 
 
-def _open_when_up(port: int, url: str) -> None:
+def _open_when_up(host: str, port: int, url: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        with socket.socket() as probe:
+        with socket.socket(_family(host)) as probe:
             probe.settimeout(1)
-            if probe.connect_ex((ADDRESS, port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 webbrowser.open(url)
                 return
         time.sleep(0.1)

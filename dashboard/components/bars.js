@@ -14,7 +14,10 @@ export default function ({ data, parentElement }) {
   own.title = "The model's own probability, before any sampling setting";
   const after = make("span", "", "after sampling");
   after.title = "After temperature, cuts and penalties; a dash: removed by them";
-  head.append(make("span"), own, ...(data.sampled ? [make("span"), after, csv] : [csv]));
+  const title = make("span", "title", "Considered");
+  title.setAttribute("role", "heading");
+  title.setAttribute("aria-level", "4");
+  head.append(title, own, ...(data.sampled ? [make("span"), after, csv] : [csv]));
   const rows = data.rows.map((entry) => {
     const row = make("div", "row");
     row.setAttribute("role", "row");

@@ -1,12 +1,15 @@
-// Two replies side by side, a link a token to its step. What lies beside a token is outlined with it.
-// data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message, empty}]}
-export default function ({ data, parentElement }) {
+// Two replies side by side. A click on a token chooses it and what lies beside it; as a link, opened
+// in another tab, it leads to its step.
+// data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
+// empty}], chosen: pair or null}. Triggers: pick = a pair.
+export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   root.replaceChildren(...data.sides.map((side, number) => {
     const node = make("div", "side");
     const text = make("div", "text", side.empty);
     text.setAttribute("aria-label", number ? "The right reply" : "The left reply");
     text.append(...side.tokens.map((token) => draw(token, side)));
+    text.tabIndex = -1;
     node.append(text);
     return node;
   }));
@@ -16,6 +19,22 @@ export default function ({ data, parentElement }) {
     if (!token) return;
     for (const node of root.querySelectorAll(`[data-pair="${token.dataset.pair}"]`))
       node.classList.add("beside");
+  };
+  const mark = (pair) => {
+    for (const node of root.querySelectorAll(".token")) {
+      const chosen = node.dataset.pair === String(pair);
+      node.classList.toggle("chosen", chosen);
+      if (chosen) node.setAttribute("aria-current", "true");
+      else node.removeAttribute("aria-current");
+    }
+  };
+  mark(data.chosen);
+  root.onclick = (event) => {
+    const token = event.target.closest(".token");
+    if (!token || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    event.preventDefault();
+    mark(token.dataset.pair);
+    setTriggerValue("pick", Number(token.dataset.pair));
   };
   root.onmouseover = beside;
   root.onmouseleave = beside;

@@ -1,6 +1,6 @@
 // What each layer would have said, the last layer on top.
 // data: {rows: [{layer, cells: [{text, label, prob, shown, chosen, pinned, title}], rank, settled,
-// title}], step}. Triggers: pin = a token's label.
+// title}], pins: whether a token can be pinned, step}. Triggers: pin = a token's label.
 const CELL = 118; // px: narrower, and a token and its number are no longer read
 
 export default function ({ data, parentElement, setTriggerValue }) {
@@ -18,7 +18,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.sizes?.disconnect();
   root.sizes = new ResizeObserver(lay);
   root.sizes.observe(root);
+  root.classList.toggle("pins", data.pins);
   root.onclick = (event) => {
+    if (!data.pins) return;
     const cell = event.target.closest("[data-label]");
     if (cell) setTriggerValue("pin", cell.dataset.label);
   };
@@ -36,7 +38,8 @@ function heading(data, kept) {
   const head = make("div", "head-row");
   const names = ["layer", "chosen_rank", "settled"];
   for (let k = 1; k <= kept; k += 1) names.push(`token_${k}`, `prob_${k}`);
-  head.append(make("span", "grow", "darker is more probable; click a token to pin it"),
+  head.append(make("span", "grow",
+    `darker is more probable${data.pins ? "; click a token to pin it" : ""}`),
     csvButton(`lens-step-${data.step + 1}`, () => [names, ...data.rows.map((r) => [
       r.layer, r.rank, Number(r.settled), ...r.cells.flatMap((c) => [c.text, c.prob])])]));
   return head;

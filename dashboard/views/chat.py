@@ -40,6 +40,7 @@ def page() -> None:
         _conversation(opened[0].id, opened[1], settings)
     with st.sidebar:
         st.fragment(sidebar.worker_card, run_every=1.0)()
+    sidebar.model_card(opened[1] if opened else ())
     sidebar.recent_conversations(place.conversation)
 
 

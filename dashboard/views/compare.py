@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import streamlit as st
 
-from dashboard import charts, compare_shapes, components, data, shapes
+from dashboard import address, charts, compare_shapes, components, data, lens_shapes, shapes
 from oki_trace.records import Message
 from oki_trace.visible import inert
 
@@ -26,16 +26,10 @@ def page() -> None:
     if left is None or right is None:
         st.caption("Choose two replies: of two models, two temperatures, two questions.")
         return
-    _replies(left, right)
+    st.fragment(_replies)(left, right)
     st.markdown("#### Settings")
-    rows = compare_shapes.settings(left, right)
-    st.dataframe(
-        [{**row, "differs": "≠" if row["differs"] else ""} for row in rows],
-        hide_index=True,
-        key="settings",
-        height="content",
-        column_config={"differs": st.column_config.TextColumn("", width=30)},
-    )
+    components.table(data=compare_shapes.settings(left, right), key="settings")
+    st.caption("In bold is what differs.")
 
 
 def _offered() -> dict[int, str]:
@@ -75,6 +69,7 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
     )
     if picked is not None and picked != wanted:
         st.query_params[side] = str(picked)
+        st.query_params.pop("pair", None)
     return picked
 
 
@@ -105,7 +100,7 @@ def _replies(left: Message, right: Message) -> None:
         if full and one_model
         else "Two models' vocabularies need not agree."
         if full
-        else "One of the replies did not keep its full logits.",
+        else "One of the replies has no full logits: they were not kept, or were pruned.",
     )
     if exact and full and one_model:
         found = data.exact_distances(left, right, pairs)
@@ -114,10 +109,64 @@ def _replies(left: Message, right: Message) -> None:
         found = compare_shapes.distances(
             pairs, data.candidates(left), data.candidates(right), by_id=one_model
         )
+    number = _chosen(len(pairs), first)
     components.compare(
-        data=compare_shapes.replies_data((left, right), steps, pairs, found), key="compare-replies"
+        data=compare_shapes.replies_data((left, right), steps, pairs, found, number),
+        key="compare-replies",
+        on_pick_change=_pick,
     )
     _apart(compare_shapes.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
+    if number is not None:
+        _steps((left, right), pairs[number], found[number])
+
+
+def _chosen(count: int, first: int | None) -> int | None:
+    """The pair that is looked at: the address's, else where the replies part."""
+    wanted = _in_address("pair")
+    if wanted is not None and wanted < count:
+        return wanted
+    return first if first is not None else 0 if count else None
+
+
+def _pick() -> None:
+    pair = st.session_state["compare-replies"].pick
+    if pair is not None:
+        st.query_params["pair"] = str(int(pair))
+
+
+def _steps(
+    messages: tuple[Message, Message],
+    pair: compare_shapes.Pair,
+    distance: compare_shapes.Distance | None,
+) -> None:
+    """The two steps of a pair: their numbers, what was considered, what the layers would say."""
+    st.markdown("#### Two steps")
+    st.caption(
+        "Of the place that is outlined above: click a token there for another. Their total "
+        f"variation is {compare_shapes.told(distance)}."
+    )
+    left = None if pair.left is None else data.step(messages[0], pair.left)
+    right = None if pair.right is None else data.step(messages[1], pair.right)
+    found = (left, right)
+    components.table(data=compare_shapes.steps_table(left, right), key="compare-steps")
+    with st.container(key="two-steps"):
+        columns = st.columns(2, gap="medium")
+    for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
+        with column, st.container(key=f"step-{side}"):
+            if step is None:
+                st.caption(f"The {side} reply has no step here.")
+                continue
+            components.bars(data=shapes.bars_data(step), key=f"bars-{side}")
+            if step.lens is None:
+                st.caption("This step has no lens.")
+            else:
+                shown = lens_shapes.lens_data(step, step.lens, None)
+                components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
+            place = address.Place(message.conversation_id, message.id, step.step_index)
+            if st.button(
+                "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
+            ):
+                st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
 
 
 def _apart(rows: list[shapes.Json], first: int | None, *, exact: bool, by_id: bool) -> None:

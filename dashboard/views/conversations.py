@@ -1,26 +1,47 @@
-"""Conversations: browse, search, rename, delete and export the past ones."""
+"""Conversations: browse, search, rename, delete, export and import."""
 
 from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
 from functools import partial
+from pathlib import PurePath
 
 import pandas as pd
 import streamlit as st
 
 from dashboard import data, shapes
 from oki_trace.errors import OkiTraceError
+from oki_trace.exchange.formats import Format
 from oki_trace.records import Conversation, ConversationFilter, Status
 
 PAGE_SIZE = 50
 ANY = "any"
 STATUSES = (ANY, *(status.value for status in Status))
 
+# How an export is named, and what its file is called.
+FORMATS = {
+    "JSON": (Format.JSON, "json"),
+    "JSON lines": (Format.JSONL, "jsonl"),
+    "Parquet tables, with full tensors": (Format.PARQUET, "zip"),
+    "HTML report, to read": (Format.HTML, "html"),
+    "trace of version 1": (Format.TRACE_V1, "v1.json"),
+}
+UPLOADS = ("json", "jsonl", "zip", "safetensors")
+
 
 def page() -> None:
     """Draw the page."""
-    st.title("Conversations")
+    with st.container(
+        horizontal=True,
+        horizontal_alignment="distribute",
+        vertical_alignment="center",
+        key="conversations-title",
+    ):
+        st.title("Conversations", width="content")
+        with st.popover("Import", icon=":material/upload:"):
+            _import()
+    _imported()
     search, by = _wanted()
     total = data.count(search, by)
     if not total:
@@ -85,7 +106,7 @@ def _table(found: Sequence[Conversation]) -> list[Conversation]:
             "messages": [c.messages for c in found],
             "tokens": [c.tokens for c in found],
             "tokens/s": [totals[c.id].tokens_per_second for c in found],
-            "tensors": [totals[c.id].tensor_bytes / 1e6 for c in found],
+            "tensors": [totals[c.id].tensor_bytes or None for c in found],
             "status": [str(c.status) for c in found],
         }
     )
@@ -98,6 +119,7 @@ def _table(found: Sequence[Conversation]) -> list[Conversation]:
         # Ticks are by place: on other rows they must not stay.
         key=f"conversations-{hash(tuple(c.id for c in found))}",
         height="content" if len(found) < 12 else 560,
+        placeholder="–",
         column_config={
             "id": number(width=50),
             "title": st.column_config.TextColumn(width="large"),
@@ -108,7 +130,7 @@ def _table(found: Sequence[Conversation]) -> list[Conversation]:
                 format="%.1f", width="small", help="Over the replies whose time is known"
             ),
             "tensors": number(
-                format="%.1f MB", width="small", help="What the full tensors take in the store"
+                format="bytes", width="small", help="What the full tensors take in the store"
             ),
         },
     )
@@ -132,16 +154,7 @@ def actions(chosen: Sequence[Conversation]) -> None:
             if st.button("Open", icon=":material/open_in_new:", key="open"):
                 _open("chat", conversation=one.id)
             _rename(one)
-            st.download_button(
-                "Export",
-                partial(_export, one.id),
-                f"conversation-{one.id}.json",
-                "application/json",
-                key="export",
-                on_click="ignore",
-                icon=":material/download:",
-                help="The conversation and all its traces, without tensors, as JSON",
-            )
+            _export(one)
         if len(chosen) == 2:
             _compare(chosen)
         _delete(chosen)
@@ -159,8 +172,67 @@ def _compare(chosen: Sequence[Conversation]) -> None:
         _open("compare", left=replies[0] or 0, right=replies[1] or 0)
 
 
-def _export(conversation_id: int) -> str:
-    return data.exported(conversation_id)
+def _export(one: Conversation) -> None:
+    with st.popover("Export", icon=":material/download:"):
+        name = st.selectbox("Format", list(FORMATS), key="format", width=300)
+        format, suffix = FORMATS[name]
+        st.download_button(
+            "Download",
+            partial(data.exported, one.id, format),
+            f"conversation-{one.id}.{suffix}",
+            key="export",
+            on_click="ignore",
+            type="primary",
+            help="The conversation and all its traces. All formats but HTML can be imported again.",
+        )
+
+
+def _import() -> None:
+    """What was exported, uploaded: it is checked whole, and is there whole or not at all."""
+    files = st.file_uploader(
+        "An export: json, jsonl, a zip of Parquet tables, or a trace of version 1. The "
+        "safetensors beside it are given with it.",
+        UPLOADS,
+        accept_multiple_files=True,
+        key=f"upload-{st.session_state.get('uploads', 0)}",
+        width=420,
+    )
+    by_suffix = {PurePath(file.name).suffix.lower(): file for file in files}
+    fits = len(files) == 1 or (len(files) == 2 == len(by_suffix) and ".safetensors" in by_suffix)
+    if files and not fits:
+        st.caption("One export at a time: a file, and perhaps its safetensors.")
+    if not st.button("Import", key="import", type="primary", disabled=not files or not fits):
+        return
+    bar = st.progress(0.0, "Checking the file…")
+
+    def progress(done: int, of_all: int) -> None:
+        if done % 50 == 0 or done == of_all:
+            words = f"{done:,} of {of_all:,} steps kept" if of_all else f"{done:,} steps checked"
+            bar.progress(done / of_all if of_all else 0.0, words)
+
+    try:
+        done = data.bring_in(by_suffix, progress)
+    except OkiTraceError as error:
+        st.error(shapes.sentence(str(error)))
+        return
+    # Another key: an uploader that has been used is emptied by no other way.
+    st.session_state["uploads"] = st.session_state.get("uploads", 0) + 1
+    st.session_state["imported"] = done
+    st.rerun()
+
+
+def _imported() -> None:
+    """Says once what an import brought."""
+    done = st.session_state.pop("imported", None)
+    if done is None:
+        return
+    numbers = ", ".join(map(str, done.conversations))
+    noun = "conversation" if len(done.conversations) == 1 else "conversations"
+    st.success(
+        f"Imported as {noun} {numbers}: {shapes.counted(done.messages, 'message')}, "
+        f"{shapes.counted(done.steps, 'step')}.",
+        icon=":material/check:",
+    )
 
 
 def _rename(one: Conversation) -> None:

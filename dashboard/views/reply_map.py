@@ -94,7 +94,8 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
         layer, head = None, attention_shapes.MEAN
         if kind == "attention" and capture.attention_layers:
             layer = step_panel.layer_of(capture.attention_layers, key="map_layer")
-            head = step_panel.head_of(data.head_count(message, index), key="map_head")
+            count = data.head_count(message, index)
+            head = step_panel.head_of(message, count, key="map_head")
         size = WINDOW if head == attention_shapes.MEAN else FULL_WINDOW
         first, end = _window(message, len(steps), index, size)
     if message.status.is_live and not st.toggle("Draw what is there so far", key="map_live"):

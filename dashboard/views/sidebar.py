@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import streamlit as st
@@ -9,7 +10,7 @@ import streamlit as st
 from dashboard import address, data, shapes
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode, WorkerState
+from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TensorMode, WorkerState
 
 STATES = {
     "starting": ("Starting", "orange"),
@@ -75,10 +76,19 @@ def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
             TENSORS,
             index=TENSORS.index(CapturePolicy().tensors),
             key="tensors",
-            help="half: 16-bit floats. exact: the model's own bits. none: the rows alone.",
+            help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
+            "compact: a third of that, within stated bounds. exact: the model's own bits. "
+            "none: the rows alone.",
         )
+        kept = CapturePolicy()
+        with st.container(horizontal=True, key="kept"):
+            candidates = _kept("Candidates", kept.topk_logits, "topk_logits", "tokens of each step")
+            attended = _kept(
+                "Attended", kept.topk_evidence, "topk_evidence", "positions of each layer"
+            )
+            lens = _kept("Lens", kept.topk_lens, "topk_lens", "tokens of each layer")
         system = st.text_area("System message", key="system", placeholder="none", height=80)
-    policy = CapturePolicy(tensors=tensors)
+    policy = CapturePolicy(candidates, attended, lens, tensors)
     try:
         sampling = Sampling(
             max_new_tokens=int(tokens),
@@ -92,6 +102,30 @@ def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
         st.error(str(error))
         return None, policy, None
     return sampling, policy, system.strip() or None
+
+
+def _kept(name: str, default: int, key: str, of_what: str) -> int:
+    """How many entries of a kind are kept."""
+    return int(
+        st.number_input(
+            name, 1, 1000, default, key=key, width=76, help=f"How many {of_what} are kept."
+        )
+    )
+
+
+def model_card(messages: Sequence[Message]) -> None:
+    """The model of the last reply, and how far what is shown of it can be trusted."""
+    message = next((m for m in reversed(messages) if m.capture is not None), None)
+    if message is None or message.capture is None:
+        return
+    capture = message.capture
+    with st.sidebar, st.container(border=True, gap="xsmall", key="model-card"):
+        name = shapes.clipped(message.model_id or "unknown model", 60)
+        st.caption(f"**{shapes.plain(name)}**")
+        st.caption(shapes.plain(shapes.model_line(capture)))
+        with st.container(horizontal=True, gap="xsmall"):
+            for badge in shapes.trust(capture):
+                st.badge(badge.name, color=badge.colour, help=shapes.plain(badge.meaning))
 
 
 def worker_card() -> None:

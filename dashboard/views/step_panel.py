@@ -59,21 +59,11 @@ def show(conversation_id: int) -> None:
             following=message.status.is_live and address.here().step is None,
         )
     )
-    st.markdown("#### Considered")
     components.bars(data=shapes.bars_data(step), key="bars")
     st.caption(shapes.plain(shapes.decision(step, message.generation)))
-    effects = shapes.effects(step)
+    effects = shapes.effects_data(step)
     if effects:
-        # Narrow, so that all of it is seen: the panel is a column of the page.
-        widths = dict(zip(effects[0], (120, 70, 70, 70), strict=True))
-        st.dataframe(
-            effects,
-            hide_index=True,
-            key="effects",
-            height="content",
-            width="content",
-            column_config={name: {"width": width} for name, width in widths.items()},
-        )
+        components.table(data=effects, key="effects")
     _evidence(message, capture, steps, step)
     _lens(message, capture, step)
 
@@ -111,7 +101,7 @@ def _evidence(
     with st.container(horizontal=True, vertical_alignment="center", key="evidence-head"):
         st.markdown("#### Evidence", width="content")
         layer = layer_of([one.layer for one in step.attention])
-        which = head_of(count)
+        which = head_of(message, count)
     park = leave_out()
     if which == attention_shapes.MEAN:
         weights = attention_shapes.kept_row(step, layer)
@@ -132,9 +122,11 @@ def _evidence(
         },
         key="evidence",
     )
-    notes = attention_shapes.notes(found, which, len(weights), count)
+    notes = attention_shapes.notes(
+        found, which, len(weights), None if count else shapes.absence(message)
+    )
     if capture.attention_check is not None:
-        notes = f"{notes} Attention check {capture.attention_check:.0e}."
+        notes = f"{notes} Attention check {shapes.check(capture.attention_check)}."
     st.caption(notes)
 
 
@@ -144,14 +136,14 @@ def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
     return st.selectbox(
         "Layer",
         list(reversed(offered)),
-        format_func=lambda n: f"layer {n} (final)" if n == final else f"layer {n}",
+        format_func=lambda n: f"layer {n}, final" if n == final else f"layer {n}",
         key=key,
         label_visibility="collapsed",
-        width=140,
+        width=128,
     )
 
 
-def head_of(count: int | None, key: str = "evidence_head") -> str:
+def head_of(message: Message, count: int | None, key: str = "evidence_head") -> str:
     """The head to look at, as chosen, of what was kept."""
     offered = attention_shapes.heads(count)
     return st.selectbox(
@@ -159,9 +151,9 @@ def head_of(count: int | None, key: str = "evidence_head") -> str:
         offered,
         key=key,
         label_visibility="collapsed",
-        width=150,
+        width=146,
         disabled=count is None,
-        help="Single heads and the maximum need the full tensors, which were not kept."
+        help=f"Single heads and the maximum need the full tensors, {shapes.absence(message)}."
         if count is None
         else None,
     )
@@ -219,7 +211,9 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             key="lens",
             on_pin_change=_pin,
         )
-        check = "" if capture.lens_check is None else f" Lens check {capture.lens_check:.0e}."
+        check = (
+            "" if capture.lens_check is None else f" Lens check {shapes.check(capture.lens_check)}."
+        )
         st.caption(
             "What the model would say if a layer were its last, through its own final norm and "
             f"head. Early layers often give nonsense.{check}"

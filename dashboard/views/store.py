@@ -1,10 +1,29 @@
-"""Store: where the traces are, how much room they take and for what."""
+"""Store: where the traces are, what takes the room, whether all is well, and making room.
+
+What reads or changes much runs while it is watched: it shows how far it is, and
+a click on anything else ends it. Nothing is half done then: a check changes
+nothing, pruning goes reply by reply, a vacuum is there whole or not at all.
+"""
 
 from __future__ import annotations
 
-import streamlit as st
+import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from dashboard import data
+import pandas as pd
+import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+from dashboard import charts, components, data, shapes, store_shapes
+from oki_trace.errors import OkiTraceError
+from oki_trace.records import StoreInfo
+
+FINDINGS = 200
+
+KINDS = {"full tensors only": True, "whole conversations": False}
+
+Result = TypeVar("Result")
 
 
 def page() -> None:
@@ -12,26 +31,213 @@ def page() -> None:
     st.title("Store")
     info = data.info()
     st.code(info.url, language=None)
-    tiles = (
-        ("On disk", _size(info.bytes), "All the store's files"),
-        ("Rows", _size(info.row_bytes), "Tokens, candidates, attention and lens"),
-        ("Full tensors", _size(info.tensor_bytes), "Logits, hidden states and attention"),
-        ("Log", _size(info.log_bytes), "Repeats some of the data until it is folded in"),
-        ("Free", _size(info.free_bytes), "Left by what was deleted; used again"),
-        ("A token's rows", _size(info.row_bytes_per_token), "On average"),
-        ("A token's tensors", _size(info.tensor_bytes_per_token), "Of tokens that have them"),
-        ("Conversations", f"{info.conversations:,}", None),
-        ("Messages", f"{info.messages:,}", None),
-        ("Steps", f"{info.steps:,}", None),
+    with st.container(horizontal=True, key="store-tiles"):
+        for name, value, meaning in store_shapes.tiles(info):
+            st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)
+    _room(info)
+    _health(info)
+    _make_room(info)
+
+
+def _room(info: StoreInfo) -> None:
+    st.markdown("#### What takes the room")
+    shown = store_shapes.room(info)
+    if not shown:
+        st.caption("Nothing yet.")
+        return
+    st.altair_chart(charts.room(shown), key="room")
+    grown = store_shapes.growth(data.reply_sizes(), info.row_bytes_per_token)
+    st.markdown("#### Growth")
+    if not grown:
+        st.caption("There is no reply yet: begin a conversation in Chat.")
+        return
+    st.altair_chart(charts.growth(grown), key="growth")
+    st.caption(
+        "What is in the store now, by the time of its replies. A reply's rows are reckoned from "
+        "its tokens, at the average of the store."
     )
-    with st.container(horizontal=True):
-        for name, value, meaning in tiles:
-            st.metric(name, value, border=True, help=meaning, width=200)
-    st.caption(f"Schema {info.schema}.")
 
 
-def _size(count: float) -> str:
-    """A number of bytes as people say it."""
-    if count >= 1e9:
-        return f"{count / 1e9:,.1f} GB"
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"
+# -------------------------------------------------------------------------- health
+
+
+def _health(info: StoreInfo) -> None:
+    st.markdown("#### Health")
+    components.table(
+        data=store_shapes.health(info, data.statuses(), data.worker_state()), key="health"
+    )
+    wanted = st.button(
+        "Verify",
+        icon=":material/fact_check:",
+        key="verify",
+        disabled=not info.messages,
+        help="Checks the file, every tensor's checksum, and that all that is kept of a step "
+        "agrees. Reads all of the store and changes nothing.",
+    )
+    # A place of its own, so that what stands below stays while it works.
+    place = st.empty()
+    if wanted:
+        _verify(place)
+    _last("verified", place)
+
+
+def _verify(place: DeltaGenerator) -> None:
+    began = time.monotonic()
+    bar = place.progress(0.0, "Checking the file…")
+
+    def progress(done: int, of_all: int) -> None:
+        rest = store_shapes.left(time.monotonic() - began, done, of_all)
+        share = done / of_all if of_all else 1.0
+        bar.progress(
+            min(share, 1.0),
+            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{rest}. "
+            "A click on anything else ends the check.",
+        )
+
+    check = data.verification(progress)
+    found: list[str] = []
+    faults = 0
+    try:
+        for finding in check:
+            faults += 1
+            if len(found) < FINDINGS:
+                found.append(str(finding))
+    except OkiTraceError as error:
+        found.append(str(error))
+        faults += 1
+    looked = ", ".join(
+        shapes.counted(number, noun)
+        for number, noun in (
+            (check.messages, "message"),
+            (check.steps, "step"),
+            (check.tensors, "tensor"),
+        )
+    )
+    verdict = f"{shapes.counted(faults, 'fault')} found." if faults else "all as promised."
+    when = time.strftime("%H:%M")
+    st.session_state["verified"] = (f"Checked {looked} at {when}: {verdict}", not faults, found)
+
+
+def _last(name: str, place: DeltaGenerator) -> None:
+    """What came of it the last time in this window."""
+    told = st.session_state.get(name)
+    if told is None:
+        return
+    sentence, good, lines = told
+    with place.container():
+        box, icon = (st.success, ":material/check:") if good else (st.error, ":material/error:")
+        box(shapes.plain(sentence), icon=icon)
+        if lines:
+            st.dataframe({"found": lines}, hide_index=True, key=f"{name}-lines")
+
+
+# ----------------------------------------------------------------------- make room
+
+
+def _make_room(info: StoreInfo) -> None:
+    st.markdown("#### Make room")
+    _last("made-room", st.empty())
+    with st.container(horizontal=True, vertical_alignment="bottom", key="prune-form"):
+        days = st.number_input(
+            "Older than, days", 0.0, None, None, 1.0, key="prune-days", placeholder="any", width=170
+        )
+        most = st.number_input(
+            "Until the data fits into, GB",
+            0.0,
+            None,
+            None,
+            0.1,
+            key="prune-size",
+            placeholder="any",
+            width=210,
+        )
+        kind = st.selectbox("What goes", list(KINDS), key="prune-kind", width=200)
+    if days is None and most is None:
+        st.caption(
+            "Give an age or a size to see what would go; nothing goes before you say so. Without "
+            "the full tensors a reply keeps its tokens, candidates, attention and lens."
+        )
+    else:
+        _prune(days, None if most is None else round(most * 1e9), tensors_only=KINDS[kind])
+    _vacuum(info)
+
+
+def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
+    plan = data.prune_plan(days, most, tensors_only=tensors_only)
+    st.write(shapes.plain(store_shapes.plan_told(plan)))
+    if not plan.items:
+        return
+    st.dataframe(
+        pd.DataFrame(store_shapes.plan_rows(plan)),
+        hide_index=True,
+        key="plan",
+        height="content" if len(plan.items) < 8 else 300,
+        column_config={
+            "conversation": st.column_config.NumberColumn(width="small"),
+            "title": st.column_config.TextColumn(width="large"),
+            "from": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm"),
+            "frees": st.column_config.NumberColumn(format="bytes"),
+        },
+    )
+    if len(plan.items) > store_shapes.LISTED:
+        st.caption(f"And {len(plan.items) - store_shapes.LISTED:,} more.")
+    with st.popover(f"Prune {store_shapes.size(plan.frees_bytes)}", icon=":material/delete_sweep:"):
+        st.write("This is thrown away for good. There is no way back.")
+        sure = st.button("Prune for good", key="prune", type="primary")
+    if sure:
+        bar = st.progress(0.0, "Pruning…")
+        went = _done(
+            lambda: data.carry_out(
+                plan, lambda done, of_all: _show(bar, done, of_all, "thrown away")
+            )
+        )
+        if went is not None:
+            _tell(
+                f"Freed {store_shapes.size(went.frees_bytes)}. The store uses it for what comes "
+                "next; a vacuum gives it back to the disk."
+            )
+
+
+def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
+    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {what}")
+
+
+def _vacuum(info: StoreInfo) -> None:
+    free = f" {store_shapes.size(info.free_bytes)} are free now." if info.free_bytes else ""
+    with st.popover("Vacuum", icon=":material/compress:"):
+        st.write(
+            "Builds the store anew without gaps, which gives the free room back to the disk."
+            f"{free} It needs as much free disk as the data takes, and nobody can write meanwhile."
+        )
+        sure = st.button("Vacuum now", key="vacuum", type="primary")
+    if not sure:
+        return
+    began = time.monotonic()
+    place = st.empty()
+
+    def tick() -> None:
+        place.caption(f"Building the store anew… {time.monotonic() - began:.0f} s")
+
+    tick()
+    done = _done(lambda: data.build_anew(tick))
+    if done is not None:
+        given = store_shapes.size(max(0, done.before - done.after))
+        _tell(
+            f"{store_shapes.size(done.before)} before, {store_shapes.size(done.after)} now: "
+            f"{given} given back."
+        )
+
+
+def _done(work: Callable[[], Result]) -> Result | None:
+    """What comes of ``work``; None, with the reason on the page, when it cannot be done."""
+    try:
+        return work()
+    except OkiTraceError as error:
+        st.error(shapes.sentence(str(error)))
+        return None
+
+
+def _tell(sentence: str) -> None:
+    """Say it above, on the page drawn anew with the new numbers."""
+    st.session_state["made-room"] = (sentence, True, [])
+    st.rerun()

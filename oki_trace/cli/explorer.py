@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console
+from oki_trace.cli.output import complain, console
 
 
 def register(app: typer.Typer) -> None:
@@ -19,6 +19,15 @@ def register(app: typer.Typer) -> None:
 
 def ui(
     port: Annotated[int | None, typer.Option("--port", help="The port to serve on.")] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="The address to serve on; this machine's own by default.")
+    ] = "127.0.0.1",
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", help="Other machines may reach --host. There is no password: mind who can."
+        ),
+    ] = False,
     db: options.Db = None,
 ) -> None:
     """Open the explorer, on this machine alone.
@@ -27,16 +36,29 @@ def ui(
 
     Example: oki-trace ui --db elsewhere.db
     """
-    open_explorer(options.store_of(db), port, {})
+    open_explorer(options.store_of(db), port, {}, host, public=public)
 
 
-def open_explorer(db: str, port: int | None, query: Mapping[str, str]) -> None:
+def open_explorer(
+    db: str,
+    port: int | None,
+    query: Mapping[str, str],
+    host: str = "127.0.0.1",
+    *,
+    public: bool = False,
+) -> None:
     """Serve the explorer until interrupted; on a terminal, open the browser on it."""
-    from oki_trace.launcher import free_port, serve, url_of
+    from oki_trace.launcher import checked_host, free_port, is_loopback, serve, url_of
     from oki_trace.store.migrate import ensure
 
+    checked_host(host, public=public)
     ensure(db)
-    chosen = free_port(port)
-    url = url_of(chosen, query)
+    chosen = free_port(port, host)
+    url = url_of(chosen, query, host)
+    if not is_loopback(host):
+        complain(
+            f"Whoever can reach {host} on port {chosen} can read, change and delete every "
+            "conversation in this store, and use the model. Nothing is encrypted."
+        )
     console().print(f"Explorer: {url}  (Ctrl-C to stop)")
-    raise typer.Exit(serve(db, chosen, url, open_browser=sys.stdout.isatty()))
+    raise typer.Exit(serve(db, chosen, url, open_browser=sys.stdout.isatty(), host=host))

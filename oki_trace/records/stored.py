@@ -138,6 +138,15 @@ class AttentionPoints:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplySize:
+    """What a reply takes in the store: so many tokens, and the bytes of their full tensors."""
+
+    created_at: dt.datetime
+    tokens: int
+    tensor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StoreInfo:
     """The state of a store, for ``oki-trace info`` and the explorer.
 

@@ -3,7 +3,7 @@
 DB is a store, as ``big_store.py`` makes it. Measured from the click to the
 panel with the new token's lens on screen, in the browser's own clock; pages
 from the request to their last part. Prints medians and the slowest, in
-milliseconds.
+milliseconds. "open" loads the whole page anew, "go to" is a click within it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ for folder in ("tests/dashboard", "tests", "."):
 
 from browsers import launch  # noqa: E402
 from explorers import free_port, start  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Locator, Page, sync_playwright  # noqa: E402
+
+from oki_trace.store.reader import TraceReader  # noqa: E402
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """
@@ -49,6 +51,9 @@ index => new Promise(done => {
 """
 
 
+ROUNDS = 4
+
+
 def clicks(page: Page, indices: list[int]) -> list[float]:
     """Milliseconds from the click to the panel, token by token."""
     return [page.evaluate(CLICK, index) for index in indices]
@@ -59,6 +64,15 @@ def opened(page: Page, address: str, ready: Callable[[], None]) -> float:
     began = time.perf_counter()
     page.goto(address)
     ready()
+    return (time.perf_counter() - began) * 1000
+
+
+def followed(page: Page, link: Locator, mark: str) -> float:
+    """Milliseconds from a click on ``link`` until ``mark`` is there."""
+    link.wait_for()
+    began = time.perf_counter()
+    link.click()
+    page.locator(mark).first.wait_for()
     return (time.perf_counter() - began) * 1000
 
 
@@ -79,18 +93,42 @@ def main() -> None:
         browser = launch(playwright)
         try:
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
+            with TraceReader(db) as reader:
+                left, right = (
+                    next(m.id for m in reader.messages(c) if m.tokens) for c in (number, number + 1)
+                )
             pages = {
                 "chat, a conversation": (f"?conversation={number}", ".root.lens tr"),
                 "chat, a reply of 600 tokens": ("?conversation=1", ".root.lens tr"),
                 "chat, new": ("", "[data-testid=stChatInputTextArea]"),
                 "reply map": (f"map?conversation={number}", ".root.map canvas"),
                 "conversations": ("conversations", "[data-testid=data-grid-canvas]"),
-                "store": ("store", "[data-testid=stMetric]"),
+                "compare": (f"compare?left={left}&right={right}", ".root.lens tr"),
+                "store": ("store", ".root.table tr"),
             }
-            for name, (query, mark) in pages.items():
-                address = explorer.url + query
-                ready = page.locator(mark).first.wait_for
-                told(f"open: {name}", [opened(page, address, ready) for _ in range(4)][1:])
+            times: dict[str, list[float]] = {name: [] for name in pages}
+            for _ in range(ROUNDS + 1):
+                for name, (query, mark) in pages.items():
+                    ready = page.locator(mark).first.wait_for
+                    times[name].append(opened(page, explorer.url + query, ready))
+            for name, values in times.items():
+                told(f"open: {name}", values[1:])
+            # The browser has compiled nothing yet, and the server imported nothing.
+            print(f"{'open: the first of all':44} {times['chat, a conversation'][0]:6.0f}")
+            within = {
+                "Conversations": "[data-testid=data-grid-canvas]",
+                "Store": ".root.table tr",
+                "Chat": "[data-testid=stChatInputTextArea]",
+            }
+            gone: dict[str, list[float]] = {name: [] for name in [*within, "a conversation"]}
+            for _ in range(ROUNDS):
+                for name, mark in within.items():
+                    link = page.get_by_role("link", name=name, exact=True)
+                    gone[name].append(followed(page, link, mark))
+                recent = page.locator(".st-key-recent button").first
+                gone["a conversation"].append(followed(page, recent, ".root.lens tr"))
+            for name, values in gone.items():
+                told(f"go to: {name}", values)
             for name, one in (("100 tokens", number), ("600 tokens", 1), ("tensors kept", 2)):
                 page.goto(f"{explorer.url}?conversation={one}")
                 page.locator(".root.lens tr").first.wait_for()

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+import streamlit as st
 from browsers import NoBrowser, launch
 from explorers import HOME, ROOT, Explorer, free_port, start
 from stories import Stories, tell
+
+from oki_trace.store import migrate
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -71,6 +74,38 @@ def live(run_explorer: Callable[..., Explorer]) -> Explorer:
 def stories(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Stories:
     """A store with a real conversation of smollm2, and others that seldom happen."""
     return tell(str(tmp_path_factory.mktemp("stories") / "store.db"), smollm2_dir.parent)
+
+
+@pytest.fixture
+def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes a store the explorer's, and gives its connections back in the end."""
+    from dashboard import data
+
+    opened: list[str] = []
+
+    def use(db: str) -> None:
+        monkeypatch.setenv("OKI_TRACE_DB", db)
+        opened.append(db)
+
+    yield use
+    for db in opened:
+        data._reader(db).close()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+@pytest.fixture
+def empty_store(tmp_path: Path, open_store: Callable[[str], None]) -> str:
+    db = str(tmp_path / "empty.db")
+    migrate.ensure(db)
+    open_store(db)
+    return db
+
+
+@pytest.fixture
+def filled_store(stories: Stories, open_store: Callable[[str], None]) -> Stories:
+    open_store(stories.db)
+    return stories
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_what_is_left_out_is_told_and_the_rest_adds_up_to_one() -> None:
     assert found.scaled
     assert found.shown == pytest.approx({2: 1 / 3, 4: 2 / 3})
     assert (found.first, found.others) == pytest.approx((0.6, 0.1))
-    told = shapes.notes(found, shapes.MEAN, 4, 9)
+    told = shapes.notes(found, shapes.MEAN, 4, None)
     assert "60 %" in told and "10 %" in told and "add up to 1" in told
     first = pieces(5, weights, [0])[0]
     assert first["value"] == 0
@@ -77,14 +77,14 @@ def test_what_is_left_out_is_told_and_the_rest_adds_up_to_one() -> None:
 def test_a_maximum_over_heads_is_not_scaled() -> None:
     found = shapes.evidence({0: 0.9, 2: 0.8}, [0], scale=False)
     assert found.shown == {2: 0.8}
-    assert "not scaled" in shapes.notes(found, shapes.MAXIMUM, 2, 9)
+    assert "not scaled" in shapes.notes(found, shapes.MAXIMUM, 2, None)
 
 
 def test_nothing_left_out_is_nothing_scaled() -> None:
     found = shapes.evidence({0: 0.5, 1: 0.25})
     assert found.shown == {0: 0.5, 1: 0.25}
     assert not found.scaled
-    assert "Left out" not in shapes.notes(found, shapes.MEAN, 2, 9)
+    assert "Left out" not in shapes.notes(found, shapes.MEAN, 2, None)
 
 
 def test_weights_that_are_no_numbers_are_left_alone() -> None:
@@ -95,7 +95,7 @@ def test_without_full_tensors_there_is_no_head_to_choose() -> None:
     assert shapes.heads(None) == [shapes.MEAN]
     assert len(shapes.heads(9)) == 12
     found = shapes.evidence({1: 1.0})
-    assert "were not kept" in shapes.notes(found, shapes.MEAN, 1, None)
+    assert "were not kept" in shapes.notes(found, shapes.MEAN, 1, "which were not kept")
 
 
 def test_parked_are_the_first_the_template_and_special_tokens() -> None:

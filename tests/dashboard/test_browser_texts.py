@@ -150,7 +150,7 @@ def test_a_reply_without_tensors_shows_the_rows_and_says_so(
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".st-key-panel")).to_contain_text("most attended positions.")
     expect(page.locator(".root.evidence .piece").first).to_be_visible()
-    expect(page.locator(".st-key-panel")).to_contain_text("full tensors were not kept")
+    expect(page.locator(".st-key-panel")).to_contain_text("full tensors, which were not kept")
 
 
 def test_a_failed_reply_shows_its_reason_and_its_tokens(

@@ -262,7 +262,9 @@ def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
     told = shapes.decision(step, builders.generation())
     assert told.startswith("Drawn: it had 0.500 among 12 tokens, and noise +2.25 kept it above ")
     assert told.endswith("Greedy would have said “␣greedy”.")
-    assert [row["setting"] for row in shapes.effects(step)] == [
+    effects = shapes.effects_data(step)
+    assert effects is not None
+    assert [row[0] for row in effects["rows"]] == [
         "the model itself",
         "temperature 0.7",
         "top-p 0.9",
@@ -278,7 +280,7 @@ def test_a_decision_that_is_not_recorded_is_not_made_up(rng: np.random.Generator
     greedy = replace(builders.generation(), do_sample=False)
     assert shapes.decision(step, greedy).startswith("Greedy")
     assert shapes.decision(step, None).startswith("Greedy")
-    assert shapes.effects(step) == []
+    assert shapes.effects_data(step) is None
 
 
 def test_a_long_token_does_not_fill_the_sentence(rng: np.random.Generator) -> None:

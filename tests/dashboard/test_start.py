@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import socket
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -52,6 +54,9 @@ def test_ui_listens_here_alone_and_ends_with_what_it_started(tmp_path: Path) -> 
     family = explorer.family()
     try:
         assert explorer.listens_on() == {"127.0.0.1"}
+        # A page of others', whose name leads here, is not let in.
+        assert _answer_to(port, f"127.0.0.1:{port}") == 101
+        assert _answer_to(port, f"evil.test:{port}") == 403
         assert explorer.url in (tmp_path / "output.txt").read_text(encoding="utf-8")
         explorer.process.terminate()
         explorer.process.wait(20)
@@ -62,6 +67,40 @@ def test_ui_listens_here_alone_and_ends_with_what_it_started(tmp_path: Path) -> 
             if process.is_running():
                 process.kill()
         explorer.process.wait()
+
+
+def test_ui_opens_to_others_only_when_that_is_meant(tmp_path: Path) -> None:
+    db, port = str(tmp_path / "store.db"), free_port()
+    refused = _ui(Path(db), "--host", "0.0.0.0")
+    assert refused.returncode == 2
+    assert "--public" in refused.stderr
+    assert not Path(db).exists()
+    nowhere = _ui(Path(db), "--host", "192.0.2.77", "--public")
+    assert nowhere.returncode == 2
+    assert "no address of this machine" in nowhere.stderr
+    command = ["oki_trace", "ui", "--host", "0.0.0.0", "--public", "--port", str(port), "--db", db]
+    explorer = start(command, db, port, tmp_path / "output.txt")
+    try:
+        assert explorer.listens_on() == {"0.0.0.0"}
+        said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+        assert "Whoever can reach 0.0.0.0" in said
+        assert "external IP" not in said, "nobody else is asked for the address"
+    finally:
+        explorer.close()
+
+
+def _answer_to(port: int, host: str) -> int:
+    """What a browser is answered that asks for a connection under the name ``host``."""
+    asked = {
+        "Host": host,
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "b2tpLXRyYWNlLXRlc3Qtaw==",
+    }
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+        connection.request("GET", "/_stcore/stream", headers=asked)
+        return connection.getresponse().status
 
 
 def test_ui_takes_another_port_when_the_first_is_in_use(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""In a real browser: what comes in, how the store is, and two steps beside each other."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+    pytest.importorskip("playwright", reason="pip install playwright")
+
+from explorers import Explorer
+from playwright.sync_api import Page, expect
+from screens import chosen, place
+from stories import QUESTIONS, Stories
+
+from oki_trace.exchange.exporting import export
+from oki_trace.exchange.formats import Format
+from oki_trace.store.reader import TraceReader
+from tests.waiting import until
+
+pytestmark = pytest.mark.browser
+
+Browse = Callable[..., Page]
+
+
+def test_an_export_is_uploaded_and_the_store_verified(
+    run_explorer: Callable[..., Explorer], browse: Browse, stories: Stories, tmp_path: Path
+) -> None:
+    explorer = run_explorer()
+    file = tmp_path / "paris.json"
+    with TraceReader(stories.db) as reader, file.open("w", encoding="utf-8") as nowhere:
+        steps = reader.conversation(stories.first[0]).tokens
+        export(reader, stories.first[0], Format.JSON, file, nowhere, tensors=True)
+    page = browse(explorer.url + "conversations")
+    page.get_by_role("button", name="Import").click()
+    page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
+        [file, file.with_suffix(".safetensors")]
+    )
+    page.locator(".st-key-import button").click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text(f"{steps} steps")
+    # What was brought in can be looked into as if it had been said here.
+    page.goto(explorer.url + "?conversation=1")
+    expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
+    page.goto(explorer.url + "store")
+    page.get_by_role("button", name="Verify").click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text("all as promised")
+    expect(page.get_by_test_id("stAlert")).to_contain_text(f"{steps} steps")
+    expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(2)
+
+
+def test_a_click_in_compare_brings_its_two_steps(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    left, right = stories.first[1], stories.second[1]
+    page = browse(f"{told.url}compare?left={left}&right={right}")
+    tokens = page.locator(".root.compare .side").first.locator(".token")
+    tokens.nth(2).click()
+    numbers = page.locator(".st-key-compare-steps .root.table tr").nth(1).locator("td")
+    expect(numbers.nth(1)).to_have_text("3")
+    pair = int(tokens.nth(2).get_attribute("data-pair") or "")
+    until(lambda: place(page).get("pair") == pair, "the pair in the address")
+    expect(page.locator(".root.compare .token.chosen").first).to_have_attribute(
+        "data-pair", str(pair)
+    )
+    page.locator(".st-key-open-left button").click()
+    page.wait_for_url(re.compile(r"step=2"))
+    page.locator(".root.reply .token.chosen").wait_for()
+    assert chosen(page) == 2

@@ -1,0 +1,214 @@
+"""The Store page without a browser, and what comes in by an upload."""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import builders
+import numpy as np
+import pytest
+from apps import shown
+from stories import HOSTILE, Stories
+from streamlit.testing.v1 import AppTest
+
+from dashboard import charts, data, store_shapes
+from oki_trace.errors import ExchangeError
+from oki_trace.exchange.formats import Format
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    ReplySize,
+    Role,
+    Sampling,
+    Status,
+    TurnEnd,
+)
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+
+Open = Callable[[str], None]
+
+
+def store() -> AppTest:
+    def page() -> None:
+        from dashboard.views import store
+
+        store.page()
+
+    return AppTest.from_function(page, default_timeout=60).run()
+
+
+def tiles(app: AppTest) -> dict[str, str]:
+    return {metric.label: metric.value for metric in app.metric}
+
+
+def health(app: AppTest) -> dict[str, str]:
+    return dict(shown(app, "health")["rows"])
+
+
+def fill(db: str, titles: tuple[str, ...], *, live: bool = False) -> None:
+    """A reply of three tokens with tensors under each title; ``live``: the last one goes on."""
+    rng = np.random.default_rng(5)
+    with TraceWriter(db) as writer:
+        for title in titles:
+            conversation = writer.create_conversation(title)
+            writer.add_message(conversation, ChatMessage(Role.USER, title))
+            reply = writer.queue_reply(
+                conversation, ModelChoice("tiny/model"), Sampling(), CapturePolicy(), claim=True
+            )
+            writer.start_reply(reply, builders.turn_start())
+            writer.append(reply, [builders.step(i, rng, with_tensors=True) for i in range(3)])
+            if not live or title != titles[-1]:
+                writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0))
+
+
+def test_an_empty_store_counts_nothing(empty_store: str) -> None:
+    app = store()
+    assert not app.exception
+    assert tiles(app)["Conversations"] == tiles(app)["Tokens"] == "0"
+    assert tiles(app)["A token"] == "–"
+    assert health(app)["Replies"] == "none yet"
+    assert app.button(key="verify").disabled
+
+
+def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
+    app = store()
+    assert not app.exception
+    with TraceReader(filled_store.db) as reader:
+        info = reader.info()
+        replies = [m for c in reader.conversations(limit=99) for m in reader.messages(c.id)]
+    assert tiles(app)["Conversations"] == f"{info.conversations:,}"
+    assert tiles(app)["A token"] == store_shapes.size(info.bytes_per_token)
+    failed = sum(m.status is Status.FAILED for m in replies)
+    assert f"{failed} failed" in health(app)["Replies"]
+    assert health(app)["Schema"].startswith(info.schema)
+    assert filled_store.db in app.code[0].value
+
+
+def plain(text: str) -> str:
+    """A caption or a box without what keeps Markdown from reading it."""
+    return text.replace("\\", "").replace("\u2060", "")
+
+
+def test_a_store_is_verified(tmp_path: Path, open_store: Open) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("Good")
+        writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
+    app = store().button(key="verify").click().run()
+    assert not app.exception
+    told = plain(app.success[0].value)
+    assert "Checked 1 message, 0 steps, 0 tensors" in told
+    assert told.endswith("all as promised.")
+
+
+def test_what_is_wrong_is_listed(tmp_path: Path, open_store: Open) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    fill(db, ("One",))
+    with TraceWriter(db) as writer, writer.write() as connection:
+        connection.exec_driver_sql("UPDATE tensor SET data = zeroblob(length(data))")
+    app = store().button(key="verify").click().run()
+    assert not app.exception
+    assert "fault" in app.error[0].value
+    assert "checksum" in " ".join(app.dataframe[0].value["found"])
+
+
+def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: Open) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    fill(db, HOSTILE, live=True)
+    app = store()
+    assert not app.exception
+    assert "1 running" in health(app)["Replies"]
+    app.number_input(key="prune-size").set_value(0.0).run()
+    assert not app.exception
+    plan = app.dataframe[0].value
+    # What is being written stays, and titles are shown as text.
+    assert len(plan) == len(HOSTILE) - 1
+    assert HOSTILE[0] in list(plan["title"])
+    assert any("1 reply being written stays" in plain(text.value) for text in app.markdown)
+    app.button(key="prune").click().run()
+    assert not app.exception
+    assert "Freed" in app.success[0].value
+    with TraceReader(db) as reader:
+        assert reader.info().tensor_steps == 3
+    app.button(key="vacuum").click().run()
+    assert "cannot be vacuumed now" in plain(app.error[0].value)
+
+
+def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    titles = tuple(f"Conversation {n}" for n in range(store_shapes.LISTED + 5))
+    fill(db, titles)
+    app = store()
+    app.number_input(key="prune-days").set_value(0.0).run()
+    assert not app.exception
+    assert len(app.dataframe[0].value) == store_shapes.LISTED
+    assert any(caption.value == "And 5 more." for caption in app.caption)
+
+
+# ------------------------------------------------------------------------- shapes
+
+
+def test_growth_ends_with_all_there_is() -> None:
+    start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    sizes = [ReplySize(start + dt.timedelta(days=n), 10, 1000) for n in range(1001)]
+    rows = store_shapes.growth(sizes, 5.0)
+    assert len(rows) <= 2 * store_shapes.POINTS + 2
+    assert [row["bytes"] for row in rows[-2:]] == [1_001_000, 50_050]
+    assert rows[-1]["when"] == sizes[-1].created_at
+    assert [row["bytes"] for row in rows[::2]] == sorted(row["bytes"] for row in rows[::2])
+    assert charts.growth(rows).to_dict()
+    assert store_shapes.growth([], 0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0 B"), (999, "999 B"), (999_960, "1.0 MB"), (1.5e9, "1.5 GB"), (2e15, "2,000.0 TB")],
+)
+def test_sizes_as_people_say_them(count: float, told: str) -> None:
+    assert store_shapes.size(count) == told
+
+
+def test_what_is_left_is_told_once_it_can_be() -> None:
+    assert store_shapes.left(1.0, 10, 100) == ""
+    assert store_shapes.left(10.0, 0, 100) == ""
+    assert store_shapes.left(10.0, 50, 100) == "about 10 s left"
+    assert store_shapes.left(60.0, 10, 100) == "about 9 min left"
+
+
+# ------------------------------------------------------------------- in and out
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix"),
+    [(Format.JSON, ".json"), (Format.JSONL, ".jsonl"), (Format.PARQUET, ".zip")],
+)
+def test_what_is_exported_can_be_uploaded(
+    tmp_path: Path, open_store: Open, format: Format, suffix: str
+) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    fill(db, HOSTILE[:1])
+    exported = data.exported(1, format)
+    seen: list[tuple[int, int]] = []
+    done = data.bring_in({suffix: io.BytesIO(exported)}, lambda *progress: seen.append(progress))
+    assert done.steps == 3
+    assert seen
+    with TraceReader(db) as reader:
+        (number,) = done.conversations
+        assert reader.conversation(number).title == HOSTILE[0]
+
+
+def test_an_upload_that_is_none_leaves_nothing(empty_store: str) -> None:
+    with pytest.raises(ExchangeError):
+        data.bring_in({".json": io.BytesIO(b"Dear diary")}, lambda done, of_all: None)
+    with TraceReader(empty_store) as reader:
+        assert reader.conversation_count() == 0
