@@ -85,11 +85,10 @@ _STYLE = """
   }
   /* Questions and SQL. */
   .st-key-asks [data-testid="stCaptionContainer"] { padding-top: 0.7rem; }
-  .st-key-save-picture, .st-key-save-sql { flex: none; }
   .st-key-sql-editor textarea {
     font-family: "Source Code Pro", ui-monospace, monospace; font-size: 0.88rem; line-height: 1.5;
   }
-  .st-key-sql-tables h4 { font-size: 0.95rem; padding: 0; }
+  .st-key-sql-tables h4 { font-size: 0.95rem; padding: 0 0 0.6rem; }
   .st-key-sql-tables table { font-size: 0.82rem; }
   .st-key-sql-tables thead { display: none; }
   .st-key-sql-tables td { padding: 0.2rem 0.5rem 0.2rem 0; border: none; vertical-align: top; }

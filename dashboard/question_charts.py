@@ -14,7 +14,7 @@ import altair as alt
 import pandas as pd
 
 from dashboard import question_shapes
-from dashboard.question_shapes import SHARES, Drawing
+from dashboard.question_shapes import NEVER, SHARES, Drawing
 from dashboard.shapes import Json
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ PARTS = dict(
         strict=True,
     )
 )
-HEIGHT = 300
+HEIGHT = 400
+# A part of a stack that is nowhere larger than this is not seen.
+SEEN = 0.004
 # The click on a bar or a dot that stands for a step.
 PICK = "picked"
 
@@ -62,20 +64,19 @@ def chart(
 
 
 def _tooltip(answer: Answer, what: str | None = None) -> list[alt.Tooltip]:
-    named = [alt.Tooltip(f"{field}:N", title=name) for field, name in columns_of(answer)]
+    """What hovering shows: all of the row."""
+    shown = question_shapes.columns(answer)
+    named = [alt.Tooltip(f"{field}:N", title=name) for field, name in shown]
     return named if what is None else [alt.Tooltip("what:N", title=what), *named]
-
-
-def columns_of(answer: Answer) -> list[tuple[str, str]]:
-    """What hovering shows."""
-    return question_shapes.columns(answer)
 
 
 def _ordered(rows: Sequence[Json], title: str) -> alt.X:
     names = list(dict.fromkeys(row["x"] for row in rows))
-    numbers = all(name.isdecimal() for name in names if name != "never")
-    if numbers:
-        names = sorted(names, key=lambda name: (name == "never", int(name.replace("never", "0"))))
+    numbers = [int(name) for name in names if name.isdecimal()]
+    if len(numbers) >= len(names) - 1:
+        # Each has its place, also where there is nothing to draw.
+        last = [name for name in names if not name.isdecimal()]
+        names = [*map(str, range(max(numbers, default=0) + 1)), *last]
     return alt.X(
         "x:N",
         title=title,
@@ -127,7 +128,8 @@ def _kinds(rows: Sequence[Json]) -> list[str]:
 
 def _by_model(rows: Sequence[Json], drawing: Drawing) -> list[Json]:
     """Several models: a colour each, of the first measure alone."""
-    return [{**row, "what": row["model"]} for row in rows if row["what"] == drawing.y[0]]
+    first = question_shapes.spoken(drawing.y[0])
+    return [{**row, "what": row["model"]} for row in rows if row["what"] == first]
 
 
 def _columns(
@@ -154,7 +156,9 @@ def _columns(
     bars = bars.encode(color=_colour(names))
     if not drawing.line:
         return bars.properties(height=HEIGHT)
-    over = pd.DataFrame([{**row, "what": names[1]} for row in rows if row["line"] is not None])
+    over = pd.DataFrame(
+        [{**row, "what": names[1]} for row in rows if row["line"] is not None and row["x"] != NEVER]
+    )
     line = (
         alt.Chart(over)
         .mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
@@ -209,7 +213,15 @@ def _ranked(
             sort=labels,
             scale=alt.Scale(domain=labels, paddingInner=0.25),
             title=None,
-            axis=alt.Axis(labelLimit=300, ticks=False, domain=False, grid=False, labelPadding=8),
+            axis=alt.Axis(
+                labelLimit=300,
+                labelOverlap=False,
+                labelFontSize=12,
+                ticks=False,
+                domain=False,
+                grid=False,
+                labelPadding=8,
+            ),
         ),
         x=_value(answer, drawing, rows, alt.X, stack=False),
         tooltip=_tooltip(answer, "measure" if len(names) > 1 else None),
@@ -223,7 +235,7 @@ def _ranked(
         bars = bars.encode(yOffset=alt.YOffset("what:N", sort=names))
     if clickable:
         bars = bars.add_params(alt.selection_point(name=PICK, fields=["at"], on="click"))
-    height = len(labels) * (30 if several else 22) + 20
+    height = len(labels) * (30 if several else 24) + (110 if several else 70)
     if not drawing.spread:
         return bars.properties(height=height)
     whisker = base.mark_rule(color="#8a9099", strokeWidth=1.5).encode(x=alt.X("low:Q"), x2="high:Q")
@@ -233,14 +245,11 @@ def _ranked(
 def _stacked(
     answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
 ) -> alt.Chart | alt.LayerChart:
-    given = {row["what"] for row in rows if row["y"] > 0}
-    names = [name for name in drawing.y if name in given]
-    spoken = {name: name.replace("_", " ") for name in names}
-    rows = [
-        {**row, "what": spoken[row["what"]], "order": names.index(row["what"])}
-        for row in rows
-        if row["what"] in spoken
-    ]
+    given = {row["what"] for row in rows if row["y"] >= SEEN}
+    parts = {question_shapes.spoken(name): PARTS[name] for name in drawing.y}
+    parts = {name: colour for name, colour in parts.items() if name in given}
+    names = list(parts)
+    rows = [{**row, "order": names.index(row["what"])} for row in rows if row["what"] in parts]
     drawn: alt.Chart = (
         alt.Chart(pd.DataFrame(rows))
         .mark_bar()
@@ -253,12 +262,12 @@ def _stacked(
                 scale=alt.Scale(domain=[0, 1]),
                 axis=alt.Axis(tickCount=5, domain=False),
             ),
-            color=_colour(list(spoken.values()), [PARTS[name] for name in names], columns=8),
+            color=_colour(names, list(parts.values()), columns=8),
             order=alt.Order("order:Q"),
             tooltip=[alt.Tooltip("what:N", title="part"), *_tooltip(answer)],
         )
     )
-    return drawn.properties(height=HEIGHT + 40)
+    return drawn.properties(height=HEIGHT)
 
 
 def _cells(
@@ -280,7 +289,7 @@ def _cells(
             tooltip=_tooltip(answer),
         )
     )
-    return drawn.properties(height=max(HEIGHT, 15 * frame["across"].nunique()))
+    return drawn.properties(height=max(HEIGHT, 18 * frame["across"].nunique()))
 
 
 def _upwards(layers: Sequence[int]) -> alt.Y:
@@ -322,4 +331,4 @@ def _dots(
             tooltip=_tooltip(answer),
         )
     )
-    return drawn.properties(height=max(HEIGHT, 13 * len(layers)))
+    return drawn.properties(height=max(HEIGHT, 18 * len(layers)))

@@ -116,6 +116,9 @@ DRAWINGS: Mapping[str, Mapping[str, Drawing]] = {
     },
 }
 
+# Where a token that never came on top stands along the layers.
+NEVER = "never"
+
 # More bars or models in one picture can no longer be read.
 MOST_BARS = 40
 MOST_MODELS = 6
@@ -163,7 +166,7 @@ def marks(answer: Answer, drawing: Drawing) -> list[Json]:
                 {
                     "x": label,
                     "y": value,
-                    "what": name if drawing.colour is None else str(row[drawing.colour]),
+                    "what": spoken(name) if drawing.colour is None else str(row[drawing.colour]),
                     "model": inert(str(row.get("model", "")), keep=""),
                     "across": row[drawing.across] if drawing.across else None,
                     "line": line,
@@ -180,7 +183,7 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     if drawing.x == ("first",):
         return buckets([row["first"] for row in rows])
     if drawing.kind != "ranked":
-        return ["never" if (v := row[drawing.x[0]]) is None else str(v) for row in rows]
+        return [NEVER if (v := row[drawing.x[0]]) is None else str(v) for row in rows]
     of = {column.name: column for column in answer.columns}
     # What is the same in all rows tells none from another.
     named = [n for n in drawing.x if len({row[n] for row in rows}) > 1] or [drawing.x[0]]
@@ -195,17 +198,32 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
 
 def _label(row: Json, named: Sequence[str], of: Mapping[str, Column]) -> str:
     """What names a bar; a step as ``message:step``, as the command line takes it."""
+    longest = 28 if len(named) < 3 else 18
     parts = []
     for name in named:
         if name == "step" and "message" in named:
             continue
         text = cell(of[name], row[name])
-        if name == "message" and "step" in row:
+        if name == "message" and "step" in named:
             text = f"{row['message']}:{row['step']}"
-        elif name in ("message", "layer", "head", "temperature", "seed", "reply", "other"):
-            text = "–" if row[name] is None else f"{name} {row[name]:g}"
-        parts.append(clipped(text, 28))
+        elif name in _NUMBERED:
+            text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"
+        parts.append(clipped(text, longest))
+    if named[:2] == ["held", "said"]:
+        parts[:2] = [f"{parts[0]} → {parts[1]}"]
     return " · ".join(parts)
+
+
+# Numbers that say nothing without a name.
+_NUMBERED = {
+    "message": "message",
+    "layer": "layer",
+    "head": "head",
+    "temperature": "temp",
+    "seed": "seed",
+    "reply": "message",
+    "other": "message",
+}
 
 
 def buckets(firsts: Sequence[int]) -> list[str]:
@@ -221,11 +239,22 @@ def columns(answer: Answer) -> list[tuple[str, str]]:
 def unit(answer: Answer, name: str) -> str:
     """A column's name as an axis has it, with its unit."""
     column = next(c for c in answer.columns if c.name == name)
-    return f"{_spoken(name)} (nats)" if "nats" in column.meaning else _spoken(name)
+    return f"{spoken(name)} (nats)" if "nats" in column.meaning else spoken(name)
 
 
-def _spoken(name: str) -> str:
-    return {"kl": "KL", "js": "JS", "tv": "total variation"}.get(name, name.replace("_", " "))
+_SPOKEN = {
+    "kl": "KL",
+    "js": "JS",
+    "tv": "total variation",
+    "worst": "at the least certain step",
+    "at_last": "settled only in the last layer",
+    "held_prob": "held at the layer",
+}
+
+
+def spoken(name: str) -> str:
+    """A column's name as people read it."""
+    return _SPOKEN.get(name, name.replace("_", " "))
 
 
 def is_share(answer: Answer, name: str) -> bool:

@@ -35,12 +35,13 @@ def page() -> None:
     asked = asking.read(st.query_params.to_dict(), questions)
     question = questions[asked.question]
     _list(asked)
-    st.title(next(group for group, those in asking.GROUPS if asked.question in those))
-    st.write(question.meaning)
+    group = next(group for group, those in asking.GROUPS if asked.question in those)
+    st.title(group)
+    st.write(_without(question.meaning, group))
     if not catching_up.ready():
         return
     chosen = question_controls.draw(asked, question)
-    if chosen.query() != st.query_params.to_dict():
+    if chosen != asked:
         st.query_params.from_dict(chosen.query())
     if question.name == "compare" and not (chosen.first and chosen.second):
         st.caption("Choose two, and how far their distributions are apart is here.")
@@ -53,6 +54,12 @@ def page() -> None:
         _offer_everything(chosen)
         return
     _answer(chosen, question, answer)
+
+
+def _without(meaning: str, heading: str) -> str:
+    """``meaning``, not to say again what stands above it."""
+    rest = meaning.removeprefix(f"{heading}: ")
+    return rest[:1].upper() + rest[1:]
 
 
 def _list(asked: Asked) -> None:
@@ -117,7 +124,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
     offered = question_shapes.drawings(answer)
     with st.container(
         horizontal=True,
-        horizontal_alignment="distribute",
+        horizontal_alignment="distribute" if len(offered) > 1 else "right",
         vertical_alignment="center",
         key="picture-head",
     ):
@@ -129,12 +136,13 @@ def _pictures(asked: Asked, answer: Answer) -> None:
                 default=name,
                 required=True,
                 key=f"drawn-{answer.question}-{answer.view}",
-                format_func=lambda one: one.replace("_", " "),
+                format_func=question_shapes.spoken,
                 label_visibility="collapsed",
             )
         components.picture(
             data={"within": "st-key-picture-0", "name": f"{answer.question}-{answer.view}"},
             key="save-picture",
+            width=100,
         )
     drawing = offered[name]
     rows = question_shapes.marks(answer, drawing)
@@ -251,7 +259,7 @@ def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
         kind = frame[column.name].dtype.kind
         if kind == "f":
             whole = frame[column.name].dropna().mod(1).eq(0).all() and column.shown != "share"
-            format_ = "%d" if whole else "%.3g"
+            format_ = "%d" if whole else "%.3f"
             config[column.name] = st.column_config.NumberColumn(help=meaning, format=format_)
         elif kind == "i":
             plain = None if column.shown == "name" else "localized"

@@ -17,7 +17,7 @@ ROWS, MOST_ROWS = 1_000, 100_000
 SECONDS, MOST_SECONDS = 10, 120
 TABLE_HEIGHT = 460
 
-# What the editor holds, and the address it was last given.
+# What the editor holds, and what the address holds of it.
 TEXT, SEEN = "sql-text", "sql-seen"
 RESULT = "sql-result"
 
@@ -69,13 +69,15 @@ def page() -> None:
 def _tables() -> None:
     st.markdown("#### Tables")
     for table in data.tables():
-        with st.expander(f"`{table.name}`"):
+        with st.expander(f"**{table.name}**", expanded=table.name == "step"):
             st.caption(f"A row is {table.meaning}.")
             st.markdown(sql_shapes.column_list(table))
 
 
 def _editor() -> tuple[Asked, bool]:
-    address = st.query_params.get("sql", "")
+    # Without one, what was there before the page was left, or something to begin with.
+    first = next(iter(sql_shapes.EXAMPLES.values()))
+    address = st.query_params.get("sql") or st.session_state.get(SEEN, first)
     if TEXT not in st.session_state or st.session_state.get(SEEN) != address:
         st.session_state[TEXT] = address
     with st.container(key="sql-editor"):
@@ -96,11 +98,16 @@ def _editor() -> tuple[Asked, bool]:
             label_visibility="collapsed",
         )
     with st.container(horizontal=True, vertical_alignment="bottom", key="sql-limits"):
-        pressed = st.button("Run", type="primary", icon=":material/play_arrow:", key="sql-run")
-        st.caption("or Ctrl + Enter", width="stretch")
         rows = st.number_input("Rows at most", 1, MOST_ROWS, ROWS, 100, key="sql-rows", width=140)
         seconds = st.number_input(
             "Seconds at most", 1, MOST_SECONDS, SECONDS, key="sql-seconds", width=140
+        )
+        pressed = st.button(
+            "Run",
+            type="primary",
+            icon=":material/play_arrow:",
+            key="sql-run",
+            help="Or Ctrl + Enter in the text",
         )
     if text != address:
         st.query_params.from_dict({"sql": text} if text else {})
@@ -112,8 +119,6 @@ def _take_example() -> None:
     chosen = st.session_state["sql-example"]
     if chosen is not None:
         st.session_state[TEXT] = sql_shapes.EXAMPLES[chosen]
-        # What the editor holds counts, not the address, which follows.
-        st.session_state[SEEN] = st.query_params.get("sql", "")
 
 
 def _ask(asked: Asked) -> Result:
@@ -193,7 +198,9 @@ def _chart(found: Any) -> None:
             required=True,
             key=f"sql-as-{mark}-{x}",
         )
-        components.picture(data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql")
+        components.picture(
+            data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql", width=100
+        )
     with st.container(key="sql-chart"):
         st.altair_chart(sql_shapes.chart(found, x, y, colour, drawn), key="sql-drawn")
     if len(found) > sql_shapes.MOST_MARKS:
