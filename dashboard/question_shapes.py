@@ -185,26 +185,29 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     if drawing.kind != "ranked":
         return [NEVER if (v := row[drawing.x[0]]) is None else str(v) for row in rows]
     of = {column.name: column for column in answer.columns}
-    # What is the same in all rows tells none from another.
-    named = [n for n in drawing.x if len({row[n] for row in rows}) > 1] or [drawing.x[0]]
+    # What is the same in all rows tells none from another, but for what the question is about.
+    varied = {name for name in drawing.x if len({row[name] for row in rows}) > 1}
+    if "step" in varied:
+        varied.add("message")
+    named = [name for name in drawing.x if name in varied or name == drawing.x[0]]
     seen: Counter[str] = Counter()
     labels = []
     for row in rows:
-        label = clipped(_label(row, named, of), 46)
+        label = clipped(_label(row, named, of, "step" in drawing.x), 46)
         seen[label] += 1
         labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
     return labels
 
 
-def _label(row: Json, named: Sequence[str], of: Mapping[str, Column]) -> str:
+def _label(row: Json, named: Sequence[str], of: Mapping[str, Column], is_step: bool) -> str:
     """What names a bar; a step as ``message:step``, as the command line takes it."""
     longest = 28 if len(named) < 3 else 18
     parts = []
     for name in named:
-        if name == "step" and "message" in named:
+        if name == "step":
             continue
         text = cell(of[name], row[name])
-        if name == "message" and "step" in named:
+        if name == "message" and is_step:
             text = f"{row['message']}:{row['step']}"
         elif name in _NUMBERED:
             text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"

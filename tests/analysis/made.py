@@ -12,21 +12,26 @@ from oki_trace.records import (
     Role,
     Sampling,
     Status,
+    TensorMode,
     TurnEnd,
 )
 from oki_trace.store.writer import TraceWriter
 
-POLICY = CapturePolicy(tensors="none")
 
-
-def begin(writer: TraceWriter, said: str = "Hello", steps: int = 3) -> tuple[int, int]:
+def begin(
+    writer: TraceWriter, said: str = "Hello", steps: int = 3, tensors: TensorMode = "none"
+) -> tuple[int, int]:
     """(conversation, reply): a question and a reply that is still running."""
     conversation = writer.create_conversation(said)
     writer.add_message(conversation, ChatMessage(Role.USER, said))
     reply = writer.queue_reply(
-        conversation, ModelChoice("tiny/model"), Sampling(), POLICY, claim=True
+        conversation,
+        ModelChoice("tiny/model"),
+        Sampling(),
+        CapturePolicy(tensors=tensors),
+        claim=True,
     )
-    writer.start_reply(reply, builders.turn_start("none"))
+    writer.start_reply(reply, builders.turn_start(tensors))
     more(writer, reply, 0, steps)
     return conversation, reply
 
