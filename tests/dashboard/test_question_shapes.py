@@ -213,8 +213,8 @@ NAMES = ["x", "x (2)", "<img src=x><U+202E>␛[31m␊", "list", "bytes", "when"]
 def test_any_result_can_be_shown() -> None:
     frame = sql_shapes.frame(RESULT)
     assert list(frame.columns) == NAMES
-    assert list(frame["list"])[0] == "[1, 2]"
-    assert list(frame["bytes"])[0] == "00ff"
+    assert frame["list"].tolist()[0] == "[1, 2]"
+    assert frame["bytes"].tolist()[0] == "00ff"
     assert sql_shapes.numeric(frame) == ["x", "x (2)"]
     assert sql_shapes.frame(pa.table({})).empty
 
