@@ -91,6 +91,7 @@ _STYLE = """
   .st-key-sql-tables h4 { font-size: 0.95rem; padding: 0 0 0.6rem; }
   .st-key-sql-tables table { font-size: 0.82rem; }
   .st-key-sql-tables thead { display: none; }
+  .st-key-sql-tables [data-testid="stMarkdownContainer"] { overflow-x: auto; }
   .st-key-sql-tables td { padding: 0.2rem 0.5rem 0.2rem 0; border: none; vertical-align: top; }
   @media (max-width: 1150px) {
     .st-key-sql-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"]) {
