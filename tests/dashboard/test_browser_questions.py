@@ -154,4 +154,5 @@ def test_sql_fits_and_a_link_runs_it(told: Explorer, browse: Browse, width: int)
     expect(page.get_by_text("1 row in")).to_be_visible()
     table(page)
     expect(page.get_by_text("the token's text")).to_be_visible()
-    assert overflow(page) == []
+    # The handle to widen a table with reaches a little over the table's edge.
+    assert [wide for wide in overflow(page) if not wide.startswith("column")] == []
