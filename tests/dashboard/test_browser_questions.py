@@ -74,7 +74,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     page.go_back()
     picture(page)
     # The second row, below the head.
-    table(page).click(position={"x": 30, "y": 35 + 35 + 15})
+    table(page).click(position={"x": 30, "y": 35 + 35 + 15}, force=True)
     expect(where).to_contain_text(f"step {steps[1]['step'] + 1} of")
     assert place(page) == steps[1]
 
