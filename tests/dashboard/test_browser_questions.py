@@ -53,7 +53,8 @@ def test_a_bar_and_a_row_lead_to_their_step(
     told: Explorer, browse: Browse, stories: Stories
 ) -> None:
     conversation = stories.first[0]
-    page = browse(f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}")
+    link = f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}"
+    page = browse(link)
     with Trove(told.db) as trove:
         scope = Scope(conversation=conversation)
         answer = builtin.answer(trove, "unsure", view="entropy", scope=scope)
@@ -71,7 +72,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     expect(where).to_contain_text(f"step {steps[3]['step'] + 1} of")
     assert place(page) == steps[3]
 
-    page.go_back()
+    page.goto(link)
     picture(page)
     # The second row, below the head.
     # The head and each row are 35 pixels high; cells cannot be clicked by name.
