@@ -14,7 +14,15 @@ if ROOT not in sys.path:
 import streamlit as st  # noqa: E402
 
 from dashboard import data, look  # noqa: E402
-from dashboard.views import chat, compare, conversations, reply_map, store  # noqa: E402
+from dashboard.views import (  # noqa: E402
+    chat,
+    compare,
+    conversations,
+    questions,
+    reply_map,
+    sql,
+    store,
+)
 
 st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
 look.logo()
@@ -34,6 +42,10 @@ pages = {
     "compare": st.Page(
         compare.page, title="Compare", icon=":material/compare_arrows:", url_path="compare"
     ),
+    "questions": st.Page(
+        questions.page, title="Questions", icon=":material/query_stats:", url_path="questions"
+    ),
+    "sql": st.Page(sql.page, title="SQL", icon=":material/terminal:", url_path="sql"),
     "store": st.Page(store.page, title="Store", icon=":material/database:", url_path="store"),
 }
 st.session_state["pages"] = pages

@@ -13,11 +13,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import streamlit as st
 
-from dashboard import attention_shapes, compare_shapes
+from dashboard import attention_shapes, compare_shapes, question_shapes
 from oki_trace import asking, worker
 from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.exchange.exporting import export
@@ -45,6 +45,13 @@ from oki_trace.store import growth, migrate, prune, vacuum
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
+
+if TYPE_CHECKING:
+    from dashboard.asked import Asked
+    from oki_trace.analysis.catch_up import CatchUp
+    from oki_trace.analysis.questions import Answer, Question
+    from oki_trace.analysis.tables import Table
+    from oki_trace.analysis.trove import Trove
 
 Progress = Callable[[int, int], None]  # done, of all
 
@@ -385,3 +392,80 @@ def stop(message: Message) -> None:
 def see_to_worker() -> None:
     """Start the process that answers, unless there is one."""
     worker.ensure_running(store_name())
+
+
+# ------------------------------------------------------- questions across steps
+# The engine is loaded by the first of them: no other page waits for it.
+
+
+@st.cache_resource
+def _trove(db: str) -> Trove:
+    from oki_trace.analysis.trove import Trove
+
+    return Trove(db)
+
+
+@st.cache_resource
+def _catch_up(db: str) -> CatchUp:
+    from oki_trace.analysis.catch_up import CatchUp
+
+    return CatchUp(db, _reader(db))
+
+
+def questions() -> Mapping[str, Question]:
+    """All built-in questions, by name."""
+    from oki_trace.analysis.builtin import QUESTIONS
+
+    return QUESTIONS
+
+
+def behind(wait_s: float) -> tuple[int, int] | None:
+    """How far the cache is behind the store: messages written, of all; None when it is not.
+
+    It is brought in step meanwhile, and waited for so long. Raises StoreError.
+    """
+    return _catch_up(store_name()).behind(wait_s)
+
+
+def answer(asked: Asked) -> Answer:
+    """The answer to a built-in question. Raises UsageError, QuestionError or NotFound."""
+    return _answer(store_name(), _store().stamp(), asked)
+
+
+@st.cache_data(max_entries=32, show_spinner=False)
+def _answer(db: str, stamp: str, asked: Asked) -> Answer:
+    from oki_trace.analysis import builtin
+
+    what = tuple(one for one in (asked.first, asked.second) if one)
+    question = builtin.QUESTIONS[asked.question]
+    return builtin.answer(
+        _trove(db),
+        asked.question,
+        what if question is builtin.COMPARE else (),
+        scope=asked.scope(),
+        view=asked.view or None,
+        **asked.options(question),
+    )
+
+
+def write_csv(found: Answer, file: TextIO) -> None:
+    """An answer's rows, safe to be opened as a spreadsheet."""
+    from oki_trace.analysis.results import write_csv as write
+
+    rows = ([question_shapes.for_a_spreadsheet(value) for value in row] for row in found.rows)
+    write([column.name for column in found.columns], rows, file)
+
+
+def tables() -> Sequence[Table]:
+    """What SQL can read."""
+    from oki_trace.analysis.tables import TABLES
+
+    return TABLES
+
+
+def sql(query: str, limit: int, seconds: float) -> tuple[Any, bool]:
+    """The answer to somebody's own SQL as an Arrow table, and whether there were more rows.
+
+    Raises QuestionError.
+    """
+    return _trove(store_name()).sql_arrow(query, limit=limit, seconds=seconds)

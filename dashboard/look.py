@@ -58,11 +58,13 @@ _STYLE = """
       scrollbar-width: thin;
     }
   }
-  .st-key-recent button {
+  .st-key-recent button, .st-key-asks button {
     justify-content: flex-start; text-align: left; padding: 0.1rem 0; min-height: 1.9rem;
   }
-  .st-key-recent button p { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-  .st-key-recent button div { justify-content: flex-start; min-width: 0; }
+  .st-key-recent button p, .st-key-asks button p {
+    overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
+  }
+  .st-key-recent button div, .st-key-asks button div { justify-content: flex-start; min-width: 0; }
   .st-key-model-card { gap: 0.1rem; padding: 0.6rem 0.8rem; }
   .st-key-model-card [data-testid="stCaptionContainer"] { margin-bottom: 0; }
   .st-key-model-card p { overflow-wrap: anywhere; }
@@ -91,6 +93,22 @@ _STYLE = """
   .st-key-panel [data-testid="stButtonGroup"] button,
   .st-key-map-head [data-testid="stButtonGroup"] button {
     min-height: 1.9rem; padding: 0.1rem 0.6rem; font-size: 0.82rem;
+  }
+  /* Questions and SQL. */
+  .st-key-asks [data-testid="stCaptionContainer"] { padding-top: 0.7rem; }
+  .st-key-sql-editor textarea {
+    font-family: "Source Code Pro", ui-monospace, monospace; font-size: 0.88rem; line-height: 1.5;
+  }
+  .st-key-sql-tables h4 { font-size: 0.95rem; padding: 0 0 0.6rem; }
+  .st-key-sql-tables table { font-size: 0.82rem; }
+  .st-key-sql-tables thead { display: none; }
+  .st-key-sql-tables [data-testid="stMarkdownContainer"] { overflow-x: auto; }
+  .st-key-sql-tables td { padding: 0.2rem 0.5rem 0.2rem 0; border: none; vertical-align: top; }
+  @media (max-width: 1150px) {
+    .st-key-sql-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"]) {
+      flex-direction: column;
+    }
+    .st-key-sql-sides [data-testid="stColumn"] { width: 100%; flex: 1 1 100%; }
   }
 </style>
 """

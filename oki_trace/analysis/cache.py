@@ -48,6 +48,10 @@ class Cache:
     def __init__(self, db: Db) -> None:
         self.folder = Folder(folder_of(db))
 
+    def in_step(self, reader: TraceReader) -> bool:
+        """Whether it holds all that has ended in the store, and nothing else."""
+        return self.folder.manifest().stamp == reader.stamp()
+
     def sync(self, reader: TraceReader, progress: Progress | None = None) -> Manifest:
         """Bring it in step with the store; returns what counts now.
 

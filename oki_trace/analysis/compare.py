@@ -17,7 +17,7 @@ from oki_trace.analysis.questions import Answer, Picture, columns
 from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import NotFound, QuestionError
-from oki_trace.records import Candidates, Step, Tensor
+from oki_trace.records import Candidates, Step, StepSummary, Tensor
 from oki_trace.store.reader import TraceReader
 
 
@@ -61,7 +61,8 @@ def compare_steps(
     reader: TraceReader, a: tuple[int, int], b: tuple[int, int], *, same_before: bool = False
 ) -> StepComparison:
     """Two steps, each (message id, step index). Raises NotFound."""
-    return _compare(reader, a[0], reader.step(*a), b[0], reader.step(*b), same_before)
+    first, second = reader.step(*a), reader.step(*b)
+    return _compare(reader, (a[0], first, first.topk), (b[0], second, second.topk), same_before)
 
 
 def compare_replies(
@@ -69,10 +70,17 @@ def compare_replies(
 ) -> Iterator[StepComparison]:
     """Two replies, step by step, as far as both go; ``only_same``: up to where they part."""
     same = _same_prompt(reader, a, b)
-    for first, second in zip(reader.iter_steps(a), reader.iter_steps(b), strict=False):
+    if only_same and not same:
+        return
+    # Neither lens nor attention is needed: they are nearly all of a step's rows.
+    steps = reader.steps(a), reader.steps(b)
+    tops_a, tops_b = reader.candidates(a), reader.candidates(b)
+    for first, second in zip(*steps, strict=False):
         if only_same and not same:
             return
-        yield _compare(reader, a, first, b, second, same)
+        n = first.step_index
+        sides = (a, first, tops_a.get(n, _NONE)), (b, second, tops_b.get(n, _NONE))
+        yield _compare(reader, *sides, same)
         same = same and first.token_bytes == second.token_bytes
 
 
@@ -87,15 +95,19 @@ def _before(reader: TraceReader, message_id: int) -> list[tuple[str, str]]:
     return [(m.role, m.content) for m in history if m.position < message.position]
 
 
-def _compare(
-    reader: TraceReader, a: int, first: Step, b: int, second: Step, same_before: bool
-) -> StepComparison:
-    one_vocabulary = _one_vocabulary(first.topk, second.topk)
+_NONE = Candidates(np.zeros(0, np.int64), (), np.zeros(0, np.float32), np.zeros(0, np.float32))
+# A step of a message, and its candidates.
+_Side = tuple[int, Step | StepSummary, Candidates]
+
+
+def _compare(reader: TraceReader, a: _Side, b: _Side, same_before: bool) -> StepComparison:
+    (_, first, first_top), (_, second, second_top) = a, b
+    one_vocabulary = _one_vocabulary(first_top, second_top)
     full: tuple[Probs, Probs] | None = None
     if one_vocabulary:
-        full = _both(_full(reader, a, first.step_index), _full(reader, b, second.step_index))
-    lists = _list(first.topk, one_vocabulary), _list(second.topk, one_vocabulary)
-    names = _names(first.topk, one_vocabulary) | _names(second.topk, one_vocabulary)
+        full = _both(_full(reader, a[0], first.step_index), _full(reader, b[0], second.step_index))
+    lists = _list(first_top, one_vocabulary), _list(second_top, one_vocabulary)
+    names = _names(first_top, one_vocabulary) | _names(second_top, one_vocabulary)
     ranks = tuple({token: i for i, token in enumerate(one, start=1)} for one in lists)
 
     def candidate(token: Hashable) -> Candidate:

@@ -126,7 +126,7 @@ def told_plainly(seconds: float | None = None) -> Iterator[None]:
     except duckdb.InterruptException as error:
         raise QuestionError(
             f"The question took longer than {seconds:g} s and was ended: narrow it down, or give "
-            "it more with --timeout."
+            "it more time (--timeout)."
             if seconds is not None
             else "The question was interrupted: ask it again."
         ) from error

@@ -51,6 +51,7 @@ reply share mean weight on the reply's own tokens, but the newest two
 _STEPS_IN_SCOPE = """
 SELECT step.message_id, step_index, position, scope.model_id
 FROM step JOIN scope USING (message_id)
+WHERE step.message_id IN (SELECT unnest($kept::BIGINT[]))
 ORDER BY step.message_id, step_index
 """
 
@@ -71,7 +72,9 @@ def heads_answer(
     """
     scope = scope or Scope()
     sql = scope.sql() + _STEPS_IN_SCOPE
-    steps = trove.ask(sql, scope.parameters()).rows
+    # Where few replies kept their tensors, the sample must not miss them.
+    kept = sorted(trove.reader.replies_with("attentions"))
+    steps = trove.ask(sql, {**scope.parameters(), "kept": kept}).rows
     shares: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
     layers: dict[str, tuple[int, ...]] = {}
     for model, of_layers, weights in _sampled(trove.reader, steps, sample):

@@ -13,6 +13,8 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from oki_trace.errors import QuestionError
+
 
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: what is not a number is null, a moment ISO text in UTC."""
@@ -44,7 +46,12 @@ def write_csv(names: Sequence[str], rows: Iterable[Sequence[Any]], file: TextIO)
 
 
 def parquet(table: pa.Table) -> bytes:
-    """A whole Parquet file, compressed."""
+    """A whole Parquet file, compressed. Raises QuestionError for a type that Parquet has not."""
     file = io.BytesIO()
-    pq.write_table(table, file, compression="zstd")
+    try:
+        pq.write_table(table, file, compression="zstd")
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
+        raise QuestionError(
+            f"Parquet cannot hold the result ({error}): cast such a column to VARCHAR."
+        ) from error
     return file.getvalue()

@@ -314,6 +314,16 @@ class TraceReader:
                 yield index, TensorHead(name, dtype, tuple(shape), tuple(layers), key_offset)
             first += _BATCH
 
+    def replies_with(self, name: str) -> set[int]:
+        """The replies whose first step has this full tensor; no blob is touched."""
+        with self._read() as connection:
+            found = connection.execute(
+                select(models.Step.message_id)
+                .join(models.Tensor, models.Step.id == models.Tensor.step_id)
+                .where(models.Step.step_index == 0, models.Tensor.name == name)
+            ).scalars()
+            return set(found)
+
     def tensor_shape(self, message_id: int, step_index: int, name: str) -> tuple[int, ...] | None:
         """The shape of a full tensor, or None where it was not kept; its blob is not read."""
         with self._read() as connection:

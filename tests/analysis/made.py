@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import builders
 import numpy as np
 
@@ -12,21 +14,30 @@ from oki_trace.records import (
     Role,
     Sampling,
     Status,
+    TensorMode,
     TurnEnd,
 )
 from oki_trace.store.writer import TraceWriter
 
-POLICY = CapturePolicy(tensors="none")
 
-
-def begin(writer: TraceWriter, said: str = "Hello", steps: int = 3) -> tuple[int, int]:
+def begin(
+    writer: TraceWriter,
+    said: str = "Hello",
+    steps: int = 3,
+    tensors: TensorMode = "none",
+    model: str = "tiny/model",
+) -> tuple[int, int]:
     """(conversation, reply): a question and a reply that is still running."""
     conversation = writer.create_conversation(said)
     writer.add_message(conversation, ChatMessage(Role.USER, said))
     reply = writer.queue_reply(
-        conversation, ModelChoice("tiny/model"), Sampling(), POLICY, claim=True
+        conversation,
+        ModelChoice(model),
+        Sampling(),
+        CapturePolicy(tensors=tensors),
+        claim=True,
     )
-    writer.start_reply(reply, builders.turn_start("none"))
+    writer.start_reply(reply, replace(builders.turn_start(tensors), model_id=model))
     more(writer, reply, 0, steps)
     return conversation, reply
 
@@ -41,8 +52,10 @@ def finish(writer: TraceWriter, reply: int, said: str = "a reply") -> None:
     writer.finish_reply(reply, TurnEnd(Status.COMPLETE, said, "end of turn", 1.0))
 
 
-def whole(writer: TraceWriter, said: str = "Hello", steps: int = 3) -> tuple[int, int]:
+def whole(
+    writer: TraceWriter, said: str = "Hello", steps: int = 3, model: str = "tiny/model"
+) -> tuple[int, int]:
     """(conversation, reply) of a finished one."""
-    conversation, reply = begin(writer, said, steps)
+    conversation, reply = begin(writer, said, steps, model=model)
     finish(writer, reply)
     return conversation, reply

@@ -14,11 +14,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oki_trace.analysis import cache
+from oki_trace.analysis import builtin, cache
 from oki_trace.analysis.folder import Folder, folder_of
+from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.tables import TABLES
 from oki_trace.analysis.trove import Trove
-from oki_trace.errors import StoreError
+from oki_trace.errors import QuestionError, StoreError
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests.analysis import made
@@ -317,3 +318,19 @@ class TestJoining:
             assert most <= 22 + 60 // 24
             found = trove.ask("SELECT step_id, count(*) FROM lens_entry GROUP BY 1").rows
             assert Counter(count for _, count in found) == {20: sum(steps_of(trove).values())}
+
+
+def test_heads_are_found_where_few_replies_kept_their_tensors(tmp_path: Path) -> None:
+    """An even sample over all steps would miss them."""
+    path = str(tmp_path / "store.db")
+    with TraceWriter(path) as writer, Trove(path) as trove:
+        rng = np.random.default_rng(0)
+        made.whole(writer, steps=400)
+        conversation, kept = made.begin(writer, steps=0, tensors="half")
+        writer.append(kept, [builders.step(0, rng, with_lens=True, with_tensors=True)])
+        made.finish(writer, kept)
+        made.whole(writer, steps=400)
+        found = builtin.answer(trove, "heads", sample=2)
+        assert found.about.startswith("1 of 1 steps read")
+        with pytest.raises(QuestionError, match="No attention tensors are kept"):
+            builtin.answer(trove, "heads", scope=Scope(conversation=conversation + 1))

@@ -1,0 +1,51 @@
+"""Before a question: a store with something to ask of, and a cache in step with it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from dashboard import data, shapes
+from oki_trace.errors import OkiTraceError
+
+# Less is not noticed; more is told of, and drawn as it goes.
+WAIT_S = 0.5
+
+
+def ready() -> bool:
+    """Whether questions can be asked now. If not, the page says why, or how far it is."""
+    if not any(c.tokens for c in data.recent(50)):
+        _first_trace()
+        return False
+    try:
+        left = data.behind(WAIT_S)
+    except OkiTraceError as error:
+        st.error(shapes.sentence(str(error)), icon=":material/error:")
+        return False
+    if left is not None:
+        st.fragment(_progress, run_every=WAIT_S)()
+    return left is None
+
+
+def _first_trace() -> None:
+    st.write(
+        "There is nothing to ask of yet: begin a conversation in Chat, and ask across it here."
+    )
+    pages = st.session_state.get("pages")
+    if pages and st.button("Begin in Chat", icon=":material/chat:", type="primary"):
+        st.switch_page(pages["chat"])
+
+
+def _progress() -> None:
+    try:
+        left = data.behind(0.1)
+    except OkiTraceError:
+        left = None  # told by the page
+    if left is None:
+        st.rerun()
+        return
+    done, of_all = left
+    st.progress(
+        done / of_all if of_all else 0.0,
+        text=f"Reading what is new in the store: {done:,} of {of_all:,} messages.",
+    )
+    st.caption("Each message is read once. It goes on when you leave this page.")

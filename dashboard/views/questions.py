@@ -1,0 +1,281 @@
+"""Questions: what happened across steps, replies, conversations and models.
+
+The address holds the question, its view and which replies it is about; the
+widgets follow the address, and what they change is written back to it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+
+from dashboard import asked as asking
+from dashboard import components, data, question_charts, question_shapes, shapes
+from dashboard.asked import Asked
+from dashboard.views import catching_up, question_controls
+from oki_trace.errors import OkiTraceError
+
+if TYPE_CHECKING:
+    from dashboard.question_shapes import Drawing
+    from oki_trace.analysis.questions import Answer, Question
+
+# In more rows than fit the screen the table scrolls by itself.
+TABLE_HEIGHT = 430
+
+
+def page() -> None:
+    """Draw the page."""
+    questions = data.questions()
+    asked = asking.read(st.query_params.to_dict(), questions)
+    question = questions[asked.question]
+    _list(asked)
+    group = next(group for group, those in asking.GROUPS if asked.question in those)
+    st.title(group)
+    st.write(_without(question.meaning, group))
+    if not catching_up.ready():
+        return
+    chosen = question_controls.draw(asked, question)
+    if chosen != asked:
+        st.query_params.from_dict(chosen.query())
+    if question.name == "compare" and not (chosen.first and chosen.second):
+        st.caption("Choose two, and how far their distributions are apart is here.")
+        return
+    try:
+        with st.spinner("Asking…"):
+            answer = data.answer(chosen)
+    except OkiTraceError as error:
+        st.warning(shapes.sentence(str(error)), icon=":material/info:")
+        _offer_everything(chosen)
+        return
+    _answer(chosen, question, answer)
+
+
+def _without(meaning: str, heading: str) -> str:
+    """``meaning``, not to say again what stands above it."""
+    rest = meaning.removeprefix(f"{heading}: ")
+    return rest[:1].upper() + rest[1:]
+
+
+def _list(asked: Asked) -> None:
+    """All questions, in groups; another one is asked about the same replies."""
+    with st.sidebar, st.container(key="asks", gap=None):
+        for group, those in asking.GROUPS:
+            st.caption(group)
+            for name, title in those.items():
+                if st.button(
+                    f"**{title}**" if name == asked.question else title,
+                    key=f"ask-{name}",
+                    type="tertiary",
+                    width="stretch",
+                ):
+                    scope = Asked(
+                        name,
+                        "",
+                        asked.model,
+                        asked.conversation,
+                        asked.message,
+                        asked.since,
+                        asked.until,
+                        asked.role,
+                        asked.text,
+                    )
+                    _go(scope)
+
+
+def _go(asked: Asked) -> None:
+    st.query_params.from_dict(asked.query())
+    st.rerun()
+
+
+def _offer_everything(asked: Asked) -> None:
+    if asked.narrowed and st.button("Ask about all replies", icon=":material/filter_alt_off:"):
+        _go(asked.everything())
+
+
+def _answer(asked: Asked, question: Question, answer: Answer) -> None:
+    if answer.about:
+        st.markdown(shapes.sentence(answer.about))
+    if not answer.rows:
+        st.write("No steps there.")
+        _offer_everything(asked)
+    else:
+        _pictures(asked, answer)
+        st.caption(question.reading)
+        _table(asked, answer)
+    with st.expander("SQL", icon=":material/code:"):
+        if not answer.sql:
+            st.caption("Worked out from the tensors, not in SQL.")
+            return
+        st.code(answer.sql, language="sql", wrap_lines=True)
+        if st.button("Go on from it in SQL", icon=":material/edit:", key="to-sql"):
+            st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})
+
+
+# ------------------------------------------------------------------------ pictures
+
+
+def _pictures(asked: Asked, answer: Answer) -> None:
+    offered = question_shapes.drawings(answer)
+    with st.container(
+        horizontal=True,
+        horizontal_alignment="distribute" if len(offered) > 1 else "right",
+        vertical_alignment="center",
+        key="picture-head",
+    ):
+        name = next(iter(offered))
+        if len(offered) > 1:
+            name = st.segmented_control(
+                "What is drawn",
+                list(offered),
+                default=name,
+                required=True,
+                key=f"drawn-{answer.question}-{answer.view}",
+                format_func=question_shapes.spoken,
+                label_visibility="collapsed",
+            )
+        components.picture(
+            data={"within": "st-key-picture-0", "name": f"{answer.question}-{answer.view}"},
+            key="save-picture",
+            width=100,
+        )
+    drawing = offered[name]
+    rows = question_shapes.marks(answer, drawing)
+    if not rows:
+        st.caption("There are no numbers to draw.")
+        return
+    places = question_shapes.step_places(answer)
+    notes = [_cut(answer, drawing)]
+    for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
+        if model:
+            st.caption(shapes.plain(model))
+        with st.container(key=f"picture-{number}"):
+            _chart(asked, answer, drawing, part, places, number)
+    if any(notes):
+        st.caption(" ".join(note for note in notes if note))
+
+
+def _by_model(
+    answer: Answer, drawing: Drawing, rows: Sequence[shapes.Json]
+) -> list[tuple[str, list[shapes.Json]]]:
+    """Shares that add up to 1 have a picture for each model; all else is in one."""
+    models = question_shapes.models(answer)[: question_shapes.MOST_MODELS]
+    if len(models) < 2:
+        return [("", list(rows))]
+    if drawing.kind == "stacked":
+        return [(m, [row for row in rows if row["model"] == m]) for m in models]
+    return [("", [row for row in rows if row["model"] in models])]
+
+
+def _cut(answer: Answer, drawing: Drawing) -> str:
+    if drawing.kind == "ranked" and len(answer.rows) > question_shapes.MOST_BARS:
+        return f"The first {question_shapes.MOST_BARS} rows are drawn; the table has all."
+    left = len(question_shapes.models(answer)) - question_shapes.MOST_MODELS
+    return f"{left} models with fewer steps are in the table alone." if left > 0 else ""
+
+
+def _chart(
+    asked: Asked,
+    answer: Answer,
+    drawing: Drawing,
+    rows: Sequence[shapes.Json],
+    places: Sequence[dict[str, int] | None],
+    number: int,
+) -> None:
+    leads = drawing.kind == "ranked" and not drawing.spread and places[0] is not None
+    drawn = question_charts.chart(answer, drawing, rows, clickable=leads)
+    key = f"chart-{answer.question}-{answer.view}-{number}"
+    if not leads:
+        st.altair_chart(drawn, key=key)
+        return
+    seen = st.altair_chart(drawn, key=key, on_select="rerun", selection_mode=question_charts.PICK)
+    picked = seen.selection.get(question_charts.PICK) or []
+    if picked:
+        _open(places[int(picked[0]["at"])])
+
+
+# ------------------------------------------------------------------------- the rows
+
+
+def _table(asked: Asked, answer: Answer) -> None:
+    places = question_shapes.step_places(answer)
+    drill = answer.question == "compare" and answer.view == "reply"
+    leads = drill or places[0] is not None
+    count = "1 row" if len(answer.rows) == 1 else f"{len(answer.rows):,} rows"
+    with st.container(
+        horizontal=True,
+        horizontal_alignment="distribute",
+        vertical_alignment="center",
+        key="rows-head",
+    ):
+        told = {
+            True: " Click one to compare its two steps.",
+            False: " Click one to open it in Chat.",
+        }
+        st.caption(f"{count}.{told[drill] if leads else ''}", width="content")
+        st.download_button(
+            "CSV",
+            partial(_csv, answer),
+            f"{answer.question}-{answer.view}.csv",
+            "text/csv",
+            key="answer-csv",
+            icon=":material/download:",
+            on_click="ignore",
+            help="All rows, with the tokens' texts as they are",
+        )
+    frame = pd.DataFrame(question_shapes.table(answer))
+    height: Any = "content" if len(frame) <= 11 else TABLE_HEIGHT
+    config = _column_config(answer, frame)
+    if not leads:
+        st.dataframe(frame, hide_index=True, height=height, key="rows", column_config=config)
+        return
+    seen = st.dataframe(
+        frame,
+        hide_index=True,
+        height=height,
+        key=f"rows-{hash(asked)}",
+        column_config=config,
+        on_select="rerun",
+        selection_mode="single-cell",
+    )
+    if seen.selection.cells:
+        row = int(seen.selection.cells[0][0])
+        if drill:
+            step = answer.column("step")[row]
+            sides = (f"{asked.first}:{step}", f"{asked.second}:{step}")
+            _go(replace(asked, view="step", first=sides[0], second=sides[1]))
+        _open(places[row])
+
+
+def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
+    config: dict[str, object] = {}
+    for column in answer.columns:
+        meaning = column.meaning[:1].upper() + column.meaning[1:]
+        kind = frame[column.name].dtype.kind
+        if kind == "f":
+            whole = frame[column.name].dropna().mod(1).eq(0).all() and column.shown != "share"
+            format_ = "%d" if whole else "%.3f"
+            config[column.name] = st.column_config.NumberColumn(help=meaning, format=format_)
+        elif kind == "i":
+            plain = None if column.shown == "name" else "localized"
+            config[column.name] = st.column_config.NumberColumn(help=meaning, format=plain)
+        else:
+            config[column.name] = st.column_config.TextColumn(help=meaning)
+    return config
+
+
+def _csv(answer: Answer) -> str:
+    file = io.StringIO()
+    data.write_csv(answer, file)
+    return file.getvalue()
+
+
+def _open(place: dict[str, int] | None) -> None:
+    if place is not None:
+        query = {name: str(value) for name, value in place.items()}
+        st.switch_page(st.session_state["pages"]["chat"], query_params=query)

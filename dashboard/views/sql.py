@@ -1,0 +1,207 @@
+"""SQL: somebody's own question over the whole store, read-only, with the tables beside it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import streamlit as st
+
+from dashboard import components, data, shapes, sql_shapes
+from dashboard.views import catching_up
+from oki_trace.errors import OkiTraceError
+
+ROWS, MOST_ROWS = 1_000, 100_000
+SECONDS, MOST_SECONDS = 10, 120
+TABLE_HEIGHT = 460
+
+# What the editor holds, and what the address holds of it.
+TEXT, SEEN = "sql-text", "sql-seen"
+RESULT = "sql-result"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The text of a question and its limits."""
+
+    text: str
+    rows: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it: a table, an Arrow one, or the one line that says why not."""
+
+    asked: Asked
+    table: Any = None
+    cut: bool = False
+    took_s: float = 0.0
+    error: str = ""
+
+
+def page() -> None:
+    """Draw the page."""
+    st.title("SQL")
+    st.write(
+        "One SELECT statement, in [DuckDB's SQL](https://duckdb.org/docs/stable/sql/introduction), "
+        "over all that the store holds. It can change nothing, and read nothing but these tables."
+    )
+    if not catching_up.ready():
+        return
+    with st.container(key="sql-sides"):
+        left, right = st.columns([8, 4], gap="medium")
+    with right, st.container(key="sql-tables", gap="xsmall"):
+        _tables()
+    with left:
+        asked, pressed = _editor()
+        result: Result | None = st.session_state.get(RESULT)
+        if asked.text and (pressed or result is None or result.asked != asked):
+            with st.spinner("Asking…"):
+                result = _ask(asked)
+            st.session_state[RESULT] = result
+        if result is not None and asked.text:
+            _result(result)
+
+
+def _tables() -> None:
+    st.markdown("#### Tables")
+    for table in data.tables():
+        with st.expander(f"**{table.name}**", expanded=table.name == "step"):
+            st.caption(f"A row is {table.meaning}.")
+            st.markdown(sql_shapes.column_list(table))
+
+
+def _editor() -> tuple[Asked, bool]:
+    # Without one, what was there before the page was left, or something to begin with.
+    first = next(iter(sql_shapes.EXAMPLES.values()))
+    address = st.query_params.get("sql") or st.session_state.get(SEEN, first)
+    if TEXT not in st.session_state or st.session_state.get(SEEN) != address:
+        st.session_state[TEXT] = address
+    with st.container(key="sql-editor"):
+        st.selectbox(
+            "Example",
+            list(sql_shapes.EXAMPLES),
+            index=None,
+            key="sql-example",
+            placeholder="Start from an example",
+            label_visibility="collapsed",
+            on_change=_take_example,
+        )
+        text = st.text_area(
+            "Your question",
+            key=TEXT,
+            height=190,
+            placeholder="SELECT token, prob FROM step ORDER BY prob LIMIT 10",
+            label_visibility="collapsed",
+        )
+    with st.container(horizontal=True, vertical_alignment="bottom", key="sql-limits"):
+        rows = st.number_input("Rows at most", 1, MOST_ROWS, ROWS, 100, key="sql-rows", width=140)
+        seconds = st.number_input(
+            "Seconds at most", 1, MOST_SECONDS, SECONDS, key="sql-seconds", width=140
+        )
+        pressed = st.button(
+            "Run",
+            type="primary",
+            icon=":material/play_arrow:",
+            key="sql-run",
+            help="Or Ctrl + Enter in the text",
+        )
+    if text != address:
+        st.query_params.from_dict({"sql": text} if text else {})
+    st.session_state[SEEN] = text
+    return Asked(text.strip(), rows, float(seconds)), pressed
+
+
+def _take_example() -> None:
+    chosen = st.session_state["sql-example"]
+    if chosen is not None:
+        st.session_state[TEXT] = sql_shapes.EXAMPLES[chosen]
+
+
+def _ask(asked: Asked) -> Result:
+    began = time.perf_counter()
+    try:
+        table, cut = data.sql(asked.text, asked.rows, asked.seconds)
+    except OkiTraceError as error:
+        return Result(asked, error=str(error))
+    return Result(asked, table, cut, time.perf_counter() - began)
+
+
+def _result(result: Result) -> None:
+    if result.error:
+        st.error(shapes.sentence(result.error), icon=":material/error:")
+        return
+    table = result.table
+    with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
+        show = st.segmented_control(
+            "Show",
+            ("table", "chart"),
+            default="table",
+            required=True,
+            key="sql-show",
+            label_visibility="collapsed",
+        )
+        count = "1 row" if table.num_rows == 1 else f"{table.num_rows:,} rows"
+        more = ", and there are more: raise the limit to see them" if result.cut else ""
+        st.caption(f"{count} in {_time(result.took_s)}{more}.", width="stretch")
+        for name, make, mime in (
+            ("CSV", sql_shapes.as_csv, "text/csv"),
+            ("JSON", sql_shapes.as_json, "application/json"),
+            ("Parquet", sql_shapes.as_parquet, "application/vnd.apache.parquet"),
+        ):
+            st.download_button(
+                name,
+                partial(make, table),
+                f"answer.{name.lower()}",
+                mime,
+                key=f"sql-{name.lower()}",
+                icon=":material/download:",
+                on_click="ignore",
+            )
+    found = sql_shapes.frame(table)
+    if show == "chart":
+        _chart(found)
+    elif found.empty and not len(found.columns):
+        st.caption("The answer has no columns.")
+    else:
+        height: Any = "content" if len(found) <= 12 else TABLE_HEIGHT
+        st.dataframe(found, hide_index=True, height=height, key="sql-table")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _chart(found: Any) -> None:
+    upwards = sql_shapes.numeric(found)
+    columns = list(found.columns)
+    if not upwards or found.empty:
+        st.caption("A chart needs a column of numbers.")
+        return
+    with st.container(horizontal=True, vertical_alignment="bottom", key="sql-chart-head"):
+        # By the columns there are: another question's may not have those chosen.
+        mark = hash(tuple(columns))
+        x = st.selectbox("x", columns, key=f"sql-x-{mark}", width=170)
+        usual = next((i for i, name in enumerate(upwards) if name != x), 0)
+        y = st.selectbox("y", upwards, index=usual, key=f"sql-y-{mark}", width=170)
+        colour = st.selectbox(
+            "Colour", columns, index=None, key=f"sql-colour-{mark}", placeholder="none", width=170
+        )
+        kind = sql_shapes.kind_for(found, x)
+        drawn = st.segmented_control(
+            "As",
+            sql_shapes.CHARTS,
+            default=kind,
+            required=True,
+            key=f"sql-as-{mark}-{x}",
+        )
+        components.picture(
+            data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql", width=100
+        )
+    with st.container(key="sql-chart"):
+        st.altair_chart(sql_shapes.chart(found, x, y, colour, drawn), key="sql-drawn")
+    if len(found) > sql_shapes.MOST_MARKS:
+        st.caption(f"The first {sql_shapes.MOST_MARKS:,} rows are drawn.")

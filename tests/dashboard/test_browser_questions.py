@@ -1,0 +1,161 @@
+"""The Questions page and the SQL page in a real browser."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+import pytest
+
+if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
+    pytest.importorskip("playwright", reason="pip install playwright")
+
+from explorers import Explorer
+from playwright.sync_api import Locator, Page, expect
+from screens import overflow, place
+from stories import Stories
+
+from oki_trace.analysis import builtin
+from oki_trace.analysis.scope import Scope
+from oki_trace.analysis.trove import Trove
+from tests.waiting import until
+
+pytestmark = pytest.mark.browser
+
+Browse = Callable[..., Page]
+
+
+def picture(page: Page, within: str = "st-key-picture-0") -> Locator:
+    found = page.locator(f".{within} svg.marks")
+    found.first.wait_for(timeout=60_000)
+    return found.first
+
+
+def table(page: Page) -> Locator:
+    found = page.get_by_test_id("data-grid-canvas").last
+    found.wait_for()
+    return found
+
+
+def saved(page: Page, label: str) -> Path:
+    with page.expect_download() as download:
+        page.get_by_role("button", name=label).last.click()
+    return Path(download.value.path())
+
+
+def test_a_bar_and_a_row_lead_to_their_step(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    conversation = stories.first[0]
+    link = f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}"
+    page = browse(link)
+    with Trove(told.db) as trove:
+        scope = Scope(conversation=conversation)
+        answer = builtin.answer(trove, "unsure", view="entropy", scope=scope)
+    steps = [
+        dict(zip(("conversation", "message", "step"), row[:3], strict=True)) for row in answer.rows
+    ]
+    bars = picture(page).locator(".mark-rect path")
+    expect(bars).to_have_count(len(steps))
+    bars.nth(3).hover()
+    tip = page.locator("#vg-tooltip-element")
+    expect(tip).to_contain_text("entropy")
+    expect(tip).to_contain_text(f"{answer.column('entropy')[3]:.3f}")
+    bars.nth(3).click()
+    where = page.locator(".root.facts .where")
+    expect(where).to_contain_text(f"step {steps[3]['step'] + 1} of")
+    assert place(page) == steps[3]
+
+    page.goto(link)
+    picture(page)
+    # The second row, below the head.
+    # The head and each row are 35 pixels high; cells cannot be clicked by name.
+    expect(table(page)).to_contain_text(answer.column("said")[1].strip())
+    page.get_by_test_id("stDataFrame").click(position={"x": 60, "y": 35 + 35 + 15})
+    expect(where).to_contain_text(f"step {steps[1]['step'] + 1} of")
+    assert place(page) == steps[1]
+
+
+def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
+    told: Explorer, browse: Browse
+) -> None:
+    page = browse(told.url + "questions")
+    picture(page)
+    page.get_by_role("button", name="Parts of the text").click()
+    expect(page.get_by_role("heading", name="What it looked at")).to_be_visible()
+    page.get_by_role("radio", name="by grid").click()
+    page.get_by_label("Text said", exact=True).fill("capital")
+    page.get_by_label("Text said", exact=True).press("Enter")
+    until(lambda: "text=capital" in page.evaluate("location.search"), "the text in the address")
+    address = page.evaluate("location.href")
+    assert "question=looked" in address and "view=grid" in address
+
+    other = browse(address, width=800)
+    picture(other)
+    expect(other.get_by_label("Text said", exact=True)).to_have_value("capital")
+    assert overflow(other) == []
+
+
+def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
+    told: Explorer, browse: Browse
+) -> None:
+    page = browse(told.url + "questions?question=unsure&view=token&least=0")
+    picture(page)
+    with Trove(told.db) as trove:
+        answer = builtin.answer(trove, "unsure", view="token", least=0.0)
+    found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
+    assert found[0] == [column.name for column in answer.columns]
+    assert len(found) == len(answer.rows) + 1
+    png = saved(page, "Save unsure-token as PNG").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert len(png) > 10_000
+    tree = ElementTree.parse(saved(page, "Save unsure-token as SVG"))
+    texts = [node.text for node in tree.iter() if node.tag.endswith("}text")]
+    assert "steps" in texts
+    page.get_by_text("SQL", exact=True).last.click()
+    page.get_by_role("button", name="Go on from it in SQL").click()
+    expect(page.get_by_role("heading", name="SQL", exact=True)).to_be_visible()
+    table(page)
+    expect(page.get_by_label("Your question")).to_have_value(answer.sql)
+
+
+def test_sql_is_run_drawn_and_saved(told: Explorer, browse: Browse) -> None:
+    """Text from outside stays text: no address in it is asked for."""
+    page = browse(told.url + "sql")
+    table(page)
+    editor = page.get_by_label("Your question")
+    bad = "http://evil.test/x.png"
+    editor.fill(
+        f"SELECT '{bad}' AS image, '<img src={bad}>' AS title, 1.5 AS \"a.b\" UNION ALL\n"
+        f"SELECT '![x]({bad})', '{bad}', 2.5"
+    )
+    editor.press("Control+Enter")
+    expect(page.get_by_text("2 rows in")).to_be_visible()
+    page.get_by_role("radio", name="chart").click()
+    bars = picture(page, "st-key-sql-chart").locator(".mark-rect path")
+    expect(bars).to_have_count(2)
+    bars.first.hover()
+    expect(page.locator("#vg-tooltip-element")).to_contain_text(bad)
+    assert page.locator("#vg-tooltip-element img").count() == 0
+    rows = json.loads(saved(page, "JSON").read_text(encoding="utf-8"))
+    assert rows[1] == {"image": f"![x]({bad})", "title": bad, "a.b": 2.5}
+    assert saved(page, "Parquet").read_bytes().startswith(b"PAR1")
+    editor.fill("SELECT nothing FROM step")
+    page.get_by_role("button", name="Run", exact=True).click()
+    expect(page.get_by_test_id("stAlert")).to_contain_text("cannot be answered")
+
+
+@pytest.mark.parametrize("width", [1440, 800])
+def test_sql_fits_and_a_link_runs_it(told: Explorer, browse: Browse, width: int) -> None:
+    page = browse(told.url + "sql?sql=" + quote("SELECT 6 * 7 AS answer"), width=width)
+    expect(page.get_by_text("1 row in")).to_be_visible()
+    table(page)
+    expect(page.get_by_text("the token's text")).to_be_visible()
+    # The handle to widen a table with reaches a little over the table's edge.
+    assert [wide for wide in overflow(page) if not wide.startswith("column")] == []

@@ -1,0 +1,380 @@
+"""The Questions page and the SQL page without a browser, on any store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import streamlit as st
+from stories import QUESTIONS as PROMPTS
+from stories import Stories
+from streamlit.testing.v1 import AppTest
+
+from dashboard import sql_shapes
+from oki_trace.analysis.builtin import QUESTIONS
+from oki_trace.analysis.folder import folder_of
+from oki_trace.store import migrate
+from oki_trace.store.reader import TraceReader
+from oki_trace.store.writer import TraceWriter
+from tests.analysis import made
+
+
+@pytest.fixture
+def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Makes a store the explorer's, and gives its connections back in the end."""
+    from dashboard import data
+
+    opened: list[str] = []
+
+    def use(db: str) -> None:
+        monkeypatch.setenv("OKI_TRACE_DB", db)
+        opened.append(db)
+
+    yield use
+    for db in opened:
+        data._trove(db).close()
+        data._reader(db).close()
+    st.cache_resource.clear()
+    st.cache_data.clear()
+
+
+@pytest.fixture
+def filled(stories: Stories, open_store: Callable[[str], None]) -> Stories:
+    open_store(stories.db)
+    # What it takes to write the cache is no part of what is tested.
+    from dashboard import data
+
+    assert data.behind(60.0) is None
+    return stories
+
+
+def page(name: str, **query: Any) -> AppTest:
+    def draw(name: str) -> None:
+        import importlib
+
+        importlib.import_module(f"dashboard.views.{name}").page()
+
+    app = AppTest.from_function(draw, default_timeout=60, args=(name,))
+    for key, value in query.items():
+        app.query_params[key] = str(value)
+    return app.run()
+
+
+def questions(**query: Any) -> AppTest:
+    return page("questions", **query)
+
+
+def sql(**query: Any) -> AppTest:
+    return page("sql", **query)
+
+
+def charts(app: AppTest) -> int:
+    return len(app.get("vega_lite_chart")) + len(app.get("arrow_vega_lite_chart"))
+
+
+def address(app: AppTest) -> dict[str, str]:
+    found = dict(app.query_params)
+    return {k: v[0] if isinstance(v, list) else v for k, v in found.items()}
+
+
+# ------------------------------------------------------------------------ first things
+
+
+@pytest.mark.parametrize("name", ["questions", "sql"])
+def test_an_empty_store_leads_to_the_first_trace(
+    name: str, tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    db = str(tmp_path / "empty.db")
+    migrate.ensure(db)
+    open_store(db)
+    app = page(name)
+    assert not app.exception
+    assert any("begin a conversation in Chat" in text.value for text in app.markdown)
+    assert not app.dataframe
+
+
+@pytest.mark.parametrize("name", ["questions", "sql"])
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(
+    name: str, tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        made.whole(writer)
+    folder_of(db).write_text("in the way")
+    app = page(name)
+    assert not app.exception
+    assert "cannot be written" in app.error[0].value
+
+
+def test_a_cache_being_written_shows_how_far_it_is(
+    tmp_path: Path, open_store: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dashboard import data
+
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        made.whole(writer)
+    monkeypatch.setattr(data, "behind", lambda wait_s: (3, 12))
+    app = questions()
+    assert not app.exception
+    (bar,) = app.get("progress")
+    assert "3 of 12 messages" in bar.proto.text
+    assert not app.dataframe
+
+
+# ------------------------------------------------------------------------ the questions
+
+
+@pytest.mark.parametrize(
+    ("question", "view"),
+    [
+        (question.name, view)
+        for question in QUESTIONS.values()
+        for view in (question.views or ("",))
+        if question.name != "compare"
+    ],
+)
+def test_every_view_has_a_picture_a_table_and_its_sql(
+    filled: Stories, question: str, view: str
+) -> None:
+    """Over a store that holds hostile texts, tokens without numbers and replies without lens."""
+    app = questions(question=question, view=view)
+    assert not app.exception
+    assert not app.error and not app.warning
+    (table,) = app.dataframe
+    assert len(table.value)
+    assert charts(app) >= 1
+    assert len(app.code) == (0 if question == "heads" else 1)
+    # What it would ask is what is in the address already.
+    assert address(app) == {"question": question, "view": view} or not view
+
+
+def test_a_question_can_be_narrowed_and_the_address_says_how(filled: Stories) -> None:
+    conversation, message = filled.first
+    app = questions(question="unsure", view="reply")
+    every = len(app.dataframe[0].value)
+    app.selectbox(key="ask-conversation").set_value(str(conversation)).run()
+    assert not app.exception
+    assert address(app)["conversation"] == str(conversation)
+    assert set(app.dataframe[0].value["conversation"]) == {conversation}
+    assert len(app.dataframe[0].value) == 2 < every
+    app.selectbox(key=f"ask-message-{conversation}").set_value(message).run()
+    assert list(app.dataframe[0].value["message"]) == [message]
+    app.text_input(key="ask-text").set_value("no such words").run()
+    assert any(text.value == "No steps there." for text in app.markdown)
+    (everything,) = [b for b in app.button if b.label == "Ask about all replies"]
+    everything.click().run()
+    assert address(app) == {"question": "unsure", "view": "reply"}
+    assert len(app.dataframe[0].value) == every
+    assert app.text_input(key="ask-text").value == ""
+
+
+def test_text_and_who_said_it(filled: Stories) -> None:
+    asked = {"question": "unsure", "view": "reply", "text": PROMPTS[0].upper()}
+    assert len(questions(**asked, role="user").dataframe[0].value) == 2
+    assert not questions(**asked, role="system").dataframe
+
+
+def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None:
+    app = questions(question="unsure", view="token", least="0.2", top="3", model="smollm2")
+    assert not app.exception
+    assert app.number_input(key="ask-least-unsure").value == 0.2
+    assert app.selectbox(key="ask-model").value == "smollm2"
+    assert app.button_group(key="ask-view-unsure").value == "token"
+    assert len(app.dataframe[0].value) <= 3
+    # As the browser's own button does.
+    app.query_params.clear()
+    app.query_params["question"] = "settle"
+    app.run()
+    assert not app.exception
+    assert app.selectbox(key="ask-model").value is None
+    assert "settle_layer" in app.code[0].value
+
+
+def test_another_question_is_asked_about_the_same_replies(filled: Stories) -> None:
+    app = questions(question="settle", view="class", conversation=filled.first[0])
+    app.button(key="ask-looked").click().run()
+    assert not app.exception
+    assert address(app) == {"question": "looked", "conversation": str(filled.first[0])}
+    assert str(filled.first[0]) in app.code[0].value
+
+
+def test_an_address_that_makes_no_sense_is_the_first_question(filled: Stories) -> None:
+    app = questions(question="<b>", view="x", conversation="-1", top="many", since="yesterday")
+    assert not app.exception
+    assert len(app.dataframe[0].value)
+
+
+def test_replies_that_kept_no_tensors_have_no_heads(filled: Stories) -> None:
+    app = questions(question="heads", conversation=filled.without_tensors[0])
+    assert not app.exception
+    assert "No attention tensors are kept" in app.warning[0].value
+    assert [b for b in app.button if b.label == "Ask about all replies"]
+
+
+@pytest.mark.parametrize("story", ["hostile", "long", "unknown", "bare", "failed"])
+@pytest.mark.parametrize("question", ["settle", "unsure", "layers", "rivals", "looked", "again"])
+def test_any_conversation_can_be_asked_about(filled: Stories, story: str, question: str) -> None:
+    app = questions(question=question, conversation=getattr(filled, story)[0])
+    assert not app.exception
+    assert not app.error
+
+
+def test_a_running_reply_is_asked_about_as_far_as_it_is(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    db = str(tmp_path / "live.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        _, reply = made.begin(writer, steps=2)
+        asked = {"question": "unsure", "view": "reply"}
+        assert list(questions(**asked).dataframe[0].value["steps"]) == [2]
+        made.more(writer, reply, 2, 5)
+        assert list(questions(**asked).dataframe[0].value["steps"]) == [5]
+
+
+def test_several_models_are_told_apart(tmp_path: Path, open_store: Callable[[str], None]) -> None:
+    db = str(tmp_path / "models.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        made.whole(writer)
+        made.whole(writer, model="other/model")
+    for question, pictures in (("settle", 1), ("layers", 1), ("rivals", 1), ("looked", 2)):
+        app = questions(question=question, view="layer", least=0)
+        assert not app.exception
+        assert set(app.dataframe[0].value["model"]) == {"tiny/model", "other/model"}
+        assert charts(app) == pictures, question
+
+
+# ---------------------------------------------------------------------- two of a kind
+
+
+def test_two_are_chosen_before_they_are_compared(filled: Stories) -> None:
+    app = questions(question="compare")
+    assert not app.exception
+    assert app.main.caption[-1].value.startswith("Choose two")
+    app.selectbox(key="ask-First-reply").set_value(filled.first[1])
+    app.selectbox(key="ask-Second-reply").set_value(filled.second[1]).run()
+    assert not app.exception
+    assert address(app) == {
+        "question": "compare",
+        "view": "reply",
+        "first": str(filled.first[1]),
+        "second": str(filled.second[1]),
+    }
+    assert any("tokens alike" in text.value for text in app.markdown)
+    assert charts(app) == 1
+
+
+def test_two_steps_and_two_models_are_compared(filled: Stories) -> None:
+    steps = {"first": f"{filled.first[1]}:1", "second": f"{filled.second[1]}:2"}
+    app = questions(question="compare", view="step", **steps)
+    assert not app.exception
+    assert app.number_input(key="ask-Second-step").value == 2
+    assert {"both", "first", "second"} >= set(app.dataframe[0].value["listed"])
+    assert charts(app) == 1
+    app.button_group(key="ask-view-compare").set_value("model").run()
+    assert not app.exception
+    assert "first" not in address(app)
+    app = questions(question="compare", view="model", first="smollm2", second="tiny/model")
+    assert "No prompt was put to both" in app.warning[0].value.replace("\\", "")
+    app = questions(question="compare", view="step", first="1:999999", second="nothing")
+    assert not app.exception
+
+
+@pytest.mark.parametrize("story", ["hostile", "long", "unknown", "bare", "failed"])
+def test_any_two_replies_can_be_compared(filled: Stories, story: str) -> None:
+    pair = {"first": getattr(filled, story)[1], "second": filled.first[1]}
+    app = questions(question="compare", view="reply", **pair)
+    assert not app.exception
+    assert not app.error
+
+
+# -------------------------------------------------------------------------------- SQL
+
+
+def test_sql_begins_with_an_answer(filled: Stories) -> None:
+    app = sql()
+    assert not app.exception
+    assert app.text_area(key="sql-text").value == next(iter(sql_shapes.EXAMPLES.values()))
+    assert list(app.dataframe[0].value.columns) == ["token", "times", "prob"]
+    assert "sql" not in app.query_params
+    headings = [one.label for one in app.expander]
+    assert "**lens_layer**" in headings and len(headings) == 9
+
+
+@pytest.mark.parametrize("example", sql_shapes.EXAMPLES)
+def test_every_example_has_an_answer_and_a_chart(filled: Stories, example: str) -> None:
+    app = sql()
+    app.selectbox(key="sql-example").set_value(example).run()
+    assert not app.exception and not app.error
+    assert app.text_area(key="sql-text").value == sql_shapes.EXAMPLES[example]
+    first = next(iter(sql_shapes.EXAMPLES.values()))
+    assert address(app).get("sql", first) == sql_shapes.EXAMPLES[example]
+    # What was drawn with a seed is in none of the stories.
+    if "greedy_id" not in sql_shapes.EXAMPLES[example]:
+        app.button_group(key="sql-show").set_value("chart").run()
+        assert not app.exception
+        assert charts(app) == 1
+
+
+def test_a_link_runs_its_question(filled: Stories) -> None:
+    app = sql(sql="SELECT 6 * 7 AS x, 'a' AS x")
+    assert not app.exception
+    assert list(app.dataframe[0].value.columns) == ["x", "x (2)"]
+    app.text_area(key="sql-text").set_value("SELECT 1 AS one").run()
+    assert address(app) == {"sql": "SELECT 1 AS one"}
+    assert list(app.dataframe[0].value.columns) == ["one"]
+    app.text_area(key="sql-text").set_value("").run()
+    assert not app.exception
+    assert not app.dataframe and not app.error
+    assert app.text_area(key="sql-text").value == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("SELEC 1", "cannot be read"),
+        ("SELECT nope FROM step", "cannot be answered"),
+        ("DELETE FROM step", "one SELECT statement"),
+        ("SELECT * FROM '/etc/passwd'", "is not allowed"),
+        ("SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)", "than 1 s"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_in_a_line(filled: Stories, text: str, told: str) -> None:
+    app = sql()
+    app.number_input(key="sql-seconds").set_value(1)
+    app.text_area(key="sql-text").set_value(text).run()
+    assert not app.exception
+    (error,) = app.error
+    assert told in error.value.replace("\\", "")
+    assert "\n" not in error.value
+    assert not app.dataframe
+
+
+def test_more_rows_than_the_limit_are_told_of(filled: Stories) -> None:
+    app = sql(sql="SELECT * FROM range(5000)")
+    assert len(app.dataframe[0].value) == 1000
+    assert any("there are more" in caption.value for caption in app.caption)
+    app.number_input(key="sql-rows").set_value(6000).run()
+    assert len(app.dataframe[0].value) == 5000
+    assert not any("there are more" in caption.value for caption in app.caption)
+
+
+def test_a_result_without_numbers_has_no_chart(filled: Stories) -> None:
+    app = sql(sql="SELECT content FROM message")
+    app.button_group(key="sql-show").set_value("chart").run()
+    assert not app.exception
+    assert any("needs a column of numbers" in caption.value for caption in app.caption)
+
+
+def test_the_explorer_changes_nothing_by_asking(filled: Stories) -> None:
+    with TraceReader(filled.db) as reader:
+        before = reader.stamp()
+        questions()
+        sql()
+        assert reader.stamp() == before

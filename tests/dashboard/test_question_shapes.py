@@ -1,0 +1,262 @@
+"""Questions, answers and results of SQL without a page."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dashboard import asked as asking
+from dashboard import question_charts, question_shapes, sql_shapes
+from dashboard.asked import Asked
+from oki_trace.analysis import compare, heads
+from oki_trace.analysis.builtin import QUESTIONS
+from oki_trace.analysis.questions import Answer, Picture
+from oki_trace.errors import QuestionError
+from oki_trace.records import Role
+from oki_trace.visible import visible
+
+HOSTILE = "<img src=x>\u202e\x1b[31m\n"
+
+# ------------------------------------------------------------------------- the address
+
+numbers = st.none() | st.integers(0, 10**9)
+
+
+@given(
+    st.builds(
+        Asked,
+        question=st.just("unsure"),
+        view=st.sampled_from(list(QUESTIONS["unsure"].views)),
+        model=st.none() | st.text(min_size=1),
+        conversation=numbers,
+        message=numbers,
+        since=st.none() | st.dates(),
+        until=st.none() | st.dates(),
+        role=st.none() | st.sampled_from(Role),
+        text=st.text(),
+        top=st.none() | st.integers(1, 10**6),
+        least=st.none() | st.floats(0, 1),
+        first=st.text(),
+    )
+)
+def test_an_address_says_again_what_was_asked(asked: Asked) -> None:
+    assert asking.read(asked.query(), QUESTIONS) == asked
+
+
+def test_what_makes_no_sense_in_an_address_counts_as_absent() -> None:
+    junk = dict.fromkeys(
+        ("question", "view", "conversation", "since", "role", "top", "least", "sample"), "²<b>"
+    )
+    assert asking.read(junk, QUESTIONS) == Asked("settle", "layer")
+    assert asking.read({"question": "heads", "top": "0", "least": "7"}, QUESTIONS) == Asked(
+        "heads", ""
+    )
+
+
+def test_everything_is_the_same_question_about_all_replies() -> None:
+    asked = Asked("unsure", "reply", "m", 1, 2, dt.date(2026, 1, 1), None, Role.USER, "x", top=3)
+    assert asked.narrowed
+    assert asked.everything() == Asked("unsure", "reply", top=3)
+    assert not asked.everything().narrowed
+
+
+def test_the_scope_takes_both_days_whole() -> None:
+    day = dt.date(2026, 1, 31)
+    scope = Asked(since=day, until=day).scope()
+    assert scope.since is not None and scope.until is not None
+    assert scope.until - scope.since == dt.timedelta(days=1)
+
+
+def test_every_question_stands_in_one_group_and_every_view_has_a_picture() -> None:
+    listed = [name for _, those in asking.GROUPS for name in those]
+    assert sorted(listed) == sorted(QUESTIONS)
+    columns = {
+        f"{question.name}/{name}": view.columns
+        for question in QUESTIONS.values()
+        for name, view in question.views.items()
+    } | {
+        "heads/head": heads._COLUMNS,
+        "compare/step": compare._CANDIDATES,
+        "compare/reply": compare._STEPS,
+        "compare/model": compare._PAIRS,
+    }
+    assert columns.keys() == question_shapes.DRAWINGS.keys()
+    for name, offered in question_shapes.DRAWINGS.items():
+        there = {column.name for column in columns[name]}
+        for drawing in offered.values():
+            rest = (drawing.line, drawing.colour, drawing.across, drawing.spread)
+            wanted = {*drawing.x, *drawing.y, *filter(None, rest)}
+            # How far a mean spreads is not known of all of them.
+            assert wanted - there <= {None}, name
+
+
+# ------------------------------------------------------------------------- the answers
+
+
+def answer(name: str, view: str, rows: list[tuple[Any, ...]]) -> Answer:
+    columns = QUESTIONS[name].views[view].columns
+    assert all(len(row) == len(columns) for row in rows)
+    return Answer(name, view, columns, tuple(rows), Picture("", ()))
+
+
+SETTLED = answer(
+    "settle",
+    "layer",
+    [("m", 2, 3, 0.3, 0.3, 0.5), ("m", 5, 6, 0.6, 0.9, 0.7), ("m", None, 1, 0.1, 1.0, None)],
+)
+
+
+def test_a_token_that_never_settles_has_a_place_beside_the_layers() -> None:
+    columns, lines = question_shapes.drawings(SETTLED).values()
+    marks = question_shapes.marks(SETTLED, columns)
+    assert [(m["x"], m["y"], m["line"]) for m in marks] == [
+        ("2", 0.3, 0.3),
+        ("5", 0.6, 0.9),
+        ("never", 0.1, 1.0),
+    ]
+    assert [m["x"] for m in question_shapes.marks(SETTLED, lines)] == ["2", "5"]
+    drawn = question_charts.chart(SETTLED, columns, marks).to_dict()
+    # Also the layers at which nothing settles are there, in their order.
+    assert drawn["layer"][0]["encoding"]["x"]["sort"] == ["0", "1", "2", "3", "4", "5", "never"]
+    line = drawn["datasets"][drawn["layer"][1]["data"]["name"]]
+    assert [row["x"] for row in line] == ["2", "5"]
+
+
+def test_bars_of_the_same_name_are_told_apart() -> None:
+    rows = [(7, 8, 3, " a", 0.5, 1.0, 0.1, [" b"], [0.25]) for _ in range(2)]
+    found = answer("unsure", "entropy", rows)
+    (drawing,) = question_shapes.drawings(found).values()
+    labels = [mark["x"] for mark in question_shapes.marks(found, drawing)]
+    assert labels == ["␣a", "␣a (2)"]
+    assert question_shapes.step_places(found)[1] == {"conversation": 7, "message": 8, "step": 3}
+    rows.append((7, 9, 3, " a", 0.5, 1.0, 0.1, None, None))
+    found = answer("unsure", "entropy", rows)
+    labels = [mark["x"] for mark in question_shapes.marks(found, drawing)]
+    assert labels == ["␣a · 8:3", "␣a · 8:3 (2)", "␣a · 9:3"]
+
+
+def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out() -> None:
+    nan = math.nan
+    rows = [
+        (1, 2, 0, HOSTILE, nan, 1.5, nan, [HOSTILE], [nan]),
+        (1, 2, 1, "b", 0.1, nan, 0.1, None, None),
+    ]
+    found = answer("unsure", "entropy", rows)
+    (drawing,) = question_shapes.drawings(found).values()
+    (mark,) = question_shapes.marks(found, drawing)
+    assert mark["y"] == 1.5
+    assert mark["x"].startswith(visible(HOSTILE)[:10])
+    table = question_shapes.table(found)
+    assert table["said"] == [visible(HOSTILE), "b"]
+    assert table["prob"] == [None, 0.1]
+    assert table["others"] == [visible(HOSTILE), None]
+    json.dumps(question_charts.chart(found, drawing, [mark], clickable=True).to_dict())
+    assert "\x1b" not in json.dumps(table, ensure_ascii=False)
+
+
+def test_several_models_have_a_colour_each() -> None:
+    rows = [(model, layer, 9, 0.1, 0.2, 1.0, 2.0) for model in "ab" for layer in range(3)]
+    found = answer("layers", "layer", rows)
+    assert question_shapes.models(found) == ["a", "b"]
+    drawing = question_shapes.drawings(found)["agreement"]
+    drawn = question_charts.chart(found, drawing, question_shapes.marks(found, drawing)).to_dict()
+    assert drawn["layer"][0]["encoding"]["color"]["sort"] == ["a", "b"]
+    (data,) = drawn["datasets"].values()
+    assert {row["y"] for row in data} == {0.1}
+
+
+def test_shares_are_stacked_without_those_that_cannot_be_seen() -> None:
+    row = ("m", 1, 9, 0.5, 0.0, 0.2, 0.001, 0.1, 0.2, 0.0, 1e-9)
+    found = answer("looked", "layer", [row])
+    (drawing,) = question_shapes.drawings(found).values()
+    drawn = question_charts.chart(found, drawing, question_shapes.marks(found, drawing)).to_dict()
+    domain = drawn["encoding"]["color"]["scale"]["domain"]
+    assert domain == ["reply", "user", "template", "first token"]
+
+
+def test_steps_of_a_reply_are_told_as_ranges() -> None:
+    assert question_shapes.buckets([0, 1, 2, 512]) == ["0", "1", "2–3", "512–1,023"]
+
+
+@pytest.mark.parametrize(
+    ("value", "safe"),
+    [("=1+1", "'=1+1"), ("@x", "'@x"), ("-", "-"), (" =1", " =1"), (-1.5, -1.5), (None, None)],
+)
+def test_no_text_is_a_formula(value: object, safe: object) -> None:
+    assert question_shapes.for_a_spreadsheet(value) == safe
+
+
+# ------------------------------------------------------------------------ SQL's results
+
+RESULT = pa.table(
+    [
+        pa.array([1, 2]),
+        pa.array([0.5, math.nan]),
+        pa.array(["=x", None]),
+        pa.array([[1, 2], None]),
+        pa.array([b"\x00\xff", None]),
+        pa.array([dt.datetime(2026, 1, 1), None]),
+    ],
+    names=["x", "x", HOSTILE, "list", "bytes", "when"],
+)
+NAMES = ["x", "x (2)", "<img src=x><U+202E>␛[31m␊", "list", "bytes", "when"]
+
+
+def test_any_result_can_be_shown() -> None:
+    frame = sql_shapes.frame(RESULT)
+    assert list(frame.columns) == NAMES
+    assert frame["list"].tolist()[0] == "[1, 2]"
+    assert frame["bytes"].tolist()[0] == "00ff"
+    assert sql_shapes.numeric(frame) == ["x", "x (2)"]
+    assert sql_shapes.frame(pa.table({})).empty
+
+
+def test_a_result_can_be_saved() -> None:
+    lines = sql_shapes.as_csv(RESULT).splitlines()
+    assert lines[1:] == ['1,0.5,\'=x,"[1, 2]",00ff,2026-01-01T00:00:00', "2,,,,,"]
+    first, second = json.loads(sql_shapes.as_json(RESULT))
+    assert first["x (2)"] == 0.5 and second["x (2)"] is None
+    assert first["list"] == [1, 2]
+    back = pa.parquet.read_table(pa.BufferReader(sql_shapes.as_parquet(RESULT)))
+    assert back.column_names == NAMES and back["list"].to_pylist() == [[1, 2], None]
+
+
+def test_what_parquet_cannot_hold_is_told() -> None:
+    interval = pa.array([pa.MonthDayNano([0, 1, 0])])
+    with pytest.raises(QuestionError, match="cast such a column to VARCHAR"):
+        sql_shapes.as_parquet(pa.table({"a": interval}))
+
+
+@pytest.mark.parametrize("kind", sql_shapes.CHARTS)
+@pytest.mark.parametrize("colour", [None, "image"])
+def test_no_name_of_a_column_means_something_in_a_chart(kind: str, colour: str | None) -> None:
+    """Under ``image`` a tooltip would fetch an address."""
+    table = pa.table({"image": ["http://evil.test/x"], "a.b[0]": [1.5], "title": [2]})
+    frame = sql_shapes.frame(table)
+    drawn = sql_shapes.chart(frame, "image", "a.b[0]", colour, kind).to_dict()
+    titles = [one["title"] for one in drawn["encoding"]["tooltip"]]
+    assert not {"image", "title"} & set(titles)
+    (data,) = drawn["datasets"].values()
+    assert data[0].keys() <= {"x", "y", "what"}
+
+
+def test_more_colours_than_can_be_told_apart_are_one() -> None:
+    frame = sql_shapes.frame(pa.table({"x": list(range(9)), "c": list("abcdefghi")}))
+    drawn = sql_shapes.chart(frame, "x", "x", "c", "points").to_dict()
+    assert drawn["encoding"]["color"]["scale"]["domain"][-1] == "other"
+    assert len(drawn["encoding"]["color"]["scale"]["domain"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"), [([1, 2], "lines"), ([2, 1], "points"), (["a", "b"], "bars")]
+)
+def test_the_usual_chart(values: list[object], kind: str) -> None:
+    assert sql_shapes.kind_for(sql_shapes.frame(pa.table({"x": values})), "x") == kind
