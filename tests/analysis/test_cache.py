@@ -20,6 +20,10 @@ from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.tables import TABLES
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError, StoreError
+from oki_trace.exchange.exporting import export
+from oki_trace.exchange.formats import Format
+from oki_trace.exchange.importing import import_path
+from oki_trace.store.prune import prune_tensors
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests.analysis import made
@@ -161,6 +165,33 @@ class TestInStep:
             made.whole(writer)
             steps_of(trove)
             assert set(before) <= set(folder_of(db).rglob("*.parquet"))
+
+    def test_what_is_imported_is_asked_about(self, db: str, tmp_path: Path) -> None:
+        with TraceWriter(db) as writer, Trove(db) as trove, TraceReader(db) as reader:
+            conversation, reply = made.whole(writer, "Where is it?")
+            assert steps_of(trove) == {reply: 3}
+            export(reader, conversation, Format.JSON, tmp_path / "one.json", sys.stdout)
+            import_path(tmp_path / "one.json", db)
+            (other,) = steps_of(trove).keys() - {reply}
+            assert steps_of(trove) == {reply: 3, other: 3} and other in cached(db)
+            asked = trove.ask("SELECT count(*) FROM message WHERE content = 'Where is it?'").rows
+            assert asked == ((2,),)
+
+    def test_pruned_tensors_are_not_asked_for_and_the_rows_stay(self, db: str) -> None:
+        with TraceWriter(db) as writer, Trove(db) as trove:
+            replies = []
+            for seed in (0, 1):
+                _, reply = made.begin(writer, steps=0, tensors="half")
+                step = builders.step(0, np.random.default_rng(seed), with_lens=True)
+                writer.append(reply, [step])
+                made.finish(writer, reply)
+                replies.append(reply)
+            two = tuple(f"{reply}:0" for reply in replies)
+            assert "from full logits" in builtin.answer(trove, "compare", two).about
+            rows = trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
+            prune_tensors(writer, replies[0])
+            assert "from top-k" in builtin.answer(trove, "compare", two).about
+            assert trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
 
     def test_a_new_title_is_seen(self, db: str) -> None:
         with TraceWriter(db) as writer, Trove(db) as trove:
