@@ -190,7 +190,7 @@ class TestInStep:
             assert "from full logits" in builtin.answer(trove, "compare", two).about
             rows = trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
             prune_tensors(writer, replies[0])
-            assert "from top-k" in builtin.answer(trove, "compare", two).about
+            assert "from top-10" in builtin.answer(trove, "compare", two).about
             assert trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
 
     def test_a_new_title_is_seen(self, db: str) -> None:
