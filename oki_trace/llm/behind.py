@@ -6,6 +6,9 @@ together, in a thread of its own: no token waits for the lens of an earlier one.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self
@@ -19,6 +22,8 @@ from oki_trace.records import Lens
 TOGETHER = 4
 # Steps that may wait, with their tensors, when the lens is slower than the decoder.
 AT_MOST = 3 * TOGETHER
+# A small machine has more threads at work than cores, and nobody waits for a lens that is late.
+LENS_NICENESS = 10
 
 Compute = Callable[[list[Unlensed]], list[Lens]]
 
@@ -34,9 +39,7 @@ class Behind:
         self._compute = compute
         self._thread: ThreadPoolExecutor | None = None
         if aside:
-            self._thread = ThreadPoolExecutor(
-                1, "lens", initializer=torch.set_num_threads, initargs=(1,)
-            )
+            self._thread = ThreadPoolExecutor(1, "lens", initializer=_step_back)
         self._waiting: list[Unlensed] = []
         self._under_way: Future[list[Lens]] | None = None
 
@@ -72,3 +75,10 @@ class Behind:
         while self._waiting:
             due, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
             yield from self._compute(due)
+
+
+def _step_back() -> None:
+    """This thread uses one core, and gives way to the decoder and to the store."""
+    torch.set_num_threads(1)
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LENS_NICENESS)
