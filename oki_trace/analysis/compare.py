@@ -17,7 +17,7 @@ from oki_trace.analysis.questions import Answer, Picture, columns
 from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import NotFound, QuestionError
-from oki_trace.records import Candidates, Step, StepSummary, Tensor
+from oki_trace.records import Candidates, Tensor
 from oki_trace.store.reader import TraceReader
 
 
@@ -41,33 +41,34 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class StepComparison:
-    """Two steps. ``shared`` and ``only_*`` are the tokens in both lists, or in one alone.
+    """Two steps. ``shared`` and ``only_*`` are the tokens in both lists, or in one alone."""
 
-    ``same_before``: all tokens of the replies before these were the same.
-    """
-
-    step_a: int
-    step_b: int
-    said_a: str
-    said_b: str
-    same_before: bool
     distance: Distance
     shared: tuple[Candidate, ...]
     only_a: tuple[Candidate, ...]
     only_b: tuple[Candidate, ...]
 
 
-def compare_steps(
-    reader: TraceReader, a: tuple[int, int], b: tuple[int, int], *, same_before: bool = False
-) -> StepComparison:
+@dataclass(frozen=True, slots=True)
+class StepDistance:
+    """A step of two replies. ``same_before``: all their tokens before it were the same."""
+
+    step: int
+    said_a: str
+    said_b: str
+    same_before: bool
+    distance: Distance
+
+
+def compare_steps(reader: TraceReader, a: tuple[int, int], b: tuple[int, int]) -> StepComparison:
     """Two steps, each (message id, step index). Raises NotFound."""
     first, second = reader.step(*a), reader.step(*b)
-    return _compare(reader, (a[0], first, first.topk), (b[0], second, second.topk), same_before)
+    return _compare(_Pair(reader, (*a, first.topk), (*b, second.topk)))
 
 
 def compare_replies(
     reader: TraceReader, a: int, b: int, *, only_same: bool = False
-) -> Iterator[StepComparison]:
+) -> Iterator[StepDistance]:
     """Two replies, step by step, as far as both go; ``only_same``: up to where they part."""
     same = _same_prompt(reader, a, b)
     if only_same and not same:
@@ -79,8 +80,8 @@ def compare_replies(
         if only_same and not same:
             return
         n = first.step_index
-        sides = (a, first, tops_a.get(n, _NONE)), (b, second, tops_b.get(n, _NONE))
-        yield _compare(reader, *sides, same)
+        pair = _Pair(reader, (a, n, tops_a.get(n, _NONE)), (b, n, tops_b.get(n, _NONE)))
+        yield StepDistance(n, first.token, second.token, same, pair.distance)
         same = same and first.token_bytes == second.token_bytes
 
 
@@ -96,18 +97,31 @@ def _before(reader: TraceReader, message_id: int) -> list[tuple[str, str]]:
 
 
 _NONE = Candidates(np.zeros(0, np.int64), (), np.zeros(0, np.float32), np.zeros(0, np.float32))
-# A step of a message, and its candidates.
-_Side = tuple[int, Step | StepSummary, Candidates]
+# A message, a step of it, and that step's candidates.
+_Side = tuple[int, int, Candidates]
 
 
-def _compare(reader: TraceReader, a: _Side, b: _Side, same_before: bool) -> StepComparison:
-    (_, first, first_top), (_, second, second_top) = a, b
-    one_vocabulary = _one_vocabulary(first_top, second_top)
-    full: tuple[Probs, Probs] | None = None
-    if one_vocabulary:
-        full = _both(_full(reader, a[0], first.step_index), _full(reader, b[0], second.step_index))
-    lists = _list(first_top, one_vocabulary), _list(second_top, one_vocabulary)
-    names = _names(first_top, one_vocabulary) | _names(second_top, one_vocabulary)
+class _Pair:
+    """Two steps' distributions: full where both have their logits, else as lists."""
+
+    def __init__(self, reader: TraceReader, a: _Side, b: _Side) -> None:
+        self.tops = a[2], b[2]
+        self.one_vocabulary = _one_vocabulary(*self.tops)
+        self.lists = _list(a[2], self.one_vocabulary), _list(b[2], self.one_vocabulary)
+        self.full: tuple[Probs, Probs] | None = None
+        if self.one_vocabulary:
+            self.full = _both(_full(reader, a[0], a[1]), _full(reader, b[0], b[1]))
+
+    @property
+    def distance(self) -> Distance:
+        return between(*self.full) if self.full is not None else between_lists(*self.lists)
+
+
+def _compare(pair: _Pair) -> StepComparison:
+    full, lists = pair.full, pair.lists
+    names = {
+        token: name for top in pair.tops for token, name in _names(top, pair.one_vocabulary).items()
+    }
     ranks = tuple({token: i for i, token in enumerate(one, start=1)} for one in lists)
 
     def candidate(token: Hashable) -> Candidate:
@@ -122,12 +136,7 @@ def _compare(reader: TraceReader, a: _Side, b: _Side, same_before: bool) -> Step
         return Candidate(names[token], rank_a, rank_b, prob_a, prob_b)
 
     return StepComparison(
-        first.step_index,
-        second.step_index,
-        first.token,
-        second.token,
-        same_before,
-        between(*full) if full is not None else between_lists(*lists),
+        pair.distance,
         tuple(candidate(token) for token in lists[0] if token in lists[1]),
         tuple(candidate(token) for token in lists[0] if token not in lists[1]),
         tuple(candidate(token) for token in lists[1] if token not in lists[0]),
@@ -224,7 +233,7 @@ def replies_answer(reader: TraceReader, a: int, b: int) -> Answer:
     """Two replies: a row a step; how far they are alike in ``about``."""
     found = list(compare_replies(reader, a, b))
     rows = tuple(
-        (c.step_a, c.said_a, c.said_b, "yes" if c.same_before else "no", *_values(c.distance))
+        (c.step, c.said_a, c.said_b, "yes" if c.same_before else "no", *_values(c.distance))
         for c in found
     )
     alike = next((i for i, c in enumerate(found) if c.said_a != c.said_b), len(found))

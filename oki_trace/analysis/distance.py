@@ -33,20 +33,33 @@ class Distance:
 
 def softmax(logits: NDArray[np.generic]) -> Probs:
     """Probabilities of ``logits`` (vocab,), in double precision; -inf gives 0."""
-    shifted = logits.astype(np.float64)
-    powers = np.exp(shifted - shifted.max())
-    return np.asarray(powers / powers.sum())
+    # In place: an array as long as the vocabulary costs more to make than to compute.
+    probs = logits.astype(np.float64)
+    probs -= probs.max()
+    np.exp(probs, out=probs)
+    probs /= probs.sum()
+    return probs
 
 
 def between(a: Probs, b: Probs, basis: str = "full logits") -> Distance:
     """The distance of two distributions over the same tokens, (tokens,) each."""
-    middle = (a + b) / 2
+    if min(a.min(), b.min()) <= 0:
+        middle = (a + b) / 2
+        js = (_kl(a, middle) + _kl(b, middle)) / 2
+        return Distance(_kl(a, b), _kl(b, a), js, float(np.abs(a - b).sum() / 2), basis)
+    # Nothing is ruled out, as hardly ever in full logits: a logarithm each and dot
+    # products, in one array, since to make one costs more than to compute it.
+    room = np.subtract(a, b)
+    tv = float(np.abs(room, out=room).sum() / 2)
+    np.log(a, out=room)
+    own_a, a_under_b = float(a @ room), float(b @ room)
+    np.log(b, out=room)
+    own_b, b_under_a = float(b @ room), float(a @ room)
+    np.add(a, b, out=room)
+    room /= 2
+    js = (own_a + own_b) / 2 - float(room @ np.log(room))
     return Distance(
-        kl=_kl(a, b),
-        kl_back=_kl(b, a),
-        js=(_kl(a, middle) + _kl(b, middle)) / 2,
-        tv=float(np.abs(a - b).sum() / 2),
-        basis=basis,
+        max(0.0, own_a - b_under_a), max(0.0, own_b - a_under_b), max(0.0, js), tv, basis
     )
 
 
