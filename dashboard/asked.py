@@ -31,6 +31,8 @@ TITLES = {name: title for _, those in GROUPS for name, title in those.items()}
 # What two of are compared; the other questions' views are the engine's own.
 KINDS = ("reply", "step", "model")
 _DIGITS = 15
+# The fields that say which replies a question is about.
+_SCOPE = ("model", "conversation", "message", "since", "until", "role", "text")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +90,12 @@ class Asked:
 
     def everything(self) -> Asked:
         """The same question about all replies."""
-        return replace(
-            self,
-            model=None,
-            conversation=None,
-            message=None,
-            since=None,
-            until=None,
-            role=None,
-            text="",
-        )
+        nothing = Asked()
+        return replace(self, **{name: getattr(nothing, name) for name in _SCOPE})
+
+    def instead(self, question: str) -> Asked:
+        """Another question, as it comes, about the same replies."""
+        return Asked(question, "", **{name: getattr(self, name) for name in _SCOPE})
 
 
 def views(question: Question) -> tuple[str, ...]:

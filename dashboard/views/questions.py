@@ -74,18 +74,7 @@ def _list(asked: Asked) -> None:
                     type="tertiary",
                     width="stretch",
                 ):
-                    scope = Asked(
-                        name,
-                        "",
-                        asked.model,
-                        asked.conversation,
-                        asked.message,
-                        asked.since,
-                        asked.until,
-                        asked.role,
-                        asked.text,
-                    )
-                    _go(scope)
+                    _go(asked.instead(name))
 
 
 def _go(asked: Asked) -> None:
