@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.tables import TABLES
-from tests.exchange.test_hostile_imports import exports, quick, whole_or_nothing
+from tests.exchange.test_fuzz_documents import quick
+from tests.exchange.test_hostile_imports import exports, whole_or_nothing
 
 __all__ = ["exports"]
 
