@@ -6,7 +6,8 @@ evidence. Three ways to have it, the cheapest that agrees with the model's own
 eager attention is taken (``instrument.py`` compares, once per load):
 
 - **beside**: an attention function is registered under the model's own key; it
-  calls the stock function and works out that one row beside it.
+  calls the stock function and works out that one row beside it, or keeps what
+  it is worked out from, where that is held anyway.
 - **hooked**: the model runs eager attention anyway; hooks read its weights and
   keep the row.
 - **asked**: the prompt but for its last token goes through the fused kernel,
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -24,8 +26,51 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from oki_trace.llm.room import stays
+
 Rows = dict[int, Tensor]
 """(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """What a row is worked out from: softmax(q Kᵀ · scaling + bias + mask).
+
+    ``query`` (kv heads, heads a kv head, d) and ``key`` (kv heads, keys, d): each
+    key head serves a run of consecutive query heads. ``bias`` a learned one and
+    ``mask``, boolean or additive, (1 or heads, keys).
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    bias: Tensor | None
+    mask: Tensor | None
+
+    @torch.no_grad()
+    def row(self) -> Tensor:
+        """(heads, keys) in fp32."""
+        scores = torch.matmul(self.query, self.key.transpose(1, 2)).flatten(0, 1).float()
+        scores *= self.scaling
+        if self.bias is not None:
+            scores = scores + self.bias
+        if self.mask is not None:
+            hidden = self.mask.dtype == torch.bool
+            scores = scores.masked_fill(~self.mask, float("-inf")) if hidden else scores + self.mask
+        return scores.softmax(-1)
+
+
+Seen = dict[int, Tensor | LastQuery]
+"""By layer, its row, or what it is worked out from."""
+
+
+def rows_of(seen: Seen) -> Rows:
+    """The rows, worked out where they are not yet."""
+    return {layer: _row(found) for layer, found in seen.items()}
+
+
+def _row(found: Tensor | LastQuery) -> Tensor:
+    return found.row() if isinstance(found, LastQuery) else found
 
 
 class AttentionTap(Protocol):
@@ -40,8 +85,8 @@ class AttentionTap(Protocol):
     def asking(self) -> AbstractContextManager[dict[str, Any]]:
         """Around a forward pass whose rows are wanted; yields arguments for it."""
 
-    def take(self, outputs: Any) -> Rows:
-        """The rows of the forward pass that gave ``outputs``."""
+    def take(self, outputs: Any) -> Seen:
+        """What was seen of the forward pass that gave ``outputs``."""
 
 
 class _Watching:
@@ -51,27 +96,22 @@ class _Watching:
 
     def __init__(self, layer_of: Mapping[nn.Module, int]) -> None:
         self._layer_of = dict(layer_of)
-        self._rows: dict[nn.Module, Tensor] = {}
+        self._seen: dict[nn.Module, Tensor | LastQuery] = {}
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
         yield {}
 
-    def take(self, outputs: Any) -> Rows:
-        rows, self._rows = self._rows, {}
-        of_layer: dict[int, list[Tensor]] = {}
-        for module, row in rows.items():
-            of_layer.setdefault(self._layer_of[module], []).append(row)
+    def take(self, outputs: Any) -> Seen:
+        seen, self._seen = self._seen, {}
+        of_layer: dict[int, list[Tensor | LastQuery]] = {}
+        for module, found in seen.items():
+            of_layer.setdefault(self._layer_of[module], []).append(found)
         # Where a layer attends more than once, its heads stand one after the other.
         return {
-            layer: found[0] if len(found) == 1 else torch.cat(found)
+            layer: found[0] if len(found) == 1 else torch.cat([_row(part) for part in found])
             for layer, found in sorted(of_layer.items())
         }
-
-    def keep(self, module: nn.Module, row: Tensor) -> None:
-        """Called by the attention function or the hook with (heads, keys)."""
-        if module in self._layer_of:
-            self._rows[module] = row.float()
 
     def settle(self, keys: int) -> None:
         """From now on, watch only the modules whose last weights were over ``keys`` keys.
@@ -79,10 +119,10 @@ class _Watching:
         The others gave none (a hook on each costs time), something else of that
         form, or handed on the weights of a module within.
         """
-        over_keys = {m for m, row in self._rows.items() if row.shape[1] == keys}
+        over_keys = {m for m, seen in self._seen.items() if _row(seen).shape[1] == keys}
         own = {m for m in over_keys if over_keys.isdisjoint(set(m.modules()) - {m})}
-        self._rows = {m: row for m, row in self._rows.items() if m in own}
-        self._layer_of = {m: self._layer_of[m] for m in self._rows}
+        self._seen = {m: seen for m, seen in self._seen.items() if m in own}
+        self._layer_of = {m: self._layer_of[m] for m in self._seen}
 
 
 _watched: dict[nn.Module, BesideTap] = {}
@@ -105,6 +145,12 @@ class BesideTap(_Watching):
             for module in self._layer_of:
                 _watched.pop(module, None)
 
+    def keep(self, module: nn.Module, query: Tensor, key: Tensor, last: LastQuery) -> None:
+        """Called by the attention function, with its arguments and what is wanted of them."""
+        if module in self._layer_of:
+            held_anyway = query.shape[2] == 1 and stays(key)
+            self._seen[module] = last if held_anyway else last.row()
+
 
 class HookedTap(_Watching):
     """Reads the weights that eager attention modules return beside their output."""
@@ -122,7 +168,7 @@ class HookedTap(_Watching):
         if isinstance(output, tuple):
             for value in output[1:]:
                 if isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] == 1:
-                    self.keep(module, value[0, :, -1])
+                    self._seen[module] = value[0, :, -1].float()
                     return
 
 
@@ -148,7 +194,7 @@ class AskingTap:
         with eager(self._model):
             yield {"output_attentions": True}
 
-    def take(self, outputs: Any) -> Rows:
+    def take(self, outputs: Any) -> Seen:
         rows = last_rows(outputs)
         found = ((layer, rows[place]) for place, layer in self._layers.items())
         return {layer: row for layer, row in found if row is not None}
@@ -214,36 +260,31 @@ def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
         tap = _watched.get(module)
         if tap is not None:
             bias = kwargs.get("position_bias")
-            tap.keep(module, last_row(query, key, attention_mask, kwargs.get("scaling"), bias))
+            last = last_query(query, key, attention_mask, kwargs.get("scaling"), bias)
+            tap.keep(module, query, key, last)
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.watches_attention = True  # type: ignore[attr-defined]
     return attention
 
 
-@torch.no_grad()
-def last_row(
+def last_query(
     query: Tensor,
     key: Tensor,
     mask: Tensor | None,
     scaling: float | None,
     bias: Tensor | None = None,
-) -> Tensor:
-    """softmax(q Kᵀ · scaling + bias + mask) for the last query: (heads, keys) in fp32.
+) -> LastQuery:
+    """Of the last query of an attention function's arguments, each with a batch of one.
 
-    ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d); each key head
-    serves a run of consecutive query heads. ``mask`` is boolean or additive,
-    (1, 1 or heads, T, keys), as is ``bias``, a learned one.
+    ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d), ``mask`` and
+    ``bias`` (1, 1 or heads, T, keys).
     """
     groups, keys, width = key.shape[1], key.shape[2], key.shape[3]
-    rows = query[0, :, -1].reshape(groups, -1, width)
-    scores = torch.matmul(rows, key[0].transpose(1, 2)).float()
-    scores *= width**-0.5 if scaling is None else scaling
-    scores = scores.reshape(-1, keys)
-    if bias is not None:
-        scores = scores + bias[0, :, -1, :keys]
-    if mask is not None:
-        row = mask[0, :, -1, :keys]
-        hidden = row.dtype == torch.bool
-        scores = scores.masked_fill(~row, float("-inf")) if hidden else scores + row
-    return scores.softmax(-1)
+    return LastQuery(
+        query=query[0, :, -1].reshape(groups, -1, width),
+        key=key[0],
+        scaling=width**-0.5 if scaling is None else scaling,
+        bias=None if bias is None else bias[0, :, -1, :keys],
+        mask=None if mask is None else mask[0, :, -1, :keys],
+    )

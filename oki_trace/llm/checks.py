@@ -24,9 +24,11 @@ from oki_trace.llm.attention import (
     Rows,
     eager,
     last_rows,
+    rows_of,
 )
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
+from oki_trace.llm.room import give_room
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -94,7 +96,7 @@ def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
     with watching.attached():
         model(input_ids=ids, use_cache=False)
         watching.settle(ids.shape[1])
-        rows = watching.take(None)
+        rows = rows_of(watching.take(None))
     error = _largest_difference(rows, own)
     if _agrees(model, error):
         error = max(error, _difference_with_cache(model, watching, tuple(reference), ids))
@@ -123,7 +125,7 @@ def _asked_attention(
         if found is None:
             tap = AskingTap(model, layers, has_cache=False)
             with tap.asking() as arguments:
-                found = tap.take(model(input_ids=ids, **arguments))
+                found = rows_of(tap.take(model(input_ids=ids, **arguments)))
         error = _largest_difference(found, own)
     except Exception as failure:  # whatever a model's own code raises, the turn goes on
         return _no_attention(f"asking for it fails ({type(failure).__name__}: {failure})")
@@ -160,9 +162,10 @@ def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     cache = getattr(outputs, "past_key_values", None)
     if cache is None:
         return None
+    give_room(cache)
     with tap.attached(), tap.asking() as arguments:
         outputs = model(input_ids=ids[:, -1:], past_key_values=cache, **arguments)
-        return tap.take(outputs)
+        return rows_of(tap.take(outputs))
 
 
 def _adds_tokens(model: Any, ids: Tensor) -> bool:

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from oki_trace.errors import CaptureError
 from oki_trace.llm.anatomy import input_device
+from oki_trace.llm.attention import Seen
 from oki_trace.llm.generation import arguments_of, stop_reason
 from oki_trace.llm.probe import Probe
+from oki_trace.llm.room import give_room
 from oki_trace.llm.sampling import Choice, choose
 from oki_trace.records import Generation
 
@@ -31,8 +33,8 @@ class RawStep:
 
     ``logits`` (vocab,) the model's own, in its dtype; ``choice`` what the
     sampling settings made of them; ``hidden`` L+1 rows (width,), before the
-    final norm; ``attention`` (heads, keys) by layer. ``finished`` names the
-    stop this token met, or is None.
+    final norm; ``attention`` by layer, ``rows_of`` it are (heads, keys).
+    ``finished`` names the stop this token met, or is None.
     """
 
     step_index: int
@@ -41,7 +43,7 @@ class RawStep:
     logits: Tensor
     choice: Choice
     hidden: tuple[Tensor, ...]
-    attention: dict[int, Tensor]
+    attention: Seen
     elapsed_ms: float
     finished: str | None
 
@@ -117,6 +119,8 @@ def _loop(
                     )
                     outputs = model(**{**inputs, **arguments}, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            if step_index == 0:
+                give_room(model_kwargs.get("past_key_values"))
             logits = outputs.logits[0, -1].clone()
             attention = probe.take_attention(outputs)
             # Before the processors: there are some that run the model once more.

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from oki_trace.llm.anatomy import Anatomy, stream_of
-from oki_trace.llm.attention import AttentionTap, Rows
+from oki_trace.llm.attention import AttentionTap, Seen
 
 
 class Probe:
@@ -33,8 +33,8 @@ class Probe:
         hidden, self._hidden = self._hidden, {}
         return tuple(hidden[layer] for layer in sorted(hidden))
 
-    def take_attention(self, outputs: Any) -> Rows:
-        """(heads, keys) by layer of the pass that gave ``outputs``; empty when it has none."""
+    def take_attention(self, outputs: Any) -> Seen:
+        """By layer, of the pass that gave ``outputs``; empty when it has none."""
         return self._tap.take(outputs) if self._tap else {}
 
     @property

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from oki_trace.llm.attention import Rows, rows_of
 from oki_trace.llm.decode import RawStep
 from oki_trace.llm.distribution import Distribution, Own, own_distribution, summarize
 from oki_trace.llm.lens import LogitLens
@@ -43,7 +44,7 @@ def step_of(raw: RawStep, vocabulary: Vocabulary, policy: CapturePolicy) -> tupl
     most = max(policy.topk_logits, policy.topk_lens, 2)
     row = summarize(logits[None], own, raw.token_id, most)
     unlensed = Unlensed(raw.step_index, raw.token_id, raw.hidden, own, row)
-    return _step(raw, row, vocabulary, policy), unlensed
+    return _step(raw, rows_of(raw.attention), row, vocabulary, policy), unlensed
 
 
 @torch.no_grad()
@@ -58,7 +59,13 @@ def lenses_of(
     return [_lens(seen, rows, vocabulary, k) for seen, rows in zip(steps, projected, strict=True)]
 
 
-def _step(raw: RawStep, row: Distribution, vocabulary: Vocabulary, policy: CapturePolicy) -> Step:
+def _step(
+    raw: RawStep,
+    attention: Rows,
+    row: Distribution,
+    vocabulary: Vocabulary,
+    policy: CapturePolicy,
+) -> Step:
     probs = row.probs[0]
     logit = float(raw.logits[raw.token_id])
     decided = decide(raw.choice, raw.logits, vocabulary)
@@ -88,42 +95,42 @@ def _step(raw: RawStep, row: Distribution, vocabulary: Vocabulary, policy: Captu
             noise=None if decided is None else decided.noise_of(ids),
         ),
         decision=None if decided is None else decided.decision,
-        attention=_attention(raw, policy.topk_evidence),
-        tensors=() if policy.tensors == "none" else tuple(_tensors(raw)),
+        attention=_attention(raw.position, attention, policy.topk_evidence),
+        tensors=() if policy.tensors == "none" else tuple(_tensors(raw, attention)),
     )
 
 
-def _attention(raw: RawStep, k: int) -> tuple[LayerAttention, ...]:
+def _attention(position: int, attention: Rows, k: int) -> tuple[LayerAttention, ...]:
     """Heads averaged; layers of one shape are reduced together."""
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for layer, weights in raw.attention.items():
+    for layer, weights in attention.items():
         alike.setdefault((weights.shape, weights.device), []).append(layer)
     found: dict[int, LayerAttention] = {}
     for layers in alike.values():
-        mean = torch.stack([raw.attention[layer] for layer in layers]).mean(1)
+        mean = torch.stack([attention[layer] for layer in layers]).mean(1)
         keys = mean.shape[1]
         top = mean.topk(min(k, keys))
         # The newest query stands at position - 1: the token it predicts is not seen yet.
-        positions = (top.indices + (raw.position - keys)).cpu().numpy()
+        positions = (top.indices + (position - keys)).cpu().numpy()
         tops, missing = top.values.cpu().numpy(), (1 - mean.sum(1)).clamp_min(0).tolist()
         for row, layer in enumerate(layers):
             found[layer] = LayerAttention(layer, positions[row], tops[row], missing[row])
-    return tuple(found[layer] for layer in raw.attention)
+    return tuple(found[layer] for layer in attention)
 
 
-def _tensors(raw: RawStep) -> Iterator[TensorRecord]:
+def _tensors(raw: RawStep, attention: Rows) -> Iterator[TensorRecord]:
     yield _record("logits", raw.logits)
     if raw.hidden:
         yield _record(
             "hidden_states", torch.stack([h.to(raw.hidden[0].device) for h in raw.hidden])
         )
-    if raw.attention:
-        yield _attentions(raw)
+    if attention:
+        yield _attentions(raw.position, attention)
 
 
-def _attentions(raw: RawStep) -> TensorRecord:
+def _attentions(position: int, attention: Rows) -> TensorRecord:
     """Every layer and head in one tensor, columns aligned by position (see records.Tensor)."""
-    rows = list(raw.attention.values())
+    rows = list(attention.values())
     heads, keys = max(r.shape[0] for r in rows), max(r.shape[1] for r in rows)
     if all(r.shape == (heads, keys) for r in rows):
         stacked = torch.stack([r.cpu() for r in rows])
@@ -135,8 +142,8 @@ def _attentions(raw: RawStep) -> TensorRecord:
         name="attentions",
         array=stacked.numpy(),
         dtype="float32",
-        layers=tuple(raw.attention),
-        key_offset=raw.position - keys,
+        layers=tuple(attention),
+        key_offset=position - keys,
     )
 
 

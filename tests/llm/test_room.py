@@ -1,0 +1,148 @@
+"""The cache that grows in place holds what transformers' own would, and copies nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+
+from oki_trace.llm import room
+from oki_trace.llm.attention import LastQuery, rows_of
+from oki_trace.llm.decode import decode
+from oki_trace.llm.generation import generation_of
+from oki_trace.llm.instrument import instrument
+from oki_trace.llm.room import ROOM, RoomyLayer, give_room, stays
+from oki_trace.records import Sampling
+from tests import tiny
+
+
+def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    made = torch.Generator().manual_seed(seed)
+    keys, values = (torch.randn(1, 3, count, width, generator=made) for width in (8, 5))
+    return keys.to(dtype), values.to(dtype)
+
+
+def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
+    """Transformers' cache and one with room, both holding the same prompt."""
+    caches = DynamicCache(), DynamicCache()
+    for cache in caches:
+        cache.update(*tokens(length), 0)
+    give_room(caches[1])
+    return caches
+
+
+def same(left: Any, right: Any) -> bool:
+    return torch.equal(left.keys, right.keys) and torch.equal(left.values, right.values)
+
+
+def test_it_holds_what_the_dynamic_cache_holds_at_every_step() -> None:
+    own, roomy = grown(7)
+    for step in range(2 * ROOM + 5):
+        given = own.update(*tokens(1, step), 0)
+        got = roomy.update(*tokens(1, step), 0)
+        assert torch.equal(given[0], got[0]) and torch.equal(given[1], got[1])
+        assert own.get_seq_length() == roomy.get_seq_length()
+        assert own.layers[0].get_mask_sizes(1) == roomy.layers[0].get_mask_sizes(1)
+
+
+def test_a_step_copies_nothing_until_the_room_is_used_up() -> None:
+    _, roomy = grown(7)
+    places = [roomy.update(*tokens(1, step), 0)[0].data_ptr() for step in range(2 * ROOM)]
+    assert len(set(places[:ROOM])) == 1
+    assert len(set(places)) == 2
+
+
+def test_keys_held_on_to_stay_what_they_were() -> None:
+    """A row of attention may be worked out later than its step."""
+    own, roomy = grown(7)
+    held, expected = [], []
+    for step in range(ROOM + 5):
+        expected.append(own.update(*tokens(1, step), 0)[0])
+        held.append(roomy.update(*tokens(1, step), 0)[0])
+    assert all(stays(keys) for keys in held) and not any(stays(keys) for keys in expected)
+    assert all(torch.equal(*pair) for pair in zip(held, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [1, ROOM - 1, ROOM, ROOM + 1, 3 * ROOM])
+def test_many_tokens_at_once(length: int) -> None:
+    own, roomy = grown(3)
+    for cache in (own, roomy):
+        cache.update(*tokens(length, 1), 0)
+        cache.update(*tokens(1, 2), 0)
+    assert same(own.layers[0], roomy.layers[0])
+
+
+def test_what_a_model_does_to_a_cache_is_followed() -> None:
+    own, roomy = grown(9)
+    for cache in (own, roomy):
+        cache.crop(-4)
+        cache.update(*tokens(1, 1), 0)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        cache.batch_select_indices(torch.tensor([1]))
+        cache.update(*tokens(2, 2), 0)
+    assert same(own.layers[0], roomy.layers[0])
+    for cache in (own, roomy):
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        cache.update(*tokens(2, 3), 0)
+        cache.update(*tokens(1, 4), 0)
+    assert same(own.layers[0], roomy.layers[0])
+
+
+def test_a_wider_type_is_not_narrowed() -> None:
+    own, roomy = grown(3)
+    for cache in (own, roomy):
+        cache.update(*tokens(1, 1, torch.float64), 0)
+        cache.update(*tokens(1, 2, torch.float64), 0)
+    assert roomy.layers[0].keys.dtype == torch.float64
+    assert same(own.layers[0], roomy.layers[0])
+
+
+def test_other_caches_stay_as_they_are() -> None:
+    model = tiny.model("gemma2")
+    windows = DynamicCache(config=model.config)
+    model(torch.tensor([[5, 6, 7]]), past_key_values=windows)
+    before = [type(layer) for layer in windows.layers]
+    give_room(windows)
+    for kind, layer in zip(before, windows.layers, strict=True):
+        assert type(layer) is (RoomyLayer if kind is DynamicLayer else kind)
+    assert len(set(before)) == 2
+    give_room(None)
+    still = StaticCache(config=model.config, max_cache_len=8)
+    kept = list(still.layers)
+    give_room(still)
+    assert still.layers == kept
+    assert not issubclass(QuantizedCache, DynamicCache)
+    unused = DynamicCache()
+    give_room(unused)
+    assert unused.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_reply_longer_than_the_room_is_captured_exactly(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "ROOM", 16)
+    model = tiny.model(family)
+    model.generation_config.eos_token_id = None
+    found = instrument(model, tiny.tokenizer())
+    prompt = (5, 6, 7, 8)
+    count = 2 * room.ROOM + 12
+    generation = generation_of(model, Sampling(count), len(prompt))
+    steps = list(decode(model, tiny.tokenizer(), found.probe, prompt, generation))
+    made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
+    assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
+    # Gemma 2 runs eager attention, whose weights are there anyway.
+    later = [isinstance(seen, LastQuery) for seen in steps[-1].attention.values()]
+    assert later == [family != "gemma2"] * len(later)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        whole = model(made[None, :-1], output_attentions=True).attentions
+    for step in steps:
+        for layer, row in rows_of(step.attention).items():
+            own = whole[layer - 1][0, :, step.position - 1, : step.position]
+            torch.testing.assert_close(row, own[:, -row.shape[1] :], atol=1e-5, rtol=0)
