@@ -1,14 +1,27 @@
-"""A store under test, with both its ends open."""
+"""A store under test, with both its ends open, and when two records are the same."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import builders
+import numpy as np
 
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode
+from oki_trace.records import (
+    CapturePolicy,
+    ModelChoice,
+    Sampling,
+    Status,
+    Step,
+    TensorMode,
+    TurnEnd,
+)
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
+
+DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 
 
 @dataclass
@@ -39,3 +52,20 @@ class Store:
         if begin:
             self.writer.start_reply(message, builders.turn_start(tensors))
         return conversation, message
+
+
+def plain(value: Any) -> Any:
+    """A record as nested plain values; NaN equals NaN by being its name."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, np.ndarray):
+        return (str(value.dtype), value.shape, [plain(item) for item in value.ravel().tolist()])
+    if isinstance(value, tuple | list):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and np.isnan(value):
+        return "nan"
+    return value
+
+
+def assert_same(found: Step, written: Step) -> None:
+    assert plain(found) == plain(dataclasses.replace(written, tensors=()))

@@ -16,7 +16,7 @@ from pathlib import Path
 import builders
 import pytest
 import victim
-from test_store_contract import plain
+from stores import plain
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd

@@ -15,7 +15,7 @@ import builders
 import numpy as np
 import pytest
 from sqlalchemy import text
-from test_store_contract import plain
+from stores import plain
 from waiting import until
 
 from oki_trace.errors import StoreError
