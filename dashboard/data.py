@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 import streamlit as st
 
-from dashboard import attention_shapes, compare_shapes, question_shapes
+from dashboard import attention_shapes, compare_shapes
 from oki_trace import asking, worker
 from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.exchange.exporting import export
@@ -452,8 +452,7 @@ def write_csv(found: Answer, file: TextIO) -> None:
     """An answer's rows, safe to be opened as a spreadsheet."""
     from oki_trace.analysis.results import write_csv as write
 
-    rows = ([question_shapes.for_a_spreadsheet(value) for value in row] for row in found.rows)
-    write([column.name for column in found.columns], rows, file)
+    write([column.name for column in found.columns], found.rows, file)
 
 
 def tables() -> Sequence[Table]:

@@ -319,12 +319,6 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
-def for_a_spreadsheet(value: Any) -> Any:
-    """A spreadsheet takes some texts for formulas: an apostrophe keeps them text."""
-    is_formula = isinstance(value, str) and len(value) > 1 and value[0] in "=+-@\t\r"
-    return f"'{value}" if is_formula else value
-
-
 def _names(answer: Answer) -> list[str]:
     return [column.name for column in answer.columns]
 

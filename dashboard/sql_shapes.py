@@ -16,7 +16,6 @@ import altair as alt
 import pandas as pd
 
 from dashboard.question_charts import COLOURS, HEIGHT
-from dashboard.question_shapes import for_a_spreadsheet
 from dashboard.shapes import clipped
 from oki_trace.visible import inert
 
@@ -112,8 +111,7 @@ def as_csv(table: Any) -> str:
     from oki_trace.analysis.results import write_csv
 
     file = io.StringIO()
-    safe = ([for_a_spreadsheet(value) for value in row] for row in rows(table))
-    write_csv(names(table), safe, file)
+    write_csv(names(table), rows(table), file)
     return file.getvalue()
 
 

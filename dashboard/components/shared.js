@@ -56,10 +56,10 @@ function csvButton(name, rows) {
     save(`${name}.csv`, "text/csv", [rows().map((row) => row.map(field).join(",")).join("\r\n")]));
 }
 
-// A spreadsheet takes some texts for formulas: an apostrophe keeps them text.
+// A spreadsheet takes some texts for formulas: an apostrophe keeps them text, as in results.py.
 function field(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number") return Number.isNaN(value) ? "" : String(value);
-  const text = /^[=+\-@]./.test(value) ? `'${value}` : String(value);
+  const text = /^\s*[=+\-@＝＋－＠]./s.test(value) ? `'${value}` : String(value);
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }

@@ -6,6 +6,7 @@ import csv
 import datetime as dt
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any, TextIO
@@ -38,11 +39,34 @@ def objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[dict[st
     return [dict(zip(names, map(plain, row), strict=True)) for row in rows]
 
 
+# What Excel, LibreOffice and Sheets take for a formula, in any width of its sign.
+_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠].", re.DOTALL)
+
+
+def for_a_spreadsheet(value: Any) -> Any:
+    """A text that a spreadsheet would take for a formula, with an apostrophe that keeps it text.
+
+    ``components/shared.js`` has the same for what the browser saves.
+    """
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
+
+
 def write_csv(names: Sequence[str], rows: Iterable[Sequence[Any]], file: TextIO) -> None:
-    """With a header; NULL is empty."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([plain(value) for value in row] for row in rows)
+    """With a header; NULL is empty, and no text is a formula: JSON has it as it was."""
+    writer = csv.writer(_Lines(file), lineterminator="\r\n")
+    writer.writerow(map(for_a_spreadsheet, names))
+    writer.writerows([for_a_spreadsheet(plain(value)) for value in row] for row in rows)
+
+
+class _Lines:
+    """Ends each row with a newline alone; csv quotes a lone carriage return only if its own rows
+    end with one."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, row: str) -> object:
+        return self._file.write(row.removesuffix("\r\n") + "\n")
 
 
 def parquet(table: pa.Table) -> bytes:

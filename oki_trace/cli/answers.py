@@ -78,7 +78,9 @@ def print_answer(answer: Answer, format: str) -> None:
         )
         return
     if format == "csv":
-        results.write_csv(names, answer.rows, sys.stdout)
+        text = io.StringIO()
+        results.write_csv(names, answer.rows, text)
+        _write(text.getvalue(), None)
         return
     out = console()
     question = builtin.QUESTIONS[answer.question]
@@ -181,7 +183,7 @@ def _plain_cell(value: Any) -> Text:
 
 def _write(text: str, output: Path | None) -> None:
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(inert(text) if sys.stdout.isatty() else text)
         return
     from oki_trace.exchange.files import replacing
 

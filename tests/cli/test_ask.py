@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oki_trace.analysis.tables import TABLES
-from tests.cli.commands import ACTIVE, ROOT, Oki
+from tests.cli.commands import ACTIVE, ROOT, Oki, command
 from tests.cli.conftest import Demo
 
 QUESTIONS = ("settle", "unsure", "layers", "rivals", "looked", "heads", "again")
@@ -121,6 +122,21 @@ def test_sql_in_every_format(oki: Oki, demo: Demo, tmp_path: Path) -> None:
         assert (done.status, done.out) == (0, "") and file.exists()
     assert pq.read_table(tmp_path / "out.parquet")["prob"].to_pylist() == [r["prob"] for r in rows]
     assert json.loads((tmp_path / "out.json").read_text()) == rows
+
+
+def test_a_csv_moves_no_terminal_and_computes_nothing(demo: Demo) -> None:
+    query = "SELECT chr(27) || '[31m' AS x, '=1+1' AS y"
+    asked = command("sql", query, "-f", "csv", "--db", demo.db)
+    piped = subprocess.run(asked, capture_output=True, check=True, cwd=ROOT).stdout
+    assert piped == b"x,y\n\x1b[31m,'=1+1\n"
+    ours, theirs = os.openpty()
+    try:
+        subprocess.run(asked, stdout=theirs, stderr=subprocess.DEVNULL, check=True, cwd=ROOT)
+        shown = os.read(ours, 1000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert shown == "x,y\r\n␛[31m,'=1+1\r\n"
 
 
 def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:

@@ -186,14 +186,6 @@ def test_steps_of_a_reply_are_told_as_ranges() -> None:
     assert question_shapes.buckets([0, 1, 2, 512]) == ["0", "1", "2–3", "512–1,023"]
 
 
-@pytest.mark.parametrize(
-    ("value", "safe"),
-    [("=1+1", "'=1+1"), ("@x", "'@x"), ("-", "-"), (" =1", " =1"), (-1.5, -1.5), (None, None)],
-)
-def test_no_text_is_a_formula(value: object, safe: object) -> None:
-    assert question_shapes.for_a_spreadsheet(value) == safe
-
-
 # ------------------------------------------------------------------------ SQL's results
 
 RESULT = pa.table(
