@@ -179,6 +179,7 @@ def test_the_map_is_drawn_and_chooses(page: Any) -> None:
         " return n / (d.length / 4); })()"
     )
     assert inked > 0.4
+    assert re.fullmatch(r"steps 1 to \d\d of 41", page.locator("#range").inner_text())
 
 
 @pytest.mark.browser
@@ -215,6 +216,8 @@ def test_a_link_opens_the_same_step_and_print_holds_the_reply(page: Any, report:
     assert "step 1 of 1" in page.locator(".where").text_content()
     page.emulate_media(media="print")
     assert page.locator(".choice").first.is_hidden()
+    # A choice that is not printed is told.
+    assert ": final layer (3)" in page.locator("#panel .paper").inner_text()
     assert len(page.pdf()) > 20_000
     # On paper, how the reply was made is part of it.
     assert page.locator("details[open]").count() == page.locator("details").count() == 2

@@ -186,12 +186,15 @@ function drawEvidence(reply, step) {
   const final = step.attention.at(-1);
   const entry = step.attention.find(([layer]) => layer === at.layer) ?? final;
   const head = make("div", "row");
-  head.append(make("h2", "", "Evidence"));
+  const title = make("h2", "", "Evidence");
+  head.append(title);
+  const named = (layer) => (layer === final[0] ? `final layer (${layer})` : `layer ${layer}`);
   if (step.attention.length > 1) {
+    title.append(make("span", "paper", `: ${named(entry[0])}`));
     const pick = make("select");
     pick.setAttribute("aria-label", "Layer of the evidence");
     for (const [layer] of [...step.attention].reverse()) {
-      const option = make("option", "", layer === final[0] ? `final layer (${layer})` : `layer ${layer}`);
+      const option = make("option", "", named(layer));
       option.value = layer;
       option.selected = layer === entry[0];
       pick.append(option);
@@ -294,7 +297,8 @@ function drawMap() {
   const reply = trace.replies[at.reply];
   if (!reply?.rows) return;
   const width = Math.min(frame.clientWidth, GUTTER + columnWidth * reply.steps.length), height = HEAD + ROW * reply.rows;
-  const scale = window.devicePixelRatio || 1;
+  // Paper has more dots than a screen.
+  const scale = Math.max(window.devicePixelRatio || 1, matchMedia("print").matches ? 4 : 1);
   canvas.width = Math.round(width * scale);
   canvas.height = Math.round(height * scale);
   canvas.style.width = `${width}px`;
@@ -308,6 +312,9 @@ function drawMap() {
   pen.textBaseline = "middle";
   const first = Math.max(0, Math.floor(frame.scrollLeft / columnWidth));
   const last = Math.min(reply.steps.length, Math.ceil((frame.scrollLeft + width) / columnWidth));
+  // Those that are seen whole.
+  const from = Math.ceil(frame.scrollLeft / columnWidth) + 1, to = Math.floor((frame.scrollLeft + width - GUTTER) / columnWidth + 0.01);
+  byId("range").textContent = to - from + 1 < reply.steps.length ? `steps ${from} to ${to} of ${reply.steps.length}` : "";
   for (let n = first; n < last; n += 1) {
     const step = reply.steps[n];
     const x = GUTTER + n * columnWidth - frame.scrollLeft;
