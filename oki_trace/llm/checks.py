@@ -159,12 +159,15 @@ def _difference_with_cache(
 def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     """The rows of ``tap`` when all tokens but the last are in the cache; None without a cache."""
     outputs = model(input_ids=ids[:, :-1], use_cache=True)
-    cache = getattr(outputs, "past_key_values", None)
-    if cache is None:
+    # What it gave it takes back under the same name; since transformers 5.24 that is "cache".
+    names = ("cache", "past_key_values")
+    name = next((name for name in names if getattr(outputs, name, None) is not None), None)
+    if name is None:
         return None
+    cache = getattr(outputs, name)
     give_room(cache)
     with tap.attached(), tap.asking() as arguments:
-        outputs = model(input_ids=ids[:, -1:], past_key_values=cache, **arguments)
+        outputs = model(input_ids=ids[:, -1:], **{name: cache}, **arguments)
         return rows_of(tap.take(outputs))
 
 
