@@ -12,6 +12,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ def _unpack(file: BinaryIO, folder: Path) -> None:
                 raise wrong("the zip holds more files than an export has")
             for member in members:
                 name = _table_name(member)
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise wrong("the zip is packed in another way than deflate")
                 if name not in FILES or (folder / name).exists():
                     raise wrong(f"the zip holds {member.filename[:80]!r}, which is no table")
                 # Not what it says of itself counts, but what comes out.
@@ -156,7 +159,7 @@ def _unpack(file: BinaryIO, folder: Path) -> None:
                         if most < 0:
                             raise wrong("the zip unpacks to far more than an export would")
                         target.write(chunk)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
         raise wrong(f"the zip is damaged or locked ({error})") from error
     except (NotImplementedError, ValueError) as error:
         raise wrong(f"the zip is of an unknown kind ({error})") from error

@@ -285,6 +285,21 @@ def test_a_zip_cannot_name_a_place(name: str, tmp_path: Path, db: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zip"]
 
 
+def test_a_zip_whose_members_are_damaged_is_refused(tmp_path: Path, db: Path) -> None:
+    """The packed data, whose beginning alone says how to read on, and the way it is packed."""
+    whole = packed(tmp_path / "x.zip", {"step.parquet": bytes(range(256)) * 50}).read_bytes()
+    start = 30 + len("step.parquet")
+    (tmp_path / "x.zip").write_bytes(whole[:start] + b"\0\0\0\0" + whole[start + 4 :])
+    refused(tmp_path / "x.zip", db, "damaged or locked")
+    central = whole.rindex(b"PK\x01\x02")
+    for way in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99):
+        data = bytearray(whole)
+        for at in (8, central + 10):
+            struct.pack_into("<H", data, at, way)
+        (tmp_path / "x.zip").write_bytes(data)
+        refused(tmp_path / "x.zip", db, "another way than deflate")
+
+
 def test_zips_of_links_doubles_and_bombs_are_refused(
     tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
