@@ -14,7 +14,7 @@ from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import UsageError
 
-# Worked out from the tensors: their views have no SQL.
+# Their statements read tensors, and their answers say what they stand on.
 HEADS = Question(
     "heads",
     "Heads that look at one thing: the first token, the token before, a part of the prompt.",
@@ -73,9 +73,9 @@ def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int)
         )
     steps = [_step(one) for one in what]
     if steps[0] and steps[1]:
-        return compare.steps_answer(trove.reader, steps[0], steps[1])
+        return compare.steps_answer(trove, steps[0], steps[1])
     if what[0].isdecimal() and what[1].isdecimal():
-        return compare.replies_answer(trove.reader, int(what[0]), int(what[1]))
+        return compare.replies_answer(trove, int(what[0]), int(what[1]))
     return compare.models_answer(trove, what[0], what[1], scope, top)
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from oki_trace.analysis import functions
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import QuestionError
+from oki_trace.store.reader import TraceReader
 
 # Together with Python and Arrow this stays below 1 GB.
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
@@ -43,9 +45,11 @@ class Rows:
 
 
 def connect(
-    files: Mapping[str, Sequence[str]], live: Mapping[str, Any]
+    files: Mapping[str, Sequence[str]], live: Mapping[str, Any], reader: TraceReader
 ) -> duckdb.DuckDBPyConnection:
-    """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; then locked."""
+    """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; our functions,
+    which read tensors through ``reader``; then locked.
+    """
     connection = duckdb.connect(":memory:", config=CONFIG)
     for name in BY_NAME:
         relations = []
@@ -58,6 +62,7 @@ def connect(
             relations.append(connection.table("live_" + name))
         whole = relations[0] if len(relations) == 1 else relations[0].union(relations[1])
         whole.create_view(name)
+    functions.register(connection, reader)
     allowed = sorted({file for those in files.values() for file in those})
     connection.execute("SET allowed_paths = ?", [allowed])
     connection.execute("SET enable_external_access = false")

@@ -7,6 +7,7 @@ store has not changed: a page keeps one open, a command opens one and asks once.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -113,11 +114,13 @@ class Trove:
                 for name in CACHED
             }
             self._files = [file for of_table in files.values() for file in of_table]
-            self._connection = engine.connect(files, live_tables(self.reader))
+            self._connection = engine.connect(files, live_tables(self.reader), self.reader)
+            # Before the program ends: DuckDB complains of functions that outlive it.
+            self._close = weakref.finalize(self, self._connection.close)
             self._stamp = stamp
         return self._connection
 
     def _forget(self) -> None:
         if self._connection is not None:
-            self._connection.close()
+            self._close()
             self._connection = None
