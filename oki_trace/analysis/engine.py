@@ -149,8 +149,12 @@ def told_plainly(seconds: float | None = None) -> Iterator[None]:
             "A file of the cache cannot be read: write it anew with `oki-trace sql --rebuild`."
         ) from error
     except duckdb.Error as error:
+        # What one of our own functions found wrong says all by itself.
+        _, ours, told = str(error).partition("while executing the UDF: ")
+        if ours:
+            raise QuestionError(told.partition(": ")[2]) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[0].partition(": ")[2] or lines[0]
         hint = next((line for line in lines[1:] if line.startswith("Candidate")), "")
-        told = [what.rstrip(".!"), *([hint.rstrip(".")] if hint else [])]
-        raise QuestionError(f"The SQL cannot be answered: {'. '.join(told)}.") from error
+        said = [what.rstrip(".!"), *([hint.rstrip(".")] if hint else [])]
+        raise QuestionError(f"The SQL cannot be answered: {'. '.join(said)}.") from error

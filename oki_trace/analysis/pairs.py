@@ -29,6 +29,8 @@ from oki_trace.store.reader import TraceReader
 Pair = tuple[int, int, int, int]
 # Read together; 16 steps of a vocabulary of 50,000 are 3 MB a side.
 _TOGETHER = 16
+# Each has a connection of its own to the store.
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def apart(reader: TraceReader, pairs: Sequence[Pair]) -> list[Apart | None]:
 
     found: list[Apart | None] = [None] * len(pairs)
     _keep_freed_memory()
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
         for (_, _, those), results in zip(work, pool.map(some, work), strict=True):
             for place, result in zip(those, results, strict=True):
                 found[place] = result

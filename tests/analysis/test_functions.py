@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from oki_trace.analysis import builtin
 from oki_trace.analysis.tables import FUNCTIONS
 from oki_trace.analysis.trove import Trove
+from oki_trace.errors import QuestionError
 from oki_trace.store.writer import TraceWriter
 from tests.analysis import made
 
@@ -134,3 +137,15 @@ def test_each_function_is_told_as_it_is(tmp_path: Path) -> None:
             given = ("1" if kind == "BIGINT" else "'logits'" for kind in function.takes.values())
             found = trove.sql(f"SELECT {function.name}({', '.join(given)})")
             assert found.kinds == (function.gives,)
+
+
+def test_a_damaged_tensor_is_told_in_its_own_words(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    with TraceWriter(path) as writer:
+        a = reply(writer, 0, [" a"])
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE tensor SET data = zeroblob(9) WHERE name = 'logits'")
+    with Trove(path) as trove:
+        for sql in (f"SELECT distance({a}, 0, {a}, 0)", f"SELECT standing({a}, 0, 1)"):
+            with pytest.raises(QuestionError, match=r"^The stored tensor logits is damaged"):
+                trove.sql(sql)
