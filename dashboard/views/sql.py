@@ -47,7 +47,8 @@ def page() -> None:
     st.title("SQL")
     st.write(
         "One SELECT statement, in [DuckDB's SQL](https://duckdb.org/docs/stable/sql/introduction), "
-        "over all that the store holds. It can change nothing, and read nothing but these tables."
+        "over all that the store holds. It can change nothing, and read nothing but these tables "
+        "and, by these functions, the kept tensors."
     )
     if not catching_up.ready():
         return

@@ -25,7 +25,7 @@ HEADS = Question(
 )
 COMPARE = Question(
     "compare",
-    "Two steps (2:5 4:5), two replies (2 4) or two models: how far their distributions are apart.",
+    "Two steps, two replies or two models: how far their distributions are apart.",
     "KL, Jensen-Shannon and total variation from the full logits where both were kept, from the "
     "candidates where not. Only steps after the same words compare the models; later ones "
     "answer different texts.",

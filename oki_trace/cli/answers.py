@@ -35,7 +35,7 @@ def print_questions(*, as_json: bool) -> None:
     for question in builtin.QUESTIONS.values():
         rows.add_row(question.name, ", ".join(question.views), question.meaning)
     console().print(rows)
-    console().print("\nAsk one: oki-trace ask settle --by class")
+    console().print("\nAsk one: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")
 
 
 def print_tables(*, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def print_tables(*, as_json: bool) -> None:
             rows.add_row("  " + column.name, Text(column.kind, style="dim"), column.meaning)
         console().print(Text(one.name, style="bold").append(f": {one.meaning}", style="not bold"))
         console().print(rows)
-    console().print("Functions that read the full tensors; NULL where there are none:\n")
+    console().print("\nFunctions that read the full tensors; NULL where there are none:\n")
     for function in FUNCTIONS:
         told = Text(function.name, style="bold").append(
             f"({', '.join(function.takes)}): {function.meaning}", style="not bold"

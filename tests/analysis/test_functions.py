@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -149,3 +151,19 @@ def test_a_damaged_tensor_is_told_in_its_own_words(tmp_path: Path) -> None:
         for sql in (f"SELECT distance({a}, 0, {a}, 0)", f"SELECT standing({a}, 0, 1)"):
             with pytest.raises(QuestionError, match=r"^The stored tensor logits is damaged"):
                 trove.sql(sql)
+
+
+def test_a_trove_that_is_still_open_lets_the_program_end_quietly(tmp_path: Path) -> None:
+    """As in the explorer, whose caches nobody empties."""
+    path = str(tmp_path / "store.db")
+    with TraceWriter(path) as writer:
+        a = reply(writer, 0, [" a"])
+    program = f"""
+import threading
+from oki_trace.analysis.trove import Trove
+trove = Trove({path!r})
+trove.sql("SELECT distance({a}, 0, {a}, 0)")
+threading.Thread(target=lambda held: threading.Event().wait(), args=(trove,), daemon=True).start()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -115,7 +115,7 @@ def _reply(
     reply = writer.queue_reply(
         conversation, ModelChoice(model), sampling, policy, claim=True, created_at=when
     )
-    writer.start_reply(reply, _start(model, sampling))
+    writer.start_reply(reply, _start(model, sampling, policy))
     placed = [_at(step, index) for index, step in enumerate(steps)]
     for first in range(0, STEPS, 25):
         writer.append(reply, placed[first : first + 25])
@@ -123,7 +123,7 @@ def _reply(
     writer.finish_reply(reply, TurnEnd(Status.COMPLETE, said, "end of turn", 4.0))
 
 
-def _start(model: str, sampling: Sampling) -> TurnStart:
+def _start(model: str, sampling: Sampling, policy: CapturePolicy) -> TurnStart:
     tokens = tuple(_VOCABULARY[i] for i in range(_PROMPT))
     return TurnStart(
         model,
@@ -139,7 +139,7 @@ def _start(model: str, sampling: Sampling) -> TurnStart:
             eos_token_ids=(0,),
         ),
         CaptureReport(
-            policy=_POLICY,
+            policy=policy,
             layers=LAYERS,
             width=576,
             dtype="float32",
