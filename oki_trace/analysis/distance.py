@@ -61,10 +61,12 @@ def between_logits(a: Distribution, b: Distribution) -> Distance:
     kl, kl_back = _dot(a.probs, room), -_dot(b.probs, room)
     np.subtract(a.probs, b.probs, out=room)
     tv = float(np.abs(room, out=room).sum() / 2)
-    own = (_dot(a.probs, a.logs) + _dot(b.probs, b.logs)) / 2
     middle = np.add(a.probs, b.probs, out=room)
     middle /= 2
-    js = own - _dot(middle, np.log(middle))
+    # Half of KL(a ‖ middle) + KL(b ‖ middle), with log b put as log a - log(a / b).
+    to_middle = np.log(middle)
+    np.subtract(a.logs, to_middle, out=to_middle)
+    js = _dot(middle, to_middle) + kl_back / 2
     return Distance(max(0.0, kl), max(0.0, kl_back), max(0.0, js), tv, FULL)
 
 
