@@ -67,14 +67,18 @@ def answer(
 
 
 def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int) -> Answer:
-    if len(what) != 2:
+    steps = [_step(one) for one in what]
+    kinds = {
+        "step" if step else "reply" if one.isdecimal() else "model"
+        for one, step in zip(what, steps, strict=True)
+    }
+    if len(what) != 2 or len(kinds) != 1:
         raise UsageError(
             "compare takes two of a kind: two steps (2:5 4:5), two replies (2 4) or two models."
         )
-    steps = [_step(one) for one in what]
     if steps[0] and steps[1]:
         return compare.steps_answer(trove, steps[0], steps[1])
-    if what[0].isdecimal() and what[1].isdecimal():
+    if kinds == {"reply"}:
         return compare.replies_answer(trove, int(what[0]), int(what[1]))
     return compare.models_answer(trove, what[0], what[1], scope, top)
 

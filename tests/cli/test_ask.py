@@ -97,6 +97,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
         (("ask", "settle", "2"), 2, "takes no 2"),
         (("ask", "compare", "2"), 2, "two of a kind"),
+        (("ask", "compare", "2:5", "2"), 2, "two of a kind"),
         (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
         (("ask", "settle", "--since", "yesterday"), 2, "write 2026-01-31"),
