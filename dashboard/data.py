@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from dashboard.asked import Asked
     from oki_trace.analysis.catch_up import CatchUp
     from oki_trace.analysis.questions import Answer, Question
-    from oki_trace.analysis.tables import Table
+    from oki_trace.analysis.tables import Function, Table
     from oki_trace.analysis.trove import Trove
 
 Progress = Callable[[int, int], None]  # done, of all
@@ -453,6 +453,13 @@ def write_csv(found: Answer, file: TextIO) -> None:
     from oki_trace.analysis.results import write_csv as write
 
     write([column.name for column in found.columns], found.rows, file)
+
+
+def functions() -> Sequence[Function]:
+    """What SQL can ask of the full tensors."""
+    from oki_trace.analysis.tables import FUNCTIONS
+
+    return FUNCTIONS
 
 
 def tables() -> Sequence[Table]:

@@ -77,6 +77,8 @@ def _ordered(rows: Sequence[Json], title: str) -> alt.X:
         # Each has its place, also where there is nothing to draw.
         last = [name for name in names if not name.isdecimal()]
         names = [*map(str, range(max(numbers, default=0) + 1)), *last]
+        # Where it is narrow, the last label has no room.
+        title = f"{title} (last bar: {last[0]})" if last else title
     return alt.X(
         "x:N",
         title=title,

@@ -252,6 +252,9 @@ _SPOKEN = {
     "worst": "at the least certain step",
     "at_last": "settled only in the last layer",
     "held_prob": "held at the layer",
+    "prob": "probability",
+    "prob_there": "probability there",
+    "other_prob": "probability in the second",
 }
 
 

@@ -98,9 +98,6 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
         st.caption(question.reading)
         _table(asked, answer)
     with st.expander("SQL", icon=":material/code:"):
-        if not answer.sql:
-            st.caption("Worked out from the tensors, not in SQL.")
-            return
         st.code(answer.sql, language="sql", wrap_lines=True)
         if st.button("Go on from it in SQL", icon=":material/edit:", key="to-sql"):
             st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})

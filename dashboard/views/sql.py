@@ -47,7 +47,8 @@ def page() -> None:
     st.title("SQL")
     st.write(
         "One SELECT statement, in [DuckDB's SQL](https://duckdb.org/docs/stable/sql/introduction), "
-        "over all that the store holds. It can change nothing, and read nothing but these tables."
+        "over all that the store holds. It can change nothing, and read nothing but these tables "
+        "and, by these functions, the kept tensors."
     )
     if not catching_up.ready():
         return
@@ -72,6 +73,12 @@ def _tables() -> None:
         with st.expander(f"**{table.name}**", expanded=table.name == "step"):
             st.caption(f"A row is {table.meaning}.")
             st.markdown(sql_shapes.column_list(table))
+    st.markdown("#### Functions")
+    for function in data.functions():
+        with st.expander(f"**{function.name}**"):
+            st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
+            st.code(f"{function.name}({', '.join(function.takes)})", language="sql")
+            st.caption(f"Gives `{function.gives}`; NULL where there is nothing to read.")
 
 
 def _editor() -> tuple[Asked, bool]:

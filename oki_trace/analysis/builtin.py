@@ -14,7 +14,7 @@ from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import UsageError
 
-# Worked out from the tensors: their views have no SQL.
+# Their statements read tensors, and their answers say what they stand on.
 HEADS = Question(
     "heads",
     "Heads that look at one thing: the first token, the token before, a part of the prompt.",
@@ -25,7 +25,7 @@ HEADS = Question(
 )
 COMPARE = Question(
     "compare",
-    "Two steps (2:5 4:5), two replies (2 4) or two models: how far their distributions are apart.",
+    "Two steps, two replies or two models: how far their distributions are apart.",
     "KL, Jensen-Shannon and total variation from the full logits where both were kept, from the "
     "candidates where not. Only steps after the same words compare the models; later ones "
     "answer different texts.",
@@ -67,15 +67,19 @@ def answer(
 
 
 def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int) -> Answer:
-    if len(what) != 2:
+    steps = [_step(one) for one in what]
+    kinds = {
+        "step" if step else "reply" if one.isdecimal() else "model"
+        for one, step in zip(what, steps, strict=True)
+    }
+    if len(what) != 2 or len(kinds) != 1:
         raise UsageError(
             "compare takes two of a kind: two steps (2:5 4:5), two replies (2 4) or two models."
         )
-    steps = [_step(one) for one in what]
     if steps[0] and steps[1]:
-        return compare.steps_answer(trove.reader, steps[0], steps[1])
-    if what[0].isdecimal() and what[1].isdecimal():
-        return compare.replies_answer(trove.reader, int(what[0]), int(what[1]))
+        return compare.steps_answer(trove, steps[0], steps[1])
+    if kinds == {"reply"}:
+        return compare.replies_answer(trove, int(what[0]), int(what[1]))
     return compare.models_answer(trove, what[0], what[1], scope, top)
 
 

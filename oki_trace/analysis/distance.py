@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 # What 32-bit probabilities may miss of 1: less than this cannot be told from nothing.
 _ROUNDING = 1e-6
 
+FULL = "full logits"
+
 Probs = NDArray[np.float64]
 
 
@@ -31,36 +33,48 @@ class Distance:
     basis: str
 
 
-def softmax(logits: NDArray[np.generic]) -> Probs:
-    """Probabilities of ``logits`` (vocab,), in double precision; -inf gives 0."""
-    # In place: an array as long as the vocabulary costs more to make than to compute.
-    probs = logits.astype(np.float64)
-    probs -= probs.max()
-    np.exp(probs, out=probs)
-    probs /= probs.sum()
-    return probs
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """Of a next token, from its logits: ``probs`` and their logarithms, (vocab,) each."""
+
+    logs: Probs
+    probs: Probs
 
 
-def between(a: Probs, b: Probs, basis: str = "full logits") -> Distance:
-    """The distance of two distributions over the same tokens, (tokens,) each."""
-    if min(a.min(), b.min()) <= 0:
-        middle = (a + b) / 2
-        js = (_kl(a, middle) + _kl(b, middle)) / 2
-        return Distance(_kl(a, b), _kl(b, a), js, float(np.abs(a - b).sum() / 2), basis)
-    # Nothing is ruled out, as hardly ever in full logits: a logarithm each and dot
-    # products, in one array, since to make one costs more than to compute it.
-    room = np.subtract(a, b)
+def distribution(logits: NDArray[np.generic]) -> Distribution:
+    """The softmax of ``logits`` (vocab,), in double precision; -inf gives 0."""
+    # In place: an array as long as the vocabulary costs as much to make as to compute.
+    logs = logits.astype(np.float64)
+    logs -= logs.max()
+    probs = np.exp(logs)
+    total = probs.sum()
+    probs /= total
+    logs -= np.log(total)
+    return Distribution(logs, probs)
+
+
+def between_logits(a: Distribution, b: Distribution) -> Distance:
+    """The distance of two distributions over the same vocabulary, with one logarithm a token."""
+    if min(a.probs.min(), b.probs.min()) <= 0:
+        return between(a.probs, b.probs)
+    room = np.subtract(a.logs, b.logs)
+    kl, kl_back = _dot(a.probs, room), -_dot(b.probs, room)
+    np.subtract(a.probs, b.probs, out=room)
     tv = float(np.abs(room, out=room).sum() / 2)
-    np.log(a, out=room)
-    own_a, a_under_b = float(a @ room), float(b @ room)
-    np.log(b, out=room)
-    own_b, b_under_a = float(b @ room), float(a @ room)
-    np.add(a, b, out=room)
-    room /= 2
-    js = (own_a + own_b) / 2 - float(room @ np.log(room))
-    return Distance(
-        max(0.0, own_a - b_under_a), max(0.0, own_b - a_under_b), max(0.0, js), tv, basis
-    )
+    middle = np.add(a.probs, b.probs, out=room)
+    middle /= 2
+    # Half of KL(a ‖ middle) + KL(b ‖ middle), with log b put as log a - log(a / b).
+    to_middle = np.log(middle)
+    np.subtract(a.logs, to_middle, out=to_middle)
+    js = _dot(middle, to_middle) + kl_back / 2
+    return Distance(max(0.0, kl), max(0.0, kl_back), max(0.0, js), tv, FULL)
+
+
+def between(a: Probs, b: Probs, basis: str = FULL) -> Distance:
+    """The distance of two distributions over the same tokens, (tokens,) each."""
+    middle = (a + b) / 2
+    js = (_kl(a, middle) + _kl(b, middle)) / 2
+    return Distance(_kl(a, b), _kl(b, a), js, float(np.abs(a - b).sum() / 2), basis)
 
 
 def between_lists(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Distance:
@@ -92,3 +106,9 @@ def _kl(a: Probs, b: Probs) -> float:
     seen = a > 0
     with np.errstate(divide="ignore"):
         return max(0.0, float((a[seen] * np.log(a[seen] / b[seen])).sum()))
+
+
+def _dot(a: Probs, b: Probs) -> float:
+    # Not @: the linear algebra library takes threads of its own for it, which wait for
+    # one another for milliseconds where other programs use the cores.
+    return float(np.einsum("i,i->", a, b))

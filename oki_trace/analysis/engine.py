@@ -15,8 +15,10 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
+from oki_trace.analysis import functions
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import QuestionError
+from oki_trace.store.reader import TraceReader
 
 # Together with Python and Arrow this stays below 1 GB.
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
@@ -43,9 +45,11 @@ class Rows:
 
 
 def connect(
-    files: Mapping[str, Sequence[str]], live: Mapping[str, Any]
+    files: Mapping[str, Sequence[str]], live: Mapping[str, Any], reader: TraceReader
 ) -> duckdb.DuckDBPyConnection:
-    """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; then locked."""
+    """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; our functions,
+    which read tensors through ``reader``; then locked.
+    """
     connection = duckdb.connect(":memory:", config=CONFIG)
     for name in BY_NAME:
         relations = []
@@ -58,6 +62,7 @@ def connect(
             relations.append(connection.table("live_" + name))
         whole = relations[0] if len(relations) == 1 else relations[0].union(relations[1])
         whole.create_view(name)
+    functions.register(connection, reader)
     allowed = sorted({file for those in files.values() for file in those})
     connection.execute("SET allowed_paths = ?", [allowed])
     connection.execute("SET enable_external_access = false")
@@ -144,8 +149,12 @@ def told_plainly(seconds: float | None = None) -> Iterator[None]:
             "A file of the cache cannot be read: write it anew with `oki-trace sql --rebuild`."
         ) from error
     except duckdb.Error as error:
+        # What one of our own functions found wrong says all by itself.
+        _, ours, told = str(error).partition("while executing the UDF: ")
+        if ours:
+            raise QuestionError(told.partition(": ")[2]) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[0].partition(": ")[2] or lines[0]
         hint = next((line for line in lines[1:] if line.startswith("Candidate")), "")
-        told = [what.rstrip(".!"), *([hint.rstrip(".")] if hint else [])]
-        raise QuestionError(f"The SQL cannot be answered: {'. '.join(told)}.") from error
+        said = [what.rstrip(".!"), *([hint.rstrip(".")] if hint else [])]
+        raise QuestionError(f"The SQL cannot be answered: {'. '.join(said)}.") from error

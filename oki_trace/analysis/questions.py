@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from oki_trace.analysis.scope import Scope
@@ -65,13 +66,17 @@ class Answer:
     columns: tuple[Column, ...]
     rows: tuple[tuple[Any, ...], ...]
     picture: Picture
-    sql: str = ""
+    sql: str
     about: str = ""
 
     def column(self, name: str) -> tuple[Any, ...]:
         """The values of one column."""
         at = [column.name for column in self.columns].index(name)
         return tuple(row[at] for row in self.rows)
+
+    def told(self, about: str) -> Answer:
+        """The same, with this line on what it was worked out from."""
+        return replace(self, about=about)
 
 
 def ask(
@@ -103,9 +108,8 @@ def ask(
 
 def standing_alone(sql: str, parameters: Mapping[str, Any]) -> str:
     """``sql`` with its parameters written in, as ``oki-trace sql`` takes it."""
-    for name in sorted(parameters, key=len, reverse=True):
-        sql = sql.replace("$" + name, _literal(parameters[name]))
-    return sql
+    # In one pass: what is written in may look like a parameter.
+    return re.sub(r"\$(\w+)", lambda found: _literal(parameters[found[1]]), sql)
 
 
 def _literal(value: Any) -> str:

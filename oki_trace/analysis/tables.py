@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from oki_trace.analysis.shares import THINGS
+
 Kind = Literal["BIGINT", "INTEGER", "DOUBLE", "FLOAT", "BOOLEAN", "VARCHAR", "TIMESTAMP"]
 
 
@@ -29,6 +31,16 @@ class Table:
     name: str
     meaning: str
     columns: tuple[Column, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """``takes``: its arguments and their types; ``gives``: the type of its value."""
+
+    name: str
+    takes: dict[str, str]
+    gives: str
+    meaning: str
 
 
 def _columns(text: str) -> tuple[Column, ...]:
@@ -204,3 +216,37 @@ segment VARCHAR system, user, assistant or template
 )
 
 BY_NAME = {table.name: table for table in TABLES}
+
+_AT_STEP = {"message_id": "BIGINT", "step_index": "BIGINT"}
+
+# They read the full tensors, which no table holds. What is not there gives NULL.
+FUNCTIONS: tuple[Function, ...] = (
+    Function(
+        "distance",
+        {**_AT_STEP, "other_message_id": "BIGINT", "other_step_index": "BIGINT"},
+        "STRUCT(kl DOUBLE, kl_back DOUBLE, js DOUBLE, tv DOUBLE, shared INTEGER, "
+        "top_rank INTEGER, basis VARCHAR)",
+        "how far two steps' distributions are apart: from the full logits where both kept them, "
+        "from the candidates where not, as basis says",
+    ),
+    Function(
+        "standing",
+        {**_AT_STEP, "token_id": "BIGINT"},
+        "STRUCT(prob DOUBLE, rank INTEGER)",
+        "any token's probability and rank at a step, from the full logits",
+    ),
+    Function(
+        "head_shares",
+        _AT_STEP,
+        "STRUCT(layer INTEGER, head INTEGER, shares DOUBLE[], focus DOUBLE)[]",
+        "what each head gives to "
+        + ", ".join(f"{i} {thing}" for i, thing in enumerate(THINGS, start=1))
+        + "; focus is its largest weight",
+    ),
+    Function(
+        "keeps",
+        {"message_id": "BIGINT", "tensor": "VARCHAR"},
+        "BOOLEAN",
+        "whether a reply kept its full logits, hidden_states or attentions",
+    ),
+)

@@ -7,6 +7,7 @@ store has not changed: a page keeps one open, a command opens one and asks once.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +35,10 @@ class Trove:
         self.reader = TraceReader(db)
         self._cache = Cache(db)
         self._progress = progress
-        self._connection: duckdb.DuckDBPyConnection | None = None
+        # One, or none. Let go of before the program ends, whoever still holds the trove:
+        # DuckDB complains of what outlives it.
+        self._open: list[duckdb.DuckDBPyConnection] = []
+        weakref.finalize(self, _close, self._open)
         self._files: list[str] = []
         self._stamp = ""
         self._one_at_a_time = threading.RLock()
@@ -105,7 +109,7 @@ class Trove:
     def _current(self) -> duckdb.DuckDBPyConnection:
         """The connection, in step with the store."""
         stamp = self.reader.stamp()
-        if self._connection is None or self._stamp != stamp:
+        if not self._open or self._stamp != stamp:
             self._forget()
             manifest = self._cache.sync(self.reader, self._progress)
             files = {
@@ -113,11 +117,14 @@ class Trove:
                 for name in CACHED
             }
             self._files = [file for of_table in files.values() for file in of_table]
-            self._connection = engine.connect(files, live_tables(self.reader))
+            self._open.append(engine.connect(files, live_tables(self.reader), self.reader))
             self._stamp = stamp
-        return self._connection
+        return self._open[0]
 
     def _forget(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        _close(self._open)
+
+
+def _close(connections: list[duckdb.DuckDBPyConnection]) -> None:
+    while connections:
+        connections.pop().close()

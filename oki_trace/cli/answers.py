@@ -12,7 +12,7 @@ from rich.text import Text
 from oki_trace.analysis import builtin, results
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.questions import Answer, Column
-from oki_trace.analysis.tables import TABLES
+from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.cli.output import complain, console, inert, print_json, table, token
 from oki_trace.errors import ExchangeError
 
@@ -35,11 +35,11 @@ def print_questions(*, as_json: bool) -> None:
     for question in builtin.QUESTIONS.values():
         rows.add_row(question.name, ", ".join(question.views), question.meaning)
     console().print(rows)
-    console().print("\nAsk one: oki-trace ask settle --by class")
+    console().print("\nAsk one: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")
 
 
 def print_tables(*, as_json: bool) -> None:
-    """The tables and columns that SQL can use."""
+    """The tables, columns and functions that SQL can use; as JSON the tables alone."""
     if as_json:
         print_json(
             {
@@ -60,6 +60,13 @@ def print_tables(*, as_json: bool) -> None:
             rows.add_row("  " + column.name, Text(column.kind, style="dim"), column.meaning)
         console().print(Text(one.name, style="bold").append(f": {one.meaning}", style="not bold"))
         console().print(rows)
+    console().print("\nFunctions that read the full tensors; NULL where there are none:\n")
+    for function in FUNCTIONS:
+        told = Text(function.name, style="bold").append(
+            f"({', '.join(function.takes)}): {function.meaning}", style="not bold"
+        )
+        console().print(told, soft_wrap=True)
+        console().print(Text("  " + function.gives, style="dim"), soft_wrap=True)
 
 
 def print_answer(answer: Answer, format: str) -> None:

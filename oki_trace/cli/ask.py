@@ -121,7 +121,7 @@ def ask(
             **{name: value for name, value in given.items() if value is not None},
         )
     if show_sql:
-        print(found.sql or "This question is worked out from the tensors, not in SQL.")
+        print(found.sql)
     else:
         answers.print_answer(found, format)
 

@@ -144,7 +144,7 @@ def tensor_record(row: Row[Any]) -> Tensor:
     return decode(
         EncodedTensor(
             **{
-                **row._asdict(),
+                **{name: getattr(row, name) for name in EncodedTensor.__dataclass_fields__},
                 "shape": tuple(row.shape),
                 "layers": tuple(row.layers),
                 "data": bytes(row.data),

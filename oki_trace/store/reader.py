@@ -356,6 +356,20 @@ class TraceReader:
         for index in found:
             yield index, self.tensor(message_id, index, name)
 
+    def tensors(self, message_id: int, name: str, steps: Sequence[int]) -> dict[int, Tensor]:
+        """Those of these steps that have it, by step_index, checked: one query, all in memory."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(models.Step.step_index, *TENSOR_COLUMNS)
+                .join(models.Step, models.Step.id == models.Tensor.step_id)
+                .where(
+                    models.Step.message_id == message_id,
+                    models.Step.step_index.in_(steps),
+                    models.Tensor.name == name,
+                )
+            ).all()
+        return {row.step_index: tensor_record(row) for row in rows}
+
     def tensor(self, message_id: int, step_index: int, name: str) -> Tensor:
         """One full tensor, checked; no other blob is touched."""
         with self._read() as connection:

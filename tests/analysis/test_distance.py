@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oki_trace.analysis.distance import between, between_lists, softmax
+from oki_trace.analysis.distance import (
+    Distribution,
+    between,
+    between_lists,
+    between_logits,
+    distribution,
+)
 
 LOGITS = st.lists(st.floats(-12, 12), min_size=6, max_size=6)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return distribution(logits).probs
 
 
 def listed(probs: np.ndarray, k: int) -> dict[int, float]:
@@ -26,6 +36,25 @@ def test_what_holds_for_any_two(a: list[float], b: list[float]) -> None:
     assert one.kl >= 2 * one.tv**2 - 1e-9  # Pinsker's inequality
     same = between(p, p)
     assert (same.kl, same.js, same.tv) == (0, 0, 0)
+
+
+@given(LOGITS, LOGITS)
+def test_from_logits_it_is_the_same(a: list[float], b: list[float]) -> None:
+    p, q = distribution(np.array(a)), distribution(np.array(b))
+    plain, found = between(p.probs, q.probs), between_logits(p, q)
+    assert found.basis == "full logits"
+    for name in ("kl", "kl_back", "js", "tv"):
+        assert getattr(found, name) == pytest.approx(getattr(plain, name), abs=1e-12)
+
+
+def test_from_logits_that_rule_tokens_out() -> None:
+    def of(*logits: float) -> Distribution:
+        return distribution(np.array(logits))
+
+    found = between_logits(of(0.0, -np.inf), of(-np.inf, 0.0))
+    assert (found.kl, found.tv) == (np.inf, 1.0) and found.js == pytest.approx(np.log(2))
+    # Too small for a number, yet not ruled out.
+    assert between_logits(of(0.0, -800.0), of(0.0, -800.0)).kl == 0
 
 
 @given(LOGITS, LOGITS)

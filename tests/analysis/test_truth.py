@@ -125,10 +125,9 @@ def facts(traced: str, smollm2: tuple[Any, Any]) -> list[Facts]:
 def ask(trove: Trove, name: str, view: str | None = None, **given: Any) -> list[dict[str, Any]]:
     """The rows of an answer; its SQL, which stands alone, gives the same ones."""
     answer = builtin.answer(trove, name, view=view, **given)
-    if answer.sql:
-        again = trove.sql(answer.sql)
-        assert len(again.rows) == len(answer.rows)
-        assert again.columns == tuple(column.name for column in answer.columns)
+    again = trove.sql(answer.sql)
+    assert len(again.rows) == len(answer.rows)
+    assert again.columns == tuple(column.name for column in answer.columns)
     names = [column.name for column in answer.columns]
     return [dict(zip(names, row, strict=True)) for row in answer.rows]
 
@@ -305,6 +304,7 @@ def test_looked(trove: Trove, facts: list[Facts]) -> None:
 
 def test_heads(trove: Trove, facts: list[Facts]) -> None:
     answer = builtin.answer(trove, "heads", sample=1000, top=1000)
+    assert len(ask(trove, "heads", sample=1000, top=1000)) == len(answer.rows)
     names = [column.name for column in answer.columns]
     assert f"{len(facts)} of {len(facts)} steps" in answer.about
     kinds = []
@@ -343,7 +343,9 @@ def test_heads(trove: Trove, facts: list[Facts]) -> None:
 
 def test_compare_steps(trove: Trove, facts: list[Facts]) -> None:
     a, b = facts[6], facts[-1]
-    answer = builtin.answer(trove, "compare", (f"{a.message}:{a.index}", f"{b.message}:{b.index}"))
+    what = f"{a.message}:{a.index}", f"{b.message}:{b.index}"
+    answer = builtin.answer(trove, "compare", what)
+    assert len(ask(trove, "compare", what=what)) == len(answer.rows)
     p, q = a.probs, b.probs
     m = (p + q) / 2
     kl = float((p * np.log(p / q)).sum())
@@ -371,12 +373,18 @@ def test_compare_replies(trove: Trove, facts: list[Facts]) -> None:
     )
     assert answer.about.startswith(f"{alike} tokens alike.")
     assert answer.column("same_before").count("yes") == alike + 1
-    for row, f, g in zip(answer.rows, one, two, strict=False):
-        assert row[-1] == "full logits"
-        same(row[-2], np.abs(f.probs - g.probs).sum() / 2)
-        if row[0] <= alike:
+    rows = ask(trove, "compare", what=(str(greedy), str(drawn)))
+    assert len(rows) == min(len(one), len(two))
+    for row, f, g in zip(rows, one, two, strict=False):
+        assert row["basis"] == "full logits"
+        same(row["tv"], np.abs(f.probs - g.probs).sum() / 2)
+        same(row["kl"], (f.probs * np.log(f.probs / g.probs)).sum())
+        same(row["kl_back"], (g.probs * np.log(g.probs / f.probs)).sum())
+        assert row["top_rank"] == 1 + (g.probs > g.probs[f.probs.argmax()]).sum()
+        assert row["shared"] == len(set(np.argsort(-f.probs)[:10]) & set(np.argsort(-g.probs)[:10]))
+        if row["step"] <= alike:
             # The same model after the same words.
-            assert row[-2] == pytest.approx(0.0, abs=1e-5)
+            assert row["tv"] == pytest.approx(0.0, abs=1e-5)
 
 
 def test_again(trove: Trove, facts: list[Facts]) -> None:

@@ -2,9 +2,12 @@
 
 For each size a store is built in FOLDER through the public writer (or found
 there from an earlier run), the cache is written anew, and every view of every
-question that is SQL is asked over everything and over one conversation: the
-median of five. A process of its own each, so that its peak memory is its own.
-Prints Markdown.
+question is asked over everything and over one conversation: the median of
+five. A process of its own each, so that its peak memory is its own. Prints
+Markdown; one size alone prints JSON, and ``report FILE…`` makes a table of such.
+
+``bench_questions.py FOLDER tensors`` measures the questions that read full
+tensors, on 4,000 steps that have them: two models that never part.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from oki_trace.analysis.trove import Trove
 from oki_trace.store.writer import TraceWriter
 
 TIMES = 5
+PROMPTS = 20
 # What a token of SmolLM2 takes, traced, on the two cores of the README's figures.
 TOKEN_MS = 1000 / 22.3
 
@@ -51,12 +55,19 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
         conversation = trove.ask("SELECT median(conversation_id)::BIGINT FROM message").rows[0][0]
         times = {
             f"{question.name} --by {view}": [
-                asked(trove, question.name, view, scope)
+                asked(trove, question.name, view, scope=scope)
                 for scope in (Scope(), Scope(conversation=conversation))
             ]
             for question in builtin.QUESTIONS.values()
             for view in question.views
         }
+        two = trove.ask(
+            f"SELECT id FROM message WHERE role = 'assistant' AND conversation_id = {conversation}"
+        ).rows
+        times["compare"] = [
+            asked(trove, "compare", what=("smollm2", "other/model")),
+            asked(trove, "compare", what=tuple(str(row[0]) for row in two)),
+        ]
     files = list(folder_of(str(path)).rglob("*.parquet"))
     return {
         "steps": steps,
@@ -72,12 +83,39 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def asked(trove: Trove, name: str, view: str, scope: Scope) -> float:
+def measure_tensors(path: Path) -> dict[str, float]:
+    """Milliseconds for what reads full tensors, and the peak memory."""
+    if not path.exists():
+        with TraceWriter(path) as writer:
+            synthetic.fill_pairs(writer, PROMPTS)
+    with Trove(path) as trove:
+        trove.rebuild()
+        a, b = (
+            trove.ask(f"SELECT min(id) FROM message WHERE model_id = '{model}'").rows[0][0]
+            for model in ("smollm2", "other/model")
+        )
+        found = {
+            "two steps": asked(trove, "compare", what=(f"{a}:50", f"{b}:50")),
+            "two replies, 100 steps": asked(trove, "compare", what=(str(a), str(b))),
+            **{
+                f"two models, {prompts * 100:,} steps": asked(
+                    trove, "compare", what=("smollm2", "other/model"), top=prompts
+                )
+                for prompts in (5, 20)
+            },
+            "heads, 64 steps": asked(trove, "heads"),
+            "heads, 640 steps": asked(trove, "heads", sample=640),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    return {**found, "peak memory, MB": peak}
+
+
+def asked(trove: Trove, name: str, view: str | None = None, **given: Any) -> float:
     """The median time of a question, in milliseconds."""
     taken = []
     for _ in range(TIMES):
         began = time.perf_counter()
-        builtin.answer(trove, name, view=view, scope=scope)
+        builtin.answer(trove, name, view=view, **given)
         taken.append((time.perf_counter() - began) * 1000)
     return statistics.median(taken)
 
@@ -98,7 +136,13 @@ def report(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    if sys.argv[1] == "report":
+        print(report([json.loads(Path(name).read_text()) for name in sys.argv[2:]]))
+        return
     folder = Path(sys.argv[1])
+    if sys.argv[2] == "tensors":
+        print(json.dumps(measure_tensors(folder / "tensors.db"), indent=2))
+        return
     sizes = [int(size) for size in sys.argv[2:]]
     if len(sizes) == 1:
         print(json.dumps(measure(folder / f"{sizes[0]}.db", sizes[0])))

@@ -29,6 +29,7 @@ from oki_trace.records import (
     Segment,
     Status,
     Step,
+    Tensor,
     TurnEnd,
     TurnStart,
 )
@@ -42,6 +43,8 @@ _QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name th
 _BEGAN = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
 _POLICY = CapturePolicy(tensors="none")
 _PROMPT = 60
+_HEADS = 9
+_VOCAB = 49_152
 _SEGMENTS: tuple[Segment, ...] = (
     ("template",) * 4 + ("system",) * 16 + ("template",) * 4 + ("user",) * 32 + ("template",) * 4
 )
@@ -66,15 +69,53 @@ def fill(writer: TraceWriter, steps: int, *, seed: int = 0) -> None:
             )
 
 
+def fill_pairs(writer: TraceWriter, prompts: int, *, seed: int = 0) -> None:
+    """Add ``prompts`` prompts, put to both models, which never part; with full logits and
+    attention, as 16-bit floats. The second's logits are the first's with some noise.
+    """
+    rng = np.random.default_rng(seed)
+    pool = [_step(rng) for _ in range(STEPS)]
+    logits = [rng.gumbel(size=_VOCAB).astype(np.float32) * 2 for _ in range(STEPS // 4)]
+    for number in range(prompts):
+        order = rng.permutation(STEPS)
+        for model in range(2):
+            conversation = writer.create_conversation(f"prompt {number}")
+            writer.add_message(conversation, ChatMessage(Role.USER, f"question {number}"))
+            steps = []
+            for index, place in enumerate(order.tolist()):
+                noise = rng.normal(size=_VOCAB).astype(np.float32) * 0.1 * model
+                weights = rng.dirichlet(np.full(_PROMPT + index, 0.1), size=(LAYERS, _HEADS))
+                steps.append(
+                    dataclasses.replace(
+                        pool[place],
+                        tensors=(
+                            Tensor("logits", logits[place % len(logits)] + noise, "float32"),
+                            Tensor(
+                                "attentions",
+                                weights.astype(np.float32),
+                                "float32",
+                                tuple(range(1, LAYERS + 1)),
+                            ),
+                        ),
+                    )
+                )
+            _reply(writer, conversation, model, _BEGAN, steps, CapturePolicy(tensors="half"))
+
+
 def _reply(
-    writer: TraceWriter, conversation: int, number: int, when: dt.datetime, steps: list[Step]
+    writer: TraceWriter,
+    conversation: int,
+    number: int,
+    when: dt.datetime,
+    steps: list[Step],
+    policy: CapturePolicy = _POLICY,
 ) -> None:
     model = ("smollm2", "other/model")[number % 2]
     sampling = Sampling(temperature=(None, 0.7)[number % 2], seed=number % 5)
     reply = writer.queue_reply(
-        conversation, ModelChoice(model), sampling, _POLICY, claim=True, created_at=when
+        conversation, ModelChoice(model), sampling, policy, claim=True, created_at=when
     )
-    writer.start_reply(reply, _start(model, sampling))
+    writer.start_reply(reply, _start(model, sampling, policy))
     placed = [_at(step, index) for index, step in enumerate(steps)]
     for first in range(0, STEPS, 25):
         writer.append(reply, placed[first : first + 25])
@@ -82,7 +123,7 @@ def _reply(
     writer.finish_reply(reply, TurnEnd(Status.COMPLETE, said, "end of turn", 4.0))
 
 
-def _start(model: str, sampling: Sampling) -> TurnStart:
+def _start(model: str, sampling: Sampling, policy: CapturePolicy) -> TurnStart:
     tokens = tuple(_VOCABULARY[i] for i in range(_PROMPT))
     return TurnStart(
         model,
@@ -98,7 +139,7 @@ def _start(model: str, sampling: Sampling) -> TurnStart:
             eos_token_ids=(0,),
         ),
         CaptureReport(
-            policy=_POLICY,
+            policy=policy,
             layers=LAYERS,
             width=576,
             dtype="float32",

@@ -61,6 +61,21 @@ def test_two_steps_and_two_replies(oki: Oki, demo: Demo) -> None:
     assert "tokens alike" in oki("ask", "compare", "2", "4", "--db", demo.db).out
 
 
+@pytest.mark.parametrize("asked", [("heads",), ("compare", "2:5", "4:0"), ("compare", "2", "4")])
+def test_what_reads_tensors_has_its_sql_too(oki: Oki, demo: Demo, asked: tuple[str, ...]) -> None:
+    sql = oki("ask", *asked, "--sql", "--db", demo.db).out
+    ours = json.loads(oki("ask", *asked, "--json", "--db", demo.db).out)["rows"]
+    assert ours
+    theirs = json.loads(oki("sql", sql, "--json", "--db", demo.db).out)
+    assert [[*row] for row in theirs] == [[*row] for row in ours]
+    for one, other in zip(theirs, ours, strict=True):
+        for name, value in one.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(other[name])
+            else:
+                assert value == other[name]
+
+
 def test_filters(oki: Oki, demo: Demo) -> None:
     def steps(*options: object) -> int:
         rows = json.loads(oki("ask", "settle", "--json", "--db", demo.db, *options).out)["rows"]
@@ -83,6 +98,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
         (("ask", "settle", "2"), 2, "takes no 2"),
         (("ask", "compare", "2"), 2, "two of a kind"),
+        (("ask", "compare", "2:5", "2"), 2, "two of a kind"),
         (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
         (("ask", "settle", "--since", "yesterday"), 2, "write 2026-01-31"),

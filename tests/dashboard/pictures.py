@@ -46,6 +46,7 @@ def take(to: Path) -> None:
                 for name, query, mark, scheme in (
                     ("chat-light", f"?{PARIS}", ".root.lens tr", "light"),
                     ("map-dark", f"map?{PARIS}", ".root.map canvas", "dark"),
+                    ("questions-light", "questions?question=settle", "svg.marks", "light"),
                 ):
                     page = browser.new_page(
                         viewport={"width": WIDTH, "height": HEIGHT},

@@ -104,7 +104,7 @@ def test_every_question_stands_in_one_group_and_every_view_has_a_picture() -> No
 def answer(name: str, view: str, rows: list[tuple[Any, ...]]) -> Answer:
     columns = QUESTIONS[name].views[view].columns
     assert all(len(row) == len(columns) for row in rows)
-    return Answer(name, view, columns, tuple(rows), Picture("", ()))
+    return Answer(name, view, columns, tuple(rows), Picture("", ()), "SELECT 1")
 
 
 SETTLED = answer(
