@@ -22,7 +22,7 @@ from oki_trace.llm.anatomy import input_device
 from oki_trace.llm.attention import Seen
 from oki_trace.llm.generation import arguments_of, stop_reason
 from oki_trace.llm.probe import Probe
-from oki_trace.llm.room import give_room
+from oki_trace.llm.room import CACHE_NAMES, give_room
 from oki_trace.llm.sampling import Choice, choose
 from oki_trace.records import Generation
 
@@ -120,7 +120,8 @@ def _loop(
                     outputs = model(**{**inputs, **arguments}, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             if step_index == 0:
-                give_room(model_kwargs.get("past_key_values"))
+                for name in CACHE_NAMES:
+                    give_room(model_kwargs.get(name))
             logits = outputs.logits[0, -1].clone()
             attention = probe.take_attention(outputs)
             # Before the processors: there are some that run the model once more.

@@ -60,6 +60,10 @@ class RoomyLayer(DynamicLayer):
         setattr(self.keys, _STAYS, True)
 
 
+# Under which a model hands its cache out and takes it back; the first since transformers 5.24.
+CACHE_NAMES = ("cache", "past_key_values")
+
+
 def give_room(cache: Any) -> None:
     """From now on let the plain layers of a dynamic cache grow in place.
 
