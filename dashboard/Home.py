@@ -31,7 +31,7 @@ look.warn_of_strangers()
 data.open_store()
 
 pages = {
-    "chat": st.Page(chat.page, title="Chat", icon=":material/chat:", url_path="chat", default=True),
+    "chat": st.Page(chat.page, title="Chat", icon=":material/chat:", default=True),
     "map": st.Page(reply_map.page, title="Reply map", icon=":material/grid_on:", url_path="map"),
     "conversations": st.Page(
         conversations.page,
@@ -49,4 +49,6 @@ pages = {
     "store": st.Page(store.page, title="Store", icon=":material/database:", url_path="store"),
 }
 st.session_state["pages"] = pages
-st.navigation(list(pages.values())).run()
+# The first page has no path of its own; who types the one that the others suggest finds it too.
+typed = st.Page(chat.typed, title="Chat", url_path="chat", visibility="hidden")
+st.navigation([*pages.values(), typed]).run()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import address, attention_shapes, charts, components, data, lens_shapes, shapes
+from dashboard.views import pictured
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
 Focus = tuple[Message, list[StepSummary], int]
@@ -94,7 +95,8 @@ def _evidence(
 ) -> None:
     prompt = data.prompt(message)
     if step.evidence is None or prompt is None:
-        st.markdown("#### Evidence")
+        with st.container(key="evidence-head"):
+            st.markdown("#### Evidence", width="content")
         st.caption(shapes.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     count = data.head_count(message, step.step_index)
@@ -243,7 +245,9 @@ def _curves(step: Step) -> None:
             label_visibility="collapsed",
         )
     if curve == "entropy and KL":
-        st.altair_chart(charts.by_layer(lens_shapes.by_layer(step.lens)), key="by_layer")
+        found = lens_shapes.by_layer(step.lens)
+        name = f"layers-step-{step.step_index + 1}"
+        pictured.chart(charts.by_layer(found), found, "by_layer", name)
         st.caption(
             "In nats. KL is how far the final distribution is from what the layer would have said."
         )
@@ -258,9 +262,8 @@ def _curves(step: Step) -> None:
         accept_new_options=True,
     )
     rows = lens_shapes.curves(step, step.lens, pinned)
-    st.altair_chart(
-        charts.trajectories(rows, "rank" if curve == "rank" else "prob"), key="trajectory"
-    )
+    drawn = charts.trajectories(rows, "rank" if curve == "rank" else "prob")
+    pictured.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
     k = step.lens.probs.shape[1]
     st.caption(
         f"The chosen token is known at every layer; of others the {k} likeliest of each layer "
