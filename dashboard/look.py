@@ -13,7 +13,7 @@ _STYLE = """
 <style>
   :root { --oki-back: BACK; --oki-line: LINE; --oki-side: clamp(1rem, 3vw, 2.6rem); }
   .block-container { padding: 2.6rem var(--oki-side) 1rem; max-width: 1700px; }
-  .block-container h4 { font-size: 1.12rem; padding: 0.7rem 0 0.1rem; }
+  .block-container h4 { font-size: 1.12rem; padding: 0.8rem 0 0.5rem; }
   /* With the sidebar shut the header is no longer empty: nothing may lie below it. */
   [data-testid="stApp"]:has([data-testid="stExpandSidebarButton"]) .block-container {
     padding-top: 4.4rem;
@@ -38,7 +38,6 @@ _STYLE = """
     background: linear-gradient(transparent, var(--oki-back) 0.5rem);
   }
   .st-key-welcome .st-key-say { position: static; }
-  .st-key-welcome { margin: min(9vh, 6rem) auto 0; }
   @media (max-width: 1150px) {
     /* One column: the conversation and the map, and the step as a sheet over their foot. */
     .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel) {
@@ -75,8 +74,8 @@ _STYLE = """
   .st-key-recent button div, .st-key-asks button div { justify-content: flex-start; min-width: 0; }
   .st-key-model-card { gap: 0.35rem; padding: 0.6rem 0.8rem; }
   .st-key-model-card [data-testid="stHorizontalBlock"] { gap: 0.3rem; }
-  .st-key-model-card p { margin: 0; }
   .st-key-model-card [data-testid="stCaptionContainer"] { margin-bottom: 0; }
+  .st-key-model-card [data-testid="stCaptionContainer"] p { margin: 0; }
   .st-key-model-card p { overflow-wrap: anywhere; }
   @media (max-width: 1000px) {
     .st-key-compare-choice > div { flex: 1 1 100%; }

@@ -80,13 +80,14 @@ export default function ({ data, parentElement, setTriggerValue }) {
   fold.classList.add("fold");
   const told = () => {
     const folded = page.classList.contains("oki-folded");
-    fold.textContent = folded ? "▴" : "▾";
+    fold.textContent = folded ? "more" : "less";
     fold.title = folded ? "Show all of this step" : "Show less of this step";
     fold.setAttribute("aria-label", fold.title);
     fold.setAttribute("aria-expanded", String(!folded));
   };
   told();
-  where.append(make("span", "grow", data.where), back, on, copy, fold);
+  const within = (root.getRootNode().host ?? root).closest(".st-key-panel");
+  where.append(make("span", "grow", data.where), back, on, copy, ...(within ? [fold] : []));
   const what = make("div", "what", data.what);
   what.setAttribute("role", "heading");
   what.setAttribute("aria-level", "2");

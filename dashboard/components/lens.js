@@ -117,7 +117,7 @@ function draw(cell) {
   node.setAttribute("aria-label", [cell.title.split("\n")[0], cell.chosen && "the chosen token",
     cell.pinned && "pinned"].filter(Boolean).join(", "));
   const pair = make("div", "pair");
-  pair.append(make("span", "name mono", cell.text), make("span", "num", cell.shown));
+  pair.append(make("span", "name mono", short(cell.text)), make("span", "num", cell.shown));
   node.append(pair);
   return node;
 }

@@ -64,7 +64,7 @@ function lensModel(data, state) {
       const settled = item(make("span", "box"), "settled");
       const worded = Math.round(Math.exp(worst)).toLocaleString("en");
       return {
-        agreement: () => [item("the final token, prob 0", look.bar("accent"), "1"),
+        agreement: () => [item("final token, prob 0", look.bar("accent"), "1"),
           item("another 0", look.bar("blue"), "1"), settled],
         probability: () => [item("probability 0", look.bar("blue"), "1"), settled],
         entropy: () => [item("entropy 0", look.bar("blue"), `${most.toFixed(1)} nats`), settled],

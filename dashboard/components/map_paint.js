@@ -156,8 +156,7 @@ function paint(pen, view) {
 // As much of the text as there is room for; the hover has all of it.
 function fit(pen, text, room) {
   if (room === undefined || pen.measureText(text).width <= room) return text;
-  // Of a character told by its number, the number alone.
-  text = text.replace(/<U\+0*([0-9A-F]+)>/g, "U+$1");
+  text = short(text);
   if (pen.measureText(text).width <= room) return text;
   // Where there is hardly room for a letter, none is given to marks.
   const dots = room < 40 ? "" : "…";

@@ -82,7 +82,7 @@ def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
         info = reader.info()
         replies = [m for c in reader.conversations(limit=99) for m in reader.messages(c.id)]
     assert tiles(app)["Conversations"] == f"{info.conversations:,}"
-    assert tiles(app)["A token"] == store_shapes.size(info.bytes_per_token)
+    assert tiles(app)["Per token"] == store_shapes.size(info.bytes_per_token)
     failed = sum(m.status is Status.FAILED for m in replies)
     assert f"{failed} failed" in health(app)["Replies"]
     assert health(app)["Schema"].startswith(info.schema)
