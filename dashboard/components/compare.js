@@ -1,5 +1,6 @@
 // Two replies side by side. A click on a token chooses it and what lies beside it; as a link, opened
-// in another tab, it leads to its step.
+// in another tab, it leads to its step. Of each reply one token is a stop of the Tab key: the chosen
+// one, or the first; left and right lead on from it.
 // data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
 // empty}], chosen: pair or null}. Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
@@ -26,6 +27,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
       node.classList.toggle("chosen", chosen);
       if (chosen) node.setAttribute("aria-current", "true");
       else node.removeAttribute("aria-current");
+      node.tabIndex = -1;
+    }
+    for (const side of root.querySelectorAll(".text")) {
+      const stop = side.querySelector(".chosen") ?? side.querySelector(".token");
+      if (stop) stop.tabIndex = 0;
     }
   };
   mark(data.chosen);
@@ -35,6 +41,13 @@ export default function ({ data, parentElement, setTriggerValue }) {
     event.preventDefault();
     mark(token.dataset.pair);
     setTriggerValue("pick", Number(token.dataset.pair));
+  };
+  root.onkeydown = (event) => {
+    const token = event.target.closest(".token");
+    const to = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
+    if (!token || !to || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    token[to]?.focus();
   };
   root.onmouseover = beside;
   root.onmouseleave = beside;

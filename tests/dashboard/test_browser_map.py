@@ -150,6 +150,9 @@ def test_what_is_shown_can_be_saved(told: Explorer, browse: Browse, stories: Sto
     assert len(evidence) == step.position
     weights = [float(row["weight"]) for row in evidence if row["weight"]]
     assert sum(weights) == pytest.approx(1)
+    most = next(row for row in evidence if row["weight"] and float(row["weight"]) == max(weights))
+    words = page.locator(".root.evidence #most-attended")
+    expect(words).to_contain_text(f"at position {most['position']}, {max(weights):.3f};")
     cells = rows(saved(page, "Save layers-message"))
     assert len(cells) == len(steps) * len(lens)
     assert [c["top_token"] for c in cells[: len(lens)]] == _tops(steps[0])
