@@ -5,6 +5,9 @@
 // empty}], chosen: pair or null}. Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
+  // Drawn anew, the token that had the keys has them still.
+  const held = root.getRootNode().activeElement;
+  const at = held && root.contains(held) ? [...root.querySelectorAll(".token")].indexOf(held) : -1;
   root.replaceChildren(...data.sides.map((side, number) => {
     const node = make("div", "side");
     const text = make("div", "text", side.empty);
@@ -35,6 +38,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     }
   };
   mark(data.chosen);
+  if (at >= 0) root.querySelectorAll(".token")[at]?.focus({ preventScroll: true });
   root.onclick = (event) => {
     const token = event.target.closest(".token");
     if (!token || event.ctrlKey || event.metaKey || event.shiftKey) return;
