@@ -44,11 +44,6 @@ def page() -> None:
     sidebar.recent_conversations(place.conversation)
 
 
-def typed() -> None:
-    """The page at the path ``chat``, which is the first page's by name alone."""
-    page()
-
-
 def _input(settings: sidebar.Settings | None, conversation: int | None, *, live: bool) -> None:
     # Inside a container: at the page's root it would pin the page to its end.
     with st.container(key="say"):

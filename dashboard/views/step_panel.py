@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, attention_shapes, charts, components, data, lens_shapes, shapes
-from dashboard.views import pictured
+from dashboard import address, attention_shapes, components, data, lens_shapes, shapes
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
 Focus = tuple[Message, list[StepSummary], int]
@@ -233,6 +232,10 @@ def _pin() -> None:
 
 
 def _curves(step: Step) -> None:
+    # A chat that has no charts yet does not wait for the libraries that draw them.
+    from dashboard import charts
+    from dashboard.views import pictured
+
     assert step.lens is not None
     with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
         st.markdown("#### Through the layers", width="content")

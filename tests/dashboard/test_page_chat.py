@@ -291,7 +291,10 @@ def test_pages_load_neither_torch_nor_transformers() -> None:
     """So that they come up at once, also on a machine without a model library."""
     code = (
         "import sys\n"
-        "from dashboard import data, charts, components\n"
+        "from dashboard import components, data\n"
+        "from dashboard.views import chat\n"
+        "assert not {'altair', 'pandas'} & set(sys.modules), 'before there is a chart'\n"
+        "from dashboard import charts\n"
         "from dashboard.views import chat, compare, conversations, reply_map, store\n"
         "heavy = {'torch', 'transformers', 'accelerate', 'bitsandbytes', 'duckdb'}\n"
         "print(sorted(heavy & set(sys.modules)))"
