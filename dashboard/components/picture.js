@@ -1,5 +1,5 @@
-// Saves a chart of the page as a picture, and what it was drawn from. It is drawn as SVG by the chart itself, in the page's
-// own elements; here it is only given a ground, and a font where ours is not there.
+// Saves a chart of the page as a picture, and the rows it was drawn from. The chart itself draws it
+// as SVG, in the page's own elements; here it is only given a ground, and a font where ours is not.
 // data: {within: class of the element around the chart, name: of the file, rows: [[..]],
 // the first of them the names of the columns; without them the page offers the rows elsewhere}
 export default function ({ data, parentElement }) {

@@ -141,6 +141,12 @@ def _pictures(asked: Asked, answer: Answer) -> None:
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
             st.caption(shapes.plain(model))
+        if number:  # the first one's stands above
+            name = f"{answer.question}-{answer.view}-{number + 1}"
+            components.picture(
+                data={"within": f"st-key-picture-{number}", "name": name},
+                key=f"save-picture-{number}",
+            )
         with st.container(key=f"picture-{number}"):
             _chart(asked, answer, drawing, part, places, number)
     if any(notes):

@@ -82,7 +82,7 @@ def test_the_map_is_walked_with_the_keys(told: Explorer, browse: Browse, stories
     frame(page).focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    spoken = page.locator(".root.map .spoken")
+    spoken = page.locator(".root.map [aria-live]")
     expect(spoken).to_contain_text("layer 29, step 3")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
