@@ -46,7 +46,7 @@ def show(conversation_id: int) -> None:
     capture = found[0].capture if found else None
     if found is None or step is None or capture is None:
         head(shapes.NO_STEP)
-        st.caption("A token's step shows here.")
+        st.caption("When there is a reply, the step of one of its tokens shows here.")
         return
     message, steps, index = found
     head(
