@@ -65,7 +65,7 @@ def test_hostile_text_is_text(told: Explorer, browse: Browse, stories: Stories, 
 def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) -> None:
     page = browse(told.url)
     buttons = page.locator(".st-key-recent button")
-    buttons.first.wait_for()
+    expect(buttons.locator("p")).to_have_count(8)
     # Joiners are not seen: they may keep Markdown from reading its own marks.
     shown = {text.replace("\u2060", "") for text in buttons.locator("p").all_text_contents()}
     for text in HOSTILE[:4]:
