@@ -10,7 +10,7 @@ from pathlib import PurePath
 import pandas as pd
 import streamlit as st
 
-from dashboard import data, question_shapes, shapes
+from dashboard import data, shapes
 from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
@@ -110,9 +110,11 @@ def _page_number(pages: int) -> int:
 
 def _csv(search: str, by: ConversationFilter, total: int) -> str:
     """All that are found, in words that a spreadsheet takes for no formula."""
+    from oki_trace.analysis.results import for_a_spreadsheet
+
     frame = _frame(data.find(search, by, total, 0))
     for name in ("title", "model"):
-        frame[name] = frame[name].map(question_shapes.for_a_spreadsheet)
+        frame[name] = frame[name].map(for_a_spreadsheet)
     return str(frame.to_csv(index=False))
 
 
