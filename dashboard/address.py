@@ -6,6 +6,7 @@ the browser's back button works.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import streamlit as st
@@ -36,6 +37,20 @@ def here() -> Place:
 def go(place: Place) -> None:
     """Write ``place`` into the address."""
     st.query_params.from_dict(place.query())
+
+
+def keep(page: str, own: Collection[str]) -> None:
+    """Remember the address of a page whose parameters are ``own``, or put it back.
+
+    Leaving for another page leaves an entry in the browser's history that has this
+    page's path and the other's parameters. Who comes back to it finds what was here.
+    """
+    now = st.query_params.to_dict()
+    kept = f"address-of-{page}"
+    if now.keys() <= set(own):
+        st.session_state[kept] = now
+    else:
+        st.query_params.from_dict(st.session_state.get(kept, {}))
 
 
 def _number(name: str) -> int | None:

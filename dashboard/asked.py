@@ -98,6 +98,10 @@ class Asked:
         return Asked(question, "", **{name: getattr(self, name) for name in _SCOPE})
 
 
+# What the page's address may hold.
+PARAMETERS = frozenset(field.name for field in fields(Asked))
+
+
 def views(question: Question) -> tuple[str, ...]:
     """The ways to ask it; none to choose from when empty."""
     return KINDS if question.name == "compare" else tuple(question.views)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import altair as alt
 import pandas as pd
@@ -10,6 +12,9 @@ import pandas as pd
 from dashboard.shapes import Json
 
 HEIGHT = 270
+QUARTERS = [0, 0.25, 0.5, 0.75, 1]
+# Streamlit sets legends far from their charts.
+LEGEND: dict[str, Any] = {"orient": "top", "symbolType": "circle", "padding": 0, "offset": 8}
 
 
 def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
@@ -29,7 +34,7 @@ def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
             sort=names,
             scale=alt.Scale(domain=names),
             title=None,
-            legend=alt.Legend(orient="top", labelLimit=170, columns=3, symbolType="circle"),
+            legend=alt.Legend(**LEGEND, labelLimit=170, columns=3),
         ),
         tooltip=[
             alt.Tooltip("token:N"),
@@ -41,7 +46,7 @@ def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
     line: alt.Chart = base.mark_line(
         point=alt.OverlayMarkDef(size=26, filled=True), strokeWidth=2, clip=False
     )
-    return line.properties(height=HEIGHT)
+    return _drawn(line, HEIGHT)
 
 
 def by_layer(rows: Sequence[Json]) -> alt.Chart:
@@ -62,7 +67,7 @@ def by_layer(rows: Sequence[Json]) -> alt.Chart:
             sort=list(names.values()),
             scale=alt.Scale(domain=list(names.values())),
             title=None,
-            legend=alt.Legend(orient="top", labelLimit=170, symbolType="circle"),
+            legend=alt.Legend(**LEGEND, labelLimit=170),
         ),
         tooltip=[
             alt.Tooltip("what:N", title="measure"),
@@ -71,7 +76,7 @@ def by_layer(rows: Sequence[Json]) -> alt.Chart:
         ],
     )
     line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
-    return line.properties(height=HEIGHT)
+    return _drawn(line, HEIGHT)
 
 
 def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
@@ -101,10 +106,15 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
         "token:N",
         title=None,
         scale=_SAMENESS,
-        legend=alt.Legend(orient="top", symbolType="circle", symbolOpacity=1),
+        legend=alt.Legend(**LEGEND, symbolOpacity=1),
     )
     may = base.mark_bar(size=size, opacity=0.3).encode(
-        y=alt.Y("low:Q", title="total variation", scale=scale, axis=alt.Axis(tickCount=5)),
+        y=alt.Y(
+            "low:Q",
+            title="total variation",
+            scale=scale,
+            axis=alt.Axis(values=[0, 0.25, 0.5, 0.75, 1]),
+        ),
         y2="high:Q",
         color=colour,
     )
@@ -115,25 +125,7 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
         parts.append(
             mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
         )
-    return alt.LayerChart(layer=parts).properties(height=220)
-
-
-def room(rows: Sequence[Json]) -> alt.LayerChart:
-    """What takes the room of a store: a bar a kind, with its size."""
-    base = alt.Chart(pd.DataFrame(rows)).encode(
-        x=alt.X("share:Q", axis=None, scale=alt.Scale(domain=[0, 1.12])),
-        y=alt.Y("what:N", sort=None, title=None, axis=alt.Axis(domain=False, ticks=False)),
-        tooltip=[
-            alt.Tooltip("what:N", title="kind"),
-            alt.Tooltip("size:N"),
-            alt.Tooltip("share:Q", format=".1%", title="of all"),
-            alt.Tooltip("meaning:N"),
-        ],
-    )
-    bars = base.mark_bar(size=16, cornerRadiusEnd=3).encode(color=_kinds(legend=False))
-    # The theme's gray is told apart from the page in the light and in the dark.
-    sizes = base.mark_text(align="left", dx=6, color="gray").encode(text="size:N")
-    return alt.LayerChart(layer=[bars, sizes]).properties(height=30 * len(rows) + 12)
+    return _drawn(alt.LayerChart(layer=parts), 240)
 
 
 def growth(rows: Sequence[Json]) -> alt.Chart:
@@ -145,9 +137,20 @@ def growth(rows: Sequence[Json]) -> alt.Chart:
         alt.Chart(frame)
         .mark_area(interpolate="step-after", line=True, opacity=0.75)
         .encode(
-            x=alt.X("when:T", title=None, axis=alt.Axis(grid=False, tickCount=8, labelFlush=True)),
+            x=alt.X(
+                "when:T",
+                title=None,
+                axis=alt.Axis(
+                    grid=False, tickCount=6, labelFlush=True, format=_moments(frame["when"])
+                ),
+            ),
             y=alt.Y("amount:Q", stack=True, title=unit, axis=alt.Axis(tickCount=5)),
-            color=_kinds(),
+            color=alt.Color(
+                "what:N",
+                title=None,
+                scale=alt.Scale(domain=["full tensors", "rows"]),
+                legend=alt.Legend(**LEGEND),
+            ),
             tooltip=[
                 alt.Tooltip("when:T", format="%Y-%m-%d %H:%M", title="up to"),
                 alt.Tooltip("what:N", title="kind"),
@@ -157,7 +160,7 @@ def growth(rows: Sequence[Json]) -> alt.Chart:
             ],
         )
     )
-    return chart.properties(height=240)
+    return _drawn(chart, HEIGHT)
 
 
 def _unit(most: float) -> tuple[float, str]:
@@ -168,19 +171,27 @@ def _unit(most: float) -> tuple[float, str]:
     return 1.0, "B"
 
 
-def _kinds(*, legend: bool = True) -> alt.Color:
-    """The kinds of what a store holds, each of the same colour in every picture."""
-    names = ["full tensors", "rows"]
-    return alt.Color(
-        "what:N",
-        title=None,
-        scale=alt.Scale(domain=[*names, "free", "log"]),
-        legend=alt.Legend(orient="top", symbolType="circle", values=names) if legend else None,
-    )
+def _moments(when: pd.Series[Any]) -> str:
+    """How times are told on an axis: as finely as the span of them needs, and no finer."""
+    span = when.max() - when.min()
+    if span < dt.timedelta(minutes=5):
+        return "%H:%M:%S"
+    if span < dt.timedelta(days=1):
+        return "%H:%M"
+    return "%b %d, %H:%M" if span < dt.timedelta(days=4) else "%b %d"
+
+
+Drawn = TypeVar("Drawn", alt.Chart, alt.LayerChart)
+
+
+def _drawn(chart: Drawn, height: int) -> Drawn:
+    """So high, and as SVG, which stays sharp and can be saved."""
+    found: Drawn = chart.properties(height=height, usermeta={"embedOptions": {"renderer": "svg"}})
+    return found
 
 
 # In the order of the theme's categories: the accent is what differs.
-_SAMENESS = alt.Scale(domain=["another", "the same"])
+_SAMENESS = alt.Scale(domain=["different tokens", "the same token"])
 
 
 def _layers() -> alt.X:

@@ -81,6 +81,16 @@ def divergence(pairs: Sequence[Pair]) -> int | None:
     return next((n for n, pair in enumerate(pairs) if not pair.same), None)
 
 
+def first_to_see(pairs: Sequence[Pair]) -> int | None:
+    """Where to look first: where they part, or the place nearest to it where both have a step.
+
+    What follows comes before what precedes. None when there is no such place.
+    """
+    at = divergence(pairs) or 0
+    both = [n for n, pair in enumerate(pairs) if pair.left is not None and pair.right is not None]
+    return next((n for n in both if n >= at), both[-1] if both else None)
+
+
 # ----------------------------------------------------------------------- distances
 
 
@@ -223,7 +233,7 @@ def rows(
             "high": distance.high,
             "left": clipped(visible(left[pair.left].token)),
             "right": clipped(visible(right[pair.right].token)),
-            "token": "the same" if pair.same else "another",
+            "token": "the same token" if pair.same else "different tokens",
         }
         for number, (pair, distance) in enumerate(zip(pairs, found, strict=True))
         if distance is not None and pair.left is not None and pair.right is not None

@@ -11,8 +11,9 @@ from oki_trace.launcher import is_loopback
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
-  :root { --oki-back: BACK; --oki-line: LINE; }
-  .block-container { padding: 2.6rem clamp(1rem, 3vw, 2.6rem) 1rem; max-width: 1700px; }
+  :root { --oki-back: BACK; --oki-line: LINE; --oki-side: clamp(1rem, 3vw, 2.6rem); }
+  .block-container { padding: 2.6rem var(--oki-side) 1rem; max-width: 1700px; }
+  .block-container h4 { font-size: 1.12rem; padding: 0.8rem 0 0.5rem; }
   /* With the sidebar shut the header is no longer empty: nothing may lie below it. */
   [data-testid="stApp"]:has([data-testid="stExpandSidebarButton"]) .block-container {
     padding-top: 4.4rem;
@@ -48,7 +49,13 @@ _STYLE = """
     [data-testid="stColumn"]:has(.st-key-panel) {
       position: sticky; bottom: 0; z-index: 4; max-height: 46vh; overflow-y: auto;
       background: var(--oki-back); border-top: 1px solid var(--oki-line);
-      box-shadow: 0 -8px 24px #00000014; padding: 0.8rem 0 0.6rem;
+      box-shadow: 0 -10px 20px -8px #00000026; padding: 0.8rem var(--oki-side) 0.6rem;
+      margin: 0 calc(-1 * var(--oki-side)); box-sizing: content-box;
+      width: 100% !important;
+    }
+    /* Let down to the token and its numbers. */
+    .oki-folded [data-testid="stColumn"]:has(.st-key-panel) {
+      max-height: 6.6rem; overflow: hidden;
     }
   }
   @media (min-width: 1151px) {
@@ -65,10 +72,13 @@ _STYLE = """
     overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   }
   .st-key-recent button div, .st-key-asks button div { justify-content: flex-start; min-width: 0; }
-  .st-key-model-card { gap: 0.1rem; padding: 0.6rem 0.8rem; }
+  .st-key-model-card { gap: 0.35rem; padding: 0.6rem 0.8rem; }
+  .st-key-model-card [data-testid="stHorizontalBlock"] { gap: 0.3rem; }
   .st-key-model-card [data-testid="stCaptionContainer"] { margin-bottom: 0; }
+  .st-key-model-card [data-testid="stCaptionContainer"] p { margin: 0; }
   .st-key-model-card p { overflow-wrap: anywhere; }
   @media (max-width: 1000px) {
+    .st-key-compare-choice > div { flex: 1 1 100%; }
     .st-key-two-steps [data-testid="stHorizontalBlock"] { flex-direction: column; }
     .st-key-two-steps [data-testid="stColumn"] { width: 100% !important; }
   }

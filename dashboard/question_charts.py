@@ -84,7 +84,12 @@ def _ordered(rows: Sequence[Json], title: str) -> alt.X:
         title=title,
         sort=names,
         scale=alt.Scale(domain=names, paddingInner=0.15),
-        axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=False, ticks=False),
+        axis=alt.Axis(
+            labelAngle=0,
+            labelOverlap="greedy",
+            grid=False,
+            ticks=False,
+        ),
     )
 
 
@@ -187,6 +192,7 @@ def _lines(
         rows = _by_model(rows, drawing)
         drawing = Drawing("lines", drawing.x, drawing.y[:1])
     names = _kinds(rows)
+    rows = [{**row, "numbered": row["x"] != NEVER} for row in rows]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=_ordered(rows, _along(drawing)),
         y=_value(answer, drawing, rows, alt.Y, stack=False),
@@ -199,7 +205,8 @@ def _lines(
         scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]),
         legend=alt.Legend(orient="top", title=None) if len(names) > 1 else None,
     )
-    line = base.mark_line(strokeWidth=2)
+    # No line leads from a number to what is none.
+    line = base.mark_line(strokeWidth=2).encode(detail="numbered:N")
     points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
     return alt.LayerChart(layer=[line, points]).properties(height=HEIGHT)
 

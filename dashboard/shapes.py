@@ -10,12 +10,21 @@ a token stands alone, and as it is where it is part of a running text.
 from __future__ import annotations
 
 import codecs
+import datetime as dt
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
-from oki_trace.records import CaptureReport, Generation, Message, Step, StepSummary
+from oki_trace.records import (
+    CapturePolicy,
+    CaptureReport,
+    Generation,
+    Message,
+    Sampling,
+    Step,
+    StepSummary,
+)
 from oki_trace.visible import visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
@@ -215,6 +224,16 @@ def decision(step: Step, generation: Generation | None) -> str:
     return f"{told} The reply was {replaced}." if replaced else told
 
 
+def sheet(rows: Sequence[Json]) -> list[list[Any]]:
+    """``rows`` as a sheet: the names of the columns, then their values; times as ISO 8601."""
+    if not rows:
+        return []
+    values = [
+        [v.isoformat() if isinstance(v, dt.datetime) else v for v in row.values()] for row in rows
+    ]
+    return [list(rows[0]), *values]
+
+
 def counted(number: int, noun: str) -> str:
     """``1 reply``, ``2,000 replies``."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
@@ -246,6 +265,16 @@ def model_line(capture: CaptureReport) -> str:
     """A model as it was loaded, in a line."""
     precision = capture.quantization or capture.dtype
     return f"{precision} · {capture.device} · {capture.layers} layers × {capture.width:,} wide"
+
+
+def settings_line(sampling: Sampling, policy: CapturePolicy, system: str | None) -> str:
+    """What a message is sent with, in a line."""
+    how = "greedy" if sampling.temperature is None else f"temperature {sampling.temperature:g}"
+    parts = [how, f"up to {sampling.max_new_tokens:,} tokens"]
+    parts.append("no full tensors" if policy.tensors == "none" else f"{policy.tensors} tensors")
+    if system:
+        parts.append("a system message")
+    return " · ".join(parts)
 
 
 def check(largest: float) -> str:

@@ -22,6 +22,8 @@ MEANINGS = {
     LOG: "The write-ahead log: repeats some of the data until it is folded in",
     FREE: "Left by what was deleted: used again, or given back by a vacuum",
 }
+# The same colours as in the picture of the growth.
+TONES = {TENSORS: "accent", ROWS: "blue", LOG: "gray", FREE: "gray"}
 
 
 def size(count: float) -> str:
@@ -49,14 +51,14 @@ def tiles(info: StoreInfo) -> list[tuple[str, str, str]]:
     )
     return [
         ("On disk", size(info.bytes), "All the store's files, the log and free room too"),
-        ("A token", a_token, detail),
+        ("Per token", a_token, detail),
         ("Conversations", f"{info.conversations:,}", f"With {counted(info.messages, 'message')}"),
         ("Tokens", f"{info.steps:,}", "Generated and traced: one step each"),
     ]
 
 
-def room(info: StoreInfo) -> list[Json]:
-    """What takes the room on disk, a row a kind; what takes none is left out."""
+def room(info: StoreInfo) -> Json:
+    """What takes the room on disk, a bar a kind; what takes none is left out."""
     parts = (
         (TENSORS, info.tensor_bytes),
         (ROWS, info.row_bytes),
@@ -64,18 +66,19 @@ def room(info: StoreInfo) -> list[Json]:
         (FREE, info.free_bytes),
     )
     total = sum(count for _, count in parts) or 1
-    return [
+    rows = [
         {
             "what": name,
             "bytes": count,
             "size": size(count),
             "share": count / total,
-            "order": order,
+            "tone": TONES[name],
             "meaning": MEANINGS[name],
         }
-        for order, (name, count) in enumerate(parts)
+        for name, count in parts
         if count
     ]
+    return {"label": "What takes the room", "name": "store-room", "rows": rows}
 
 
 def growth(sizes: Sequence[ReplySize], row_bytes_per_token: float) -> list[Json]:
@@ -116,7 +119,7 @@ def health(info: StoreInfo, statuses: Mapping[Status, int], worker: WorkerState 
         ("Model's process", state),
         ("Free room", f"{size(info.free_bytes)} in the file, {size(info.log_bytes)} in its log"),
     )
-    return table_data("How the store is", (Column(""), Column("")), rows)
+    return table_data("How the store is", (Column(""), Column("")), rows, name="store-health")
 
 
 def plan_rows(plan: PrunePlan) -> list[Json]:

@@ -1,8 +1,9 @@
 """The explorer's own elements, drawn in the browser.
 
-Each is one JavaScript file that gets plain data and writes it with
-``textContent`` alone: what a model wrote can be no markup here. A click comes
-back as a trigger. They follow the theme through Streamlit's CSS variables.
+Each is a JavaScript file, some with parts in files beside it, that gets plain
+data and writes it with ``textContent`` alone: what a model wrote can be no
+markup here. A click comes back as a trigger. They follow the theme through
+Streamlit's CSS variables.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import streamlit as st
 _FOLDER = Path(__file__).parent
 
 
-def _component(name: str) -> Callable[..., Any]:
+def _component(name: str, *parts: str) -> Callable[..., Any]:
+    """The element ``name``; ``parts`` are files that its script is made of besides."""
+
     def read(file: str) -> str:
         return (_FOLDER / file).read_text(encoding="utf-8")
 
@@ -24,7 +27,7 @@ def _component(name: str) -> Callable[..., Any]:
         f"oki_trace_{name}",
         html=f'<div class="root {name}"></div>',
         css=read("shared.css") + read(f"{name}.css"),
-        js=read("shared.js") + read(f"{name}.js"),
+        js="".join(read(f"{part}.js") for part in ("shared", *parts, name)),
     )
 
 
@@ -35,7 +38,8 @@ bars = _component("bars")
 evidence = _component("evidence")
 lens = _component("lens")
 changes = _component("changes")
-reply_map = _component("map")
+reply_map = _component("map", "map_cells", "map_paint", "map_save")
 compare = _component("compare")
 table = _component("table")
 picture = _component("picture")
+amounts = _component("amounts")

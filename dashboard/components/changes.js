@@ -37,7 +37,7 @@ function draw(change, name) {
   node.style.setProperty("--v", Math.abs(change.delta));
   node.title = change.title;
   const pair = make("div", "pair");
-  pair.append(make("span", "name mono", change.text), make("span", "num", change.shown));
+  pair.append(make("span", "name mono", short(change.text)), make("span", "num", change.shown));
   node.append(pair);
   return node;
 }

@@ -1,9 +1,13 @@
 // Two replies side by side. A click on a token chooses it and what lies beside it; as a link, opened
-// in another tab, it leads to its step.
+// in another tab, it leads to its step. Of each reply one token is a stop of the Tab key: the chosen
+// one, or the first; left and right lead on from it.
 // data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
 // empty}], chosen: pair or null}. Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
+  // Drawn anew, the token that had the keys has them still.
+  const held = root.getRootNode().activeElement;
+  const at = held && root.contains(held) ? [...root.querySelectorAll(".token")].indexOf(held) : -1;
   root.replaceChildren(...data.sides.map((side, number) => {
     const node = make("div", "side");
     const text = make("div", "text", side.empty);
@@ -26,15 +30,28 @@ export default function ({ data, parentElement, setTriggerValue }) {
       node.classList.toggle("chosen", chosen);
       if (chosen) node.setAttribute("aria-current", "true");
       else node.removeAttribute("aria-current");
+      node.tabIndex = -1;
+    }
+    for (const side of root.querySelectorAll(".text")) {
+      const stop = side.querySelector(".chosen") ?? side.querySelector(".token");
+      if (stop) stop.tabIndex = 0;
     }
   };
   mark(data.chosen);
+  if (at >= 0) root.querySelectorAll(".token")[at]?.focus({ preventScroll: true });
   root.onclick = (event) => {
     const token = event.target.closest(".token");
     if (!token || event.ctrlKey || event.metaKey || event.shiftKey) return;
     event.preventDefault();
     mark(token.dataset.pair);
     setTriggerValue("pick", Number(token.dataset.pair));
+  };
+  root.onkeydown = (event) => {
+    const token = event.target.closest(".token");
+    const to = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
+    if (!token || !to || event.altKey || event.ctrlKey || event.metaKey) return;
+    event.preventDefault();
+    token[to]?.focus();
   };
   root.onmouseover = beside;
   root.onmouseleave = beside;

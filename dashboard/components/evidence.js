@@ -23,7 +23,14 @@ export default function ({ data, parentElement }) {
     nodes.push(node);
   });
   text.append(...nodes);
-  root.replaceChildren(head, text);
+  // What the shades tell, in words.
+  const most = data.pieces.map((piece, at) => ({ ...piece, at })).filter((piece) => piece.weight)
+    .sort((a, b) => b.weight - a.weight).slice(0, 5)
+    .map((piece) => `${piece.text.trim() || "blank"} at position ${piece.at}, ${figure(piece.weight, 3)}`);
+  const spoken = make("div", "spoken", `Most attended: ${most.join("; ") || "nothing is shown"}.`);
+  spoken.id = "most-attended";
+  text.setAttribute("aria-describedby", spoken.id);
+  root.replaceChildren(head, text, spoken);
   // A long prompt is scrolled to where the model looked most.
   const strongest = data.pieces.findIndex((piece) => piece.value === 1);
   const piece = text.querySelectorAll(".piece")[strongest];

@@ -71,7 +71,23 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const on = button("→", "Next token (right key)", () => walk(1));
   back.disabled = data.step === 0;
   on.disabled = data.step + 1 >= data.total;
-  where.append(make("span", "grow", data.where), back, on, copy);
+  // On a narrow page the panel is a sheet over the foot of it, which can be let down.
+  const page = document.documentElement;
+  const fold = button("", "", () => {
+    page.classList.toggle("oki-folded");
+    told();
+  });
+  fold.classList.add("fold");
+  const told = () => {
+    const folded = page.classList.contains("oki-folded");
+    fold.textContent = folded ? "more" : "less";
+    fold.title = folded ? "Show all of this step" : "Show less of this step";
+    fold.setAttribute("aria-label", fold.title);
+    fold.setAttribute("aria-expanded", String(!folded));
+  };
+  told();
+  const within = (root.getRootNode().host ?? root).closest(".st-key-panel");
+  where.append(make("span", "grow", data.where), back, on, copy, ...(within ? [fold] : []));
   const what = make("div", "what", data.what);
   what.setAttribute("role", "heading");
   what.setAttribute("aria-level", "2");
@@ -96,5 +112,5 @@ function typing(event) {
   const at = event.composedPath()[0];
   return at instanceof HTMLElement && (at.isContentEditable ||
     /^(INPUT|TEXTAREA|SELECT)$/.test(at.tagName) ||
-    /^(slider|radio|tab|grid|option)$/.test(at.getAttribute("role") ?? "") && !at.closest(".reply"));
+    /^(slider|radio|tab|grid|gridcell|option)$/.test(at.getAttribute("role") ?? "") && !at.closest(".reply"));
 }

@@ -1,6 +1,7 @@
 // What each layer would have said, the last layer on top.
 // data: {rows: [{layer, cells: [{text, label, prob, shown, chosen, pinned, title}], rank, settled,
 // title}], pins: whether a token can be pinned, step}. Triggers: pin = a token's label.
+// The cells are one stop of the Tab key; the arrows, Home and End lead from cell to cell.
 const CELL = 118; // px: narrower, and a token and its number are no longer read
 
 export default function ({ data, parentElement, setTriggerValue }) {
@@ -12,7 +13,10 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const width = Math.min(kept, Math.max(3, room));
     if (width === root.shows) return;
     root.shows = width;
+    // Drawn anew, the cell that had the keys has them still.
+    const held = root.getRootNode().activeElement?.closest?.("[data-label]");
     root.replaceChildren(heading(data, kept), table(data, width));
+    enter(root, root.at ?? [0, 0], Boolean(held && root.isConnected));
   };
   lay();
   root.sizes?.disconnect();
@@ -20,18 +24,43 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.sizes.observe(root);
   root.classList.toggle("pins", data.pins);
   root.onclick = (event) => {
-    if (!data.pins) return;
-    const cell = event.target.closest("[data-label]");
-    if (cell) setTriggerValue("pin", cell.dataset.label);
-  };
-  root.onkeydown = (event) => {
-    if (event.key !== "Enter" && event.key !== " ") return;
     const cell = event.target.closest("[data-label]");
     if (!cell) return;
+    enter(root, spot(cell), false);
+    if (data.pins) setTriggerValue("pin", cell.dataset.label);
+  };
+  root.onkeydown = (event) => {
+    const cell = event.target.closest("[data-label]");
+    if (!cell || event.altKey || event.ctrlKey || event.metaKey) return;
+    const [row, column] = spot(cell);
+    const last = [data.rows.length - 1, root.shows - 1];
+    const to = {
+      ArrowUp: [row - 1, column], ArrowDown: [row + 1, column],
+      ArrowLeft: [row, column - 1], ArrowRight: [row, column + 1],
+      Home: event.shiftKey ? [0, 0] : [row, 0], End: event.shiftKey ? last : [row, last[1]],
+    }[event.key];
+    if (to) enter(root, to.map((at, k) => Math.max(0, Math.min(last[k], at))), true);
+    else if (event.key === "Enter" || event.key === " ") cell.click();
+    else return;
     event.preventDefault();
-    cell.click();
+    event.stopPropagation(); // left and right are not for the reply here
   };
   return () => root.sizes.disconnect();
+}
+
+// The row and the column of a cell, and the one cell that the Tab key leads to.
+function spot(cell) {
+  return [cell.parentElement.sectionRowIndex, cell.cellIndex - 1];
+}
+
+function enter(root, [row, column], focus) {
+  const cells = root.querySelector("tbody")?.rows[row]?.querySelectorAll("[data-label]");
+  const cell = cells?.[Math.min(column, cells.length - 1)] ?? root.querySelector("[data-label]");
+  if (!cell) return;
+  for (const other of root.querySelectorAll('[data-label][tabindex="0"]')) other.tabIndex = -1;
+  cell.tabIndex = 0;
+  root.at = spot(cell);
+  if (focus) cell.focus();
 }
 
 function heading(data, kept) {
@@ -39,7 +68,7 @@ function heading(data, kept) {
   const names = ["layer", "chosen_rank", "settled"];
   for (let k = 1; k <= kept; k += 1) names.push(`token_${k}`, `prob_${k}`);
   head.append(make("span", "grow",
-    `darker is more probable${data.pins ? "; click a token to pin it" : ""}`),
+    `the stronger the colour, the more probable${data.pins ? "; click a token to pin it" : ""}`),
     csvButton(`lens-step-${data.step + 1}`, () => [names, ...data.rows.map((r) => [
       r.layer, r.rank, Number(r.settled), ...r.cells.flatMap((c) => [c.text, c.prob])])]));
   return head;
@@ -47,7 +76,9 @@ function heading(data, kept) {
 
 function table(data, width) {
   const made = make("table");
-  made.setAttribute("aria-label", "Logit Lens: what each layer would have said");
+  made.setAttribute("role", "grid");
+  made.setAttribute("aria-label", "Logit Lens: what each layer would have said. Arrow keys lead " +
+    `from token to token${data.pins ? ", Enter pins one" : ""}.`);
   const columns = make("colgroup");
   columns.append(make("col", "layer"));
   for (let k = 0; k < width; k += 1) columns.append(make("col"));
@@ -64,7 +95,9 @@ function table(data, width) {
   for (const entry of data.rows) {
     const row = make("tr", entry.settled ? "settled" : "");
     row.title = entry.title;
-    row.append(make("td", "num dim", String(entry.layer)));
+    const layer = make("td", "num dim", String(entry.layer));
+    layer.setAttribute("role", "rowheader");
+    row.append(layer);
     for (const cell of entry.cells.slice(0, width)) row.append(draw(cell));
     row.append(make("td", "num dim", `#${entry.rank.toLocaleString("en")}`));
     body.append(row);
@@ -79,8 +112,12 @@ function draw(cell) {
   node.style.setProperty("--v", cell.prob ?? 0);
   node.title = cell.title;
   node.dataset.label = cell.label;
+  node.tabIndex = -1;
+  node.setAttribute("role", "gridcell");
+  node.setAttribute("aria-label", [cell.title.split("\n")[0], cell.chosen && "the chosen token",
+    cell.pinned && "pinned"].filter(Boolean).join(", "));
   const pair = make("div", "pair");
-  pair.append(make("span", "name mono", cell.text), make("span", "num", cell.shown));
+  pair.append(make("span", "name mono", short(cell.text)), make("span", "num", cell.shown));
   node.append(pair);
   return node;
 }

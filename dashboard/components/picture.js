@@ -1,6 +1,7 @@
-// Saves a chart of the page as a picture. It is drawn as SVG by the chart itself, in the page's
-// own elements; here it is only given a ground, and a font where ours is not there.
-// data: {within: class of the element around the chart, name: of the file}
+// Saves a chart of the page as a picture, and the rows it was drawn from. The chart itself draws it
+// as SVG, in the page's own elements; here it is only given a ground, and a font where ours is not.
+// data: {within: class of the element around the chart, name: of the file, rows: [[..]],
+// the first of them the names of the columns; without them the page offers the rows elsewhere}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const chart = () => document.querySelector(`.${CSS.escape(data.within)} svg.marks`);
@@ -22,6 +23,7 @@ export default function ({ data, parentElement }) {
     return { text: new XMLSerializer().serializeToString(copy), width, height };
   };
   root.replaceChildren(
+    ...(data.rows ? [csvButton(data.name, () => data.rows)] : []),
     button("PNG", `Save ${data.name} as PNG`, () => {
       const picture = whole();
       if (picture) png(picture, (blob) => save(`${data.name}.png`, "image/png", [blob]));

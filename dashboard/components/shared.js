@@ -14,6 +14,11 @@ function figure(value, digits) {
   return value.toFixed(digits);
 }
 
+// A token in little room: of a character that is told by its number, the number alone.
+function short(text) {
+  return text.replace(/<U\+0*([0-9A-F]+)>/g, "U+$1");
+}
+
 // Which step this window looks at: one for all elements, so that a click in one shows in all at
 // once. "pick": someone chose a step. "shown": the panel shows it. "news": a live reply has grown.
 const place = (window.okiTrace ??= Object.assign(new EventTarget(), {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboard import data, shapes
+from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 
 # Less is not noticed; more is told of, and drawn as it goes.
@@ -14,7 +15,9 @@ WAIT_S = 0.5
 def ready() -> bool:
     """Whether questions can be asked now. If not, the page says why, or how far it is."""
     if not any(c.tokens for c in data.recent(50)):
-        _first_trace()
+        beginning.first_trace(
+            "There is nothing to ask of yet: begin a conversation in Chat, and ask across it here."
+        )
         return False
     try:
         left = data.behind(WAIT_S)
@@ -24,15 +27,6 @@ def ready() -> bool:
     if left is not None:
         st.fragment(_progress, run_every=WAIT_S)()
     return left is None
-
-
-def _first_trace() -> None:
-    st.write(
-        "There is nothing to ask of yet: begin a conversation in Chat, and ask across it here."
-    )
-    pages = st.session_state.get("pages")
-    if pages and st.button("Begin in Chat", icon=":material/chat:", type="primary"):
-        st.switch_page(pages["chat"])
 
 
 def _progress() -> None:

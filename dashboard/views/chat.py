@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, components, data, shapes
+from dashboard import address, components, data, shapes, store_shapes
 from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.asking import Ask
 from oki_trace.errors import OkiTraceError
-from oki_trace.records import Message, Role, Status
+from oki_trace.records import Message, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
 TITLE_LENGTH = 200
@@ -180,10 +180,22 @@ def _waiting(message: Message) -> None:
             elif state is None or state.state in ("gone", "starting"):
                 st.caption("Starting the model's process…")
             else:
-                st.caption("Waiting for the model to load…")
+                _loading(state)
         elif not message.tokens:
-            begun = message.prompt_len is not None
-            st.caption("Reading the prompt…" if begun else "Loading the model…")
+            if message.prompt_len is None:
+                _loading(state)
+            else:
+                st.caption("Reading the prompt…")
+
+
+def _loading(state: WorkerState | None) -> None:
+    """How far the model is that the reply waits for."""
+    words = "Loading the model…"
+    if state is not None and state.state == "loading" and state.progress is not None:
+        detail = shapes.plain(state.detail) if state.detail else words
+        st.progress(min(max(state.progress, 0.0), 1.0), text=detail)
+    else:
+        st.caption(words)
 
 
 def _status(message: Message, tokens: int) -> str:
@@ -192,11 +204,13 @@ def _status(message: Message, tokens: int) -> str:
     parts = [str(message.status)]
     if message.status is Status.STOPPED and message.reason not in (None, "", "stopped"):
         parts[0] += f" ({message.reason})"
-    parts.append("1 token" if tokens == 1 else f"{tokens:,} tokens")
+    if not tokens and not message.status.is_live:
+        return parts[0]
+    parts.append(shapes.counted(tokens, "token"))
     if message.seconds:
         parts.append(f"{tokens / message.seconds:.1f} tokens/s")
     if not message.status.is_live:
-        parts.append(f"{data.message_bytes(message) / 1e6:.1f} MB")
+        parts.append(store_shapes.size(data.message_bytes(message)))
     if message.model_id:
         parts.append(message.model_id)
     return " · ".join(parts)

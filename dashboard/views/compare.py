@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
 from dashboard import address, charts, compare_shapes, components, data, lens_shapes, shapes
+from dashboard.views import beginning, pictured
 from oki_trace.records import Message
 from oki_trace.visible import inert
 
@@ -15,10 +16,11 @@ SIDES = ("left", "right")
 
 def page() -> None:
     """Draw the page."""
+    address.keep("compare", (*SIDES, "pair"))
     st.title("Compare")
     offered = _offered()
     if not offered:
-        st.caption("No replies yet: begin a conversation in Chat.")
+        beginning.first_trace("No replies yet: begin a conversation in Chat.")
         return
     with st.container(horizontal=True, key="compare-choice"):
         chosen = [_choice(side, offered) for side in SIDES]
@@ -51,9 +53,9 @@ def _name(title: str, message: Message) -> str:
         if (sampling is not None and sampling.do_sample and sampling.temperature is not None)
         else "greedy"
     )
-    short = shapes.clipped(inert(title, keep="").strip() or "Untitled", 50)
+    short = shapes.clipped(inert(title, keep="").strip() or "Untitled", 40)
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
-    return f"{short} · {model} · {how} · {message.tokens:,} tokens · message {message.id}"
+    return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
 
 def _choice(side: str, offered: Mapping[int, str]) -> int | None:
@@ -109,7 +111,7 @@ def _replies(left: Message, right: Message) -> None:
         found = compare_shapes.distances(
             pairs, data.candidates(left), data.candidates(right), by_id=one_model
         )
-    number = _chosen(len(pairs), first)
+    number = _chosen(pairs)
     components.compare(
         data=compare_shapes.replies_data((left, right), steps, pairs, found, number),
         key="compare-replies",
@@ -120,12 +122,12 @@ def _replies(left: Message, right: Message) -> None:
         _steps((left, right), pairs[number], found[number])
 
 
-def _chosen(count: int, first: int | None) -> int | None:
+def _chosen(pairs: Sequence[compare_shapes.Pair]) -> int | None:
     """The pair that is looked at: the address's, else where the replies part."""
     wanted = _in_address("pair")
-    if wanted is not None and wanted < count:
+    if wanted is not None and wanted < len(pairs):
         return wanted
-    return first if first is not None else 0 if count else None
+    return compare_shapes.first_to_see(pairs)
 
 
 def _pick() -> None:
@@ -174,7 +176,8 @@ def _apart(rows: list[shapes.Json], first: int | None, *, exact: bool, by_id: bo
     if not rows:
         st.caption("Nothing is known of it: no two steps with probabilities lie side by side.")
         return
-    st.altair_chart(charts.apart(rows, None if first is None else first + 1), key="apart")
+    drawn = charts.apart(rows, None if first is None else first + 1)
+    pictured.chart(drawn, rows, "apart", "distances")
     how = (
         "Exact, from the full logits."
         if exact

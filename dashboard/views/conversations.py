@@ -11,6 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from dashboard import data, shapes
+from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
 from oki_trace.records import Conversation, ConversationFilter, Status
@@ -46,12 +47,25 @@ def page() -> None:
     total = data.count(search, by)
     if not total:
         narrowed = search or by != ConversationFilter()
-        st.caption("Nothing found." if narrowed else "No conversations yet: begin one in Chat.")
+        if narrowed:
+            st.caption("Nothing found.")
+        else:
+            beginning.first_trace("No conversations yet: begin one in Chat.")
         return
     pages = -(-total // PAGE_SIZE)
     with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-head"):
         some = "1 conversation" if total == 1 else f"{total:,} conversations"
         st.caption(f"{some}, the one changed last first", width="stretch")
+        st.download_button(
+            "CSV",
+            partial(_csv, search, by, total),
+            "conversations.csv",
+            "text/csv",
+            key="conversations-csv",
+            icon=":material/download:",
+            on_click="ignore",
+            help="All that are found, on every page",
+        )
         number = _page_number(pages)
     found = data.find(search, by, PAGE_SIZE, (number - 1) * PAGE_SIZE)
     # Above the table, where they do not move; what is ticked is known after it is drawn.
@@ -94,10 +108,20 @@ def _page_number(pages: int) -> int:
     return int(st.number_input(f"Page of {pages:,}", 1, pages, key="page", width=130))
 
 
-def _table(found: Sequence[Conversation]) -> list[Conversation]:
-    """Draw the rows; returns those that are ticked. A click on a row's text opens it."""
+def _csv(search: str, by: ConversationFilter, total: int) -> str:
+    """All that are found, in words that a spreadsheet takes for no formula."""
+    from oki_trace.analysis.results import for_a_spreadsheet
+
+    frame = _frame(data.find(search, by, total, 0))
+    for name in ("title", "model"):
+        frame[name] = frame[name].map(for_a_spreadsheet)
+    return str(frame.to_csv(index=False))
+
+
+def _frame(found: Sequence[Conversation]) -> pd.DataFrame:
+    """The rows of the table."""
     totals = data.totals(found)
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "id": [c.id for c in found],
             "title": [c.title for c in found],
@@ -110,6 +134,11 @@ def _table(found: Sequence[Conversation]) -> list[Conversation]:
             "status": [str(c.status) for c in found],
         }
     )
+
+
+def _table(found: Sequence[Conversation]) -> list[Conversation]:
+    """Draw the rows; returns those that are ticked. A click on a row's text opens it."""
+    frame = _frame(found)
     number = st.column_config.NumberColumn
     seen = st.dataframe(
         frame,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
+from dashboard import address, components, data, question_charts, question_shapes, shapes
 from dashboard import asked as asking
-from dashboard import components, data, question_charts, question_shapes, shapes
 from dashboard.asked import Asked
 from dashboard.views import catching_up, question_controls
 from oki_trace.errors import OkiTraceError
@@ -32,6 +32,7 @@ TABLE_HEIGHT = 430
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
+    address.keep("questions", asking.PARAMETERS)
     asked = asking.read(st.query_params.to_dict(), questions)
     question = questions[asked.question]
     _list(asked)
@@ -140,6 +141,12 @@ def _pictures(asked: Asked, answer: Answer) -> None:
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
             st.caption(shapes.plain(model))
+        if number:  # the first one's stands above
+            name = f"{answer.question}-{answer.view}-{number + 1}"
+            components.picture(
+                data={"within": f"st-key-picture-{number}", "name": name},
+                key=f"save-picture-{number}",
+            )
         with st.container(key=f"picture-{number}"):
             _chart(asked, answer, drawing, part, places, number)
     if any(notes):

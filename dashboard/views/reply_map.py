@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import address, attention_shapes, components, data, lens_shapes, shapes
-from dashboard.views import step_panel
+from dashboard.views import beginning, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
 KINDS = ("layers", "attention")
@@ -47,7 +47,7 @@ def _choose() -> None:
     st.title("Reply map")
     found = [c for c in data.recent() if c.tokens]
     if not found:
-        st.caption("No replies yet: begin a conversation in Chat, and its map is here.")
+        beginning.first_trace("No replies yet: begin a conversation in Chat, and its map is here.")
         return
     st.caption("A whole reply at once. Choose a conversation:")
     with st.container(key="recent", gap=None):

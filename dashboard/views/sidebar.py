@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import streamlit as st
 
@@ -26,6 +26,10 @@ TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
 
 Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None]
 
+# What was chosen, by the key of its widget. A widget's own state is gone as soon as
+# it is not drawn: on another page, or while its part of the sidebar is shut.
+CHOSEN = "chat-settings"
+
 
 def settings() -> Settings | None:
     """Draw the settings; None, with the reason shown, when they make no sense."""
@@ -34,83 +38,121 @@ def settings() -> Settings | None:
             address.go(address.Place())
             st.rerun()
         choice = _model()
-        sampling, policy, system = _sampling()
-    return None if sampling is None else (choice, sampling, policy, system)
+        # Shut, it is not drawn: its widgets are the most costly of the page.
+        part = st.expander("Sampling and capture", key="sampling", on_change="rerun")
+        if part.open:
+            with part:
+                _sampling_widgets()
+        try:
+            sampling, policy, system = _asked()
+        except UsageError as error:
+            st.error(str(error))
+            return None
+        if not part.open:
+            st.caption(shapes.plain(shapes.settings_line(sampling, policy, system)))
+    return choice, sampling, policy, system
+
+
+def _chosen() -> dict[str, Any]:
+    """What is chosen of everything, the defaults where nothing was."""
+    policy, sampling = CapturePolicy(), Sampling()
+    defaults = {
+        "model": environment.Settings.from_environment().model_id,
+        "four_bit": False,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "seed": None,
+        "penalty": 1.0,
+        "max_new_tokens": sampling.max_new_tokens,
+        "tensors": policy.tensors,
+        "topk_logits": policy.topk_logits,
+        "topk_evidence": policy.topk_evidence,
+        "topk_lens": policy.topk_lens,
+        "system": "",
+    }
+    kept: dict[str, Any] = st.session_state.setdefault(CHOSEN, {})
+    kept.update({key: st.session_state[key] for key in defaults if key in st.session_state})
+    return {**defaults, **kept}
+
+
+def _seeded(key: str) -> str:
+    """``key``, of a widget that comes back as it was left."""
+    if key not in st.session_state:
+        st.session_state[key] = _chosen()[key]
+    return key
 
 
 def _model() -> ModelChoice:
     default = environment.Settings.from_environment().model_id
-    known = list(dict.fromkeys([default, "smollm2", *data.models_used()]))
+    chosen = _chosen()["model"] or default
+    known = list(dict.fromkeys([default, "smollm2", chosen, *data.models_used()]))
     name = st.selectbox(
         "Model",
         known,
-        key="model",
+        key=_seeded("model"),
         accept_new_options=True,
         help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). "
         "Type to name another one.",
     )
     four_bit = st.toggle(
         "4-bit weights",
-        key="four_bit",
+        key=_seeded("four_bit"),
         help="Loads with bitsandbytes; where that cannot be done the model is loaded in its own "
         "precision, and its card says so.",
     )
     return ModelChoice(str(name or default).strip(), four_bit)
 
 
-def _sampling() -> tuple[Sampling | None, CapturePolicy, str | None]:
-    with st.expander("Sampling and capture"):
-        temperature = st.slider(
-            "Temperature", 0.0, 2.0, 0.0, 0.05, key="temperature", help="0 is greedy."
-        )
-        off = temperature == 0
-        top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, key="top_p", disabled=off)
-        top_k = st.number_input(
-            "Top-k", 0, 1000, 0, key="top_k", disabled=off, help="0 keeps every token."
-        )
-        seed = st.number_input("Seed", 0, None, None, key="seed", disabled=off, placeholder="any")
-        penalty = st.slider("Repetition penalty", 1.0, 2.0, 1.0, 0.05, key="penalty")
-        tokens = st.number_input("Most new tokens", 1, 8192, 256, key="max_new_tokens")
-        tensors = st.selectbox(
-            "Full tensors",
-            TENSORS,
-            index=TENSORS.index(CapturePolicy().tensors),
-            key="tensors",
-            help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
-            "compact: a third of that, within stated bounds. exact: the model's own bits. "
-            "none: the rows alone.",
-        )
-        kept = CapturePolicy()
-        with st.container(horizontal=True, key="kept"):
-            candidates = _kept("Candidates", kept.topk_logits, "topk_logits", "tokens of each step")
-            attended = _kept(
-                "Attended", kept.topk_evidence, "topk_evidence", "positions of each layer"
-            )
-            lens = _kept("Lens", kept.topk_lens, "topk_lens", "tokens of each layer")
-        system = st.text_area("System message", key="system", placeholder="none", height=80)
-    policy = CapturePolicy(candidates, attended, lens, tensors)
-    try:
-        sampling = Sampling(
-            max_new_tokens=int(tokens),
-            temperature=None if off else temperature,
-            top_p=None if off else top_p,
-            top_k=None if off else int(top_k),
-            repetition_penalty=penalty,
-            seed=None if off or seed is None else int(seed),
-        )
-    except UsageError as error:
-        st.error(str(error))
-        return None, policy, None
-    return sampling, policy, system.strip() or None
-
-
-def _kept(name: str, default: int, key: str, of_what: str) -> int:
-    """How many entries of a kind are kept."""
-    return int(
-        st.number_input(
-            name, 1, 1000, default, key=key, width=76, help=f"How many {of_what} are kept."
-        )
+def _sampling_widgets() -> None:
+    temperature = st.slider(
+        "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 is greedy."
     )
+    off = temperature == 0
+    st.slider("Top-p", 0.05, 1.0, step=0.05, key=_seeded("top_p"), disabled=off)
+    st.number_input(
+        "Top-k", 0, 1000, key=_seeded("top_k"), disabled=off, help="0 keeps every token."
+    )
+    st.number_input("Seed", 0, None, None, key=_seeded("seed"), disabled=off, placeholder="any")
+    st.slider("Repetition penalty", 1.0, 2.0, step=0.05, key=_seeded("penalty"))
+    st.number_input("Most new tokens", 1, 8192, key=_seeded("max_new_tokens"))
+    st.selectbox(
+        "Full tensors",
+        TENSORS,
+        key=_seeded("tensors"),
+        help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
+        "compact: a third of that, within stated bounds. exact: the model's own bits. "
+        "none: the rows alone.",
+    )
+    with st.container(horizontal=True, key="kept"):
+        for name, key, of_what in (
+            ("Candidates", "topk_logits", "tokens of each step"),
+            ("Attended", "topk_evidence", "positions of each layer"),
+            ("Lens", "topk_lens", "tokens of each layer"),
+        ):
+            st.number_input(
+                name, 1, 1000, key=_seeded(key), width=76, help=f"How many {of_what} are kept."
+            )
+    st.text_area("System message", key=_seeded("system"), placeholder="none", height=80)
+
+
+def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
+    """What the settings ask for. Raises UsageError for what makes no sense."""
+    chosen = _chosen()
+    off = chosen["temperature"] == 0
+    sampling = Sampling(
+        max_new_tokens=int(chosen["max_new_tokens"]),
+        temperature=None if off else chosen["temperature"],
+        top_p=None if off else chosen["top_p"],
+        top_k=None if off else int(chosen["top_k"]),
+        repetition_penalty=chosen["penalty"],
+        seed=None if off or chosen["seed"] is None else int(chosen["seed"]),
+    )
+    logits, evidence, lens = (
+        int(chosen[key]) for key in ("topk_logits", "topk_evidence", "topk_lens")
+    )
+    policy = CapturePolicy(logits, evidence, lens, chosen["tensors"])
+    return sampling, policy, chosen["system"].strip() or None
 
 
 def model_card(messages: Sequence[Message]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, attention_shapes, charts, components, data, lens_shapes, shapes
+from dashboard import address, attention_shapes, components, data, lens_shapes, shapes
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
 Focus = tuple[Message, list[StepSummary], int]
@@ -46,7 +46,7 @@ def show(conversation_id: int) -> None:
     capture = found[0].capture if found else None
     if found is None or step is None or capture is None:
         head(shapes.NO_STEP)
-        st.caption("A token's step shows here.")
+        st.caption("When there is a reply, the step of one of its tokens shows here.")
         return
     message, steps, index = found
     head(
@@ -94,7 +94,8 @@ def _evidence(
 ) -> None:
     prompt = data.prompt(message)
     if step.evidence is None or prompt is None:
-        st.markdown("#### Evidence")
+        with st.container(key="evidence-head"):
+            st.markdown("#### Evidence", width="content")
         st.caption(shapes.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     count = data.head_count(message, step.step_index)
@@ -231,6 +232,10 @@ def _pin() -> None:
 
 
 def _curves(step: Step) -> None:
+    # A chat that has no charts yet does not wait for the libraries that draw them.
+    from dashboard import charts
+    from dashboard.views import pictured
+
     assert step.lens is not None
     with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
         st.markdown("#### Through the layers", width="content")
@@ -243,7 +248,9 @@ def _curves(step: Step) -> None:
             label_visibility="collapsed",
         )
     if curve == "entropy and KL":
-        st.altair_chart(charts.by_layer(lens_shapes.by_layer(step.lens)), key="by_layer")
+        found = lens_shapes.by_layer(step.lens)
+        name = f"layers-step-{step.step_index + 1}"
+        pictured.chart(charts.by_layer(found), found, "by_layer", name)
         st.caption(
             "In nats. KL is how far the final distribution is from what the layer would have said."
         )
@@ -258,9 +265,8 @@ def _curves(step: Step) -> None:
         accept_new_options=True,
     )
     rows = lens_shapes.curves(step, step.lens, pinned)
-    st.altair_chart(
-        charts.trajectories(rows, "rank" if curve == "rank" else "prob"), key="trajectory"
-    )
+    drawn = charts.trajectories(rows, "rank" if curve == "rank" else "prob")
+    pictured.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
     k = step.lens.probs.shape[1]
     st.caption(
         f"The chosen token is known at every layer; of others the {k} likeliest of each layer "

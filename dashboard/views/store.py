@@ -16,6 +16,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from dashboard import charts, components, data, shapes, store_shapes
+from dashboard.views import beginning, pictured
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
 
@@ -30,7 +31,7 @@ def page() -> None:
     """Draw the page."""
     st.title("Store")
     info = data.info()
-    st.code(info.url, language=None)
+    st.text(info.url)
     with st.container(horizontal=True, key="store-tiles"):
         for name, value, meaning in store_shapes.tiles(info):
             st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)
@@ -41,17 +42,13 @@ def page() -> None:
 
 def _room(info: StoreInfo) -> None:
     st.markdown("#### What takes the room")
-    shown = store_shapes.room(info)
-    if not shown:
-        st.caption("Nothing yet.")
-        return
-    st.altair_chart(charts.room(shown), key="room")
+    components.amounts(data=store_shapes.room(info), key="room")
     grown = store_shapes.growth(data.reply_sizes(), info.row_bytes_per_token)
     st.markdown("#### Growth")
     if not grown:
-        st.caption("There is no reply yet: begin a conversation in Chat.")
+        beginning.first_trace("There is no reply yet: begin a conversation in Chat.")
         return
-    st.altair_chart(charts.growth(grown), key="growth")
+    pictured.chart(charts.growth(grown), grown, "growth", "store-growth")
     st.caption(
         "What is in the store now, by the time of its replies. A reply's rows are reckoned from "
         "its tokens, at the average of the store."

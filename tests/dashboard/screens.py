@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -168,7 +169,8 @@ def expected_panel(step: Step, total: int) -> Panel:
         "lens": [
             (
                 str(layer),
-                visible(lens.tokens[layer][0]),
+                # A character that is told by its number, in short.
+                re.sub("<U\\+0*([0-9A-F]+)>", r"U+\1", visible(lens.tokens[layer][0])),
                 figure(float(lens.probs[layer, 0]), 2),
                 f"#{lens.chosen_rank[layer]:,}",
             )

@@ -20,6 +20,7 @@ from playwright.sync_api import Locator, Page, expect
 from screens import chosen, of, overflow, panel, place, wait_for_panel
 from stories import HOSTILE, Stories
 
+from dashboard import attention_shapes
 from oki_trace.records import Step
 from oki_trace.store.reader import TraceReader
 from oki_trace.visible import visible
@@ -29,8 +30,8 @@ pytestmark = pytest.mark.browser
 
 Browse = Callable[..., Page]
 
-# As in components/map.js: the column of layers, the row of tokens, a cell.
-GUTTER, HEAD, WIDE, HIGH = 48, 44, 56, 19
+# As in components/map_paint.js and map_cells.js: the column of layers, the row of tokens, a cell.
+GUTTER, HEAD, WIDE, HIGH = 52, 44, 56, 19
 
 
 def at(column: int, row: int) -> dict[str, float]:
@@ -81,10 +82,39 @@ def test_the_map_is_walked_with_the_keys(told: Explorer, browse: Browse, stories
     frame(page).focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
-    spoken = page.locator(".root.map .spoken")
+    spoken = page.locator(".root.map [aria-live]")
     expect(spoken).to_contain_text("layer 29, step 3")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
+
+
+def test_a_map_tells_in_words_what_it_shows(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 2).replace("/?", "/map?"))
+    with TraceReader(told.db) as reader:
+        steps = reader.steps(stories.first[1])
+        points = reader.attention_points(stories.first[1], 30)
+    settled = sorted(s.settle_layer for s in steps if s.settle_layer is not None)
+    told_of = f"Settled: {len(settled)} of {len(steps)} steps, at layers {settled[0]} to"
+    assert told_of in description(page)
+    page.get_by_role("radio", name="attention").click()
+    until(lambda: "Most attended" in description(page), "the words on the attention map")
+    with TraceReader(told.db) as reader:
+        prompt = reader.prompt(stories.first[1])
+    parked = attention_shapes.parked(prompt, steps)
+    sums: dict[int, float] = {}
+    for at, weight in zip(points.position.tolist(), points.weight.tolist(), strict=True):
+        if at not in parked:
+            sums[at] = sums.get(at, 0.0) + weight
+    most = max(sums, key=sums.__getitem__)
+    assert f"at position {most} ({sums[most]:.2f})" in description(page).split(", ")[1]
+
+
+def description(page: Page) -> str:
+    """What a screen reader is told of the map besides its name."""
+    name = frame(page).get_attribute("aria-describedby")
+    return page.locator(f".root.map #{name}").text_content() or ""
 
 
 def test_a_token_of_another_reply_brings_its_map(
@@ -120,6 +150,9 @@ def test_what_is_shown_can_be_saved(told: Explorer, browse: Browse, stories: Sto
     assert len(evidence) == step.position
     weights = [float(row["weight"]) for row in evidence if row["weight"]]
     assert sum(weights) == pytest.approx(1)
+    most = next(row for row in evidence if row["weight"] and float(row["weight"]) == max(weights))
+    words = page.locator(".root.evidence #most-attended")
+    expect(words).to_contain_text(f"at position {most['position']}, {max(weights):.3f};")
     cells = rows(saved(page, "Save layers-message"))
     assert len(cells) == len(steps) * len(lens)
     assert [c["top_token"] for c in cells[: len(lens)]] == _tops(steps[0])
@@ -177,6 +210,64 @@ def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
     page.locator(".root.reply .token").nth(2).click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 3 of")
     expect(pins).to_contain_text(label)
+
+
+def test_the_lens_is_walked_and_pinned_with_the_keys(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5))
+    grid = page.locator(".root.lens table")
+    grid.wait_for()
+    assert grid.get_attribute("role") == "grid"
+    stops = page.locator(".root.lens td[tabindex='0']")
+    expect(stops).to_have_count(1)
+    page.get_by_role("button", name="Save lens").focus()
+    page.keyboard.press("Tab")
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
+        page.keyboard.press(key)
+    held = page.locator(".root.lens td:focus")
+    expect(held).to_have_attribute("aria-label", re.compile("^layer 28, rank 2: "))
+    expect(stops).to_have_count(1)
+    # The keys were the grid's: the step is the same.
+    expect(page.locator(".root.facts .where")).to_contain_text("step 6 of")
+    label = held.get_attribute("data-label")
+    assert label
+    page.keyboard.press("Enter")
+    expect(page.get_by_test_id("stMultiSelect")).to_contain_text(label)
+    # Drawn anew with its pin, it still has the keys.
+    expect(held).to_have_attribute("aria-label", re.compile("rank 2: .*pinned"))
+
+
+def test_a_chart_is_saved_as_rows_and_pictures(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5))
+    page.locator(".st-key-picture-trajectory svg.marks").wait_for()
+    with TraceReader(told.db) as reader:
+        lens = reader.step(stories.first[1], 5).lens
+    assert lens is not None
+    found = [r for r in rows(saved(page, "Save curves-step-6")) if r["kind"] == "chosen"]
+    assert [int(row["rank"]) for row in found] == lens.chosen_rank.tolist()
+    for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
+        with page.expect_download() as download:
+            page.get_by_role("button", name=f"Save curves-step-6 as {kind}").click()
+        assert Path(download.value.path()).read_bytes().startswith(start)
+
+
+def test_on_a_narrow_page_the_step_can_be_let_down(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5), width=800)
+    sheet = page.locator("[data-testid=stColumn]:has(.st-key-panel)")
+    page.locator(".root.lens tr").first.wait_for()
+    tall = sheet.bounding_box()
+    page.get_by_role("button", name="Show less of this step").click()
+    low = sheet.bounding_box()
+    assert tall and low and low["height"] < tall["height"] / 2
+    expect(page.locator(".root.facts .where")).to_be_in_viewport()
+    page.get_by_role("button", name="Show all of this step").click()
+    until(lambda: (sheet.bounding_box() or low)["height"] == tall["height"], "the sheet")
+    assert overflow(page) == []
 
 
 def test_promoted_and_suppressed_tokens_are_shown(

@@ -86,6 +86,21 @@ def test_a_bar_and_a_row_lead_to_their_step(
     assert place(page) == steps[1]
 
 
+def test_the_way_back_leads_to_the_question(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(told.url + "questions")
+    picture(page)
+    page.get_by_role("button", name="Least certain steps").click()
+    expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
+    picture(page).locator(".mark-rect path").nth(1).click()
+    page.locator(".root.lens tr").first.wait_for()
+    page.go_back()
+    expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
+    picture(page)
+    until(lambda: page.evaluate("location.search") == "?question=unsure", "the question")
+
+
 def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
     told: Explorer, browse: Browse
 ) -> None:

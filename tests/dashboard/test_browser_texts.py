@@ -33,6 +33,7 @@ from stories import (
 from oki_trace.records import Role, Status
 from oki_trace.store.reader import TraceReader
 from oki_trace.visible import visible
+from tests.waiting import until
 
 pytestmark = pytest.mark.browser
 
@@ -65,11 +66,13 @@ def test_hostile_text_is_text(told: Explorer, browse: Browse, stories: Stories, 
 def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) -> None:
     page = browse(told.url)
     buttons = page.locator(".st-key-recent button")
-    buttons.first.wait_for()
-    # Joiners are not seen: they may keep Markdown from reading its own marks.
-    shown = {text.replace("\u2060", "") for text in buttons.locator("p").all_text_contents()}
-    for text in HOSTILE[:4]:
-        assert text in shown
+
+    def shown() -> set[str]:
+        # Joiners are not seen: they may keep Markdown from reading its own marks.
+        texts = buttons.locator("p").all_text_contents()
+        return {text.replace("\u2060", "") for text in texts}
+
+    until(lambda: set(HOSTILE[:4]) <= shown(), "the titles, as text")
     assert page.evaluate("window.pwned") is None
     assert overflow(page) == []
 

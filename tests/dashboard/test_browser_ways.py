@@ -102,6 +102,15 @@ def test_each_reply_of_a_conversation_can_be_looked_into(
     assert QUESTIONS[1] in evidence
 
 
+def test_the_chat_is_found_by_its_name_too(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.first, 5).replace("/?", "/chat?"))
+    page.locator(".root.lens tr").first.wait_for()
+    expect(page.locator(".root.facts .where")).to_contain_text("step 6 of")
+    expect(page.get_by_text("Page not found")).to_have_count(0)
+
+
 def test_an_address_that_leads_nowhere_does_no_harm(
     told: Explorer, browse: Browse, stories: Stories
 ) -> None:

@@ -56,6 +56,16 @@ def test_equal_tokens_stand_beside_each_other() -> None:
     assert align([], []) == []
 
 
+def test_the_first_place_to_see_is_one_that_both_have() -> None:
+    first = compare_shapes.first_to_see
+    assert first(align(said("abcd"), said("aXcd"))) == 1
+    # Nothing stands beside what was put in: the next place, else the last before.
+    assert first(align(said("acd"), said("abcd"))) == 2
+    assert first(align(said("ab"), said("abc"))) == 1
+    assert first(align(said("abc"), said("abc"))) == 0
+    assert first(align(said(""), said("abc"))) is None
+
+
 def test_long_replies_are_held_side_by_side_step_by_step() -> None:
     many = said(["a"] * (compare_shapes.ALIGNED_TOKENS + 1))
     pairs = align(many, said(["a", "b", "a"]))
@@ -133,5 +143,5 @@ def test_the_distance_of_the_same_is_nothing(rng: np.random.Generator) -> None:
     assert found[0].low == 0
     assert found[1] is None
     rows = compare_shapes.rows(pairs, found, steps, steps)
-    assert [(row["place"], row["token"]) for row in rows] == [(1, "the same")]
+    assert [(row["place"], row["token"]) for row in rows] == [(1, "the same token")]
     json.dumps(rows, allow_nan=False)

@@ -70,7 +70,7 @@ def test_an_empty_store_counts_nothing(empty_store: str) -> None:
     app = store()
     assert not app.exception
     assert tiles(app)["Conversations"] == tiles(app)["Tokens"] == "0"
-    assert tiles(app)["A token"] == "–"
+    assert tiles(app)["Per token"] == "–"
     assert health(app)["Replies"] == "none yet"
     assert app.button(key="verify").disabled
 
@@ -82,11 +82,21 @@ def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
         info = reader.info()
         replies = [m for c in reader.conversations(limit=99) for m in reader.messages(c.id)]
     assert tiles(app)["Conversations"] == f"{info.conversations:,}"
-    assert tiles(app)["A token"] == store_shapes.size(info.bytes_per_token)
+    assert tiles(app)["Per token"] == store_shapes.size(info.bytes_per_token)
     failed = sum(m.status is Status.FAILED for m in replies)
     assert f"{failed} failed" in health(app)["Replies"]
     assert health(app)["Schema"].startswith(info.schema)
-    assert filled_store.db in app.code[0].value
+    assert filled_store.db in app.text[0].value
+
+
+def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) -> None:
+    room = shown(store(), "room")
+    with TraceReader(filled_store.db) as reader:
+        info = reader.info()
+    sizes = {row["what"]: row["bytes"] for row in room["rows"]}
+    assert sizes["full tensors"] == info.tensor_bytes
+    assert sizes["rows"] == info.row_bytes
+    assert sum(row["share"] for row in room["rows"]) == pytest.approx(1)
 
 
 def plain(text: str) -> str:

@@ -1,0 +1,305 @@
+"""The chat without a browser: it runs, and says what it should, on any store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import builders
+import numpy as np
+import pytest
+from apps import chat, drawn, shown
+from explorers import ROOT
+from stories import HOSTILE, QUESTIONS, Stories
+from streamlit.testing.v1 import AppTest
+
+from dashboard import attention_shapes, lens_shapes
+from oki_trace.records import (
+    CapturePolicy,
+    ChatMessage,
+    ModelChoice,
+    Role,
+    Sampling,
+    Status,
+    TurnEnd,
+)
+from oki_trace.store.writer import TraceWriter
+
+
+def test_chat_on_an_empty_store_asks_for_a_question(empty_store: str) -> None:
+    app = chat()
+    assert not app.exception
+    assert len(app.chat_input) == 1
+    assert not app.chat_input[0].disabled
+    assert app.sidebar.selectbox(key="model").value == "smollm2"
+
+
+def test_the_first_message_is_told_of_the_fetch_only_where_it_fetches(
+    empty_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, smollm2_dir: Path
+) -> None:
+    def told() -> bool:
+        return any("93 MB" in caption.value for caption in chat().main.caption)
+
+    assert not told()
+    monkeypatch.chdir(tmp_path)
+    assert told()
+
+
+def test_the_store_is_made_when_there_is_none(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    db = tmp_path / "new folder" / "store.db"
+    open_store(str(db))
+    assert not chat().exception
+    assert db.is_file()
+
+
+def test_every_conversation_can_be_opened(filled_store: Stories) -> None:
+    for conversation in range(1, filled_store.first[0] + 1):
+        app = chat(conversation=conversation)
+        assert not app.exception, conversation
+        assert drawn(app), conversation
+
+
+def test_chat_shows_a_step(filled_store: Stories) -> None:
+    conversation, message = filled_store.first
+    app = chat(conversation=conversation, message=message, step=2)
+    assert not app.exception
+    assert app.text[0].value == QUESTIONS[0]
+    with_evidence = app.selectbox(key="evidence_head")
+    assert with_evidence.value == attention_shapes.MEAN
+    for head in attention_shapes.heads(9):
+        app.selectbox(key="evidence_head").set_value(head).run()
+        assert not app.exception
+    app.selectbox(key="evidence_layer").set_value(1).run()
+    assert not app.exception
+    app.toggle(key="no_sink").set_value(False).run()
+    assert not app.exception
+
+
+def test_the_panel_tells_why_the_token_was_chosen(filled_store: Stories) -> None:
+    def told(app: AppTest) -> str:
+        return " ".join(plainly(c.value) for c in app.caption)
+
+    conversation, message = filled_store.without_tensors
+    app = chat(conversation=conversation, message=message, step=1)
+    assert not app.exception
+    assert "Greedy would have said “␣greedy”." in told(app)
+    rows = shown(app, "effects")["rows"]
+    assert [row[0] for row in rows] == ["the model itself", "temperature 0.7", "top-p 0.9"]
+    conversation, message = filled_store.first
+    app = chat(conversation=conversation, message=message, step=1)
+    assert "Greedy: the model's most likely token" in told(app)
+    with pytest.raises(StopIteration):  # no setting was applied
+        shown(app, "effects")
+
+
+def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
+    conversation, message = filled_store.first
+    app = chat(conversation=conversation, message=message, step=5)
+    app.button_group(key="lens_view").set_value("changes").run()
+    assert not app.exception
+    for curve in lens_shapes.CURVES:
+        app.button_group(key="curve").set_value(curve).run()
+        assert not app.exception
+        assert len(app.get("vega_lite_chart")) + len(app.get("arrow_vega_lite_chart")) == 1
+
+
+def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: Stories) -> None:
+    conversation, message = filled_store.first
+    app = chat(conversation=conversation, message=message, step=5)
+    app.multiselect(key="pins").set_value(["␣the"]).run()
+    assert not app.exception
+    app.query_params["step"] = "2"
+    app.run()
+    assert not app.exception
+    assert app.multiselect(key="pins").value == ["␣the"]
+
+
+def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> None:
+    """A choice outlives the step it was made at, and what it chose may not be there."""
+    conversation, message = filled_store.first
+    app = chat(conversation=conversation, message=message, step=2)
+    app.selectbox(key="evidence_head").set_value("head 3").run()
+    app.selectbox(key="evidence_layer").set_value(30).run()
+    other, reply = filled_store.without_tensors
+    for name, value in (("conversation", other), ("message", reply), ("step", 1)):
+        app.query_params[name] = str(value)
+    app.run()
+    assert not app.exception
+    assert app.selectbox(key="evidence_head").value == attention_shapes.MEAN
+    assert app.selectbox(key="evidence_layer").value == 3
+
+
+@pytest.mark.parametrize("colour", ["surprisal", "entropy", "margin", "settle layer"])
+def test_chat_in_every_colour(filled_store: Stories, colour: str) -> None:
+    app = chat(conversation=filled_store.first[0])
+    app.button_group(key="colour").set_value(colour).run()
+    assert not app.exception
+
+
+def test_the_title_as_a_button_is_no_markup(filled_store: Stories) -> None:
+    labels = [button.label for button in chat().sidebar.button]
+    assert HOSTILE[0] not in labels
+    assert any("script" in label for label in labels)
+
+
+def test_what_comes_in_from_elsewhere_is_seen(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    """The command line writes into the same store while the explorer is open."""
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    app = chat()
+    assert not [b for b in app.sidebar.button if b.label == "From a terminal"]
+    with TraceWriter(db, checkpoint=False) as writer:
+        writer.create_conversation("From a terminal")
+    app.run()
+    assert [b for b in app.sidebar.button if b.label == "From a terminal"]
+
+
+def test_a_live_reply_is_shown_as_far_as_it_is(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    """Its last lenses trail, another reply waits for it, and the box stays open."""
+    db = str(tmp_path / "live.db")
+    open_store(db)
+    rng = np.random.default_rng(1)
+    with TraceWriter(db) as writer:
+        writer.set_worker_state("decoding", model_id="tiny/model")
+        conversation = writer.create_conversation("Live")
+        for _ in range(2):
+            writer.add_message(conversation, ChatMessage(Role.USER, "Go on."))
+            reply = writer.queue_reply(
+                conversation, ModelChoice("tiny/model"), Sampling(), CapturePolicy()
+            )
+        running = writer.claim_next_reply()
+        assert running is not None and running < reply
+        writer.start_reply(running, builders.turn_start("half"))
+        app = chat(conversation=conversation)
+        assert not app.exception
+        assert "Reading the prompt…" in [c.value for c in app.caption]
+        writer.append(running, [builders.step(i, rng, with_lens=i < 2) for i in range(4)])
+        app.run()
+        assert not app.exception
+        captions = [c.value for c in app.caption]
+        assert "Queued: 1 reply before it." in captions
+        assert any("the map is drawn when the reply has ended" in c for c in captions)
+        assert not app.chat_input[0].disabled
+        app.toggle(key="map_live").set_value(True).run()
+        assert not app.exception
+        app.query_params["message"], app.query_params["step"] = str(running), "3"
+        app.run()
+        assert not app.exception
+        assert any("A few steps behind" in c.value for c in app.caption)
+
+
+def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str], None]) -> None:
+    db = str(tmp_path / "large.db")
+    open_store(db)
+    rng = np.random.default_rng(1)
+    steps = [builders.step(i, rng, with_lens=True, with_tensors=False) for i in range(700)]
+    with TraceWriter(db) as writer:
+        for number in range(60):
+            writer.create_conversation(f"Conversation {number}")
+        conversation = writer.create_conversation("Long")
+        reply = writer.queue_reply(
+            conversation, ModelChoice("tiny/model"), Sampling(), CapturePolicy(), claim=True
+        )
+        writer.start_reply(reply, builders.turn_start("none"))
+        writer.append(reply, steps)
+        writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0))
+    app = chat(conversation=conversation, message=reply, step=600)
+    assert not app.exception
+    (window,) = [box for box in app.selectbox if (box.key or "").startswith("map_window")]
+    assert window.value == 512
+    window.set_value(0).run()
+    assert not app.exception
+    app.button_group(key="map_kind").set_value("attention").run()
+    assert not app.exception
+
+
+def test_the_sidebar_begins_with_the_defaults(empty_store: str) -> None:
+    """The same as those of the command line and of Python."""
+    app = chat()
+    assert "greedy · up to 256 tokens · half tensors" in plainly(app.sidebar.caption[0].value)
+    app = open_settings(app)
+    assert app.selectbox(key="tensors").value == CapturePolicy().tensors
+    assert app.number_input(key="max_new_tokens").value == Sampling().max_new_tokens
+    assert app.slider(key="temperature").value == 0
+
+
+def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
+    """What the sidebar offers is within what the model can be asked for."""
+    app = open_settings(chat())
+    for key in ("temperature", "penalty"):
+        app.slider(key=key).set_value(app.slider(key=key).max).run()
+        assert not app.exception
+        assert not app.error
+    app.slider(key="top_p").set_value(app.slider(key="top_p").min).run()
+    assert not app.exception
+    assert not app.error
+    assert not app.chat_input[0].disabled
+
+
+def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
+    app = open_settings(chat())
+    app.slider(key="temperature").set_value(0.7).run()
+    app.number_input(key="max_new_tokens").set_value(9).run()
+    app.session_state["sampling"] = False
+    app.run()
+    assert not app.exception
+    assert not app.slider
+    assert "temperature 0.7 · up to 9 tokens" in plainly(app.sidebar.caption[0].value)
+    app = open_settings(app)
+    assert app.slider(key="temperature").value == 0.7
+    assert app.number_input(key="max_new_tokens").value == 9
+
+
+def open_settings(app: AppTest) -> AppTest:
+    app.session_state["sampling"] = True
+    return app.run()
+
+
+def plainly(text: str) -> str:
+    """Without what keeps a text from being read as Markdown."""
+    return text.replace("\\", "").replace("\u2060", "")
+
+
+def test_a_model_that_is_loading_shows_how_far_it_is(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("Wait")
+        writer.add_message(conversation, ChatMessage(Role.USER, "Go on."))
+        writer.queue_reply(conversation, ModelChoice("tiny/model"), Sampling(), CapturePolicy())
+        writer.set_worker_state(
+            "loading", model_id="tiny/model", detail="Downloading 3 of 9 MB", progress=1 / 3
+        )
+        app = chat(conversation=conversation)
+        assert not app.exception
+        (bar,) = app.main.get("progress")
+        assert bar.value == 33
+        assert plainly(bar.text) == "Downloading 3 of 9 MB"
+
+
+def test_pages_load_neither_torch_nor_transformers() -> None:
+    """So that they come up at once, also on a machine without a model library."""
+    code = (
+        "import sys\n"
+        "from dashboard import components, data\n"
+        "from dashboard.views import chat\n"
+        "assert not {'altair', 'pandas'} & set(sys.modules), 'before there is a chart'\n"
+        "from dashboard import charts\n"
+        "from dashboard.views import chat, compare, conversations, reply_map, store\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'bitsandbytes', 'duckdb'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.strip() == "[]"
