@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oki_trace.llm.room import stays
+from oki_trace.llm.room import Shelf, stays
 
 Rows = dict[int, Tensor]
 """(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
@@ -134,10 +134,12 @@ class BesideTap(_Watching):
     def __init__(self, layer_of: Mapping[nn.Module, int], implementation: str) -> None:
         super().__init__(layer_of)
         self._implementation = implementation
+        self._shelf = Shelf(0)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         _wrap(self._implementation)
+        self._shelf = Shelf(len(self._layer_of))
         _watched.update(dict.fromkeys(self._layer_of, self))
         try:
             yield
@@ -149,7 +151,7 @@ class BesideTap(_Watching):
         """Called by the attention function, with its arguments and what is wanted of them."""
         if module in self._layer_of:
             held_anyway = query.shape[2] == 1 and stays(key)
-            self._seen[module] = last if held_anyway else last.row()
+            self._seen[module] = last if held_anyway else self._shelf.copy(last.row())
 
 
 class HookedTap(_Watching):

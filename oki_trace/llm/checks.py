@@ -28,7 +28,7 @@ from oki_trace.llm.attention import (
 )
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
-from oki_trace.llm.room import give_room
+from oki_trace.llm.room import CACHE_NAMES, give_room
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -159,9 +159,7 @@ def _difference_with_cache(
 def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     """The rows of ``tap`` when all tokens but the last are in the cache; None without a cache."""
     outputs = model(input_ids=ids[:, :-1], use_cache=True)
-    # What it gave it takes back under the same name; since transformers 5.24 that is "cache".
-    names = ("cache", "past_key_values")
-    name = next((name for name in names if getattr(outputs, name, None) is not None), None)
+    name = next((name for name in CACHE_NAMES if getattr(outputs, name, None) is not None), None)
     if name is None:
         return None
     cache = getattr(outputs, name)

@@ -99,6 +99,8 @@ def _loop(
         generator = torch.Generator(device=input_ids.device)
         if seed is not None:
             generator.manual_seed(seed)
+    for name in CACHE_NAMES:
+        give_room(model_kwargs.get(name))
     with probe.attached(), model._optimize_model_for_decode():
         for step_index in range(generation_config.max_length - prompt_len):
             started = time.perf_counter()
@@ -119,9 +121,6 @@ def _loop(
                     )
                     outputs = model(**{**inputs, **arguments}, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            if step_index == 0:
-                for name in CACHE_NAMES:
-                    give_room(model_kwargs.get(name))
             logits = outputs.logits[0, -1].clone()
             attention = probe.take_attention(outputs)
             # Before the processors: there are some that run the model once more.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from oki_trace.llm.anatomy import Anatomy, stream_of
 from oki_trace.llm.attention import AttentionTap, Seen
+from oki_trace.llm.room import Shelf
 
 
 class Probe:
@@ -24,6 +25,7 @@ class Probe:
         self._axis = anatomy.position_axis
         self._tap = tap
         self._hidden: dict[int, Tensor] = {}
+        self._shelf = Shelf(0)
 
     def take_hidden(self) -> tuple[Tensor, ...]:
         """L+1 rows (width,): the input of block 1, then what each block put out.
@@ -51,6 +53,7 @@ class Probe:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Watch the model while this context lasts."""
+        self._shelf = Shelf(len(self._blocks) + 1)
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(
@@ -68,18 +71,17 @@ class Probe:
 
     def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        self._hidden[0] = newest(stream, self._axis)
+        self._hidden[0] = self._newest(stream)
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._hidden[layer] = newest(stream_of(output), self._axis)
+            self._hidden[layer] = self._newest(stream_of(output))
 
         return keep
 
+    def _newest(self, stream: Tensor) -> Tensor:
+        """The last position of a residual stream, copied: (width,).
 
-def newest(stream: Tensor, axis: int) -> Tensor:
-    """The last position of a residual stream (1, T, width), copied: (width,).
-
-    ``axis`` counts the positions, and the axis before it is the batch of one.
-    """
-    return stream.select(axis, -1).select(axis - 1, 0).clone()
+        The axis before that of the positions is the batch of one.
+        """
+        return self._shelf.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))

@@ -9,6 +9,7 @@ behind them. The model sees the same keys and values, as a view.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,40 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 # Tokens there is room for, beyond those there are. More of it is memory nobody may need.
 ROOM = 128
 
+# Under which a model hands its cache out and takes it back; the first since transformers 5.24.
+CACHE_NAMES = ("cache", "past_key_values")
+
 _STAYS = "_oki_trace_stays"
+
+
+class Shelf:
+    """Places for tensors that outlive a pass of the model, one a layer, all made at the first.
+
+    Made one by one between the pass's own, far larger ones, they would split the
+    free memory those leave behind: a long prompt then takes half as much again.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._places = places
+        self._left: list[Tensor] = []
+
+    def place(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An empty tensor of this shape, of the type and on the device of ``like``."""
+        if self._places:
+            self._left = [like.new_empty(shape) for _ in range(self._places)]
+            self._places = 0
+        if self._left:
+            found = self._left.pop()
+            if (*found.shape,) == (*shape,) and (found.dtype, found.device) == (
+                like.dtype,
+                like.device,
+            ):
+                return found
+        return like.new_empty(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in a place of its own."""
+        return self.place(tensor.shape, tensor).copy_(tensor)
 
 
 class RoomyLayer(DynamicLayer):
@@ -26,42 +60,45 @@ class RoomyLayer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Take over what another layer holds."""
+    def __init__(self, layer: DynamicLayer, for_keys: Shelf, for_values: Shelf) -> None:
+        """Take over what another layer holds, if it holds anything."""
         super().__init__()
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-        self._have(keys, values)
+        self._shelves = for_keys, for_values
+        self._shown: Tensor | None = None
+        self._key_room: Tensor
+        self._value_room: Tensor
+        if layer.get_seq_length():
+            self.lazy_initialization(layer.keys, layer.values)  # type: ignore[arg-type]
+            self.update(layer.keys, layer.values)  # type: ignore[arg-type]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new tokens behind those that are there; all of them, as views."""
-        if not self.is_initialized or key_states.dtype != self.keys.dtype:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        there, new = self.get_seq_length(), key_states.shape[-2]
+        alike = key_states.shape[:-1] == value_states.shape[:-1] and key_states.ndim == 4
+        if not alike or (there and key_states.dtype != self.keys.dtype):
             return super().update(key_states, value_states, *args, **kwargs)
-        start, new = self.keys.shape[-2], key_states.shape[-2]
-        # Others are there when the cache was cropped or reordered meanwhile.
-        if self.keys is not self._shown or start + new > self._key_room.shape[-2]:
-            self._have(self.keys, self.values, more=new)
-        self._key_room.narrow(-2, start, new).copy_(key_states)
-        self._value_room.narrow(-2, start, new).copy_(value_states)
-        self._show(start + new)
+        # Others are shown when the cache was cropped or reordered meanwhile.
+        if self.keys is not self._shown or there + new > self._key_room.shape[-2]:
+            self._key_room = self._moved(0, self.keys, key_states, there + new)
+            self._value_room = self._moved(1, self.values, value_states, there + new)
+        self._key_room.narrow(-2, there, new).copy_(key_states)
+        self._value_room.narrow(-2, there, new).copy_(value_states)
+        self.keys = self._shown = self._key_room.narrow(-2, 0, there + new)
+        self.values = self._value_room.narrow(-2, 0, there + new)
+        setattr(self.keys, _STAYS, True)
         return self.keys, self.values
 
-    def _have(self, keys: Tensor, values: Tensor, more: int = 0) -> None:
-        """Copy what there is to where there is room, one tensor after the other."""
-        self._key_room = _with_room(keys, more)
-        self._value_room = _with_room(values, more)
-        self._show(keys.shape[-2])
-
-    def _show(self, tokens: int) -> None:
-        self.keys = self._shown = self._key_room.narrow(-2, 0, tokens)
-        self.values = self._value_room.narrow(-2, 0, tokens)
-        setattr(self.keys, _STAYS, True)
-
-
-# Under which a model hands its cache out and takes it back; the first since transformers 5.24.
-CACHE_NAMES = ("cache", "past_key_values")
+    def _moved(self, which: int, held: Tensor, new: Tensor, tokens: int) -> Tensor:
+        """What is held, where there is room for this many tokens and more."""
+        shape = (*new.shape[:-2], tokens + ROOM, new.shape[-1])
+        room = self._shelves[which].place(shape, new)
+        if held.numel():
+            room.narrow(-2, 0, held.shape[-2]).copy_(held)
+        return room
 
 
 def give_room(cache: Any) -> None:
@@ -71,22 +108,12 @@ def give_room(cache: Any) -> None:
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer or not layer.get_seq_length():
-            continue
-        keys, values = layer.keys, layer.values
-        if keys is not None and values is not None and keys.shape[:-1] == values.shape[:-1]:
-            cache.layers[place] = RoomyLayer(keys, values)
+    plain = [place for place, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
+    shelves = Shelf(len(plain)), Shelf(len(plain))
+    for place in plain:
+        cache.layers[place] = RoomyLayer(cache.layers[place], *shelves)  # type: ignore[arg-type]
 
 
 def stays(keys: Tensor) -> bool:
     """Whether holding on to these keys costs nothing: they are a view of what is held anyway."""
     return hasattr(keys, _STAYS)
-
-
-def _with_room(held: Tensor, more: int) -> Tensor:
-    shape = list(held.shape)
-    shape[-2] += more + ROOM
-    room = held.new_empty(shape)
-    room.narrow(-2, 0, held.shape[-2]).copy_(held)
-    return room
