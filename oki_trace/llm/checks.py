@@ -163,7 +163,7 @@ def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     if name is None:
         return None
     cache = getattr(outputs, name)
-    give_room(cache)
+    give_room(cache, 1)
     with tap.attached(), tap.asking() as arguments:
         outputs = model(input_ids=ids[:, -1:], **{name: cache}, **arguments)
         return rows_of(tap.take(outputs))

@@ -100,7 +100,7 @@ def _loop(
         if seed is not None:
             generator.manual_seed(seed)
     for name in CACHE_NAMES:
-        give_room(model_kwargs.get(name))
+        give_room(model_kwargs.get(name), generation_config.max_length - prompt_len)
     with probe.attached(), model._optimize_model_for_decode():
         for step_index in range(generation_config.max_length - prompt_len):
             started = time.perf_counter()

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-# Tokens there is room for, beyond those there are. More of it is memory nobody may need.
-ROOM = 128
+# Tokens there is room for, beyond those there are, when as many may come. Memory that
+# nobody writes to costs a CPU nothing, and a GPU little.
+ROOM = 1024
 
 # Under which a model hands its cache out and takes it back; the first since transformers 5.24.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -60,10 +61,11 @@ class RoomyLayer(DynamicLayer):
     keys: Any
     values: Any
 
-    def __init__(self, layer: DynamicLayer, for_keys: Shelf, for_values: Shelf) -> None:
-        """Take over what another layer holds, if it holds anything."""
+    def __init__(self, layer: DynamicLayer, for_keys: Shelf, for_values: Shelf, room: int) -> None:
+        """Take over what another layer holds, if it holds anything; have room for so many more."""
         super().__init__()
         self._shelves = for_keys, for_values
+        self._room = room
         self._shown: Tensor | None = None
         self._key_room: Tensor
         self._value_room: Tensor
@@ -94,24 +96,25 @@ class RoomyLayer(DynamicLayer):
 
     def _moved(self, which: int, held: Tensor, new: Tensor, tokens: int) -> Tensor:
         """What is held, where there is room for this many tokens and more."""
-        shape = (*new.shape[:-2], tokens + ROOM, new.shape[-1])
+        shape = (*new.shape[:-2], tokens + self._room, new.shape[-1])
         room = self._shelves[which].place(shape, new)
         if held.numel():
             room.narrow(-2, 0, held.shape[-2]).copy_(held)
         return room
 
 
-def give_room(cache: Any) -> None:
-    """From now on let the plain layers of a dynamic cache grow in place.
+def give_room(cache: Any, tokens: int) -> None:
+    """From now on let the plain layers of a dynamic cache grow in place, up to so many tokens.
 
-    Layers of other kinds (windows, states, quantized ones) stay as they are.
+    More of them, or more than ROOM, are moved to where there is room again. Layers of
+    other kinds (windows, states, quantized ones) stay as they are.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return
     plain = [place for place, layer in enumerate(cache.layers) if type(layer) is DynamicLayer]
     shelves = Shelf(len(plain)), Shelf(len(plain))
     for place in plain:
-        cache.layers[place] = RoomyLayer(cache.layers[place], *shelves)  # type: ignore[arg-type]
+        cache.layers[place] = RoomyLayer(cache.layers[place], *shelves, min(tokens, ROOM))  # type: ignore[arg-type]
 
 
 def stays(keys: Tensor) -> bool:

@@ -14,7 +14,7 @@ from oki_trace.llm.attention import LastQuery, rows_of
 from oki_trace.llm.decode import decode
 from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import instrument
-from oki_trace.llm.room import ROOM, RoomyLayer, give_room, stays
+from oki_trace.llm.room import RoomyLayer, give_room, stays
 from oki_trace.records import Sampling
 from tests import tiny
 
@@ -25,12 +25,15 @@ def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
     return keys.to(dtype), values.to(dtype)
 
 
+ROOM = 16
+
+
 def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
     """Transformers' cache and one with room, both holding the same prompt."""
     caches = DynamicCache(), DynamicCache()
     for cache in caches:
         cache.update(*tokens(length), 0)
-    give_room(caches[1])
+    give_room(caches[1], ROOM)
     return caches
 
 
@@ -107,18 +110,18 @@ def test_other_caches_stay_as_they_are() -> None:
     windows = DynamicCache(config=model.config)
     model(torch.tensor([[5, 6, 7]]), past_key_values=windows)
     before = [type(layer) for layer in windows.layers]
-    give_room(windows)
+    give_room(windows, 1)
     for kind, layer in zip(before, windows.layers, strict=True):
         assert type(layer) is (RoomyLayer if kind is DynamicLayer else kind)
     assert len(set(before)) == 2
-    give_room(None)
+    give_room(None, 1)
     still = StaticCache(config=model.config, max_cache_len=8)
     kept = list(still.layers)
-    give_room(still)
+    give_room(still, 1)
     assert still.layers == kept
     assert not issubclass(QuantizedCache, DynamicCache)
     unused = DynamicCache()
-    give_room(unused)
+    give_room(unused, 1)
     assert unused.get_seq_length() == 0
 
 
@@ -126,12 +129,12 @@ def test_other_caches_stay_as_they_are() -> None:
 def test_a_reply_longer_than_the_room_is_captured_exactly(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "ROOM", 16)
+    monkeypatch.setattr(room, "ROOM", ROOM)
     model = tiny.model(family)
     model.generation_config.eos_token_id = None
     found = instrument(model, tiny.tokenizer())
     prompt = (5, 6, 7, 8)
-    count = 2 * room.ROOM + 12
+    count = 2 * ROOM + 12
     generation = generation_of(model, Sampling(count), len(prompt))
     steps = list(decode(model, tiny.tokenizer(), found.probe, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
