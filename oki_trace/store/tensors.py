@@ -42,6 +42,7 @@ from numpy.typing import NDArray
 from oki_trace.errors import TensorError
 from oki_trace.records import Tensor
 from oki_trace.store import compact
+from oki_trace.store.halves import halves_of
 
 TensorName = Literal["logits", "hidden_states", "attentions"]
 
@@ -275,7 +276,7 @@ def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
     # with, so that what has been through this once comes through it unchanged.
     exponent -= _LARGEST_HALF_EXPONENT + (mantissa == 0.5) if largest else 0
     # A power of two: the scaling itself rounds nothing.
-    halves = np.ldexp(values, -exponent).astype("<f2")
+    halves = halves_of(values * np.float32(math.ldexp(1.0, -exponent)))
     return _HALF_HEADER.pack(shift, math.ldexp(1.0, exponent)) + halves.tobytes()
 
 

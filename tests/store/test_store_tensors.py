@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as npst
 
 from oki_trace.errors import TensorError
 from oki_trace.records import Tensor
+from oki_trace.store.halves import halves_of
 from oki_trace.store.tensors import EncodedTensor, _checksum, decode, encode
 
 SHAPES = npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=20)
@@ -188,3 +189,25 @@ def test_a_forged_row_is_a_clear_error(change: dict[str, object]) -> None:
     good = encode(Tensor("logits", np.zeros(50, np.float32), "float32"), "exact")
     with pytest.raises(TensorError, match="logits"):
         decode(signed(dataclasses.replace(good, **change)))
+
+
+def test_halves_are_numpys_own() -> None:
+    """Every 16-bit float, all that lies halfway between two, and a little to either side."""
+    exact = np.arange(2**16, dtype="<u2").view("<f2").astype("<f4")
+    finite = np.sort(exact[np.isfinite(exact)])
+    halfway = (finite[:-1] + finite[1:]) / 2
+    beside = [np.nextafter(halfway, np.float32(way)) for way in (-np.inf, np.inf)]
+    tiny = np.array([1e-45, -1e-45, 1e-30], dtype="<f4")
+    every = np.concatenate([exact, halfway, *beside, tiny])
+    largest = np.abs(every) < 65_520  # the others are rounded in another way
+    for values in (
+        every,
+        every[largest],
+        every[::-7],
+        every[:0],
+        every[largest][:2400].reshape(2, 3, 400),
+    ):
+        with np.errstate(over="ignore"):
+            found, expected = halves_of(values), values.astype("<f2")
+        assert found.shape == expected.shape and found.dtype == expected.dtype
+        np.testing.assert_array_equal(found.view("<u2"), expected.view("<u2"))
