@@ -127,18 +127,25 @@ def panel(page: Page) -> Panel:
     facts = page.locator(".root.facts")
     names = facts.locator("dt").all_text_contents()
     values = facts.locator("dd").all_text_contents()
-    rows = page.locator(".root.bars .row:not(.head)").all()
-    layers = page.locator(".root.lens tbody tr").all()
+    rows = _cells(page, ".root.bars .row:not(.head)", "[role=cell]")
+    layers = _cells(page, ".root.lens tbody tr", "td, .pair span")
     return {
         "where": facts.locator(".where span").first.text_content(),
         "what": facts.locator(".what").text_content(),
         "facts": dict(zip(names, values, strict=True)),
-        "considered": [tuple(row.locator("[role=cell]").all_text_contents()[:2]) for row in rows],
-        "lens": [_layer(row.locator("td, .pair span").all_text_contents()) for row in layers],
+        "considered": [tuple(row[:2]) for row in rows],
+        "lens": [_layer(row) for row in layers],
         "settled": page.locator(".root.lens tr.settled td").first.text_content()
         if page.locator(".root.lens tr.settled").count()
         else None,
     }
+
+
+def _cells(page: Page, rows: str, cells: str) -> list[list[str]]:
+    """The texts of each row's cells, read at one moment: a row may be drawn anew at any other."""
+    read = "(rows, cells) => rows.map(r => [...r.querySelectorAll(cells)].map(c => c.textContent))"
+    found: list[list[str]] = page.locator(rows).evaluate_all(read, cells)
+    return found
 
 
 def _layer(cells: list[str]) -> tuple[str, str, str, str]:
