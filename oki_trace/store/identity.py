@@ -49,9 +49,9 @@ def address(db: Db) -> URL:
         except (ArgumentError, ValueError):
             # Not told from the error, which may quote the password.
             raise UsageError(_NO_URL) from None
-        if "@" in f"{url.host}{url.database}" and url.get_backend_name() != "sqlite":
-            # A part of the password was taken for the host.
-            raise UsageError(f"{_NO_URL} In a password, write %40 for @ and %2F for /.")
+        if db.count("@") > 1 and url.get_backend_name() != "sqlite":
+            # A part of the password may have been taken for the host, the database or an option.
+            raise UsageError(f"{_NO_URL} In a password, write %40 for @, %2F for / and %3F for ?.")
     else:
         url = URL.create("sqlite", database=os.fspath(db))
     backend = url.get_backend_name()

@@ -10,7 +10,7 @@ from pathlib import Path
 import builders
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
 from stores import Store
@@ -92,6 +92,7 @@ def addresses(draw: st.DrawFn) -> str:
 
 
 @settings(max_examples=60, deadline=None)
+@example(f"postgresql://me:@{SECRET}?@127.0.0.1:9/traces", TraceReader)
 @given(address=addresses(), open_it=st.sampled_from([TraceReader, TraceWriter, migrate.ensure]))
 def test_a_password_is_in_no_message(address: str, open_it: object) -> None:
     try:
