@@ -146,6 +146,8 @@ class BesideTap(_Watching):
         finally:
             for module in self._layer_of:
                 _watched.pop(module, None)
+            # What a pass that failed left behind would hold on to the whole cache.
+            self._seen, self._shelf = {}, Shelf(0)
 
     def keep(self, module: nn.Module, query: Tensor, key: Tensor, last: LastQuery) -> None:
         """Called by the attention function, with its arguments and what is wanted of them."""
