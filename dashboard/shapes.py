@@ -291,6 +291,13 @@ def trust(capture: CaptureReport) -> list[Badge]:
             "model's own logits, all of them, in nats"
         )
         badges.append(Badge(f"lens check {check(capture.lens_check)}", "green", meaning))
+        if capture.lens_draft is not None:
+            meaning = (
+                "Inner layers were drafted in bfloat16, and their best tokens computed in float32, "
+                "for speed. This is the largest difference in probability that it made when the "
+                "model was loaded; with tensors kept exact nothing is drafted"
+            )
+            badges.append(Badge(f"lens draft {check(capture.lens_draft)}", "green", meaning))
     elif not capture.logit_lens_available:
         badges.append(Badge("no lens", "gray", capture.lens_reason or "Not available"))
     if capture.attention_check is not None:

@@ -60,6 +60,7 @@ def report(tensors: TensorMode = "exact", layers: int = 3, width: int = 8) -> Ca
         logit_lens_available=True,
         lens_reason=None,
         lens_check=2e-6,
+        lens_draft=2e-5,
         versions="test",
     )
 

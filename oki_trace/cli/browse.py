@@ -283,6 +283,7 @@ def _print_lens(out: Console, message: Message, step: Step) -> None:
     out.print(rows)
     if message.capture is not None:
         _print_check(out, "lens check", message.capture.lens_check)
+        _print_check(out, "lens draft", message.capture.lens_draft)
 
 
 def _print_check(out: Console, name: str, error: float | None) -> None:

@@ -158,6 +158,7 @@ def _report(fields: Fields, trace: Fields) -> CaptureReport:
         lens_reason=fields.text("lens_reason", None),
         lens_check=fields.number("lens_check", None),
         versions=fields.text("versions", "unknown", most=10_000),
+        lens_draft=fields.number("lens_draft", None),
     )
 
 

@@ -31,7 +31,7 @@ def capture(
     """
     if generation.max_new_tokens == 0:
         return
-    lens, vocabulary = instrument.lens, instrument.vocabulary
+    lens, vocabulary = instrument.lens_for(policy), instrument.vocabulary
 
     def compute(steps: list[Unlensed]) -> list[Lens]:
         return lenses_of(steps, lens, vocabulary, policy.topk_lens) if lens else []

@@ -29,6 +29,7 @@ from oki_trace.llm.attention import (
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.room import CACHE_NAMES, give_room
+from oki_trace.llm.shortlist import Shortlist, shortlist
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -40,25 +41,35 @@ ATTENTION_TOLERANCE_16_BIT = 1e-1
 PROVENANCE = "attention of the newest position, final layer with attention, heads averaged"
 
 
+@dataclass(frozen=True)
+class LensFound:
+    """The lens, its error, what may draft it, and why there is none."""
+
+    lens: LogitLens | None
+    error: float | None
+    reason: str | None
+    shortlist: Shortlist | None = None
+
+
 @torch.no_grad()
-def checked_lens(
-    model: Any, anatomy: Anatomy, probe: Probe
-) -> tuple[LogitLens | None, float | None, str | None]:
+def checked_lens(model: Any, anatomy: Anatomy, probe: Probe) -> LensFound:
     """The cheaper of two lenses that agrees with the model; else what is wrong with them."""
     if anatomy.repeats:
-        return None, None, "its blocks run several times for each token, so no layer is one place"
+        reason = "its blocks run several times for each token, so no layer is one place"
+        return LensFound(None, None, reason)
     with probe.attached():
         logits = model(input_ids=anatomy.probe_ids, use_cache=False).logits[0, -1:]
-        last_block = probe.take_hidden()[-1][None]
+        hidden = probe.take_hidden()
     checks = []
     for run_trunk in (False, True):
         lens = LogitLens(anatomy, run_trunk=run_trunk)
-        checks.append(lens.check(last_block, logits))
+        checks.append(lens.check(hidden[-1][None], logits))
         if checks[-1].reason is None:
-            return lens, checks[-1].error, None
+            drafted = None if run_trunk else shortlist(lens, anatomy, hidden[:-1])
+            return LensFound(lens, checks[-1].error, None, drafted)
     # One that ran and gave another answer says more than one that could not run.
     told = next((check for check in checks if check.error is not None), checks[0])
-    return None, told.error, told.reason
+    return LensFound(None, told.error, told.reason)
 
 
 @dataclass(frozen=True)

@@ -64,12 +64,16 @@ def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype | None:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
+def has_native_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; emulated, it is slower than float32."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def native_dtype(own: torch.dtype | None, device: torch.device) -> torch.dtype:
     """``own`` if ``device`` computes it natively, else the widest quick dtype it has."""
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        bf16 = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        return torch.bfloat16 if own == torch.bfloat16 and bf16 else torch.float32
+        return torch.bfloat16 if own == torch.bfloat16 and has_native_bfloat16() else torch.float32
     if own == torch.float32:
         return own
     if own == torch.bfloat16 and device.type == "cuda":

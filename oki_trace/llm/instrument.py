@@ -16,6 +16,7 @@ from oki_trace.llm.anatomy import Anatomy, dissect, input_device
 from oki_trace.llm.checks import checked_attention, checked_lens
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
+from oki_trace.llm.shortlist import MOST_KEPT, Draft, Shortlist
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import CapturePolicy, CaptureReport
 
@@ -32,6 +33,7 @@ class Instrument:
     lens: LogitLens | None
     lens_check: float | None
     lens_reason: str | None
+    shortlist: Shortlist | None
     attention_layers: tuple[int, ...]
     attention_check: float | None
     provenance: str
@@ -41,8 +43,18 @@ class Instrument:
         """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
         return any(hasattr(module, "_hf_hook") for module in self.model.modules())
 
+    def lens_for(self, policy: CapturePolicy) -> LogitLens | Draft | None:
+        """What makes the lens of one reply: a draft where that may be less than exact."""
+        drafted = self._shortlist_for(policy)
+        return self.lens if drafted is None else drafted.draft()
+
+    def _shortlist_for(self, policy: CapturePolicy) -> Shortlist | None:
+        exact = policy.tensors == "exact" or policy.topk_lens > MOST_KEPT
+        return None if exact else self.shortlist
+
     def report(self, policy: CapturePolicy) -> CaptureReport:
         """What a reply traced under ``policy`` will hold."""
+        drafted = self._shortlist_for(policy)
         parameter = self.model.get_input_embeddings().weight
         return CaptureReport(
             policy=policy,
@@ -57,6 +69,7 @@ class Instrument:
             logit_lens_available=self.lens is not None,
             lens_reason=self.lens_reason,
             lens_check=self.lens_check,
+            lens_draft=None if drafted is None else drafted.error,
             versions=f"transformers {version('transformers')}, torch {version('torch')}",
         )
 
@@ -77,16 +90,17 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     anatomy = dissect(model)
     attention = checked_attention(model, anatomy)
     probe = Probe(anatomy, attention.tap)
-    lens, lens_error, reason = checked_lens(model, anatomy, probe)
+    lens = checked_lens(model, anatomy, probe)
     made = Instrument(
         model=model,
         tokenizer=tokenizer,
         vocabulary=Vocabulary(tokenizer),
         anatomy=anatomy,
         probe=probe,
-        lens=lens,
-        lens_check=lens_error,
-        lens_reason=reason,
+        lens=lens.lens,
+        lens_check=lens.error,
+        lens_reason=lens.reason,
+        shortlist=lens.shortlist,
         attention_layers=attention.layers,
         attention_check=attention.error,
         provenance=attention.provenance,

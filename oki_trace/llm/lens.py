@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,15 +66,31 @@ class LogitLens:
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
         """Hidden states (rows, width), before the final norm, to logits (rows, vocab) in fp32."""
-        batch = self._axis - 1
-        rows = hidden.movedim(0, batch).unsqueeze(batch)
-        for module in self._tail:
-            rows = stream_of(module(rows))
-        self._returned = _with_stream(self._output, rows)
+        self._returned = _with_stream(self._output, self._through_tail(hidden))
         ids = self._ids.expand(1, hidden.shape[0])
         logits: Tensor = self._shell(input_ids=ids, use_cache=False, return_dict=True).logits[0]
         self._returned = None
         return logits.float()
+
+    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+        """Hidden states of several steps, their layers in turn, to each step's logits.
+
+        Of these the k largest of each row and the tokens ``wanted`` of a step are
+        exact whoever does it; here all are.
+        """
+        return iter(self.project(hidden).split(len(hidden) // len(wanted)))
+
+    @torch.no_grad()
+    def states(self, hidden: Tensor) -> Tensor:
+        """Hidden states (rows, width) as the head takes them, after the final norm."""
+        return self._through_tail(hidden)[0]
+
+    def _through_tail(self, hidden: Tensor) -> Tensor:
+        batch = self._axis - 1
+        rows = hidden.movedim(0, batch).unsqueeze(batch)
+        for module in self._tail:
+            rows = stream_of(module(rows))
+        return rows
 
     def check(self, last_block: Tensor, logits: Tensor) -> LensCheck:
         """Hold the lens at the last layer against the model's own logits, all of them.

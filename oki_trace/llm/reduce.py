@@ -18,6 +18,7 @@ from oki_trace.llm.decode import RawStep
 from oki_trace.llm.distribution import Distribution, Own, own_distribution, summarize
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.sampling import decide
+from oki_trace.llm.shortlist import Draft
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step
 from oki_trace.records import Tensor as TensorRecord
@@ -49,13 +50,14 @@ def step_of(raw: RawStep, vocabulary: Vocabulary, policy: CapturePolicy) -> tupl
 
 @torch.no_grad()
 def lenses_of(
-    steps: Sequence[Unlensed], lens: LogitLens, vocabulary: Vocabulary, k: int
+    steps: Sequence[Unlensed], lens: LogitLens | Draft, vocabulary: Vocabulary, k: int
 ) -> list[Lens]:
     """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own."""
     layers = len(steps[0].hidden) - 1
     device = steps[0].hidden[-1].device
     streams = torch.stack([h.to(device) for seen in steps for h in seen.hidden[:layers]])
-    projected = lens.project(streams).split(layers)
+    wanted = [torch.tensor([*seen.last.token_ids[0], seen.token_id]) for seen in steps]
+    projected = lens.each(streams, wanted, k)
     return [_lens(seen, rows, vocabulary, k) for seen, rows in zip(steps, projected, strict=True)]
 
 

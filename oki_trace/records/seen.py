@@ -63,6 +63,10 @@ class CaptureReport:
     between the captured attention and the model's eager attention; both from
     a short forward when the model was loaded. None: not available, and
     ``lens_reason`` or ``evidence_provenance`` says why.
+
+    ``lens_draft``: inner layers are drafted in bfloat16 and only their best
+    tokens computed in the model's own float32; the largest |Δprob| that this
+    made when the model was loaded (at most 1e-3). None: nothing was drafted.
     """
 
     policy: CapturePolicy
@@ -78,6 +82,7 @@ class CaptureReport:
     lens_reason: str | None
     lens_check: float | None
     versions: str
+    lens_draft: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

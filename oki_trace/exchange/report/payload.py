@@ -103,6 +103,7 @@ def _facts(
         ("shape", f"{capture.layers} layers, width {capture.width}"),
         ("sampling", _sampling(generation)),
         ("lens check", _check(capture.lens_check, "nats")),
+        *([("lens draft", _check(capture.lens_draft, ""))] if capture.lens_draft else []),
         ("attention check", _check(capture.attention_check, "")),
         ("evidence", capture.evidence_provenance),
         ("versions", capture.versions),

@@ -1,0 +1,166 @@
+"""The drafted lens against the whole one: what is exact stays exact, the rest within a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from oki_trace.llm import shortlist as module
+from oki_trace.llm.anatomy import dissect
+from oki_trace.llm.instrument import Instrument, instrument
+from oki_trace.llm.lens import LogitLens
+from oki_trace.llm.shortlist import MOST_KEPT, PROB_BOUND, Shortlist, shortlist
+from oki_trace.records import CapturePolicy, ChatMessage, Lens, Role, Sampling
+from oki_trace.tracing import Collector, trace_turn
+from tests import tiny
+from tests.families import configs
+
+LARGE = 16_384
+LAYERS = 3
+NONE_WANTED = torch.zeros(0, dtype=torch.long)
+
+
+@pytest.fixture(autouse=True)
+def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine where it would be too slow to be worth it."""
+    monkeypatch.setattr(module, "has_native_bfloat16", lambda: True)
+
+
+def large(model_type: str = "llama", **changes: Any) -> Any:
+    return configs.build(model_type, vocab_size=LARGE, hidden_size=64, **changes)
+
+
+def found(model: Any, streams: torch.Tensor | None = None) -> Shortlist | None:
+    anatomy = dissect(model)
+    hidden = torch.randn(LAYERS, 64, dtype=model.dtype) if streams is None else streams
+    return shortlist(LogitLens(anatomy), anatomy, list(hidden))
+
+
+def lenses(made: Instrument, policy: CapturePolicy, sampling: Sampling) -> list[Lens]:
+    kept = Collector()
+    asked = [ChatMessage(Role.USER, "Write a story about a lighthouse keeper and the sea.")]
+    trace_turn(made, "smollm2", asked, sampling, policy, [kept])
+    assert kept.started is not None and kept.started.capture.lens_check is not None
+    drafted = kept.started.capture.lens_draft
+    assert drafted is None if policy.tensors == "exact" else 0 < (drafted or 0) <= PROB_BOUND / 2
+    return kept.lenses
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(32), Sampling(32, temperature=1.3, seed=5)], ids=["greedy", "sampled"]
+)
+def test_a_real_reply_with_and_without_a_draft(
+    smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    model, tokenizer = smollm2
+    # The shared model's own instrument was made for this machine.
+    monkeypatch.setitem(model.__dict__, "_oki_trace_instrument", None)
+    made = instrument(model, tokenizer)
+    drafted = lenses(made, CapturePolicy(), sampling)
+    whole = lenses(made, CapturePolicy(tensors="exact"), sampling)
+    assert len(drafted) == len(whole) == 32
+    for one, other in zip(drafted, whole, strict=True):
+        assert (one.token_ids == other.token_ids).all()
+        assert one.settle_layer == other.settle_layer
+        assert one.logits == pytest.approx(other.logits, abs=1e-4, rel=1e-5)
+        assert np.abs(one.probs - other.probs).max() <= PROB_BOUND
+        assert np.abs(one.chosen_prob - other.chosen_prob).max() <= PROB_BOUND
+        assert np.abs(one.entropy - other.entropy).max() <= 2e-2
+        assert np.abs(one.kl - other.kl).max() <= 2e-2
+        near = other.chosen_rank <= 64
+        assert (one.chosen_rank[near] == other.chosen_rank[near]).all()
+        assert one.chosen_rank == pytest.approx(other.chosen_rank, rel=0.05)
+        for name in ("probs", "entropy", "chosen_prob", "kl"):
+            assert (getattr(one, name)[-1] == getattr(other, name)[-1]).all(), name
+
+
+def test_tokens_asked_for_are_exact_however_unlikely() -> None:
+    torch.manual_seed(0)
+    model = large()
+    drafter = found(model)
+    assert drafter is not None
+    streams = torch.randn(2 * LAYERS, 64)
+    wanted = [torch.tensor([7, 4_001]), torch.tensor([9])]
+    drafted = list(drafter.draft().each(streams, wanted, MOST_KEPT))
+    whole = LogitLens(dissect(model)).project(streams).split(LAYERS)
+    for logits, true, ids in zip(drafted, whole, wanted, strict=True):
+        assert logits[:, ids].numpy() == pytest.approx(true[:, ids].numpy(), abs=1e-5)
+        best, at = true.topk(MOST_KEPT)
+        assert (logits.topk(MOST_KEPT).indices == at).all()
+        assert logits.gather(1, at).numpy() == pytest.approx(best.numpy(), abs=1e-5)
+        assert float((logits.softmax(-1) - true.softmax(-1)).abs().max()) <= PROB_BOUND
+
+
+def nearly_one_token(model: Any, streams: torch.Tensor) -> None:
+    """Every token much like every other: the best are closer than bfloat16 can tell."""
+    weight = model.lm_head.weight
+    weight.copy_(weight[:1] + 1e-4 * torch.randn_like(weight))
+
+
+def not_finite(model: Any, streams: torch.Tensor) -> None:
+    streams[:] = float("nan")
+
+
+@pytest.mark.parametrize("spoil", [nearly_one_token, not_finite])
+@torch.no_grad()
+def test_a_layer_that_a_draft_cannot_tell_is_computed_whole(
+    spoil: Callable[[Any, torch.Tensor], None],
+) -> None:
+    torch.manual_seed(0)
+    model = large(tie_word_embeddings=False)
+    drafter = found(model)
+    assert drafter is not None
+    streams = torch.randn(LAYERS, 64)
+    spoil(model, streams)
+    (logits,) = drafter.draft().each(streams, [NONE_WANTED], 5)
+    whole = LogitLens(dissect(model)).project(streams)
+    torch.testing.assert_close(logits, whole, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def test_weights_that_changed_between_two_replies() -> None:
+    torch.manual_seed(0)
+    model = large()
+    drafter = found(model)
+    assert drafter is not None
+    streams = torch.randn(LAYERS, 64)
+    for _ in range(2):
+        (logits,) = drafter.draft().each(streams, [NONE_WANTED], 5)
+        whole = LogitLens(dissect(model)).project(streams)
+        assert float((logits.softmax(-1) - whole.softmax(-1)).abs().max()) <= PROB_BOUND
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 3.0}),
+        ("granite", {"logits_scaling": 4.0}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("phi", {}),  # its head has a bias
+        ("llama", {"vocab_size": 300}),
+        ("llama", {"dtype": torch.bfloat16}),
+    ],
+)
+def test_a_head_that_is_more_than_a_large_float32_matrix_is_not_drafted(
+    model_type: str, changes: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    dtype = changes.get("dtype", torch.float32)
+    sizes = {key: value for key, value in changes.items() if key != "dtype"}
+    model = configs.build(model_type, **{"vocab_size": LARGE, "hidden_size": 64, **sizes})
+    assert found(model.to(dtype)) is None
+    assert found(large()) is not None
+
+
+def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
+    made = instrument(large(), tiny.tokenizer())
+    assert made.shortlist is not None
+    for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MOST_KEPT + 1)):
+        assert made.lens_for(policy) is made.lens
+        assert made.report(policy).lens_draft is None
+    assert made.report(CapturePolicy()).lens_draft == made.shortlist.error
