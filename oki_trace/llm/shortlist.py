@@ -106,7 +106,7 @@ def shortlist(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> Sh
         return None
     streams = torch.stack([h.to(head.weight.device) for h in hidden])
     weight, states = head.weight.detach(), lens.states(streams)
-    if states.shape[-1] != weight.shape[1]:
+    if states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
         return None
     lost = (states - states.bfloat16()).square().mean(0) * weight.square().mean(0)
     twice = lost.topk(weight.shape[1] // 8).indices

@@ -327,3 +327,13 @@ def test_a_token_of_unknown_surprisal_leaves_the_others_theirs() -> None:
     steps = [summary(0, logprob=nan), summary(1, logprob=-2.0), summary(2, logprob=-1.0)]
     assert shapes.scale(steps, "surprisal", LAYERS) == ([None, 1.0, 0.5], "0", "2.0 nats")
     assert shapes.most_surprising(steps) == 1
+
+
+def test_badges_tell_what_was_checked_and_what_was_drafted() -> None:
+    report = builders.report()
+    checked, drafted, attention = shapes.trust(report)
+    assert checked.name == "lens check 2e-06" and "at the last layer" in checked.meaning
+    assert drafted.name == "lens draft 2e-05" and "bfloat16" in drafted.meaning
+    assert attention.name == "attention check 1e-06"
+    whole = shapes.trust(replace(report, lens_draft=None))
+    assert [badge.name for badge in whole] == [checked.name, attention.name]
