@@ -66,8 +66,7 @@ class Draft:
     def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
         """As ``LogitLens.each``, for k up to ``MOST_KEPT``."""
         if self._rounded is None:
-            rounded = self._head.bfloat16()
-            self._rounded = torch.cat([rounded, rounded[:, self._twice]], 1)
+            self._rounded = self._round()
         states = self._lens.states(hidden)
         upper = states.bfloat16()
         lower = (states - upper)[:, self._twice].bfloat16()
@@ -79,6 +78,13 @@ class Draft:
             if unsure.any():
                 logits[unsure] = self._lens.project(streams[unsure])
             yield logits
+
+    def _round(self) -> Tensor:
+        vocab, width = self._head.shape
+        rounded = torch.empty(vocab, width + len(self._twice), dtype=torch.bfloat16)
+        rounded[:, :width] = self._head
+        rounded[:, width:] = self._head[:, self._twice]
+        return rounded
 
     def _scored(
         self, logits: Tensor, states: Tensor, wanted: Tensor, k: int
