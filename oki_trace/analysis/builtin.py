@@ -30,7 +30,10 @@ COMPARE = Question(
     "candidates where not. Only steps after the same words compare the models; later ones "
     "answer different texts.",
     {},
-    {"top": (20, "how many prompts, for models")},
+    {
+        "sample": (compare.SAMPLE, "how many steps are read, for models"),
+        "top": (20, "how many prompts, for models"),
+    },
 )
 
 QUESTIONS: dict[str, Question] = {
@@ -55,18 +58,21 @@ def answer(
     if question is None:
         raise UsageError(f"There is no question {name}: ask {', '.join(QUESTIONS)}.")
     if question is COMPARE:
-        return _compare(trove, what, scope, given.get("top", 20))
+        return _compare(trove, what, scope, _given(question, given))
     if what:
         raise UsageError(f"{name} takes no {what[0]}: narrow it down with options, as --model.")
     if question is HEADS:
-        return heads.heads_answer(
-            trove, scope, sample=given.get("sample", 64), top=given.get("top", 20)
-        )
-    known = {key: value for key, value in given.items() if key in question.parameters}
-    return questions.ask(trove, question, scope, view, **known)
+        return heads.heads_answer(trove, scope, **_given(question, given))
+    return questions.ask(trove, question, scope, view, **_given(question, given))
 
 
-def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int) -> Answer:
+def _given(question: Question, given: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key in question.parameters}
+
+
+def _compare(
+    trove: Trove, what: tuple[str, ...], scope: Scope | None, given: dict[str, Any]
+) -> Answer:
     steps = [_step(one) for one in what]
     kinds = {
         "step" if step else "reply" if one.isdecimal() else "model"
@@ -80,7 +86,7 @@ def _compare(trove: Trove, what: tuple[str, ...], scope: Scope | None, top: int)
         return compare.steps_answer(trove, steps[0], steps[1])
     if kinds == {"reply"}:
         return compare.replies_answer(trove, int(what[0]), int(what[1]))
-    return compare.models_answer(trove, what[0], what[1], scope, top)
+    return compare.models_answer(trove, what[0], what[1], scope, **given)
 
 
 def _step(text: str) -> tuple[int, int] | None:

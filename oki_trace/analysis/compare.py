@@ -18,6 +18,9 @@ from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError
 
+# Steps of two models that are read: what half a second is enough for.
+SAMPLE = 640
+
 _DISTANCES = """
 kl number KL(first ‖ second), in nats
 kl_back number KL(second ‖ first), in nats
@@ -44,7 +47,8 @@ listed name in both lists, or in one alone
 _PAIRS = columns(
     "prompt name what was asked last\nreply name the first model's reply"
     "\nother name the second model's reply\nalike number tokens that both begin with"
-    "\nsteps number steps compared: up to where they part"
+    "\nsteps number steps up to where they part"
+    "\nread number steps of these whose distributions were compared: all, or an even sample"
     + _DISTANCES
     + "shared number mean of the candidates that stand in both lists"
     "\ntop_alike share steps where both find the same token likeliest\n" + _BASIS
@@ -66,9 +70,7 @@ so_far AS (
   WINDOW before AS (
     PARTITION BY first, second ORDER BY step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
   )
-),
-measured AS MATERIALIZED (
-  SELECT *, distance(first, step, second, step) AS d FROM so_far"""
+),"""
 
 _OF_REPLIES = (
     """\
@@ -79,6 +81,8 @@ WITH pair AS (
 ),"""
     + _BOTH
     + """
+measured AS MATERIALIZED (
+  SELECT *, distance(first, step, second, step) AS d FROM so_far
 )
 SELECT step, said, other, if(same_before, 'yes', 'no') AS same_before, d.kl AS kl,
   d.kl_back AS kl_back, d.js AS js, d.tv AS tv, d.shared AS shared, d.top_rank AS top_rank,
@@ -105,11 +109,19 @@ pair AS (
 ),"""
     + _BOTH
     + """
-  WHERE same_before
+placed AS (
+  SELECT *, count(*) OVER () AS of_all, row_number() OVER (ORDER BY first, step) - 1 AS place,
+    count(*) FILTER (said = other) OVER two AS alike, count(*) OVER two AS steps
+  FROM so_far WHERE same_before
+  WINDOW two AS (PARTITION BY first, second)
+),
+measured AS MATERIALIZED (
+  SELECT *, distance(first, step, second, step) AS d
+  FROM placed WHERE place * $sample % of_all < $sample OR step = 0
 )
-SELECT any_value(prompt) AS prompt, first AS reply, second AS other,
-  count(*) FILTER (said = measured.other) AS alike, count(*) AS steps, avg(d.kl) AS kl,
-  avg(d.kl_back) AS kl_back, avg(d.js) AS js, avg(d.tv) AS tv, avg(d.shared) AS shared,
+SELECT any_value(prompt) AS prompt, first AS reply, second AS other, any_value(alike) AS alike,
+  any_value(steps) AS steps, count(*) AS read, avg(d.kl) AS kl, avg(d.kl_back) AS kl_back,
+  avg(d.js) AS js, avg(d.tv) AS tv, avg(d.shared) AS shared,
   avg((d.top_rank IS NOT DISTINCT FROM 1)::INT) AS top_alike,
   string_agg(DISTINCT d.basis, ' and ' ORDER BY d.basis) AS basis
 FROM measured JOIN pair USING (first, second)
@@ -190,13 +202,26 @@ def replies_answer(trove: Trove, a: int, b: int) -> Answer:
 
 
 def models_answer(
-    trove: Trove, a: str, b: str, scope: Scope | None = None, top: int = 20
+    trove: Trove,
+    a: str,
+    b: str,
+    scope: Scope | None = None,
+    *,
+    top: int = 20,
+    sample: int = SAMPLE,
 ) -> Answer:
     """Two models on the same prompts: a row a prompt, the first reply of each, compared up to
-    where they part: later they answer different texts. Raises QuestionError without any.
+    where they part: later they answer different texts. Of all these steps, ``sample`` are
+    read, evenly spread, and the first of each reply. Raises QuestionError without any.
     """
     scope = scope or Scope()
-    given = {**scope.parameters(), "first_model": a, "second_model": b, "top": top}
+    given = {
+        **scope.parameters(),
+        "first_model": a,
+        "second_model": b,
+        "top": top,
+        "sample": sample,
+    }
     answer = _answer(
         trove, "model", scope.sql() + _OF_MODELS, given, _PAIRS, Picture("prompt", ("js",))
     )
@@ -206,7 +231,9 @@ def models_answer(
         )
     steps = list(answer.column("steps"))
     mean = _mean([_distance(answer, row) for row in answer.rows], steps)
-    return answer.told(f"{sum(steps)} steps of {len(answer.rows)} prompts: {_told(mean)}")
+    count, read = sum(steps), sum(answer.column("read"))
+    of_all = f"{count:,} steps" if read == count else f"{read:,} of {count:,} steps, evenly spread,"
+    return answer.told(f"{of_all} of {len(answer.rows)} prompts: {_told(mean)}")
 
 
 def _answer(

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
-from oki_trace.analysis.distance import distribution
+from oki_trace.analysis.distance import softmax
 from oki_trace.analysis.pairs import apart, floats
 from oki_trace.analysis.shares import THINGS, shares_of_heads
 from oki_trace.analysis.tables import FUNCTIONS, Function
@@ -73,7 +73,7 @@ def _standing(
         tensor = reader.tensors(message, "logits", [step]).get(step)
         if tensor is None:
             continue
-        probs = distribution(floats(tensor)).probs
+        probs = softmax(floats(tensor))
         for place in places:
             token = tokens[place]
             if token is not None and 0 <= token < len(probs):

@@ -8,29 +8,35 @@ is. Tensors are read a few steps at a time, by as many threads as there are core
 from __future__ import annotations
 
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from oki_trace.analysis.distance import (
     Distance,
-    Distribution,
     between_lists,
     between_logits,
-    distribution,
 )
 from oki_trace.records import Candidates, Tensor
 from oki_trace.store.reader import TraceReader
 
 # Message and step of the first, message and step of the second.
 Pair = tuple[int, int, int, int]
-# Read together; 16 steps of a vocabulary of 50,000 are 3 MB a side.
-_TOGETHER = 16
+Floats = NDArray[np.float32]
+# Read together; 24 steps of a vocabulary of 50,000 are 5 MB a side.
+_TOGETHER = 24
+# Compared together, in numbers a side: the more at once, the less the threads wait for one
+# another, until a block is too large for the processor's cache.
+_BLOCK = 8 * 49_152
 # Each has a connection of its own to the store.
 _MOST_THREADS = 8
+# DuckDB asks from several threads at once, and each would bring as many.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ def apart(reader: TraceReader, pairs: Sequence[Pair]) -> list[Apart | None]:
 
     found: list[Apart | None] = [None] * len(pairs)
     _keep_freed_memory()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
+    with _ONE_AT_A_TIME, ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
         for (_, _, those), results in zip(work, pool.map(some, work), strict=True):
             for place, result in zip(those, results, strict=True):
                 found[place] = result
@@ -86,7 +92,7 @@ def one_vocabulary(a: Candidates, b: Candidates) -> bool:
     return all(texts.get(i, text) == text for i, text in zip(ids_b, b.tokens, strict=True))
 
 
-def floats(tensor: Tensor) -> np.ndarray:
+def floats(tensor: Tensor) -> Floats:
     """The tensor's values as float32: bfloat16 is held as its bits."""
     if tensor.dtype == "bfloat16":
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
@@ -103,38 +109,53 @@ def _some(
         reader.tensors(message, "logits", sorted(set(those)))
         for message, those in zip(messages, zip(*steps, strict=True), strict=True)
     ]
-
-    # Not kept for the next pair: to get fresh memory costs more than to compute.
-    def full(side: int, step: int) -> Distribution | None:
-        tensor = logits[side].get(step)
-        return None if tensor is None else distribution(floats(tensor))
-
-    found: list[Apart | None] = []
-    for a, b in steps:
+    full_of = [{step: floats(tensor) for step, tensor in side.items()} for side in logits]
+    found: list[Apart | None] = [None] * len(steps)
+    full: dict[int, list[_Full]] = defaultdict(list)  # by the size of the vocabulary
+    for place, (a, b) in enumerate(steps):
         top_a, top_b = lists[0].get(a), lists[1].get(b)
         if top_a is None or top_b is None:
-            found.append(None)
+            continue
+        by_id = one_vocabulary(top_a, top_b)
+        listed = _list(top_a, by_id), _list(top_b, by_id)
+        shared = len(listed[0].keys() & listed[1].keys())
+        both = full_of[0].get(a), full_of[1].get(b)
+        if by_id and both[0] is not None and both[1] is not None and _comparable(*both):
+            full[both[0].size].append(_Full(place, shared, *both))
         else:
-            found.append(_apart(top_a, top_b, full(0, a), full(1, b)))
+            rank = _rank(next(iter(listed[0]), None), listed[1])
+            found[place] = Apart(between_lists(*listed), shared, rank)
+    for size, pairs in full.items():
+        at_once = max(1, _BLOCK // size)
+        for first in range(0, len(pairs), at_once):
+            block = pairs[first : first + at_once]
+            for pair, apart_by in zip(block, _apart(block), strict=True):
+                found[pair.place] = apart_by
     return found
 
 
-def _apart(
-    a: Candidates, b: Candidates, full_a: Distribution | None, full_b: Distribution | None
-) -> Apart:
-    by_id = one_vocabulary(a, b)
-    lists = _list(a, by_id), _list(b, by_id)
-    shared = len(lists[0].keys() & lists[1].keys())
-    if (
-        by_id
-        and full_a is not None
-        and full_b is not None
-        and full_a.probs.shape == full_b.probs.shape
-    ):
-        top = full_b.probs[full_a.probs.argmax()]
-        rank = 1 + int(np.count_nonzero(full_b.probs > top))
-        return Apart(between_logits(full_a, full_b), shared, rank)
-    return Apart(between_lists(*lists), shared, _rank(next(iter(lists[0]), None), lists[1]))
+@dataclass(frozen=True, slots=True)
+class _Full:
+    """A pair with the logits of both sides, (vocab,) each."""
+
+    place: int
+    shared: int
+    a: Floats
+    b: Floats
+
+
+def _comparable(a: Floats, b: Floats) -> bool:
+    return a.shape == b.shape and bool(np.isfinite(a.max()) and np.isfinite(b.max()))
+
+
+def _apart(pairs: Sequence[_Full]) -> list[Apart]:
+    a, b = np.stack([pair.a for pair in pairs]), np.stack([pair.b for pair in pairs])
+    tops = b[np.arange(len(pairs)), a.argmax(axis=1)]
+    ranks = 1 + np.count_nonzero(b > tops[:, np.newaxis], axis=1)
+    return [
+        Apart(distance, pair.shared, rank)
+        for pair, distance, rank in zip(pairs, between_logits(a, b), ranks.tolist(), strict=True)
+    ]
 
 
 def _list(top: Candidates, by_id: bool) -> dict[Hashable, float]:

@@ -74,8 +74,13 @@ def ask(
         float | None, typer.Option("--least", help="The least probability that counts.")
     ] = None,
     sample: Annotated[
-        int, typer.Option("--sample", min=1, help="For heads: how many steps are read.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            "--sample",
+            min=1,
+            help="How many steps' full tensors are read: 64 for heads, 640 for two models.",
+        ),
+    ] = None,
     format: Annotated[
         AnswerFormat, typer.Option("--format", "-f", help="How it is printed.")
     ] = AnswerFormat.TABLE,

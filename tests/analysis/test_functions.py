@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ def test_distances_of_any_steps(tmp_path: Path) -> None:
         assert [row["x"] for row in found] == list(reversed(range(STEPS)))
         for row in found:
             p, q = probs(trove, a, row["x"]), probs(trove, b, STEPS - 1 - row["x"])
-            assert [row[name] for name in DISTANCES] == pytest.approx(apart(p, q), abs=1e-9)
+            assert [row[name] for name in DISTANCES] == pytest.approx(
+                apart(p, q), rel=1e-6, abs=1e-6
+            )
             assert row["top_rank"] == 1 + (q > q[p.argmax()]).sum()
             assert row["basis"] == "full logits"
 
@@ -81,10 +84,43 @@ def test_two_models_up_to_where_they_part(tmp_path: Path) -> None:
         (row,) = rows(trove, answer.sql)
         assert (row["reply"], row["other"], row["alike"], row["steps"]) == (a, b, 2, 3)
         each = np.array([apart(probs(trove, a, i), probs(trove, b, i)) for i in range(3)])
-        assert [row[name] for name in DISTANCES] == pytest.approx(each.mean(axis=0), abs=1e-9)
+        assert [row[name] for name in DISTANCES] == pytest.approx(
+            each.mean(axis=0), rel=1e-6, abs=1e-6
+        )
         alike = [probs(trove, a, i).argmax() == probs(trove, b, i).argmax() for i in range(3)]
         assert row["top_alike"] == pytest.approx(np.mean(alike))
         assert answer.about.startswith("3 steps of 1 prompts: ")
+
+
+def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    with TraceWriter(path) as writer, Trove(path) as trove:
+        a = reply(writer, 0, [" a"] * STEPS, model="one")
+        b = reply(writer, 1, [" a"] * STEPS, model="two")
+        answer = builtin.answer(trove, "compare", ("one", "two"), sample=8)
+        (row,) = rows(trove, answer.sql)
+        assert (row["alike"], row["steps"], row["read"]) == (STEPS, STEPS, 8)
+        read = range(0, STEPS, STEPS // 8)
+        each = np.array([apart(probs(trove, a, i), probs(trove, b, i)) for i in read])
+        assert [row[name] for name in DISTANCES] == pytest.approx(
+            each.mean(axis=0), rel=1e-6, abs=1e-6
+        )
+        assert answer.about.startswith(f"8 of {STEPS} steps, evenly spread, of 1 prompts: ")
+
+
+def test_logits_that_are_no_numbers_leave_the_lists(tmp_path: Path) -> None:
+    path = str(tmp_path / "store.db")
+    with TraceWriter(path) as writer, Trove(path) as trove:
+        a, (_, b) = reply(writer, 0, [" a"]), made.begin(writer, steps=0, tensors="exact")
+        step = builders.step(0, np.random.default_rng(1), token=" a")
+        broken = [
+            replace(one, array=np.full_like(one.array, np.nan)) if one.name == "logits" else one
+            for one in step.tensors
+        ]
+        writer.append(b, [replace(step, tensors=tuple(broken))])
+        made.finish(writer, b)
+        (row,) = rows(trove, f"SELECT unnest(distance({a}, 0, {b}, 0))")
+        assert row["basis"].startswith("top-") and row["kl"] > 0
 
 
 def test_another_vocabulary_is_compared_by_the_tokens_texts(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import synthetic
 
-from oki_trace.analysis import builtin
+from oki_trace.analysis import builtin, compare
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.trove import Trove
@@ -98,10 +98,14 @@ def measure_tensors(path: Path) -> dict[str, float]:
             "two steps": asked(trove, "compare", what=(f"{a}:50", f"{b}:50")),
             "two replies, 100 steps": asked(trove, "compare", what=(str(a), str(b))),
             **{
-                f"two models, {prompts * 100:,} steps": asked(
-                    trove, "compare", what=("smollm2", "other/model"), top=prompts
+                f"two models, {min(sample, prompts * 100):,} of {prompts * 100:,} steps": asked(
+                    trove,
+                    "compare",
+                    what=("smollm2", "other/model"),
+                    top=prompts,
+                    sample=sample,
                 )
-                for prompts in (5, 20)
+                for prompts, sample in ((5, compare.SAMPLE), (20, compare.SAMPLE), (20, 2000))
             },
             "heads, 64 steps": asked(trove, "heads"),
             "heads, 640 steps": asked(trove, "heads", sample=640),

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 
 from oki_trace.errors import TensorError
 from oki_trace.records import Tensor
-from oki_trace.store.halves import halves_of
+from oki_trace.store.halves import floats_of, halves_of
 from oki_trace.store.tensors import EncodedTensor, _checksum, decode, encode
 
 SHAPES = npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=20)
@@ -189,6 +189,14 @@ def test_a_forged_row_is_a_clear_error(change: dict[str, object]) -> None:
     good = encode(Tensor("logits", np.zeros(50, np.float32), "float32"), "exact")
     with pytest.raises(TensorError, match="logits"):
         decode(signed(dataclasses.replace(good, **change)))
+
+
+def test_halves_come_back_as_numpys_own() -> None:
+    every = np.arange(1 << 16, dtype="<u2").view("<f2")
+    for halves in (every, every[np.isfinite(every)], every[:0], every[:1024]):
+        found, expected = floats_of(halves), halves.astype("<f4")
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found.view("<u4"), expected.view("<u4"))
 
 
 def test_halves_are_numpys_own() -> None:
