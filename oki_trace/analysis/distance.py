@@ -83,7 +83,7 @@ def between_logits(a: Logits, b: Logits) -> list[Distance]:
     # The logarithm is convex, so it is no more than this: nothing, where the two are the same.
     np.minimum(js, (kl + kl_back) / 4, out=js)
     values = np.maximum(np.stack([kl, kl_back, js, tv], axis=1), 0).astype(np.float64)
-    return [Distance(*row, FULL) for row in values.tolist()]
+    return [Distance(row[0], row[1], row[2], row[3], FULL) for row in values.tolist()]
 
 
 def between(a: Probs, b: Probs, basis: str = FULL) -> Distance:

@@ -119,9 +119,9 @@ def _some(
         by_id = one_vocabulary(top_a, top_b)
         listed = _list(top_a, by_id), _list(top_b, by_id)
         shared = len(listed[0].keys() & listed[1].keys())
-        both = full_of[0].get(a), full_of[1].get(b)
-        if by_id and both[0] is not None and both[1] is not None and _comparable(*both):
-            full[both[0].size].append(_Full(place, shared, *both))
+        full_a, full_b = full_of[0].get(a), full_of[1].get(b)
+        if by_id and full_a is not None and full_b is not None and _comparable(full_a, full_b):
+            full[full_a.size].append(_Full(place, shared, full_a, full_b))
         else:
             rank = _rank(next(iter(listed[0]), None), listed[1])
             found[place] = Apart(between_lists(*listed), shared, rank)
