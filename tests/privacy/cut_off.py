@@ -90,7 +90,7 @@ def command(*arguments: str) -> str:
 def on_the_command_line(folder: Path) -> list[str]:
     said = command("run", "What is the capital of France?", "--max-new-tokens", "8", "--json")
     assert json.loads(said)["steps"] == 8, said
-    command("ask", "settle")
+    every_question()
     command("sql", "SELECT count(*) FROM step")
     command("verify")
     for format in ("json", "html", "parquet"):
@@ -98,6 +98,18 @@ def on_the_command_line(folder: Path) -> list[str]:
         command("export", "--conversation", "1", "--format", format, "--output", target)
     command("import", str(folder / "a.json"))
     return ["run", "ask", "sql", "verify", "export", "import"]
+
+
+def every_question() -> None:
+    """In each of its views, on the reply that is there, which kept its tensors."""
+    from oki_trace.analysis.builtin import QUESTIONS
+
+    for question in QUESTIONS.values():
+        for view in question.views:
+            assert command("ask", question.name, "--by", view, "--format", "csv")
+    assert command("ask", "heads")
+    for two in (("2:0", "2:1"), ("2", "2"), ("smollm2", "smollm2")):
+        assert "from full logits" in command("ask", "compare", *two)
 
 
 def a_page(name: str) -> None:
