@@ -185,10 +185,14 @@ def steps_answer(trove: Trove, a: tuple[int, int], b: tuple[int, int]) -> Answer
 
 def replies_answer(trove: Trove, a: int, b: int) -> Answer:
     """Two replies: a row a step, as far as both go; how far they are alike in ``about``.
-    Raises NotFound.
+    Raises NotFound, and QuestionError for a message that is no reply, or has no step.
     """
     for message in (a, b):
-        trove.reader.message(message)
+        if not trove.reader.message(message).tokens:
+            raise QuestionError(
+                f"Message {message} has no steps to compare: name two replies, as "
+                "`oki-trace show N` lists them."
+            )
     given = {"first": a, "second": b}
     answer = _answer(trove, "reply", _OF_REPLIES, given, _STEPS, Picture("step", ("js",)))
     said = list(zip(answer.column("said"), answer.column("other"), strict=True))

@@ -155,6 +155,8 @@ def told_plainly(seconds: float | None = None) -> Iterator[None]:
             raise QuestionError(told.partition(": ")[2]) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[0].partition(": ")[2] or lines[0]
-        hint = next((line for line in lines[1:] if line.startswith("Candidate")), "")
-        said = [what.rstrip(".!"), *([hint.rstrip(".")] if hint else [])]
-        raise QuestionError(f"The SQL cannot be answered: {'. '.join(said)}.") from error
+        hints = (line for line in lines[1:] if line.startswith(("Candidate", "Did you mean")))
+        said = what.rstrip(".!") + "."
+        if hint := next(hints, ""):
+            said += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."
+        raise QuestionError(f"The SQL cannot be answered: {said}") from error

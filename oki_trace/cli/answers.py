@@ -97,7 +97,9 @@ def print_answer(answer: Answer, format: str) -> None:
     out.print(Text(question.reading, style="dim"), soft_wrap=True)
     out.print()
     if not answer.rows:
-        out.print("No steps there.")
+        out.print(
+            "No steps there: widen the filters. `oki-trace list` shows conversations and models."
+        )
         return
     drawn = _drawn(answer)
     headings: list[str] = []

@@ -101,6 +101,8 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "compare", "2:5", "2"), 2, "two of a kind"),
         (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
+        (("ask", "compare", "1", "2"), 1, "Message 1 has no steps to compare"),
+        (("sql", "SELECT * FROM steps"), 1, 'Did you mean "step"?'),
         (("ask", "settle", "--since", "yesterday"), 2, "write 2026-01-31"),
         (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
         (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
