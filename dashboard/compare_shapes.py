@@ -207,7 +207,36 @@ def replies_data(
                 "empty": "This reply has no tokens." if not tokens else "",
             }
         )
-    return {"sides": sides, "chosen": chosen}
+    return {"sides": sides, "chosen": chosen, "rows": sheet(pairs, found, *steps)}
+
+
+def sheet(
+    pairs: Sequence[Pair],
+    found: Sequence[Distance | None],
+    left: Sequence[StepSummary],
+    right: Sequence[StepSummary],
+) -> list[list[Any]]:
+    """Both replies, a row a place: the tokens, and how far the distributions are apart."""
+    names = [
+        *("place", "left_step", "left_token", "right_step", "right_token", "same"),
+        *("least_total_variation", "most_total_variation"),
+    ]
+    return [
+        names,
+        *(
+            [
+                number,
+                pair.left,
+                None if pair.left is None else visible(left[pair.left].token),
+                pair.right,
+                None if pair.right is None else visible(right[pair.right].token),
+                int(pair.same),
+                None if distance is None else distance.low,
+                None if distance is None else distance.high,
+            ]
+            for number, (pair, distance) in enumerate(zip(pairs, found, strict=True), start=1)
+        ),
+    ]
 
 
 def told(distance: Distance | None) -> str:

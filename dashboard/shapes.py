@@ -112,7 +112,33 @@ def reply_data(
         "high": high,
         "status": status,
         "bad": bad,
+        # While it grows it is sent a few times a second, and is no whole to save.
+        "rows": [] if live else numbers(steps),
     }
+
+
+def numbers(steps: Sequence[StepSummary]) -> list[list[Any]]:
+    """The tokens and their numbers as a sheet; steps count from 0, what is in nats says so."""
+    names = [
+        *("step", "position", "token", "token_id", "prob", "rank"),
+        *("surprisal_nats", "entropy_nats", "margin", "settle_layer"),
+    ]
+    rows = [
+        [
+            s.step_index,
+            s.position,
+            visible(s.token),
+            s.token_id,
+            known(s.prob),
+            s.rank,
+            known(-s.logprob),
+            known(s.entropy),
+            known(s.margin),
+            s.settle_layer,
+        ]
+        for s in steps
+    ]
+    return [names, *rows] if rows else []
 
 
 def scale(
@@ -175,6 +201,7 @@ def facts_data(
     ``following``: nobody chose this step, so the newest one of a live reply takes its place.
     """
     settled = "–" if summary.settle_layer is None else f"layer {summary.settle_layer}"
+    names, values = numbers([summary])
     facts = [
         ("prob", figure(step.prob, 3), "The model's own probability, before any sampling setting"),
         ("rank", f"{step.rank:,}", "Among all tokens of the vocabulary; 1 is the most likely"),
@@ -200,6 +227,8 @@ def facts_data(
                 "Its probability after temperature, cuts and penalties",
             ),
         )
+        names.append("sampled_prob")
+        values.append(known(step.sampled_prob))
     return {
         "conversation": conversation,
         "message": message,
@@ -210,6 +239,7 @@ def facts_data(
         "where": f"step {step.step_index + 1} of {total} · position {step.position}",
         "what": visible(step.token),
         "facts": [{"name": n, "value": v, "title": t} for n, v, t in facts],
+        "rows": [names, values],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from dashboard.shapes import Column, Json, counted, table_data
 from oki_trace.records import ReplySize, Status, StoreInfo, WorkerState
@@ -55,6 +56,15 @@ def tiles(info: StoreInfo) -> list[tuple[str, str, str]]:
         ("Conversations", f"{info.conversations:,}", f"With {counted(info.messages, 'message')}"),
         ("Tokens", f"{info.steps:,}", "Generated and traced: one step each"),
     ]
+
+
+def totals(info: StoreInfo) -> list[list[Any]]:
+    """The numbers that stand on top, and what is told of them, as a sheet."""
+    names = [
+        *("bytes", "bytes_per_token", "row_bytes_per_token", "tensor_bytes_per_token"),
+        *("conversations", "messages", "steps", "tensor_steps"),
+    ]
+    return [names, [getattr(info, name) for name in names]]
 
 
 def room(info: StoreInfo) -> Json:

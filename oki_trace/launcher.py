@@ -99,7 +99,8 @@ def command(port: int, host: str = ADDRESS) -> list[str]:
         ("client.toolbarMode", "minimal"),
     ]
     flags = [part for name, value in options for part in (f"--{name}", value)]
-    return [sys.executable, "-m", "streamlit", "run", str(home_page()), *flags]
+    home = home_page()
+    return [sys.executable, str(home.with_name("serve.py")), "run", str(home), *flags]
 
 
 def url_of(port: int, query: Mapping[str, str], host: str = ADDRESS) -> str:

@@ -2,7 +2,7 @@
 // in another tab, it leads to its step. Of each reply one token is a stop of the Tab key: the chosen
 // one, or the first; left and right lead on from it.
 // data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
-// empty}], chosen: pair or null}. Triggers: pick = a pair.
+// empty}], chosen: pair or null, rows: what is saved}. Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   // Drawn anew, the token that had the keys has them still.
@@ -17,6 +17,9 @@ export default function ({ data, parentElement, setTriggerValue }) {
     node.append(text);
     return node;
   }));
+  const save = make("div", "save");
+  save.append(csvButton("replies", () => data.rows));
+  root.append(save);
   const beside = (event) => {
     for (const node of root.querySelectorAll(".beside")) node.classList.remove("beside");
     const token = event.type === "mouseleave" ? null : event.target.closest(".token");

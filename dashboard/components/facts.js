@@ -1,6 +1,7 @@
 // The chosen token, its numbers, and the way to the next one.
 // data: {conversation, message, step, total, following, waiting, where, what, facts: [{name, value,
-// title}]}, or {empty: true}. Triggers: pick = {conversation, message, step}; refresh = a number.
+// title}], rows: what is saved}, or {empty: true}. Triggers: pick = {conversation, message, step};
+// refresh = a number.
 //
 // This element alone tells the server which step was chosen, one at a time: while an answer is
 // under way the marks already move, and the last wish is sent when it has come.
@@ -87,7 +88,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   };
   told();
   const within = (root.getRootNode().host ?? root).closest(".st-key-panel");
-  where.append(make("span", "grow", data.where), back, on, copy, ...(within ? [fold] : []));
+  where.append(make("span", "grow", data.where), back, on, copy,
+    csvButton(`numbers-step-${data.step + 1}`, () => data.rows), ...(within ? [fold] : []));
   const what = make("div", "what", data.what);
   what.setAttribute("role", "heading");
   what.setAttribute("aria-level", "2");

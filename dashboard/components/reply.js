@@ -1,6 +1,6 @@
 // A reply as its tokens; each is a button. A click is told to all elements of the page.
 // data: {tokens: [{text, value, mark, title}], conversation, message, live, newest, blue, low, high,
-// name, status, bad}
+// name, status, bad, rows: what is saved, empty while it grows}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const signal = listening(root);
@@ -90,5 +90,6 @@ function footing(foot, data) {
     ramp.style.setProperty("--ramp", data.blue ? "var(--blue)" : "var(--accent)");
     legend.append(`${data.name}  ${data.low}`, ramp, data.high);
   }
-  foot.replaceChildren(legend, make("span", data.bad ? "bad" : "", data.status));
+  const csv = data.rows.length ? [csvButton(`reply-${data.message}`, () => data.rows)] : [];
+  foot.replaceChildren(legend, make("span", data.bad ? "bad" : "status", data.status), ...csv);
 }

@@ -31,7 +31,11 @@ def page() -> None:
     """Draw the page."""
     st.title("Store")
     info = data.info()
-    st.text(info.url)
+    with st.container(horizontal=True, vertical_alignment="center", key="store-head"):
+        st.text(info.url, width="stretch")
+        components.rows(
+            data={"name": "store", "rows": store_shapes.totals(info)}, key="save-store", width=60
+        )
     with st.container(horizontal=True, key="store-tiles"):
         for name, value, meaning in store_shapes.tiles(info):
             st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)

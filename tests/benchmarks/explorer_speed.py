@@ -122,7 +122,7 @@ def main() -> None:
             }
             query, mark = pages["chat, a conversation"]
             first = opened(page, explorer.url + query, mark)
-            # The browser has compiled nothing yet, and the server imported nothing.
+            # The browser has read and compiled nothing yet.
             print(f"{'open: the first of all':44} {first:6.0f}")
             # Questions read what is new in the store first, once: minutes, with progress.
             page.goto(explorer.url + "questions")
