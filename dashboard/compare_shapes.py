@@ -23,6 +23,7 @@ from dashboard.shapes import (
     Json,
     clickable,
     clipped,
+    counted,
     figure,
     hover,
     running_text,
@@ -79,6 +80,23 @@ def align(left: Sequence[StepSummary], right: Sequence[StepSummary]) -> list[Pai
 def divergence(pairs: Sequence[Pair]) -> int | None:
     """Which pair is the first that differs; None when all are the same."""
     return next((n for n, pair in enumerate(pairs) if not pair.same), None)
+
+
+def verdict(pairs: Sequence[Pair]) -> str:
+    """How much the two have in common, in a sentence."""
+    first = divergence(pairs)
+    same = sum(pair.same for pair in pairs)
+    if first is None:
+        return "The one token is the same." if same == 1 else f"All {same:,} tokens are the same."
+    other = len(pairs) - same
+    return (
+        f"They part at token {first + 1:,}; {counted(same, 'token')} {_are(same)} the same, "
+        f"{counted(other, 'place')} {_are(other)} not."
+    )
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def first_to_see(pairs: Sequence[Pair]) -> int | None:

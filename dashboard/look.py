@@ -109,6 +109,8 @@ _STYLE = """
   .st-key-sql-editor textarea {
     font-family: "Source Code Pro", ui-monospace, monospace; font-size: 0.88rem; line-height: 1.5;
   }
+  .st-key-sql-result-head { gap: 0.5rem; }
+  .st-key-sql-result-head button { padding-left: 0.5rem; padding-right: 0.6rem; }
   .st-key-sql-tables h4 { font-size: 0.95rem; padding: 0 0 0.6rem; }
   .st-key-sql-tables table { font-size: 0.82rem; }
   .st-key-sql-tables thead { display: none; }

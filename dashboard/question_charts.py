@@ -86,7 +86,7 @@ def _ordered(rows: Sequence[Json], title: str) -> alt.X:
         scale=alt.Scale(domain=names, paddingInner=0.15),
         axis=alt.Axis(
             labelAngle=0,
-            labelOverlap="greedy",
+            labelOverlap="parity",
             grid=False,
             ticks=False,
         ),
@@ -307,7 +307,7 @@ def _upwards(layers: Sequence[int]) -> alt.Y:
         title="layer",
         sort="descending",
         scale=alt.Scale(domain=sorted(layers, reverse=True)),
-        axis=alt.Axis(labelOverlap="greedy", ticks=False, grid=False),
+        axis=alt.Axis(labelOverlap="parity", ticks=False, grid=False),
     )
 
 
@@ -327,7 +327,7 @@ def _dots(
                 title="head",
                 sort=heads,
                 scale=alt.Scale(domain=heads),
-                axis=alt.Axis(labelAngle=0, labelOverlap="greedy", grid=True, ticks=False),
+                axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=True, ticks=False),
             ),
             y=_upwards(layers),
             color=_colour(names, (*COLOURS, "#7d848d", "#d9b44a")),

@@ -62,7 +62,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
 }
 
 function draw(token, side) {
-  const node = make("a", "token", token.text);
+  const node = write(make("a", "token"), token.text);
   node.href = `./?conversation=${side.conversation}&message=${side.message}&step=${token.step}`;
   node.title = token.title;
   node.dataset.pair = token.pair;

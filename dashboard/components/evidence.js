@@ -16,7 +16,7 @@ export default function ({ data, parentElement }) {
   const nodes = [];
   data.pieces.forEach((piece, index) => {
     if (index === data.seam) nodes.push(make("span", "seam"));
-    const node = make("span", `piece ${piece.kind}`, piece.text);
+    const node = write(make("span", `piece ${piece.kind}`), piece.text);
     node.title = piece.title;
     if (piece.value) node.style.setProperty("--v", piece.value);
     if (piece.out) node.classList.add("out");
@@ -31,8 +31,14 @@ export default function ({ data, parentElement }) {
   spoken.id = "most-attended";
   text.setAttribute("aria-describedby", spoken.id);
   root.replaceChildren(head, text, spoken);
-  // A long prompt is scrolled to where the model looked most.
-  const strongest = data.pieces.findIndex((piece) => piece.value === 1);
-  const piece = text.querySelectorAll(".piece")[strongest];
-  if (piece) text.scrollTop = piece.offsetTop - text.clientHeight * 0.7;
+  // A long prompt is scrolled to where the model looked most, a whole line on top.
+  const pieces = [...text.querySelectorAll(".piece")];
+  const strongest = pieces[data.pieces.findIndex((piece) => piece.value === 1)];
+  const wanted = strongest ? strongest.offsetTop - text.clientHeight * 0.7 : 0;
+  if (wanted <= 0) return;
+  const first = pieces.find((piece) => piece.offsetTop >= wanted).offsetTop;
+  // Near the end there is not as much text below that line as there is room.
+  const short = first - (text.scrollHeight - text.clientHeight);
+  if (short > 0) text.style.paddingBottom = `${short}px`;
+  text.scrollTop = first;
 }

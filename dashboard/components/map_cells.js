@@ -5,6 +5,13 @@ function numbers(text, Type) {
   return new Type(bytes.buffer);
 }
 
+// A weight in three characters, as narrow cells have room for no more; less than .01 is told by its
+// shade and on hover.
+function weighed(weight) {
+  const text = weight.toFixed(2);
+  return text === "0.00" ? "" : text.startsWith("0") ? text.slice(1) : text.slice(0, 3);
+}
+
 // A part of a legend, which stays together where the line is broken.
 function item(...parts) {
   const node = make("span", "item");
@@ -104,7 +111,7 @@ function attentionModel(data) {
       const w = cells[c].get(r);
       if (w === undefined || Number.isNaN(w)) return { value: 0, tone: "blue", text: "" };
       if (without.has(r)) return { value: 0, tone: "blue", text: "", crossed: true };
-      return { value: Math.sqrt(w / most), tone: "blue", text: figure(w, 2) };
+      return { value: Math.sqrt(w / most), tone: "blue", text: weighed(w) };
     },
     tell(c, r) {
       const step = data.steps[c];

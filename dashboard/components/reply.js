@@ -51,7 +51,7 @@ export default function ({ data, parentElement }) {
 }
 
 function draw(token, blue) {
-  const node = make("span", "token", token.text);
+  const node = write(make("span", "token"), token.text);
   node.title = token.title;
   node.tabIndex = -1;
   node.setAttribute("role", "option");

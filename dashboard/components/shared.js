@@ -14,6 +14,14 @@ function figure(value, digits) {
   return value.toFixed(digits);
 }
 
+// A piece of running text into its node. Where a line ends before it, the space it begins with is
+// drawn at the end of neither line, as in any text: else a sliver of its shade would stand alone there.
+function write(node, text) {
+  if (/^ \S/.test(text)) node.replaceChildren(make("span", "gap", " "), text.slice(1));
+  else node.textContent = text;
+  return node;
+}
+
 // A token in little room: of a character that is told by its number, the number alone.
 function short(text) {
   return text.replace(/<U\+0*([0-9A-F]+)>/g, "U+$1");

@@ -84,14 +84,7 @@ def _replies(left: Message, right: Message) -> None:
     steps = (data.steps(left), data.steps(right))
     pairs = compare_shapes.align(*steps)
     first = compare_shapes.divergence(pairs)
-    same = sum(pair.same for pair in pairs)
-    if first is None:
-        st.write(f"All {same:,} tokens are the same.")
-    else:
-        st.write(
-            f"They part at token {first + 1:,}; {same:,} tokens are the same, "
-            f"{len(pairs) - same:,} places are not."
-        )
+    st.write(compare_shapes.verdict(pairs))
     one_model = left.model_id == right.model_id
     full = all(data.has_logits(message) for message in (left, right))
     exact = st.toggle(

@@ -151,7 +151,7 @@ def _table(found: Sequence[Conversation]) -> list[Conversation]:
         placeholder="–",
         column_config={
             "id": number(width=50),
-            "title": st.column_config.TextColumn(width="large"),
+            "title": st.column_config.TextColumn(width=260),
             "changed": st.column_config.DatetimeColumn(format="distance", width=110),
             "messages": number(width="small"),
             "tokens": number(format="localized", width="small"),

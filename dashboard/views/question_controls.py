@@ -53,7 +53,10 @@ def _view(asked: Asked, question: Question, followed: bool) -> Asked:
     if len(ways) < 2:
         return asked
     by = "two {}s" if question.name == "compare" else "by {}"
-    names = {"reply": "two replies"} if question.name == "compare" else {}
+    names = {
+        "compare": {"reply": "two replies"},
+        "looked": {"evidence": "by step, final layer", "grid": "by step and layer"},
+    }.get(question.name, {})
     chosen = st.segmented_control(
         "View",
         ways,
@@ -122,7 +125,7 @@ def _scope(asked: Asked, followed: bool) -> Asked:
             width=170,
         )
         role = st.selectbox(
-            "by",
+            "Said by",
             list(Role),
             index=None,
             key=_seed("ask-role", asked.role, followed),

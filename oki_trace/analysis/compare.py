@@ -197,7 +197,7 @@ def replies_answer(trove: Trove, a: int, b: int) -> Answer:
     answer = _answer(trove, "reply", _OF_REPLIES, given, _STEPS, Picture("step", ("js",)))
     said = list(zip(answer.column("said"), answer.column("other"), strict=True))
     alike = next((i for i, (one, other) in enumerate(said) if one != other), len(said))
-    about = f"{alike} tokens alike."
+    about = f"{alike} {'token' if alike == 1 else 'tokens'} alike."
     together = [row for row in answer.rows if row[3] == "yes"]
     if together:
         mean = _mean([_distance(answer, row) for row in together], [1] * len(together))

@@ -108,7 +108,7 @@ def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
     picture(page)
     page.get_by_role("button", name="Parts of the text").click()
     expect(page.get_by_role("heading", name="What it looked at")).to_be_visible()
-    page.get_by_role("radio", name="by grid").click()
+    page.get_by_role("radio", name="by step and layer").click()
     page.get_by_label("Text said", exact=True).fill("capital")
     page.get_by_label("Text said", exact=True).press("Enter")
     until(lambda: "text=capital" in page.evaluate("location.search"), "the text in the address")
