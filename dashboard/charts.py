@@ -46,7 +46,8 @@ def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
     line: alt.Chart = base.mark_line(
         point=alt.OverlayMarkDef(size=26, filled=True), strokeWidth=2, clip=False
     )
-    return _drawn(line, HEIGHT)
+    what = "Rank" if field == "rank" else "Probability"
+    return _drawn(line, HEIGHT, f"{what} through the layers of {', '.join(names)}")
 
 
 def by_layer(rows: Sequence[Json]) -> alt.Chart:
@@ -76,7 +77,7 @@ def by_layer(rows: Sequence[Json]) -> alt.Chart:
         ],
     )
     line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
-    return _drawn(line, HEIGHT)
+    return _drawn(line, HEIGHT, "Entropy and KL to the final layer, layer by layer, in nats")
 
 
 def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
@@ -125,7 +126,8 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
         parts.append(
             mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
         )
-    return _drawn(alt.LayerChart(layer=parts), 240)
+    told = "Total variation between the two replies' distributions, place by place"
+    return _drawn(alt.LayerChart(layer=parts), 240, told)
 
 
 def growth(rows: Sequence[Json]) -> alt.Chart:
@@ -160,7 +162,7 @@ def growth(rows: Sequence[Json]) -> alt.Chart:
             ],
         )
     )
-    return _drawn(chart, HEIGHT)
+    return _drawn(chart, HEIGHT, "The store's data over time: rows and full tensors")
 
 
 def _unit(most: float) -> tuple[float, str]:
@@ -184,9 +186,11 @@ def _moments(when: pd.Series[Any]) -> str:
 Drawn = TypeVar("Drawn", alt.Chart, alt.LayerChart)
 
 
-def _drawn(chart: Drawn, height: int) -> Drawn:
-    """So high, and as SVG, which stays sharp and can be saved."""
-    found: Drawn = chart.properties(height=height, usermeta={"embedOptions": {"renderer": "svg"}})
+def _drawn(chart: Drawn, height: int, told: str) -> Drawn:
+    """So high, called so by a screen reader, and as SVG, which stays sharp and can be saved."""
+    found: Drawn = chart.properties(
+        height=height, description=told, usermeta={"embedOptions": {"renderer": "svg"}}
+    )
     return found
 
 

@@ -214,7 +214,8 @@ def replies_data(
                     "same": pair.same,
                     "first": number == first,
                     "step": index,
-                    "title": f"{hover(step)}\ntotal variation {told(distance)}",
+                    "title": f"{hover(step)}\ntotal variation {told(distance)}"
+                    + ("\nhere they part" if number == first else ""),
                 }
             )
         sides.append(

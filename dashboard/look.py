@@ -11,12 +11,22 @@ from oki_trace.launcher import is_loopback
 # Static text of ours; nothing a model or a user wrote comes here.
 _STYLE = """
 <style>
-  :root { --oki-back: BACK; --oki-line: LINE; --oki-side: clamp(1rem, 3vw, 2.6rem); }
+  :root {
+    --oki-back: BACK; --oki-line: LINE; --oki-focus: FOCUS;
+    --oki-side: clamp(1rem, 3vw, 2.6rem);
+  }
   .block-container { padding: 2.6rem var(--oki-side) 1rem; max-width: 1700px; }
   .block-container h4 { font-size: 1.12rem; padding: 0.8rem 0 0.5rem; }
   /* With the sidebar shut the header is no longer empty: nothing may lie below it. */
   [data-testid="stApp"]:has([data-testid="stExpandSidebarButton"]) .block-container {
     padding-top: 4.4rem;
+  }
+  /* Whoever goes by keyboard sees where they are. */
+  [data-testid="stCheckbox"] label:has(input:focus-visible),
+  a:focus-visible, button:focus-visible, summary:focus-visible, canvas:focus-visible,
+  [data-testid="stSelectbox"]:has(input:focus-visible) [role="group"],
+  [data-testid="stMultiSelect"]:has(input:focus-visible) [role="group"] {
+    outline: 2px solid var(--oki-focus) !important; outline-offset: 1px; border-radius: 6px;
   }
   .st-key-heading { flex-wrap: nowrap; }
   .st-key-heading > :has(> [data-testid="stText"]) { flex: 1 1 0; min-width: 0; }
@@ -134,11 +144,15 @@ def logo() -> None:
 def apply() -> None:
     """Put the style onto the page."""
     # Outside the page's own elements Streamlit's colours have no name in CSS.
-    back, line = (
+    back, line, focus = (
         str(st.get_option(f"theme.{_theme()}.{name}") or fallback)
-        for name, fallback in (("backgroundColor", "Canvas"), ("borderColor", "GrayText"))
+        for name, fallback in (
+            ("backgroundColor", "Canvas"),
+            ("borderColor", "GrayText"),
+            ("primaryColor", "Highlight"),
+        )
     )
-    st.html(_STYLE.replace("BACK", back).replace("LINE", line))
+    st.html(_STYLE.replace("BACK", back).replace("LINE", line).replace("FOCUS", focus))
 
 
 def warn_of_strangers() -> None:

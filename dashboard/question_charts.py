@@ -60,7 +60,10 @@ def chart(
     }[drawing.kind]
     drawn = draw(answer, drawing, rows, clickable)
     # As SVG, which stays sharp and can be saved, however many marks there are.
-    return drawn.properties(usermeta={"embedOptions": {"renderer": "svg"}})
+    told = f"{', '.join(map(question_shapes.spoken, drawing.y))} by {_along(drawing)}"
+    return drawn.properties(
+        description=told[:1].upper() + told[1:], usermeta={"embedOptions": {"renderer": "svg"}}
+    )
 
 
 def _tooltip(answer: Answer, what: str | None = None) -> list[alt.Tooltip]:

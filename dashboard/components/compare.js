@@ -11,6 +11,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   root.replaceChildren(...data.sides.map((side, number) => {
     const node = make("div", "side");
     const text = make("div", "text", side.empty);
+    text.setAttribute("role", "group");
     text.setAttribute("aria-label", number ? "The right reply" : "The left reply");
     text.append(...side.tokens.map((token) => draw(token, side)));
     text.tabIndex = -1;

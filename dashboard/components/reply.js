@@ -68,7 +68,7 @@ function draw(token, blue) {
 }
 
 function mark(text, index) {
-  for (const node of text.querySelectorAll(".chosen")) {
+  for (const node of text.querySelectorAll(".chosen, [tabindex='0']")) {
     node.classList.remove("chosen");
     node.removeAttribute("aria-selected");
     node.tabIndex = -1;

@@ -15,6 +15,7 @@ from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
 from oki_trace.records import Conversation, ConversationFilter, Status
+from oki_trace.visible import inert
 
 PAGE_SIZE = 50
 ANY = "any"
@@ -70,7 +71,8 @@ def page() -> None:
     found = data.find(search, by, PAGE_SIZE, (number - 1) * PAGE_SIZE)
     # Above the table, where they do not move; what is ticked is known after it is drawn.
     place = st.container()
-    chosen = _table(found)
+    named = _named(found)
+    chosen = _table(found) or named
     with place:
         actions(chosen)
 
@@ -134,6 +136,23 @@ def _frame(found: Sequence[Conversation]) -> pd.DataFrame:
             "status": [str(c.status) for c in found],
         }
     )
+
+
+def _named(found: Sequence[Conversation]) -> list[Conversation]:
+    """The one chosen by its name: in the table, an arrow key would open what it comes to."""
+    at = st.selectbox(
+        "Choose a conversation",
+        range(len(found)),
+        index=None,
+        format_func=lambda n: (
+            f"{found[n].id} · {shapes.clipped(inert(found[n].title, keep='').strip(), 60)}"
+        ),
+        key=f"named-{hash(tuple(c.id for c in found))}",
+        placeholder="Or choose one by its name",
+        label_visibility="collapsed",
+        width=420,
+    )
+    return [] if at is None else [found[at]]
 
 
 def _table(found: Sequence[Conversation]) -> list[Conversation]:

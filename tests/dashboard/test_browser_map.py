@@ -54,6 +54,40 @@ def rows(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"))))
 
 
+def test_a_reply_and_the_numbers_of_a_step_are_saved(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    page = browse(of(told, stories.second, 2))
+    page.locator(".root.lens tr").first.wait_for()
+    with TraceReader(told.db) as reader:
+        steps = reader.steps(stories.second[1])
+    wanted = [
+        {
+            "step": s.step_index,
+            "position": s.position,
+            "token": visible(s.token),
+            "token_id": s.token_id,
+            "prob": s.prob,
+            "rank": s.rank,
+            "surprisal_nats": -s.logprob,
+            "entropy_nats": s.entropy,
+            "margin": s.margin,
+            "settle_layer": "" if s.settle_layer is None else s.settle_layer,
+        }
+        for s in steps
+    ]
+    found = rows(saved(page, f"Save reply-{stories.second[1]}"))
+    assert len(found) == len(steps) > 5
+    for one, two in zip(found, wanted, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in two.items():
+            # In a spreadsheet's file what looks like a formula has an apostrophe before it.
+            told_by = one[name].removeprefix("'")
+            assert (float(told_by) == value) if isinstance(value, float) else told_by == str(value)
+    (alone,) = rows(saved(page, "Save numbers-step-3"))
+    assert alone == found[2]
+
+
 @pytest.mark.parametrize("address", ["", "map"])
 def test_a_cell_tells_its_layer_and_leads_to_its_step(
     told: Explorer, browse: Browse, stories: Stories, address: str
