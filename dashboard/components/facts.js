@@ -49,15 +49,17 @@ export default function ({ data, parentElement, setTriggerValue }) {
     root.replaceChildren();
     return () => root.stop.abort();
   }
-  const walk = (by) => {
+  // Who presses a button has it still.
+  const walk = (by, focus = false) => {
     const next = place.message === data.message ? place.step + by : data.step + by;
-    if (next >= 0 && next < data.total) pick(data.conversation, data.message, next, true);
+    if (next < 0 || next >= data.total) return;
+    pick(data.conversation, data.message, next, { reveal: true, focus });
   };
   document.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!by || event.altKey || event.ctrlKey || event.metaKey || typing(event)) return;
     event.preventDefault();
-    walk(by);
+    walk(by, true);
   }, { signal });
 
   const where = make("div", "where");

@@ -31,10 +31,8 @@ export default function ({ data, parentElement }) {
     const index = place.message === data.message ? place.step : null;
     mark(text, index);
     const node = index === null ? null : text.children[index];
-    if (event?.detail?.focus && node) {
-      node.focus({ preventScroll: true });
-      node.scrollIntoView({ block: "nearest" });
-    }
+    if (event?.detail?.focus) node?.focus({ preventScroll: true });
+    if (event?.detail?.reveal) node?.scrollIntoView({ block: "nearest" });
   };
   follow();
   place.addEventListener("pick", follow, { signal });

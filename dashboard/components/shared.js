@@ -33,9 +33,10 @@ const place = (window.okiTrace ??= Object.assign(new EventTarget(), {
   conversation: null, message: null, step: null, newest: null,
 }));
 
-function pick(conversation, message, step, focus = false) {
+// ``reveal``: its token is scrolled to; ``focus``: it gets the keys.
+function pick(conversation, message, step, { reveal = false, focus = false } = {}) {
   Object.assign(place, { conversation, message, step });
-  place.dispatchEvent(new CustomEvent("pick", { detail: { focus } }));
+  place.dispatchEvent(new CustomEvent("pick", { detail: { reveal, focus } }));
 }
 
 // What listens on behalf of an element, until it is drawn anew or goes.

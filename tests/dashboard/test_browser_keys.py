@@ -135,7 +135,11 @@ def test_the_keys_do_all_that_a_click_does(
     tab_to(page, "button", "Next token")
     page.keyboard.press("Enter")
     wait_for_panel(page, steps[4], total)
-    until(lambda: (focused(page) or Stop("", "", False)).name.startswith("Next token"), "the keys")
+    until(
+        lambda: (focused(page) or Stop("", "", False)).name.startswith("Next token"),
+        "the keys",
+        seconds=15,
+    )
 
     painted = page.locator(".root.evidence .text")
     before = painted.inner_html()
@@ -144,7 +148,7 @@ def test_the_keys_do_all_that_a_click_does(
     page.get_by_role("option", name="layer 29").wait_for()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    until(lambda: painted.inner_html() != before, "another layer's evidence")
+    until(lambda: painted.inner_html() != before, "another layer's evidence", seconds=15)
     before = painted.inner_html()
     tab_to(page, "combobox", "Head")
     page.keyboard.press("ArrowDown")
@@ -152,11 +156,11 @@ def test_the_keys_do_all_that_a_click_does(
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    until(lambda: painted.inner_html() != before, "another head's evidence")
+    until(lambda: painted.inner_html() != before, "another head's evidence", seconds=15)
     before = painted.inner_html()
     tab_to(page, "switch", "Leave out")
     page.keyboard.press("Space")
-    until(lambda: painted.inner_html() != before, "the first token's weight")
+    until(lambda: painted.inner_html() != before, "the first token's weight", seconds=15)
 
     tab_to(page, "gridcell", "layer 30, rank 1")
     page.keyboard.press("ArrowDown")
