@@ -58,10 +58,10 @@ def focused(page: Page) -> Stop | None:
     return None if found is None else Stop(*found)
 
 
-def tab_to(page: Page, role: str, name: str, most: int = 90) -> None:
-    """Press Tab until something of this role, whose name begins so, has the keys."""
-    for _ in range(most):
-        page.keyboard.press("Tab")
+def tab_to(page: Page, role: str, name: str, key: str = "Tab") -> None:
+    """Press ``key`` until something of this role, whose name begins so, has the keys."""
+    for _ in range(90):
+        page.keyboard.press(key)
         at = focused(page)
         if at is not None and at.role == role and at.name.startswith(name):
             return
@@ -186,7 +186,7 @@ def test_a_conversation_is_chosen_and_opened_by_the_keys(
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Rename")).to_be_visible()
-    page.get_by_role("button", name="Open", exact=True).last.focus()
+    tab_to(page, "button", "open_in_new", "Shift+Tab")  # the icon's name, then the button's
     page.keyboard.press("Enter")
     expect(page.locator(".root.reply")).to_have_count(2)
     assert place(page)["conversation"] == stories.first[0]
