@@ -145,3 +145,59 @@ def test_the_distance_of_the_same_is_nothing(rng: np.random.Generator) -> None:
     rows = compare_shapes.rows(pairs, found, steps, steps)
     assert [(row["place"], row["token"]) for row in rows] == [(1, "the same token")]
     json.dumps(rows, allow_nan=False)
+
+
+def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None:
+    left, right = said(["a", "b"]), said(["a", "c", "d"])
+    pairs = align(left, right)
+    kept = {0: builders.step(0, rng).topk}
+    found = compare_shapes.distances(pairs, kept, kept, by_id=True)
+    assert found[0] is not None
+    most = found[0].high
+    names, *rows = compare_shapes.sheet(pairs, found, left, right)
+    assert [dict(zip(names, row, strict=True)) for row in rows] == [
+        {
+            "place": 1,
+            "left_step": 0,
+            "left_token": "a",
+            "right_step": 0,
+            "right_token": "a",
+            "same": 1,
+            "least_total_variation": 0.0,
+            "most_total_variation": pytest.approx(most),
+        },
+        {
+            "place": 2,
+            "left_step": 1,
+            "left_token": "b",
+            "right_step": 1,
+            "right_token": "c",
+            "same": 0,
+            "least_total_variation": None,
+            "most_total_variation": None,
+        },
+        {
+            "place": 3,
+            "left_step": None,
+            "left_token": None,
+            "right_step": 2,
+            "right_token": "d",
+            "same": 0,
+            "least_total_variation": None,
+            "most_total_variation": None,
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "told"),
+    [
+        ("a", "a", "The one token is the same."),
+        ("ab", "ab", "All 2 tokens are the same."),
+        ("ab", "ac", "They part at token 2; 1 token is the same, 1 place is not."),
+        ("abc", "abde", "They part at token 3; 2 tokens are the same, 2 places are not."),
+        ("a", "b", "They part at token 1; 0 tokens are the same, 1 place is not."),
+    ],
+)
+def test_what_two_replies_share_is_told_in_a_sentence(left: str, right: str, told: str) -> None:
+    assert compare_shapes.verdict(align(said(list(left)), said(list(right)))) == told

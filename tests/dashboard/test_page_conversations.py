@@ -149,3 +149,16 @@ def test_all_that_is_found_is_saved_not_one_page_of_it(
     found = conversations_view._csv("SUM", ConversationFilter(), 69)
     rows = list(csv.DictReader(io.StringIO(found)))
     assert [row["title"] for row in rows] == [f"'=SUM({n})" for n in range(69, 0, -1)]
+
+
+def test_one_is_chosen_by_its_name(filled_store: Stories) -> None:
+    """Where arrows would open what they come to, and hostile titles are text too."""
+    app = conversations()
+    by_name = next(box for box in app.selectbox if box.label == "Choose a conversation")
+    assert by_name.options[0] == f"{filled_store.first[0]} · {QUESTIONS[0]}"
+    assert f"{filled_store.hostile[0]} · {HOSTILE[0]}" in by_name.options
+    assert all(len(name) < 80 for name in by_name.options)
+    assert not app.button
+    by_name.select_index(0).run()
+    assert not app.exception
+    assert "open" in [button.key for button in app.button]

@@ -99,6 +99,21 @@ def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) ->
     assert sum(row["share"] for row in room["rows"]) == pytest.approx(1)
 
 
+def test_the_numbers_on_top_are_saved(filled_store: Stories) -> None:
+    info = data.info()
+    names, values = shown(store(), "save-store")["rows"]
+    assert dict(zip(names, values, strict=True)) == {
+        "bytes": info.bytes,
+        "bytes_per_token": info.bytes_per_token,
+        "row_bytes_per_token": info.row_bytes_per_token,
+        "tensor_bytes_per_token": info.tensor_bytes_per_token,
+        "conversations": info.conversations,
+        "messages": info.messages,
+        "steps": info.steps,
+        "tensor_steps": info.tensor_steps,
+    }
+
+
 def plain(text: str) -> str:
     """A caption or a box without what keeps Markdown from reading it."""
     return text.replace("\\", "").replace("\u2060", "")
