@@ -34,11 +34,11 @@ export default function ({ data, parentElement }) {
   // A long prompt is scrolled to where the model looked most, a whole line on top.
   const pieces = [...text.querySelectorAll(".piece")];
   const strongest = pieces[data.pieces.findIndex((piece) => piece.value === 1)];
-  const wanted = strongest ? strongest.offsetTop - text.clientHeight * 0.7 : 0;
+  const beyond = text.scrollHeight - text.clientHeight;
+  const wanted = Math.min(beyond, strongest ? strongest.offsetTop - text.clientHeight * 0.7 : 0);
   if (wanted <= 0) return;
   const first = pieces.find((piece) => piece.offsetTop >= wanted).offsetTop;
   // Near the end there is not as much text below that line as there is room.
-  const short = first - (text.scrollHeight - text.clientHeight);
-  if (short > 0) text.style.paddingBottom = `${short}px`;
+  if (first > beyond) text.style.paddingBottom = `${first - beyond}px`;
   text.scrollTop = first;
 }
