@@ -31,14 +31,8 @@ export default function ({ data, parentElement }) {
   spoken.id = "most-attended";
   text.setAttribute("aria-describedby", spoken.id);
   root.replaceChildren(head, text, spoken);
-  // A long prompt is scrolled to where the model looked most, a whole line on top.
-  const pieces = [...text.querySelectorAll(".piece")];
-  const strongest = pieces[data.pieces.findIndex((piece) => piece.value === 1)];
-  const beyond = text.scrollHeight - text.clientHeight;
-  const wanted = Math.min(beyond, strongest ? strongest.offsetTop - text.clientHeight * 0.7 : 0);
-  if (wanted <= 0) return;
-  const first = pieces.find((piece) => piece.offsetTop >= wanted).offsetTop;
-  // Near the end there is not as much text below that line as there is room.
-  if (first > beyond) text.style.paddingBottom = `${first - beyond}px`;
-  text.scrollTop = first;
+  // A long prompt is scrolled to where the model looked most.
+  const strongest = data.pieces.findIndex((piece) => piece.value === 1);
+  const piece = text.querySelectorAll(".piece")[strongest];
+  if (piece) text.scrollTop = piece.offsetTop - text.clientHeight * 0.7;
 }
