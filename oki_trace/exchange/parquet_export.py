@@ -26,7 +26,7 @@ from oki_trace.store.reader import TraceReader
 
 # Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.
 _STEPS_AT_ONCE = 16
-# A row group: large enough to pack and read well, small enough to hold one of every table.
+# Of the rows of all tables together, and of tensors: then a row group of each is written.
 _GROUP_BYTES = 8_000_000
 # What does not come back is not worth a dictionary, which is held until the row group ends.
 _PLAIN = {"data"}
@@ -55,7 +55,7 @@ class _Table:
         self._schema = schema
         self._rows: list[tuple[Any, ...]] = []
         self._packed: list[Any] = []
-        self._bytes = 0
+        self.bytes = 0
         # The same bytes for the same rows: nothing of the machine or the moment is in it.
         self._writer = pq.ParquetWriter(
             path,
@@ -74,7 +74,7 @@ class _Table:
         self._rows.extend(rows)
 
     def pack(self) -> None:
-        """Take the rows added since into the row group, and write that once it is large enough."""
+        """Take the rows added since into the row group under way."""
         if not self._rows:
             return
         columns = zip(*self._rows, strict=True)
@@ -85,17 +85,15 @@ class _Table:
         self._rows.clear()
         batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
         self._packed.append(batch)
-        self._bytes += batch.nbytes
-        if self._bytes >= _GROUP_BYTES:
-            self.flush()
+        self.bytes += batch.nbytes
 
     def flush(self) -> None:
-        """Write what there is."""
+        """Write the row group, if there is anything in it."""
         self.pack()
         if self._packed:
             self._writer.write_table(pa.Table.from_batches(self._packed, schema=self._schema))
             self._packed.clear()
-            self._bytes = 0
+            self.bytes = 0
 
 
 class _StepIds:
@@ -128,13 +126,20 @@ def _write(chosen: Selection, tables: dict[str, _Table], progress: Progress | No
             _add_step(tables, ids[step.step_index], message.id, step)
             done += 1
             if done % _STEPS_AT_ONCE == 0:
-                for table in tables.values():
-                    table.pack()
+                _pack(tables)
             if progress is not None:
                 progress(done, chosen.steps)
         _add_tensors(chosen, tables["tensor"], message.id, ids)
     for table in tables.values():
         table.flush()
+
+
+def _pack(tables: dict[str, _Table]) -> None:
+    for table in tables.values():
+        table.pack()
+    if sum(table.bytes for table in tables.values()) >= _GROUP_BYTES:
+        for table in tables.values():
+            table.flush()
 
 
 def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
@@ -244,6 +249,8 @@ def _add_tensors(chosen: Selection, table: _Table, message_id: int, ids: _StepId
             ]
         )
         table.pack()
+        if table.bytes >= _GROUP_BYTES:
+            table.flush()
 
 
 def _number(value: float) -> float | None:
