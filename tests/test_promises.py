@@ -256,6 +256,7 @@ def test_the_model_and_4bit_are_chosen_in_the_sidebar(
         assert (reply.choice.model_id, reply.choice.use_4bit) == ("smollm2", True)
     finally:
         data._reader(data.store_name()).close()
+        data._writer(data.store_name()).close()
         st.cache_resource.clear()
         st.cache_data.clear()
 
