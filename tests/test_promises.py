@@ -18,7 +18,11 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from oki_trace import load_model_and_tokenizer, run_traced
+from oki_trace.store import migrate
+from oki_trace.store.reader import TraceReader
 from tests import tiny
+from tests.families import configs
+from tests.families.examine import examine
 
 TESTS = Path(__file__).resolve().parent
 
@@ -31,7 +35,8 @@ PROOFS = {
         "test_api.py::test_what_is_said_twice_is_the_same",
         "llm/test_capture.py::test_distribution_is_the_models_own",
     ],
-    "evidence: the attention of the newest position": [
+    "evidence: what the newest position attended to, in the prompt and in the reply so far": [
+        "test_promises.py::test_evidence_is_of_the_prompt_and_of_the_reply_so_far",
         "test_api.py::test_positions_count_through_prompt_and_reply",
         "llm/test_capture.py::test_attention_is_the_models_own_eager_attention",
     ],
@@ -39,11 +44,20 @@ PROOFS = {
         "test_api.py::test_what_is_said_twice_is_the_same",
         "llm/test_capture.py::test_lens_is_the_models_own_norm_and_head_at_every_layer",
     ],
-    "any causal model of Hugging Face, with fallbacks where it does not support something": [
+    "any causal model of Hugging Face: Qwen, Llama, Mistral, Phi, GPT-2 and so on": [
+        "test_promises.py::test_the_families_named_are_traced_whole",
         "llm/test_families.py::test_a_model_type_is_traced_as_the_page_says",
         "llm/test_load.py::test_hub_id_from_the_cache",
     ],
-    "4-bit is optional, with a fallback": [
+    "attention with fallbacks where a model or its backend gives none": [
+        "test_promises.py::test_a_model_without_attention_is_traced_all_the_same",
+        "llm/test_families.py::test_a_model_type_is_traced_as_the_page_says",
+    ],
+    "a Logit Lens that is skipped where norm and head are not found": [
+        "test_promises.py::test_a_model_without_a_lens_is_traced_all_the_same",
+        "llm/test_families.py::test_a_model_type_is_traced_as_the_page_says",
+    ],
+    "4-bit is optional, with a fallback to the model's own precision": [
         "llm/test_load.py::test_4bit_on_the_built_in_model",
         "llm/test_load.py::test_4bit_that_loads_but_cannot_run_falls_back",
         "llm/test_load.py::test_4bit_without_bitsandbytes_falls_back_visibly",
@@ -59,8 +73,12 @@ PROOFS = {
         "dashboard/test_browser_chat.py::test_a_new_user_asks_and_sees_why_each_token_was_chosen",
         "exchange/test_report.py::test_a_click_and_the_keys_choose_a_step",
     ],
+    "how the model arrived at a token, layer by layer": [
+        "dashboard/test_page_chat.py::test_the_lens_is_shown_in_every_way",
+        "dashboard/test_browser_map.py::test_a_cell_tells_its_layer_and_leads_to_its_step",
+    ],
     "the model and 4-bit are chosen in the sidebar": [
-        "test_promises.py::test_the_model_and_4bit_are_in_the_sidebar",
+        "test_promises.py::test_the_model_and_4bit_are_chosen_in_the_sidebar",
     ],
     "everything runs locally; no telemetry, no cloud": [
         "privacy/test_cut_off.py::test_a_whole_turn_and_every_page_with_the_network_cut_off",
@@ -175,16 +193,70 @@ def test_every_layer_says_what_it_would_have_predicted(
         ]
 
 
-def test_the_model_and_4bit_are_in_the_sidebar() -> None:
+def test_evidence_is_of_the_prompt_and_of_the_reply_so_far() -> None:
+    _, trace = run_traced(
+        "the fox", None, 3, tiny.model("llama"), tiny.tokenizer(), topk_evidence=100
+    )
+    for step in trace["steps"]:
+        seen = sorted(entry["position"] for entry in step["evidence"])
+        assert seen == list(range(trace["prompt_len"] + step["step"]))
+        assert sum(entry["in_prompt"] for entry in step["evidence"]) == trace["prompt_len"]
+        assert sum(entry["weight"] for entry in step["evidence"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type", ["qwen2", "qwen3", "llama", "mistral", "phi", "phi3", "gpt2"]
+)
+def test_the_families_named_are_traced_whole(model_type: str) -> None:
+    found = examine(model_type)
+    assert found.is_whole and found.greedy and found.sampled
+    assert found.lens_reason is None and found.attention_reason is None
+
+
+def test_a_model_without_attention_is_traced_all_the_same() -> None:
+    _, trace = run_traced("the fox", None, 3, configs.build("mamba"), tiny.tokenizer())
+    assert "gives no attention weights" in trace["evidence_provenance"]
+    assert len(trace["steps"]) == 3
+    for step in trace["steps"]:
+        assert step["evidence"] == [] and step["logits_topk"] and step["logit_lens"]
+
+
+def test_a_model_without_a_lens_is_traced_all_the_same() -> None:
+    """One whose head reads two streams joined, which no layer before has."""
+    text, trace = run_traced("the fox", None, 3, configs.build("reformer"), tiny.tokenizer())
+    assert trace["logit_lens_available"] is False and trace["output"] == text
+    assert "cannot be replayed" in trace["capture"]["lens_reason"]
+    assert len(trace["steps"]) == 3
+    for step in trace["steps"]:
+        assert step["logit_lens"] == [] and step["logits_topk"] and step["evidence"]
+
+
+def test_the_model_and_4bit_are_chosen_in_the_sidebar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen there is what the reply is asked of; no process is started to answer."""
+    from dashboard import data
+
+    db = tmp_path / "chosen.db"
+    migrate.ensure(db)
+    monkeypatch.setenv("OKI_TRACE_DB", str(db))
+    monkeypatch.setenv("OKI_TRACE_MODEL", "someone/a-model")
+    monkeypatch.setattr(data, "see_to_worker", lambda: None)
     app = AppTest.from_file(str(TESTS.parent / "dashboard" / "Home.py"), default_timeout=60).run()
     try:
-        assert not app.exception
-        assert app.sidebar.selectbox(key="model").value == "smollm2"
+        assert app.sidebar.selectbox(key="model").value == "someone/a-model"
         assert app.sidebar.toggle(key="four_bit").value is False
+        app.sidebar.selectbox(key="model").select("smollm2")
+        app.sidebar.toggle(key="four_bit").set_value(True)
+        app.chat_input[0].set_value("Hello").run()
+        assert not app.exception
+        with TraceReader(db) as reader:
+            reply = reader.messages(1)[-1]
+        assert reply.choice is not None
+        assert (reply.choice.model_id, reply.choice.use_4bit) == ("smollm2", True)
     finally:
-        from dashboard import data
-
         data._reader(data.store_name()).close()
+        data._writer(data.store_name()).close()
         st.cache_resource.clear()
         st.cache_data.clear()
 

@@ -11,7 +11,8 @@ from oki_trace.exchange import json_export
 from oki_trace.exchange.files import replacing, replacing_bytes, replacing_folder
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.selection import Progress, selected
-from oki_trace.exchange.tensor_file import SUFFIX, write_tensors
+from oki_trace.exchange.tensor_export import write_tensors
+from oki_trace.exchange.tensor_file import SUFFIX
 from oki_trace.store.reader import TraceReader
 
 Tell = Callable[[str], None]

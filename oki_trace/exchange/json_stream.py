@@ -110,8 +110,11 @@ class JsonStream:
                 pass
             wanted *= 2
 
-    def items(self) -> Iterator[str]:
-        """The names of an object; the caller takes the value of each before the next."""
+    def items(self, *, unique: bool = True) -> Iterator[str]:
+        """The names of an object; the caller takes the value of each before the next.
+
+        That none is given twice is seen to by remembering them, unless the caller does it.
+        """
         self._take("{")
         seen: set[str] = set()
         if self.peek() != "}":
@@ -119,7 +122,8 @@ class JsonStream:
                 name = self.value()
                 if not isinstance(name, str) or name in seen:
                     raise self.wrong("it is not JSON, or gives a name twice in one object")
-                seen.add(name)
+                if unique:
+                    seen.add(name)
                 self._take(":")
                 yield name
                 if self.peek() != ",":

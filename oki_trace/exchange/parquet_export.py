@@ -1,7 +1,7 @@
 """A conversation as a folder of Parquet tables, which any data frame opens.
 
 Rows stand in the order of messages and steps, so a reader can take them step by
-step. Some hundred steps are in memory at a time, and one tensor after another.
+step. Of each table a few megabytes are in memory at a time, of the tensors too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from oki_trace.exchange.trace_object import decision_object, plain
 from oki_trace.records import Message, Step
 from oki_trace.store.reader import TraceReader
 
-_STEPS_AT_ONCE = 512
-_TENSOR_BYTES_AT_ONCE = 32_000_000
+# Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.
+_STEPS_AT_ONCE = 16
+# Of the rows of all tables together, and of tensors: then a row group of each is written.
+_GROUP_BYTES = 8_000_000
+# What does not come back is not worth a dictionary, which is held until the row group ends.
+_PLAIN = {"data"}
 
 
 def write_tables(
@@ -50,8 +54,15 @@ class _Table:
     def __init__(self, path: Path, schema: Any) -> None:
         self._schema = schema
         self._rows: list[tuple[Any, ...]] = []
+        self._packed: list[Any] = []
+        self.bytes = 0
         # The same bytes for the same rows: nothing of the machine or the moment is in it.
-        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            use_dictionary=[name for name in schema.names if name not in _PLAIN],
+        )
 
     def __enter__(self) -> _Table:
         return self
@@ -62,15 +73,41 @@ class _Table:
     def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
         self._rows.extend(rows)
 
+    def pack(self) -> None:
+        """Take the rows added since into the row group under way."""
+        if not self._rows:
+            return
+        columns = zip(*self._rows, strict=True)
+        arrays = [
+            pa.array(values, type=field.type)
+            for values, field in zip(columns, self._schema, strict=True)
+        ]
+        self._rows.clear()
+        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
+        self._packed.append(batch)
+        self.bytes += batch.nbytes
+
     def flush(self) -> None:
-        if self._rows:
-            columns = zip(*self._rows, strict=True)
-            arrays = [
-                pa.array(values, type=field.type)
-                for values, field in zip(columns, self._schema, strict=True)
-            ]
-            self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-            self._rows.clear()
+        """Write the row group, if there is anything in it."""
+        self.pack()
+        if self._packed:
+            self._writer.write_table(pa.Table.from_batches(self._packed, schema=self._schema))
+            self._packed.clear()
+            self.bytes = 0
+
+
+class _StepIds:
+    """The ids of a reply's steps by index, some of them in memory at a time."""
+
+    def __init__(self, reader: TraceReader, message_id: int) -> None:
+        self._reader = reader
+        self._message_id = message_id
+        self._known: dict[int, int] = {}
+
+    def __getitem__(self, index: int) -> int:
+        if index not in self._known:
+            self._known = self._reader.step_ids(self._message_id, index)
+        return self._known[index]
 
 
 def _write(chosen: Selection, tables: dict[str, _Table], progress: Progress | None) -> None:
@@ -84,21 +121,25 @@ def _write(chosen: Selection, tables: dict[str, _Table], progress: Progress | No
         prompt = chosen.reader.prompt(message.id)
         tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
         tables["prompt_token"].add((message.id, at, *token) for at, token in enumerate(tokens))
-        ids = {s.step_index: s.id for s in chosen.reader.steps(message.id)}
+        ids = _StepIds(chosen.reader, message.id)
         for step in chosen.reader.iter_steps(message.id):
             _add_step(tables, ids[step.step_index], message.id, step)
             done += 1
             if done % _STEPS_AT_ONCE == 0:
-                _flush(tables)
+                _pack(tables)
             if progress is not None:
                 progress(done, chosen.steps)
         _add_tensors(chosen, tables["tensor"], message.id, ids)
-    _flush(tables)
-
-
-def _flush(tables: dict[str, _Table]) -> None:
     for table in tables.values():
         table.flush()
+
+
+def _pack(tables: dict[str, _Table]) -> None:
+    for table in tables.values():
+        table.pack()
+    if sum(table.bytes for table in tables.values()) >= _GROUP_BYTES:
+        for table in tables.values():
+            table.flush()
 
 
 def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
@@ -194,8 +235,7 @@ def _step(step_id: int, message_id: int, step: Step) -> tuple[Any, ...]:
     )
 
 
-def _add_tensors(chosen: Selection, table: _Table, message_id: int, ids: dict[int, int]) -> None:
-    waiting = 0
+def _add_tensors(chosen: Selection, table: _Table, message_id: int, ids: _StepIds) -> None:
     for index, head in chosen.reader.tensor_heads(message_id):
         tensor = chosen.reader.tensor(message_id, index, head.name)
         data = tensor.array.astype(ITEMS[tensor.dtype], copy=False).tobytes()
@@ -208,10 +248,9 @@ def _add_tensors(chosen: Selection, table: _Table, message_id: int, ids: dict[in
                 )
             ]
         )
-        waiting += len(data)
-        if waiting > _TENSOR_BYTES_AT_ONCE:
+        table.pack()
+        if table.bytes >= _GROUP_BYTES:
             table.flush()
-            waiting = 0
 
 
 def _number(value: float) -> float | None:

@@ -33,7 +33,7 @@ Row = dict[str, Any]
 MAX_ROWS = 2_000_000_000
 # What a row group says it unpacks to; ours are some tens of megabytes.
 MAX_GROUP_BYTES = 4_000_000_000
-_ROWS_AT_ONCE = 8192
+_ROWS_AT_ONCE = 1024
 _BUFFER_BYTES = 1 << 20
 _DOCUMENTS = ("choice", "sampling", "policy", "generation", "capture")
 
@@ -90,7 +90,7 @@ class _Cursor:
         # A row of tensors may be large: one at a time.
         at_once = 1 if self.name == "tensor" else _ROWS_AT_ONCE
         try:
-            for batch in self._file.iter_batches(batch_size=at_once):
+            for batch in self._file.iter_batches(batch_size=at_once, use_threads=False):
                 yield from batch.to_pylist()
         except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise _unreadable(self.name, error) from error

@@ -1,13 +1,13 @@
-"""Full tensors as a safetensors file, written and read a tensor at a time.
+"""The safetensors file that stands beside an export, and reading it a step at a time.
 
-The library that defines the format writes it from memory alone, and its NumPy
-side has no bfloat16; the format is a header and the arrays one after another,
-so a reply of any length is written here in constant memory, and any reader of
-safetensors opens it. Names: ``message-2/step-5/logits``.
+The format is a header, which is JSON, and the arrays one after another. Names:
+``message-2/step-5/logits``. The metadata, which holds text alone, has what an
+array does not say of itself, as JSON: ``layers`` by ``message-2/attentions``
+(or by a tensor's full name where a step differs), ``key_offset`` by full name
+where it is not 0.
 
-The metadata, which holds text alone, has what an array does not say of itself,
-as JSON: ``layers`` by ``message-2/attentions`` (or by a tensor's full name
-where a step differs), ``key_offset`` by full name where it is not 0.
+The header may name the tensors in any order; where each lies is held in 64
+bytes a tensor.
 """
 
 from __future__ import annotations
@@ -16,77 +16,35 @@ import json
 import math
 import re
 import struct
+from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, cast, get_args
 
 import numpy as np
 
 from oki_trace.errors import ExchangeError
-from oki_trace.exchange.selection import Progress, Selection
+from oki_trace.exchange.json_stream import JsonStream
 from oki_trace.records import Tensor
 from oki_trace.store.tensors import MAX_RAW_BYTES, TensorName
 
 SUFFIX = ".safetensors"
-
-_FORMAT = "oki-trace"
-# What safetensors itself allows a header to be.
-_MAX_HEADER_BYTES = 100_000_000
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_DTYPES = {code: name for name, code in _CODES.items()}
+FORMAT = "oki-trace"
+CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Little-endian; NumPy has no bfloat16, its bits stand in for it.
 ITEMS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+# What safetensors itself allows a header to be.
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPES = {code: name for name, code in CODES.items()}
 _NAME = re.compile(r"message-(\d{1,18})/step-(\d{1,9})/(logits|hidden_states|attentions)")
-
-
-def write_tensors(chosen: Selection, file: BinaryIO, progress: Progress | None = None) -> int:
-    """Write every full tensor of the selection; returns how many there are."""
-    header: dict[str, Any] = {}
-    layers: dict[str, list[int]] = {}
-    offsets: dict[str, int] = {}
-    places = []
-    end = 0
-    for reply in chosen.replies:
-        for index, head in chosen.reader.tensor_heads(reply.id):
-            full = f"message-{reply.id}/step-{index}/{head.name}"
-            general = f"message-{reply.id}/{head.name}"
-            own = list(head.layers)
-            if layers.setdefault(general, own) != own:
-                layers[full] = own
-            if head.key_offset:
-                offsets[full] = head.key_offset
-            size = math.prod(head.shape) * np.dtype(ITEMS[head.dtype]).itemsize
-            header[full] = {
-                "dtype": _CODES[head.dtype],
-                "shape": list(head.shape),
-                "data_offsets": [end, end + size],
-            }
-            end += size
-            places.append((reply.id, index, head.name))
-    header["__metadata__"] = {
-        "format": _FORMAT,
-        "layers": json.dumps(layers),
-        "key_offset": json.dumps(offsets),
-    }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for done, (message_id, index, name) in enumerate(places, start=1):
-        tensor = chosen.reader.tensor(message_id, index, name)
-        file.write(tensor.array.astype(ITEMS[tensor.dtype], copy=False).tobytes())
-        if progress is not None:
-            progress(done, len(places))
-    return len(places)
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
+# As numbers, so that a tensor's place is eight of them: message, step, name, dtype and
+# dimensions in one, the shape filled up with ones, and where its bytes begin.
+_NAMES = sorted(get_args(TensorName))
+_KINDS = sorted(ITEMS)
+_COLUMNS = 8
+_MESSAGE, _STEP, _WHICH, _KIND, _SHAPE, _START = 0, 1, 2, 3, slice(4, 7), 7
 
 
 class TensorFile:
@@ -124,20 +82,25 @@ class TensorFile:
 
     def of_step(self, message: int, step_index: int) -> Iterator[Tensor]:
         """The tensors of one step."""
-        for name in self._of.get((message, step_index), ()):
-            full = f"message-{message}/step-{step_index}/{name}"
-            place = self._places[full]
-            self._file.seek(self._data + place.start)
-            data = self._file.read(place.end - place.start)
-            if len(data) != place.end - place.start:
+        first, end = np.searchsorted(self._places[:, _MESSAGE], [message, message + 1])
+        steps = self._places[first:end, _STEP]
+        low, high = np.searchsorted(steps, [step_index, step_index + 1]) + first
+        for place in self._places[low:high].tolist():
+            name = _NAMES[place[_WHICH]]
+            kind, dimensions = divmod(place[_KIND], 4)
+            dtype, shape = _KINDS[kind], place[_SHAPE][:dimensions]
+            size = math.prod(shape) * np.dtype(ITEMS[dtype]).itemsize
+            self._file.seek(self._data + place[_START])
+            data = self._file.read(size)
+            if len(data) != size:
                 raise self._wrong("it is shorter than it says")
-            array = np.frombuffer(data, dtype=ITEMS[place.dtype]).reshape(place.shape)
-            general = f"message-{message}/{name}"
+            full = f"message-{message}/step-{step_index}/{name}"
+            found = np.frombuffer(data, dtype=ITEMS[dtype]).reshape(shape)
             yield Tensor(
-                name=name,
-                array=array.astype(array.dtype.newbyteorder("="), copy=False),
-                dtype=place.dtype,
-                layers=self._layers.get(full, self._layers.get(general, ())),
+                name=cast("TensorName", name),
+                array=found.astype(found.dtype.newbyteorder("="), copy=False),
+                dtype=dtype,
+                layers=self._layers.get(full, self._layers.get(f"message-{message}/{name}", ())),
                 key_offset=self._key_offsets.get(full, 0),
             )
 
@@ -146,50 +109,85 @@ class TensorFile:
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
             raise self._wrong("it has no header")
+        self._data = 8 + length
+        places, metadata = array("q"), None
+        for name, value in self._header(length):
+            if name != "__metadata__":
+                places.extend(self._place(name, value, size - self._data))
+            elif metadata is None:
+                metadata = value
+            else:
+                raise self._wrong("its header is not an export's")
         try:
-            header = json.loads(self._file.read(length))
-            metadata = header.pop("__metadata__")
-            layers, offsets = json.loads(metadata["layers"]), json.loads(metadata["key_offset"])
-            assert metadata["format"] == _FORMAT and isinstance(layers, dict)
-            self._layers = {name: _integers(value) for name, value in layers.items()}
+            assert metadata is not None and metadata["format"] == FORMAT
+            self._layers = {
+                name: _integers(value) for name, value in json.loads(metadata["layers"]).items()
+            }
             self._key_offsets = {
-                name: _integers([value])[0] for name, value in dict(offsets).items()
+                name: _integers([value])[0]
+                for name, value in json.loads(metadata["key_offset"]).items()
             }
-            self._data = 8 + length
-            self._places = {
-                name: self._place(entry, size - self._data) for name, entry in header.items()
-            }
-        except ExchangeError:
-            raise
         except (ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
             raise self._wrong("its header is not an export's") from error
         except RecursionError as error:
             raise self._wrong("its header is nested too deeply") from error
-        self._of: dict[tuple[int, int], list[TensorName]] = {}
-        for name in self._places:
-            parts = _NAME.fullmatch(name)
-            if parts is None:
-                raise self._wrong(f"{name[:60]!r} is no name of a tensor")
-            key = (int(parts[1]), int(parts[2]))
-            self._of.setdefault(key, []).append(cast("TensorName", parts[3]))
+        found = np.frombuffer(places, dtype=np.int64).reshape(-1, _COLUMNS)
+        order = np.lexsort((found[:, _WHICH], found[:, _STEP], found[:, _MESSAGE]))
+        self._places = found[order]
+        keys = self._places[:, : _WHICH + 1]
+        if (keys[1:] == keys[:-1]).all(axis=1).any():
+            raise self._wrong("a tensor is there twice")
 
-    def _place(self, entry: dict[str, Any], room: int) -> _Place:
-        shape = _integers(entry["shape"])
-        start, end = _integers(entry["data_offsets"])
-        dtype = _DTYPES[entry["dtype"]]
+    def _header(self, length: int) -> Iterator[tuple[str, Any]]:
+        """The names in the header with their values, one at a time."""
+        stream = JsonStream(cast("BinaryIO", _Part(self._file, length)), str(self._path))
+        try:
+            # Names given twice are found among the places, where they take less room.
+            for name in stream.items(unique=False):
+                yield name, stream.value()
+            stream.end()
+        except ExchangeError as error:
+            raise self._wrong("its header is not an export's") from error
+
+    def _place(self, name: str, entry: Any, room: int) -> tuple[int, ...]:
+        """A tensor's place, as the numbers that are kept of it."""
+        parts = _NAME.fullmatch(name)
+        if parts is None:
+            raise self._wrong(f"{name[:60]!r} is no name of a tensor")
+        try:
+            shape = _integers(entry["shape"])
+            start, end = _integers(entry["data_offsets"])
+            dtype = _DTYPES[entry["dtype"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._wrong("its header is not an export's") from error
         # By Python's own integers, which do not overflow.
         size = math.prod(shape) * np.dtype(ITEMS[dtype]).itemsize
         if not (0 <= start <= end <= room and end - start == size <= MAX_RAW_BYTES):
             raise self._wrong("a tensor does not fit into it")
         if len(shape) > 3:
             raise self._wrong("a tensor has more dimensions than any of ours")
-        return _Place(dtype, shape, start, end)
+        kind = _KINDS.index(dtype) * 4 + len(shape)
+        filled = (*shape, *[1] * (3 - len(shape)))
+        return (int(parts[1]), int(parts[2]), _NAMES.index(parts[3]), kind, *filled, start)
 
     def _wrong(self, what: str) -> ExchangeError:
         return ExchangeError(
             f"{self._path} holds no tensors of oki-trace ({what}): export them again, or move it "
             "away to import without them."
         )
+
+
+class _Part:
+    """So many bytes of a file, and no more."""
+
+    def __init__(self, file: BinaryIO, length: int) -> None:
+        self._file = file
+        self._left = length
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(min(size, self._left))
+        self._left -= len(data)
+        return data
 
 
 def _integers(values: Any) -> tuple[int, ...]:

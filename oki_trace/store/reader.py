@@ -237,6 +237,16 @@ class TraceReader:
             ).all()
         return [summary_record(row) for row in rows]
 
+    def step_ids(self, message_id: int, first: int) -> dict[int, int]:
+        """The ids of a few steps of a reply, from ``first`` on, by step_index."""
+        with self._read() as connection:
+            rows = connection.execute(
+                select(models.Step.step_index, models.Step.id)
+                .where(*grids.within(message_id, first, first + _BATCH))
+                .order_by(models.Step.step_index)
+            )
+            return {row.step_index: row.id for row in rows}
+
     def step(self, message_id: int, step_index: int) -> Step:
         """One step with its candidates, attention and lens; its tensors are read by name."""
         with self._read() as connection:
@@ -297,22 +307,17 @@ class TraceReader:
         """(step_index, tensor) of all full tensors of a reply, in order; no blob is touched."""
         table, first = models.Tensor, 0
         columns = [table.__table__.columns[name] for name in TensorHead.__dataclass_fields__]
-        last = len(self.steps(message_id))
-        while first < last:
+        while ids := self.step_ids(message_id, first):
             with self._read() as connection:
                 rows = connection.execute(
                     select(models.Step.step_index, *columns)
                     .join(models.Step, models.Step.id == table.step_id)
-                    .where(
-                        models.Step.message_id == message_id,
-                        models.Step.step_index >= first,
-                        models.Step.step_index < first + _BATCH,
-                    )
+                    .where(*grids.within(message_id, first, max(ids) + 1))
                     .order_by(models.Step.step_index, table.name)
                 ).all()
             for index, name, dtype, shape, layers, key_offset in rows:
                 yield index, TensorHead(name, dtype, tuple(shape), tuple(layers), key_offset)
-            first += _BATCH
+            first = max(ids) + 1
 
     def replies_with(self, name: str) -> set[int]:
         """The replies whose first step has this full tensor; no blob is touched."""

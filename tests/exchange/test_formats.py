@@ -230,9 +230,7 @@ def test_memory_does_not_grow_with_the_reply(format: Format, long: Path, tmp_pat
     finally:
         tracemalloc.stop()
     written = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) / 2
-    # Parquet holds 32 MB of tensors at a time, twice while it packs them.
-    limit = 90_000_000 if format is Format.PARQUET else 15_000_000
-    assert peak < limit, f"{peak:,} bytes at once for {written:,.0f} written"
+    assert peak < 15_000_000, f"{peak:,} bytes at once for {written:,.0f} written"
 
 
 def test_progress_counts_every_step(db: Path) -> None:

@@ -424,14 +424,43 @@ def test_a_file_of_tensors_that_is_none_is_refused(
 def test_a_header_of_tensors_is_not_believed(
     change: Callable[[Any], object], exports: dict[Format, Path], tmp_path: Path, db: Path
 ) -> None:
+    header = header_of(exports)
+    change(header)
+    refused(with_header(json.dumps(header), exports, tmp_path), db, "tensors")
+
+
+@pytest.mark.parametrize("name", ["message-3/step-0/logits", "__metadata__"])
+def test_a_name_twice_in_a_header_of_tensors_is_refused(
+    name: str, exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    header = header_of(exports)
+    text = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
+    refused(with_header(text, exports, tmp_path), db, "holds no tensors of oki-trace")
+
+
+def test_a_header_of_tensors_may_name_them_in_any_order(
+    exports: dict[Format, Path], tmp_path: Path, db: Path
+) -> None:
+    header = header_of(exports)
+    turned = dict(reversed(header.items()))
+    import_path(with_header(json.dumps(turned), exports, tmp_path), db)
+    with TraceReader(db) as reader:
+        export(reader, 1, Format.JSON, tmp_path / "again.json", sys.stdout, tensors=True)
+    again = (tmp_path / "again.safetensors").read_bytes()
+    assert again == (exports[Format.JSON].parent / "full.safetensors").read_bytes()
+
+
+def header_of(exports: dict[Format, Path]) -> dict[str, Any]:
+    data = (exports[Format.JSON].parent / "full.safetensors").read_bytes()
+    header: dict[str, Any] = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    return header
+
+
+def with_header(text: str, exports: dict[Format, Path], folder: Path) -> Path:
+    """The export with its tensors, of which another header tells."""
     full = exports[Format.JSON].parent / "full.json"
     data = full.with_suffix(".safetensors").read_bytes()
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    (tmp_path / "x.json").write_bytes(full.read_bytes())
-    (tmp_path / "x.safetensors").write_bytes(
-        struct.pack("<Q", len(text)) + text + data[8 + length :]
-    )
-    refused(tmp_path / "x.json", db, "tensors")
+    arrays = data[8 + struct.unpack("<Q", data[:8])[0] :]
+    (folder / "x.json").write_bytes(full.read_bytes())
+    (folder / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text.encode() + arrays)
+    return folder / "x.json"

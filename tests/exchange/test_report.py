@@ -29,6 +29,7 @@ from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests import builders
 from tests.exchange import stories
+from tests.waiting import until
 
 CHROMIUM = os.environ.get("OKI_TRACE_CHROMIUM") or shutil.which("chromium")
 
@@ -221,6 +222,17 @@ def test_a_link_opens_the_same_step_and_print_holds_the_reply(page: Any, report:
     assert len(page.pdf()) > 20_000
     # On paper, how the reply was made is part of it.
     assert page.locator("details[open]").count() == page.locator("details").count() == 2
+
+
+@pytest.mark.browser
+def test_on_paper_the_map_ends_with_a_whole_column(page: Any) -> None:
+    page.set_viewport_size({"width": 220, "height": 900})
+    page.locator(".reply").first.locator(".token").last.click()
+    page.emulate_media(media="print")
+    columns = "(frame.clientWidth - GUTTER) / columnWidth"
+    until(lambda: abs(page.evaluate(columns) % 1 - 0.5) > 0.49, "a whole number of columns")
+    steps = page.locator(".reply").first.locator(".token").count()
+    assert re.fullmatch(rf"steps \d+ to {steps} of {steps}", page.locator("#range").inner_text())
 
 
 @pytest.mark.browser

@@ -282,12 +282,16 @@ function layMap(scroll) {
   const layers = Math.max(0, ...reply.steps.map((s) => s.lens?.length ?? 0));
   byId("map").hidden = !layers;
   if (!layers) return;
-  columnWidth = Math.max(NARROW, Math.min(90, (frame.clientWidth - GUTTER) / reply.steps.length));
+  const room = frame.clientWidth - GUTTER;
+  const paper = matchMedia("print").matches;
+  // On a screen the map scrolls; on paper it ends with a whole column.
+  const columns = paper ? Math.min(reply.steps.length, Math.floor(room / NARROW)) : reply.steps.length;
+  columnWidth = Math.max(NARROW, Math.min(90, room / columns));
   byId("spacer").style.width = `${GUTTER + columnWidth * reply.steps.length}px`;
   reply.rows = layers;
   const left = at.step * columnWidth;
-  const room = frame.clientWidth - GUTTER;
-  if (scroll || left < frame.scrollLeft || left + columnWidth > frame.scrollLeft + room) frame.scrollLeft = left - room / 2;
+  if (paper) frame.scrollLeft = Math.min(at.step - Math.floor(columns / 2), reply.steps.length - columns) * columnWidth;
+  else if (scroll || left < frame.scrollLeft || left + columnWidth > frame.scrollLeft + room) frame.scrollLeft = left - room / 2;
   canvas.setAttribute("aria-label", `The likeliest token of ${layers} layers at ${reply.steps.length} steps; the table beside it has the chosen step's.`);
   drawMap();
 }
@@ -313,7 +317,7 @@ function drawMap() {
   const first = Math.max(0, Math.floor(frame.scrollLeft / columnWidth));
   const last = Math.min(reply.steps.length, Math.ceil((frame.scrollLeft + width) / columnWidth));
   // Those that are seen whole.
-  const from = Math.ceil(frame.scrollLeft / columnWidth) + 1, to = Math.floor((frame.scrollLeft + width - GUTTER) / columnWidth + 0.01);
+  const from = Math.ceil(frame.scrollLeft / columnWidth - 0.05) + 1, to = Math.floor((frame.scrollLeft + width - GUTTER) / columnWidth + 0.05);
   byId("range").textContent = to - from + 1 < reply.steps.length ? `steps ${from} to ${to} of ${reply.steps.length}` : "";
   for (let n = first; n < last; n += 1) {
     const step = reply.steps[n];
@@ -410,7 +414,7 @@ paint();
 open();
 new ResizeObserver(() => at.reply >= 0 && layMap(false)).observe(frame);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
-matchMedia("print").addEventListener("change", drawMap);
+matchMedia("print").addEventListener("change", () => at.reply >= 0 && layMap(false));
 window.addEventListener("hashchange", open);
 // On paper nothing can be opened: how a reply was made is part of it.
 window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
