@@ -122,6 +122,8 @@ NEVER = "never"
 # More bars or models in one picture can no longer be read.
 MOST_BARS = 40
 MOST_MODELS = 6
+# Rows that can be chosen by their names; a longer list is no longer looked through.
+MOST_NAMED = 200
 
 
 def drawings(answer: Answer) -> Mapping[str, Drawing]:
@@ -277,6 +279,26 @@ def table(answer: Answer) -> dict[str, list[Any]]:
         column.name: [_shown(column, value) for value in answer.column(column.name)]
         for column in answer.columns
     }
+
+
+def row_names(answer: Answer) -> list[str]:
+    """The first rows by their number and their first cells: "3 · message 2 · step 5 · ␣Paris"."""
+    first = answer.columns[:4]
+    named = {"token", "tokens"}
+    return [
+        " · ".join(
+            [
+                str(number),
+                *(
+                    cell(column, value)
+                    if column.shown in named
+                    else f"{spoken(column.name)} {cell(column, value)}"
+                    for column, value in zip(first, row, strict=False)
+                ),
+            ]
+        )
+        for number, row in enumerate(answer.rows[:MOST_NAMED], start=1)
+    ]
 
 
 def _shown(column: Column, value: Any) -> Any:

@@ -210,7 +210,9 @@ def _table(asked: Asked, answer: Answer) -> None:
             True: " Click one to compare its two steps.",
             False: " Click one to open it in Chat.",
         }
-        st.caption(f"{count}.{told[drill] if leads else ''}", width="content")
+        st.caption(f"{count}.{told[drill] if leads else ''}", width="stretch")
+        if leads and (named := _named(asked, answer)) is not None:
+            _follow(asked, answer, named)
         st.download_button(
             "CSV",
             partial(_csv, answer),
@@ -237,12 +239,32 @@ def _table(asked: Asked, answer: Answer) -> None:
         selection_mode="single-cell",
     )
     if seen.selection.cells:
-        row = int(seen.selection.cells[0][0])
-        if drill:
-            step = answer.column("step")[row]
-            sides = (f"{asked.first}:{step}", f"{asked.second}:{step}")
-            _go(replace(asked, view="step", first=sides[0], second=sides[1]))
-        _open(places[row])
+        _follow(asked, answer, int(seen.selection.cells[0][0]))
+
+
+def _named(asked: Asked, answer: Answer) -> int | None:
+    """The row chosen by its name: in the table, an arrow key would open what it comes to."""
+    names = question_shapes.row_names(answer)
+    chosen: int | None = st.selectbox(
+        "Open a row",
+        range(len(names)),
+        index=None,
+        format_func=lambda at: names[at],
+        key=f"named-{hash(asked)}",
+        placeholder="Or open one by its name",
+        label_visibility="collapsed",
+        width=250,
+    )
+    return chosen
+
+
+def _follow(asked: Asked, answer: Answer, row: int) -> None:
+    """Open where the row leads."""
+    if answer.question == "compare" and answer.view == "reply":
+        step = answer.column("step")[row]
+        sides = (f"{asked.first}:{step}", f"{asked.second}:{step}")
+        _go(replace(asked, view="step", first=sides[0], second=sides[1]))
+    _open(question_shapes.step_places(answer)[row])
 
 
 def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:

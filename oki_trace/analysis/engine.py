@@ -155,7 +155,12 @@ def told_plainly(seconds: float | None = None) -> Iterator[None]:
             raise QuestionError(told.partition(": ")[2]) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         what = lines[0].partition(": ")[2] or lines[0]
-        hints = (line for line in lines[1:] if line.startswith(("Candidate", "Did you mean")))
+        # DuckDB's own tables are like any name.
+        hints = (
+            line
+            for line in lines[1:]
+            if line.startswith(("Candidate", "Did you mean")) and '"pg_' not in line
+        )
         said = what.rstrip(".!") + "."
         if hint := next(hints, ""):
             said += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."

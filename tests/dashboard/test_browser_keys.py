@@ -190,3 +190,22 @@ def test_a_conversation_is_chosen_and_opened_by_the_keys(
     page.keyboard.press("Enter")
     expect(page.locator(".root.reply")).to_have_count(2)
     assert place(page)["conversation"] == stories.first[0]
+
+
+def test_a_row_of_an_answer_is_chosen_by_the_keys(
+    told: Explorer, browse: Browse, stories: Stories
+) -> None:
+    conversation = stories.first[0]
+    page = browse(f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}")
+    page.get_by_test_id("data-grid-canvas").wait_for()
+    tab_to(page, "combobox", "Open a row")
+    page.keyboard.press("ArrowDown")
+    option = page.get_by_role("option", name="1 · ").first
+    option.wait_for()
+    step = int(option.inner_text().partition("step ")[2].split()[0])
+    page.keyboard.press("Enter")
+    page.locator(".root.reply").first.wait_for()
+    until(lambda: place(page).get("step") == step, "the row's step", seconds=15)
+    page.go_back()
+    page.get_by_test_id("data-grid-canvas").wait_for()
+    expect(page.get_by_role("combobox", name="Open a row")).to_have_value("")
