@@ -1,4 +1,4 @@
-"""The lens of a float32 model for about a third of its price, and how far it may be off.
+"""The lens of a float32 model for less than half its price, and how far it may be off.
 
 Most of a lens is the head, applied to every layer of every step. Here a draft
 of all logits is made with the head in bfloat16, and the tokens that matter, the

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,8 +49,8 @@ def main() -> None:
             flush=True,
         )
     rerun(32 if arguments.quick else 256)
-    memory(8 if arguments.quick else 32)
-    growth(rounds, 16 if arguments.quick else 32)
+    memory(rounds, 8 if arguments.quick else 32)
+    growth(rounds, 16 if arguments.quick else 128)
     starting(rounds)
 
 
@@ -109,15 +109,22 @@ def rerun(tokens: int) -> None:
     )
 
 
-def memory(tokens: int) -> None:
-    """Peak memory at a long prompt, and of a reply ten times as long."""
-    plain = in_process("plain", "float32", 4096, tokens)
-    traced = in_process("traced", "float32", 4096, tokens)
+def memory(rounds: int, tokens: int) -> None:
+    """Peak memory at a long prompt, and of a reply ten times as long.
+
+    How a plain run's activations fall into memory differs by 300 MB from one process to
+    the next: medians of pairs, in turn.
+    """
+    peaks: dict[str, list[float]] = {what: [] for what in PREPARED}
+    for _ in range(rounds):
+        for what, found in peaks.items():
+            found.append(in_process(what, "float32", 4096, tokens)["peak_mb"])
+    plain, traced = (statistics.median(found) for found in peaks.values())
     longer = in_process("traced", "float32", 256, 20 * tokens)
     shorter = in_process("traced", "float32", 256, 2 * tokens)
     print(
-        f"peak memory, prompt of 4,096: plain {plain['peak_mb']:.0f} MB, traced "
-        f"{traced['peak_mb']:.0f} MB, {traced['peak_mb'] / plain['peak_mb'] - 1:+.1%}",
+        f"peak memory, prompt of 4,096: plain {_range(peaks['plain'])} MB, traced "
+        f"{_range(peaks['traced'])} MB, {traced / plain - 1:+.1%}",
         flush=True,
     )
     print(
@@ -127,21 +134,26 @@ def memory(tokens: int) -> None:
     )
 
 
+def _range(found: Sequence[float]) -> str:
+    return f"{statistics.median(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
+
+
 def growth(rounds: int, tokens: int) -> None:
     """How much slower a step is with a long context, plain and traced."""
 
-    def factor(what: str) -> float:
-        long, short = (in_process(what, "float32", n, tokens)["step_ms"] for n in (4096, 256))
-        return long / short
-
-    plain, traced = (
-        statistics.median(factor(what) for _ in range(min(rounds, 3))) for what in PREPARED
-    )
-    print(
-        f"a step at 4,096 tokens of context against 256: plain {plain:.2f} times, "
-        f"traced {traced:.2f} times",
-        flush=True,
-    )
+    took: dict[tuple[str, int], list[float]] = {}
+    for _ in range(min(rounds, 3)):
+        for what in PREPARED:
+            for context in (256, 4096):
+                step = in_process(what, "float32", context, tokens)["step_ms"]
+                took.setdefault((what, context), []).append(step)
+    for what in PREPARED:
+        short, long = (statistics.median(took[what, context]) for context in (256, 4096))
+        print(
+            f"a step, {what}: {short:.0f} ms at 256 tokens of context, {long:.0f} ms at 4,096: "
+            f"{long / short:.2f} times",
+            flush=True,
+        )
 
 
 def starting(rounds: int) -> None:
@@ -170,7 +182,8 @@ def in_process(what: str, dtype: str, context: int, tokens: int) -> dict[str, fl
 def one_run(what: str, dtype: str, context: int, tokens: int) -> dict[str, float]:
     """One reply after a prompt of ``context`` tokens; peak memory and time a step after the first.
 
-    The reply goes on past the model's end of turn, so that both runs are as long.
+    The reply goes on past the model's end of turn, so that both runs are as long. The time
+    counts from the end of the prompt's pass to the end of the reply, all of it written.
     """
     from oki_trace.llm.load import load
     from oki_trace.records import ModelChoice
@@ -180,12 +193,15 @@ def one_run(what: str, dtype: str, context: int, tokens: int) -> dict[str, float
     run = PREPARED[what](loaded, context)
     with tempfile.TemporaryDirectory(prefix="oki-trace-bench-") as folder:
         os.chdir(folder)
-        # Peak memory counts from the process's start: the long run is the last.
-        first = run(1)
-        whole = run(tokens)
+        run(1)
+        passes: list[float] = []
+        handle = loaded.model.register_forward_hook(lambda *_: passes.append(time.perf_counter()))
+        run(tokens)
+        ended = time.perf_counter()
+        handle.remove()
     return {
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "step_ms": 1e3 * (whole - first) / max(tokens - 1, 1),
+        "step_ms": 1e3 * (ended - passes[0]) / max(tokens - 1, 1),
     }
 
 
