@@ -89,5 +89,7 @@ function footing(foot, data) {
     legend.append(`${data.name}  ${data.low}`, ramp, data.high);
   }
   const csv = data.rows.length ? [csvButton(`reply-${data.message}`, () => data.rows)] : [];
-  foot.replaceChildren(legend, make("span", data.bad ? "bad" : "status", data.status), ...csv);
+  const end = make("span", "end");
+  end.append(make("span", data.bad ? "bad" : "status", data.status), ...csv);
+  foot.replaceChildren(legend, end);
 }

@@ -251,9 +251,9 @@ def _named(asked: Asked, answer: Answer) -> int | None:
         index=None,
         format_func=lambda at: names[at],
         key=f"named-{hash(asked)}",
-        placeholder="Or open one by its name",
+        placeholder="Or by its name",
         label_visibility="collapsed",
-        width=250,
+        width=170,
     )
     return chosen
 
