@@ -37,7 +37,12 @@ def capture(
         return lenses_of(steps, lens, vocabulary, policy.topk_lens) if lens else []
 
     steps = decode(
-        instrument.model, instrument.tokenizer, instrument.probe, prompt.token_ids, generation
+        instrument.model,
+        instrument.tokenizer,
+        instrument.probe,
+        instrument.graph,
+        prompt.token_ids,
+        generation,
     )
     # Weights that come and go with each call cannot serve two threads.
     alone = instrument.moves_weights

@@ -20,9 +20,10 @@ from torch import Tensor
 from oki_trace.errors import CaptureError
 from oki_trace.llm.anatomy import input_device
 from oki_trace.llm.attention import Seen
+from oki_trace.llm.forward import Forward
 from oki_trace.llm.generation import arguments_of, stop_reason
+from oki_trace.llm.graph import StepGraph
 from oki_trace.llm.probe import Probe
-from oki_trace.llm.room import CACHE_NAMES, give_room
 from oki_trace.llm.sampling import Choice, choose
 from oki_trace.records import Generation
 
@@ -52,6 +53,7 @@ def decode(
     model: Any,
     tokenizer: Any,
     probe: Probe,
+    graph: StepGraph | None,
     prompt_ids: tuple[int, ...],
     generation: Generation,
 ) -> Generator[RawStep]:
@@ -66,6 +68,7 @@ def decode(
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
         probe=probe,
+        graph=graph,
         seed=generation.seed,
         **arguments_of(generation, model, tokenizer),
     )
@@ -90,6 +93,7 @@ def _loop(
     stopping_criteria: Any,
     generation_config: Any,
     probe: Probe,
+    graph: StepGraph | None,
     seed: int | None,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
@@ -99,35 +103,16 @@ def _loop(
         generator = torch.Generator(device=input_ids.device)
         if seed is not None:
             generator.manual_seed(seed)
-    for name in CACHE_NAMES:
-        give_room(model_kwargs.get(name), generation_config.max_length - prompt_len)
+    new_tokens = generation_config.max_length - prompt_len
+    forward = Forward(model, probe, graph, generation_config, model_kwargs, new_tokens)
     with probe.attached(), model._optimize_model_for_decode():
-        for step_index in range(generation_config.max_length - prompt_len):
+        for step_index in range(new_tokens):
             started = time.perf_counter()
-            # 1. the model's own forward pass, watched
-            whole = step_index == 0
-            if whole and probe.splits_prompt and prompt_len > 1:
-                model_kwargs = _all_but_last(model, input_ids, generation_config, model_kwargs)
-                whole = False
-            with probe.asking() as arguments:
-                if whole:
-                    asked = {**model_kwargs, **arguments}
-                    outputs = model._prefill(input_ids, generation_config, asked)
-                else:
-                    inputs = model.prepare_inputs_for_generation(
-                        input_ids,
-                        next_sequence_length=1 if model_kwargs["use_cache"] else None,
-                        **model_kwargs,
-                    )
-                    outputs = model(**{**inputs, **arguments}, return_dict=True)
-            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            logits = outputs.logits[0, -1].clone()
-            attention = probe.take_attention(outputs)
-            # Before the processors: there are some that run the model once more.
-            hidden = probe.take_hidden()
-            del outputs
+            # 1. the model's own forward pass, watched. Before the processors: there are
+            # some that run the model once more.
+            seen = forward(input_ids)
             # 2. the choice, by what the sampling settings make of its distribution
-            raw = logits.to(input_ids.device, torch.float32)[None]
+            raw = seen.logits.to(input_ids.device, torch.float32)[None]
             _refuse_broken(raw, step_index)
             choice = choose(logits_processor, input_ids, raw, generator)
             input_ids = torch.cat([input_ids, choice.token], dim=-1)
@@ -138,10 +123,10 @@ def _loop(
                 step_index=step_index,
                 position=prompt_len + step_index,
                 token_id=token_id,
-                logits=logits,
+                logits=seen.logits,
                 choice=choice,
-                hidden=hidden,
-                attention=attention,
+                hidden=seen.hidden,
+                attention=seen.attention,
                 elapsed_ms=elapsed_ms,
                 finished=stop_reason(token_id, input_ids.shape[1], generation_config)
                 if done
@@ -149,17 +134,6 @@ def _loop(
             )
             if done:
                 return
-
-
-def _all_but_last(
-    model: Any, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """Put the prompt but for its last token into the cache; the arguments to go on with."""
-    mask = model_kwargs.get("attention_mask")
-    before = model_kwargs if mask is None else {**model_kwargs, "attention_mask": mask[:, :-1]}
-    outputs = model._prefill(input_ids[:, :-1], generation_config, before)
-    updated: dict[str, Any] = model._update_model_kwargs_for_generation(outputs, before)
-    return updated
 
 
 def _refuse_broken(logits: Tensor, step_index: int) -> None:

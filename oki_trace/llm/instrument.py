@@ -14,6 +14,8 @@ from typing import Any
 
 from oki_trace.llm.anatomy import Anatomy, dissect, input_device
 from oki_trace.llm.checks import checked_attention, checked_lens
+from oki_trace.llm.graph import StepGraph
+from oki_trace.llm.jit import step_graph
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.shortlist import MOST_KEPT, Draft, Shortlist
@@ -30,6 +32,7 @@ class Instrument:
     vocabulary: Vocabulary
     anatomy: Anatomy
     probe: Probe
+    graph: StepGraph | None
     lens: LogitLens | None
     lens_check: float | None
     lens_reason: str | None
@@ -97,6 +100,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
         vocabulary=Vocabulary(tokenizer),
         anatomy=anatomy,
         probe=probe,
+        graph=step_graph(model, anatomy, probe),
         lens=lens.lens,
         lens_check=lens.error,
         lens_reason=lens.reason,

@@ -51,9 +51,12 @@ class Probe:
             yield arguments
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Watch the model while this context lasts."""
-        self._shelf = Shelf(len(self._blocks) + 1)
+    def attached(self, *, shelved: bool = True) -> Iterator[None]:
+        """Watch the model while this context lasts.
+
+        With ``shelved``, the places of what is kept of the first pass are made together.
+        """
+        self._shelf = Shelf(len(self._blocks) + 1 if shelved else 0)
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(

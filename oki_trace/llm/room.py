@@ -83,16 +83,35 @@ class RoomyLayer(DynamicLayer):
         alike = key_states.shape[:-1] == value_states.shape[:-1] and key_states.ndim == 4
         if not alike or (there and key_states.dtype != self.keys.dtype):
             return super().update(key_states, value_states, *args, **kwargs)
+        keys, values = self._with_room(new, key_states, value_states)
+        keys.narrow(-2, there, new).copy_(key_states)
+        values.narrow(-2, there, new).copy_(value_states)
+        self.show(there + new)
+        return self.keys, self.values
+
+    @property
+    def roomy(self) -> bool:
+        """Whether what it holds stands where there is room."""
+        return self._shown is not None and self.keys is self._shown
+
+    def room_for(self, new: int) -> tuple[Tensor, Tensor]:
+        """Where it keeps its keys and its values, with places for so many tokens behind them."""
+        return self._with_room(new, self.keys, self.values)
+
+    def show(self, tokens: int) -> None:
+        """Hold the first so many tokens that were written."""
+        self.keys = self._shown = self._key_room.narrow(-2, 0, tokens)
+        self.values = self._value_room.narrow(-2, 0, tokens)
+        mark_as_staying(self.keys)
+
+    def _with_room(self, new: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        there = self.get_seq_length()
         # Others are shown when the cache was cropped or reordered meanwhile.
         if self.keys is not self._shown or there + new > self._key_room.shape[-2]:
-            self._key_room = self._moved(0, self.keys, key_states, there + new)
-            self._value_room = self._moved(1, self.values, value_states, there + new)
-        self._key_room.narrow(-2, there, new).copy_(key_states)
-        self._value_room.narrow(-2, there, new).copy_(value_states)
-        self.keys = self._shown = self._key_room.narrow(-2, 0, there + new)
-        self.values = self._value_room.narrow(-2, 0, there + new)
-        setattr(self.keys, _STAYS, True)
-        return self.keys, self.values
+            self._key_room = self._moved(0, self.keys, keys, there + new)
+            self._value_room = self._moved(1, self.values, values, there + new)
+            self.show(there)
+        return self._key_room, self._value_room
 
     def _moved(self, which: int, held: Tensor, new: Tensor, tokens: int) -> Tensor:
         """What is held, where there is room for this many tokens and more."""
@@ -115,6 +134,11 @@ def give_room(cache: Any, tokens: int) -> None:
     shelves = Shelf(len(plain)), Shelf(len(plain))
     for place in plain:
         cache.layers[place] = RoomyLayer(cache.layers[place], *shelves, min(tokens, ROOM))  # type: ignore[arg-type]
+
+
+def mark_as_staying(keys: Tensor) -> None:
+    """Say of keys that they are a view of what is held anyway."""
+    setattr(keys, _STAYS, True)
 
 
 def stays(keys: Tensor) -> bool:

@@ -136,7 +136,7 @@ def test_a_reply_longer_than_the_room_is_captured_exactly(
     prompt = (5, 6, 7, 8)
     count = 2 * ROOM + 12
     generation = generation_of(model, Sampling(count), len(prompt))
-    steps = list(decode(model, tiny.tokenizer(), found.probe, prompt, generation))
+    steps = list(decode(model, tiny.tokenizer(), found.probe, found.graph, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
     assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
     # Gemma 2 runs eager attention, whose weights are there anyway.
