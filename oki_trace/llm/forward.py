@@ -15,7 +15,7 @@ from oki_trace.llm.graph import GraphRun, Pass, StepGraph
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.room import CACHE_NAMES, give_room
 
-# Tokens whose own tensors may want the memory that copies of the weights take.
+# With so many tokens their own tensors take the memory that copies of the weights would.
 LONG_PROMPT = 1024
 
 
@@ -38,6 +38,7 @@ class Forward:
         self._kwargs = model_kwargs
         self._new_tokens = new_tokens
         self._steps = 0
+        self._long_prompt = False
         self._run: GraphRun | None = None
         for name in CACHE_NAMES:
             give_room(model_kwargs.get(name), new_tokens)
@@ -52,7 +53,8 @@ class Forward:
         inputs = self._inputs(input_ids)
         run = None
         if self._graph is not None and self._steps == 2:
-            run = self._graph.begin(inputs, self._new_tokens - 1)
+            steps = 0 if self._long_prompt else self._new_tokens - 1
+            run = self._graph.begin(inputs, steps)
         if run is None:
             return self._step(inputs)
         same, found = run.agrees(inputs["input_ids"], lambda: self._step(inputs))
@@ -60,7 +62,8 @@ class Forward:
         return found
 
     def _prompt(self, input_ids: Tensor) -> Pass:
-        if self._graph is not None and input_ids.shape[1] > LONG_PROMPT:
+        self._long_prompt = input_ids.shape[1] > LONG_PROMPT
+        if self._graph is not None and self._long_prompt:
             self._graph.copies.drop()
         if not self._probe.splits_prompt or input_ids.shape[1] == 1:
             with self._probe.asking() as asked:

@@ -77,7 +77,8 @@ class StepGraph:
     def begin(self, inputs: Mapping[str, Any], steps: int) -> GraphRun | None:
         """For the steps to come of a reply, the next of which the model would be given ``inputs``.
 
-        None where that is not the step of the graph. Weights are taken as they are now.
+        None where that is not the step of the graph. Weights are taken as they are now,
+        and copied only for many ``steps``.
         """
         layers = roomy_layers(next((inputs[n] for n in CACHE_NAMES if n in inputs), None))
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")

@@ -36,7 +36,7 @@ from oki_trace.llm.graph import (
     place_after,
     roomy_layers,
 )
-from oki_trace.llm.packed import WORTH_STEPS, Copies, matrices, products_of
+from oki_trace.llm.packed import Copies, matrices, products_of
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.room import CACHE_NAMES, give_room, mark_as_staying
 
@@ -83,7 +83,7 @@ def _checked(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
         inputs = {"input_ids": token, name: cache, "use_cache": True}
         if graph.takes_positions:
             inputs["position_ids"] = torch.tensor([[cache.get_seq_length()]])
-        run = graph.begin(inputs, WORTH_STEPS)
+        run = graph.begin(inputs, 0)
         if run is None or not run.agrees(token, partial(_own, model, probe, inputs))[0]:
             raise _Unfit("it gives other numbers")
     return graph

@@ -15,11 +15,15 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from oki_trace.llm.hardware import has_native_bfloat16
 
 # Below this torch multiplies by itself, and rounds otherwise (ATen's mkldnn_gemm_min_size).
 LEAST = 16**3
+# Numbers of a product that are compared, for each shape. Where two kernels add up in another
+# order (as torch's own does below that size), one in 20,000 is rounded otherwise.
+CHECKED = 100_000
 # Of the memory that is free, the copies may take so much.
 SHARE = 0.25
 # Copying takes as long as a few steps, and spares a third of each that follows.
@@ -27,12 +31,30 @@ WORTH_STEPS = 32
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """The weights that may be copied, each once; none where torch multiplies otherwise."""
+    """The weights that may be copied, each once; none where that would change a product."""
     if not (has_native_bfloat16() and torch.backends.mkldnn.is_available()):
         return []
     weights = (m.weight for m in model.modules() if type(m) is nn.Linear)
-    ours = (w for w in weights if w.dtype == torch.bfloat16 and w.numel() > LEAST)
-    return list({id(w): w for w in ours}.values())
+    found = {id(w): w for w in weights if w.dtype == torch.bfloat16 and w.numel() > LEAST}
+    of_each_shape = {w.shape: w for w in found.values()}.values()
+    return list(found.values()) if all(map(_is_the_same, of_each_shape)) else []
+
+
+@torch.no_grad()
+def _is_the_same(weight: Tensor) -> bool:
+    """Whether products with a copy are torch's own, bit for bit, in many numbers."""
+    copied = _copy(weight)
+    made = torch.Generator().manual_seed(0)
+    for _ in range(1 + CHECKED // len(weight)):
+        x = torch.randn(1, 1, weight.shape[1], generator=made).to(weight.dtype)
+        if not torch.equal(product(x, copied, None), linear(x, weight)):
+            return False
+    return True
+
+
+def _copy(weight: Tensor) -> Tensor:
+    copied: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return copied
 
 
 class Copies:
@@ -54,7 +76,7 @@ class Copies:
             if steps < WORTH_STEPS or size > SHARE * psutil.virtual_memory().available:
                 return list(weights)
             self._of = now
-            self._copies = [torch.ops.mkldnn._reorder_linear_weight(w, 1) for w in weights]
+            self._copies = [_copy(w) for w in weights]
         return self._copies
 
     def drop(self) -> None:
