@@ -53,6 +53,7 @@ class Outcome:
     greedy: bool = False
     sampled: bool = False
     cache_differs: bool = False
+    graph: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -88,6 +89,7 @@ def hold(
     """
     made = instrument(model, tiny.tokenizer())
     found.layers = made.anatomy.layers
+    found.graph = made.graph is not None
     prompt = list(render(made.tokenizer, MESSAGES).token_ids)
     try:
         own = truth.generated(model, prompt, TOKENS, do_sample=False)
