@@ -1,6 +1,6 @@
 """A decode step as a graph of tensor operations, run without Python.
 
-On a CPU a small model spends a quarter of a step in Python, between its
+On a CPU a small model spends up to a fifth of a step in Python, between its
 operations, and holds the interpreter's lock meanwhile. The operations are the
 same at every step, so they are written down once (``jit.py``), and steps run
 from there: the same operations on the same numbers, bit for bit.
