@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 # These decide by the number of queries, which is always one.
 _DECIDE_BY_QUERIES = {attention.__file__, sdpa_attention.__file__, masking_utils.__file__}
-
 
 _TracerWarning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
 
@@ -95,51 +94,36 @@ def _own(model: Any, probe: Probe, inputs: Mapping[str, Any]) -> Pass:
 
 
 def _written_down(
-    model: Any, probe: Probe, token: Tensor, name: str, cache: DynamicCache
+    model: Any, probe: Probe, token: Tensor, cache_name: str, cache: DynamicCache
 ) -> StepGraph:
     there = cache.get_seq_length()
     rooms = [room for layer in roomy_layers(cache) for room in layer.room_for(1)]
     weights = {name: tensor.detach() for name, tensor in named_weights(model)}
+    copied = {id(matrix) for matrix in matrices(model)}
+    products = [name for name, tensor in named_weights(model) if id(tensor) in copied]
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     passes: list[Pass] = []
 
-    apart = {id(matrix) for matrix in matrices(model)}
-    products = [name for name, tensor in named_weights(model) if id(tensor) in apart]
-
     def step(
-        token: Tensor,
-        position: Tensor,
-        before: Tensor,
-        rooms: list[Tensor],
-        values: list[Tensor],
+        token: Tensor, position: Tensor, before: Tensor, rooms: list[Tensor], values: list[Tensor]
     ) -> tuple[Tensor, ...]:
         held = DynamicCache()
         pairs = zip(rooms[::2], rooms[1::2], strict=True)
         held.layers = [_WritingLayer(*pair, before, _Length(there)) for pair in pairs]
-        inputs = {"input_ids": token, name: held, "use_cache": True}
+        inputs = {"input_ids": token, cache_name: held, "use_cache": True}
         if takes_positions:
             inputs["position_ids"] = position
-        given = dict(zip(weights, values, strict=False))
-        factors = {
-            id(given[n]): factor for n, factor in zip(products, values[len(weights) :], strict=True)
-        }
-        with _weights_replaced(model, given), products_of(model, factors):
+        values, factors = values[: len(weights)], values[len(weights) :]
+        given = dict(zip(weights, values, strict=True))
+        factor_of = {id(given[n]): factor for n, factor in zip(products, factors, strict=True)}
+        with _weights_replaced(model, given), products_of(model, factor_of):
             found = _own(model, probe, inputs)
         passes.append(found)
         return (found.logits, *found.hidden, *(q.query for q in _queries(found)))
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        _TracerWarning.ignore_lib_warnings()
-        values = [*weights.values(), *(weights[name] for name in products)]
-        example = (token, *place_after(there), rooms, values)
-        function = torch.jit.trace(step, example, check_trace=False)
-    for warning in said:
-        told = issubclass(warning.category, _TracerWarning)
-        if told and warning.filename not in _DECIDE_BY_QUERIES:
-            raise _Unfit(f"{warning.filename}:{warning.lineno} decides by a tensor")
+    values = [*weights.values(), *(weights[name] for name in products)]
+    function = _traced(step, (token, *place_after(there), rooms, values))
     (found,) = passes
-    places = {room.data_ptr(): i // 2 for i, room in enumerate(rooms)}
     return StepGraph(
         function=function,
         model=model,
@@ -151,10 +135,35 @@ def _written_down(
         takes_positions=takes_positions,
         hidden=len(found.hidden),
         attends=tuple(
-            Attends(layer, places[last.key.data_ptr()], last.scaling)
+            Attends(layer, _held_in(last.key, rooms[::2], there + 1), last.scaling)
             for layer, last in zip(found.attention, _queries(found), strict=True)
         ),
     )
+
+
+def _traced(step: Callable[..., Any], example: tuple[Any, ...]) -> Any:
+    """``step`` as a graph. Raises where Python decided something by a tensor."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        _TracerWarning.ignore_lib_warnings()
+        function = torch.jit.trace(step, example, check_trace=False)
+    for warning in said:
+        told = issubclass(warning.category, _TracerWarning)
+        if told and warning.filename not in _DECIDE_BY_QUERIES:
+            raise _Unfit(f"{warning.filename}:{warning.lineno} decides by a tensor")
+    return function
+
+
+def _held_in(key: Tensor, rooms: list[Tensor], tokens: int) -> int:
+    """Which of the cache's layers holds these keys, (kv heads, keys, d), as they are."""
+    for place, room in enumerate(rooms):
+        if _lies(key) == _lies(room[0].narrow(-2, 0, tokens)):
+            return place
+    raise _Unfit("its attention reads other keys than the cache holds")
+
+
+def _lies(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 @contextmanager
