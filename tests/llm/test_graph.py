@@ -146,12 +146,17 @@ def test_rows_worked_out_later_are_those_of_their_step() -> None:
 # What a graph cannot stand for
 
 
+def held_before(layer: Any, given: dict[str, Any]) -> int:
+    """How many tokens the cache holds that a layer is given."""
+    cache = next((given[name] for name in room.CACHE_NAMES if given.get(name) is not None), None)
+    return cache.get_seq_length(layer.self_attn.layer_idx) if cache is not None else 0
+
+
 class DecidesByLength(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """As a model with a window of its own might."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length(self.self_attn.layer_idx) > 20:
+        if held_before(self, kwargs) > 20:
             hidden_states = hidden_states / 2
         return super().forward(hidden_states, **kwargs)
 
@@ -165,9 +170,8 @@ class CountsTokens(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """The number is used, and nothing decided by it: a graph would hold it fast."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
-        cache = kwargs.get("past_key_values")
-        there = 0 if cache is None else cache.get_seq_length(self.self_attn.layer_idx)
-        return super().forward(hidden_states * (1 + int(there) / 100), **kwargs)
+        scale = 1 + int(held_before(self, kwargs)) / 100
+        return super().forward(hidden_states * scale, **kwargs)
 
 
 class Draws(LlamaMLP):
