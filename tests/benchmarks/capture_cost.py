@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -140,19 +140,24 @@ def _range(found: Sequence[float]) -> str:
 
 
 def growth(rounds: int, tokens: int) -> None:
-    """How much slower a step is with a long context, plain and traced."""
+    """How much slower a step is with a long context, plain and traced in turn."""
+    from oki_trace.llm.load import load
+    from oki_trace.records import ModelChoice
 
+    loaded = load(ModelChoice("smollm2", dtype="float32"))
+    loaded.model.generation_config.eos_token_id = None
     took: dict[tuple[str, int], list[float]] = {}
-    for _ in range(min(rounds, 3)):
-        for what in PREPARED:
-            for context in (256, 4096):
-                step = in_process(what, "float32", context, tokens)["step_ms"]
-                took.setdefault((what, context), []).append(step)
+    with tempfile.TemporaryDirectory(prefix="oki-trace-bench-") as folder, chdir(folder):
+        for _ in range(rounds):
+            for what, prepare in PREPARED.items():
+                for context in (256, 4096):
+                    step = step_ms(loaded, prepare(loaded, context), tokens)
+                    took.setdefault((what, context), []).append(step)
     for what in PREPARED:
         short, long = (statistics.median(took[what, context]) for context in (256, 4096))
         print(
-            f"a step, {what}: {short:.0f} ms at 256 tokens of context, {long:.0f} ms at 4,096: "
-            f"{long / short:.2f} times",
+            f"a step, {what}: {short:.1f} ms at 256 tokens of context, {long:.1f} ms at 4,096: "
+            f"{long / short:.2f} times, {long - short:+.1f} ms",
             flush=True,
         )
 
@@ -174,6 +179,7 @@ def starting(rounds: int) -> None:
 
 
 def in_process(what: str, dtype: str, context: int, tokens: int) -> dict[str, float]:
+    """``one_run`` in a process of its own."""
     command = [sys.executable, __file__, "--one", what, dtype, str(context), str(tokens)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -181,27 +187,24 @@ def in_process(what: str, dtype: str, context: int, tokens: int) -> dict[str, fl
 
 
 def one_run(what: str, dtype: str, context: int, tokens: int) -> dict[str, float]:
-    """One reply after a prompt of ``context`` tokens; peak memory and time a step after the first.
-
-    The reply goes on past the model's end of turn, so that both runs are as long. The time
-    counts from the end of the prompt's pass to the end of the reply, all of it written.
-    """
+    """One reply after a prompt of ``context`` tokens, as long whatever the model says: its peak."""
     from oki_trace.llm.load import load
     from oki_trace.records import ModelChoice
 
     loaded = load(ModelChoice("smollm2", dtype=dtype))
     loaded.model.generation_config.eos_token_id = None
     run = PREPARED[what](loaded, context)
-    with tempfile.TemporaryDirectory(prefix="oki-trace-bench-") as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory(prefix="oki-trace-bench-") as folder, chdir(folder):
         run(1)
-        prompt_ended = _when_first_called(loaded.model)
         run(tokens)
-        ended = time.perf_counter()
-    return {
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "step_ms": 1e3 * (ended - prompt_ended[0]) / max(tokens - 1, 1),
-    }
+    return {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def step_ms(loaded: Any, run: Callable[[int], float], tokens: int) -> float:
+    """Time a step, from the end of the prompt's pass to the end of the reply, all of it written."""
+    prompt_ended = _when_first_called(loaded.model)
+    run(tokens)
+    return 1e3 * (time.perf_counter() - prompt_ended[0]) / (tokens - 1)
 
 
 def _when_first_called(model: Any) -> list[float]:
