@@ -31,13 +31,22 @@ WORTH_STEPS = 32
 
 
 def matrices(model: nn.Module) -> list[Tensor]:
-    """The weights that may be copied, each once; none where that would change a product."""
+    """The weights that may be copied, each once.
+
+    None where that would change a product, or never fit.
+    """
     if not (has_native_bfloat16() and torch.backends.mkldnn.is_available()):
         return []
     weights = (m.weight for m in model.modules() if type(m) is nn.Linear)
     found = {id(w): w for w in weights if w.dtype == torch.bfloat16 and w.numel() > LEAST}
     of_each_shape = {w.shape: w for w in found.values()}.values()
-    return list(found.values()) if all(map(_is_the_same, of_each_shape)) else []
+    same = _fit_into_memory(list(found.values())) and all(map(_is_the_same, of_each_shape))
+    return list(found.values()) if same else []
+
+
+def _fit_into_memory(weights: Sequence[Tensor]) -> bool:
+    needed = sum(w.nbytes for w in weights)
+    return bool(needed <= SHARE * psutil.virtual_memory().available)
 
 
 @torch.no_grad()
@@ -72,8 +81,7 @@ class Copies:
         now = [(w.data_ptr(), w._version) for w in weights]
         if now != self._of:
             self.drop()
-            size = sum(w.nbytes for w in weights)
-            if steps < WORTH_STEPS or size > SHARE * psutil.virtual_memory().available:
+            if steps < WORTH_STEPS or not _fit_into_memory(weights):
                 return list(weights)
             self._of = now
             self._copies = [_copy(w) for w in weights]
