@@ -28,7 +28,7 @@ from oki_trace.llm.attention import (
 )
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
-from oki_trace.llm.room import CACHE_NAMES, give_room
+from oki_trace.llm.room import cache_in, give_room
 from oki_trace.llm.shortlist import Shortlist, shortlist
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
@@ -170,10 +170,10 @@ def _difference_with_cache(
 def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     """The rows of ``tap`` when all tokens but the last are in the cache; None without a cache."""
     outputs = model(input_ids=ids[:, :-1], use_cache=True)
-    name = next((name for name in CACHE_NAMES if getattr(outputs, name, None) is not None), None)
-    if name is None:
+    named = cache_in(outputs)
+    if named is None:
         return None
-    cache = getattr(outputs, name)
+    name, cache = named
     give_room(cache, 1)
     with tap.attached(), tap.asking() as arguments:
         outputs = model(input_ids=ids[:, -1:], **{name: cache}, **arguments)

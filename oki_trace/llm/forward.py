@@ -15,9 +15,6 @@ from oki_trace.llm.graph import GraphRun, Pass, StepGraph
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.room import CACHE_NAMES, give_room
 
-# With so many tokens their own tensors take the memory that copies of the weights would.
-LONG_PROMPT = 1024
-
 
 class Forward:
     """Call it with all tokens so far, (1, T), once a step."""
@@ -38,7 +35,6 @@ class Forward:
         self._kwargs = model_kwargs
         self._new_tokens = new_tokens
         self._steps = 0
-        self._long_prompt = False
         self._run: GraphRun | None = None
         for name in CACHE_NAMES:
             give_room(model_kwargs.get(name), new_tokens)
@@ -53,8 +49,7 @@ class Forward:
         inputs = self._inputs(input_ids)
         run = None
         if self._graph is not None and self._steps == 2:
-            steps = 0 if self._long_prompt else self._new_tokens - 1
-            run = self._graph.begin(inputs, steps)
+            run = self._graph.begin(inputs, self._new_tokens - 1)
         if run is None:
             return self._step(inputs)
         same, found = run.agrees(inputs["input_ids"], lambda: self._step(inputs))
@@ -62,9 +57,8 @@ class Forward:
         return found
 
     def _prompt(self, input_ids: Tensor) -> Pass:
-        self._long_prompt = input_ids.shape[1] > LONG_PROMPT
-        if self._graph is not None and self._long_prompt:
-            self._graph.copies.drop()
+        if self._graph is not None:
+            self._graph.make_way(input_ids.shape[1])
         if not self._probe.splits_prompt or input_ids.shape[1] == 1:
             with self._probe.asking() as asked:
                 arguments = {**self._kwargs, **asked}

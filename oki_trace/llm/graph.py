@@ -24,14 +24,9 @@ from oki_trace.llm.packed import Copies
 from oki_trace.llm.room import CACHE_NAMES, RoomyLayer
 
 # What a model may be given at a step for that to be the step of the graph.
-_INPUTS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "use_cache",
-    "logits_to_keep",
-    *CACHE_NAMES,
-}
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+# After so many tokens of a prompt, their own tensors take the memory that copies would.
+LONG_PROMPT = 1024
 
 
 @dataclass(frozen=True)
@@ -78,13 +73,13 @@ class StepGraph:
         """For the steps to come of a reply, the next of which the model would be given ``inputs``.
 
         None where that is not the step of the graph. Weights are taken as they are now,
-        and copied only for many ``steps``.
+        and copied only for many ``steps`` after a prompt that is not long.
         """
         layers = roomy_layers(next((inputs[n] for n in CACHE_NAMES if n in inputs), None))
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         fits = (
             layers
-            and inputs.keys() <= _INPUTS
+            and inputs.keys() <= {*_INPUTS, *CACHE_NAMES}
             and (positions is not None) == self.takes_positions
             and (positions is None or positions.tolist() == [[layers[0].get_seq_length()]])
             and (mask is None or (mask.ndim == 2 and bool(mask.all())))
@@ -95,8 +90,14 @@ class StepGraph:
         weights = {name: tensor.detach() for name, tensor in named_weights(self.model)}
         if not fits or tuple(weights) != self.weights:
             return None
-        factors = self.copies.of([weights[name] for name in self.products], steps)
+        worth = 0 if layers[0].get_seq_length() > LONG_PROMPT else steps
+        factors = self.copies.of([weights[name] for name in self.products], worth)
         return GraphRun(self, layers, [*weights.values(), *factors])
+
+    def make_way(self, prompt_tokens: int) -> None:
+        """Before a prompt of so many: copies give their memory back where it is long."""
+        if prompt_tokens > LONG_PROMPT:
+            self.copies.drop()
 
 
 class GraphRun:

@@ -38,7 +38,7 @@ from oki_trace.llm.graph import (
 )
 from oki_trace.llm.packed import Copies, matrices, products_of
 from oki_trace.llm.probe import Probe
-from oki_trace.llm.room import CACHE_NAMES, give_room, mark_as_staying
+from oki_trace.llm.room import cache_in, give_room, mark_as_staying
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,10 @@ def _checked(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
     """Write a step down, and hold it and the one after it against the model's own."""
     ids = anatomy.probe_ids
     outputs = model(input_ids=ids[:, :-2], use_cache=True, return_dict=True)
-    probe.take_hidden(), probe.take_attention(outputs)
-    name = next((n for n in CACHE_NAMES if getattr(outputs, n, None) is not None), CACHE_NAMES[0])
-    cache: Any = getattr(outputs, name, None)
+    probe.take_hidden()
+    probe.take_attention(outputs)
+    named: tuple[str, Any] = cache_in(outputs) or ("", None)
+    name, cache = named
     give_room(cache, 2)
     if not roomy_layers(cache):
         raise _Unfit("its cache holds more than growing keys and values")

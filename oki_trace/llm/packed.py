@@ -26,7 +26,7 @@ LEAST = 16**3
 CHECKED = 100_000
 # Of the memory that is free, the copies may take so much.
 SHARE = 0.25
-# Copying takes as long as a few steps, and spares a third of each that follows.
+# Copying takes as long as ten steps, and spares a third of each that follows.
 WORTH_STEPS = 32
 
 

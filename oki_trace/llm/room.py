@@ -136,6 +136,12 @@ def give_room(cache: Any, tokens: int) -> None:
         cache.layers[place] = RoomyLayer(cache.layers[place], *shelves, min(tokens, ROOM))  # type: ignore[arg-type]
 
 
+def cache_in(outputs: Any) -> tuple[str, Any] | None:
+    """The cache among a model's outputs, with the name it has there; None where there is none."""
+    found = ((name, getattr(outputs, name, None)) for name in CACHE_NAMES)
+    return next((named for named in found if named[1] is not None), None)
+
+
 def mark_as_staying(keys: Tensor) -> None:
     """Say of keys that they are a view of what is held anyway."""
     setattr(keys, _STAYS, True)
