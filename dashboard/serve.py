@@ -7,10 +7,12 @@ but whoever opens the first page does not wait for libraries.
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from streamlit.runtime.caching import cache_data_api
 from streamlit.web import cli
 
 # This file is run by its path, and the pages import each other as a package.
@@ -26,8 +28,13 @@ PARTS = (
 
 def load() -> None:
     """Import the pages and their libraries, draw a chart, and have it all kept."""
+    # Every cached function says once that no server runs yet, which is as it should be.
+    caching = logging.getLogger(cache_data_api.__name__)
+    level = caching.level
+    caching.setLevel(logging.ERROR)
     for part in PARTS:
         import_module(part)
+    caching.setLevel(level)
     charts = import_module("dashboard.charts")
     charts.by_layer([{"layer": 0, "entropy": 0.0, "kl": 0.0}]).to_dict()
     # Else the first page does it: see data.open_store.

@@ -57,7 +57,8 @@ def test_ui_listens_here_alone_and_ends_with_what_it_started(tmp_path: Path) -> 
         # A page of others', whose name leads here, is not let in.
         assert _answer_to(port, f"127.0.0.1:{port}") == 101
         assert _answer_to(port, f"evil.test:{port}") == 403
-        assert explorer.url in (tmp_path / "output.txt").read_text(encoding="utf-8")
+        said = (tmp_path / "output.txt").read_text(encoding="utf-8")
+        assert explorer.url in said and "WARNING" not in said
         explorer.process.terminate()
         explorer.process.wait(20)
         _, left = psutil.wait_procs(family, timeout=20)
