@@ -31,7 +31,7 @@ _CHILDREN: tuple[type[models.Base], ...] = (
     models.LensEntry,
 )
 # Bytes and documents are read a step at a time.
-_LEFT_OUT = frozenset({"token_bytes", "decision"})
+_LEFT_OUT = frozenset({"token_bytes", "decision", "digest", "tensor_digest"})
 
 
 @dataclass(frozen=True, slots=True)

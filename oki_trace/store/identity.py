@@ -24,7 +24,7 @@ from oki_trace.errors import SchemaError, StoreError, UsageError
 Db = str | Path | URL
 
 # Every revision, oldest first: the schema's number is its place here, from 1.
-HISTORY = ("f0b1c5a7d2e4",)
+HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42")
 SCHEMA = len(HISTORY)
 
 APPLICATION_ID = 0x6F6B6974  # "okit"

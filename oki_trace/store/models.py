@@ -60,6 +60,7 @@ class Base(DeclarativeBase):
         dt.datetime: UtcTime,
         dict[str, Any]: JSON(none_as_null=True),
         list[int]: JSON(none_as_null=True),
+        list[dict[str, Any]]: JSON(none_as_null=True),
     }
 
 
@@ -134,6 +135,11 @@ class Message(Base):
     capture: Mapped[dict[str, Any] | None]
     content: Mapped[str] = mapped_column(ModelText)
     prompt: Mapped[str | None] = mapped_column(ModelText)
+    parts: Mapped[list[dict[str, Any]] | None]
+    template: Mapped[dict[str, Any] | None]
+    tool_name: Mapped[str | None] = mapped_column(ModelText)
+    checks: Mapped[dict[str, Any] | None]
+    digest: Mapped[str | None] = mapped_column(String(64))
 
 
 class PromptToken(Base):
@@ -181,6 +187,8 @@ class Step(Base):
     tensor_bytes: Mapped[int] = mapped_column(BigInteger)
     greedy_id: Mapped[int | None]
     decision: Mapped[dict[str, Any] | None]
+    digest: Mapped[bytes | None]
+    tensor_digest: Mapped[bytes | None]
 
 
 class TopkEntry(Base):

@@ -107,7 +107,7 @@ def test_data_and_children_survive_a_table_built_anew(file: Path, tmp_path: Path
             open_it(file)
     with pytest.raises(SchemaError, match="newer"):
         migrate.upgrade(file)
-    backup = file.with_name("store.db.schema-1.bak")
+    backup = file.with_name(f"store.db.schema-{identity.SCHEMA}.bak")
     assert backup.stat().st_mode & 0o777 == 0o600
     migrate.downgrade(file, identity.HISTORY[-1], scripts=scripts)
     for path in (file, backup):
@@ -118,7 +118,9 @@ def test_data_and_children_survive_a_table_built_anew(file: Path, tmp_path: Path
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert connection.execute("PRAGMA foreign_key_check").fetchall() == []
     migrate.upgrade(file, scripts=scripts)
-    assert file.with_name("store.db.schema-1-1.bak").exists(), "no backup is overwritten"
+    assert file.with_name(f"store.db.schema-{identity.SCHEMA}-1.bak").exists(), (
+        "no backup is overwritten"
+    )
 
 
 def test_a_migration_that_fails_changes_nothing(file: Path, tmp_path: Path) -> None:
