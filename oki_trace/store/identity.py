@@ -3,16 +3,23 @@
 A SQLite store carries our ``application_id`` in its header from its first byte
 written, and the number of its schema in ``user_version``; on PostgreSQL the
 migrations' own table says the same. The guarantee: a file that is not ours is
-recognised by reading its first 100 bytes and is never opened, so it is never
-changed; a store newer than this program is refused.
+recognised without a lock, a log or a journal, so it is never changed; a store
+newer than this program is refused.
+
+SQLite alone opens a store's file. When a process closes any descriptor of a
+file, POSIX drops all locks that the process holds on it, those of its SQLite
+connections too, and another process may then delete the log that they read
+(sqlite.org, "How To Corrupt An SQLite Database File", section 2.2).
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import DDL, Connection, inspect, text
@@ -30,13 +37,14 @@ SCHEMA = len(HISTORY)
 APPLICATION_ID = 0x6F6B6974  # "okit"
 _SET_APPLICATION_ID = "PRAGMA application_id = 1869310324"
 
+_DAMAGED = (
+    "The store {path} failed: the file is damaged: restore a backup, or export what can still be "
+    "read."
+)
 _NO_URL = (
     "The store's address is not a valid URL: write `postgresql://user:password@host/database` "
     "or a file path."
 )
-_MAGIC = b"SQLite format 3\x00"
-_HEADER_BYTES = 100
-_APPLICATION_ID_AT = slice(68, 72)
 
 
 def address(db: Db) -> URL:
@@ -88,34 +96,74 @@ def shown(url: URL) -> str:
 def is_ours(path: Path) -> bool:
     """Whether ``path`` is a store. False: absent or empty. Anything else is refused."""
     try:
-        with path.open("rb") as file:
-            header = file.read(_HEADER_BYTES)
+        found = path.stat()
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise StoreError(
-            f"The store {path} cannot be read ({error.strerror}): check the path and its "
-            "permissions."
-        ) from error
-    if not header:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    if not stat.S_ISREG(found.st_mode):
+        raise _unreadable(path, "it is not a file")
+    if not found.st_size:
         return False
-    mark = int.from_bytes(header[_APPLICATION_ID_AT], "big")
-    if not header.startswith(_MAGIC) or mark != APPLICATION_ID:
+    if _application_id(path) != APPLICATION_ID:
         raise SchemaError(
             f"{path} is not an oki-trace store, so it is left alone: give another path with --db."
         )
     return True
 
 
+def _unreadable(path: Path, reason: str) -> StoreError:
+    return StoreError(
+        f"The store {path} cannot be read ({reason}): check the path and its permissions."
+    )
+
+
+def _application_id(path: Path) -> int | None:
+    """What the file's header says; None for a file that SQLite did not write."""
+    try:
+        # Immutable: an ordinary connection would leave a log beside the file of another program.
+        return _read_application_id(path, "mode=ro&immutable=1")
+    except sqlite3.DatabaseError as error:
+        if error.sqlite_errorname == "SQLITE_NOTADB":
+            return None
+        if error.sqlite_errorname.startswith("SQLITE_CANTOPEN"):
+            raise _unreadable(path, os.strerror(_errno_of(path))) from error
+    # Read without a lock, a file that another process is checkpointing looks damaged. That
+    # process has its shared memory beside it, so an ordinary connection leaves nothing new.
+    try:
+        if path.with_name(path.name + "-shm").exists():
+            return _read_application_id(path, "mode=ro")
+    except sqlite3.DatabaseError as error:
+        raise StoreError(_DAMAGED.format(path=path)) from error
+    raise StoreError(_DAMAGED.format(path=path))
+
+
+def _read_application_id(path: Path, options: str) -> int:
+    uri = f"{path.as_uri()}?{options}"
+    with closing(sqlite3.connect(uri, uri=True, timeout=30.0)) as connection:
+        return int(connection.execute("PRAGMA application_id").fetchone()[0])
+
+
+def _errno_of(path: Path) -> int:
+    """Why a file that is there cannot be opened: SQLite does not say."""
+    return errno.EIO if os.access(path, os.R_OK) else errno.EACCES
+
+
 def create_file(path: Path) -> None:
-    """Make an empty store that only its user can read, marked as ours before anything else."""
+    """Make an empty file that only its user can read, unless there is one."""
     create_folder(path)
-    with _creating(path):
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    uri = path.as_uri() + "?mode=rw"
-    with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
-        # The mark has to be in the file itself, where `is_ours` looks, so it
-        # is written before the write-ahead log takes over.
+    with _creating(path), suppress(FileExistsError):
+        # No connection can have a lock on a file that is new: it may be closed.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def mark(connection: sqlite3.Connection) -> None:
+    """Write the mark into a new file, before anything else.
+
+    It has to be in the file itself, where ``is_ours`` looks, so it is written
+    before the write-ahead log takes over.
+    """
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         connection.execute(_SET_APPLICATION_ID)
 
 

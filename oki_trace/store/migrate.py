@@ -113,8 +113,9 @@ def prepare(db: Db) -> None:
         return
     if not identity.is_ours(path):
         identity.create_file(path)
-    # Here, for whoever made the file may have been killed before the log was set up.
+    # Always, for whoever made the file may have been killed before either was done.
     with closing(connect_file(path, "rw")) as connection:
+        identity.mark(connection)
         connection.execute("PRAGMA journal_mode = WAL")
 
 

@@ -134,11 +134,17 @@ def test_a_full_disk_ends_a_write_and_leaves_the_store_whole(file: Path) -> None
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def test_a_store_whose_making_was_cut_off_is_finished(file: Path) -> None:
-    """Killed after the mark and before the write-ahead log: readers must not block later on."""
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_store_whose_making_was_cut_off_is_finished(file: Path, marked: bool) -> None:
+    """Killed before the mark, or before the write-ahead log: readers must not block later on."""
     identity.create_file(file)
+    if marked:
+        with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+            identity.mark(connection)
     with TraceWriter(file), closing(sqlite3.connect(file)) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        mark = connection.execute("PRAGMA application_id").fetchone()
+        assert mark == (identity.APPLICATION_ID,)
 
 
 def test_a_damaged_file_is_a_clear_error(file: Path) -> None:
