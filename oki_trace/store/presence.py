@@ -1,7 +1,8 @@
 """Whether a store's file is still the one that was opened.
 
-An open SQLite file that is deleted, moved or replaced goes on taking writes on
-POSIX, which nobody will ever read. So it is looked at before each write.
+On POSIX an open SQLite file that is deleted, moved or replaced still takes writes,
+which nobody will ever read, and still gives what it held. So the file is checked
+before each transaction.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ class Presence:
         """Raise StoreError unless it is the same file still; takes microseconds."""
         if self._file is not None and _identity(self._file) != self._identity:
             raise StoreError(
-                f"The store {self._file} has been deleted, moved or replaced while it was in "
-                "use, so nothing more is written to it: put it back, or start again with a new "
-                "one."
+                f"The store {self._file} was deleted, moved or replaced while it was in use: put "
+                "it back, or start again with a new one."
             )
 
 

@@ -39,6 +39,7 @@ from oki_trace.store.faults import told_plainly
 from oki_trace.store.heartbeat import CLOCK, ended
 from oki_trace.store.identity import Db
 from oki_trace.store.lifecycle import no_conversation, no_message
+from oki_trace.store.presence import Presence
 from oki_trace.store.readback import (
     MESSAGE_COLUMNS,
     SUMMARY_COLUMNS,
@@ -70,6 +71,7 @@ class TraceReader:
                 f"There is no trace store at {self._store}: run `oki-trace demo`, or name one "
                 "with --db."
             )
+        self._presence = Presence(path)
         self._engine: Engine = reader_engine(url)
         self._pinned: Connection | None = None
         try:
@@ -489,5 +491,6 @@ class TraceReader:
             with told_plainly(self._store):
                 yield self._pinned
             return
+        self._presence.require()
         with told_plainly(self._store), self._engine.connect() as connection:
             yield connection
