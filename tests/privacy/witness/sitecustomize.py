@@ -59,7 +59,7 @@ def _watch_store(event: str, arguments: tuple[Any, ...]) -> None:
 
 def _note(what: str) -> None:
     with Path(str(_NOTES)).open("a", encoding="utf-8") as notes:
-        notes.write(f"{what} by {' '.join(sys.orig_argv)[:200]}\n")
+        notes.write(f"{what} by {sys.orig_argv!r:.200}\n")
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
