@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from oki_trace.errors import ModelError, OkiTraceError
+from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.load import LoadedModel, load
 from oki_trace.records import Message, ModelChoice, Role
 from oki_trace.store.reader import TraceReader
@@ -86,7 +86,13 @@ def _replies(reader: TraceReader, conversation_id: int | None) -> Iterator[Messa
     else:
         ids = sorted(c.id for c in _every_conversation(reader))
     for number in ids:
-        for message in reader.messages(number):
+        try:
+            messages = reader.messages(number)
+        except NotFound:
+            if conversation_id is not None:
+                raise
+            continue  # deleted since all were listed
+        for message in messages:
             if message.role is Role.ASSISTANT and message.tokens and message.prompt_len:
                 yield message
 

@@ -170,6 +170,8 @@ def sql(
         raise UsageError("There is no question: give a SELECT statement, --tables or --rebuild.")
     if format is Format.PARQUET and output is None and sys.stdout.isatty():
         raise UsageError("Parquet is not for a terminal: give --output PATH.")
+    if output is not None:
+        options.not_the_store(output, options.store_of(db))
     with _trove(db) as trove:
         if rebuild:
             trove.rebuild()

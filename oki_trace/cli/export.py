@@ -64,8 +64,11 @@ def export(
     from oki_trace.exchange import exporting
     from oki_trace.store.reader import TraceReader
 
-    target = None if output is None or str(output) == "-" else output
-    with TraceReader(options.store_of(db)) as reader, bar("exporting") as progress:
+    store = options.store_of(db)
+    target = None
+    if output is not None and str(output) != "-":
+        target = options.not_the_store(output, store)
+    with TraceReader(store) as reader, bar("exporting") as progress:
         written = exporting.export(
             reader,
             conversation,

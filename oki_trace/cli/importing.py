@@ -44,7 +44,7 @@ def import_(
         if str(path) == "-":
             done = import_stream(sys.stdin.buffer, store, progress)
         else:
-            done = import_path(path, store, progress)
+            done = import_path(options.not_the_store(path, store), store, progress)
     if json:
         print_json(
             {

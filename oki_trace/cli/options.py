@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from oki_trace.errors import UsageError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode
 from oki_trace.settings import Settings
 
@@ -57,11 +58,27 @@ Output = Annotated[
 ]
 
 DEFAULT_TOKENS = 256
+# What SQLite keeps beside the store's name.
+_STORE_FILES = ("", "-wal", "-shm")
 
 
 def store_of(db: str | None) -> str:
     """The store a command works on."""
     return db or Settings.from_environment().db
+
+
+def not_the_store(path: Path, db: str) -> Path:
+    """``path``, unless it is a file of the store: to read or replace that would damage it.
+
+    Raises UsageError then.
+    """
+    from oki_trace.store import identity
+
+    file = identity.file_of(identity.address(db))
+    files = [] if file is None else [file.with_name(file.name + end) for end in _STORE_FILES]
+    if any(one.exists() and path.exists() and path.samefile(one) for one in files):
+        raise UsageError(f"{path} is the store itself: give another path.")
+    return path
 
 
 def shown(db: str) -> str:

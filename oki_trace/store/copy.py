@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, insert, select
 
-from oki_trace.errors import StoreError
+from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
 from oki_trace.store import identity, lifecycle, models
 from oki_trace.store.heartbeat import LIFE, is_gone
@@ -86,7 +86,13 @@ def copy(
         with TraceWriter(target) as writer:
             copier = _Copier(reader, writer, total, progress)
             for conversation_id in ids:
-                yield copier.copy(conversation_id)
+                try:
+                    copied = copier.copy(conversation_id)
+                except NotFound:
+                    if conversation_ids is not None:
+                        raise
+                    continue  # deleted since all were listed
+                yield copied
 
 
 def _place(db: Db) -> str:

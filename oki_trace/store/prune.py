@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import Row, delete, func, select, update
 
-from oki_trace.errors import UsageError
+from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
 from oki_trace.store import lifecycle
 from oki_trace.store.heartbeat import LIFE, is_gone
@@ -111,7 +111,10 @@ def prune(writer: TraceWriter, plan: PrunePlan, progress: Progress | None = None
         if item.message_id is None:
             gone = _delete(writer, item)
         else:
-            gone = prune_tensors(writer, item.message_id) > 0
+            try:
+                gone = prune_tensors(writer, item.message_id) > 0
+            except NotFound:  # deleted since the plan
+                gone = False
         if gone:
             went.append(item)
     if progress is not None:

@@ -86,3 +86,17 @@ def test_a_full_disk_leaves_what_was_there(oki: Oki, db: Path, tmp_path: Path) -
     target = tmp_path / "gone" / "x.json"
     done = oki("export", "-c", 1, "-o", target, "--db", db)
     assert done.status == 1 and "Cannot write" in done.err and "--output" in done.err
+
+
+def test_the_store_is_neither_replaced_nor_read_as_an_export(oki: Oki, db: Path) -> None:
+    before = db.read_bytes()
+    for arguments in (
+        ("export", "-c", 1, "-o", db),
+        ("export", "-c", 1, "-f", "parquet", "-o", db),
+        ("sql", "SELECT 1", "--format", "csv", "-o", db),
+        ("import", db),
+    ):
+        done = oki(*arguments, "--db", db)
+        assert done.status == 2, arguments
+        assert "is the store itself: give another path" in done.err
+    assert db.read_bytes() == before

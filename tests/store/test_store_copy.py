@@ -183,3 +183,14 @@ def test_what_cannot_be_copied_is_refused(file: Path) -> None:
         list(copy(file, f"sqlite:///{file}"))
     with pytest.raises(NotFound):
         list(copy(file, file.with_name("other.db"), [7]))
+
+
+def test_what_is_deleted_meanwhile_is_left_out(ends: tuple[Store, str]) -> None:
+    store, target = ends
+    first, second = told(store), told(store)
+    copying_all = copy(store.db, target)
+    assert next(copying_all).conversation_id == first
+    store.writer.delete_conversation(second)
+    assert list(copying_all) == []
+    with pytest.raises(NotFound):
+        list(copy(store.db, target, [second]))

@@ -139,6 +139,15 @@ class TestPruning:
         store.writer.delete_conversation(done.conversation)
         assert prune(store.writer, planned).items == ()
 
+    def test_what_is_deleted_since_the_plan_is_no_error(
+        self, store: Store, rng: np.random.Generator
+    ) -> None:
+        gone, kept = told(store, rng), told(store, rng)
+        planned = plan(store.reader, max_bytes=0)
+        store.writer.delete_conversation(gone.conversation)
+        went = prune(store.writer, planned)
+        assert [item.message_id for item in went.items] == [kept.message]
+
     def test_a_dead_writer_spares_nothing(self, store: Store, rng: np.random.Generator) -> None:
         script = (
             "import sys; from oki_trace.store.writer import TraceWriter\n"
