@@ -22,7 +22,7 @@ from oki_trace import asking, worker
 from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.importing import Imported, import_path
+from oki_trace.exchange.importing import Imported, import_files
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -143,12 +143,7 @@ def bring_in(files: Mapping[str, BinaryIO], progress: Progress) -> Imported:
 
     Raises ExchangeError for what is none, and then nothing of it is kept.
     """
-    with tempfile.TemporaryDirectory(prefix="oki-trace-upload-") as room:
-        for suffix, source in files.items():
-            with (Path(room) / f"upload{suffix}").open("wb") as file:
-                shutil.copyfileobj(source, file)
-        first = next(suffix for suffix in files if suffix != ".safetensors" or len(files) == 1)
-        return import_path(Path(room) / f"upload{first}", store_name(), progress)
+    return import_files(files, store_name(), progress)
 
 
 def conversation(conversation_id: int) -> tuple[Conversation, list[Message]] | None:

@@ -275,6 +275,8 @@ def absence(message: Message) -> str:
     pruned = message.tensors_pruned_at
     if pruned is not None:
         return f"which were pruned on {pruned:%Y-%m-%d}"
+    if message.capture is not None and message.capture.tensors_left_out:
+        return "which were left out of the export"
     return "which were not kept"
 
 
@@ -287,7 +289,7 @@ class Badge(NamedTuple):
     """A word on how far something can be trusted, and what it rests on."""
 
     name: str
-    colour: Literal["green", "gray"]
+    colour: Literal["green", "gray", "red"]
     meaning: str
 
 
@@ -312,22 +314,29 @@ def check(largest: float) -> str:
     return "exact" if largest == 0 else f"{largest:.0e}"
 
 
-def trust(capture: CaptureReport) -> list[Badge]:
-    """What was held against the model itself when it was loaded, and with what outcome."""
+def trust(message: Message) -> list[Badge]:
+    """What of a reply was held against its model, with what outcome; it has a capture report."""
+    capture = message.capture
+    assert capture is not None
     badges = []
-    if capture.logit_lens_available and capture.lens_check is not None:
+    if message.checks is not None and message.checks.fault is not None:
+        badges.append(Badge("check failed", "red", str(doubt_of(message))))
+    lens_check, lens_draft = message.lens_check, message.lens_draft
+    if capture.logit_lens_available and lens_check is not None:
         meaning = (
             "The largest difference in log-probability between the lens at the last layer and the "
-            "model's own logits, all of them, in nats"
+            "model's own logits, all of them, in nats: when the model was loaded, and at some "
+            "steps of this reply"
         )
-        badges.append(Badge(f"lens check {check(capture.lens_check)}", "green", meaning))
-        if capture.lens_draft is not None:
+        badges.append(Badge(f"lens check {check(lens_check)}", "green", meaning))
+        if lens_draft is not None:
             meaning = (
                 "Inner layers were drafted in bfloat16, and their best tokens computed in float32, "
                 "for speed. This is the largest difference in probability that it made when the "
-                "model was loaded; with tensors kept exact nothing is drafted"
+                "model was loaded, and at a step of this reply; with tensors kept exact nothing is "
+                "drafted"
             )
-            badges.append(Badge(f"lens draft {check(capture.lens_draft)}", "green", meaning))
+            badges.append(Badge(f"lens draft {check(lens_draft)}", "green", meaning))
     elif not capture.logit_lens_available:
         badges.append(Badge("no lens", "gray", capture.lens_reason or "Not available"))
     if capture.attention_check is not None:
@@ -339,6 +348,17 @@ def trust(capture: CaptureReport) -> list[Badge]:
     elif not capture.attention_layers:
         badges.append(Badge("no attention", "gray", capture.evidence_provenance))
     return badges
+
+
+def doubt_of(message: Message) -> str | None:
+    """Why a reply's lens or attention is not to be relied on; None if its checks found nothing."""
+    if message.checks is None or message.checks.fault is None:
+        return None
+    fault = message.checks.fault
+    return (
+        f"{fault[:1].upper()}{fault[1:]}. The model changed while it replied, so do not rely on "
+        "the lens and the attention of this reply."
+    )
 
 
 class Column(NamedTuple):

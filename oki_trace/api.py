@@ -128,6 +128,7 @@ def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, di
         output=end.output,
         status=end.status,
         reason=end.reason,
+        checks=end.checks,
     )
     trace = trace_object(head, _with_lenses(collector.steps, collector.lenses))
     return end.output, trace

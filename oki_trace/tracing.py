@@ -18,13 +18,15 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture import capture
 from oki_trace.llm.chat import render
+from oki_trace.llm.exclusive import exclusive
 from oki_trace.llm.generation import generation_of
-from oki_trace.llm.instrument import Instrument, instrument
+from oki_trace.llm.instrument import Instrument, forget, instrument
 from oki_trace.llm.vocabulary import TextStream
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Lens,
+    ReplyChecks,
     Sampling,
     Status,
     Step,
@@ -102,13 +104,15 @@ def trace_turn(
     until then has been handed over.
     """
     turn = _Turn(made.tokenizer, sinks, on_text)
-    with _ending(turn.end):
+    with _ending(turn.end), exclusive(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary)
         generation = generation_of(made.model, sampling, len(prompt))
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
         turn.follow(capture(made, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
+    if turn.checks is not None and turn.checks.fault is not None:
+        forget(made.model)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
@@ -153,13 +157,17 @@ class _Turn:
         self._on_text = on_text
         self._began = time.perf_counter()
         self.reason = "token limit"
+        self.checks: ReplyChecks | None = None
 
     def start(self, start: TurnStart) -> None:
         for sink in self._sinks:
             sink.start(start)
 
-    def follow(self, events: Iterator[tuple[Step, str | None] | Lens]) -> None:
+    def follow(self, events: Iterator[tuple[Step, str | None] | Lens | ReplyChecks]) -> None:
         for event in events:
+            if isinstance(event, ReplyChecks):
+                self.checks = event
+                continue
             if isinstance(event, Lens):
                 for sink in self._sinks:
                     sink.lens(event)
@@ -174,7 +182,7 @@ class _Turn:
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began
-        end = TurnEnd(status, self._stream.finish(), reason, seconds)
+        end = TurnEnd(status, self._stream.finish(), reason, seconds, self.checks)
         for sink in self._sinks:
             sink.end(end)
         if self._on_text and (rest := self._stream.rest()):

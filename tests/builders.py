@@ -108,7 +108,7 @@ def tensors(
     *,
     layers: int = 3,
     heads: int = 2,
-    keys: int = 7,
+    keys: int = 6,
     width: int = 8,
     vocab: int = 50,
 ) -> tuple[Tensor, ...]:
@@ -186,7 +186,7 @@ def step(
         lens=lens(index, rng, layers=layers, k=topk_lens, vocab=vocab) if with_lens else None,
         decision=decision(int(token_ids[0]), int(token_ids[1])),
         tensors=(
-            tensors(rng, layers=layers, heads=heads, keys=position + 1, width=width, vocab=vocab)
+            tensors(rng, layers=layers, heads=heads, keys=position, width=width, vocab=vocab)
             if with_tensors
             else ()
         ),

@@ -33,7 +33,7 @@ TRACE = {
     *("format", "version", "model_id", "prompt", "prompt_len", "prompt_token_ids", "output"),
     *("messages", "status", "evidence_provenance", "logit_lens_available", "generation"),
     *("capture", "steps"),
-    *("reason", "prompt_tokens", "prompt_segments"),
+    *("reason", "prompt_tokens", "prompt_segments", "checks"),
 }
 STEP = {
     *("step", "chosen_token", "chosen_id", "position", "prob", "logprob", "entropy", "rank"),
@@ -388,16 +388,17 @@ def test_a_model_that_cannot_be_traced_leaves_no_reply_running(tmp_path: Path) -
 
 def test_a_reply_that_fails_halfway_keeps_what_it_had(tmp_path: Path) -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
-    run_traced("the fox", None, 1, model, tokenizer)  # attached to, with passes of its own
-    passes = 0
+    passes, breaks_at = 0, 0
 
     def break_later(module: Any, args: Any, output: Any) -> None:
         nonlocal passes
         passes += 1
-        if passes == 6:
+        if passes == breaks_at:
             raise RuntimeError("the weights fell out\nand more lines")
 
     model.model.layers[0].register_forward_hook(break_later)
+    run_traced("the fox", None, 1, model, tokenizer)  # attached to, with passes of its own
+    breaks_at = passes + 6
     with pytest.raises(CaptureError) as caught:
         run_traced("the quick brown fox", None, 64, model, tokenizer, db=tmp_path / "s.db")
     assert "RuntimeError: the weights fell out" in str(caught.value)

@@ -87,15 +87,17 @@ def assert_failed(turn: Turn, steps: int, reason: str) -> None:
 
 def at_pass(model: Any, number: int, act: Callable[[Any], Any]) -> None:
     """Do something to what the model's n-th pass from now on gives, counted from 0."""
-    instrument(model, TOKENIZER)  # which takes passes of its own
     real, passes = model.forward, itertools.count()
+    armed = False
 
     @functools.wraps(real)
     def forward(*args: Any, **kwargs: Any) -> Any:
         output = real(*args, **kwargs)
-        return act(output) if next(passes) == number else output
+        return act(output) if armed and next(passes) == number else output
 
     model.forward = forward
+    instrument(model, TOKENIZER)  # which takes passes of its own
+    armed = True
 
 
 def with_logits(change: Any) -> Any:

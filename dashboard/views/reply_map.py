@@ -130,6 +130,9 @@ def _layers(
     if not capture.logit_lens_available:
         st.caption(shapes.sentence(f"Lens not available: {capture.lens_reason}"))
         return
+    doubt = shapes.doubt_of(message)
+    if doubt:
+        st.warning(shapes.plain(doubt), icon=":material/warning:")
     grid = data.lens_grid(message, first, end)
     if not len(grid.step_index):
         st.caption("None of these steps has its lens yet.")

@@ -166,7 +166,7 @@ def model_card(messages: Sequence[Message]) -> None:
         st.caption(f"**{shapes.plain(name)}**")
         st.caption(shapes.plain(shapes.model_line(capture)))
         with st.container(horizontal=True, gap="xsmall"):
-            for badge in shapes.trust(capture):
+            for badge in shapes.trust(message):
                 st.badge(badge.name, color=badge.colour, help=shapes.plain(badge.meaning))
 
 

@@ -64,6 +64,9 @@ def show(conversation_id: int) -> None:
     effects = shapes.effects_data(step)
     if effects:
         components.table(data=effects, key="effects")
+    doubt = shapes.doubt_of(message)
+    if doubt:
+        st.warning(shapes.plain(doubt), icon=":material/warning:")
     _evidence(message, capture, steps, step)
     _lens(message, capture, step)
 
@@ -212,9 +215,8 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             key="lens",
             on_pin_change=_pin,
         )
-        check = (
-            "" if capture.lens_check is None else f" Lens check {shapes.check(capture.lens_check)}."
-        )
+        error = message.lens_check
+        check = "" if error is None else f" Lens check {shapes.check(error)}."
         st.caption(
             "What the model would say if a layer were its last, through its own final norm and "
             f"head. Early layers often give nonsense.{check}"

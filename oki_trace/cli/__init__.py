@@ -10,7 +10,10 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 DEBUG = "--debug"
 
@@ -18,10 +21,28 @@ DEBUG = "--debug"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``oki-trace``. ``--debug``, anywhere, shows tracebacks."""
     try:
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        with _ended_by_sigterm():
+            _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
         # While modules are still being imported; after that, commands see to it.
         raise SystemExit(128 + signal.SIGINT) from None
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does: what is half written is removed."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: list[str]) -> None:

@@ -136,12 +136,20 @@ def _headline(message: Message) -> str:
     capture = message.capture
     if capture is not None:
         parts.append(f"{capture.dtype} on {capture.device}")
-        if capture.logit_lens_available and capture.lens_check is not None:
-            parts.append(f"lens check {capture.lens_check:.0e}")
+        lens_check = message.lens_check
+        if capture.logit_lens_available and lens_check is not None:
+            parts.append(f"lens check {lens_check:.0e}")
         elif capture.lens_reason:
             parts.append(f"lens not available: {inert(capture.lens_reason)}")
+        if message.tensors_pruned_at is not None:
+            parts.append(f"tensors pruned on {message.tensors_pruned_at:%Y-%m-%d}")
+        elif capture.tensors_left_out:
+            parts.append("tensors left out of the export")
         if not capture.attention_layers:
             parts.append(f"evidence {inert(capture.evidence_provenance)}")
+    if message.checks is not None:
+        parts += [f"CHECK FAILED: {inert(message.checks.fault)}"] if message.checks.fault else []
+        parts += [inert(note) for note in message.checks.notes]
     return " · ".join(part for part in parts if part)
 
 
@@ -282,7 +290,7 @@ def _print_lens(out: Console, message: Message, step: Step) -> None:
         rows.add_row(str(layer), *cells, f"{int(lens.chosen_rank[layer]):,}")
     out.print(rows)
     if message.capture is not None:
-        _print_check(out, "lens check", message.capture.lens_check)
+        _print_check(out, "lens check", message.lens_check)
         _print_check(out, "lens draft", message.capture.lens_draft)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from oki_trace.cli import options
+from oki_trace.cli import options, quantities
 from oki_trace.cli.output import bar, complain, console, counted, print_json
 
 
@@ -20,6 +20,9 @@ def import_(
     path: Annotated[
         Path, typer.Argument(help="A file, a folder or a zip of tables; - is standard input.")
     ],
+    memory: Annotated[
+        str, typer.Option("--memory", help="How much memory reading the file may take.")
+    ] = "400MB",
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -27,7 +30,7 @@ def import_(
 
     All of the file is checked first; then it is there whole, or nothing is. It
     gets new numbers, which are told. The tensors of name.json are looked for in
-    name.safetensors beside it.
+    name.safetensors beside it. A file that would take more memory is refused.
 
     Example: oki-trace import paris.json
 
@@ -40,11 +43,13 @@ def import_(
     from oki_trace.exchange.importing import import_path, import_stream
 
     store = options.store_of(db)
+    most = quantities.size(memory)
     with bar("importing") as progress:
         if str(path) == "-":
-            done = import_stream(sys.stdin.buffer, store, progress)
+            done = import_stream(sys.stdin.buffer, store, progress, memory_bytes=most)
         else:
-            done = import_path(options.not_the_store(path, store), store, progress)
+            path = options.not_the_store(path, store)
+            done = import_path(path, store, progress, memory_bytes=most)
     if json:
         print_json(
             {

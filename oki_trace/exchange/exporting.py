@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -62,7 +63,7 @@ def export(
         with replacing_folder(output, FILES) as folder:
             write_tables(reader, conversation_id, folder, message_id, progress)
         return [output]
-    write = _writer(format)
+    write = _writer(format, tensors)
     if output is None:
         write(reader, conversation_id, standard, message_id, progress)
         return []
@@ -81,16 +82,15 @@ def export(
     return [output, beside]
 
 
-def _writer(format: Format) -> _Writer:
+def _writer(format: Format, tensors: bool) -> _Writer:
     if format is Format.HTML:
         from oki_trace.exchange.report import write_report
 
         return write_report
-    return {
-        Format.JSON: json_export.write_conversation,
-        Format.JSONL: json_export.write_lines,
-        Format.TRACE_V1: json_export.write_v1,
-    }[format]
+    if format is Format.TRACE_V1:
+        return json_export.write_v1
+    write = json_export.write_lines if format is Format.JSONL else json_export.write_conversation
+    return partial(write, tensors=tensors)
 
 
 def _beside(format: Format, output: Path | None) -> Path | None:

@@ -41,14 +41,17 @@ def write_conversation(
     file: TextIO,
     message_id: int | None = None,
     progress: Progress | None = None,
+    *,
+    tensors: bool = False,
 ) -> None:
     """Write the whole conversation, or the trace object of one of its replies.
 
-    What is written was true at one instant, while replies go on too. Raises
-    NotFound for a conversation or message that is not there.
+    What is written was true at one instant, while replies go on too. ``tensors``:
+    whether they are written beside it. Raises NotFound for a conversation or
+    message that is not there.
     """
     with selected(reader, conversation_id, message_id) as chosen:
-        counted = _Counted(chosen, progress)
+        counted = _Counted(chosen, progress, tensors=tensors)
         if message_id is not None:
             (reply,) = chosen.replies
             _write_trace(file, counted, reply)
@@ -72,15 +75,17 @@ def write_lines(
     file: TextIO,
     message_id: int | None = None,
     progress: Progress | None = None,
+    *,
+    tensors: bool = False,
 ) -> None:
     """Write the conversation as JSON lines; with ``message_id`` the steps of that reply alone."""
     with selected(reader, conversation_id, message_id) as chosen:
-        counted = _Counted(chosen, progress)
+        counted = _Counted(chosen, progress, tensors=tensors)
         heads = []
         for message in chosen.messages:
             head = message_head(message)
             if message.id in chosen.traced:
-                head["trace"] = head_object(chosen.head(message))
+                head["trace"] = counted.head(message)
             heads.append(head)
         file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
         for reply in chosen.replies:
@@ -171,6 +176,8 @@ def message_head(message: Message) -> dict[str, Any]:
     }
     if message.reason is not None:
         head["reason"] = message.reason
+    if message.tensors_pruned_at is not None:
+        head["tensors_pruned_at"] = message.tensors_pruned_at.isoformat()
     for name in ("choice", "sampling", "policy"):
         asked = getattr(message, name)
         if asked is not None:
@@ -187,10 +194,14 @@ def _trace(chosen: Selection, reply: Message, *, timed: bool) -> dict[str, Any]:
 class _Counted:
     """The steps of a selection as objects, told to the progress as they go by."""
 
-    def __init__(self, chosen: Selection, progress: Progress | None) -> None:
+    def __init__(self, chosen: Selection, progress: Progress | None, *, tensors: bool) -> None:
         self.chosen = chosen
+        self._tensors = tensors
         self._progress = progress
         self._done = 0
+
+    def head(self, reply: Message) -> dict[str, Any]:
+        return head_object(self.chosen.head(reply, tensors=self._tensors))
 
     def steps(self, reply: Message) -> Iterator[dict[str, Any]]:
         prompt = self.chosen.reader.prompt(reply.id)
@@ -203,7 +214,7 @@ class _Counted:
 
 
 def _write_trace(file: TextIO, counted: _Counted, reply: Message) -> None:
-    file.write(_open(head_object(counted.chosen.head(reply))) + ', "steps": [')
+    file.write(_open(counted.head(reply)) + ', "steps": [')
     for place, step in enumerate(counted.steps(reply)):
         file.write(",\n" if place else "\n")
         file.write(_encode(step))

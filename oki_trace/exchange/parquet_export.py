@@ -145,7 +145,7 @@ def _pack(tables: dict[str, _Table]) -> None:
 def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
     traced = message.id in chosen.traced
     documents = (message.choice, message.sampling, message.policy)
-    reports = (message.generation, message.capture) if traced else (None, None)
+    reports = (message.generation, message.capture, message.checks) if traced else (None,) * 3
     return (
         message.id,
         message.conversation_id,
@@ -159,6 +159,7 @@ def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
         message.tokens if traced else None,
         message.reason,
         message.seconds,
+        message.tensors_pruned_at,
         *(None if one is None else json.dumps(plain(asdict(one))) for one in documents),
         *(None if one is None else json.dumps(plain(asdict(one))) for one in reports),
         chosen.reader.prompt(message.id).text if traced else None,

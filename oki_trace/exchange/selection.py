@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oki_trace.asking import history
 from oki_trace.errors import NotFound
@@ -36,18 +36,22 @@ class Selection:
     def steps(self) -> int:
         return sum(message.tokens for message in self.replies)
 
-    def head(self, reply: Message) -> TraceHead:
-        """The trace of a reply but for its steps."""
+    def head(self, reply: Message, *, tensors: bool = True) -> TraceHead:
+        """The trace of a reply but for its steps. ``tensors``: whether they go with it."""
         assert reply.generation is not None and reply.capture is not None
+        capture = reply.capture
+        if not tensors and self.reader.message_bytes(reply.id):
+            capture = replace(capture, tensors_left_out=True)
         return TraceHead(
             model_id=reply.model_id or "",
             prompt=self.reader.prompt(reply.id),
             generation=reply.generation,
-            capture=reply.capture,
+            capture=capture,
             messages=history(self.messages, reply.id),
             output=reply.content,
             status=reply.status,
             reason=reply.reason,
+            checks=reply.checks,
         )
 
     def has_tensors(self) -> bool:

@@ -35,11 +35,13 @@ TABLES: dict[str, Any] = {
             "tokens": _I,
             "reason": _S,
             "seconds": _D,
+            "tensors_pruned_at": TIME,
             "choice": _S,
             "sampling": _S,
             "policy": _S,
             "generation": _S,
             "capture": _S,
+            "checks": _S,
             "prompt": _S,
         },
         "prompt_token": {

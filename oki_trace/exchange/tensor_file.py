@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, cast, get_args
@@ -25,7 +27,8 @@ from typing import Any, BinaryIO, Self, cast, get_args
 import numpy as np
 
 from oki_trace.errors import ExchangeError
-from oki_trace.exchange.json_stream import JsonStream
+from oki_trace.exchange.reading.json_stream import JsonStream
+from oki_trace.exchange.reading.source import opened
 from oki_trace.records import Tensor
 from oki_trace.store.tensors import MAX_RAW_BYTES, TensorName
 
@@ -37,6 +40,7 @@ ITEMS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"
 
 # What safetensors itself allows a header to be.
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_LIST = 1_001  # layers
 _DTYPES = {code: name for name, code in CODES.items()}
 _NAME = re.compile(r"message-(\d{1,18})/step-(\d{1,9})/(logits|hidden_states|attentions)")
 # As numbers, so that a tensor's place is eight of them: message, step, name, dtype and
@@ -55,15 +59,10 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._file = path.open("rb")
-        except OSError as error:
-            raise ExchangeError(f"Cannot read {path}: {error.strerror or error}.") from error
-        try:
-            self._read_header(path.stat().st_size)
-        except BaseException:
-            self._file.close()
-            raise
+        with ExitStack() as closing:
+            self._file = closing.enter_context(opened(path, follow=False))
+            self._read_header(os.fstat(self._file.fileno()).st_size)
+            self._closing = closing.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -74,11 +73,16 @@ class TensorFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        self._closing.close()
 
     def __len__(self) -> int:
         """How many tensors there are."""
         return len(self._places)
+
+    def has(self, message: int) -> bool:
+        """Whether there is any tensor of a reply."""
+        first, end = np.searchsorted(self._places[:, _MESSAGE], [message, message + 1])
+        return bool(first < end)
 
     def of_step(self, message: int, step_index: int) -> Iterator[Tensor]:
         """The tensors of one step."""
@@ -192,7 +196,7 @@ class _Part:
 
 def _integers(values: Any) -> tuple[int, ...]:
     """A short list of whole numbers from 0. Raises ValueError."""
-    good = isinstance(values, list) and len(values) <= 100_000
+    good = isinstance(values, list) and len(values) <= _MAX_LIST
     if not good or not all(type(v) is int and 0 <= v < 2**53 for v in values):
         raise ValueError("no list of whole numbers")
     return tuple(values)

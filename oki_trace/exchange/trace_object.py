@@ -21,6 +21,7 @@ from oki_trace.records import (
     LayerAttention,
     Lens,
     Prompt,
+    ReplyChecks,
     Status,
     Step,
 )
@@ -45,6 +46,7 @@ class TraceHead:
     output: str
     status: Status
     reason: str | None
+    checks: ReplyChecks | None = None
 
 
 def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def head_object(head: TraceHead) -> dict[str, Any]:
         "logit_lens_available": head.capture.logit_lens_available,
         "generation": plain(asdict(head.generation)),
         "capture": plain(asdict(head.capture)),
+        "checks": None if head.checks is None else plain(asdict(head.checks)),
     }
 
 

@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from oki_trace.llm.thread_state import carried
+
 Item = TypeVar("Item")
 
 # Steps that may wait, each with its tensors. A full queue makes the decoder wait.
@@ -61,7 +63,7 @@ class _Decoder(Iterator[Item]):
         self._closing = threading.Event()
         self._ended = False
         self._thread = threading.Thread(
-            target=self._run, args=(items, cores), name="decoder", daemon=True
+            target=carried(self._run), args=(items, cores), name="decoder", daemon=True
         )
         self._thread.start()
 

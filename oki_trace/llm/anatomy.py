@@ -10,6 +10,7 @@ in ``lens.py``.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,10 +28,11 @@ class Anatomy:
 
     ``position_axis`` is where a block's output counts positions: 1, or 2 where
     several residual streams come before the batch. ``repeats`` says that blocks
-    run more than once in one pass. The outputs are those of the probe.
+    run more than once in one pass. The outputs are those of the probe. The model
+    itself is not kept alive by it.
     """
 
-    model: nn.Module
+    reference: weakref.ref[nn.Module]
     blocks: tuple[nn.Module, ...]
     trunk: nn.Module | None
     tail: tuple[nn.Module, ...]
@@ -39,6 +41,14 @@ class Anatomy:
     trunk_output: Any = field(repr=False)
     block_output: Any = field(repr=False)
     probe_ids: torch.Tensor = field(repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, as long as somebody holds it."""
+        model = self.reference()
+        if model is None:
+            raise CaptureError("The model is gone. Keep a reference to it while it is traced.")
+        return model
 
     @property
     def layers(self) -> int:
@@ -83,7 +93,7 @@ def dissect(model: Any) -> Anatomy:
     last = next(c for c in reversed(calls) if c.module is blocks[-1])
     after = [c for c in calls[last.ended :] if c.parent in holders and c.parent is not model]
     return Anatomy(
-        model=model,
+        reference=weakref.ref(model),
         blocks=blocks,
         trunk=trunk.module if trunk else None,
         tail=_tail(last, after, trunk),

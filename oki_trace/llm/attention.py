@@ -16,7 +16,8 @@ eager attention is taken (``instrument.py`` compares, once per load):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -27,6 +28,8 @@ from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.room import Shelf, stays
+
+log = logging.getLogger(__name__)
 
 Rows = dict[int, Tensor]
 """(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
@@ -185,7 +188,7 @@ class AskingTap:
     """
 
     def __init__(self, model: Any, layers: Mapping[int, int], *, has_cache: bool) -> None:
-        self._model = model
+        self._configs = _configs(model)
         self._layers = layers
         self.splits_prompt = has_cache
 
@@ -195,7 +198,7 @@ class AskingTap:
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
-        with eager(self._model):
+        with _eager(self._configs):
             yield {"output_attentions": True}
 
     def take(self, outputs: Any) -> Seen:
@@ -211,7 +214,13 @@ def eager(model: Any) -> Iterator[None]:
     The name is read from the config at every call; parts of a model may have
     configs, and names, of their own.
     """
-    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
+    with _eager(_configs(model)):
+        yield
+
+
+@contextmanager
+def _eager(configs: Sequence[Any]) -> Iterator[None]:
+    before = [(config, config._attn_implementation_internal) for config in configs]
     for config, _ in before:
         config._attn_implementation_internal = "eager"
     try:
@@ -248,10 +257,13 @@ def _wrap(implementation: str) -> None:
     """
     stock = ALL_ATTENTION_FUNCTIONS[implementation]
     if not getattr(stock, "watches_attention", False):
-        AttentionInterface.register(implementation, _watching(stock))
+        top_left = implementation == "sdpa"
+        AttentionInterface.register(implementation, _watching(stock, top_left=top_left))
 
 
-def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _watching(stock: Callable[..., Any], *, top_left: bool) -> Callable[..., Any]:
+    """``top_left``: without a mask, query i attends to the keys up to i, however many there are."""
+
     def attention(
         module: nn.Module,
         query: Tensor,
@@ -263,13 +275,28 @@ def _watching(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         tap = _watched.get(module)
         if tap is not None:
-            bias = kwargs.get("position_bias")
-            last = last_query(query, key, attention_mask, kwargs.get("scaling"), bias)
-            tap.keep(module, query, key, last)
+            try:
+                keys = key
+                if top_left and attention_mask is None and query.shape[2] > 1:
+                    # A cache of fixed length has places for tokens to come.
+                    keys = key[:, :, : query.shape[2]]
+                last = last_query(query, keys, attention_mask, **_of_last(kwargs))
+                tap.keep(module, query, keys, last)
+            except Exception as error:  # a kernel's arguments can be anything; the turn goes on
+                log.debug("no attention of %s: %s", type(module).__name__, error)
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
     attention.watches_attention = True  # type: ignore[attr-defined]
     return attention
+
+
+def _of_last(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a model's further arguments that change the weights of the last query."""
+    return {
+        "scaling": kwargs.get("scaling"),
+        "bias": kwargs.get("position_bias"),
+        "window": kwargs.get("sliding_window"),
+    }
 
 
 def last_query(
@@ -278,17 +305,30 @@ def last_query(
     mask: Tensor | None,
     scaling: float | None,
     bias: Tensor | None = None,
+    window: int | None = None,
 ) -> LastQuery:
     """Of the last query of an attention function's arguments, each with a batch of one.
 
     ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d), ``mask`` and
-    ``bias`` (1, 1 or heads, T, keys).
+    ``bias`` (1, 1 or heads, T, keys). Kernels with the contract of flash attention
+    take no such mask: theirs is None or one of the keys alone, (1, keys), and the
+    last ``window`` keys are all that is attended to. Raises TypeError for a mask
+    that is no tensor.
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"a mask of the type {type(mask).__name__} cannot be read")
     groups, keys, width = key.shape[1], key.shape[2], key.shape[3]
+    if mask is None or mask.ndim == 2:
+        seen = None if mask is None else mask[:, -keys:].bool()
+        if window is not None and window < keys:
+            within = torch.arange(keys, device=key.device)[None] >= keys - window
+            seen = within if seen is None else seen & within
+    else:
+        seen = mask[0, :, -1, :keys]
     return LastQuery(
         query=query[0, :, -1].reshape(groups, -1, width),
         key=key[0],
         scaling=width**-0.5 if scaling is None else scaling,
         bias=None if bias is None else bias[0, :, -1, :keys],
-        mask=None if mask is None else mask[0, :, -1, :keys],
+        mask=seen,
     )

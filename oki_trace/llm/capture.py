@@ -15,7 +15,9 @@ from oki_trace.llm.behind import Behind
 from oki_trace.llm.decode import RawStep, decode
 from oki_trace.llm.instrument import Instrument
 from oki_trace.llm.reduce import Unlensed, lenses_of, step_of
-from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, Step
+from oki_trace.llm.reply_checks import ReplyChecker
+from oki_trace.llm.thread_state import carried
+from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, ReplyChecks, Step
 
 
 def capture(
@@ -24,17 +26,22 @@ def capture(
     generation: Generation,
     policy: CapturePolicy,
     should_stop: Callable[[], bool],
-) -> Iterator[tuple[Step, str | None] | Lens]:
+) -> Iterator[tuple[Step, str | None] | Lens | ReplyChecks]:
     """Decode and yield each step with its stop reason, and, a few steps later, its lens.
 
-    Every step's lens has been yielded when the iterator ends or raises.
+    Every step's lens has been yielded when the iterator ends or raises, and last of
+    all how far the reply's numbers agree with the model. (No lens follows once one
+    disagreed.)
     """
     if generation.max_new_tokens == 0:
         return
-    lens, vocabulary = instrument.lens_for(policy), instrument.vocabulary
+    lens, draft = instrument.lens, instrument.draft_for(policy)
+    checker = instrument.checker()
 
     def compute(steps: list[Unlensed]) -> list[Lens]:
-        return lenses_of(steps, lens, vocabulary, policy.topk_lens) if lens else []
+        if lens is None or not checker.lens_holds:
+            return []
+        return lenses_of(steps, lens, draft, checker, instrument.vocabulary, policy.topk_lens)
 
     steps = decode(
         instrument.model,
@@ -43,17 +50,20 @@ def capture(
         instrument.graph,
         prompt.token_ids,
         generation,
+        checker.note,
     )
     # Weights that come and go with each call cannot serve two threads.
     alone = instrument.moves_weights
-    with Behind(compute, aside=not alone) as behind:
+    with Behind(carried(compute), aside=not alone) as behind:
         try:
             with closing(steps) if alone else ahead(steps) as taken:
-                yield from _follow(taken, behind, instrument, policy, should_stop)
+                yield from _follow(taken, behind, instrument, policy, checker, should_stop)
         except Exception:
             yield from behind.rest()
+            yield checker.report()
             raise
         yield from behind.rest()
+        yield checker.report()
 
 
 def _follow(
@@ -61,11 +71,13 @@ def _follow(
     behind: Behind,
     instrument: Instrument,
     policy: CapturePolicy,
+    checker: ReplyChecker,
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Step, str | None] | Lens]:
     for raw in steps:
-        step, unlensed = step_of(raw, instrument.vocabulary, policy)
         stopped = raw.finished is None and should_stop()
+        last = stopped or raw.finished is not None
+        step, unlensed = step_of(raw, instrument.vocabulary, policy, checker, last=last)
         # Only now: a lens is of a step that was handed over.
         behind.add(unlensed)
         yield step, "stopped" if stopped else raw.finished

@@ -3,19 +3,21 @@
 Asked once per load, on a few short forward passes: the lens at the last layer
 against the model's own logits, all of them; the captured attention against the
 model's own eager attention, in one pass and with a cache. What does not agree
-is not used, and why is said.
+is not used, and why is said. A model that treats long texts differently (a window,
+a choice of keys, another rotary scaling) is checked on a text longer than that,
+where this machine can run one in a few seconds.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oki_trace.llm.anatomy import Anatomy
+from oki_trace.llm.anatomy import Anatomy, probe_tokens
 from oki_trace.llm.attention import (
     AskingTap,
     AttentionTap,
@@ -26,10 +28,13 @@ from oki_trace.llm.attention import (
     last_rows,
     rows_of,
 )
+from oki_trace.llm.distribution import log_probs
+from oki_trace.llm.hardware import computing_dtype
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.room import cache_in, give_room
 from oki_trace.llm.shortlist import Shortlist, shortlist
+from oki_trace.llm.special_lengths import checkable
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -37,6 +42,9 @@ from oki_trace.llm.shortlist import Shortlist, shortlist
 # off in some head of some layer.
 ATTENTION_TOLERANCE = {torch.float32: 1e-4}
 ATTENTION_TOLERANCE_16_BIT = 1e-1
+
+# What rounding leaves of 1 in a row of weights.
+FULL_ROW = 2e-2
 
 PROVENANCE = "attention of the newest position, final layer with attention, heads averaged"
 
@@ -74,12 +82,16 @@ def checked_lens(model: Any, anatomy: Anatomy, probe: Probe) -> LensFound:
 
 @dataclass(frozen=True)
 class AttentionFound:
-    """The way to the weights, the layers it covers, its error, and what to say of it."""
+    """The way to the weights, the layers it covers, its error, and what to say of it.
+
+    ``full_rows``: each head's weights add up to 1, there is no learned sink.
+    """
 
     tap: AttentionTap | None
     layers: tuple[int, ...]
     error: float | None
     provenance: str
+    full_rows: bool = True
 
 
 def _no_attention(why: str, error: float | None = None) -> AttentionFound:
@@ -103,27 +115,96 @@ def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
     if any(row.shape[1] != ids.shape[1] for row in reference.values()):
         return _no_attention("its keys are not token positions")
     own = list(reference.values())
+    full = all(bool(((row.sum(-1) - 1).abs() < FULL_ROW).all()) for row in own)
     watching = _watching_tap(model, anatomy)
     with watching.attached():
         model(input_ids=ids, use_cache=False)
         watching.settle(ids.shape[1])
         rows = rows_of(watching.take(None))
     error = _largest_difference(rows, own)
+    long = checkable(model, anatomy)
     if _agrees(model, error):
         error = max(error, _difference_with_cache(model, watching, tuple(reference), ids))
+        error = max(error, _difference_in_long(model, watching, tuple(reference), long.length))
         if _agrees(model, error):
-            return AttentionFound(watching, tuple(rows), error, PROVENANCE)
+            provenance = PROVENANCE
+            if long.left_out is not None:
+                provenance += f", not checked beyond {long.left_out:,} tokens"
+            return AttentionFound(watching, tuple(rows), error, provenance, full)
     if len(rows) == len(own):
         layers = dict(zip(reference, rows, strict=True))
     elif len(answers) == anatomy.layers:
         layers = {place: place + 1 for place in reference}
     else:
         return _no_attention("which layers its attention is of cannot be told")
-    return _asked_attention(model, layers, ids, own)
+    found = _asked_attention(model, layers, ids, own)
+    return replace(found, full_rows=full)
+
+
+def _difference_in_long(
+    model: Any, watching: AttentionTap, places: tuple[int, ...], length: int | None
+) -> float:
+    """Between a tap and the model's eager answers on a text beyond the special lengths.
+
+    The answers are those to the last token by itself: to ask for all of a long text
+    would take memory for all its weights.
+    """
+    if length is None:
+        return 0.0
+    ids = probe_tokens(model, length)
+    asked = AskingTap(model, {place: place for place in places}, has_cache=True)
+    try:
+        own = _last_by_itself(model, asked, ids)
+        cached = _last_by_itself(model, watching, ids)
+        with watching.attached(), watching.asking() as arguments:
+            rows = rows_of(watching.take(model(input_ids=ids, use_cache=False, **arguments)))
+    except Exception:  # it needs more than ids for it, as with a short text
+        return 0.0
+    if own is None or cached is None:
+        return 0.0
+    reference = list(own.values())
+    if len(rows) != len(reference):
+        return float("inf")
+    return max(_beyond_the_cache(rows, reference), _largest_difference(cached, reference))
+
+
+def _beyond_the_cache(rows: Rows, reference: list[Tensor]) -> float:
+    """``_largest_difference`` where ``rows`` begin before the keys that a cache has kept.
+
+    What they give to those keys has to be nothing.
+    """
+    kept = [(row, own.shape[1]) for row, own in zip(rows.values(), reference, strict=True)]
+    before = max(float(row[:, :-keys].abs().sum(-1).max()) for row, keys in kept)
+    return max(before, _largest_difference(dict(enumerate(r[:, -k:] for r, k in kept)), reference))
+
+
+@torch.no_grad()
+def cache_difference(model: Any, anatomy: Anatomy) -> float | None:
+    """The largest |Δlogprob| between one pass over a text and its last token upon a cache.
+
+    It is the model's own doing, and is what a reply's numbers differ by from those of
+    teacher forcing. None where there is no cache, or where it takes more than ids.
+    """
+    lengths = {anatomy.probe_ids.shape[1], checkable(model, anatomy).length or 0} - {0}
+    found = []
+    for length in lengths:
+        ids = probe_tokens(model, length)
+        try:
+            whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+            named = cache_in(model(input_ids=ids[:, :-1], use_cache=True))
+            if named is None:
+                return None
+            name, cache = named
+            last = model(input_ids=ids[:, -1:], **{name: cache}, use_cache=True).logits[:, -1]
+        except Exception:  # whatever a model's own code raises, the turn goes on
+            return None
+        apart = (log_probs(whole) - log_probs(last)).abs()
+        found.append(float(apart[apart.isfinite()].max()) if apart.isfinite().any() else 0.0)
+    return max(found)
 
 
 def _agrees(model: Any, error: float) -> bool:
-    return error <= ATTENTION_TOLERANCE.get(model.dtype, ATTENTION_TOLERANCE_16_BIT)
+    return error <= ATTENTION_TOLERANCE.get(computing_dtype(model), ATTENTION_TOLERANCE_16_BIT)
 
 
 def _asked_attention(

@@ -9,8 +9,9 @@ and greedy tokens are its tokens.
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,13 @@ from oki_trace.errors import CaptureError
 from oki_trace.llm.anatomy import input_device
 from oki_trace.llm.attention import Seen
 from oki_trace.llm.forward import Forward
-from oki_trace.llm.generation import arguments_of, stop_reason
+from oki_trace.llm.generation import arguments_of, generate_of, stop_reason
 from oki_trace.llm.graph import StepGraph
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.sampling import Choice, choose
 from oki_trace.records import Generation
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,20 +59,23 @@ def decode(
     graph: StepGraph | None,
     prompt_ids: tuple[int, ...],
     generation: Generation,
+    note: Callable[[str], None] = log.debug,
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
-    Close the iterator to stop early. Raises CaptureError on NaN or infinite
-    logits, and when the sampling settings leave no token.
+    ``note`` is told what was given up to stay exact. Close the iterator to stop
+    early. Raises CaptureError on NaN or infinite logits, and when the sampling
+    settings leave no token.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
-    steps: Generator[RawStep] = model.generate(
+    steps: Generator[RawStep] = generate_of(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
         probe=probe,
         graph=graph,
         seed=generation.seed,
+        note=note,
         **arguments_of(generation, model, tokenizer),
     )
     return steps
@@ -95,6 +101,7 @@ def _loop(
     probe: Probe,
     graph: StepGraph | None,
     seed: int | None,
+    note: Callable[[str], None],
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
     prompt_len = input_ids.shape[1]
@@ -104,7 +111,7 @@ def _loop(
         if seed is not None:
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
-    forward = Forward(model, probe, graph, generation_config, model_kwargs, new_tokens)
+    forward = Forward(model, probe, graph, generation_config, model_kwargs, new_tokens, note)
     with probe.attached(), model._optimize_model_for_decode():
         for step_index in range(new_tokens):
             started = time.perf_counter()

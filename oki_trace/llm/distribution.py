@@ -109,8 +109,8 @@ def _sum(products: Tensor) -> Tensor:
 
 @torch.no_grad()
 def log_probs(logits: Tensor) -> Tensor:
-    """The log-probabilities of logits (rows, vocab), in fp64."""
-    return logits.double().log_softmax(-1)
+    """The log-probabilities of logits (rows, vocab), in fp64 on the CPU."""
+    return logits.cpu().double().log_softmax(-1)
 
 
 def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

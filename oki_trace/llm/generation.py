@@ -8,9 +8,11 @@ greedy decoding, whichever was asked, and the reply says so.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from oki_trace.errors import CaptureError
 from oki_trace.records import Generation, Sampling
@@ -91,8 +93,34 @@ def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation
             if is_on(name, off)
             # Only what generate() would have done: contrastive search is for greedy decoding.
             and not (sampled and name == "penalty_alpha")
-        ),
+        )
+        + (("a generate() of its own",) if has_own_generate(model) else ()),
     )
+
+
+def has_own_generate(model: Any) -> bool:
+    """Whether the model brings a ``generate()`` that is not transformers', which is not used.
+
+    It may not hand over to another loop, or not with the same arguments.
+    """
+    if not isinstance(model, GenerationMixin):
+        return False
+    own = type(model).generate
+    if own is GenerationMixin.generate or own.__module__.startswith("transformers."):
+        return "generate" in vars(model)
+    return True
+
+
+def generate_of(model: Any) -> Callable[..., Any]:
+    """The ``generate()`` that prepares a reply. Raises CaptureError for a model without one."""
+    if has_own_generate(model):
+        return partial(GenerationMixin.generate, model)
+    generate: Callable[..., Any] | None = getattr(model, "generate", None)
+    if generate is None:
+        raise CaptureError(
+            f"{type(model).__name__} has no generate(). Choose a model that generates text."
+        )
+    return generate
 
 
 def context_length(model: Any) -> int:

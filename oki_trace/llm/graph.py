@@ -11,6 +11,7 @@ a graph cannot stand for decodes as it always does.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ class StepGraph:
     """
 
     function: Callable[..., tuple[Tensor, ...]]
-    model: Any
+    reference: weakref.ref[Any]
     modules: tuple[nn.Module, ...]
     weights: tuple[str, ...]
     products: tuple[str, ...]
@@ -69,13 +70,19 @@ class StepGraph:
     hidden: int
     attends: tuple[Attends, ...]
 
+    @property
+    def model(self) -> Any:
+        """The model, as long as somebody holds it; ``modules`` are those within it."""
+        return self.reference()
+
     def begin(self, inputs: Mapping[str, Any], steps: int) -> GraphRun | None:
         """For the steps to come of a reply, the next of which the model would be given ``inputs``.
 
         None where that is not the step of the graph. Weights are taken as they are now,
         and copied only for many ``steps`` after a prompt that is not long.
         """
-        layers = roomy_layers(next((inputs[n] for n in CACHE_NAMES if n in inputs), None))
+        cache = _cache_of(inputs)
+        layers = roomy_layers(cache)
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         fits = (
             layers
@@ -84,7 +91,7 @@ class StepGraph:
             and (positions is None or positions.tolist() == [[layers[0].get_seq_length()]])
             and (mask is None or (mask.ndim == 2 and bool(mask.all())))
             and is_plain(self.model)
-            and tuple(self.model.modules()) == self.modules
+            and tuple(self.model.modules())[1:] == self.modules
             and self.model.config._attn_implementation == self.implementation
         )
         weights = {name: tensor.detach() for name, tensor in named_weights(self.model)}
@@ -92,7 +99,7 @@ class StepGraph:
             return None
         worth = 0 if layers[0].get_seq_length() > LONG_PROMPT else steps
         factors = self.copies.of([weights[name] for name in self.products], worth)
-        return GraphRun(self, layers, [*weights.values(), *factors])
+        return GraphRun(self, cache, layers, [*weights.values(), *factors])
 
     def make_way(self, prompt_tokens: int) -> None:
         """Before a prompt of so many: copies give their memory back where it is long."""
@@ -106,12 +113,26 @@ class GraphRun:
     def __init__(
         self,
         graph: StepGraph,
+        cache: Any,
         layers: list[RoomyLayer],
         weights: list[Tensor],
     ) -> None:
         self._graph = graph
+        self._cache = cache
         self._layers = layers
         self._weights = weights
+
+    def takes(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``inputs`` are those of one more token, upon what it has run so far."""
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        there = self._layers[0].get_seq_length()
+        return (
+            _cache_of(inputs) is self._cache
+            and inputs["input_ids"].shape == (1, 1)
+            and inputs.keys() <= {*_INPUTS, *CACHE_NAMES}
+            and (positions is None or positions.tolist() == [[there]])
+            and (mask is None or mask.shape == (1, there + 1))
+        )
 
     def step(self, token: Tensor) -> Pass:
         """The pass of one more token, (1, 1)."""
@@ -131,7 +152,7 @@ class GraphRun:
         there = self._layers[0].get_seq_length()
         try:
             found = self._run(token, there)
-        except RuntimeError:  # what TorchScript raises, whatever went wrong
+        except Exception:  # TorchScript raises RuntimeError, packed weights anything
             return False, own()
         written = self._written(there)
         expected = own()
@@ -165,6 +186,10 @@ class GraphRun:
         return Pass(logits, tuple(hidden), seen)
 
 
+def _cache_of(inputs: Mapping[str, Any]) -> Any:
+    return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
+
+
 def place_after(there: int) -> tuple[Tensor, Tensor]:
     """The position of the token after so many, (1, 1), and a tensor of that length."""
     return torch.tensor([[there]]), torch.zeros(1).expand(there)
@@ -180,6 +205,8 @@ def roomy_layers(cache: Any) -> list[RoomyLayer]:
 
 def is_plain(model: nn.Module) -> bool:
     """Whether it is nothing but its own code, on plain weights in the CPU's memory."""
+    if torch.is_autocast_enabled("cpu"):  # which keeps copies of weights beside them
+        return False
     modules = list(model.modules())
     hooks = (
         hook

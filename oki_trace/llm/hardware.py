@@ -82,6 +82,14 @@ def native_dtype(own: torch.dtype | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if own == torch.bfloat16 and device.type == "xpu" else torch.float16
 
 
+def computing_dtype(model: Any) -> torch.dtype:
+    """What the model computes in, in this thread: its own dtype, or that of autocast."""
+    own: torch.dtype = model.dtype
+    # Weights that are offloaded are nowhere between two passes.
+    kind = "cpu" if model.device.type == "meta" else model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+
+
 def must_fit(
     config: Any, model_id: str, device: torch.device, dtype: torch.dtype, use_4bit: bool
 ) -> None:

@@ -1,23 +1,30 @@
 """A model with its probes attached and checked against the model itself.
 
-Checked once per load, on a short forward pass: the lens at the last layer
-against the model's own logits, all of them; the captured attention against the
-model's eager attention. What does not agree is not shown, and the report says
-why. The errors found travel with every reply.
+Checked once, and again whenever the model was changed, on short forward passes:
+the lens at the last layer against the model's own logits, all of them; the
+captured attention against the model's eager attention. What does not agree is not
+shown, and the report says why. The errors found travel with every reply, which
+checks its own numbers besides (``reply_checks.py``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
+from oki_trace.errors import CaptureError
 from oki_trace.llm.anatomy import Anatomy, dissect, input_device
-from oki_trace.llm.checks import checked_attention, checked_lens
+from oki_trace.llm.checks import cache_difference, checked_attention, checked_lens
+from oki_trace.llm.exclusive import exclusive, uncompiled
+from oki_trace.llm.fingerprint import Fingerprint, fingerprint, tokenizer_fingerprint
 from oki_trace.llm.graph import StepGraph
+from oki_trace.llm.hardware import computing_dtype
 from oki_trace.llm.jit import step_graph
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
+from oki_trace.llm.reply_checks import ReplyChecker
 from oki_trace.llm.shortlist import MOST_KEPT, Draft, Shortlist
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import CapturePolicy, CaptureReport
@@ -39,17 +46,23 @@ class Instrument:
     shortlist: Shortlist | None
     attention_layers: tuple[int, ...]
     attention_check: float | None
+    full_rows: bool
     provenance: str
+    cache_check: float | None
 
     @property
     def moves_weights(self) -> bool:
         """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
         return any(hasattr(module, "_hf_hook") for module in self.model.modules())
 
-    def lens_for(self, policy: CapturePolicy) -> LogitLens | Draft | None:
-        """What makes the lens of one reply: a draft where that may be less than exact."""
+    def draft_for(self, policy: CapturePolicy) -> Draft | None:
+        """What drafts the lens of one reply, where that may be less than exact."""
         drafted = self._shortlist_for(policy)
-        return self.lens if drafted is None else drafted.draft()
+        return None if drafted is None else drafted.draft()
+
+    def checker(self) -> ReplyChecker:
+        """What checks the numbers of one reply."""
+        return ReplyChecker(computing_dtype(self.model), full_rows=self.full_rows)
 
     def _shortlist_for(self, policy: CapturePolicy) -> Shortlist | None:
         exact = policy.tensors == "exact" or policy.topk_lens > MOST_KEPT
@@ -63,7 +76,7 @@ class Instrument:
             policy=policy,
             layers=self.anatomy.layers,
             width=int(parameter.shape[-1]),
-            dtype=str(self.model.dtype).removeprefix("torch."),
+            dtype=str(computing_dtype(self.model)).removeprefix("torch."),
             device=str(input_device(self.model)),
             quantization=_quantization(self.model),
             evidence_provenance=self.provenance,
@@ -73,44 +86,83 @@ class Instrument:
             lens_reason=self.lens_reason,
             lens_check=self.lens_check,
             lens_draft=None if drafted is None else drafted.error,
+            cache_check=self.cache_check,
             versions=f"transformers {version('transformers')}, torch {version('torch')}",
         )
 
 
-# Kept on the model itself, so that it goes when the model goes.
-_KEPT = "_oki_trace_instrument"
+@dataclass(frozen=True)
+class _Checked:
+    """What was found of a model as it was: all of an instrument that outlives a reply."""
+
+    fingerprint: Fingerprint
+    parts: dict[str, Any]
+    vocabulary: Vocabulary
+    of_tokenizer: tuple[Any, ...]
+
+
+# Beside the models, not on them: they can be copied, pickled and collected as before.
+_checked: weakref.WeakKeyDictionary[Any, _Checked] = weakref.WeakKeyDictionary()
 
 
 def instrument(model: Any, tokenizer: Any) -> Instrument:
     """Find the model's parts, attach to them, and check what they give.
 
-    The first call for a model runs a few short forward passes; later calls
-    return the same instrument.
+    The first call for a model runs a few short forward passes; later calls do so
+    only when the model or its tokenizer was changed (``fingerprint.py``). Waits
+    while another thread traces the model. Raises CaptureError for a model that
+    cannot be traced.
     """
-    found: Instrument | None = model.__dict__.get(_KEPT)
-    if found is not None and found.tokenizer is tokenizer:
-        return found
+    model = uncompiled(model)
+    _refuse_prompt_tuning(model)
+    with exclusive(model):
+        found = _checked.get(model)
+        of_tokenizer = tokenizer_fingerprint(tokenizer)
+        if found is None or found.fingerprint != fingerprint(model):
+            _checked.pop(model, None)
+            parts = _parts(model)
+            # After the checks, which may have let the model set itself up.
+            seen = fingerprint(model)
+            found = _Checked(seen, parts, Vocabulary(tokenizer), of_tokenizer)
+        elif found.of_tokenizer != of_tokenizer:
+            found = replace(found, vocabulary=Vocabulary(tokenizer), of_tokenizer=of_tokenizer)
+        _checked[model] = found
+    return Instrument(model=model, tokenizer=tokenizer, vocabulary=found.vocabulary, **found.parts)
+
+
+def forget(model: Any) -> None:
+    """Check the model anew before its next reply: its numbers were not what they should be."""
+    _checked.pop(uncompiled(model), None)
+
+
+def _parts(model: Any) -> dict[str, Any]:
     anatomy = dissect(model)
     attention = checked_attention(model, anatomy)
     probe = Probe(anatomy, attention.tap)
     lens = checked_lens(model, anatomy, probe)
-    made = Instrument(
-        model=model,
-        tokenizer=tokenizer,
-        vocabulary=Vocabulary(tokenizer),
-        anatomy=anatomy,
-        probe=probe,
-        graph=step_graph(model, anatomy, probe),
-        lens=lens.lens,
-        lens_check=lens.error,
-        lens_reason=lens.reason,
-        shortlist=lens.shortlist,
-        attention_layers=attention.layers,
-        attention_check=attention.error,
-        provenance=attention.provenance,
-    )
-    model.__dict__[_KEPT] = made
-    return made
+    return {
+        "anatomy": anatomy,
+        "probe": probe,
+        "graph": step_graph(model, anatomy, probe),
+        "lens": lens.lens,
+        "lens_check": lens.error,
+        "lens_reason": lens.reason,
+        "shortlist": lens.shortlist,
+        "attention_layers": attention.layers,
+        "attention_check": attention.error,
+        "full_rows": attention.full_rows,
+        "provenance": attention.provenance,
+        "cache_check": cache_difference(model, anatomy),
+    }
+
+
+def _refuse_prompt_tuning(model: Any) -> None:
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise CaptureError(
+            "The model has a prompt-tuning or prefix-tuning adapter, whose virtual tokens have "
+            "no text to show. Trace its base model, or one with a LoRA adapter."
+        )
 
 
 def _quantization(model: Any) -> str | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -127,8 +128,8 @@ def _written_down(
     (found,) = passes
     return StepGraph(
         function=function,
-        model=model,
-        modules=tuple(model.modules()),
+        reference=weakref.ref(model),
+        modules=tuple(model.modules())[1:],
         weights=tuple(weights),
         products=tuple(products),
         copies=Copies(),
@@ -148,6 +149,8 @@ def _traced(step: Callable[..., Any], example: tuple[Any, ...]) -> Any:
         warnings.simplefilter("always")
         _TracerWarning.ignore_lib_warnings()
         function = torch.jit.trace(step, example, check_trace=False)
+    # For torch.compile alone; it would keep the model alive.
+    function.__dict__.pop("_torchdynamo_inline", None)
     for warning in said:
         told = issubclass(warning.category, _TracerWarning)
         if told and warning.filename not in _DECIDE_BY_QUERIES:

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from oki_trace.llm.anatomy import Anatomy, stream_of
+from oki_trace.llm.distribution import log_probs
+from oki_trace.llm.hardware import computing_dtype
 
 # Above these the lens is not the model's own head: fp32 rounding stays below
 # 1e-5, 16-bit weights below 5e-2 in log-probability.
@@ -52,6 +54,7 @@ class LogitLens:
     def __init__(self, anatomy: Anatomy, *, run_trunk: bool = False) -> None:
         """With ``run_trunk`` the blocks are replaced, else the trunk that holds them."""
         self._axis = anatomy.position_axis
+        self._computing = computing_dtype(anatomy.model)
         self._tail = () if run_trunk else anatomy.tail
         self._output = anatomy.block_output if run_trunk else anatomy.trunk_output
         self._ids = anatomy.probe_ids[:, :1]
@@ -108,12 +111,14 @@ class LogitLens:
             return LensCheck(None, f"its head cannot be replayed ({type(error).__name__}: {error})")
         if projected.shape != logits.shape:
             return LensCheck(None, f"its head gives {tuple(projected.shape)} when replayed")
-        return _compare(projected, logits.float(), last_block.dtype)
+        narrowest = min(last_block.dtype, self._computing, key=lambda dtype: dtype.itemsize)
+        return _compare(projected, logits.float(), narrowest)
 
 
 def _compare(projected: Tensor, logits: Tensor, dtype: torch.dtype) -> LensCheck:
-    difference = projected.log_softmax(-1) - logits.log_softmax(-1)
-    finite = torch.isfinite(logits)
+    # Not in float32, whose own error would be on both sides and not be seen.
+    difference = log_probs(projected) - log_probs(logits)
+    finite = torch.isfinite(logits).cpu()
     if not finite.any():
         return LensCheck(None, "the model's logits are not finite")
     error = float(difference[finite].abs().max())

@@ -17,6 +17,7 @@ from oki_trace.llm.attention import Rows, rows_of
 from oki_trace.llm.decode import RawStep
 from oki_trace.llm.distribution import Distribution, Own, own_distribution, summarize
 from oki_trace.llm.lens import LogitLens
+from oki_trace.llm.reply_checks import ReplyChecker
 from oki_trace.llm.sampling import decide
 from oki_trace.llm.shortlist import Draft
 from oki_trace.llm.vocabulary import Vocabulary
@@ -28,7 +29,8 @@ from oki_trace.records import Tensor as TensorRecord
 class Unlensed:
     """What the lens of a step still needs, and no more: these wait for each other.
 
-    ``hidden`` are L+1 rows (width,), ``last`` is its layer L, the model's own.
+    ``hidden`` are L+1 rows (width,), ``last`` is its layer L, the model's own;
+    ``logits`` (vocab,) fp32, of a step whose lens is to be checked by them.
     """
 
     step_index: int
@@ -36,29 +38,89 @@ class Unlensed:
     hidden: tuple[Tensor, ...]
     own: Own
     last: Distribution
+    logits: Tensor | None
 
 
-def step_of(raw: RawStep, vocabulary: Vocabulary, policy: CapturePolicy) -> tuple[Step, Unlensed]:
-    """The record of a step, without its lens, and what the lens is made of."""
+def step_of(
+    raw: RawStep,
+    vocabulary: Vocabulary,
+    policy: CapturePolicy,
+    checker: ReplyChecker,
+    *,
+    last: bool = False,
+) -> tuple[Step, Unlensed]:
+    """The record of a step, without its lens, and what the lens is made of.
+
+    ``last``: no step follows.
+    """
     logits = raw.logits.float()
     own = own_distribution(logits)
     most = max(policy.topk_logits, policy.topk_lens, 2)
     row = summarize(logits[None], own, raw.token_id, most)
-    unlensed = Unlensed(raw.step_index, raw.token_id, raw.hidden, own, row)
-    return _step(raw, rows_of(raw.attention), row, vocabulary, policy), unlensed
+    due = checker.is_due(raw.step_index, last=last)
+    rows = _at_positions(rows_of(raw.attention), raw.position)
+    if due:
+        checker.check_attention(raw.step_index, rows)
+    if not checker.attention_holds:
+        rows = {}
+    unlensed = Unlensed(raw.step_index, raw.token_id, raw.hidden, own, row, logits if due else None)
+    return _step(raw, rows, row, vocabulary, policy), unlensed
 
 
 @torch.no_grad()
 def lenses_of(
-    steps: Sequence[Unlensed], lens: LogitLens | Draft, vocabulary: Vocabulary, k: int
+    steps: Sequence[Unlensed],
+    lens: LogitLens,
+    draft: Draft | None,
+    checker: ReplyChecker,
+    vocabulary: Vocabulary,
+    k: int,
 ) -> list[Lens]:
-    """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own."""
-    layers = len(steps[0].hidden) - 1
-    device = steps[0].hidden[-1].device
-    streams = torch.stack([h.to(device) for seen in steps for h in seen.hidden[:layers]])
-    wanted = [torch.tensor([*seen.last.token_ids[0], seen.token_id]) for seen in steps]
-    projected = lens.each(streams, wanted, k)
-    return [_lens(seen, rows, vocabulary, k) for seen, rows in zip(steps, projected, strict=True)]
+    """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
+
+    Ends before a step at which the lens does not hold.
+    """
+    held = [seen for seen in steps if _holds(seen, lens, checker)]
+    if not held:
+        return []
+    layers = len(held[0].hidden) - 1
+    device = held[0].hidden[-1].device
+    streams = torch.stack([h.to(device) for seen in held for h in seen.hidden[:layers]])
+    wanted = [torch.tensor([*seen.last.token_ids[0], seen.token_id]) for seen in held]
+    use = draft if draft is not None and checker.draft_holds else lens
+    found = []
+    for seen, rows, of_step in zip(
+        held, use.each(streams, wanted, k), streams.split(layers), strict=True
+    ):
+        if use is draft and checker.compares_draft(seen.step_index):
+            whole = lens.project(of_step)
+            checker.check_draft(seen.step_index, rows, whole)
+            rows = whole
+        elif use is draft and not checker.draft_holds:
+            rows = lens.project(of_step)
+        found.append(_lens(seen, rows, vocabulary, k))
+    return found
+
+
+def _holds(seen: Unlensed, lens: LogitLens, checker: ReplyChecker) -> bool:
+    if seen.logits is not None and checker.lens_holds:
+        checker.check_lens(seen.step_index, lens, seen.hidden[-1], seen.logits)
+    return checker.lens_holds
+
+
+def _at_positions(rows: Rows, position: int) -> Rows:
+    """The rows whose keys are the positions before ``position``, or the last of these.
+
+    A cache of fixed length has places for tokens to come, which get no weight and
+    are left out here. A row with weight on such a place is left out as a whole.
+    """
+    found = {}
+    for layer, row in rows.items():
+        if row.shape[1] <= position:
+            found[layer] = row
+        elif not row[:, position:].any():
+            found[layer] = row[:, :position]
+    return found
 
 
 def _step(

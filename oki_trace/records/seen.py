@@ -67,6 +67,13 @@ class CaptureReport:
     ``lens_draft``: inner layers are drafted in bfloat16 and only their best
     tokens computed in the model's own float32; the largest |Δprob| that this
     made when the model was loaded (at most 1e-3). None: nothing was drafted.
+
+    ``cache_check`` is the largest |Δlogprob| that the model's own cache makes: its
+    last token by itself against one pass over the same text. Decoding has the
+    cache, so teacher forcing differs from a reply by as much.
+
+    ``tensors_left_out``: the full tensors that ``policy`` names were captured, but
+    the file that this reply was imported from does not hold them.
     """
 
     policy: CapturePolicy
@@ -83,6 +90,8 @@ class CaptureReport:
     lens_check: float | None
     versions: str
     lens_draft: float | None = None
+    cache_check: float | None = None
+    tensors_left_out: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -267,6 +276,27 @@ class TurnStart:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyChecks:
+    """How far a reply's own numbers agree with its model, measured at some of its ``steps``.
+
+    ``lens`` is the largest |Δlogprob| between the lens at the last layer and the
+    logits of the step; ``draft`` the largest |Δprob| between the drafted lens of a
+    step and the whole one; ``attention`` the largest difference between what a
+    head's weights add up to and 1 (where the model has a learned sink, what is
+    above 1). None: there was nothing to check. ``fault`` says what disagreed: from
+    there on nothing of that kind was kept, and what was kept before is not to be
+    relied on. ``notes`` say what was given up to stay exact.
+    """
+
+    steps: tuple[int, ...]
+    lens: float | None = None
+    draft: float | None = None
+    attention: float | None = None
+    fault: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TurnEnd:
     """How a reply ended. ``reason``: which stop it was, or what failed."""
 
@@ -274,3 +304,4 @@ class TurnEnd:
     output: str
     reason: str
     seconds: float
+    checks: ReplyChecks | None = None

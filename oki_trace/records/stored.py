@@ -6,7 +6,13 @@ import datetime as dt
 from dataclasses import dataclass
 
 from oki_trace.records.asked import CapturePolicy, ModelChoice, Role, Sampling, Status
-from oki_trace.records.seen import CaptureReport, FloatArray, Generation, IntArray
+from oki_trace.records.seen import (
+    CaptureReport,
+    FloatArray,
+    Generation,
+    IntArray,
+    ReplyChecks,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,23 @@ class Message:
     seconds: float | None = None
     tokens: int = 0
     tensors_pruned_at: dt.datetime | None = None
+    checks: ReplyChecks | None = None
+
+    @property
+    def lens_check(self) -> float | None:
+        """The largest |Δlogprob| of the lens at the last layer: at load, or in this reply."""
+        found = [c.lens for c in (self.checks,) if c is not None and c.lens is not None]
+        if self.capture is not None and self.capture.lens_check is not None:
+            found.append(self.capture.lens_check)
+        return max(found, default=None)
+
+    @property
+    def lens_draft(self) -> float | None:
+        """The largest |Δprob| that a drafted lens made: at load, or in this reply."""
+        if self.capture is None or self.capture.lens_draft is None:
+            return None
+        here = self.checks.draft if self.checks is not None else None
+        return max(self.capture.lens_draft, here or 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,8 @@ def _lens_agrees(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
     if capture is None:
         return
     if lens is None:
-        if capture.logit_lens_available and whole:
+        given_up = message.checks is not None and message.checks.fault is not None
+        if capture.logit_lens_available and whole and not given_up:
             yield "its lens is missing"
         return
     if not capture.logit_lens_available:
@@ -91,14 +92,17 @@ def _lens_agrees(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
 
 
 def names_agree(message: Message, names: Set[str]) -> Iterator[str]:
-    """Which tensors a step has, against what was announced; pruned ones are no fault."""
+    """Which tensors a step has, against what was announced.
+
+    That all were pruned, or left out of the file it was imported from, is no fault.
+    """
     capture = message.capture
     if capture is None:
         return
     wanted: set[str] = set()
     if capture.policy.tensors != "none":
         wanted = {"logits", *(["attentions"] if capture.attention_layers else [])}
-    if not names and message.tensors_pruned_at is not None:
+    if not names and (message.tensors_pruned_at is not None or capture.tensors_left_out):
         return
     if missing := sorted(wanted - names):
         yield f"it has no {' and no '.join(missing)}, which were to be kept"
@@ -154,13 +158,22 @@ def _logits_agree(
     if ids.min() < 0 or ids.max() >= logits.size:
         yield "its candidates name tokens that the logits do not have"
         return
-    slack = _logit_slack(largest - wide[ids], kind) + _ROUNDING * np.abs(told)
+    size = np.where(np.isfinite(told), np.abs(told), 0.0)
+    slack = _logit_slack(largest - wide[ids], kind) + _ROUNDING * size
     if kind == "companded":
-        slack += rounding * np.abs(told)
-    if not (np.abs(wide[ids] - told) <= slack).all():
+        slack += rounding * size
+    # Equal infinities are equal; what an export could not say cannot be held against it.
+    with np.errstate(invalid="ignore"):
+        near = (np.abs(wide[ids] - told) <= slack) | (wide[ids] == told) | np.isnan(told)
+    if not near.all():
         yield "the logits of its candidates are not those of the full logits"
-    elif np.partition(wide, -len(ids))[-len(ids)] > told[-1] + 2 * slack[-1]:
+    elif np.isfinite(told[-1]) and _next_best(wide, len(ids)) > told[-1] + 2 * slack[-1]:
         yield "its candidates are not the most likely tokens of the full logits"
+
+
+def _next_best(logits: NDArray[np.float64], k: int) -> float:
+    """The logit of rank ``k``."""
+    return float(np.partition(logits, -k)[-k])
 
 
 def _logit_slack(gaps: NDArray[np.float64], kind: str) -> NDArray[np.float64]:

@@ -29,6 +29,7 @@ from oki_trace.store.writer import TraceWriter
 Progress = Callable[[int, int], None]  # steps done, of all
 
 _BATCH = 64
+_ROWS = 10_000
 _CHILDREN = (
     models.TopkEntry,
     models.AttentionLayer,
@@ -202,12 +203,16 @@ class _Copier:
         new_ids = dict(zip((step.id for step in steps), returned.scalars(), strict=True))
         for model in _CHILDREN:
             table = model.__table__
-            # In the order of the key, which is the order they are kept in.
-            rows = instant.rows(
-                select(table).where(table.c.step_id.in_(list(new_ids))).order_by(*table.primary_key)
-            )
             bulk = Bulk(model, connection.dialect)
-            bulk.insert(connection, [(new_ids[row.step_id], *row[1:]) for row in rows])
+            # In the order of the key, which is the order they are kept in. A step may
+            # have any number of rows.
+            for rows in instant.row_batches(
+                select(table)
+                .where(table.c.step_id.in_(list(new_ids)))
+                .order_by(*table.primary_key),
+                _ROWS,
+            ):
+                bulk.insert(connection, [(new_ids[row.step_id], *row[1:]) for row in rows])
         self._tensors(instant, connection, new_ids)
 
     def _tensors(

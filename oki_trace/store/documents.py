@@ -19,10 +19,14 @@ from oki_trace.records import (
     Effect,
     Generation,
     ModelChoice,
+    ReplyChecks,
     Sampling,
 )
+from oki_trace.store.columns import storable
 
-Record = ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport | Decision
+Record = (
+    ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport | Decision | ReplyChecks
+)
 Document = dict[str, Any]
 _R = TypeVar(
     "_R",
@@ -34,6 +38,7 @@ _R = TypeVar(
     Decision,
     Effect,
     Contender,
+    ReplyChecks,
 )
 
 
@@ -67,21 +72,16 @@ def generation(document: Document | None) -> Generation | None:
 
 
 def decision(document: Document | None) -> Decision | None:
-    nan = float("nan")
     if document is None:
         return None
-    # What is null where a number belongs was not one.
-    effects = (
-        _record(Effect, {name: nan if value is None else value for name, value in effect.items()})
-        for effect in document["effects"]
-    )
+    effects = (_record(Effect, _measured(effect)) for effect in document["effects"])
     return _record(
         Decision,
         {
             **document,
             "effects": tuple(effect for effect in effects if effect is not None),
-            "greedy": _record(Contender, document["greedy"]),
-            "runner_up": _record(Contender, document["runner_up"]),
+            "greedy": _record(Contender, _measured(document["greedy"])),
+            "runner_up": _record(Contender, _measured(document["runner_up"])),
         },
     )
 
@@ -99,6 +99,13 @@ def capture(document: Document | None) -> CaptureReport | None:
     )
 
 
+def checks(document: Document | None) -> ReplyChecks | None:
+    if document is None:
+        return None
+    lists = {name: tuple(document.get(name) or ()) for name in ("steps", "notes")}
+    return _record(ReplyChecks, {**document, **lists})
+
+
 def _record(kind: type[_R], document: Document | None) -> _R | None:
     if document is None:
         return None
@@ -106,7 +113,20 @@ def _record(kind: type[_R], document: Document | None) -> _R | None:
     return kind(**{name: value for name, value in document.items() if name in known})
 
 
+def _measured(document: Document | None) -> Document | None:
+    """What is null where a number belongs was not one. Noise may be none at all."""
+    if document is None:
+        return None
+    nan = float("nan")
+    return {
+        name: nan if value is None and name != "noise" else value
+        for name, value in document.items()
+    }
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return storable(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

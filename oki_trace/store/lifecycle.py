@@ -22,6 +22,7 @@ from sqlalchemy import (
     update,
 )
 
+from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
 from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
@@ -46,6 +47,22 @@ def no_message(message_id: int) -> NotFound:
         f"There is no message {message_id} in this store: `oki-trace show N` lists a "
         "conversation's."
     )
+
+
+def no_tensor(message: records.Message, step_index: int, name: str) -> NotFound:
+    """The error for a full tensor that a reply does not have, with the reason."""
+    what = f"Step {step_index} of message {message.id} has no tensor {name}"
+    if message.tensors_pruned_at is not None:
+        return NotFound(
+            f"{what} any more: its tensors were pruned on {message.tensors_pruned_at:%Y-%m-%d}. "
+            "Generate the reply again to have them."
+        )
+    if message.capture is not None and message.capture.tensors_left_out:
+        return NotFound(
+            f"{what}: the tensors were left out of the export that it was imported from. Export "
+            "it with --tensors and import that."
+        )
+    return NotFound(f"{what}: generate with --tensors half, compact or exact to keep them.")
 
 
 def new_row(connection: Connection, model: type[Base], **values: Any) -> int:
@@ -166,12 +183,13 @@ def end(
     output: str,
     reason: str,
     seconds: float | None,
+    **values: Any,
 ) -> None:
     """Bring a reply to a final state."""
     conversation_id = connection.execute(
         update(Message)
         .where(Message.id == message_id)
-        .values(status=status.value, content=output, reason=reason, seconds=seconds)
+        .values(status=status.value, content=output, reason=reason, seconds=seconds, **values)
         .returning(Message.conversation_id)
     ).scalar_one()
     touch(connection, conversation_id)

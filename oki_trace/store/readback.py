@@ -121,6 +121,7 @@ def message_record(connection: Connection, row: Row[Any]) -> Message:
         seconds=row.seconds,
         tokens=row.tokens,
         tensors_pruned_at=row.tensors_pruned_at,
+        checks=documents.checks(row.checks),
     )
 
 

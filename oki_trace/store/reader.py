@@ -38,7 +38,7 @@ from oki_trace.store.engine import reader_engine
 from oki_trace.store.faults import told_plainly
 from oki_trace.store.heartbeat import CLOCK, ended
 from oki_trace.store.identity import Db
-from oki_trace.store.lifecycle import no_conversation, no_message
+from oki_trace.store.lifecycle import no_conversation, no_message, no_tensor
 from oki_trace.store.presence import Presence
 from oki_trace.store.readback import (
     MESSAGE_COLUMNS,
@@ -390,17 +390,7 @@ class TraceReader:
                 )
             ).one_or_none()
         if row is None:
-            pruned_at = self.message(message_id).tensors_pruned_at
-            if pruned_at is not None:
-                raise NotFound(
-                    f"Step {step_index} of message {message_id} has no tensor {name} any more: "
-                    f"its tensors were pruned on {pruned_at:%Y-%m-%d}. Generate the reply again "
-                    "to have them."
-                )
-            raise NotFound(
-                f"Step {step_index} of message {message_id} has no tensor {name}: generate with "
-                "--tensors half, compact or exact to keep them."
-            )
+            raise no_tensor(self.message(message_id), step_index, name)
         return tensor_record(row)
 
     # ------------------------------------------------------------------ columns
@@ -484,6 +474,12 @@ class TraceReader:
         """The rows of a question of the store's own modules."""
         with self._read() as connection:
             return connection.execute(query).all()
+
+    def row_batches(self, query: Executable, size: int) -> Iterator[Sequence[Any]]:
+        """The same, so many at a time, however many there are."""
+        with self._read() as connection:
+            found = connection.execute(query, execution_options={"yield_per": size})
+            yield from found.partitions()
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:

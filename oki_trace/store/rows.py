@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ Row = tuple[Any, ...]
 
 # SQLite takes 32,766 values in a statement, PostgreSQL 65,535.
 _MAX_VALUES = 32_000
+_PROMPT_ROWS = 10_000
 
 _INSERT_STEP = insert(models.Step).returning(models.Step.id)
 _SETTLE = (
@@ -126,13 +127,13 @@ class StepRows:
 
     def insert_prompt(self, connection: Connection, message_id: int, prompt: Prompt) -> None:
         tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
-        self._prompt.insert(
-            connection,
-            [
-                (message_id, position, token_id, storable(token), segment)
-                for position, (token_id, token, segment) in enumerate(tokens)
-            ],
+        rows = (
+            (message_id, position, token_id, storable(token), segment)
+            for position, (token_id, token, segment) in enumerate(tokens)
         )
+        # A prompt may have a million tokens: not all of them as rows at once.
+        while some := list(islice(rows, _PROMPT_ROWS)):
+            self._prompt.insert(connection, some)
 
 
 def encode_all(step: Step, mode: TensorMode, *, faithful: bool = False) -> list[EncodedTensor]:

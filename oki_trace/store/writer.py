@@ -9,6 +9,7 @@ no steps. Methods may be called from any thread.
 from __future__ import annotations
 
 import datetime as dt
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -236,7 +237,7 @@ class TraceWriter:
                         f"step {number} first."
                     )
             written = self._rows.insert_steps(connection, message_id, steps, encoded)
-            known = reply.step_ids | written if ready else {}
+            known = ChainMap(written, reply.step_ids)
             of_steps = []
             for lens in ready:
                 if lens.step_index not in known:
@@ -249,15 +250,29 @@ class TraceWriter:
         reply.step_ids.update(written)
         return stop
 
-    def finish_reply(self, message_id: int, end: TurnEnd) -> None:
-        """Write how a reply ended; no step follows."""
+    def finish_reply(
+        self, message_id: int, end: TurnEnd, *, tensors_pruned_at: dt.datetime | None = None
+    ) -> None:
+        """Write how a reply ended; no step follows. An imported one may have been pruned before."""
         if end.status.is_live:
             raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
         with self.write() as connection:
             lifecycle.require(connection, message_id, *_LIVE)
             lifecycle.end(
-                connection, message_id, end.status, end.output, end.reason, number(end.seconds)
+                connection,
+                message_id,
+                end.status,
+                end.output,
+                end.reason,
+                number(end.seconds),
+                checks=documents.to_document(end.checks),
             )
+            if tensors_pruned_at is not None:
+                connection.execute(
+                    update(models.Message)
+                    .where(models.Message.id == message_id)
+                    .values(tensors_pruned_at=tensors_pruned_at)
+                )
         self._replies.pop(message_id, None)
         self.become_checkpointer()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from stories import without_numbers
 
 from dashboard import lens_shapes, shapes
-from oki_trace.records import Step, StepSummary
+from oki_trace.records import Message, ReplyChecks, Role, Status, Step, StepSummary
 
 LAYERS = 3
 
@@ -331,9 +332,39 @@ def test_a_token_of_unknown_surprisal_leaves_the_others_theirs() -> None:
 
 def test_badges_tell_what_was_checked_and_what_was_drafted() -> None:
     report = builders.report()
-    checked, drafted, attention = shapes.trust(report)
+    message = replied(capture=report)
+    checked, drafted, attention = shapes.trust(message)
     assert checked.name == "lens check 2e-06" and "at the last layer" in checked.meaning
     assert drafted.name == "lens draft 2e-05" and "bfloat16" in drafted.meaning
     assert attention.name == "attention check 1e-06"
-    whole = shapes.trust(replace(report, lens_draft=None))
+    whole = shapes.trust(replied(capture=replace(report, lens_draft=None)))
     assert [badge.name for badge in whole] == [checked.name, attention.name]
+    assert shapes.doubt_of(message) is None
+
+
+def test_badges_tell_the_largest_error_of_load_and_reply() -> None:
+    here = ReplyChecks((0, 1), lens=3e-5, draft=4e-4)
+    checked, drafted, _ = shapes.trust(replied(capture=builders.report(), checks=here))
+    assert (checked.name, drafted.name) == ("lens check 3e-05", "lens draft 4e-04")
+
+
+def test_a_reply_whose_check_failed_says_so_first() -> None:
+    fault = "the lens of step 4 is not kept: its last layer differs"
+    message = replied(capture=builders.report(), checks=ReplyChecks((0, 4), fault=fault))
+    first = shapes.trust(message)[0]
+    assert (first.name, first.colour) == ("check failed", "red")
+    assert first.meaning.startswith("The lens of step 4 is not kept")
+    assert "do not rely on the lens" in str(shapes.doubt_of(message))
+
+
+def replied(**values: Any) -> Message:
+    return Message(
+        id=2,
+        conversation_id=1,
+        position=1,
+        role=Role.ASSISTANT,
+        content="",
+        status=Status.COMPLETE,
+        created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
+        **values,
+    )

@@ -30,7 +30,7 @@ HOSTILE = "\x1b[31m </script><script>alert(1)</script> <!-- \u202e rtl é 日本
 def odd_step(index: int, rng: np.random.Generator) -> Step:
     """No number is one, half a character, no lens, an empty list, tensors of 16 bits."""
     step = builders.step(index, rng)
-    nothing = np.array([math.nan, 1.5], dtype=np.float32)
+    nothing = np.array([math.nan, 0.5], dtype=np.float32)
     bits = rng.integers(0, 2**15, size=50).astype(np.uint16)
     return replace(
         step,

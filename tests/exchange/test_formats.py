@@ -17,9 +17,10 @@ import pytest
 from safetensors import safe_open
 
 from oki_trace.errors import ExchangeError, NotFound, UsageError
-from oki_trace.exchange import incoming, parquet_import
+from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
+from oki_trace.exchange.reading import json_stream, table_cursor
 from oki_trace.exchange.tables import FILES, TABLES
 from oki_trace.exchange.v1 import CANDIDATE, EVIDENCE, STEP, TRACE
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
@@ -75,14 +76,17 @@ def test_the_tables_have_the_columns_of_the_store() -> None:
     """The names of the contract and of ``oki-trace sql``; what is of the store alone is not."""
     own = {
         "conversation": {"updated_at", "uid"},
-        "message": {"owner", "seen_at", "stop_requested", "tensors_pruned_at"},
-        "step": {"tensor_bytes"},
+        "message": {
+            *("owner", "seen_at", "stop_requested"),
+            *("parts", "template", "tool_name", "checks", "digest"),
+        },
+        "step": {"tensor_bytes", "digest", "tensor_digest"},
         "tensor": {"id", "codec", "checksum", "raw_bytes"},
     }
     more = {"message": {"tokens"}}
-    for name, schema in TABLES.items():
+    for name, table in TABLES.items():
         columns = set(models.Base.metadata.tables[name].columns.keys())
-        assert set(schema.names) == (columns - own.get(name, set())) | more.get(name, set())
+        assert set(table.names) == (columns - own.get(name, set())) | more.get(name, set())
 
 
 def test_tables_take_the_place_of_an_older_export_and_of_nothing_else(
@@ -259,7 +263,8 @@ def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
     missing = [n for n in sorted(names(document) | columns | set(TABLES)) if f"`{n}`" not in page]
     assert missing == []
     for limit in (
-        *(incoming.MAX_PROMPT, incoming.MAX_STEPS, incoming.MAX_MESSAGES, incoming.MAX_ENTRIES),
-        *(incoming.MAX_LAYERS, incoming.MAX_LENS_CELLS, parquet_import.MAX_ROWS),
+        *(schema.MAX_PROMPT, schema.MAX_STEPS, schema.MAX_MESSAGES, schema.MAX_ENTRIES),
+        *(schema.MAX_LAYERS, schema.MAX_CELLS, schema.MAX_TEXT, schema.MAX_TOKEN),
+        *(table_cursor.MAX_ROWS, json_stream.MAX_VALUE_CHARACTERS),
     ):
         assert f"{limit:,}" in page

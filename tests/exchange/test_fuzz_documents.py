@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.importing import import_stream
+from tests.exchange.inline import import_bytes as import_stream
 from tests.exchange.test_hostile_imports import db, exports, whole_or_nothing
 
 __all__ = ["db", "exports"]

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from oki_trace.errors import OkiTraceError
-from oki_trace.exchange import importing, incoming, json_stream
+from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.importing import import_path
+from oki_trace.exchange.reading import json_stream, source
 from oki_trace.exchange.tables import TABLES
 from oki_trace.store.reader import TraceReader
 from tests.exchange import stories
+from tests.exchange.inline import import_inline as import_path
 
 
 @pytest.fixture(scope="module")
@@ -138,23 +139,26 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "another position": (lambda d: trace(d)["steps"][0].update(position=9), "position is not 6"),
     "evidence ahead": (
         lambda d: trace(d)["steps"][0]["attention"][0]["topk"][0].update(position=6),
-        "position is no whole number",
+        "looks at position 6",
     ),
     "a huge layer": (
         lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=10**9),
-        "layer is no whole number",
+        "layer is above 1,000",
     ),
     "a layer twice": (
         lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=1),
-        "layer is there twice",
+        "layer 1: it is there twice",
     ),
     "too many candidates": (
         lambda d: trace(d)["steps"][0].update(logits_topk=[{"token": "a"}] * 1001),
         "more than 1,000",
     ),
     "a wide lens over many layers": (
-        lambda d: trace(d)["steps"][0].update(
-            logit_lens=[{"layer": 1000, "topk": [{"token": "a"}] * 1000}]
+        lambda d: (
+            trace(d)["capture"].update(layers=1000),
+            trace(d)["steps"][0].update(
+                logit_lens=[{"layer": 1000, "topk": [{"token": "a"}] * 1000}]
+            ),
         ),
         "more than 200,000",
     ),
@@ -169,7 +173,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "ids of another length": (lambda d: trace(d)["prompt_token_ids"].pop(), "not as many"),
     "an unknown segment": (
         lambda d: trace(d)["prompt_segments"].__setitem__(0, "x"),
-        "segment there is not",
+        "'x', which is none of",
     ),
     "settings out of range": (
         lambda d: d["messages"][2]["sampling"].update(temperature=-1),
@@ -178,7 +182,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "a time that is none": (lambda d: d["conversation"].update(created_at="x"), "is no time"),
     "a time before time": (
         lambda d: d["conversation"].update(created_at="0001-01-01T00:00:00+14:00"),
-        "is no time",
+        "not within the years",
     ),
     "messages that are none": (lambda d: d.update(messages=[1]), "no object|not JSON of"),
     "too many messages": (
@@ -219,7 +223,7 @@ def test_a_value_without_end_is_given_up_on(
 def test_steps_without_end_are_given_up_on(
     tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming, "MAX_STEPS", 10)
+    monkeypatch.setattr(schema, "MAX_STEPS", 10)
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"prompt": "", "output": "", "steps": [{"chosen_token": "a"}] * 11}))
     refused(file, db, "more than 10")
@@ -245,7 +249,7 @@ def test_what_is_no_file_is_refused(tmp_path: Path, db: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "nowhere.json", db, "No such file")
     refused(tmp_path / "pipe", db, "is no file")
-    refused(tmp_path / "empty", db, "missing or no file")
+    refused(tmp_path / "empty", db, "conversation.parquet: No such file")
     refused(Path("/dev/zero"), db, "is no file")
 
 
@@ -256,11 +260,11 @@ def test_a_link_in_the_folder_or_beside_the_file_is_not_followed(
     folder.mkdir()
     for table in exports[Format.PARQUET].iterdir():
         (folder / table.name).symlink_to(table)
-    refused(folder, db, "missing or no file")
+    refused(folder, db, "is a link")
     file = tmp_path / "x.json"
     file.write_bytes(exports[Format.JSON].read_bytes())
     (tmp_path / "x.safetensors").symlink_to("/etc/passwd")
-    refused(file, db, "x.safetensors beside it is no file")
+    refused(file, db, "x.safetensors is a link")
 
 
 def packed(into: Path, members: dict[str, bytes], mode: int = 0o644) -> Path:
@@ -308,7 +312,7 @@ def test_zips_of_links_doubles_and_bombs_are_refused(
     refused(packed(tmp_path / "two.zip", {"a/step.parquet": b"", "step.parquet": b""}), db, "step")
     many = {f"{n}.parquet": b"" for n in range(50)}
     refused(packed(tmp_path / "many.zip", many), db, "more files")
-    monkeypatch.setattr(importing, "MAX_UNPACKED_FLOOR", 1_000_000)
+    monkeypatch.setattr(source, "MAX_UNPACKED_FLOOR", 1_000_000)
     bomb = packed(tmp_path / "bomb.zip", {"step.parquet": bytes(50_000_000)})
     assert bomb.stat().st_size < 60_000
     refused(bomb, db, "far more than an export")
@@ -335,10 +339,14 @@ def with_table(exports: dict[Format, Path], into: Path, name: str, change: Any) 
 
 
 TABLE_EDITS: dict[str, tuple[str, Callable[[list[Any]], object], str]] = {
-    "no conversation": ("conversation", lambda rows: rows.clear(), "0 rows, not one"),
-    "two conversations": ("conversation", lambda rows: rows.append(rows[0]), "2 rows, not one"),
-    "a message twice": ("message", lambda rows: rows.append(rows[0]), "two messages have the id"),
-    "a step gone": ("step", lambda rows: rows.pop(0), "not 0|belong to nothing"),
+    "no conversation": ("conversation", lambda rows: rows.clear(), "no row"),
+    "two conversations": ("conversation", lambda rows: rows.append(rows[0]), "several rows"),
+    "a message twice": (
+        "message",
+        lambda rows: rows.append(rows[0]),
+        "two messages have the id|position is not 8",
+    ),
+    "a step gone": ("step", lambda rows: rows.pop(0), "not step 0|belong to nothing"),
     "a step of nothing": (
         "step",
         lambda rows: rows.append({**rows[-1], "message_id": 99}),
@@ -351,7 +359,7 @@ TABLE_EDITS: dict[str, tuple[str, Callable[[list[Any]], object], str]] = {
     "a huge shape": ("tensor", lambda rows: rows[0].update(shape=[2**40, 2**40]), "as its shape"),
     "a negative shape": ("tensor", lambda rows: rows[0].update(shape=[-1, -1]), "as its shape"),
     "an unknown tensor": ("tensor", lambda rows: rows[0].update(name="x"), "unknown name"),
-    "a tensor twice": ("tensor", lambda rows: rows.insert(0, rows[0]), "twice"),
+    "a tensor twice": ("tensor", lambda rows: rows.insert(0, rows[0]), "more than 3 rows"),
     "an unknown dtype": ("tensor", lambda rows: rows[0].update(dtype="object"), "unknown"),
     "no JSON": ("message", lambda rows: rows[2].update(capture="{"), "no JSON object"),
     "NaN in JSON": ("message", lambda rows: rows[2].update(generation="NaN"), "no JSON object"),
@@ -372,17 +380,28 @@ def test_tables_that_do_not_fit_are_refused(
     refused(with_table(exports, tmp_path / "x", table, change), db, why)
 
 
-def test_tables_with_other_columns_are_refused(
+def test_columns_are_as_names_in_json(
     exports: dict[Format, Path], tmp_path: Path, db: Path
 ) -> None:
+    """Of another type they are refused; one may be missing, and one too many is not read."""
     folder = with_table(exports, tmp_path / "x", "step", lambda rows: None)
     table = pq.read_table(folder / "step.parquet")
-    pq.write_table(table.drop_columns(["prob"]), folder / "step.parquet")
-    refused(folder, db, "other columns")
+    as_text = table.column("prob").cast(pa.string())
+    for changed, why in (
+        (table.set_column(table.column_names.index("prob"), "prob", as_text), "another type"),
+        (table.drop_columns(["message_id"]), "no column message_id"),
+        (table.drop_columns(["token"]), "chosen_token is missing"),
+    ):
+        pq.write_table(changed, folder / "step.parquet")
+        refused(folder, db, why)
+    more = table.drop_columns(["margin"]).append_column("x", table.column("token"))
+    pq.write_table(more, folder / "step.parquet")
+    import_path(folder, db)
+    db.unlink()
     (folder / "step.parquet").write_bytes(b"PAR1 and nothing PAR1")
     refused(folder, db, "damaged or no Parquet file")
     (folder / "step.parquet").unlink()
-    refused(folder, db, "step.parquet is missing")
+    refused(folder, db, "step.parquet: No such file")
 
 
 # -------------------------------------------------------------------------- tensors

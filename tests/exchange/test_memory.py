@@ -20,7 +20,6 @@ import pytest
 
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.importing import import_path
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -33,6 +32,7 @@ from oki_trace.records import (
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests import builders
+from tests.exchange.inline import import_inline as import_path
 
 STEPS = (100, 1_000, 10_000)
 VOCABULARY = 32_000  # 64 kB of logits a step, in 16 bits

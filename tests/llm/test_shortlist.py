@@ -11,10 +11,10 @@ import torch
 
 from oki_trace.llm import shortlist as module
 from oki_trace.llm.anatomy import dissect
-from oki_trace.llm.instrument import Instrument, instrument
+from oki_trace.llm.instrument import Instrument, forget, instrument
 from oki_trace.llm.lens import LogitLens
-from oki_trace.llm.shortlist import MOST_KEPT, PROB_BOUND, Shortlist, shortlist
-from oki_trace.records import CapturePolicy, ChatMessage, Lens, Role, Sampling
+from oki_trace.llm.shortlist import MOST_KEPT, PROB_BOUND, Draft, Shortlist, shortlist
+from oki_trace.records import CapturePolicy, ChatMessage, Lens, ReplyChecks, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
 from tests.families import configs
@@ -57,9 +57,9 @@ def test_a_real_reply_with_and_without_a_draft(
     smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
 ) -> None:
     model, tokenizer = smollm2
-    # The shared model's own instrument was made for this machine.
-    monkeypatch.setitem(model.__dict__, "_oki_trace_instrument", None)
+    forget(model)  # what others found of it is of this machine
     made = instrument(model, tokenizer)
+    forget(model)
     drafted = lenses(made, CapturePolicy(), sampling)
     whole = lenses(made, CapturePolicy(tensors="exact"), sampling)
     assert len(drafted) == len(whole) == 32
@@ -161,6 +161,48 @@ def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
     made = instrument(large(), tiny.tokenizer())
     assert made.shortlist is not None
     for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MOST_KEPT + 1)):
-        assert made.lens_for(policy) is made.lens
+        assert made.draft_for(policy) is None
         assert made.report(policy).lens_draft is None
     assert made.report(CapturePolicy()).lens_draft == made.shortlist.error
+
+
+def test_a_reply_holds_its_draft_against_the_whole_lens() -> None:
+    checks = checked(large())
+    assert checks.draft is not None and 0 < checks.draft <= PROB_BOUND
+    assert checks.fault is None and checks.notes == ()
+
+
+def test_a_draft_that_is_off_is_given_up_in_the_same_reply(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = large()
+    whole = traced_lenses(model, CapturePolicy(tensors="exact"))
+    scored = Draft._scored
+
+    def off(self: Draft, logits: Any, states: Any, wanted: Any, k: int) -> Any:
+        found, unsure = scored(self, logits, states, wanted, k)
+        return found - 0.5 * (found < found.topk(k).values[:, -1:]), unsure
+
+    monkeypatch.setattr(Draft, "_scored", off)
+    assert traced_lenses(model, CapturePolicy()) == whole
+    checks = checked(model)
+    assert checks.draft is not None and checks.draft > PROB_BOUND and checks.fault is None
+    assert "from step 0 on the lens was computed in float32 throughout" in checks.notes[0]
+
+
+def turn(model: Any, policy: CapturePolicy) -> Collector:
+    kept = Collector()
+    asked = [ChatMessage(Role.USER, "the quick brown fox")]
+    made = instrument(model, tiny.tokenizer())
+    trace_turn(made, "tiny", asked, Sampling(8), policy, [kept])
+    return kept
+
+
+def checked(model: Any) -> ReplyChecks:
+    ended = turn(model, CapturePolicy()).ended
+    assert ended is not None and ended.checks is not None
+    return ended.checks
+
+
+def traced_lenses(model: Any, policy: CapturePolicy) -> list[Any]:
+    return [[lens.probs.tolist(), lens.kl.tolist()] for lens in turn(model, policy).lenses]

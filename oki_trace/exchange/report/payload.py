@@ -97,13 +97,15 @@ def _reply(
 def _facts(
     message: Message, capture: CaptureReport, generation: Generation, count: int
 ) -> list[list[str]]:
+    fault = message.checks.fault if message.checks is not None else None
     facts = [
         ("model", message.model_id or "unknown"),
         ("weights", f"{capture.quantization or capture.dtype} on {capture.device}"),
         ("shape", f"{capture.layers} layers, width {capture.width}"),
         ("sampling", _sampling(generation)),
-        ("lens check", _check(capture.lens_check, "nats")),
-        *([("lens draft", _check(capture.lens_draft, ""))] if capture.lens_draft else []),
+        *([("check failed", fault)] if fault else []),
+        ("lens check", _check(message.lens_check, "nats")),
+        *([("lens draft", _check(message.lens_draft, ""))] if message.lens_draft else []),
         ("attention check", _check(capture.attention_check, "")),
         ("evidence", capture.evidence_provenance),
         ("versions", capture.versions),

@@ -1,0 +1,233 @@
+"""One Parquet table of an import, row by row, bounded before anything is expanded.
+
+A few kilobytes of Parquet can stand for gigabytes: a text in a dictionary may
+be meant by every row, a run of one value may be as long as one likes. So texts
+are read as dictionaries and their length is checked there, a few rows are in
+memory at a time, and columns that nobody asked for are not read at all. What a
+page unpacks to is bounded by the memory of the process (see ``reading.process``).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from oki_trace.errors import ExchangeError
+from oki_trace.exchange import schema
+from oki_trace.exchange.reading.source import opened
+from oki_trace.exchange.refusal import refused
+from oki_trace.exchange.tables import SUFFIX, TABLES
+
+Row = dict[str, Any]
+
+MAX_ROWS = 2_000_000_000
+_MAX_METADATA_BYTES = 20_000_000
+_MAX_METADATA_ENTRIES = 1_000_000
+_ROWS_AT_ONCE = 1024
+_BUFFER_BYTES = 1 << 20
+# Bytes of a cell; all others are settings and reports as JSON.
+_MAX_CELL = {
+    "token": 4 * schema.MAX_TOKEN,
+    "token_bytes": 4 * schema.MAX_TOKEN,
+    "content": 4 * schema.MAX_TEXT,
+    "prompt": 4 * schema.MAX_TEXT,
+    "title": 400_000,
+}
+_MAX_OTHER_CELL = 1_000_000
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+class TableCursor:
+    """The rows of one table, in order; those of one owner, by the column ``key``, at a time.
+
+    ``pulse`` is called with every few rows. Raises ExchangeError.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, key: str, pulse: Callable[[], None] = lambda: None
+    ) -> None:
+        self.name = name
+        self._key = key
+        self._pulse = pulse
+        self._types = dict(zip(TABLES[name].names, TABLES[name].types, strict=True))
+        self._closing = ExitStack()
+        try:
+            self._file = self._open(folder / f"{name}{SUFFIX}")
+            self._columns = self._checked()
+            self._batches = self._read()
+            self._batch: list[Sequence[Any]] = []
+            self._owners: Sequence[Any] = ()
+            self._at = 0
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._closing.close()
+
+    def of(self, owner: int) -> Iterator[Row]:
+        """The rows that belong to ``owner`` and come next, one at a time."""
+        while self._has_next() and self._owners[self._at] == owner:
+            self._at += 1
+            (row,) = self._rows(self._at - 1, self._at)
+            yield row
+
+    def take(self, owner: int, most: int, where: str) -> list[Row]:
+        """All of them at once; more than ``most`` are refused."""
+        rows: list[Row] = []
+        while self._has_next():
+            first = end = self._at
+            while end < len(self._owners) and self._owners[end] == owner:
+                end += 1
+            rows += self._rows(first, end)
+            self._at = end
+            if len(rows) > most:
+                raise refused(f"{where} has more than {most:,} rows in the table {self.name}")
+            if end < len(self._owners):
+                break
+        return rows
+
+    def next_owner(self) -> Any:
+        """Whom the next row belongs to; None at the end."""
+        return self._owners[self._at] if self._has_next() else None
+
+    def end(self) -> None:
+        if self._has_next():
+            raise refused(f"the table {self.name} has rows that belong to nothing, or out of order")
+
+    # ------------------------------------------------------------------- within
+
+    def _has_next(self) -> bool:
+        while self._at >= len(self._owners):
+            batch = next(self._batches, None)
+            if batch is None:
+                return False
+            self._batch, self._at = batch, 0
+            self._owners = batch[list(self._types).index(self._key)]
+        return True
+
+    def _rows(self, first: int, end: int) -> list[Row]:
+        values = zip(*[column[first:end] for column in self._batch], strict=True)
+        return [dict(zip(self._types, row, strict=True)) for row in values]
+
+    def _open(self, path: Path) -> Any:
+        file = self._closing.enter_context(opened(path, follow=False))
+        file.seek(0, 2)
+        size = file.tell()
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = struct.unpack("<I", tail[:4])[0] if tail[4:] == b"PAR1" else size
+        if length >= size:
+            raise refused(f"the table {self.name} is damaged or no Parquet file")
+        if length > _MAX_METADATA_BYTES:
+            raise refused(f"the table {self.name} has too large a directory")
+        file.seek(0)
+        try:
+            metadata = pq.ParquetFile(
+                file,
+                thrift_string_size_limit=_MAX_METADATA_BYTES,
+                thrift_container_size_limit=_MAX_METADATA_ENTRIES,
+            ).metadata
+            names = metadata.schema.to_arrow_schema().names
+            if len(set(names)) != len(names):
+                raise refused(f"the table {self.name} has a column twice")
+            texts = [name for name in names if self._is_text(name)]
+            # By default all of the file is fetched before the first row is given.
+            return self._closing.enter_context(
+                pq.ParquetFile(
+                    file,
+                    metadata=metadata,
+                    pre_buffer=False,
+                    buffer_size=_BUFFER_BYTES,
+                    read_dictionary=texts,
+                )
+            )
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._unreadable(error) from error
+
+    def _checked(self) -> set[str]:
+        """The columns that are read: those that an export has, of its types."""
+        if self._file.metadata.num_rows > MAX_ROWS:
+            raise refused(f"the table {self.name} has more than {MAX_ROWS:,} rows")
+        found = dict(zip(self._file.schema_arrow.names, self._file.schema_arrow.types, strict=True))
+        for name, kind in self._types.items():
+            if name in found and _plain(found[name]) != kind:
+                raise refused(f"the table {self.name} has a column {name} of another type")
+        if self._key not in found:
+            raise refused(f"the table {self.name} has no column {self._key}")
+        return self._types.keys() & found.keys()
+
+    def _read(self) -> Iterator[list[Sequence[Any]]]:
+        """A few rows after another, a list a column; of a column that is not there, None."""
+        # A row of tensors may be large: one at a time.
+        at_once = 1 if self.name == "tensor" else _ROWS_AT_ONCE
+        try:
+            for batch in self._file.iter_batches(
+                batch_size=at_once, columns=sorted(self._columns), use_threads=False
+            ):
+                self._pulse()
+                yield [
+                    self._values(name, batch.column(name))
+                    if name in self._columns
+                    else [None] * batch.num_rows
+                    for name in self._types
+                ]
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise self._unreadable(error) from error
+
+    def _is_text(self, name: str) -> bool:
+        """Whether a column is read as a dictionary; arrays are all different."""
+        kind = self._types.get(name)
+        is_text = kind is not None and (pa.types.is_string(kind) or pa.types.is_binary(kind))
+        return bool(is_text and name != "data")
+
+    def _values(self, name: str, column: Any) -> list[Any]:
+        """A column as Python has it; what is no number is None."""
+        kind = self._types[name]
+        if self._is_text(name):
+            return self._texts(name, column)
+        if pa.types.is_timestamp(kind):
+            return [_moment(value) for value in column.cast(pa.int64()).to_pylist()]
+        if pa.types.is_list(kind):
+            longest = pc.max(pc.list_value_length(column)).as_py() or 0
+            if longest > schema.MAX_LAYERS + 1:
+                raise refused(f"the table {self.name}: {name} has too many entries")
+        values: list[Any] = column.to_pylist()
+        if pa.types.is_floating(kind):
+            return [None if value != value else value for value in values]
+        return values
+
+    def _texts(self, name: str, column: Any) -> list[Any]:
+        longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
+        most = _MAX_CELL.get(name, _MAX_OTHER_CELL)
+        if longest > most:
+            raise refused(f"the table {self.name}: {name} is longer than {most:,} bytes")
+        # Each text once, however many rows mean it.
+        texts = column.dictionary.to_pylist()
+        return [None if at is None else texts[at] for at in column.indices.to_pylist()]
+
+    def _unreadable(self, error: Exception) -> ExchangeError | MemoryError:
+        if isinstance(error, ExchangeError | MemoryError):
+            return error
+        what = f"is damaged or no Parquet file ({type(error).__name__})"
+        return refused(f"the table {self.name} {what}")
+
+
+def _plain(kind: Any) -> Any:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _moment(microseconds: int | None) -> Any:
+    """A time; a text that is none for what Python has no time for."""
+    try:
+        return microseconds and _EPOCH + dt.timedelta(microseconds=microseconds)
+    except OverflowError:
+        return "out of range"
