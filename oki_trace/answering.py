@@ -14,7 +14,7 @@ from oki_trace.records import Message, TurnEnd
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.recorder import Recorder
 from oki_trace.store.writer import TraceWriter
-from oki_trace.tracing import never, prepare, trace_turn
+from oki_trace.tracing import OnText, never, prepare, trace_turn
 
 
 def answer(
@@ -24,7 +24,7 @@ def answer(
     loaded: LoadedModel,
     *,
     should_stop: Callable[[], bool] = never,
-    on_text: Callable[[str], None] | None = None,
+    on_text: OnText | None = None,
 ) -> TurnEnd:
     """Decode the queued ``reply`` into the store.
 
@@ -42,4 +42,5 @@ def answer(
         [recorder],
         should_stop=lambda: should_stop() or recorder.stop_requested,
         on_text=on_text,
+        template=reply.template,
     )

@@ -13,9 +13,11 @@ from oki_trace.records import (
     ChatMessage,
     Message,
     ModelChoice,
+    Part,
     Role,
     Sampling,
     Status,
+    TemplateOptions,
     TurnEnd,
 )
 from oki_trace.store.writer import TraceWriter
@@ -25,13 +27,20 @@ TITLE_LENGTH = 60
 
 @dataclass(frozen=True)
 class Ask:
-    """A new message for the assistant, and how it is to be answered."""
+    """A new message for the assistant, and how it is to be answered.
+
+    ``template`` is given to the chat template. ``role``: a user's, or the answer of
+    the tool ``tool_name``.
+    """
 
     content: str
     choice: ModelChoice
     sampling: Sampling = field(default_factory=Sampling)
     policy: CapturePolicy = field(default_factory=CapturePolicy)
     system: str | None = None
+    template: TemplateOptions | None = None
+    role: Role = Role.USER
+    tool_name: str | None = None
 
 
 def submit(
@@ -47,9 +56,9 @@ def submit(
         conversation_id = writer.create_conversation(title_of(ask.content))
         if ask.system:
             writer.add_message(conversation_id, ChatMessage(Role.SYSTEM, ask.system))
-    writer.add_message(conversation_id, ChatMessage(Role.USER, ask.content))
+    writer.add_message(conversation_id, ChatMessage(ask.role, ask.content, tool_name=ask.tool_name))
     reply_id = writer.queue_reply(
-        conversation_id, ask.choice, ask.sampling, ask.policy, claim=claim
+        conversation_id, ask.choice, ask.sampling, ask.policy, claim=claim, template=ask.template
     )
     return conversation_id, reply_id
 
@@ -67,6 +76,25 @@ def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
     return (spoke or replies)[-1].choice if replies else None
 
 
+def last_template(messages: Sequence[Message]) -> TemplateOptions | None:
+    """What the chat template of a conversation was last given beside the messages."""
+    replies = [message for message in messages if message.role is Role.ASSISTANT]
+    return replies[-1].template if replies else None
+
+
+def unanswered_calls(messages: Sequence[Message]) -> list[Part]:
+    """The tool calls at the end of a conversation that have no answer yet, in order."""
+    answered = 0
+    for message in reversed(messages):
+        if message.role is Role.TOOL:
+            answered += 1
+        elif message.role is Role.ASSISTANT and not message.status.is_live:
+            return [part for part in message.parts if part.kind == "tool_call"][answered:]
+        else:
+            break
+    return []
+
+
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
     """What the model is given for this reply: all that was said before it.
 
@@ -78,8 +106,10 @@ def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
     for message in messages:
         if message.id == reply_id:
             break
-        if message.role is not Role.ASSISTANT or message.content:
-            before.append(ChatMessage(message.role, message.content))
+        if message.role is not Role.ASSISTANT or message.content or message.parts:
+            before.append(
+                ChatMessage(message.role, message.content, message.parts, message.tool_name)
+            )
         elif before and before[-1].role is Role.USER:
             before.pop()
     return before

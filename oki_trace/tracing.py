@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,18 +21,24 @@ from oki_trace.llm.chat import render
 from oki_trace.llm.exclusive import exclusive
 from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import Instrument, forget, instrument
-from oki_trace.llm.vocabulary import TextStream
+from oki_trace.llm.reply_text import ReplyText
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Lens,
+    PartKind,
+    Prompt,
     ReplyChecks,
     Sampling,
     Status,
     Step,
+    TemplateOptions,
     TurnEnd,
     TurnStart,
 )
+
+# A piece of the reply's text, and the kind of part it belongs to.
+OnText = Callable[[str, PartKind], None]
 
 
 class Sink(Protocol):
@@ -94,18 +100,146 @@ def trace_turn(
     sinks: Sequence[Sink],
     *,
     should_stop: Callable[[], bool] = never,
-    on_text: Callable[[str], None] | None = None,
+    on_text: OnText | None = None,
+    template: TemplateOptions | None = None,
 ) -> TurnEnd:
     """Decode the assistant's next message and hand every step to the sinks.
 
-    ``should_stop`` is asked after every step; ``on_text`` gets the reply's
-    text in whole characters, what is left of one at the end. Raises
+    ``should_stop`` is asked after every step; ``on_text`` gets the reply's text in
+    whole characters, what is left of one at the end, each piece with the kind of part
+    that it belongs to. ``template`` is given to the chat template. Raises
     CaptureError, with the sinks told, when the turn fails; everything decoded
     until then has been handed over.
     """
-    turn = _Turn(made.tokenizer, sinks, on_text)
+    turn = _Turn(made, sinks, on_text)
     with _ending(turn.end), exclusive(made.model):
-        prompt = render(made.tokenizer, messages, made.vocabulary)
+        prompt = render(made.tokenizer, messages, made.vocabulary, template)
+        turn.replies_to(prompt, template)
+        generation = generation_of(made.model, sampling, len(prompt))
+        turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
+        turn.follow(capture(made, prompt, generation, policy, should_stop))
+        if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
+            turn.reason = "context full"
+    if turn.checks is not None and turn.checks.fault is not None:
+        forget(made.model)
+    stopped = turn.reason == "stopped"
+    return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+@contextmanager
+def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
+    """End the reply with the reason when the body raises; what goes on is an OkiTraceError."""
+    try:
+        yield
+    except OkiTraceError as error:
+        end(Status.FAILED, str(error))
+        raise
+    except Exception as error:
+        reason = _explain(error)
+        end(Status.FAILED, reason)
+        raise CaptureError(reason) from error
+    except BaseException:
+        end(Status.STOPPED, "interrupted by the user")
+        raise
+
+
+def _explain(error: Exception) -> str:
+    """One line for what a model's own code raised while decoding."""
+    lines = str(error).strip().splitlines() or [""]
+    # torch says it in these words, on the CPU as a plain RuntimeError.
+    said = f"{type(error).__name__}: {lines[0]}"
+    full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
+    if isinstance(error, MemoryError) or full:
+        return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
+    what = f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
+    return f"The model failed ({what}). Run it with --debug to see where, or try another model."
+
+
+class _Turn:
+    """The reply so far: what its end will say."""
+
+    def __init__(self, made: Instrument, sinks: Sequence[Sink], on_text: OnText | None) -> None:
+        self._sinks = sinks
+        self._text = ReplyText(made.tokenizer)
+        self._on_text = on_text
+        self._began = time.perf_counter()
+        self.reason = "token limit"
+        self.checks: ReplyChecks | None = None
+
+    def replies_to(self, prompt: Prompt, template: TemplateOptions | None) -> None:
+        self._text.replies_to(prompt.text, template.tools if template else ())
+
+    def start(self, start: TurnStart) -> None: ...
+    def step(self, step: Step) -> None: ...
+    def lens(self, lens: Lens) -> None: ...
+    def end(self, end: TurnEnd) -> None: ...
+
+
+@dataclass
+class Collector:
+    """A sink that keeps the reply in memory."""
+
+    started: TurnStart | None = None
+    steps: list[Step] = field(default_factory=list)
+    lenses: list[Lens] = field(default_factory=list)
+    ended: TurnEnd | None = None
+
+    def start(self, start: TurnStart) -> None:
+        self.started = start
+
+    def step(self, step: Step) -> None:
+        self.steps.append(step)
+
+    def lens(self, lens: Lens) -> None:
+        self.lenses.append(lens)
+
+    def end(self, end: TurnEnd) -> None:
+        self.ended = end
+
+
+def never() -> bool:
+    """The default for ``should_stop``."""
+    return False
+
+
+def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
+    """The model's instrument; the sinks of the reply it is for are told when there is none.
+
+    Raises CaptureError for a model that cannot be traced.
+    """
+
+    def end(status: Status, reason: str) -> None:
+        for sink in sinks:
+            sink.end(TurnEnd(status, "", reason, 0.0))
+
+    with _ending(end):
+        return instrument(model, tokenizer)
+
+
+def trace_turn(
+    made: Instrument,
+    model_id: str,
+    messages: Sequence[ChatMessage],
+    sampling: Sampling,
+    policy: CapturePolicy,
+    sinks: Sequence[Sink],
+    *,
+    should_stop: Callable[[], bool] = never,
+    on_text: OnText | None = None,
+    template: TemplateOptions | None = None,
+) -> TurnEnd:
+    """Decode the assistant's next message and hand every step to the sinks.
+
+    ``should_stop`` is asked after every step; ``on_text`` gets the reply's text in
+    whole characters, what is left of one at the end, each piece with the kind of part
+    that it belongs to. ``template`` is given to the chat template. Raises
+    CaptureError, with the sinks told, when the turn fails; everything decoded
+    until then has been handed over.
+    """
+    turn = _Turn(made, sinks, on_text)
+    with _ending(turn.end), exclusive(made.model):
+        prompt = render(made.tokenizer, messages, made.vocabulary, template)
+        turn.replies_to(prompt, template)
         generation = generation_of(made.model, sampling, len(prompt))
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
         turn.follow(capture(made, prompt, generation, policy, should_stop))
@@ -173,18 +307,22 @@ class _Turn:
                     sink.lens(event)
                 continue
             step, finished = event
-            text = self._stream.push(step.token_id)
+            self._text.push(step)
             for sink in self._sinks:
                 sink.step(step)
-            if text and self._on_text:
-                self._on_text(text)
+            self._tell(self._text.fresh() if self._on_text else ())
             self.reason = finished or self.reason
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began
-        end = TurnEnd(status, self._stream.finish(), reason, seconds, self.checks)
+        output, parts = self._text.finish()
+        end = TurnEnd(status, output, reason, seconds, self.checks, parts)
         for sink in self._sinks:
             sink.end(end)
-        if self._on_text and (rest := self._stream.rest()):
-            self._on_text(rest)
+        self._tell(self._text.rest() if self._on_text else ())
         return end
+
+    def _tell(self, pieces: Iterable[tuple[str, PartKind]]) -> None:
+        if self._on_text is not None:
+            for piece in pieces:
+                self._on_text(*piece)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from oki_trace.errors import UsageError
 
 TensorMode = Literal["exact", "half", "compact", "none"]
+PartKind = Literal["thinking", "answer", "tool_call"]
 
 
 class Role(StrEnum):
@@ -17,6 +19,7 @@ class Role(StrEnum):
     SYSTEM = "system"
     USER = "user"
     ASSISTANT = "assistant"
+    TOOL = "tool"
 
 
 class Status(StrEnum):
@@ -107,8 +110,45 @@ class ModelChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a reply: its steps from ``start`` up to ``end``, the markers around it included.
+
+    ``text`` is without the markers. A tool call has the tool's ``name`` and, where they
+    can be read as JSON, its ``arguments``; ``text`` is then the call as it was written.
+    """
+
+    kind: PartKind
+    text: str
+    start: int = 0
+    end: int = 0
+    name: str | None = None
+    arguments: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a chat template is given beside the messages.
+
+    ``arguments`` by name, such as ``enable_thinking``; ``tools`` are JSON schemas of
+    functions, as ``apply_chat_template`` takes them.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.arguments or self.tools)
+
+
+@dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a conversation, as a chat template takes it."""
+    """One message of a conversation, as a chat template takes it.
+
+    ``content`` of an assistant message is its answer alone; ``parts`` hold all of it,
+    where that is known. ``tool_name``: the tool whose answer a tool message is.
+    """
 
     role: Role
     content: str
+    parts: tuple[Part, ...] = ()
+    tool_name: str | None = None

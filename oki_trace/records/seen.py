@@ -8,20 +8,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from oki_trace.records.asked import CapturePolicy, Status
+from oki_trace.records.asked import CapturePolicy, Part, Status
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
-Segment = Literal["system", "user", "assistant", "template"]
+Segment = Literal["template", "system", "user", "assistant", "thinking", "tool_call", "tool"]
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What the model was given: the text, and a token a position.
 
-    ``segments`` says where each token comes from: a message of that role, or
-    the chat template around them.
+    ``segments`` says where each token comes from: a message of that role, the
+    thinking or a tool call of an earlier reply, or the chat template around them.
     """
 
     text: str
@@ -298,10 +298,14 @@ class ReplyChecks:
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """How a reply ended. ``reason``: which stop it was, or what failed."""
+    """How a reply ended. ``reason``: which stop it was, or what failed.
+
+    ``output`` is the text of its answer, ``parts`` all that it consists of.
+    """
 
     status: Status
     output: str
     reason: str
     seconds: float
     checks: ReplyChecks | None = None
+    parts: tuple[Part, ...] = ()

@@ -5,7 +5,15 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import dataclass
 
-from oki_trace.records.asked import CapturePolicy, ModelChoice, Role, Sampling, Status
+from oki_trace.records.asked import (
+    CapturePolicy,
+    ModelChoice,
+    Part,
+    Role,
+    Sampling,
+    Status,
+    TemplateOptions,
+)
 from oki_trace.records.seen import (
     CaptureReport,
     FloatArray,
@@ -59,7 +67,11 @@ class ConversationTotals:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A stored message. All but the first seven are of assistant messages only.
+    """A stored message. All but the first seven and the last are of assistant messages only.
+
+    ``content`` of a reply is its answer; ``parts`` are all of it, empty where they are
+    not known. ``template``: what its chat template was given beside the messages.
+    ``tool_name``: the tool whose answer a tool message holds.
 
     ``tensors_pruned_at``: when its full tensors were thrown away to save room;
     None when that never happened.
@@ -84,6 +96,9 @@ class Message:
     tokens: int = 0
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
+    parts: tuple[Part, ...] = ()
+    template: TemplateOptions | None = None
+    tool_name: str | None = None
 
     @property
     def lens_check(self) -> float | None:

@@ -8,6 +8,7 @@ that an older program did not write takes its default.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
@@ -19,13 +20,23 @@ from oki_trace.records import (
     Effect,
     Generation,
     ModelChoice,
+    Part,
     ReplyChecks,
     Sampling,
+    TemplateOptions,
 )
 from oki_trace.store.columns import storable
 
 Record = (
-    ModelChoice | Sampling | CapturePolicy | Generation | CaptureReport | Decision | ReplyChecks
+    ModelChoice
+    | Sampling
+    | CapturePolicy
+    | Generation
+    | CaptureReport
+    | Decision
+    | ReplyChecks
+    | Part
+    | TemplateOptions
 )
 Document = dict[str, Any]
 _R = TypeVar(
@@ -39,6 +50,7 @@ _R = TypeVar(
     Effect,
     Contender,
     ReplyChecks,
+    Part,
 )
 
 
@@ -106,6 +118,27 @@ def checks(document: Document | None) -> ReplyChecks | None:
     return _record(ReplyChecks, {**document, **lists})
 
 
+def part_documents(parts: Sequence[Part]) -> list[Document] | None:
+    """The parts of a reply; a field that is None is left out."""
+    documents = (to_document(part) for part in parts)
+    return [
+        {name: value for name, value in document.items() if value is not None}
+        for document in documents
+        if document is not None
+    ] or None
+
+
+def parts(documents: Sequence[Document] | None) -> tuple[Part, ...]:
+    made = (_record(Part, document) for document in documents or ())
+    return tuple(part for part in made if part is not None)
+
+
+def template(document: Document | None) -> TemplateOptions | None:
+    if document is None:
+        return None
+    return TemplateOptions(document.get("arguments") or {}, tuple(document.get("tools") or ()))
+
+
 def _record(kind: type[_R], document: Document | None) -> _R | None:
     if document is None:
         return None
@@ -130,7 +163,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {storable(str(name)): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value

@@ -122,6 +122,9 @@ def message_record(connection: Connection, row: Row[Any]) -> Message:
         tokens=row.tokens,
         tensors_pruned_at=row.tensors_pruned_at,
         checks=documents.checks(row.checks),
+        parts=documents.parts(row.parts),
+        template=documents.template(row.template),
+        tool_name=row.tool_name,
     )
 
 

@@ -28,6 +28,7 @@ from oki_trace.records import (
     Sampling,
     Status,
     Step,
+    TemplateOptions,
     TensorMode,
     TurnEnd,
     TurnStart,
@@ -127,6 +128,8 @@ class TraceWriter:
                 conversation_id,
                 role=message.role.value,
                 content=message.content,
+                parts=documents.part_documents(message.parts),
+                tool_name=message.tool_name,
                 status=Status.COMPLETE.value,
                 created_at=created_at or lifecycle.now(),
             )
@@ -142,6 +145,7 @@ class TraceWriter:
         *,
         claim: bool = False,
         created_at: dt.datetime | None = None,
+        template: TemplateOptions | None = None,
     ) -> int:
         """Ask for a reply to the conversation so far; returns its id.
 
@@ -162,6 +166,7 @@ class TraceWriter:
                 choice=documents.to_document(choice),
                 sampling=documents.to_document(sampling),
                 policy=documents.to_document(policy),
+                template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
             )
 
@@ -266,6 +271,7 @@ class TraceWriter:
                 end.reason,
                 number(end.seconds),
                 checks=documents.to_document(end.checks),
+                parts=documents.part_documents(end.parts),
             )
             if tensors_pruned_at is not None:
                 connection.execute(
