@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
 from oki_trace.llm.load import load_model_and_tokenizer
@@ -18,15 +19,17 @@ from oki_trace.records import (
     Role,
     Sampling,
     Step,
+    TemplateOptions,
     TensorMode,
 )
 from oki_trace.settings import Settings
+from oki_trace.template_options import as_schema
 from oki_trace.tracing import Collector, Sink, prepare, trace_turn
 
 
 def run_traced(
     prompt: str | None = None,
-    messages: Sequence[Mapping[str, str]] | None = None,
+    messages: Sequence[Mapping[str, Any]] | None = None,
     max_new_tokens: int = 64,
     model: Any = None,
     tokenizer: Any = None,
@@ -41,6 +44,8 @@ def run_traced(
     seed: int | None = None,
     db: str | os.PathLike[str] | None = None,
     tensors: TensorMode = "half",
+    template_args: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -48,10 +53,16 @@ def run_traced(
     (``[{"role": …, "content": …}]``) is given. Without ``model`` and
     ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL,
     also keeps the conversation in that store; ``tensors`` says how full tensors
-    are kept there. Raises UsageError for arguments that make no sense,
-    ModelError when the model cannot be loaded or traced.
+    are kept there. ``template_args`` (``enable_thinking``, say) and ``tools``, schemas
+    of functions, are for the chat template. Messages may have ``reasoning_content``,
+    ``tool_calls`` and the role ``tool``, as ``apply_chat_template`` takes them; when
+    the last one is the assistant's, the reply goes on with it. Raises
+    UsageError for arguments that make no sense, ModelError when the model cannot be loaded or traced.
     """
     turns = _turns(prompt, messages)
+    template = TemplateOptions(
+        dict(template_args or {}), tuple(as_schema(tool) for tool in tools or ())
+    )
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, "none" if db is None else tensors)
     if (model is None) != (tokenizer is None):
@@ -65,31 +76,25 @@ def run_traced(
 
     def trace(*more: Sink) -> None:
         sinks = [collector, *more]
-        trace_turn(prepare(model, tokenizer, sinks), model_id, turns, sampling, policy, sinks)
+        made = prepare(model, tokenizer, sinks)
+        trace_turn(made, model_id, turns, sampling, policy, sinks, template=template)
 
     if db is None:
         trace()
     else:
-        _trace_into(os.fspath(db), model_id, turns, sampling, policy, trace)
-    return _result(collector, turns)
+        _trace_into(os.fspath(db), model_id, turns, sampling, policy, template, trace)
+    return _result(collector, turns, template)
 
 
 def _turns(
-    prompt: str | None, messages: Sequence[Mapping[str, str]] | None
+    prompt: str | None, messages: Sequence[Mapping[str, Any]] | None
 ) -> tuple[ChatMessage, ...]:
     if (prompt is None) == (messages is None):
         raise UsageError("Give exactly one of prompt and messages.")
     given = messages if prompt is None else [{"role": Role.USER, "content": prompt}]
-    try:
-        turns = tuple(ChatMessage(Role(m["role"]), m["content"]) for m in given or ())
-    except (KeyError, ValueError, TypeError) as error:
-        raise UsageError(
-            "Each message needs a role (system, user or assistant) and a content."
-        ) from error
+    turns = tuple(chat_message(message) for message in given or ())
     if not turns:
         raise UsageError("There are no messages. Give at least one, or a prompt.")
-    if not all(isinstance(turn.content, str) for turn in turns):
-        raise UsageError("What is said has to be a string: give the prompt, or each content, so.")
     return turns
 
 
@@ -99,6 +104,7 @@ def _trace_into(
     turns: Sequence[ChatMessage],
     sampling: Sampling,
     policy: CapturePolicy,
+    template: TemplateOptions,
     trace: Callable[..., None],
 ) -> None:
     # Imported here: a trace that is not kept needs no store.
@@ -111,12 +117,14 @@ def _trace_into(
         for turn in turns:
             writer.add_message(conversation, turn)
         reply = writer.queue_reply(
-            conversation, ModelChoice(model_id), sampling, policy, claim=True
+            conversation, ModelChoice(model_id), sampling, policy, claim=True, template=template
         )
         trace(Recorder(writer, reply))
 
 
-def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, dict[str, Any]]:
+def _result(
+    collector: Collector, turns: Sequence[ChatMessage], template: TemplateOptions
+) -> tuple[str, dict[str, Any]]:
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
     head = TraceHead(
@@ -129,6 +137,8 @@ def _result(collector: Collector, turns: Sequence[ChatMessage]) -> tuple[str, di
         status=end.status,
         reason=end.reason,
         checks=end.checks,
+        parts=end.parts,
+        template=template,
     )
     trace = trace_object(head, _with_lenses(collector.steps, collector.lenses))
     return end.output, trace

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from oki_trace.errors import UsageError
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -41,6 +42,11 @@ class Ask:
     template: TemplateOptions | None = None
     role: Role = Role.USER
     tool_name: str | None = None
+
+
+def add_answer(writer: TraceWriter, conversation_id: int, tool: str, content: str) -> int:
+    """Add a tool's answer without asking for a reply yet: others are still awaited."""
+    return writer.add_message(conversation_id, ChatMessage(Role.TOOL, content, tool_name=tool))
 
 
 def submit(
@@ -93,6 +99,17 @@ def unanswered_calls(messages: Sequence[Message]) -> list[Part]:
         else:
             break
     return []
+
+
+def refuse_unasked_answer(messages: Sequence[Message], tool: str) -> None:
+    """Raise UsageError when no call of this tool waits for an answer."""
+    waiting = [part.name or "" for part in unanswered_calls(messages)]
+    if not waiting:
+        raise UsageError(
+            "The last reply has no tool call that waits for an answer. Send it as a message."
+        )
+    if tool not in waiting:
+        raise UsageError(f"The last reply did not call {tool!r}. It called {', '.join(waiting)}.")
 
 
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:

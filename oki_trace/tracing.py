@@ -111,7 +111,7 @@ def trace_turn(
     CaptureError, with the sinks told, when the turn fails; everything decoded
     until then has been handed over.
     """
-    turn = _Turn(made, sinks, on_text)
+    turn = _Turn(made.tokenizer, sinks, on_text)
     with _ending(turn.end), exclusive(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary, template)
         turn.replies_to(prompt, template)
@@ -158,9 +158,9 @@ def _explain(error: Exception) -> str:
 class _Turn:
     """The reply so far: what its end will say."""
 
-    def __init__(self, made: Instrument, sinks: Sequence[Sink], on_text: OnText | None) -> None:
+    def __init__(self, tokenizer: Any, sinks: Sequence[Sink], on_text: OnText | None) -> None:
         self._sinks = sinks
-        self._text = ReplyText(made.tokenizer)
+        self._text = ReplyText(tokenizer)
         self._on_text = on_text
         self._began = time.perf_counter()
         self.reason = "token limit"
@@ -168,130 +168,6 @@ class _Turn:
 
     def replies_to(self, prompt: Prompt, template: TemplateOptions | None) -> None:
         self._text.replies_to(prompt.text, template.tools if template else ())
-
-    def start(self, start: TurnStart) -> None: ...
-    def step(self, step: Step) -> None: ...
-    def lens(self, lens: Lens) -> None: ...
-    def end(self, end: TurnEnd) -> None: ...
-
-
-@dataclass
-class Collector:
-    """A sink that keeps the reply in memory."""
-
-    started: TurnStart | None = None
-    steps: list[Step] = field(default_factory=list)
-    lenses: list[Lens] = field(default_factory=list)
-    ended: TurnEnd | None = None
-
-    def start(self, start: TurnStart) -> None:
-        self.started = start
-
-    def step(self, step: Step) -> None:
-        self.steps.append(step)
-
-    def lens(self, lens: Lens) -> None:
-        self.lenses.append(lens)
-
-    def end(self, end: TurnEnd) -> None:
-        self.ended = end
-
-
-def never() -> bool:
-    """The default for ``should_stop``."""
-    return False
-
-
-def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
-    """The model's instrument; the sinks of the reply it is for are told when there is none.
-
-    Raises CaptureError for a model that cannot be traced.
-    """
-
-    def end(status: Status, reason: str) -> None:
-        for sink in sinks:
-            sink.end(TurnEnd(status, "", reason, 0.0))
-
-    with _ending(end):
-        return instrument(model, tokenizer)
-
-
-def trace_turn(
-    made: Instrument,
-    model_id: str,
-    messages: Sequence[ChatMessage],
-    sampling: Sampling,
-    policy: CapturePolicy,
-    sinks: Sequence[Sink],
-    *,
-    should_stop: Callable[[], bool] = never,
-    on_text: OnText | None = None,
-    template: TemplateOptions | None = None,
-) -> TurnEnd:
-    """Decode the assistant's next message and hand every step to the sinks.
-
-    ``should_stop`` is asked after every step; ``on_text`` gets the reply's text in
-    whole characters, what is left of one at the end, each piece with the kind of part
-    that it belongs to. ``template`` is given to the chat template. Raises
-    CaptureError, with the sinks told, when the turn fails; everything decoded
-    until then has been handed over.
-    """
-    turn = _Turn(made, sinks, on_text)
-    with _ending(turn.end), exclusive(made.model):
-        prompt = render(made.tokenizer, messages, made.vocabulary, template)
-        turn.replies_to(prompt, template)
-        generation = generation_of(made.model, sampling, len(prompt))
-        turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
-        turn.follow(capture(made, prompt, generation, policy, should_stop))
-        if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
-            turn.reason = "context full"
-    if turn.checks is not None and turn.checks.fault is not None:
-        forget(made.model)
-    stopped = turn.reason == "stopped"
-    return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
-
-
-@contextmanager
-def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
-    """End the reply with the reason when the body raises; what goes on is an OkiTraceError."""
-    try:
-        yield
-    except OkiTraceError as error:
-        end(Status.FAILED, str(error))
-        raise
-    except Exception as error:
-        reason = _explain(error)
-        end(Status.FAILED, reason)
-        raise CaptureError(reason) from error
-    except BaseException:
-        end(Status.STOPPED, "interrupted by the user")
-        raise
-
-
-def _explain(error: Exception) -> str:
-    """One line for what a model's own code raised while decoding."""
-    lines = str(error).strip().splitlines() or [""]
-    # torch says it in these words, on the CPU as a plain RuntimeError.
-    said = f"{type(error).__name__}: {lines[0]}"
-    full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
-    if isinstance(error, MemoryError) or full:
-        return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
-    what = f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
-    return f"The model failed ({what}). Run it with --debug to see where, or try another model."
-
-
-class _Turn:
-    """The reply so far: what its end will say."""
-
-    def __init__(
-        self, tokenizer: Any, sinks: Sequence[Sink], on_text: Callable[[str], None] | None
-    ) -> None:
-        self._sinks = sinks
-        self._stream = TextStream(tokenizer)
-        self._on_text = on_text
-        self._began = time.perf_counter()
-        self.reason = "token limit"
-        self.checks: ReplyChecks | None = None
 
     def start(self, start: TurnStart) -> None:
         for sink in self._sinks:
@@ -310,7 +186,8 @@ class _Turn:
             self._text.push(step)
             for sink in self._sinks:
                 sink.step(step)
-            self._tell(self._text.fresh() if self._on_text else ())
+            if self._on_text is not None:
+                self._tell(self._text.fresh())
             self.reason = finished or self.reason
 
     def end(self, status: Status, reason: str) -> TurnEnd:
@@ -319,10 +196,11 @@ class _Turn:
         end = TurnEnd(status, output, reason, seconds, self.checks, parts)
         for sink in self._sinks:
             sink.end(end)
-        self._tell(self._text.rest() if self._on_text else ())
+        if self._on_text is not None:
+            self._tell(self._text.rest())
         return end
 
     def _tell(self, pieces: Iterable[tuple[str, PartKind]]) -> None:
-        if self._on_text is not None:
-            for piece in pieces:
-                self._on_text(*piece)
+        assert self._on_text is not None
+        for piece in pieces:
+            self._on_text(*piece)

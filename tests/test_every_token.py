@@ -112,7 +112,7 @@ def test_a_model_that_says_what_its_tokenizer_does_not_know(
         Sampling(6, temperature, seed=1),
         CapturePolicy(tensors="none"),
         [collector],
-        on_text=pieces.append,
+        on_text=lambda text, kind: pieces.append(text),
     )
     assert (end.status, end.output, "".join(pieces)) == (Status.COMPLETE, "", "")
     assert all(step.token_id >= first for step in collector.steps)
@@ -147,7 +147,7 @@ def test_what_the_model_says_is_streamed_in_whole_characters(text: str) -> None:
         Sampling(len(ids)),
         CapturePolicy(tensors="none"),
         [collector],
-        on_text=pieces.append,
+        on_text=lambda text, kind: pieces.append(text),
     )
     assert end.output == text
     assert "".join(pieces) == text

@@ -68,7 +68,15 @@ def take(
         reply = writer.queue_reply(conversation, ModelChoice("m"), sampling, policy, claim=True)
         sinks = [Recorder(writer, reply)]
         try:
-            trace_turn(made, "tiny", said, sampling, policy, sinks, on_text=pieces.append)
+            trace_turn(
+                made,
+                "tiny",
+                said,
+                sampling,
+                policy,
+                sinks,
+                on_text=lambda text, kind: pieces.append(text),
+            )
         except CaptureError as raised:
             error = raised
         return Turn(reader.message(reply), list(reader.iter_steps(reply)), "".join(pieces), error)

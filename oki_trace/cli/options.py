@@ -12,7 +12,13 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TensorMode
+from oki_trace.records import (
+    CapturePolicy,
+    ModelChoice,
+    Sampling,
+    TemplateOptions,
+    TensorMode,
+)
 from oki_trace.settings import Settings
 
 Db = Annotated[
@@ -51,6 +57,20 @@ Tensors = Annotated[
 ConversationId = Annotated[
     int | None,
     typer.Option("--conversation", "-c", help="Go on with this conversation, and its model."),
+]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        metavar="KEY=VALUE",
+        help="For the chat template, such as enable_thinking=false. Kept for the next turns.",
+    ),
+]
+Tools = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools", metavar="FILE", help="Tool schemas in JSON; calls are shown, never executed."
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -117,6 +137,8 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
+    template_arg: TemplateArg = None
+    tools: Tools = None
     db: Db = None
 
     def choice(self, last: ModelChoice | None) -> ModelChoice:
@@ -129,6 +151,13 @@ class Turns:
             dtype=last.dtype if self.dtype == "auto" else self.dtype,
             device=last.device if self.device == "auto" else self.device,
         )
+
+    def template(self) -> TemplateOptions:
+        """Raises UsageError for what cannot be read."""
+        from oki_trace.template_options import options_from, read_tools
+
+        schemas = read_tools(self.tools) if self.tools is not None else ()
+        return options_from(self.template_arg or (), schemas)
 
     def sampling(self) -> Sampling:
         """Raises UsageError for values out of range."""

@@ -17,7 +17,8 @@ from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
-from oki_trace.records import Message, ModelChoice, TurnEnd
+from oki_trace.exchange.trace_object import part_objects
+from oki_trace.records import Message, ModelChoice, PartKind, Role, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
@@ -39,6 +40,14 @@ def register(app: typer.Typer) -> None:
 def run(
     prompt: Annotated[str, typer.Argument(help="The message to the model; - reads it from stdin.")],
     turns: options.Turns,
+    tool_result: Annotated[
+        str | None,
+        typer.Option(
+            "--tool-result",
+            metavar="NAME",
+            help="PROMPT is what this tool answered, which the last reply called.",
+        ),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """One traced turn, streamed to the terminal.
@@ -52,12 +61,18 @@ def run(
     Example: oki-trace run "And in winter?" --conversation 1
 
     Example: oki-trace run "Hello" --model ./my-model --tensors none --json
+
+    Example: oki-trace run "Is 91 prime?" -m Qwen/Qwen3-0.6B --template-arg enable_thinking=false
+
+    Example: oki-trace run "18 degrees" --conversation 3 --tool-result get_weather
     """
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
-    if not content.strip():
+    if not content.strip() and tool_result is None:
         raise UsageError("The prompt is empty. Give the model something to answer.")
+    if tool_result is not None and turns.conversation is None:
+        raise UsageError("A tool answers in a conversation. Name it with --conversation.")
     with _talking(turns) as talk:
-        turn = talk(content, turns.conversation, quiet=json)
+        turn = talk(content, turns.conversation, quiet=json, tool=tool_result)
         _summary(turn, options.store_of(turns.db), as_json=json)
     raise typer.Exit(turn.exit_status)
 
@@ -65,6 +80,8 @@ def run(
 @options.with_turns
 def chat(turns: options.Turns) -> None:
     """A traced conversation, turn after turn. An empty line or Ctrl-D ends it.
+
+    A line "/tool NAME RESULT" answers a tool call of the reply before it.
 
     Ctrl-C ends the reply under way and keeps what was decoded; at the prompt it
     ends the conversation.
@@ -76,8 +93,14 @@ def chat(turns: options.Turns) -> None:
     conversation = turns.conversation
     with _talking(turns) as talk:
         while line := _read_line():
-            turn = talk(line, conversation)
-            conversation = turn.reply.conversation_id
+            try:
+                tool, content = _tool_answer(line)
+                turn = talk(content, conversation, tool=tool)
+            except UsageError as error:
+                # A slip of the fingers ends no conversation.
+                complain(str(error))
+                continue
+            conversation = turn.conversation
             _summary(turn, options.store_of(turns.db))
             if turn.exit_status not in (0, 128 + signal.SIGINT):
                 raise typer.Exit(turn.exit_status)
@@ -104,7 +127,7 @@ def demo(
         for content in DEMO_TURNS:
             out.print(Text(f"\n> {content}", style="bold"))
             turn = talk(content, conversation)
-            conversation = turn.reply.conversation_id
+            conversation = turn.conversation
             _summary(turn, where)
             if turn.exit_status:
                 raise typer.Exit(turn.exit_status)
@@ -119,17 +142,29 @@ def demo(
 
 @dataclass(frozen=True)
 class _Turn:
-    """A reply as it was kept, how it ended, and the exit status it calls for."""
+    """A reply as it was kept, how it ended, and the exit status it calls for.
 
-    reply: Message
-    end: TurnEnd
-    exit_status: int
+    None of the first two: the calls of these tools still wait for their answers.
+    """
+
+    conversation: int
+    reply: Message | None
+    end: TurnEnd | None
+    exit_status: int = 0
+    waiting: tuple[str, ...] = ()
 
 
 class _Talk(Protocol):
     """Holds one turn of a conversation, a new one when none is given."""
 
-    def __call__(self, content: str, conversation: int | None, *, quiet: bool = False) -> _Turn: ...
+    def __call__(
+        self,
+        content: str,
+        conversation: int | None,
+        *,
+        quiet: bool = False,
+        tool: str | None = None,
+    ) -> _Turn: ...
 
 
 @contextmanager
@@ -141,6 +176,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
 
     db = options.store_of(turns.db)
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
+    asked = turns.template()
     if turns.system and turns.conversation is not None:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
     with TraceWriter(db) as writer, TraceReader(db) as reader:
@@ -148,9 +184,32 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
         choice = turns.choice(asking.last_choice(before))
         loaded = _load(choice)
 
-        def talk(content: str, conversation: int | None, *, quiet: bool = False) -> _Turn:
-            ask = asking.Ask(content, choice, sampling, policy, turns.system)
-            _, reply_id = asking.submit(writer, ask, conversation, claim=True)
+        def talk(
+            content: str,
+            conversation: int | None,
+            *,
+            quiet: bool = False,
+            tool: str | None = None,
+        ) -> _Turn:
+            said = [] if conversation is None else reader.messages(conversation)
+            if tool is not None:
+                asking.refuse_unasked_answer(said, tool)
+                waiting = [part.name or "" for part in asking.unanswered_calls(said)]
+                waiting.remove(tool)
+                if waiting and conversation is not None:
+                    asking.add_answer(writer, conversation, tool, content)
+                    return _Turn(conversation, None, None, waiting=tuple(waiting))
+            ask = asking.Ask(
+                content,
+                choice,
+                sampling,
+                policy,
+                turns.system,
+                asked.over(asking.last_template(said)),
+                Role.USER if tool is None else Role.TOOL,
+                tool,
+            )
+            conversation, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
             with _stoppable() as stop:
                 end = answering.answer(
@@ -163,7 +222,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
                 )
             if not quiet:
                 print()
-            return _Turn(reader.message(reply_id), end, stop.exit_status or 0)
+            return _Turn(conversation, reader.message(reply_id), end, stop.exit_status or 0)
 
         yield talk
 
@@ -195,6 +254,16 @@ def _load_showing(choice: ModelChoice) -> LoadedModel:
         return load(choice, progress=report)
 
 
+def _tool_answer(line: str) -> tuple[str | None, str]:
+    """(tool, its answer) of a line such as "/tool get_weather 18 degrees"; else (None, line)."""
+    words = line.split(maxsplit=2)
+    if not words or words[0] != "/tool":
+        return None, line
+    if len(words) < 3:
+        raise UsageError("Name the tool and its answer: /tool NAME RESULT")
+    return words[1], words[2]
+
+
 def _read_line() -> str:
     try:
         return input("\n> " if sys.stdin.isatty() else "").strip()
@@ -207,6 +276,7 @@ class _Stop:
 
     def __init__(self) -> None:
         self.exit_status: int | None = None
+        self._kind: PartKind | None = None
 
     def is_asked(self) -> bool:
         return self.exit_status is not None
@@ -217,10 +287,21 @@ class _Stop:
             raise KeyboardInterrupt
         self.exit_status = 128 + number
 
-    def show(self, text: str) -> None:
-        """Write a piece of the reply. When its reader goes away, there is no one to go on for."""
+    def show(self, text: str, kind: PartKind) -> None:
+        """Write a piece of the reply. When its reader goes away, there is no one to go on for.
+
+        Thinking is dim in a terminal. It is no part of the answer, and left out of a pipe.
+        """
+        terminal = sys.stdout.isatty()
+        if kind == "thinking" and not terminal:
+            return
+        between = "" if self._kind in (None, kind) else "\n\n"
+        self._kind = kind
+        text = inert(text)
+        if kind == "thinking":
+            text = f"\x1b[2m{text}\x1b[22m"
         try:
-            sys.stdout.write(inert(text))
+            sys.stdout.write(between + text)
             sys.stdout.flush()
         except BrokenPipeError:
             self.exit_status = self.exit_status or 0
@@ -241,6 +322,14 @@ def _stoppable() -> Iterator[_Stop]:
 
 def _summary(turn: _Turn, db: str, *, as_json: bool = False) -> None:
     reply, end = turn.reply, turn.end
+    if reply is None or end is None:
+        if as_json:
+            waiting = {"conversation": turn.conversation, "waiting_for": list(turn.waiting)}
+            print_json(waiting, indent=None)
+        else:
+            those = ", ".join(inert(name, keep="") for name in turn.waiting)
+            console().print(Text(f"The reply waits for the answer of {those}.", style="dim"))
+        return
     if as_json:
         print_json(
             {
@@ -250,6 +339,7 @@ def _summary(turn: _Turn, db: str, *, as_json: bool = False) -> None:
                 "status": str(end.status),
                 "reason": end.reason,
                 "output": end.output,
+                "parts": part_objects(end.parts),
             },
             indent=None,
         )

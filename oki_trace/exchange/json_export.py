@@ -21,6 +21,7 @@ from oki_trace.exchange.trace_object import (
     FORMAT,
     VERSION,
     head_object,
+    part_objects,
     plain,
     step_objects,
     trace_object,
@@ -178,10 +179,14 @@ def message_head(message: Message) -> dict[str, Any]:
         head["reason"] = message.reason
     if message.tensors_pruned_at is not None:
         head["tensors_pruned_at"] = message.tensors_pruned_at.isoformat()
-    for name in ("choice", "sampling", "policy"):
+    for name in ("choice", "sampling", "policy", "template"):
         asked = getattr(message, name)
         if asked is not None:
             head[name] = plain(asdict(asked))
+    if message.parts and not is_traced(message):
+        head["parts"] = part_objects(message.parts)
+    if message.tool_name is not None:
+        head["tool_name"] = message.tool_name
     if is_traced(message):
         head |= {"seconds": plain(message.seconds), "tokens": message.tokens}
     return head

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from oki_trace.exchange.selection import Progress, Selection, selected
 from oki_trace.exchange.tables import SUFFIX, TABLES
 from oki_trace.exchange.tensor_file import ITEMS
-from oki_trace.exchange.trace_object import decision_object, plain
+from oki_trace.exchange.trace_object import decision_object, part_objects, plain
 from oki_trace.records import Message, Step
 from oki_trace.store.reader import TraceReader
 
@@ -162,6 +162,9 @@ def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
         message.tensors_pruned_at,
         *(None if one is None else json.dumps(plain(asdict(one))) for one in documents),
         *(None if one is None else json.dumps(plain(asdict(one))) for one in reports),
+        json.dumps(part_objects(message.parts)) if message.parts else None,
+        None if message.template is None else json.dumps(plain(asdict(message.template))),
+        message.tool_name,
         chosen.reader.prompt(message.id).text if traced else None,
     )
 

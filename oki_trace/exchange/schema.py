@@ -34,6 +34,7 @@ from oki_trace.exchange.refusal import invalid
 from oki_trace.records import (
     CapturePolicy,
     ModelChoice,
+    PartKind,
     Role,
     Sampling,
     Segment,
@@ -217,6 +218,29 @@ class Checks(TypedDict, total=False):
 
 
 @_strict
+class Part(TypedDict, total=False):
+    """A part of a reply; see ``records.Part``."""
+
+    kind: Required[PartKind]
+    text: Required[Text]
+    start: Count | None
+    end: Count | None
+    name: Label | None
+    arguments: Any
+
+
+@_strict
+class Template(TypedDict, total=False):
+    """What a chat template was given beside the messages; see ``records.TemplateOptions``."""
+
+    arguments: dict[str, Any] | None
+    tools: Annotated[list[Any], _ENTRIES] | None
+
+
+Parts = Annotated[list[Part], _ENTRIES]
+
+
+@_strict
 class Message(TypedDict, total=False):
     """A message without its trace. All after ``created_at`` is of replies alone."""
 
@@ -233,6 +257,9 @@ class Message(TypedDict, total=False):
     tokens: Count | None
     tensors_pruned_at: Time | None
     checks: Checks | None
+    parts: Parts | None
+    template: Template | None
+    tool_name: Label | None
 
 
 # ------------------------------------------------------------------------- a reply
@@ -282,6 +309,8 @@ class Said(TypedDict, total=False):
 
     role: Required[Annotated[Role, Field(strict=False)]]
     content: Required[Text]
+    parts: Parts | None
+    tool_name: Label | None
 
 
 @_strict
@@ -305,6 +334,8 @@ class Trace(TypedDict, total=False):
     generation: Generation | None
     capture: Capture | None
     checks: Checks | None
+    parts: Parts | None
+    template: Template | None
 
 
 # -------------------------------------------------------------------------- a step

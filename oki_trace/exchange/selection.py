@@ -52,6 +52,8 @@ class Selection:
             status=reply.status,
             reason=reply.reason,
             checks=reply.checks,
+            parts=reply.parts,
+            template=reply.template,
         )
 
     def has_tensors(self) -> bool:

@@ -42,6 +42,9 @@ TABLES: dict[str, Any] = {
             "generation": _S,
             "capture": _S,
             "checks": _S,
+            "parts": _S,
+            "template": _S,
+            "tool_name": _S,
             "prompt": _S,
         },
         "prompt_token": {

@@ -20,10 +20,12 @@ from oki_trace.records import (
     Generation,
     LayerAttention,
     Lens,
+    Part,
     Prompt,
     ReplyChecks,
     Status,
     Step,
+    TemplateOptions,
 )
 
 FORMAT = "oki-trace"
@@ -47,6 +49,8 @@ class TraceHead:
     status: Status
     reason: str | None
     checks: ReplyChecks | None = None
+    parts: Sequence[Part] = ()
+    template: TemplateOptions | None = None
 
 
 def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> dict[str, Any]:
@@ -66,7 +70,9 @@ def head_object(head: TraceHead) -> dict[str, Any]:
         "prompt_tokens": list(head.prompt.tokens),
         "prompt_segments": list(head.prompt.segments),
         "output": head.output,
-        "messages": [{"role": str(m.role), "content": m.content} for m in head.messages],
+        "parts": part_objects(head.parts),
+        "messages": [message_object(message) for message in head.messages],
+        "template": None if not head.template else plain(asdict(head.template)),
         "status": str(head.status),
         "reason": head.reason,
         "evidence_provenance": head.capture.evidence_provenance,
@@ -75,6 +81,24 @@ def head_object(head: TraceHead) -> dict[str, Any]:
         "capture": plain(asdict(head.capture)),
         "checks": None if head.checks is None else plain(asdict(head.checks)),
     }
+
+
+def part_objects(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The parts of a reply: the steps of each are ``start`` up to ``end``, which is not of it."""
+    return [
+        {name: plain(value) for name, value in asdict(part).items() if value is not None}
+        for part in parts
+    ]
+
+
+def message_object(message: ChatMessage) -> dict[str, Any]:
+    """A message as a trace repeats it; its parts where it has more than an answer."""
+    made: dict[str, Any] = {"role": str(message.role), "content": message.content}
+    if any(part.kind != "answer" for part in message.parts):
+        made["parts"] = part_objects(message.parts)
+    if message.tool_name is not None:
+        made["tool_name"] = message.tool_name
+    return made
 
 
 def step_objects(

@@ -13,6 +13,17 @@ TensorMode = Literal["exact", "half", "compact", "none"]
 PartKind = Literal["thinking", "answer", "tool_call"]
 
 
+# What apply_chat_template() takes for itself, or has from elsewhere.
+_NOT_ARGUMENTS = frozenset(
+    {
+        *("messages", "conversation", "tools", "chat_template", "add_generation_prompt"),
+        *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+        *("self", "kwargs"),
+    }
+)
+
+
 class Role(StrEnum):
     """Who says a message."""
 
@@ -136,8 +147,34 @@ class TemplateOptions:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in self.arguments:
+            _require(
+                name.isidentifier() and name not in _NOT_ARGUMENTS,
+                f"{name} is no argument of a chat template; those are names such as "
+                "enable_thinking",
+            )
+        for tool in self.tools:
+            made: Any = tool
+            function = made.get("function") if isinstance(made, Mapping) else None
+            named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+            _require(
+                named,
+                'Each tool must be {"type": "function", "function": {"name": …, "description": …, '
+                '"parameters": …}}',
+            )
+
     def __bool__(self) -> bool:
         return bool(self.arguments or self.tools)
+
+    def over(self, earlier: TemplateOptions | None) -> TemplateOptions:
+        """These over those of an earlier reply. A null takes an earlier argument back."""
+        before = earlier or TemplateOptions()
+        arguments = {**before.arguments, **self.arguments}
+        return TemplateOptions(
+            {name: value for name, value in arguments.items() if value is not None},
+            self.tools or before.tools,
+        )
 
 
 @dataclass(frozen=True, slots=True)

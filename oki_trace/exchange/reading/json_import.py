@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from oki_trace.asking import title_of
 from oki_trace.exchange import schema
@@ -180,15 +180,16 @@ class JsonImport:
         if self._in_order and not trace.get("capture"):
             # Its steps tell what its head does not.
             raise _OutOfOrder
-        said = [(one["role"], one["content"]) for one in trace.get("messages") or ()]
-        if not said and trace.get("prompt"):
-            said = [(Role.USER, trace["prompt"] or "")]
+        told: list[schema.Said] = list(trace.get("messages") or ())
+        if not told and trace.get("prompt"):
+            told = [{"role": Role.USER, "content": trace["prompt"] or ""}]
+        said = [(one["role"], one["content"]) for one in told]
         if not self._said or said[: len(self._said)] != self._said:
             last = next((content for role, content in reversed(said) if role is Role.USER), "")
             self._staging.begin({"title": title_of(last)})
             self._said = []
-        for role, content in said[len(self._said) :]:
-            self._staging.say({"role": role, "content": content}, f"{where}, messages")
+        for one in told[len(self._said) :]:
+            self._staging.say(_before(one), f"{where}, messages")
         output = trace.get("output") or ""
         reply: schema.Message = {
             "role": Role.ASSISTANT,
@@ -208,6 +209,8 @@ class JsonImport:
         start = turn_start(trace, ids, survey, f"{where}, trace")
         first = survey.first if survey else 0
         message["checks"] = trace.get("checks")
+        message["parts"] = trace.get("parts")
+        message["template"] = trace.get("template") or message.get("template")
         number = message.get("id")
         values = self._lines.of(number, where) if self._lines else self._steps(stepped, where)
 
@@ -330,3 +333,17 @@ def _check_version(values: Json, where: str) -> None:
         raise refused(
             f"it is of version {version}, this program knows {VERSION}: upgrade oki-trace"
         )
+
+
+def _before(said: schema.Said) -> schema.Message:
+    """A message before a trace. Its own steps are not there, so its parts have none."""
+    parts = [
+        {name: value for name, value in part.items() if name not in ("start", "end")}
+        for part in said.get("parts") or ()
+    ]
+    return {
+        "role": said["role"],
+        "content": said["content"],
+        "parts": cast("list[schema.Part]", parts) or None,
+        "tool_name": said.get("tool_name"),
+    }

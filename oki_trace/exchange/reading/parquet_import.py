@@ -37,7 +37,16 @@ _KEYS = {
     "step": "message_id",
     "prompt_token": "message_id",
 }
-_DOCUMENTS = ("choice", "sampling", "policy", "generation", "capture", "checks")
+_DOCUMENTS = (
+    "choice",
+    "sampling",
+    "policy",
+    "generation",
+    "capture",
+    "checks",
+    "parts",
+    "template",
+)
 # A step of a trace object calls these otherwise.
 _RENAMED = {
     "step": "step_index",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from oki_trace.errors import UsageError
 from oki_trace.exchange import schema
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.schema import known
@@ -19,8 +20,10 @@ from oki_trace.records import (
     CapturePolicy,
     CaptureReport,
     Generation,
+    Part,
     Prompt,
     ReplyChecks,
+    TemplateOptions,
     TurnStart,
 )
 
@@ -163,6 +166,30 @@ def _report(values: schema.Capture, where: str) -> CaptureReport:
         cache_check=values.get("cache_check"),
         tensors_left_out=known(values, "tensors_left_out", False),
     )
+
+
+def reply_parts(values: list[schema.Part] | None, steps: int, where: str) -> tuple[Part, ...]:
+    """The parts of a reply of so many ``steps``, which follow one another."""
+    parts = []
+    before = 0
+    for value in values or ():
+        start, end = known(value, "start", before), known(value, "end", before)
+        if not before <= start <= end <= steps:
+            raise refused(f"{where}, parts: they do not follow one another in its {steps:,} steps")
+        before = end
+        name, arguments = value.get("name"), value.get("arguments")
+        parts.append(Part(value["kind"], value["text"], start, end, name, arguments))
+    return tuple(parts)
+
+
+def template_options(values: schema.Template | None, where: str) -> TemplateOptions | None:
+    """What the chat template was given."""
+    if values is None:
+        return None
+    try:
+        return TemplateOptions(values.get("arguments") or {}, tuple(values.get("tools") or ()))
+    except UsageError as error:
+        raise refused(f"{where}, template: {str(error).rstrip('.')}") from error
 
 
 def reply_checks(values: schema.Checks | None) -> ReplyChecks | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from oki_trace.exchange import schema
-from oki_trace.exchange.reading.replies import reply_checks
+from oki_trace.exchange.reading.replies import reply_checks, reply_parts, template_options
 from oki_trace.exchange.refusal import refused
 from oki_trace.records import (
     CapturePolicy,
@@ -88,11 +88,16 @@ class Staging:
         if message.get("tokens"):
             raise refused(f"{where}: it has {message['tokens']:,} steps, and no trace")
         if message["role"] is Role.ASSISTANT and message.get("choice"):
-            self._writer.finish_reply(self._queue(message), _end(message, status))
+            reply = self._queue(message, where)
+            self._writer.finish_reply(reply, _end(message, status, 0, where))
         elif message["role"] is not Role.ASSISTANT and status is not Status.COMPLETE:
             raise refused(f"{where}: status of a {message['role']} message can only be complete")
         else:
-            said = ChatMessage(message["role"], message["content"])
+            parts = reply_parts(message.get("parts"), 0, where)
+            if parts and message["role"] is not Role.ASSISTANT:
+                raise refused(f"{where}: a {message['role']} message has parts of a reply")
+            name = message.get("tool_name")
+            said = ChatMessage(message["role"], message["content"], parts, name)
             self._writer.add_message(self._open(), said, created_at=message.get("created_at"))
         self._check_size()
 
@@ -110,7 +115,7 @@ class Staging:
         if message["role"] is not Role.ASSISTANT:
             raise refused(f"{where}: a {message['role']} message has a trace")
         start = _with_tensors_told(start, message, tensors)
-        reply = self._queue(message, start)
+        reply = self._queue(message, where, start)
         self._writer.start_reply(reply, start)
         seen = rows = held = 0
         batch: list[Step] = []
@@ -132,7 +137,9 @@ class Staging:
             raise refused(f"{where} has {seen} of its {count} steps")
         self.steps += seen
         self._writer.finish_reply(
-            reply, _end(message, status), tensors_pruned_at=message.get("tensors_pruned_at")
+            reply,
+            _end(message, status, seen, where),
+            tensors_pruned_at=message.get("tensors_pruned_at"),
         )
 
     # ------------------------------------------------------------------- within
@@ -165,7 +172,7 @@ class Staging:
             self._ids.add(number)
         return message.get("status") or Status.COMPLETE
 
-    def _queue(self, message: schema.Message, start: TurnStart | None = None) -> int:
+    def _queue(self, message: schema.Message, where: str, start: TurnStart | None = None) -> int:
         kept = start.capture.policy if start else CapturePolicy()
         return self._writer.queue_reply(
             self._open(),
@@ -174,6 +181,7 @@ class Staging:
             message.get("policy") or kept,
             claim=True,
             created_at=message.get("created_at"),
+            template=template_options(message.get("template"), where),
         )
 
 
@@ -189,7 +197,7 @@ def _rows_of(step: Step) -> int:
     return len(step.topk.tokens) + sum(len(one.positions) for one in step.attention) + lens
 
 
-def _end(message: schema.Message, status: Status) -> TurnEnd:
+def _end(message: schema.Message, status: Status, steps: int, where: str) -> TurnEnd:
     """How the reply ended: one that was still going on was broken off by being exported."""
     if status.is_live:
         status = Status.INTERRUPTED
@@ -201,4 +209,5 @@ def _end(message: schema.Message, status: Status) -> TurnEnd:
         unknown if reason is None else reason,
         float("nan") if seconds is None else seconds,
         reply_checks(message.get("checks")),
+        reply_parts(message.get("parts"), steps, where),
     )
