@@ -57,7 +57,8 @@ def run_traced(
     of functions, are for the chat template. Messages may have ``reasoning_content``,
     ``tool_calls`` and the role ``tool``, as ``apply_chat_template`` takes them; when
     the last one is the assistant's, the reply goes on with it. Raises
-    UsageError for arguments that make no sense, ModelError when the model cannot be loaded or traced.
+    UsageError for arguments that make no sense, ModelError when the model cannot be
+    loaded or traced.
     """
     turns = _turns(prompt, messages)
     template = TemplateOptions(

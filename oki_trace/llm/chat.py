@@ -11,10 +11,12 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from oki_trace.errors import CaptureError
 from oki_trace.llm.markers import template_text
 from oki_trace.llm.template_arguments import refuse_unknown
-from oki_trace.llm.turns import MARK, Form, Said, forms, marked, turns
+from oki_trace.llm.turns import MARK, Form, Said, Turn, forms, marked, turns
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import ChatMessage, Prompt, Role, Segment, TemplateOptions
 
@@ -117,15 +119,18 @@ def _applied(
     tokenizer: Any, messages: Sequence[ChatMessage], options: TemplateOptions, form: Form
 ) -> str:
     goes_on = bool(messages) and messages[-1].role is Role.ASSISTANT
+    written = turns(messages, template_text(tokenizer), form)
+    given: dict[str, Any] = {
+        "tools": [dict(tool) for tool in options.tools] or None,
+        "add_generation_prompt": not goes_on,
+        "continue_final_message": goes_on,
+        **options.arguments,
+    }
     try:
-        text = tokenizer.apply_chat_template(
-            turns(messages, template_text(tokenizer), form),
-            tools=[dict(tool) for tool in options.tools] or None,
-            tokenize=False,
-            add_generation_prompt=not goes_on,
-            continue_final_message=goes_on,
-            **options.arguments,
-        )
+        if form.empty_as_none:
+            text = _with_none(tokenizer, written, given)
+        else:
+            text = tokenizer.apply_chat_template(written, tokenize=False, **given)
     except Exception as error:  # a template is a program, and can raise anything
         has_system = any(message.role is Role.SYSTEM for message in messages)
         fix = "Leave out the system message" if has_system else "Begin a new conversation"
@@ -134,6 +139,17 @@ def _applied(
             f"{fix}, or mend chat_template.jinja in the model's folder."
         ) from error
     return str(text)
+
+
+def _with_none(tokenizer: Any, written: Sequence[Turn], given: dict[str, Any]) -> str:
+    """The same for a content of None, which ``apply_chat_template`` takes out of a message.
+
+    Some templates write a call down only where the content is none.
+    """
+    template = tokenizer.get_chat_template(tools=given["tools"])
+    named = {**tokenizer.special_tokens_map, **given}
+    rendered, _ = render_jinja_template([list(written)], chat_template=template, **named)
+    return str(rendered[0])
 
 
 def _first_line(error: Exception) -> str:

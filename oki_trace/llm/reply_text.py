@@ -36,8 +36,12 @@ class ReplyText:
         self._prompt, self._tools = prompt, tools
 
     def push(self, step: Step) -> None:
-        self._tokens.append(ReplyToken(step.token_bytes, step.is_special))
-        self._fresh += self._stream.push(step.token_id)
+        self.push_token(step.token_id, step.token_bytes, step.is_special)
+
+    def push_token(self, token_id: int, data: bytes, is_special: bool) -> None:
+        """Add a token: its id, its bytes and whether it is special."""
+        self._tokens.append(ReplyToken(data, is_special))
+        self._fresh += self._stream.push(token_id)
 
     def fresh(self) -> Iterator[tuple[str, PartKind]]:
         """What can be told since it was last asked for: whole characters, outside of markers."""
