@@ -7,9 +7,12 @@ the explorer and one asked for in a terminal are kept in the same way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from oki_trace.asking import history
 from oki_trace.llm.load import LoadedModel
+from oki_trace.llm.markers import format_of
+from oki_trace.llm.parts import ReplyToken, answer_of, parts_of
 from oki_trace.records import Message, TurnEnd
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.recorder import Recorder
@@ -36,7 +39,7 @@ def answer(
     return trace_turn(
         prepare(loaded.model, loaded.tokenizer, [recorder]),
         loaded.model_id,
-        history(reader.messages(reply.conversation_id), reply.id),
+        history(_with_parts(reader, reply, loaded), reply.id),
         reply.sampling,
         reply.policy,
         [recorder],
@@ -44,3 +47,25 @@ def answer(
         on_text=on_text,
         template=reply.template,
     )
+
+
+def _with_parts(reader: TraceReader, reply: Message, loaded: LoadedModel) -> list[Message]:
+    """The conversation, the parts of its replies read from their tokens where none are kept.
+
+    A process that was killed, and an older program, leave a reply as one text.
+    """
+    form = format_of(loaded.tokenizer)
+    messages = reader.messages(reply.conversation_id)
+    if form.is_plain and getattr(loaded.tokenizer, "chat_template", None):
+        return messages
+    made = []
+    for message in messages:
+        known = message.parts or not message.tokens or message.model_id != loaded.model_id
+        if message.id != reply.id and not known and not message.status.is_live:
+            tokens = [ReplyToken(s.token_bytes, s.is_special) for s in reader.steps(message.id)]
+            parts = parts_of(form, reader.prompt(message.id).text, tokens)
+            whole = [part.kind for part in parts] == ["answer"]
+            content = message.content if whole else answer_of(parts)
+            message = replace(message, parts=parts, content=content)
+        made.append(message)
+    return made

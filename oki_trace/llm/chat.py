@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.markers import template_text
+from oki_trace.llm.markers import format_of, template_text
 from oki_trace.llm.template_arguments import refuse_unknown
 from oki_trace.llm.turns import MARK, Form, Said, Turn, forms, marked, turns
 from oki_trace.llm.vocabulary import Vocabulary
@@ -119,7 +119,8 @@ def _applied(
     tokenizer: Any, messages: Sequence[ChatMessage], options: TemplateOptions, form: Form
 ) -> str:
     goes_on = bool(messages) and messages[-1].role is Role.ASSISTANT
-    written = turns(messages, template_text(tokenizer), form)
+    around = next(((o, c or "") for o, c in format_of(tokenizer).tool_calls), ("", ""))
+    written = turns(messages, template_text(tokenizer), form, around)
     given: dict[str, Any] = {
         "tools": [dict(tool) for tool in options.tools] or None,
         "add_generation_prompt": not goes_on,

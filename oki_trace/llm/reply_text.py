@@ -6,6 +6,7 @@ thinking and calls are marked, each piece is told with the kind of part it is of
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from oki_trace.records import Part, PartKind, Step
 
 # Characters that are held back while more may come: a marker may have begun in them.
 _HELD = 32
+_SECONDS = 0.1
 
 
 class ReplyText:
@@ -28,6 +30,7 @@ class ReplyText:
         self._prompt = ""
         self._tools: Sequence[Any] = ()
         self._fresh = ""
+        self._looked = 0.0
         # Of each part, how much of its text has been told.
         self._told: list[int] = []
 
@@ -50,7 +53,11 @@ class ReplyText:
             if piece:
                 yield piece, "answer"
             return
-        yield from self._pieces(_HELD)
+        # The whole reply is read again each time, so not with every token of a long one.
+        now = time.monotonic()
+        if now - self._looked >= _SECONDS:
+            yield from self._pieces(_HELD)
+            self._looked = time.monotonic()
 
     def rest(self) -> Iterator[tuple[str, PartKind]]:
         """What was held back; after ``finish``."""
