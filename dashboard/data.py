@@ -374,6 +374,11 @@ def ask(request: asking.Ask, conversation_id: int | None) -> int:
     return conversation
 
 
+def answer_for_tool(conversation_id: int, tool: str, content: str) -> None:
+    """Add a tool's answer while others are still awaited."""
+    asking.add_answer(_writer(store_name()), conversation_id, tool, content)
+
+
 def waiting() -> list[int]:
     """The replies queued or under way in the whole store, in the order they are served."""
     return _store().waiting()

@@ -21,6 +21,8 @@ from oki_trace.records import (
     CaptureReport,
     Generation,
     Message,
+    Part,
+    PartKind,
     Sampling,
     Step,
     StepSummary,
@@ -87,8 +89,10 @@ def reply_data(
     live: bool,
     status: str,
     bad: bool,
+    parts: Sequence[Part] = (),
 ) -> Json:
     """What the reply element draws (see ``components/reply.js``)."""
+    kinds = part_kinds(parts, len(steps))
     values, low, high = scale(steps, colour, layers)
     texts = running_text(steps)
     tokens = [
@@ -97,9 +101,11 @@ def reply_data(
             "value": None if value is None else round(value, 3),
             "mark": s.is_special or not text.strip("\n"),
             "title": hover(s),
+            **({} if kind == "answer" else {"part": kind}),
         }
-        for s, text, value in zip(steps, texts, values, strict=True)
+        for s, text, value, kind in zip(steps, texts, values, kinds, strict=True)
     ]
+    thinking = kinds.count("thinking")
     return {
         "tokens": tokens,
         "conversation": conversation,
@@ -112,9 +118,21 @@ def reply_data(
         "high": high,
         "status": status,
         "bad": bad,
+        "thinking": f"Thinking · {counted(thinking, 'token')}" if thinking else "",
+        # What is all there is to see is not folded.
+        "fold": 0 < thinking < len(kinds),
         # While it grows it is sent a few times a second, and is no whole to save.
         "rows": [] if live else numbers(steps),
     }
+
+
+def part_kinds(parts: Sequence[Part], steps: int) -> list[PartKind]:
+    """Which kind of part each step is of; an answer where that is not known."""
+    kinds: list[PartKind] = ["answer"] * steps
+    for part in parts:
+        for index in range(part.start, min(part.end, steps)):
+            kinds[index] = part.kind
+    return kinds
 
 
 def numbers(steps: Sequence[StepSummary]) -> list[list[Any]]:

@@ -1,5 +1,6 @@
 // A reply as its tokens; each is a button. A click is told to all elements of the page.
-// data: {tokens: [{text, value, mark, title}], conversation, message, live, newest, blue, low, high,
+// Thinking is folded away by a button above; it opens when one of its tokens is chosen.
+// data: {tokens: [{text, value, mark, title, part}], thinking, fold, conversation, message, live, newest, blue, low, high,
 // name, status, bad, rows: what is saved, empty while it grows}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
@@ -7,7 +8,19 @@ export default function ({ data, parentElement }) {
   const signatures = (root.signatures ??= []);
   const text = (root.text ??= make("div", "text"));
   const foot = (root.foot ??= make("div", "foot"));
-  if (!text.isConnected) root.replaceChildren(text, foot);
+  const fold = (root.fold ??= make("button", "fold tool"));
+  if (!text.isConnected) root.replaceChildren(fold, text, foot);
+  const unfold = (open) => {
+    root.open = open;
+    text.classList.toggle("folded", !open);
+    fold.setAttribute("aria-expanded", String(open));
+    fold.textContent = `${open ? "▾" : "▸"} ${data.thinking}`;
+  };
+  fold.type = "button";
+  fold.hidden = !data.fold;
+  fold.onclick = () => unfold(!root.open);
+  if (data.fold) unfold(root.open ?? false);
+  else text.classList.remove("folded");
   text.setAttribute("role", "listbox");
   text.setAttribute("aria-label", "Tokens of the reply");
 
@@ -31,6 +44,7 @@ export default function ({ data, parentElement }) {
     const index = place.message === data.message ? place.step : null;
     mark(text, index);
     const node = index === null ? null : text.children[index];
+    if (node?.classList.contains("thinking") && data.fold) unfold(true);
     if (event?.detail?.focus) node?.focus({ preventScroll: true });
     if (event?.detail?.reveal) node?.scrollIntoView({ block: "nearest" });
   };
@@ -54,6 +68,7 @@ function draw(token, blue) {
   node.tabIndex = -1;
   node.setAttribute("role", "option");
   if (token.mark) node.classList.add("mark");
+  if (token.part) node.classList.add(token.part);
   if (blue) node.classList.add("blue");
   if (token.value !== null) node.style.setProperty("--v", token.value);
   node.onkeydown = (event) => {

@@ -13,8 +13,9 @@ import streamlit as st
 
 from dashboard import address, components, data, shapes, store_shapes
 from dashboard.views import reply_map, sidebar, step_panel
-from oki_trace.asking import Ask
+from oki_trace.asking import Ask, last_template, unanswered_calls
 from oki_trace.errors import OkiTraceError
+from oki_trace.exchange.decision import call_line
 from oki_trace.records import Message, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
@@ -56,10 +57,40 @@ def _input(settings: sidebar.Settings | None, conversation: int | None, *, live:
         _send(said, settings, conversation)
 
 
-def _send(said: str, settings: sidebar.Settings, conversation: int | None) -> None:
-    choice, sampling, policy, system = settings
+def _tool_answer(
+    settings: sidebar.Settings | None, conversation: int, messages: Sequence[Message]
+) -> None:
+    """Where the first tool call that waits is answered; nothing is executed here."""
+    waiting = unanswered_calls(messages)
+    if not waiting or waiting[0].name is None:
+        return
+    call = waiting[0]
+    number = f"{messages[-1].id}"
+    with st.form(f"tool-{number}", clear_on_submit=True):
+        st.text(shapes.clipped(call_line(call), 500))
+        said = st.text_area(
+            "Answer of the tool", key=f"tool-answer-{number}", placeholder="What the tool returns"
+        )
+        sent = st.form_submit_button("Send answer", disabled=settings is None)
+    if sent and settings is not None and call.name is not None:
+        _send(said, settings, conversation, call.name)
+
+
+def _send(
+    said: str, settings: sidebar.Settings, conversation: int | None, tool: str | None = None
+) -> None:
+    choice, sampling, policy, system, template = settings
     try:
-        conversation = data.ask(Ask(said, choice, sampling, policy, system), conversation)
+        opened = data.conversation(conversation) if conversation else None
+        before = opened[1] if opened else ()
+        template = template.over(last_template(before))
+        waiting = unanswered_calls(before) if tool is not None else []
+        if tool is not None and conversation is not None and len(waiting) > 1:
+            data.answer_for_tool(conversation, tool, said)
+        else:
+            role = Role.USER if tool is None else Role.TOOL
+            ask = Ask(said, choice, sampling, policy, system, template, role, tool)
+            conversation = data.ask(ask, conversation)
     except OkiTraceError as error:
         st.error(str(error))
         return
@@ -98,6 +129,7 @@ def _conversation(
         st.fragment(_said)(conversation_id, first)
         if first is not None:
             st.fragment(_under_way, run_every=POLL_SECONDS)(conversation_id, first, len(live))
+        _tool_answer(settings, conversation_id, messages)
         _input(settings, conversation_id, live=bool(live))
     with right, st.container(key="panel"):
         st.fragment(step_panel.show)(conversation_id)
@@ -144,7 +176,9 @@ def _heading(title: str) -> None:
 
 def _message(message: Message) -> None:
     if message.role is not Role.ASSISTANT:
-        label = "system" if message.role is Role.SYSTEM else ""
+        label = "" if message.role is Role.USER else str(message.role)
+        if message.tool_name:
+            label += f" {message.tool_name}"
         components.bubble(data={"text": message.content, "label": label}, key=f"said-{message.id}")
         return
     steps = data.steps(message)
@@ -159,6 +193,7 @@ def _message(message: Message) -> None:
             live=message.status.is_live,
             status=_status(message, len(steps)),
             bad=message.status in (Status.FAILED, Status.INTERRUPTED),
+            parts=message.parts,
         ),
     )
     if message.status.is_live:

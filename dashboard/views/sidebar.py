@@ -10,7 +10,16 @@ import streamlit as st
 from dashboard import address, data, shapes
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TensorMode, WorkerState
+from oki_trace.records import (
+    CapturePolicy,
+    Message,
+    ModelChoice,
+    Sampling,
+    TemplateOptions,
+    TensorMode,
+    WorkerState,
+)
+from oki_trace.template_options import options_from, parsed_tools
 
 STATES = {
     "starting": ("Starting", "orange"),
@@ -24,7 +33,7 @@ STATES = {
 
 TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
 
-Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None]
+Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None, TemplateOptions]
 
 # What was chosen, by the key of its widget. A widget's own state is gone as soon as
 # it is not drawn: on another page, or while its part of the sidebar is shut.
@@ -45,12 +54,13 @@ def settings() -> Settings | None:
                 _sampling_widgets()
         try:
             sampling, policy, system = _asked()
+            template = _template()
         except UsageError as error:
             st.error(str(error))
             return None
         if not part.open:
             st.caption(shapes.plain(shapes.settings_line(sampling, policy, system)))
-    return choice, sampling, policy, system
+    return choice, sampling, policy, system, template
 
 
 def _chosen() -> dict[str, Any]:
@@ -70,6 +80,8 @@ def _chosen() -> dict[str, Any]:
         "topk_evidence": policy.topk_evidence,
         "topk_lens": policy.topk_lens,
         "system": "",
+        "template_args": "",
+        "tools": "",
     }
     kept: dict[str, Any] = st.session_state.setdefault(CHOSEN, {})
     kept.update({key: st.session_state[key] for key in defaults if key in st.session_state})
@@ -134,6 +146,21 @@ def _sampling_widgets() -> None:
                 name, 1, 1000, key=_seeded(key), width=76, help=f"How many {of_what} are kept."
             )
     st.text_area("System message", key=_seeded("system"), placeholder="none", height=80)
+    st.text_area(
+        "Template arguments",
+        key=_seeded("template_args"),
+        placeholder="enable_thinking=false",
+        height=80,
+        help="One KEY=VALUE a line, for the model's chat template. Kept for the next turns; "
+        "KEY=null takes one back.",
+    )
+    st.text_area(
+        "Tools",
+        key=_seeded("tools"),
+        placeholder="none",
+        height=80,
+        help="JSON schemas of functions, in a list. Calls are shown, never executed.",
+    )
 
 
 def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
@@ -153,6 +180,14 @@ def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
     )
     policy = CapturePolicy(logits, evidence, lens, chosen["tensors"])
     return sampling, policy, chosen["system"].strip() or None
+
+
+def _template() -> TemplateOptions:
+    """What the chat template is given. Raises UsageError for what cannot be read."""
+    chosen = _chosen()
+    lines = [line for line in chosen["template_args"].splitlines() if line.strip()]
+    text = chosen["tools"].strip()
+    return options_from(lines, parsed_tools(text, "Tools") if text else ())
 
 
 def model_card(messages: Sequence[Message]) -> None:

@@ -11,7 +11,13 @@ from rich.text import Text
 from oki_trace.cli import options
 from oki_trace.cli.output import console, inert, print_json, table, token
 from oki_trace.errors import NotFound
-from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
+from oki_trace.exchange.decision import (
+    call_line,
+    effects_table,
+    explain,
+    explain_generation,
+    quoted,
+)
 from oki_trace.records import Conversation, Lens, Message, Prompt, Role, Step
 
 if TYPE_CHECKING:
@@ -116,13 +122,27 @@ def _show_messages(reader: TraceReader, messages: list[Message]) -> None:
     out = console()
     for message in messages:
         out.print()
-        out.print(Text(f"{message.role} · message {message.id}", style="bold"))
-        if message.content:
+        who = f"{message.role} {inert(message.tool_name or '', keep='')}".rstrip()
+        out.print(Text(f"{who} · message {message.id}", style="bold"))
+        for text, style in _said(message):
             # Written as it is: wrapping would put line ends into it.
-            out.print(Text(inert(message.content)), soft_wrap=True)
+            out.print(Text(inert(text), style=style), soft_wrap=True)
         if message.role is Role.ASSISTANT:
             out.print(Text(_headline(message), style="dim"))
             _print_steps(out, list(reader.iter_steps(message.id)))
+
+
+def _said(message: Message) -> list[tuple[str, str]]:
+    """The text of each part of a message, with its style: thinking is dim."""
+    if all(part.kind == "answer" for part in message.parts):
+        return [(message.content, "")] if message.content else []
+    said = []
+    for part in message.parts:
+        if part.kind == "tool_call":
+            said.append((f"tool call: {call_line(part)}", "cyan"))
+        elif part.text:
+            said.append((part.text, "dim" if part.kind == "thinking" else ""))
+    return said
 
 
 def _headline(message: Message) -> str:

@@ -5,9 +5,10 @@ No library is needed for it, and no store: a step in, text out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
-from oki_trace.records import Contender, Decision, Effect, Generation, Step
+from oki_trace.records import Contender, Decision, Effect, Generation, Part, Step
 
 Quote = Callable[[str], str]
 
@@ -30,6 +31,17 @@ def explain(step: Step, quote: Quote = quoted) -> str:
     if not decision.drawn:
         return _greedily(step, quote)
     return f"{_share(step, decision)}{_race(step, decision, quote)}. {_greedy(step, quote)}."
+
+
+def call_line(part: Part) -> str:
+    """A tool call in a line: the tool, and what it is given."""
+    if part.name is None:
+        return part.text
+    given = part.arguments
+    if isinstance(given, dict):
+        pairs = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items())
+        return f"{part.name}({', '.join(pairs)})"
+    return f"{part.name}({'' if given is None else json.dumps(given, ensure_ascii=False)})"
 
 
 def explain_generation(generation: Generation) -> str:
