@@ -149,8 +149,8 @@ def _with_none(tokenizer: Any, written: Sequence[Turn], given: dict[str, Any]) -
     """
     template = tokenizer.get_chat_template(tools=given["tools"])
     named = {**tokenizer.special_tokens_map, **given}
-    rendered, _ = render_jinja_template([list(written)], chat_template=template, **named)
-    return str(rendered[0])
+    rendered: Any = render_jinja_template([list(written)], chat_template=template, **named)
+    return str(rendered[0][0])
 
 
 def _first_line(error: Exception) -> str:
