@@ -39,7 +39,7 @@ def folder_of(
 
 def run(oki: Oki, *arguments: Any) -> dict[str, Any]:
     done = oki("run", *arguments, "--json")
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     return dict(json.loads(done.out.splitlines()[-1]))
 
 
@@ -86,7 +86,7 @@ def test_a_tool_is_called_and_answered(tmp_path: Path, oki: Oki) -> None:
     call = first["parts"][1]
     assert (call["name"], call["arguments"]) == ("get_weather", {"city": "Rome"})
     wrong = oki("run", "18", "-c", 1, "--tool-result", "get_wether", "--db", db)
-    assert wrong.code == 2 and "did not call 'get_wether'" in wrong.err
+    assert wrong.status == 2 and "did not call 'get_wether'" in wrong.err
     second = run(oki, "18 degrees", "-c", 1, "--tool-result", "get_weather", "--db", db)
     with TraceReader(db) as reader:
         reply = reader.message(second["message"])
@@ -99,7 +99,7 @@ def test_a_tool_is_called_and_answered(tmp_path: Path, oki: Oki) -> None:
     shown = oki("show", 1, "--db", db).out
     assert 'tool call: get_weather(city="Rome")' in shown and "tool get_weather" in shown
     again = oki("run", "19", "-c", 1, "--tool-result", "get_weather", "--db", db)
-    assert again.code == 2 and "no tool call that waits" in again.err
+    assert again.status == 2 and "no tool call that waits" in again.err
 
 
 @pytest.mark.parametrize("format", ["json", "jsonl", "parquet"])
@@ -114,9 +114,9 @@ def test_parts_template_and_tool_come_back_from_an_export(
     run(oki, "18 degrees", "-c", 1, "--tool-result", "get_weather", "--db", db)
     out = tmp_path / "out"
     done = oki("export", "-c", 1, "--format", format, "--output", out, "--db", db)
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     done = oki("import", out, "--db", copy)
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     with TraceReader(db) as before, TraceReader(copy) as after:
         for one, other in zip(before.messages(1), after.messages(1), strict=True):
             for name in ("role", "content", "parts", "template", "tool_name"):
@@ -154,5 +154,5 @@ def test_slips_are_one_line(tmp_path: Path, oki: Oki) -> None:
         (["--tool-result", "f"], "Name it with --conversation"),
     ):
         done = oki("run", "Capital?", "--model", folder, "--db", db, *arguments)
-        assert done.code in (1, 2) and words in done.err, done.err
+        assert done.status in (1, 2) and words in done.err, done.err
         assert len(done.err.strip().splitlines()) == 1

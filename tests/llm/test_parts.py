@@ -329,9 +329,14 @@ def test_a_prompt_without_what_was_said_is_refused() -> None:
     with pytest.raises(CaptureError, match="leaves out a message of yours") as refused:
         render(made, [ChatMessage(Role.USER, "user")])
     assert len(str(refused.value).splitlines()) == 1
-    forgets_calls = tokenizer("{% for m in messages %}<s>{{ m.role }}:{{ m.content }}{% endfor %}")
-    with pytest.raises(CaptureError, match="leaves out the call of the tool get_weather"):
-        render(forgets_calls, conversation("Let me look."))
+
+
+def test_a_template_without_calls_has_them_as_they_were_written() -> None:
+    made = tokenizer("{# <tool_call> #}{% for m in messages %}<s>{{ m.content }}{% endfor %}")
+    prompt = render(made, conversation("Let me look."))
+    assert "Let me look.\n<tool_call>\n{" in prompt.text
+    found = segments(prompt)
+    assert found["tool_call"].startswith("get_weather") and found["assistant"] == "Let me look."
 
 
 def test_arguments_and_tools_go_to_the_template() -> None:
