@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from oki_trace.analysis.shares import COUNTED_AS
 from oki_trace.analysis.tables import BY_NAME, Kind, Table
 from oki_trace.store.columnar import Columns
 from oki_trace.store.reader import TraceReader
@@ -23,7 +24,7 @@ from oki_trace.store.reader import TraceReader
 STEPS_AT_ONCE = 256
 
 SHARES = ("first_token", "system", "user", "assistant", "template", "reply")
-_SEGMENT_SHARE = {"system": 1, "user": 2, "assistant": 3, "template": 4}
+_SEGMENT_SHARE = {name: SHARES.index(thing) for name, thing in COUNTED_AS.items()}
 _REPLY = 5
 
 _ARROW: dict[Kind, pa.DataType] = {

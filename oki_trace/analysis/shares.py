@@ -18,9 +18,14 @@ THINGS = (
     "template",
     "reply",
 )
-_SEGMENTS = {
-    name: i for i, name in enumerate(THINGS) if name in ("system", "user", "assistant", "template")
+# What an earlier reply thought and called is the assistant's, what a tool answered is given.
+COUNTED_AS = {
+    **{name: name for name in ("system", "user", "assistant", "template")},
+    "thinking": "assistant",
+    "tool_call": "assistant",
+    "tool": "user",
 }
+_SEGMENTS = {name: THINGS.index(thing) for name, thing in COUNTED_AS.items()}
 
 
 def shares_of_heads(

@@ -210,7 +210,7 @@ message_id BIGINT the reply
 position INTEGER its place, from 0
 token_id INTEGER the token
 token VARCHAR its text
-segment VARCHAR system, user, assistant or template
+segment VARCHAR template, system, user, assistant, thinking, tool_call or tool
 """),
     ),
 )
