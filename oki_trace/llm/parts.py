@@ -126,7 +126,16 @@ def _marked(form: ReplyFormat, prompt: str, text: _Text) -> Iterator[_Span]:
     first = begin = 0
     while True:
         if thinks:
+            if first == 0:
+                first = _opened_twice(form, whole)
             where, closing = _earliest(whole, close, first)
+            called, opening = _earliest(whole, [o for o, _ in form.tool_calls], first)
+            if closing is None and opening is not None:
+                # It called a tool without ending its thinking.
+                yield _Span("thinking", begin, first, called, called)
+                begin = first = at = called
+                thinks = False
+                continue
             if closing is None:
                 yield _Span("thinking", begin, first, len(whole), len(whole))
                 return
@@ -162,6 +171,13 @@ def _marked(form: ReplyFormat, prompt: str, text: _Text) -> Iterator[_Span]:
         yield from _calls(text, begin, inside, last if last >= 0 else len(whole), end)
         begin = first = at = end
         close = [closing for _, closing in form.thinking]
+
+
+def _opened_twice(form: ReplyFormat, whole: str) -> int:
+    """Where thinking begins whose marker the template has written, and the model once more."""
+    start = len(whole) - len(whole.lstrip())
+    openings = [o for o, _ in form.thinking if whole.startswith(o, start)]
+    return start + len(openings[0]) if openings else 0
 
 
 def _earliest(text: str, markers: Sequence[str], at: int) -> tuple[int, str | None]:

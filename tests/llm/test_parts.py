@@ -218,6 +218,10 @@ def test_a_reply_that_the_template_opens_as_thinking() -> None:
         ("thinking", "France."),
         ("answer", "Paris."),
     ]
+    assert brief(read(made, "<think>\nFrance.</think>Paris.", prompt.text)) == [
+        ("thinking", "France."),
+        ("answer", "Paris."),
+    ]
     cut = read(made, "France", prompt.text)
     assert brief(cut) == [("thinking", "France")]
     # It has no place for thinking: the turn is empty, and the thinking no answer.

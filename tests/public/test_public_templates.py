@@ -81,9 +81,9 @@ FAMILIES = {
     ),
     "deepseek-r1": Family(
         None,
-        TAGS.removeprefix("<think>\n"),
+        TAGS,
         "<｜end▁of▁sentence｜>",
-        f"{THOUGHT}\n</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+        f"<think>\n{THOUGHT}\n</think>\n\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
         'get_weather\n```json\n{"city": "Rome"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
         takes_tools=False,
     ),
@@ -169,7 +169,9 @@ def _folder(name: str, cache: Path) -> Path:
 
 
 def said(tokenizer: Any, reply: str, prompt: str = "") -> ChatMessage:
-    """The reply as it is kept, read from its tokens."""
+    """The reply as it is kept, read from its tokens; a template may have begun its thinking."""
+    if format_of(tokenizer).begins_thinking(prompt):
+        reply = reply.removeprefix("<think>\n")
     vocabulary = Vocabulary(tokenizer)
     tokens = [
         ReplyToken(vocabulary.token_bytes(i), vocabulary.is_special(i))
