@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-WIDTH = 256
+WIDTH = 512
 
 
-def model(tokenizer: Any, script: dict[int, str], positions: int = 512) -> Any:
+def model(tokenizer: Any, script: dict[int, str], positions: int = 1024) -> Any:
     """A model that goes on with ``script[n]`` after a prompt of n tokens, and then ends."""
     vocabulary, eos = len(tokenizer), tokenizer.eos_token_id
     built = GPT2LMHeadModel(
@@ -30,18 +30,21 @@ def model(tokenizer: Any, script: dict[int, str], positions: int = 512) -> Any:
             eos_token_id=eos,
         )
     )
-    said = [eos] * positions
+    said: dict[int, int] = {}
     for start, text in script.items():
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        said[start - 1 : start - 1 + len(ids)] = ids
+        said.update(enumerate(ids, start=start - 1))
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(positions, WIDTH, generator=generator)
+    # The same at every position: what the model says where nothing is scripted.
+    vectors[:, 0] = 4.0
     with torch.no_grad():
         built.transformer.wte.weight.zero_()
         built.transformer.wpe.weight.copy_(vectors)
         built.lm_head.weight.zero_()
-        for position, token_id in enumerate(said):
-            built.lm_head.weight[token_id] += vectors[position] * 0.3
+        built.lm_head.weight[eos, 0] = 25.0
+        for position, token_id in said.items():
+            built.lm_head.weight[token_id, 1:] += vectors[position, 1:]
         for block in built.transformer.h:
             block.attn.c_proj.weight.zero_()
             block.mlp.c_proj.weight.zero_()
