@@ -42,7 +42,7 @@ def model(tokenizer: Any, script: dict[int, str], positions: int = 1024) -> Any:
         built.transformer.wte.weight.zero_()
         built.transformer.wpe.weight.copy_(vectors)
         built.lm_head.weight.zero_()
-        built.lm_head.weight[eos, 0] = 25.0
+        built.lm_head.weight[eos, 0] = 60.0
         for position, token_id in said.items():
             built.lm_head.weight[token_id, 1:] += vectors[position, 1:]
         for block in built.transformer.h:

@@ -64,8 +64,8 @@ def parts_of(
 
 
 def answer_of(parts: Sequence[Part]) -> str:
-    """The text of the answer alone."""
-    return "".join(part.text for part in parts if part.kind == "answer")
+    """The text of the answer alone. What was said before and after a call are paragraphs."""
+    return "\n\n".join(part.text for part in parts if part.kind == "answer")
 
 
 class _Text:

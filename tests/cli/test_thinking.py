@@ -143,6 +143,7 @@ def test_a_reply_whose_process_was_killed_is_read_in_parts_for_the_next_turn(
 def test_slips_are_one_line(tmp_path: Path, oki: Oki) -> None:
     made = tokenizer(THINK, "<|im_end|>")
     folder, db = folder_of(tmp_path, made, "Paris."), tmp_path / "s.db"
+    oki("info", "--db", db)  # what saving the model printed is not the commands'
     bad = tmp_path / "bad.json"
     bad.write_text("{")
     for arguments, words in (
