@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import datetime as dt
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,7 @@ from oki_trace.records import (
     Message,
     Part,
     PartKind,
+    Prompt,
     Sampling,
     Step,
     StepSummary,
@@ -196,10 +198,33 @@ def newest(steps: Sequence[StepSummary]) -> int | None:
     return ready[-1] if ready else (steps[-1].step_index if steps else None)
 
 
-def most_surprising(steps: Sequence[StepSummary]) -> int | None:
-    """The step with the least likely token: where to look first."""
-    rated = [s for s in steps if math.isfinite(s.logprob)] or steps[:1]
+def most_surprising(steps: Sequence[StepSummary], parts: Sequence[Part] = ()) -> int | None:
+    """The step with the least likely token, outside of thinking: where to look first."""
+    kinds = part_kinds(parts, len(steps))
+    open_ones = [s for s, kind in zip(steps, kinds, strict=True) if kind != "thinking"] or steps
+    rated = [s for s in open_ones if math.isfinite(s.logprob)] or open_ones[:1]
     return min(rated, key=lambda s: s.logprob).step_index if rated else None
+
+
+# How the special tokens of most vocabularies look.
+_SPECIAL = re.compile(r"<[|｜/]?[^<>\s]+>|\[/?[A-Z_]{2,}\]")
+
+
+def bubble_data(text: str, label: str, prompt: Prompt | None = None) -> Json:
+    """A message in pieces: a special token that was typed is one to the model, and marked.
+
+    ``prompt`` is what the model was given of it.
+    """
+    typed: set[str] = set()
+    if prompt is not None:
+        typed = {
+            token
+            for token, segment in zip(prompt.tokens, prompt.segments, strict=True)
+            if segment in ("system", "user", "tool") and _SPECIAL.fullmatch(token)
+        }
+    cuts = re.split("(" + "|".join(map(re.escape, sorted(typed))) + ")", text) if typed else [text]
+    pieces = [{"text": piece, "mark": piece in typed} for piece in cuts if piece]
+    return {"pieces": pieces, "label": label}
 
 
 NO_STEP: Json = {"empty": True}

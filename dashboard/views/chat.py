@@ -16,7 +16,7 @@ from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.asking import Ask, last_template, unanswered_calls
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.decision import call_line
-from oki_trace.records import Message, Role, Status, WorkerState
+from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
 TITLE_LENGTH = 200
@@ -144,7 +144,7 @@ def _said(conversation_id: int, end: int | None) -> None:
         return
     _heading(opened[0].title)
     for message in opened[1][:end]:
-        _message(message)
+        _message(message, opened[1])
 
 
 def _under_way(conversation_id: int, first: int, live: int) -> None:
@@ -153,7 +153,7 @@ def _under_way(conversation_id: int, first: int, live: int) -> None:
     if opened is None or sum(m.status.is_live for m in opened[1]) != live:
         st.rerun()
     for message in opened[1][first:]:
-        _message(message)
+        _message(message, opened[1])
 
 
 def _heading(title: str) -> None:
@@ -174,12 +174,22 @@ def _heading(title: str) -> None:
         )
 
 
-def _message(message: Message) -> None:
+def _prompt_with(message: Message, messages: Sequence[Message]) -> Prompt | None:
+    """A prompt that the message stands in, if it can hold any special token."""
+    if not set("<[") & set(message.content):
+        return None
+    after = (m for m in messages if m.position > message.position and m.prompt_len is not None)
+    reply = next(after, None)
+    return None if reply is None else data.prompt(reply)
+
+
+def _message(message: Message, messages: Sequence[Message]) -> None:
     if message.role is not Role.ASSISTANT:
         label = "" if message.role is Role.USER else str(message.role)
         if message.tool_name:
             label += f" {message.tool_name}"
-        components.bubble(data={"text": message.content, "label": label}, key=f"said-{message.id}")
+        shown = shapes.bubble_data(message.content, label, _prompt_with(message, messages))
+        components.bubble(data=shown, key=f"said-{message.id}")
         return
     steps = data.steps(message)
     components.reply(

@@ -35,8 +35,9 @@ def focus(conversation_id: int) -> Focus | None:
         return None
     if place.message == message.id and place.step is not None:
         return message, steps, min(place.step, len(steps) - 1)
-    pick = shapes.newest if message.status.is_live else shapes.most_surprising
-    return message, steps, pick(steps) or 0
+    if message.status.is_live:
+        return message, steps, shapes.newest(steps) or 0
+    return message, steps, shapes.most_surprising(steps, message.parts) or 0
 
 
 def show(conversation_id: int) -> None:

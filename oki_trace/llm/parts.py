@@ -139,7 +139,7 @@ def _marked(form: ReplyFormat, prompt: str, text: _Text) -> Iterator[_Span]:
             if closing is None:
                 yield _Span("thinking", begin, first, len(whole), len(whole))
                 return
-            end = where + len(closing)
+            end = _after_blank(whole, where + len(closing))
             yield _Span("thinking", begin, first, where, end)
             begin = first = at = end
             thinks = False
@@ -149,7 +149,7 @@ def _marked(form: ReplyFormat, prompt: str, text: _Text) -> Iterator[_Span]:
         # A model that was trained to have its thinking opened for it may only close it.
         closed, closing = _earliest(whole, close, at)
         if closing is not None and (opening is None or closed < where) and begin == 0 and at == 0:
-            end = closed + len(closing)
+            end = _after_blank(whole, closed + len(closing))
             yield _Span("thinking", begin, first, closed, end)
             begin = first = at = end
             continue
@@ -171,6 +171,11 @@ def _marked(form: ReplyFormat, prompt: str, text: _Text) -> Iterator[_Span]:
         yield from _calls(text, begin, inside, last if last >= 0 else len(whole), end)
         begin = first = at = end
         close = [closing for _, closing in form.thinking]
+
+
+def _after_blank(whole: str, at: int) -> int:
+    """Past the empty lines between thinking and answer, which are of neither."""
+    return len(whole) - len(whole[at:].lstrip("\n"))
 
 
 def _opened_twice(form: ReplyFormat, whole: str) -> int:
