@@ -68,7 +68,7 @@ def test_distances_of_any_steps(tmp_path: Path) -> None:
         for row in found:
             p, q = probs(trove, a, row["x"]), probs(trove, b, STEPS - 1 - row["x"])
             assert [row[name] for name in DISTANCES] == pytest.approx(
-                apart(p, q), rel=1e-6, abs=1e-6
+                apart(p, q), rel=1e-6, abs=1e-5
             )
             assert row["top_rank"] == 1 + (q > q[p.argmax()]).sum()
             assert row["basis"] == "full logits"
