@@ -19,7 +19,7 @@ import streamlit as st
 
 from dashboard import attention_shapes, compare_shapes
 from oki_trace import asking, worker
-from oki_trace.errors import NotFound, OkiTraceError
+from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
@@ -62,12 +62,17 @@ def store_name() -> str:
 
 
 def open_store() -> None:
-    """Make the store if there is none; on failure the page says why and ends."""
-    try:
-        _opened(store_name())
-    except OkiTraceError as error:
-        st.error(str(error), icon=":material/error:")
-        st.stop()
+    """Make the store if there is none. Raises StoreError where that cannot be."""
+    _opened(store_name())
+
+
+def reopen() -> None:
+    """Open the store anew at the next reading: it may have been put back, moved or mended."""
+    _reader.clear()
+    _writer.clear()
+    _catch_up.clear()
+    _trove.clear()
+    st.cache_data.clear()
 
 
 @st.cache_resource
@@ -79,12 +84,12 @@ def _opened(db: str) -> None:
     gc.freeze()
 
 
-@st.cache_resource
+@st.cache_resource(on_release=TraceReader.close)
 def _reader(db: str) -> TraceReader:
     return TraceReader(db)
 
 
-@st.cache_resource
+@st.cache_resource(on_release=TraceWriter.close)
 def _writer(db: str) -> TraceWriter:
     return TraceWriter(db, checkpoint=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboard import data, shapes
+from dashboard import boundary, data, shapes
 from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 
@@ -25,7 +25,7 @@ def ready() -> bool:
         st.error(shapes.sentence(str(error)), icon=":material/error:")
         return False
     if left is not None:
-        st.fragment(_progress, run_every=WAIT_S)()
+        boundary.part(_progress, run_every=WAIT_S)()
     return left is None
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from dashboard import address, components, data, question_charts, question_shapes, shapes
+from dashboard import address, boundary, components, data, question_charts, question_shapes, shapes
 from dashboard import asked as asking
 from dashboard.asked import Asked
 from dashboard.views import catching_up, question_controls
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 TABLE_HEIGHT = 430
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     questions = data.questions()

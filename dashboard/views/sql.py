@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboard import components, data, shapes, sql_shapes
+from dashboard import boundary, components, data, shapes, sql_shapes
 from dashboard.views import catching_up
 from oki_trace.errors import OkiTraceError
 
@@ -42,6 +42,7 @@ class Result:
     error: str = ""
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     st.title("SQL")

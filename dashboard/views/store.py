@@ -15,7 +15,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboard import charts, components, data, shapes, store_shapes
+from dashboard import boundary, charts, components, data, shapes, store_shapes
 from dashboard.views import beginning, pictured
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
@@ -27,6 +27,7 @@ KINDS = {"full tensors only": True, "whole conversations": False}
 Result = TypeVar("Result")
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     st.title("Store")
