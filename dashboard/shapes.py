@@ -25,7 +25,7 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
-from oki_trace.visible import visible
+from oki_trace.visible import inert, visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
 COLOURS: tuple[Colour, ...] = ("surprisal", "entropy", "margin", "settle layer")
@@ -54,21 +54,28 @@ def figure(value: float, digits: int, unit: str = "") -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` with what Markdown would read as its own escaped: for labels and captions.
+    """``text`` for a place that is read as Markdown, where it is to stand as it is.
 
-    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
-    a joiner, which is not seen, keeps their characters apart.
+    What Markdown would read as its own is escaped. Streamlit looks for icons, emoji,
+    arrows and addresses after that, so a joiner, which is not seen, keeps their
+    characters apart.
     """
-    return "".join(f"\\{c}\u2060" if c in MARKDOWN else c for c in text)
+    marked = "".join(_MARKED.get(c, c) for c in inert(text))
+    # Else a line that begins with spaces is a block of code.
+    return f"{_JOINER}{marked}" if marked[:1].isspace() else marked
 
 
 def sentence(text: str) -> str:
-    """``text``, ended as a sentence is, and safe to be read as Markdown: it may name a model."""
-    return "".join(f"\\{c}" if c in MARKDOWN else c for c in text.rstrip(".")) + "."
+    """``text``, ended as a sentence is, safe where Markdown is read: it may name a model."""
+    return f"{plain(text.rstrip('.'))}."
 
 
-# What Markdown would read as its own.
-MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")
+_JOINER = "\u2060"
+# An address is known by these, with what stands on both sides of them.
+_IN_ADDRESSES = ".:/@"
+_MARKED = {c: f"\\{c}{_JOINER}" for c in r"\`*_{}[]()#+-!|$<>~=&"}
+_MARKED |= {c: f"{_JOINER}\\{c}{_JOINER}" for c in _IN_ADDRESSES}
+_MARKED["\n"] = f"\n{_JOINER}"
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:

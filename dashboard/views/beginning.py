@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import streamlit as st
 
+from dashboard import shapes
+
 
 def first_trace(why: str) -> None:
     """Say why the page is empty, and lead to the chat."""
-    st.write(why)
+    st.write(shapes.plain(why))
     pages = st.session_state.get("pages")
     if pages and st.button("Begin in Chat", icon=":material/chat:", type="primary"):
         st.switch_page(pages["chat"])

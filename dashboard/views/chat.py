@@ -34,7 +34,7 @@ def page() -> None:
     settings = sidebar.settings()
     opened = data.conversation(place.conversation) if place.conversation else None
     if place.conversation and opened is None:
-        st.warning(f"There is no conversation {place.conversation} in this store.")
+        st.warning(f"There is no conversation {place.conversation:d} in this store.")
     if opened is None:
         _welcome(settings)
     else:
@@ -62,7 +62,7 @@ def _send(said: str, settings: sidebar.Settings, conversation: int | None) -> No
     try:
         conversation = data.ask(Ask(said, choice, sampling, policy, system), conversation)
     except OkiTraceError as error:
-        st.error(str(error))
+        st.error(shapes.sentence(str(error)))
         return
     address.go(address.Place(conversation))
     st.rerun()

@@ -72,7 +72,7 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
     wanted = _in_address(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
-        f"{side.capitalize()} reply",
+        f"{shapes.plain(side.capitalize())} reply",
         ids,
         index=ids.index(wanted) if wanted is not None and wanted in offered else None,
         format_func=offered.__getitem__,
@@ -94,7 +94,7 @@ def _replies(left: Message, right: Message) -> None:
     steps = (data.steps(left), data.steps(right))
     pairs = compare_shapes.align(*steps)
     first = compare_shapes.divergence(pairs)
-    st.write(compare_shapes.verdict(pairs))
+    st.write(shapes.plain(compare_shapes.verdict(pairs)))
     one_model = left.model_id == right.model_id
     full = all(data.has_logits(message) for message in (left, right))
     exact = st.toggle(
@@ -159,7 +159,7 @@ def _steps(
     for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
-                st.caption(f"The {side} reply has no step here.")
+                st.caption(f"The {shapes.plain(side)} reply has no step here.")
                 continue
             components.bars(data=shapes.bars_data(step), key=f"bars-{side}")
             if step.lens is None:

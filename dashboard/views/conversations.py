@@ -275,7 +275,7 @@ def _imported() -> None:
     done = st.session_state.pop("imported", None)
     if done is None:
         return
-    numbers = ", ".join(map(str, done.conversations))
+    numbers = ", ".join(f"{number:d}" for number in done.conversations)
     noun = "conversation" if len(done.conversations) == 1 else "conversations"
     st.success(
         f"Imported as {noun} {numbers}: {shapes.counted(done.messages, 'message')}, "

@@ -38,8 +38,8 @@ def page() -> None:
     question = questions[asked.question]
     _list(asked)
     group = next(group for group, those in asking.GROUPS if asked.question in those)
-    st.title(group)
-    st.write(_without(question.meaning, group))
+    st.title(shapes.plain(group))
+    st.write(shapes.plain(_without(question.meaning, group)))
     if not catching_up.ready():
         return
     chosen = question_controls.draw(asked, question)
@@ -68,10 +68,11 @@ def _list(asked: Asked) -> None:
     """All questions, in groups; another one is asked about the same replies."""
     with st.sidebar, st.container(key="asks", gap=None):
         for group, those in asking.GROUPS:
-            st.caption(group)
+            st.caption(shapes.plain(group))
             for name, title in those.items():
+                short = shapes.plain(title)
                 if st.button(
-                    f"**{title}**" if name == asked.question else title,
+                    f"**{short}**" if name == asked.question else short,
                     key=f"ask-{name}",
                     type="tertiary",
                     width="stretch",
@@ -97,7 +98,7 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
         _offer_everything(asked)
     else:
         _pictures(asked, answer)
-        st.caption(question.reading)
+        st.caption(shapes.plain(question.reading))
         _table(asked, answer)
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
@@ -151,7 +152,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
         with st.container(key=f"picture-{number}"):
             _chart(asked, answer, drawing, part, places, number)
     if any(notes):
-        st.caption(" ".join(note for note in notes if note))
+        st.caption(shapes.plain(" ".join(note for note in notes if note)))
 
 
 def _by_model(
@@ -271,7 +272,7 @@ def _follow(asked: Asked, answer: Answer, row: int) -> None:
 def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
     config: dict[str, object] = {}
     for column in answer.columns:
-        meaning = column.meaning[:1].upper() + column.meaning[1:]
+        meaning = shapes.plain(column.meaning[:1].upper() + column.meaning[1:])
         kind = frame[column.name].dtype.kind
         if kind == "f":
             whole = frame[column.name].dropna().mod(1).eq(0).all() and column.shown != "share"

@@ -160,10 +160,10 @@ def _attention(
         return
     if head == attention_shapes.MEAN:
         found = data.attention_points(message, layer, first, end)
-        note = f"The {capture.policy.topk_evidence} most attended positions of each step."
+        note = f"The {capture.policy.topk_evidence:,} most attended positions of each step."
     else:
         found = data.full_attention(message, layer, head, first, end)
-        note = f"Every position, from the full tensors, {FULL_WINDOW} steps at a time."
+        note = f"Every position, from the full tensors, {FULL_WINDOW:d} steps at a time."
     park = step_panel.leave_out("map_sink")
     without = attention_shapes.parked(prompt, steps) if park else frozenset()
     shown = attention_shapes.attention_map(prompt, steps, found, first, end, without)

@@ -46,7 +46,7 @@ def settings() -> Settings | None:
         try:
             sampling, policy, system = _asked()
         except UsageError as error:
-            st.error(str(error))
+            st.error(shapes.sentence(str(error)))
             return None
         if not part.open:
             st.caption(shapes.plain(shapes.settings_line(sampling, policy, system)))
@@ -167,7 +167,9 @@ def model_card(messages: Sequence[Message]) -> None:
         st.caption(shapes.plain(shapes.model_line(capture)))
         with st.container(horizontal=True, gap="xsmall"):
             for badge in shapes.trust(message):
-                st.badge(badge.name, color=badge.colour, help=shapes.plain(badge.meaning))
+                st.badge(
+                    shapes.plain(badge.name), color=badge.colour, help=shapes.plain(badge.meaning)
+                )
 
 
 def worker_card() -> None:
@@ -175,7 +177,7 @@ def worker_card() -> None:
     state = data.worker_state()
     if state is None:
         return
-    label, colour = STATES.get(state.state, (state.state, "gray"))
+    label, colour = STATES[state.state] if state.state in STATES else ("Unknown", "gray")
     with st.container(border=True, gap="xsmall"):
         st.badge(label, color=colour)  # type: ignore[arg-type]
         text = _detail(state)
@@ -206,7 +208,7 @@ def recent_conversations(current: int | None) -> None:
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {c.status}",
+                help=f"{c.tokens:,} tokens · {shapes.plain(c.status)}",
             ):
                 address.go(address.Place(c.id))
                 st.rerun()

@@ -131,7 +131,7 @@ def _evidence(
     )
     if capture.attention_check is not None:
         notes = f"{notes} Attention check {shapes.check(capture.attention_check)}."
-    st.caption(notes)
+    st.caption(shapes.plain(notes))
 
 
 def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
@@ -157,9 +157,10 @@ def head_of(message: Message, count: int | None, key: str = "evidence_head") -> 
         label_visibility="collapsed",
         width=146,
         disabled=count is None,
-        help=f"Single heads and the maximum need the full tensors, {shapes.absence(message)}."
-        if count is None
-        else None,
+        help=None
+        if count is not None
+        else "Single heads and the maximum need the full tensors, "
+        f"{shapes.sentence(shapes.absence(message))}",
     )
 
 
@@ -271,6 +272,6 @@ def _curves(step: Step) -> None:
     pictured.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
     k = step.lens.probs.shape[1]
     st.caption(
-        f"The chosen token is known at every layer; of others the {k} likeliest of each layer "
+        f"The chosen token is known at every layer; of others the {k:d} likeliest of each layer "
         "were kept, and where they are not among them there is a gap."
     )

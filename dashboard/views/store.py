@@ -39,7 +39,7 @@ def page() -> None:
         )
     with st.container(horizontal=True, key="store-tiles"):
         for name, value, meaning in store_shapes.tiles(info):
-            st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)
+            st.metric(shapes.plain(name), value, border=True, help=shapes.plain(meaning), width=210)
     _room(info)
     _health(info)
     _make_room(info)
@@ -92,7 +92,7 @@ def _verify(place: DeltaGenerator) -> None:
         share = done / of_all if of_all else 1.0
         bar.progress(
             min(share, 1.0),
-            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{rest}. "
+            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{shapes.plain(rest)}. "
             "A click on anything else ends the check.",
         )
 
@@ -201,7 +201,7 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
 
 
 def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
-    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {what}")
+    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {shapes.plain(what)}")
 
 
 def _vacuum(info: StoreInfo) -> None:
