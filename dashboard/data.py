@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 import streamlit as st
 
 from dashboard import attention_shapes, compare_shapes
+from dashboard import model_defaults as model_defaults_of
 from oki_trace import asking, worker
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
@@ -355,6 +356,12 @@ def carry_out(plan: prune.PrunePlan, progress: Progress) -> prune.PrunePlan:
 def build_anew(on_tick: Callable[[], None]) -> vacuum.Vacuumed:
     """Vacuum the store. Raises StoreError while a reply is being generated."""
     return vacuum.vacuum(store_name(), on_tick)
+
+
+@st.cache_data(max_entries=32, ttl=60, show_spinner=False)
+def model_defaults(model_id: str) -> dict[str, float]:
+    """What the model's own generation config says of sampling, where it is known here."""
+    return model_defaults_of.read(model_id, Settings.from_environment().models_dir)
 
 
 def builtin_is_here() -> bool:

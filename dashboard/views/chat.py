@@ -31,8 +31,8 @@ FIRST_QUESTIONS = (
 def page() -> None:
     """Draw the page."""
     place = address.here()
-    settings = sidebar.settings()
     opened = data.conversation(place.conversation) if place.conversation else None
+    settings = sidebar.settings(opened[0].id if opened else None, opened[1] if opened else ())
     if place.conversation and opened is None:
         st.warning(f"There is no conversation {place.conversation:d} in this store.")
     if opened is None:

@@ -18,7 +18,7 @@ import streamlit as st
 from dashboard import address, boundary, components, data, question_charts, question_shapes, shapes
 from dashboard import asked as asking
 from dashboard.asked import Asked
-from dashboard.views import catching_up, question_controls
+from dashboard.views import catching_up, question_controls, sql
 from oki_trace.errors import OkiTraceError
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # In more rows than fit the screen the table scrolls by itself.
 TABLE_HEIGHT = 430
+# Questions that may read the full tensors: one that a link brings waits for a click.
+READ_TENSORS = frozenset({"heads", "compare"})
+ALLOWED = "asked-allowed"
 
 
 @boundary.page
@@ -44,9 +47,13 @@ def page() -> None:
         return
     chosen = question_controls.draw(asked, question)
     if chosen != asked:
+        _allow(chosen)
         st.query_params.from_dict(chosen.query())
     if question.name == "compare" and not (chosen.first and chosen.second):
         st.caption("Choose two, and how far their distributions are apart is here.")
+        return
+    if question.name in READ_TENSORS and chosen not in st.session_state.get(ALLOWED, ()):
+        _unasked(chosen)
         return
     try:
         with st.spinner("Asking…"):
@@ -80,7 +87,24 @@ def _list(asked: Asked) -> None:
                     _go(asked.instead(name))
 
 
+def _allow(asked: Asked) -> None:
+    """Let this be asked without another click: it was chosen here."""
+    st.session_state[ALLOWED] = {*st.session_state.get(ALLOWED, ()), asked}
+
+
+def _unasked(asked: Asked) -> None:
+    with st.container(border=True, key="ask-unasked"):
+        st.markdown("This question came with the link. It reads full tensors, which may take long.")
+        st.button(
+            "Ask it",
+            icon=":material/play_arrow:",
+            key="ask-link",
+            on_click=lambda: _allow(asked),
+        )
+
+
 def _go(asked: Asked) -> None:
+    _allow(asked)
     st.query_params.from_dict(asked.query())
     st.rerun()
 
@@ -103,6 +127,7 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
         if st.button("Go on from it in SQL", icon=":material/edit:", key="to-sql"):
+            sql.allow(answer.sql)
             st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})
 
 

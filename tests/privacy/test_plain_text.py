@@ -135,6 +135,8 @@ def is_safe(node: ast.expr, module: Module, seen: frozenset[str] = frozenset()) 
             return safe(node.elt)
         case ast.Call(func=ast.Attribute(attr="join"), args=[of]):
             return safe(of)
+        case ast.Call(func=ast.Attribute(attr="get", value=ast.Name() as known), args=[_, other]):
+            return safe(known) and safe(other)
         case ast.Call(func=ast.Attribute(attr=name)) | ast.Call(func=ast.Name(id=name)):
             return name in SAFE_CALLS
         case ast.Subscript(value=ast.Name() as name):
