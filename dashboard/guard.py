@@ -109,7 +109,9 @@ def hostname(host: str | None) -> str | None:
     if not name or parts.netloc != host or "@" in host:
         return None
     name = name.rstrip(".")
-    if _is_address(name) or all(c.isascii() and (c.isalnum() or c in "-._") for c in name):
+    if _is_address(name) or (
+        name and all(c.isascii() and (c.isalnum() or c in "-._") for c in name)
+    ):
         return name
     return None
 

@@ -67,7 +67,7 @@ def checked_name(name: str) -> str:
     bare = name.strip("[]").rstrip(".")
     letters = bare.replace(":", "") if _is_address(bare) else bare
     if letters and all(c.isascii() and (c.isalnum() or c in "-._") for c in letters):
-        return name
+        return bare
     raise UsageError(f"{name!r} is no name of a machine: give it alone, without port or pattern.")
 
 

@@ -94,7 +94,7 @@ def _replies(left: Message, right: Message) -> None:
     steps = (data.steps(left), data.steps(right))
     pairs = compare_shapes.align(*steps)
     first = compare_shapes.divergence(pairs)
-    st.write(shapes.plain(compare_shapes.verdict(pairs)))
+    st.write(compare_shapes.verdict(pairs))
     one_model = left.model_id == right.model_id
     full = all(data.has_logits(message) for message in (left, right))
     exact = st.toggle(

@@ -88,7 +88,7 @@ def _options(asked: Asked, question: Question, followed: bool) -> Asked:
             1.0 if share else 10_000,
             step=0.05 if share else 1,
             key=_seed(f"ask-{name}-{question.name}", default if now is None else now, followed),
-            help=shapes.sentence(meaning[:1].upper() + meaning[1:]),
+            help=meaning[:1].upper() + meaning[1:] + ".",
             width=150,
         )
         given: Any = {name: None if value == default else value}

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # In more rows than fit the screen the table scrolls by itself.
 TABLE_HEIGHT = 430
-# Questions that may read the full tensors: one that a link brings waits for a click.
-READ_TENSORS = frozenset({"heads", "compare"})
+# What a link brings waits for a click where it reads the full tensors of many steps.
+READ_TENSORS = frozenset({("heads", ""), ("compare", "reply"), ("compare", "model")})
 ALLOWED = "asked-allowed"
 
 
@@ -41,18 +41,22 @@ def page() -> None:
     question = questions[asked.question]
     _list(asked)
     group = next(group for group, those in asking.GROUPS if asked.question in those)
-    st.title(shapes.plain(group))
-    st.write(shapes.plain(_without(question.meaning, group)))
+    st.title(group)
+    st.write(_without(question.meaning, group))
     if not catching_up.ready():
         return
+    # What differs from a link on its first drawing is what made no sense in it, not a choice.
+    followed = st.session_state.get(question_controls.SEEN) == asked
     chosen = question_controls.draw(asked, question)
     if chosen != asked:
-        _allow(chosen)
+        if followed:
+            _allow(chosen)
         st.query_params.from_dict(chosen.query())
     if question.name == "compare" and not (chosen.first and chosen.second):
         st.caption("Choose two, and how far their distributions are apart is here.")
         return
-    if question.name in READ_TENSORS and chosen not in st.session_state.get(ALLOWED, ()):
+    reads_tensors = not READ_TENSORS.isdisjoint({(question.name, ""), (question.name, chosen.view)})
+    if reads_tensors and chosen not in st.session_state.get(ALLOWED, ()):
         _unasked(chosen)
         return
     try:
@@ -75,11 +79,10 @@ def _list(asked: Asked) -> None:
     """All questions, in groups; another one is asked about the same replies."""
     with st.sidebar, st.container(key="asks", gap=None):
         for group, those in asking.GROUPS:
-            st.caption(shapes.plain(group))
+            st.caption(group)
             for name, title in those.items():
-                short = shapes.plain(title)
                 if st.button(
-                    f"**{short}**" if name == asked.question else short,
+                    f"**{title}**" if name == asked.question else title,
                     key=f"ask-{name}",
                     type="tertiary",
                     width="stretch",
@@ -104,8 +107,9 @@ def _unasked(asked: Asked) -> None:
 
 
 def _go(asked: Asked) -> None:
-    _allow(asked)
-    st.query_params.from_dict(asked.query())
+    query = asked.query()
+    _allow(asking.read(query, data.questions()))
+    st.query_params.from_dict(query)
     st.rerun()
 
 
@@ -122,7 +126,7 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
         _offer_everything(asked)
     else:
         _pictures(asked, answer)
-        st.caption(shapes.plain(question.reading))
+        st.caption(question.reading)
         _table(asked, answer)
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
@@ -177,7 +181,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
         with st.container(key=f"picture-{number}"):
             _chart(asked, answer, drawing, part, places, number)
     if any(notes):
-        st.caption(shapes.plain(" ".join(note for note in notes if note)))
+        st.caption(" ".join(note for note in notes if note))
 
 
 def _by_model(
@@ -297,7 +301,7 @@ def _follow(asked: Asked, answer: Answer, row: int) -> None:
 def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
     config: dict[str, object] = {}
     for column in answer.columns:
-        meaning = shapes.plain(column.meaning[:1].upper() + column.meaning[1:])
+        meaning = column.meaning[:1].upper() + column.meaning[1:]
         kind = frame[column.name].dtype.kind
         if kind == "f":
             whole = frame[column.name].dropna().mod(1).eq(0).all() and column.shown != "share"

@@ -94,17 +94,15 @@ def _unasked() -> None:
 def _tables() -> None:
     st.markdown("#### Tables")
     for table in data.tables():
-        with st.expander(f"**{shapes.plain(table.name)}**", expanded=table.name == "step"):
-            st.caption(f"A row is {shapes.sentence(table.meaning)}")
+        with st.expander(f"**{table.name}**", expanded=table.name == "step"):
+            st.caption(f"A row is {table.meaning}.")
             st.markdown(sql_shapes.column_list(table))
     st.markdown("#### Functions")
     for function in data.functions():
-        with st.expander(f"**{shapes.plain(function.name)}**"):
-            st.caption(shapes.sentence(function.meaning[:1].upper() + function.meaning[1:]))
+        with st.expander(f"**{function.name}**"):
+            st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
             st.code(f"{function.name}({', '.join(function.takes)})", language="sql")
-            st.caption(
-                f"Gives {shapes.plain(function.gives)}; NULL where there is nothing to read."
-            )
+            st.caption(f"Gives `{function.gives}`; NULL where there is nothing to read.")
 
 
 def _editor() -> tuple[Asked, bool]:

@@ -131,7 +131,7 @@ def _evidence(
     )
     if capture.attention_check is not None:
         notes = f"{notes} Attention check {shapes.check(capture.attention_check)}."
-    st.caption(shapes.plain(notes))
+    st.caption(notes)
 
 
 def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
@@ -159,8 +159,7 @@ def head_of(message: Message, count: int | None, key: str = "evidence_head") -> 
         disabled=count is None,
         help=None
         if count is not None
-        else "Single heads and the maximum need the full tensors, "
-        f"{shapes.sentence(shapes.absence(message))}",
+        else f"Single heads and the maximum need the full tensors, {shapes.absence(message)}.",
     )
 
 

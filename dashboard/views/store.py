@@ -39,7 +39,7 @@ def page() -> None:
         )
     with st.container(horizontal=True, key="store-tiles"):
         for name, value, meaning in store_shapes.tiles(info):
-            st.metric(shapes.plain(name), value, border=True, help=shapes.plain(meaning), width=210)
+            st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)
     _room(info)
     _health(info)
     _make_room(info)

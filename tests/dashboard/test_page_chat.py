@@ -10,7 +10,7 @@ from pathlib import Path
 import builders
 import numpy as np
 import pytest
-from apps import chat, drawn, shown
+from apps import chat, drawn, plainly, shown
 from explorers import ROOT
 from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
@@ -261,11 +261,6 @@ def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
 def open_settings(app: AppTest) -> AppTest:
     app.session_state["sampling"] = True
     return app.run()
-
-
-def plainly(text: str) -> str:
-    """Without what keeps a text from being read as Markdown."""
-    return text.replace("\\", "").replace("\u2060", "")
 
 
 def test_a_model_that_is_loading_shows_how_far_it_is(
