@@ -109,11 +109,8 @@ def hostname(host: str | None) -> str | None:
     if not name or parts.netloc != host or "@" in host:
         return None
     name = name.rstrip(".")
-    if _is_address(name) or (
-        name and all(c.isascii() and (c.isalnum() or c in "-._") for c in name)
-    ):
-        return name
-    return None
+    letters = all(c.isascii() and (c.isalnum() or c in "-._") for c in name)
+    return name if name and (letters or _is_address(name)) else None
 
 
 def headers(host: str) -> dict[bytes, bytes]:

@@ -21,8 +21,21 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
     from screens import Witness
 
+BOUNDARY = "dashboard.boundary"
+
 # As Home.py does: an installed wheel has the pages elsewhere.
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def no_view_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A page that fails unexpectedly shows a box, and raises nothing that a test would see.
+
+    A test that wants one to fail clears ``caplog``.
+    """
+    yield
+    failed = [record for record in caplog.get_records("call") if record.name == BOUNDARY]
+    assert not failed, failed[0].exc_text or failed[0].exc_info
 
 
 @pytest.fixture(scope="module")
