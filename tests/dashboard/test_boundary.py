@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 import sqlite3
@@ -35,6 +34,8 @@ SECRET = "www.evil.test/?q=secret [x](http://evil.test)"
 
 def page(name: str, **query: int) -> AppTest:
     def draw(name: str) -> None:
+        import importlib
+
         importlib.import_module(f"dashboard.views.{name}").page()
 
     app = AppTest.from_function(draw, default_timeout=60, args=(name,))
