@@ -181,7 +181,7 @@ else:
 def faulty(
     stories: Stories, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Explorer, Path]]:
-    """An explorer with faults: on the Store page, and in the worker's card while a file is there."""
+    """An explorer with faults: on the Store page; in the worker's card while a file is there."""
     folder = tmp_path_factory.mktemp("faulty")
     flag, port = folder / "fail", free_port()
     script = folder / "Faulty.py"
