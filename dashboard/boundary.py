@@ -97,7 +97,7 @@ def _tell(error: Exception, name: str) -> None:
         else:
             _LOG.error("A view failed.", exc_info=error)
             st.error(
-                "This could not be shown, through a fault of oki-trace "
+                "This view failed because of a bug in oki-trace "
                 f"({shapes.plain(type(error).__name__)}).",
                 icon=":material/error:",
             )
@@ -106,7 +106,7 @@ def _tell(error: Exception, name: str) -> None:
             st.rerun()
         if not isinstance(error, OkiTraceError):
             with st.expander("Details", icon=":material/bug_report:"):
-                st.caption("To be copied into a report. They may hold text of yours.")
+                st.caption("Copy these into a bug report. They may contain your text.")
                 st.code(details(error), language=None, wrap_lines=True, height=280)
 
 

@@ -164,7 +164,7 @@ def test_an_unexpected_error_is_a_sentence_with_details(
     with monkeypatch.context() as patch:
         patch.setattr(data, "_store", fail)
         app = page(name, conversation=1, message=2, left=2, right=2).run()
-    broken(app, "a fault of oki-trace (KeyError)")
+    broken(app, "a bug in oki-trace (KeyError)")
     assert SECRET not in app.error[0].value
     (details,) = app.code
     assert "Traceback" in details.value and SECRET in details.value
