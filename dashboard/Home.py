@@ -26,4 +26,10 @@ else:
 
     from dashboard.guard import Guard
 
-    app = st.App(__file__, middleware=[Middleware(Guard)])
+    def uncaught(error: Exception) -> bool:
+        """Tell what went wrong outside of every view, as in a click's callback."""
+        from dashboard import boundary
+
+        return boundary.uncaught(error)
+
+    app = st.App(__file__, middleware=[Middleware(Guard)], on_script_error=uncaught)

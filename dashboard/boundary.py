@@ -89,6 +89,16 @@ def part(draw: Callable[P, None], *, run_every: float | None = None) -> Callable
     return drawn
 
 
+def uncaught(error: Exception) -> bool:
+    """Tell what went wrong outside of every page and part; returns that it is told.
+
+    Streamlit calls it where it would show its own box. The page is not drawn then,
+    and a click on anything draws it anew.
+    """
+    _tell(error, "script")
+    return True
+
+
 def _tell(error: Exception, name: str) -> None:
     """The sentence, the way to try again, and for what nobody expected the details."""
     with st.container(key=f"failed-{name.replace('.', '-')}"):
@@ -101,9 +111,8 @@ def _tell(error: Exception, name: str) -> None:
                 f"({shapes.plain(type(error).__name__)}).",
                 icon=":material/error:",
             )
-        if st.button("Try again", icon=":material/refresh:", key=f"again-{name}"):
-            data.reopen()
-            st.rerun()
+        # As a callback, since where Streamlit asks for a box nothing can be drawn anew.
+        st.button("Try again", icon=":material/refresh:", key=f"again-{name}", on_click=data.reopen)
         if not isinstance(error, OkiTraceError):
             with st.expander("Details", icon=":material/bug_report:"):
                 st.caption("Copy these into a bug report. They may contain your text.")
