@@ -281,7 +281,9 @@ def test_sampling_that_is_not_set_is_left_to_the_model(empty_store: str, no_work
     assert queued(app, empty_store).sampling == Sampling()
 
 
-def test_an_empty_setting_shows_the_models_own(empty_store: str, tmp_path: Path) -> None:
+def test_an_empty_setting_shows_the_models_own(
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def usual(app: AppTest) -> list[str]:
         keys = ("top_p", "top_k", "penalty")
         return [app.number_input(key=key).proto.placeholder for key in keys]
@@ -289,10 +291,11 @@ def test_an_empty_setting_shows_the_models_own(empty_store: str, tmp_path: Path)
     (tmp_path / "generation_config.json").write_text(
         '{"top_p": 0.8, "top_k": 20, "repetition_penalty": "<b>", "temperature": 0.1}'
     )
+    monkeypatch.setenv("OKI_TRACE_MODEL", str(tmp_path))
     app = open_settings(chat())
-    app.selectbox(key="model").set_value(str(tmp_path)).run()
     assert usual(app) == ["the model's own, 0.8", "the model's own, 20", "the model's own"]
-    app.selectbox(key="model").set_value("no/such-model").run()
+    monkeypatch.setenv("OKI_TRACE_MODEL", "no/such-model")
+    app = open_settings(chat())
     assert usual(app) == ["the model's own"] * 3
 
 
@@ -316,15 +319,15 @@ def test_a_conversation_keeps_its_model(filled_store: Stories, no_worker: None) 
     app.run()
     assert app.selectbox(key="model").value == "smollm2"
     # Loaded as it was for the last reply.
-    assert asked_for(app) == ModelChoice("smollm2", dtype="float32", device="cpu")
+    assert asked_for(filled_store.first[0]) == ModelChoice("smollm2", dtype="float32", device="cpu")
     # What is chosen by hand holds, and the page says who answered before.
-    app.selectbox(key="model").set_value("other/model").run()
+    app.selectbox(key="model").set_value("tiny/model").run()
     assert any("last reply here is by smollm2" in plainly(c.value) for c in app.sidebar.caption)
     app.run()
-    assert app.selectbox(key="model").value == "other/model"
+    assert app.selectbox(key="model").value == "tiny/model"
 
 
-def asked_for(app: AppTest) -> ModelChoice | None:
+def asked_for(number: int) -> ModelChoice | None:
     """The model that the next message is sent with, in a window of its own."""
 
     def draw(conversation: int) -> None:
@@ -337,7 +340,6 @@ def asked_for(app: AppTest) -> ModelChoice | None:
         settings = sidebar.settings(conversation, opened[1] if opened else ())
         st.session_state["asked-for"] = settings[0] if settings else None
 
-    number = int(app.query_params["conversation"][0])
     drawn = AppTest.from_function(draw, default_timeout=60, args=(number,)).run()
     choice: ModelChoice | None = drawn.session_state["asked-for"]
     return choice
