@@ -92,9 +92,10 @@ def is_ours(name: str, names: Iterable[str]) -> bool:
 
 
 def own_names() -> frozenset[str]:
-    """The names that this machine gives itself."""
-    names = {name.lower().rstrip(".") for name in (socket.gethostname(), socket.getfqdn())}
-    return frozenset({"localhost", *names, *(f"{n.partition('.')[0]}.local" for n in names)})
+    """The names that this machine gives itself. Asks no name server, which might be elsewhere."""
+    name = socket.gethostname().lower().rstrip(".")
+    short = name.partition(".")[0]
+    return frozenset({"localhost", name, short, f"{short}.local"})
 
 
 def hostname(host: str | None) -> str | None:
