@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import datetime as dt
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -56,13 +57,11 @@ def figure(value: float, digits: int, unit: str = "") -> str:
 def plain(text: str) -> str:
     """``text`` for a place that is read as Markdown, where it is to stand as it is.
 
-    What Markdown would read as its own is escaped. Streamlit looks for icons, emoji,
-    arrows and addresses after that, so a joiner, which is not seen, keeps their
-    characters apart.
+    What Markdown would read as its own is escaped. Streamlit looks for addresses,
+    icons, emoji and arrows after that, so a joiner, which is not seen, keeps the
+    characters apart by which it knows them.
     """
-    marked = "".join(_MARKED.get(c, c) for c in inert(text))
-    # Else a line that begins with spaces is a block of code.
-    return f"{_JOINER}{marked}" if marked[:1].isspace() else marked
+    return _MARKDOWN.sub(r"\\\g<0>", _KNOWN_BY.sub(_JOINER, inert(text)))
 
 
 def sentence(text: str) -> str:
@@ -71,11 +70,15 @@ def sentence(text: str) -> str:
 
 
 _JOINER = "\u2060"
-# An address is known by these, with what stands on both sides of them.
-_IN_ADDRESSES = ".:/@"
-_MARKED = {c: f"\\{c}{_JOINER}" for c in r"\`*_{}[]()#+-!|$<>~=&"}
-_MARKED |= {c: f"{_JOINER}\\{c}{_JOINER}" for c in _IN_ADDRESSES}
-_MARKED["\n"] = f"\n{_JOINER}"
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+\-.!|:$<>~=&]")
+_KNOWN_BY = re.compile(
+    r"(?<=www)(?=\.)"  # an address without a scheme
+    r"|(?=@)|(?<=@)"  # one of mail
+    r"|(?<=:)(?=\S)"  # one with a scheme; :emoji:, :material/icon:, :red[text]
+    r"|(?<=[-<>~=])(?=[-<>~=])"  # arrows and dashes
+    r"|^(?=[ \t])",  # a line that begins with spaces is code
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:
