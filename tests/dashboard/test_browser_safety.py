@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 from screens import of
 from stories import HOSTILE, Stories
 
+from oki_trace.visible import inert
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -280,3 +282,88 @@ def test_a_store_that_goes_is_a_sentence_and_comes_back(
     page.get_by_role("button", name="Try again").click()
     page.locator(".root.lens tr").first.wait_for()
     expect(alert).to_have_count(0)
+
+
+# ---------------------------------------------------------------- every place that reads Markdown
+
+PLACES = """
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {root!r})
+import streamlit as st
+
+from dashboard import shapes
+
+made = shapes.plain if st.query_params.get("as") == "plain" else str
+for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):
+    shown = made(text)
+    with st.container(key=f"text-{{number}}"):
+        st.caption(shown)
+        st.markdown(f"before {{shown}} after")
+        st.markdown(f"**{{shown}}**")
+        st.error(shown)
+        st.button(shown, key=f"button-{{number}}")
+        st.expander(shown)
+        st.badge(shown)
+        st.metric(shown, 1)
+        st.progress(0.5, shown)
+"""
+TEXTS = (
+    *HOSTILE[:6],
+    "WWW.Example.test http:x https://example.test mailto:me@example.test xmpp:me@example.test",
+    "<https://example.test> [a]: https://example.test [a] ![i](https://example.test/i.png)",
+    ":smile: :+1: :material/home: :red[x] :red-background[y] :streamlit: :blue-badge[z]",
+    "-> <- <-> -- >= <= ~= ~~s~~ _e_ *e* __b__ `c` ``d`` $x$ $$y$$ \\(z\\)",
+    "# heading",
+    "1. one",
+    "2) two",
+    "- list",
+    "+ list",
+    "> quote",
+    "a | b",
+    "&lt;b&gt; &amp; &#42;",
+    "a\\*b\\\\ \\[x\\](http://example.test)",
+    "[^1] [x] - [ ] box",
+    "x" * 300 + "www.example.test",
+    "(www.example.test) 'www.example.test' *www.example.test* _www.example.test_",
+)
+
+
+MARKUP = "em, strong, del, code, h1, li, blockquote, td, .katex, [data-testid=stIconMaterial]"
+
+
+def test_plain_text_is_plain_wherever_markdown_is_read(browser: Browser, tmp_path: Path) -> None:
+    texts, script, port = tmp_path / "texts.json", tmp_path / "places.py", free_port()
+    texts.write_text(json.dumps(TEXTS), encoding="utf-8")
+    script.write_text(PLACES.format(root=str(ROOT), texts=str(texts)), encoding="utf-8")
+    options = ["--server.port", str(port), "--server.address", "127.0.0.1"]
+    options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
+    run = ["streamlit", "run", str(script), *options]
+    explorer = start(run, str(tmp_path / "store.db"), port, tmp_path / "output.txt", tmp_path)
+    context = browser.new_context()
+    # What the raw texts ask for is not fetched.
+    context.route(lambda address: f":{port}/" not in address, lambda route: route.abort())
+    try:
+        page = context.new_page()
+        page.goto(f"{explorer.url}?as=plain")
+        page.locator(f".st-key-text-{len(TEXTS) - 1} [role=progressbar]").wait_for()
+        assert page.locator("a[href^=http], a[href^=mailto], a[href^=xmpp], img").count() == 0
+        for number, text in enumerate(TEXTS):
+            at = page.locator(f".st-key-text-{number}")
+            for part in ("stCaptionContainer", "stAlertContainer", "stMetricLabel"):
+                told = at.get_by_test_id(part).first.text_content() or ""
+                assert told.replace("\u2060", "") == inert(text), (part, text)
+            caption = at.get_by_test_id("stCaptionContainer").locator(MARKUP)
+            assert caption.count() == 0, text
+        # Without it, all of that is there: the test sees what it forbids.
+        page.goto(explorer.url)
+        page.locator(f".st-key-text-{len(TEXTS) - 1} [role=progressbar]").wait_for()
+        assert page.locator("a[href^=http]").count() > 20
+        assert page.locator("[data-testid=stCaptionContainer] em").count() > 0
+    finally:
+        context.close()
+        for process in explorer.family():
+            process.terminate()
+        explorer.process.wait(20)
