@@ -405,7 +405,7 @@ def see_to_worker() -> None:
 # The engine is loaded by the first of them: no other page waits for it.
 
 
-@st.cache_resource
+@st.cache_resource(on_release=lambda trove: trove.close())
 def _trove(db: str) -> Trove:
     from oki_trace.analysis.trove import Trove
 

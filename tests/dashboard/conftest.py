@@ -94,17 +94,9 @@ def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
     """Makes a store the explorer's, and gives its connections back in the end."""
     from dashboard import data
 
-    opened: list[str] = []
-
-    def use(db: str) -> None:
-        monkeypatch.setenv("OKI_TRACE_DB", db)
-        opened.append(db)
-
-    yield use
-    for db in opened:
-        data._reader(db).close()
+    yield lambda db: monkeypatch.setenv("OKI_TRACE_DB", db)
+    data.reopen()
     st.cache_resource.clear()
-    st.cache_data.clear()
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import streamlit as st
 from apps import plainly
 from stories import QUESTIONS as PROMPTS
 from stories import Stories
@@ -21,25 +20,6 @@ from oki_trace.store import migrate
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests.analysis import made
-
-
-@pytest.fixture
-def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Makes a store the explorer's, and gives its connections back in the end."""
-    from dashboard import data
-
-    opened: list[str] = []
-
-    def use(db: str) -> None:
-        monkeypatch.setenv("OKI_TRACE_DB", db)
-        opened.append(db)
-
-    yield use
-    for db in opened:
-        data._trove(db).close()
-        data._reader(db).close()
-    st.cache_resource.clear()
-    st.cache_data.clear()
 
 
 @pytest.fixture
