@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 from oki_trace.errors import ModelError
 from oki_trace.llm.bars import Progress, bars, silent
 from oki_trace.llm.diagnose import explain
+from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing
 from oki_trace.llm.fourbit import (
     NF4,
     QuantizationFallback,
@@ -136,11 +137,13 @@ def load(
         common["gguf_file"] = source.gguf
     with bars(progress):
         try:
+            now_doing(Doing.READING)
             report(f"Reading {source.model_id}", None)
             config: Any = AutoConfig.from_pretrained(source.path, **common)
             _must_be_causal(config, source, trust_remote_code)
             dtype = dtype or native_dtype(checkpoint_dtype(config), device)
             tokenizer = _tokenizer(source, common)
+            now_doing(Doing.LOADING)
             report(f"Loading {source.model_id}", None)
             reason = impossible(config, source.gguf is not None) if choice.use_4bit else None
             use_4bit = choice.use_4bit and reason is None
@@ -155,7 +158,9 @@ def load(
                 # If 4-bit is not to blame, this fails again and is explained.
                 reason = f"it failed in 4-bit ({type(error).__name__}: {first_line(error)})"
                 model = _model(source, config, dtype, choice.device, False, common)
-        except Exception as error:
+        except INTERRUPTIONS:
+            raise
+        except BaseException as error:
             raise explain(error, source, cache) from error
     if choice.use_4bit and reason is None and not is_4bit(model):
         reason = "the model has no layer that bitsandbytes quantizes"
@@ -247,7 +252,9 @@ def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBas
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **common)
         works = len(tokenizer("a b")["input_ids"]) > 0
-    except Exception as error:
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
         if source.is_hub or source.gguf or "trust_remote_code" in str(error):
             raise
         raise ModelError(
