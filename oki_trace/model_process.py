@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
@@ -182,8 +183,8 @@ def _end_with(parent: int) -> None:
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
         # When memory runs out, this is the process to end, not the one that serves the pages.
-        with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write("500")
+        with suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("500")
     if os.getppid() != parent:
         os._exit(1)
 

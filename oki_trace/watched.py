@@ -143,9 +143,8 @@ class Watched:
                 return Late(True, f"stopped while {self._doing}")
             return None
         limit = LIMITS[self._doing]
-        if limit.processor is not None:
-            if self._processor_seconds() - self._computed > limit.processor:
-                return Late(False, _told_limit(self._doing, limit.processor, limit.fix))
+        if limit.processor is not None and self._computed_for() > limit.processor:
+            return Late(False, _told_limit(self._doing, limit.processor, limit.fix))
         if waited > limit.clock:
             return Late(False, _told_limit(self._doing, limit.clock, limit.fix))
         return None
@@ -155,6 +154,9 @@ class Watched:
         status = self._process.wait()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
         return f"The process that held the model ended {how} while {self._doing}, {_MEMORY}."
+
+    def _computed_for(self) -> float:
+        return self._processor_seconds() - self._computed
 
     def _processor_seconds(self) -> float:
         try:

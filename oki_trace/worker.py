@@ -122,11 +122,14 @@ class Worker:
                     self._say(**told["worker"])
                 elif time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
                     self._say(**self._state)
+                if told is not None and ("done" in told or "again" in told):
+                    self._seen = -1  # more may have been asked for meanwhile
                 ended = self._ended(watched)
                 if not watched.is_asked and not ended and self._is_done(watched):
                     return
                 if ended:
                     self._say(state="idle")
+                    self._seen = -1
                     if self._stopping.is_set():
                         return
                     watched = Watched(self._db)
