@@ -180,10 +180,17 @@ class Worker:
         if self._stopping.is_set() or (self._has_changed() and self._reader.stop_requested(reply)):
             watched.stop()
         late = watched.overdue()
-        if late is not None:
+        if late is None:
+            return False
+        status = Status.STOPPED if late.stopped else Status.FAILED
+        try:
+            # Before its process ends, so that nobody reads that it was interrupted.
+            self._end(reply, status, late.reason)
             watched.kill()
-            self._end(reply, Status.STOPPED if late.stopped else Status.FAILED, late.reason)
-        return late is not None
+        except StoreBusy:  # by that process, perhaps
+            watched.kill()
+            self._end(reply, status, late.reason)
+        return True
 
     def _end(self, reply: int, status: Status, reason: str) -> None:
         # It may have been deleted meanwhile.

@@ -29,10 +29,10 @@ class Desk:
     writer: TraceWriter
     reader: TraceReader
 
-    def ask(self, model: Path | str, tokens: int = 4) -> int:
+    def ask(self, model: Path | str, tokens: int = 4, text: str = "the fox") -> int:
         """Queue a reply in a conversation of its own; returns its id."""
         ask = asking.Ask(
-            "the fox",
+            text,
             ModelChoice(str(model)),
             Sampling(max_new_tokens=tokens),
             CapturePolicy(tensors="none"),
