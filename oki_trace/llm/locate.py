@@ -50,6 +50,17 @@ def find(model_id: str, models_dir: Path | None = None, progress: Progress = sil
     return Source(model_id, model_id)
 
 
+def snapshot(model_id: str, cache_dir: str | None) -> Path | None:
+    """The folder in which the hub's cache keeps this model, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model_id, "config.json", cache_dir=cache_dir)
+    except ValueError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
 def _looks_like_path(model_id: str) -> bool:
     """Whether this can only be meant as a path: owner/name and a bare name may be hub ids."""
     return (
