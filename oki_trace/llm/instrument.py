@@ -169,7 +169,7 @@ def _refuse_prompt_tuning(model: Any) -> None:
 def _refuse_mistral_common(tokenizer: Any) -> None:
     if is_mistral_common(tokenizer):
         raise CaptureError(
-            "The tokenizer is mistral-common's, which does not tell each token's text. Load it with "
+            "The tokenizer is mistral-common's, which tells no token's own text. Load it with "
             "AutoTokenizer.from_pretrained(..., mistral_format=False)."
         )
 

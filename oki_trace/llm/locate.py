@@ -42,6 +42,8 @@ def find(model_id: str, models_dir: Path | None = None, progress: Progress = sil
         raise ModelError(
             f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
         )
+    if path.exists():
+        raise ModelError(f"{model_id} is neither a file nor a folder. Name a model's folder.")
     if _looks_like_path(model_id):
         raise ModelError(
             f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "

@@ -62,6 +62,7 @@ def sound_folder(folder: Path) -> Weights | None:
     """Look at a model folder; None where it has no weights. Raises ModelError."""
     _plain_files(folder)
     config = folder / "config.json"
+    _index_stays(folder)
     found = [safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
     weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found))) if found else None
     if config.is_file():
@@ -175,6 +176,16 @@ def _plain(path: Path) -> None:
                 f"{path} has {found.st_size:,} bytes, and no model needs more than {most:,}. "
                 f"{_AGAIN}"
             )
+
+
+def _index_stays(folder: Path) -> None:
+    """Refuse an index that names weights outside the folder, where nobody has looked."""
+    for index in folder.glob("*.index.json"):
+        named = _json(index)
+        parts = named.get("weight_map") if isinstance(named, Mapping) else None
+        for name in set(map(str, parts.values())) if isinstance(parts, Mapping) else ():
+            if name != Path(name).name:
+                raise ModelError(f"{index} names {name}, which is not in the folder. {_AGAIN}")
 
 
 def _is_on_disk(path: Path) -> None:
