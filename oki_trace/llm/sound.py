@@ -64,7 +64,9 @@ def sound_folder(folder: Path) -> Weights | None:
     config = folder / "config.json"
     _index_stays(folder)
     found = [safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
-    weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found))) if found else None
+    weights = None
+    if found and all(found):  # what is damaged says nothing of the others
+        weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found)))
     if config.is_file():
         sound_numbers(_json(config), str(config), weights)
     return weights
