@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Watchdog:
     """``tell`` is called with what was being done, to end the reply in the store."""
 
-    tell: Callable[[str], None] | None = None
+    tell: Callable[[str], object] | None = None
     doing: Doing | None = None
     obeyed: threading.Event = field(default_factory=threading.Event)
 
