@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
 from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing, told_to, why
+from oki_trace.llm.memory_limit import MemoryLimit
 from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 from oki_trace.settings import Settings
 from oki_trace.store.reader import TraceReader
@@ -68,6 +69,8 @@ class ModelProcess:
         self._channel = channel
         self._loaded: Any = None
         self._stop = threading.Event()
+        # The tokenizer's code ends the process when it gets none; the worker says so.
+        self._memory = MemoryLimit(Doing.TEMPLATE, Doing.TOKENIZER)
 
     def close(self) -> None:
         self._reader.close()
@@ -96,7 +99,7 @@ class ModelProcess:
 
     def _serve(self, reply: Message) -> None:
         assert reply.choice is not None
-        with told_to(lambda what: self._channel.say(doing=what.name)):
+        with told_to(self._now_doing):
             try:
                 loaded = self._load(reply.choice)
                 # Imported here: it begins at once, and torch takes seconds.
@@ -115,7 +118,12 @@ class ModelProcess:
                 log.exception("a fault of oki-trace")
                 self._fail(reply, f"This is a fault of oki-trace ({why(error)}).")
             finally:
+                self._memory.lift()
                 self._say_loaded("idle")
+
+    def _now_doing(self, what: Doing) -> None:
+        self._channel.say(doing=what.name)
+        self._memory.now_doing(what)
 
     def _load(self, choice: ModelChoice) -> Any:
         if self._loaded is None or self._loaded.requested != choice:

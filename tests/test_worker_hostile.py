@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,31 @@ def test_a_stop_ends_an_endless_template(
         "stopped while its chat template was rendered",
     )
     assert desk.ended(desk.ask(small)).status is Status.COMPLETE
+
+
+def test_asked_to_leave_it_ends_an_endless_template(
+    tmp_path: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGTERM asks: the worker is gone in seconds, and the reply says why it ended."""
+    monkeypatch.setitem(watched.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    (hostile / "chat_template.jinja").write_text(ENDLESS)
+    with desk_at(tmp_path) as leaving:
+        with serving(leaving):
+            reply = leaving.ask(hostile)
+            until(
+                lambda: leaving.reader.worker() is not None and leaving.state().state == "decoding",
+                "the template's beginning",
+            )
+        ended = leaving.reader.message(reply)
+        assert ended.status is Status.STOPPED
+        assert ended.reason is not None and ended.reason.startswith("stopped while ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_a_template_that_asks_for_all_the_memory(desk: Desk, small: Path, hostile: Path) -> None:
+    (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
+    reason = failed(desk, hostile, small)
+    assert reason.startswith("The model's chat template refused the messages: MemoryError.")
 
 
 def test_a_tokenizer_that_never_ends(

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from oki_trace.llm.doing import Doing, told_to
+from oki_trace.llm.memory_limit import MemoryLimit
 
 # How long a signal is waited for, where it is not the model's files that do not listen: a
 # step of a large model takes its time, as does cleaning up.
@@ -36,9 +37,11 @@ class Watchdog:
     tell: Callable[[str], object] | None = None
     doing: Doing | None = None
     obeyed: threading.Event = field(default_factory=threading.Event)
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Doing.TEMPLATE))
 
     def now_doing(self, what: Doing) -> None:
         self.doing = what
+        self.memory.now_doing(what)
 
     def hear(self, number: int) -> None:
         """A signal has come; end the process unless it is obeyed in time."""
@@ -81,6 +84,7 @@ def watchdog() -> Iterator[Watchdog]:
             yield dog
     finally:
         dog.obeyed.set()
+        dog.memory.lift()
         signal.set_wakeup_fd(before)
         os.close(writing)  # which ends the thread
 

@@ -33,6 +33,13 @@ _MB = 1_000_000
 _MOST_BYTES = {"config.json": 16 * _MB, ".jinja": 4 * _MB}
 _MOST_TEXT_BYTES = 150 * _MB
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".py")
+# What is read beside a GGUF file. Its folder may hold anything else.
+_BESIDE = (
+    *("config.json", "generation_config.json", "adapter_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
 _MOST_HEADER_BYTES = 16 * _MB
 # A file of which less than this share is on the disk is one of holes.
 _LEAST_SHARE = 0.25
@@ -62,10 +69,11 @@ def sound_folder(folder: Path) -> Weights | None:
     """Look at a model folder; None where it has no weights. Raises ModelError."""
     _plain_files(folder)
     config = folder / "config.json"
-    _index_stays(folder)
+    whole = _index_is_here(folder)
     found = [safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
     weights = None
-    if found and all(found):  # what is damaged says nothing of the others
+    # What is damaged, or not downloaded yet, says nothing of the others.
+    if whole and found and all(found):
         weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found)))
     if config.is_file():
         sound_numbers(_json(config), str(config), weights)
@@ -74,7 +82,8 @@ def sound_folder(folder: Path) -> Weights | None:
 
 def sound_gguf(path: Path) -> Weights:
     """Look at a GGUF file and what stands beside it. Raises ModelError."""
-    _plain_files(path.parent)
+    for name in _BESIDE:
+        _plain(path.with_name(name))
     _is_on_disk(path)
     try:
         header = read_header(path)
@@ -153,17 +162,19 @@ def _bytes_of(header: Mapping[str, Any]) -> int:
 
 
 def _plain_files(folder: Path) -> None:
-    """Refuse whatever is neither a file nor a folder, and texts of a size that no model has."""
+    """Look at all files of a folder that a model may be read from."""
     inner = folder / "additional_chat_templates"
     for place in (folder, inner) if inner.is_dir() else (folder,):
         with os.scandir(place) as entries:
             for number, entry in enumerate(entries):
                 if number >= _MOST_ENTRIES:
                     raise ModelError(f"{place} has more than {_MOST_ENTRIES:,} files. {_AGAIN}")
-                _plain(Path(entry.path))
+                if entry.name.endswith((*_TEXTS, *_WEIGHTS)):
+                    _plain(Path(entry.path))
 
 
 def _plain(path: Path) -> None:
+    """Refuse what is neither a file nor a folder, and a text of a size that no model has."""
     try:
         found = path.stat()
     except OSError:
@@ -180,14 +191,17 @@ def _plain(path: Path) -> None:
             )
 
 
-def _index_stays(folder: Path) -> None:
-    """Refuse an index that names weights outside the folder, where nobody has looked."""
+def _index_is_here(folder: Path) -> bool:
+    """Whether all that an index names is here; one that leads out of the folder is refused."""
+    whole = True
     for index in folder.glob("*.index.json"):
         named = _json(index)
         parts = named.get("weight_map") if isinstance(named, Mapping) else None
         for name in set(map(str, parts.values())) if isinstance(parts, Mapping) else ():
             if name != Path(name).name:
                 raise ModelError(f"{index} names {name}, which is not in the folder. {_AGAIN}")
+            whole = whole and (folder / name).is_file()
+    return whole
 
 
 def _is_on_disk(path: Path) -> None:

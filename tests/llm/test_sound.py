@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from oki_trace.llm.gguf_header import read_header
 from oki_trace.llm.sound import sound_folder, sound_gguf, sound_numbers
@@ -209,3 +210,24 @@ def test_a_model_folder_that_is_sound(tiny: Path) -> None:
     assert found is not None
     assert found.tensors == 21
     assert found.bytes < (tiny / "model.safetensors").stat().st_size
+
+
+def test_a_download_that_goes_on_is_not_refused(tiny: Path, tmp_path: Path) -> None:
+    """The parts that are here say nothing of those that are not yet."""
+    LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="50KB")
+    parts = sorted(tmp_path.glob("*-of-*.safetensors"))
+    for part in parts[1:]:
+        part.unlink()
+    edit_config(tmp_path, num_hidden_layers=30)
+    assert sound_folder(tmp_path) is None
+
+
+def test_what_else_lies_about_is_nobody_s_business(tmp_path: Path) -> None:
+    """A GGUF file may lie in any folder; of a model's folder, what a model is read from counts."""
+    path = write_gguf(tmp_path / "tiny.gguf")
+    os.mkfifo(tmp_path / "control")
+    os.mkfifo(tmp_path / "other.json")
+    assert sound_gguf(path).tensors == 12
+    assert sound_folder(tmp_path.parent) is None
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    assert "tokenizer_config.json is a named pipe" in refusal(path)
