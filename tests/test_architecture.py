@@ -20,6 +20,7 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
+    {"watched", "model_process"},
     {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors", "visible"},
@@ -37,7 +38,9 @@ FORBIDDEN = {
     "verifying": SQL | {"streamlit", "duckdb"},
     "asking": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
-    "worker": {"streamlit", "duckdb"},
+    "worker": TORCH | {"streamlit", "duckdb"},
+    "watched": TORCH | SQL | {"streamlit", "duckdb"},
+    "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
 GROUND = {"records", "settings", "errors", "visible"}
