@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import streamlit as st
 
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from dashboard.asked import Asked
     from oki_trace.analysis.catch_up import CatchUp
     from oki_trace.analysis.questions import Answer, Question
+    from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
     from oki_trace.analysis.trove import Trove
 
@@ -464,9 +465,9 @@ def tables() -> Sequence[Table]:
     return TABLES
 
 
-def sql(query: str, limit: int, seconds: float) -> tuple[Any, bool]:
-    """The answer to somebody's own SQL as an Arrow table, and whether there were more rows.
+def sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Result:
+    """The answer to somebody's own SQL as an Arrow table. ``tick`` is called meanwhile.
 
-    Raises QuestionError.
+    Raises QuestionError, and what ``tick`` raises: the question is ended then.
     """
-    return _trove(store_name()).sql_arrow(query, limit=limit, seconds=seconds)
+    return _trove(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)

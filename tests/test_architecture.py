@@ -22,7 +22,7 @@ ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
     {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
     {"store"},
-    {"records", "settings", "errors", "visible"},
+    {"records", "settings", "errors", "visible", "child_process"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}
@@ -40,7 +40,7 @@ FORBIDDEN = {
     "worker": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors", "visible"}
+GROUND = {"records", "settings", "errors", "visible", "child_process"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
