@@ -120,7 +120,7 @@ def told_plainly(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 
 @contextmanager
 def streamed_plainly(memory_bytes: int) -> Iterator[None]:
-    """The same while Arrow reads the result: it passes on what DuckDB says as an error of its own."""
+    """The same while Arrow reads the result, which raises what DuckDB says as its own errors."""
     try:
         with told_plainly(memory_bytes):
             yield

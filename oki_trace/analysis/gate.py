@@ -22,20 +22,11 @@ _READING = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE",
 _TABLE_FUNCTIONS = frozenset({"generate_series", "range", "repeat", "repeat_row", "unnest"})
 # Scalar functions that run SQL of their own, or reach out of the question.
 _REFUSED = frozenset(
-    [
-        "current_setting",
-        "getenv",
-        "getvariable",
-        "json_serialize_plan",
-        "nextval",
-        "pg_get_viewdef",
-        "query",
-        "query_table",
-        "setval",
-        "write_log",
-    ]
+    {
+        *("current_setting", "getenv", "getvariable", "json_serialize_plan", "nextval"),
+        *("pg_get_viewdef", "query", "query_table", "setval", "write_log"),
+    }
 )
-
 # Where our tables are; a schema of another name may be the folder of a file.
 _SCHEMAS = frozenset({("", ""), ("", "main"), ("memory", "main"), ("", "memory")})
 _A_NAME = re.compile(r"\w+\Z")

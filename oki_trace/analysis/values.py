@@ -19,32 +19,12 @@ import pyarrow.compute as pc
 from oki_trace.errors import QuestionError
 
 # The types that all three hold. A time zone is lost inside a list, so there it is text.
-_KEPT = frozenset(
-    [
-        "boolean",
-        "tinyint",
-        "smallint",
-        "integer",
-        "bigint",
-        "hugeint",
-        "utinyint",
-        "usmallint",
-        "uinteger",
-        "ubigint",
-        "float",
-        "double",
-        "decimal",
-        "varchar",
-        "blob",
-        "uuid",
-        "date",
-        "time",
-        "timestamp",
-        "timestamp_s",
-        "timestamp_ms",
-        "null",
-    ]
-) | {'"null"'}
+_KEPT = frozenset({"boolean", "float", "double", "decimal", "varchar", "blob", "uuid", "null"}) | {
+    *("tinyint", "smallint", "integer", "bigint", "hugeint"),
+    *("utinyint", "usmallint", "uinteger", "ubigint"),
+    *("date", "time", "timestamp", "timestamp_s", "timestamp_ms"),
+    '"null"',
+}
 _ZONED = "timestamp with time zone"
 _KEYS = frozenset({"varchar", "integer", "bigint"})
 _NESTED = frozenset({"list", "array", "struct"})
