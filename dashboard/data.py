@@ -23,6 +23,7 @@ from oki_trace.errors import NotFound, OkiTraceError
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
+from oki_trace.given_text import checked
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -121,7 +122,7 @@ def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
 
 def rename(conversation_id: int, title: str) -> None:
     """Give a conversation another title."""
-    _writer(store_name()).rename_conversation(conversation_id, title)
+    _writer(store_name()).rename_conversation(conversation_id, checked(title, "The title"))
 
 
 def delete(conversation_id: int) -> None:

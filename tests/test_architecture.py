@@ -22,7 +22,7 @@ ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
     {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
     {"store"},
-    {"records", "settings", "errors", "visible", "child_process"},
+    {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}

@@ -20,7 +20,7 @@ from oki_trace.errors import QuestionError
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: what is not a number is null, a moment ISO text in UTC."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value + 0.0 if math.isfinite(value) else None
     if isinstance(value, Decimal):
         return int(value) if value.as_tuple().exponent == 0 else float(value)
     if value is None or isinstance(value, bool | int | str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -98,6 +99,8 @@ def ask(
 
     Example: oki-trace ask unsure --model smollm2 --since 2026-01-01 --format csv
     """
+    if least is not None and not 0 <= least <= 1:
+        raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")
     from oki_trace.analysis import builtin
     from oki_trace.analysis.scope import Scope, moment
     from oki_trace.cli import answers
@@ -167,6 +170,8 @@ def sql(
     from oki_trace.cli import answers
 
     format = Format.JSON if json else format
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout} is no time: give a number of seconds, as 30.")
     memory_bytes = quantities.size(memory)
     if memory_bytes < LEAST_MEMORY_BYTES:
         raise UsageError(f"--memory {memory} is too little for DuckDB: give 200MB or more.")
