@@ -97,7 +97,7 @@ class CapturePolicy:
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
             value = getattr(self, name)
-            whole = isinstance(value, Integral) and 1 <= value <= 1000
+            whole = isinstance(value, Integral) and 1 <= int(value) <= 1000
             _require(whole, f"{name} must be a whole number from 1 to 1000")
         modes = get_args(TensorMode)
         _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
