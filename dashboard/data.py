@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import streamlit as st
 
@@ -24,6 +24,7 @@ from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
+from oki_trace.given_text import checked
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from dashboard.asked import Asked
     from oki_trace.analysis.catch_up import CatchUp
     from oki_trace.analysis.questions import Answer, Question
+    from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
     from oki_trace.analysis.trove import Trove
 
@@ -126,7 +128,7 @@ def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
 
 def rename(conversation_id: int, title: str) -> None:
     """Give a conversation another title."""
-    _writer(store_name()).rename_conversation(conversation_id, title)
+    _writer(store_name()).rename_conversation(conversation_id, checked(title, "The title"))
 
 
 def delete(conversation_id: int) -> None:
@@ -476,9 +478,9 @@ def tables() -> Sequence[Table]:
     return TABLES
 
 
-def sql(query: str, limit: int, seconds: float) -> tuple[Any, bool]:
-    """The answer to somebody's own SQL as an Arrow table, and whether there were more rows.
+def sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Result:
+    """The answer to somebody's own SQL as an Arrow table. ``tick`` is called meanwhile.
 
-    Raises QuestionError.
+    Raises QuestionError, and what ``tick`` raises: the question is ended then.
     """
-    return _trove(store_name()).sql_arrow(query, limit=limit, seconds=seconds)
+    return _trove(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)

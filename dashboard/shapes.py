@@ -51,7 +51,7 @@ def figure(value: float, digits: int, unit: str = "") -> str:
     least = 10.0**-digits
     if 0 < abs(value) < least / 2:
         return f"{'>-' if value < 0 else '<'}{least:.{digits}f}{unit}"
-    return f"{value:.{digits}f}{unit}"
+    return f"{value:z.{digits}f}{unit}"
 
 
 def plain(text: str) -> str:
@@ -163,7 +163,7 @@ def scale(
         depth = max(layers - low, 1)
         shades = [None if s.settle_layer is None else (s.settle_layer - low) / depth for s in steps]
         return shades, f"layer {low}", f"{layers}"
-    raw = [known(-s.logprob if colour == "surprisal" else s.entropy) for s in steps]
+    raw = [known(s.surprisal if colour == "surprisal" else s.entropy) for s in steps]
     top = max([1.0, *(value for value in raw if value is not None)])
     return [None if value is None else value / top for value in raw], "0", f"{top:.1f} nats"
 
@@ -176,7 +176,7 @@ def hover(step: StepSummary) -> str:
     return (
         f"{visible(step.token)}  (id {step.token_id}, step {step.step_index})\n"
         f"prob {figure(step.prob, 3)} · rank {step.rank}\n"
-        f"surprisal {figure(-step.logprob, 2, ' nats')} · "
+        f"surprisal {figure(step.surprisal, 2, ' nats')} · "
         f"entropy {figure(step.entropy, 2, ' nats')}\n"
         f"margin {figure(step.margin, 3)} · {settled}"
     )

@@ -233,7 +233,7 @@ def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
         int(chosen[key]) for key in ("topk_logits", "topk_evidence", "topk_lens")
     )
     policy = CapturePolicy(logits, evidence, lens, chosen["tensors"])
-    return sampling, policy, chosen["system"].strip() or None
+    return sampling, policy, chosen["system"] if chosen["system"].strip() else None
 
 
 def _usual(own: Mapping[str, float], name: str) -> str:

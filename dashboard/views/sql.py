@@ -69,7 +69,7 @@ def page() -> None:
             return
         if asked.text and (pressed or result is None or result.asked != asked):
             with st.spinner("Asking…"):
-                result = _ask(asked)
+                result = _ask(asked, st.empty())
             st.session_state[RESULT] = result
         if result is not None and asked.text:
             _result(result)
@@ -156,13 +156,20 @@ def _take_example() -> None:
         allow(st.session_state[TEXT])
 
 
-def _ask(asked: Asked) -> Result:
+def _ask(asked: Asked, place: Any) -> Result:
     began = time.perf_counter()
+
+    def tick() -> None:
+        """Draw something now and then: that is when Streamlit ends a page that was left."""
+        place.caption(f"{time.perf_counter() - began:.0f} s")
+
     try:
-        table, cut = data.sql(asked.text, asked.rows, asked.seconds)
+        found = data.sql(asked.text, asked.rows, asked.seconds, tick)
     except OkiTraceError as error:
         return Result(asked, error=str(error))
-    return Result(asked, table, cut, time.perf_counter() - began)
+    finally:
+        place.empty()
+    return Result(asked, found.table, found.cut, time.perf_counter() - began)
 
 
 def _result(result: Result) -> None:
