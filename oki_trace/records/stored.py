@@ -62,7 +62,8 @@ class Message:
     """A stored message. All but the first seven are of assistant messages only.
 
     ``tensors_pruned_at``: when its full tensors were thrown away to save room;
-    None when that never happened.
+    None when that never happened. ``digest`` says what it was when it ended
+    (``store.digest``): None before that, "" when it was recorded without one.
     """
 
     id: int
@@ -84,6 +85,7 @@ class Message:
     tokens: int = 0
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
+    digest: str | None = None
 
     @property
     def lens_check(self) -> float | None:

@@ -25,6 +25,7 @@ from sqlalchemy import (
 from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
+from oki_trace.store import closing
 from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
 from oki_trace.store.models import Base, Conversation, Message, Step, Worker
 from oki_trace.store.owner import this_process
@@ -83,15 +84,20 @@ def touch(connection: Connection, conversation_id: int, **values: Any) -> None:
         raise no_conversation(conversation_id)
 
 
-def add(connection: Connection, conversation_id: int, **values: Any) -> int:
-    """Put a message at the end of a conversation; returns its id."""
+def add(
+    connection: Connection, conversation_id: int, recorded: str | None = None, **values: Any
+) -> int:
+    """Put a message at the end of a conversation; returns its id.
+
+    ``recorded``: the digest that its file gives one that is imported.
+    """
     # First of all, for it locks the conversation on PostgreSQL: two messages
     # added at once do not get one position.
     touch(connection, conversation_id)
     last = connection.execute(
         select(func.max(Message.position)).where(Message.conversation_id == conversation_id)
     ).scalar()
-    return new_row(
+    message_id = new_row(
         connection,
         Message,
         conversation_id=conversation_id,
@@ -99,6 +105,9 @@ def add(connection: Connection, conversation_id: int, **values: Any) -> int:
         stop_requested=False,
         **values,
     )
+    if not Status(values["status"]).is_live:
+        closing.close(connection, message_id, recorded)
+    return message_id
 
 
 _STATE = (
@@ -183,15 +192,17 @@ def end(
     output: str,
     reason: str,
     seconds: float | None,
+    recorded: str | None = None,
     **values: Any,
 ) -> None:
-    """Bring a reply to a final state."""
+    """Bring a reply to a final state, and close it with its digest (see ``add``)."""
     conversation_id = connection.execute(
         update(Message)
         .where(Message.id == message_id)
         .values(status=status.value, content=output, reason=reason, seconds=seconds, **values)
         .returning(Message.conversation_id)
     ).scalar_one()
+    closing.close(connection, message_id, recorded)
     touch(connection, conversation_id)
 
 

@@ -122,6 +122,7 @@ def message_record(connection: Connection, row: Row[Any]) -> Message:
         tokens=row.tokens,
         tensors_pruned_at=row.tensors_pruned_at,
         checks=documents.checks(row.checks),
+        digest=None if status.is_live else row.digest,
     )
 
 
@@ -192,6 +193,8 @@ def read_steps(connection: Connection, message_id: int, first: int, after: int) 
             attention=_attention(attention_layers.get(row.id), attention.get(row.id)),
             lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id)),
             decision=documents.decision(row.decision),
+            digest=row.digest,
+            tensor_digest=row.tensor_digest,
         )
         for row in rows
     ]

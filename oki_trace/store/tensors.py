@@ -78,6 +78,11 @@ class EncodedTensor:
     raw_bytes: int
     data: bytes
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every bit comes back."""
+        return self.codec in ("raw", "zstd")
+
 
 @dataclass(frozen=True, slots=True)
 class TensorHead:

@@ -34,13 +34,14 @@ from oki_trace.records import (
 )
 from oki_trace.store import documents, identity, lifecycle, migrate, models
 from oki_trace.store.checkpoint import Checkpointer
+from oki_trace.store.digest import PromptDigest, of_step, with_lens
 from oki_trace.store.engine import set_checkpoint, writer_engine
 from oki_trace.store.faults import told_plainly
 from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.owner import this_process
 from oki_trace.store.presence import Presence
-from oki_trace.store.rows import StepRows, encode_all, number
+from oki_trace.store.rows import StepRows, encode_all, number, tensor_digest
 
 _LIVE = (Status.QUEUED, Status.RUNNING)
 
@@ -53,6 +54,8 @@ class _Reply:
 
     tensors: TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
+    # Of the steps whose lens has not come yet.
+    digests: dict[int, bytes | None] = field(default_factory=dict)
 
 
 class TraceWriter:
@@ -119,8 +122,9 @@ class TraceWriter:
         message: ChatMessage,
         *,
         created_at: dt.datetime | None = None,
+        digest: str | None = None,
     ) -> int:
-        """Add a message that is complete as it is; returns its id."""
+        """Add a message that is complete as it is; returns its id. ``digest``: see finish_reply."""
         with self.write() as connection:
             return lifecycle.add(
                 connection,
@@ -129,6 +133,7 @@ class TraceWriter:
                 content=message.content,
                 status=Status.COMPLETE.value,
                 created_at=created_at or lifecycle.now(),
+                recorded=digest,
             )
 
     # ------------------------------------------------------------------ replies
@@ -191,6 +196,9 @@ class TraceWriter:
     def start_reply(self, message_id: int, start: TurnStart) -> None:
         """Write what is known before the first token: the prompt and the settings in force."""
         self._heartbeat.start()
+        prompt = PromptDigest().add(
+            start.prompt.token_ids, start.prompt.tokens, start.prompt.segments
+        )
         with self.write() as connection:
             owner = lifecycle.take(connection, message_id)
             connection.execute(
@@ -205,6 +213,7 @@ class TraceWriter:
                     generation=documents.to_document(start.generation),
                     capture=documents.to_document(start.capture),
                     prompt=start.prompt.text,
+                    digest=prompt.hex(),
                 )
             )
             self._rows.insert_prompt(connection, message_id, start.prompt)
@@ -221,12 +230,19 @@ class TraceWriter:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
         A step's own ``lens``, when it has one, is written with it. ``faithful``:
-        tensors are kept in the reply's mode only where every bit comes back.
+        tensors are kept in the reply's mode only where every bit comes back. A
+        digest that a step brings with it is what was recorded, and is kept.
         """
         reply = self._reply(message_id)
         # Before the transaction: other writers need not wait for the encoding.
         encoded = [encode_all(step, reply.tensors, faithful=faithful) for step in steps]
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
+        digests = {step.step_index: step.digest or of_step(step) for step in steps}
+        both = {
+            step.step_index: (digests[step.step_index], tensor_digest(step, tensors))
+            for step, tensors in zip(steps, encoded, strict=True)
+        }
+        brought = {step.step_index for step in steps if step.digest is not None}
         with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
             first = len(reply.step_ids)
@@ -236,8 +252,9 @@ class TraceWriter:
                         f"Step {step.step_index} of message {message_id} is out of order: write "
                         f"step {number} first."
                     )
-            written = self._rows.insert_steps(connection, message_id, steps, encoded)
+            written = self._rows.insert_steps(connection, message_id, steps, encoded, both)
             known = ChainMap(written, reply.step_ids)
+            own = ChainMap(digests, reply.digests)
             of_steps = []
             for lens in ready:
                 if lens.step_index not in known:
@@ -245,15 +262,30 @@ class TraceWriter:
                         f"Message {message_id} has no step {lens.step_index} for its lens: write "
                         "the step first."
                     )
-                of_steps.append((known[lens.step_index], lens))
+                digest = own[lens.step_index]
+                if digest is not None and lens.step_index not in brought:
+                    digest = with_lens(digest, lens)
+                of_steps.append((known[lens.step_index], lens, digest))
             self._rows.insert_lenses(connection, of_steps)
         reply.step_ids.update(written)
+        reply.digests.update(digests)
+        for lens in ready:
+            reply.digests.pop(lens.step_index, None)
         return stop
 
     def finish_reply(
-        self, message_id: int, end: TurnEnd, *, tensors_pruned_at: dt.datetime | None = None
+        self,
+        message_id: int,
+        end: TurnEnd,
+        *,
+        tensors_pruned_at: dt.datetime | None = None,
+        digest: str | None = None,
     ) -> None:
-        """Write how a reply ended; no step follows. An imported one may have been pruned before."""
+        """Write how a reply ended; no step follows.
+
+        An imported one may have been pruned before, and brings the ``digest`` that
+        its file gives it, which is kept whether or not it is still true.
+        """
         if end.status.is_live:
             raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
         with self.write() as connection:
@@ -265,6 +297,7 @@ class TraceWriter:
                 end.output,
                 end.reason,
                 number(end.seconds),
+                digest,
                 checks=documents.to_document(end.checks),
             )
             if tensors_pruned_at is not None:
@@ -375,11 +408,13 @@ class TraceWriter:
                         f"Message {message_id} has not been started: call start_reply first."
                     )
                 steps = connection.execute(
-                    select(models.Step.step_index, models.Step.id).where(
+                    select(models.Step.step_index, models.Step.id, models.Step.digest).where(
                         models.Step.message_id == message_id
                     )
                 ).all()
             self._replies[message_id] = _Reply(
-                capture["policy"]["tensors"], {row.step_index: row.id for row in steps}
+                capture["policy"]["tensors"],
+                {row.step_index: row.id for row in steps},
+                {row.step_index: row.digest for row in steps},
             )
         return self._replies[message_id]
