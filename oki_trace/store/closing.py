@@ -5,10 +5,12 @@ While a reply is being written, its place holds the digest of its prompt.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from sqlalchemy import Connection, select, update
 
+from oki_trace.records import Status
 from oki_trace.store.digest import BEFORE_DIGESTS, MessageDigest, PromptDigest
 from oki_trace.store.models import Conversation, Message, PromptToken, Step
 
@@ -61,6 +63,28 @@ def closing_digest(connection: Connection, message_id: int, prompt: str | None =
     for digest, tensor_digest in steps:
         made.add(digest, tensor_digest)
     return made.hex()
+
+
+def changes(connection: Connection, message_id: int) -> Iterator[str]:
+    """What is not as it was recorded in a message, its steps looked at as a whole."""
+    row = connection.execute(
+        select(Message.digest, Message.prompt_len, Message.status).where(Message.id == message_id)
+    ).one()
+    if row.digest == BEFORE_DIGESTS:
+        recorded = select(Step.id).where(Step.message_id == message_id, Step.digest.is_not(None))
+        if connection.execute(recorded.limit(1)).first():
+            yield "its digest is missing"
+        return
+    if not Status(row.status).is_live:
+        if row.digest is None:
+            yield "its digest is missing"
+        elif row.digest != closing_digest(connection, message_id):
+            yield (
+                "its text, settings, prompt or list of steps is not what was recorded (another "
+                "digest)"
+            )
+    elif row.prompt_len is not None and row.digest != prompt_digest(connection, message_id):
+        yield "its prompt is not what was recorded (another digest)"
 
 
 def prompt_digest(connection: Connection, message_id: int) -> str:

@@ -8,10 +8,10 @@ whole). No transaction outlives its call, so the write-ahead log is never held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, Executable, func, select
 
@@ -53,6 +53,8 @@ from oki_trace.store.readback import (
 )
 from oki_trace.store.sizes import measure
 from oki_trace.store.tensors import TensorHead
+
+_T = TypeVar("_T")
 
 # Steps of an export that are in memory at once.
 _BATCH = 64
@@ -474,6 +476,11 @@ class TraceReader:
         """The rows of a question of the store's own modules."""
         with self._read() as connection:
             return connection.execute(query).all()
+
+    def ask(self, question: Callable[[Connection], Iterable[_T]]) -> list[_T]:
+        """The answer to a question of the store's own modules that takes several queries."""
+        with self._read() as connection:
+            return list(question(connection))
 
     def row_batches(self, query: Executable, size: int) -> Iterator[Sequence[Any]]:
         """The same, so many at a time, however many there are."""

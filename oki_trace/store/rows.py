@@ -28,7 +28,7 @@ from oki_trace.records import (
 from oki_trace.store import documents, models
 from oki_trace.store.columns import storable
 from oki_trace.store.digest import of_tensors
-from oki_trace.store.tensors import EncodedTensor, decode, encode, encode_faithfully
+from oki_trace.store.tensors import EncodedTensor, keep
 
 Row = tuple[Any, ...]
 
@@ -152,20 +152,18 @@ class StepRows:
             self._prompt.insert(connection, some)
 
 
-def encode_all(step: Step, mode: TensorMode, *, faithful: bool = False) -> list[EncodedTensor]:
-    """The step's tensors as bytes, or none of them."""
+def encode_all(
+    step: Step, mode: TensorMode, *, faithful: bool = False
+) -> tuple[list[EncodedTensor], bytes | None]:
+    """The step's tensors as bytes, or none of them, and the digest of what will be read.
+
+    A digest that the step brings with it is kept.
+    """
     if mode == "none":
-        return []
-    make = encode_faithfully if faithful else encode
-    return [make(tensor, mode) for tensor in step.tensors]
-
-
-def tensor_digest(step: Step, encoded: Sequence[EncodedTensor]) -> bytes | None:
-    """Of the step's tensors as they will be read; what it brings with it is kept."""
-    if step.tensor_digest is not None:
-        return step.tensor_digest
-    own = {tensor.name: tensor for tensor in step.tensors}
-    return of_tensors(own[one.name] if one.is_exact else decode(one) for one in encoded)
+        return [], step.tensor_digest
+    kept = [keep(tensor, mode, faithful=faithful) for tensor in step.tensors]
+    digest = step.tensor_digest or of_tensors(one.content for one in kept)
+    return [one.row for one in kept], digest
 
 
 def _step(

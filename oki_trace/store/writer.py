@@ -41,7 +41,7 @@ from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.owner import this_process
 from oki_trace.store.presence import Presence
-from oki_trace.store.rows import StepRows, encode_all, number, tensor_digest
+from oki_trace.store.rows import StepRows, encode_all, number
 
 _LIVE = (Status.QUEUED, Status.RUNNING)
 
@@ -239,8 +239,8 @@ class TraceWriter:
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
         digests = {step.step_index: step.digest or of_step(step) for step in steps}
         both = {
-            step.step_index: (digests[step.step_index], tensor_digest(step, tensors))
-            for step, tensors in zip(steps, encoded, strict=True)
+            step.step_index: (digests[step.step_index], tensor_digest)
+            for step, (_, tensor_digest) in zip(steps, encoded, strict=True)
         }
         brought = {step.step_index for step in steps if step.digest is not None}
         with self.write() as connection:
@@ -252,7 +252,9 @@ class TraceWriter:
                         f"Step {step.step_index} of message {message_id} is out of order: write "
                         f"step {number} first."
                     )
-            written = self._rows.insert_steps(connection, message_id, steps, encoded, both)
+            written = self._rows.insert_steps(
+                connection, message_id, steps, [rows for rows, _ in encoded], both
+            )
             known = ChainMap(written, reply.step_ids)
             own = ChainMap(digests, reply.digests)
             of_steps = []
