@@ -61,11 +61,17 @@ def verify(
     wrong = faults + sum(not one.agrees for one in again)
     if json:
         more = {"recomputed": [asdict(one) for one in again]} if recompute else {}
-        print_json({"findings": found, "checked": looked, **more})
+        all_checked = {**looked, "without_digest": check.without_digest}
+        print_json({"findings": found, "checked": all_checked, **more})
     else:
         checked = ", ".join(counted(number, name[:-1]) for name, number in looked.items())
         verdict = f"{counted(wrong, 'fault')} found." if wrong else "all as promised."
         out.print(f"Checked {checked}: {verdict}")
+        if check.without_digest:
+            out.print(
+                f"{counted(check.without_digest, 'message')} recorded before there were digests: "
+                "what of these is kept once cannot be checked."
+            )
     if wrong:
         raise typer.Exit(1)
 

@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, insert, select
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
-from oki_trace.store import identity, lifecycle, models
+from oki_trace.store import closing, identity, lifecycle, models
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
@@ -173,6 +173,8 @@ class _Copier:
             after = steps[-1].step_index
             self._steps(instant, connection, steps, new_id)
             self._advance(len(steps))
+        if row.status == Status.RUNNING.value:
+            closing.close(connection, new_id)
 
     def _prompt(
         self, instant: TraceReader, connection: Connection, message_id: int, new_id: int

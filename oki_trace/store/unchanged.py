@@ -8,6 +8,20 @@ from oki_trace.records import Message, Step, Tensor
 from oki_trace.store.digest import BEFORE_DIGESTS, of_tensors, of_whole_step
 
 
+def is_as_recorded(step: Step) -> bool:
+    """Whether a step with its full tensors is what the digests say that it brings with it.
+
+    One that brings none is; so are tensors that were left out.
+    """
+    if step.digest is not None and step.digest != of_whole_step(step):
+        return False
+    return (
+        step.tensor_digest is None
+        or not step.tensors
+        or step.tensor_digest == of_tensors(step.tensors)
+    )
+
+
 def step_changes(message: Message, step: Step) -> Iterator[str]:
     """The rows of a step."""
     if step.digest is None:

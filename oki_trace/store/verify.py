@@ -142,7 +142,9 @@ class Verification:
             return Finding(message.conversation_id, message.id, step, what)
 
         if message.capture is None or message.prompt_len is None:
-            if message.tokens or message.status is Status.COMPLETE:
+            # One that no model was asked for was said by hand.
+            asked = message.choice is not None
+            if message.tokens or (asked and message.status is Status.COMPLETE):
                 yield found("nothing says how it was generated")
             return
         prompt = self._reader.rows(

@@ -32,7 +32,7 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store import documents, identity, lifecycle, migrate, models
+from oki_trace.store import closing, documents, identity, lifecycle, migrate, models
 from oki_trace.store.checkpoint import Checkpointer
 from oki_trace.store.digest import PromptDigest, of_step, with_lens
 from oki_trace.store.engine import set_checkpoint, writer_engine
@@ -310,6 +310,12 @@ class TraceWriter:
                 )
         self._replies.pop(message_id, None)
         self.become_checkpointer()
+
+    def digest_of(self, message_id: int) -> str:
+        """The digest of a message as it is now, whatever was recorded."""
+        with self._transaction() as connection:
+            lifecycle.state_of(connection, message_id)
+            return closing.closing_digest(connection, message_id)
 
     def request_stop(self, message_id: int) -> None:
         """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
