@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
-from oki_trace.records import Status
+from oki_trace.store.damage import status_of
 from oki_trace.store.digest import BEFORE_DIGESTS, MessageDigest, PromptDigest
 from oki_trace.store.models import Conversation, Message, PromptToken, Step
 
@@ -75,7 +75,7 @@ def changes(connection: Connection, message_id: int) -> Iterator[str]:
         if connection.execute(recorded.limit(1)).first():
             yield "its digest is missing"
         return
-    if not Status(row.status).is_live:
+    if not status_of(row.status).is_live:
         if row.digest is None:
             yield "its digest is missing"
         elif row.digest != closing_digest(connection, message_id):
@@ -103,6 +103,6 @@ def prompt_digest(connection: Connection, message_id: int) -> str:
 
 def _without_fate(capture: dict[str, Any] | None) -> dict[str, Any] | None:
     """A report but for what became of the tensors, which an export may leave out."""
-    if capture is None:
-        return None
+    if not isinstance(capture, dict):
+        return capture
     return {name: value for name, value in capture.items() if name != "tensors_left_out"}

@@ -18,6 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from oki_trace.errors import StoreError
+from oki_trace.store.damage import document
 from oki_trace.store.identity import file_of
 
 # Waiting is right whatever the reason for a lock: a step is written in
@@ -136,6 +137,7 @@ def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
         pool_timeout=3600.0,
         # An error must not quote the user's text.
         hide_parameters=True,
+        json_deserializer=document,
     )
 
     def prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:

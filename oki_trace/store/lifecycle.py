@@ -26,6 +26,7 @@ from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
 from oki_trace.store import closing
+from oki_trace.store.damage import status_of
 from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
 from oki_trace.store.models import Base, Conversation, Message, Step, Worker
 from oki_trace.store.owner import this_process
@@ -123,7 +124,7 @@ def state_of(connection: Connection, message_id: int) -> tuple[Status, bool]:
     row = connection.execute(_STATE, {"message_id": message_id}).one_or_none()
     if row is None:
         raise no_message(message_id)
-    return Status(row.status), row.stop_requested
+    return status_of(row.status), row.stop_requested
 
 
 def require(connection: Connection, message_id: int, *allowed: Status) -> bool:
@@ -179,6 +180,12 @@ def delete_conversation(connection: Connection, conversation_id: int) -> None:
     """Delete a conversation with all that hangs on it, unless it is being written."""
     those = Message.conversation_id == conversation_id
     refuse_written(connection, "deleted", those)
+    # Messages of a conversation that is gone: what damaged the store left them.
+    gone = select(Conversation.id).where(Conversation.id == conversation_id)
+    if not connection.execute(gone).first():
+        if not connection.execute(delete(Message).where(those)).rowcount:
+            raise no_conversation(conversation_id)
+        return
     # From here on, PostgreSQL lets nobody add a reply to it; one may just have been.
     touch(connection, conversation_id)
     refuse_written(connection, "deleted", those)

@@ -19,6 +19,7 @@ from sqlalchemy import Row, delete, func, select, update
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
 from oki_trace.store import lifecycle
+from oki_trace.store.damage import BrokenTime, status_of
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.models import Conversation, Message, Step, Tensor
 from oki_trace.store.reader import TraceReader
@@ -49,7 +50,7 @@ class Prunable:
 class PrunePlan:
     """What would go, the oldest first. ``left_bytes``: the data that stays.
 
-    ``spared``: how many would have gone too, but are being written.
+    ``spared``: how many would have gone too, but are being written or have no time.
     """
 
     tensors_only: bool
@@ -87,6 +88,10 @@ def plan(
     going: list[Prunable] = []
     spared = 0
     for row in found:
+        # Nobody knows how old that is whose time is damaged.
+        if isinstance(row.time, BrokenTime):
+            spared += 1
+            continue
         is_old = before is not None and row.time < before
         if not is_old and (max_bytes is None or left <= max_bytes):
             continue
@@ -266,4 +271,4 @@ def _conversations(instant: TraceReader) -> list[_Found]:
 
 
 def _is_live(row: Row[Any]) -> bool:
-    return Status(row.status) is Status.RUNNING and not is_gone(row)
+    return status_of(row.status) is Status.RUNNING and not is_gone(row)

@@ -34,6 +34,7 @@ from oki_trace.records import (
 )
 from oki_trace.store import browse, columnar, grids, identity, models
 from oki_trace.store.columnar import Columns, MessageMark
+from oki_trace.store.damage import steps_told
 from oki_trace.store.engine import reader_engine
 from oki_trace.store.faults import told_plainly
 from oki_trace.store.heartbeat import CLOCK, ended
@@ -233,7 +234,7 @@ class TraceReader:
     def steps(self, message_id: int, since: int = -1) -> list[StepSummary]:
         """The steps of a reply after ``since``, without what hangs on them."""
         table = models.Step
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             rows = connection.execute(
                 select(*SUMMARY_COLUMNS)
                 .where(table.message_id == message_id, table.step_index > since)
@@ -253,7 +254,7 @@ class TraceReader:
 
     def step(self, message_id: int, step_index: int) -> Step:
         """One step with its candidates, attention and lens; its tensors are read by name."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             found = read_steps(connection, message_id, step_index, step_index + 1)
         if not found:
             raise NotFound(
@@ -268,7 +269,7 @@ class TraceReader:
         """
         while end is None or first < end:
             until = first + _BATCH if end is None else min(first + _BATCH, end)
-            with self._read() as connection:
+            with self._read() as connection, steps_told(message_id):
                 batch = read_steps(connection, message_id, first, until)
             yield from batch
             if len(batch) < until - first:
@@ -279,19 +280,19 @@ class TraceReader:
 
     def candidates(self, message_id: int) -> dict[int, Candidates]:
         """What was considered at each step of a reply, by step_index."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return read_candidates(connection, message_id)
 
     def lens_grid(self, message_id: int, first: int = 0, end: int | None = None) -> LensGrid:
         """What every layer would have said, at the steps from ``first`` up to ``end``."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return grids.lens(connection, message_id, first, end)
 
     def attention_points(
         self, message_id: int, layer: int, first: int = 0, end: int | None = None
     ) -> AttentionPoints:
         """Where ``layer`` looked, at the steps from ``first`` up to ``end``; reads no tensor."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return grids.attention(connection, message_id, layer, first, end)
 
     # ------------------------------------------------------------------ tensors
@@ -409,12 +410,12 @@ class TraceReader:
 
     def prompt_columns(self, message_id: int) -> Columns:
         """The tokens a reply's model was given, a column at a time; empty before it begins."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return columnar.prompt_columns(connection, message_id)
 
     def step_columns(self, message_id: int, first: int, end: int) -> dict[str, Columns]:
         """Some steps of a reply with all that hangs on them but tensors: table, then column."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return columnar.step_columns(connection, message_id, first, end)
 
     # ------------------------------------------------------------------- totals

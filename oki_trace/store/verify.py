@@ -19,6 +19,7 @@ from oki_trace.errors import NotFound, StoreError, TensorError
 from oki_trace.records import Message, Role, Status, Step, Tensor
 from oki_trace.store import closing, models
 from oki_trace.store.agreement import names_agree, rows_agree, tensor_agrees
+from oki_trace.store.damage import BrokenTime
 from oki_trace.store.digest import BEFORE_DIGESTS
 from oki_trace.store.lists import broken_lists
 from oki_trace.store.readback import TENSOR_COLUMNS, tensor_record
@@ -114,11 +115,21 @@ class Verification:
         except (StoreError, ValueError, TypeError, KeyError) as error:
             yield Finding(conversation_id, None, None, f"it cannot be read ({error})")
             return
+        for name in ("created_at", "updated_at"):
+            when = getattr(models.Conversation, name)
+            for row in self._reader.rows(
+                select(when).where(models.Conversation.id == conversation_id)
+            ):
+                if isinstance(row[0], BrokenTime):
+                    what = f"its {name} is {row[0].told!r}"
+                    yield Finding(conversation_id, None, None, what)
         for place, message in enumerate(messages):
             self.messages += 1
             if message.position != place:
                 what = f"it stands at position {message.position}, not {place}"
                 yield Finding(conversation_id, message.id, None, what)
+            if message.damage is not None:
+                yield Finding(conversation_id, message.id, None, message.damage)
             try:
                 for what in self._as_recorded(message):
                     yield Finding(conversation_id, message.id, None, what)
@@ -188,8 +199,8 @@ class Verification:
     def _step(self, instant: TraceReader, message: Message, row: Row[Any]) -> Iterator[str]:
         try:
             step = instant.step(message.id, row.step_index)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            yield f"its rows do not fit together ({error})"
+        except StoreError as error:
+            yield f"its rows do not fit together ({error.__cause__ or error})"
             return
         if step.lens is not None and step.lens.settle_layer != row.settle_layer:
             yield f"it does not settle at layer {row.settle_layer}"
