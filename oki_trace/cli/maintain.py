@@ -204,7 +204,9 @@ def _tell(plan: PrunePlan, most: int | None) -> None:
             f"{size(plan.left_bytes)} of data would stay."
         )
     if plan.spared:
-        out.print(f"{counted(plan.spared, _what(plan))} spared: being written right now.")
+        out.print(
+            f"{counted(plan.spared, _what(plan))} spared: being written right now, or damaged."
+        )
     if most is not None and plan.left_bytes > most and plan.tensors_only:
         out.print("The rows alone take more than that: --all deletes whole conversations.")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from oki_trace.errors import OkiTraceError, StoreError
+from oki_trace.errors import DamagedSteps, OkiTraceError
 from oki_trace.records import Role, Status
 
 _T = TypeVar("_T")
@@ -125,12 +125,12 @@ def _quoted(value: object) -> str:
 
 @contextmanager
 def steps_told(message_id: int) -> Iterator[None]:
-    """Turn what a step's rows that make no sense raise into a StoreError."""
+    """Turn what a step's rows that make no sense raise into DamagedSteps."""
     try:
         yield
     except NONSENSE as error:
         why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise StoreError(
+        raise DamagedSteps(
             f"The steps of message {message_id} are damaged ({why}): see `oki-trace verify`; "
             "restore a backup, or delete its conversation."
         ) from error

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy import Connection, Dialect, Engine, QueuePool, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -57,6 +57,26 @@ _READER = (
     # temporary table.
     "PRAGMA query_only = ON",
     "PRAGMA cache_size = -16384",
+)
+
+# Scope: every connection to a server. A role, a database or a server may have its own
+# defaults for what the meaning of a value or of a statement depends on.
+_POSTGRESQL = (
+    "SET client_encoding = 'UTF8'",
+    "SET datestyle = 'ISO, YMD'",
+    "SET intervalstyle = 'postgres'",
+    "SET timezone = 'UTC'",
+    "SET standard_conforming_strings = on",
+    "SET transform_null_equals = off",
+    "SET bytea_output = 'hex'",
+    # Every bit of a number; below 1 they are rounded.
+    "SET extra_float_digits = 1",
+    "SET default_transaction_isolation = 'read committed'",
+    "SET default_transaction_read_only = off",
+    # A step may wait for another writer, and a copy of a long conversation takes its time.
+    "SET statement_timeout = 0",
+    "SET lock_timeout = 0",
+    "SET idle_in_transaction_session_timeout = 0",
 )
 
 Mode = Literal["ro", "rw"]
@@ -152,7 +172,7 @@ def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
 
 def _postgresql(url: URL, **options: object) -> Engine:
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             # Rows are sent in bulk as a flat list of values, so by place.
             paramstyle="format",
@@ -161,10 +181,45 @@ def _postgresql(url: URL, **options: object) -> Engine:
             hide_parameters=True,
             **options,
         )
+        event.listen(engine, "do_connect", _connect_postgresql)
+        return engine
     except ModuleNotFoundError as error:
         raise StoreError(
             "A PostgreSQL store needs the psycopg package: run `pip install 'psycopg[binary]'`."
         ) from error
+
+
+def _connect_postgresql(
+    dialect: Dialect, _: ConnectionPoolEntry, arguments: Any, options: Any
+) -> DBAPIConnection:
+    """A connection with our settings, before anything is asked through it.
+
+    Raises StoreError where the database cannot hold every text.
+    """
+    connection = dialect.connect(*arguments, **options)
+    cursor = connection.cursor()
+    try:
+        cursor.execute("SELECT current_setting('server_encoding'), current_database()")
+        encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
+        if encoding != "UTF8":
+            raise StoreError(
+                f"The PostgreSQL database {name} has the encoding {encoding}, which cannot hold "
+                "every text: make one with `createdb -E UTF8 -T template0 NAME`, and give that."
+            )
+        for setting in _POSTGRESQL:
+            cursor.execute(setting)
+        connection.commit()
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        cursor.close()
+    return connection
+
+
+def _as_text(value: object) -> str:
+    """Psycopg gives bytes where the encoding is unknown."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _begin(connection: Connection) -> None:

@@ -14,7 +14,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from sqlalchemy import JSON, ColumnElement, Connection, Row, and_, func, select, true
+from sqlalchemy import JSON, ColumnElement, Connection, Integer, Row, and_, func, or_, select, true
 
 from oki_trace.records import (
     Candidates,
@@ -58,6 +58,8 @@ MESSAGE_COLUMNS: tuple[ColumnElement[Any], ...] = (
 _BRIEF_COLUMNS = (
     models.Message.id,
     models.Message.conversation_id,
+    models.Message.role,
+    models.Message.created_at,
     models.Message.status,
     models.Message.model_id,
     *LIFE,
@@ -76,7 +78,9 @@ def _documents_valid(connection: Connection) -> ColumnElement[Any]:
     if connection.dialect.name != "sqlite":
         return true()
     documents = [column for column in models.Message.__table__.columns if _is_json(column)]
-    return and_(*(func.coalesce(func.json_valid(one), 1) == 1 for one in documents))
+    return and_(
+        *(or_(one.is_(None), func.json_valid(one, type_=Integer) == 1) for one in documents)
+    )
 
 
 def _is_json(column: ColumnElement[Any]) -> bool:
@@ -102,6 +106,8 @@ def _conversation(row: Row[Any], messages: Sequence[Row[Any]]) -> Conversation:
     for message in messages:
         of_message = Damage()
         statuses.append(_status(message, of_message))
+        of_message.role(message.role)
+        of_message.time("created_at", message.created_at)
         if not message.documents_valid:
             of_message.add("a document of it is no JSON")
         if of_message.told():
@@ -209,7 +215,7 @@ def read_steps(connection: Connection, message_id: int, first: int, after: int) 
             position=row.position,
             token_id=row.token_id,
             token=row.token,
-            token_bytes=row.token_bytes,
+            token_bytes=bytes(row.token_bytes),
             is_special=row.is_special,
             logit=_number(row.logit),
             prob=_number(row.prob),
