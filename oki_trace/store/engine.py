@@ -9,8 +9,9 @@ rebuilt by a migration would take its children with it.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sqlalchemy import Connection, Dialect, Engine, QueuePool, create_engine, event
 from sqlalchemy.engine import URL
@@ -19,11 +20,9 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from oki_trace.errors import StoreError
 from oki_trace.store.damage import document
+from oki_trace.store.files import Mode, connect_file, open_to_read
 from oki_trace.store.identity import file_of
-
-# Waiting is right whatever the reason for a lock: a step is written in
-# milliseconds, and only a long migration or vacuum holds it longer.
-_BUSY_SECONDS = 30.0
+from oki_trace.store.reserve import Reserve
 
 # Scope: every connection.
 _EVERY_CONNECTION = (
@@ -79,8 +78,6 @@ _POSTGRESQL = (
     "SET idle_in_transaction_session_timeout = 0",
 )
 
-Mode = Literal["ro", "rw"]
-
 
 def writer_engine(url: URL, *, checkpoint: bool) -> Engine:
     """One connection for all threads: a second writer waits, and never fails for it."""
@@ -101,14 +98,18 @@ def set_checkpoint(connection: Connection) -> None:
         connection.exec_driver_sql(_CHECKPOINT_RARELY)
 
 
-def reader_engine(url: URL) -> Engine:
-    """Connections that cannot write; what one transaction reads was true at one instant."""
+def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
+    """Connections that cannot write; what one transaction reads was true at one instant.
+
+    On a disk without a byte left they take the room of the ``reserve``.
+    """
     path = file_of(url)
     if path is None:
         return _postgresql(
             url, isolation_level="REPEATABLE READ", execution_options={"postgresql_readonly": True}
         )
-    engine = _sqlite(path, "ro", _READER)
+    kept = reserve or Reserve(path)
+    engine = _sqlite(path, "ro", _READER, lambda: open_to_read(path, kept))
     event.listen(engine, "begin", _begin)
     return engine
 
@@ -128,29 +129,16 @@ def autocommit_engine(url: URL) -> Engine:
     return _postgresql(url, isolation_level="AUTOCOMMIT")
 
 
-def connect_file(path: Path, mode: Mode) -> sqlite3.Connection:
-    """A plain SQLite connection. Neither mode creates the file."""
-    # As a URI, because only so can a file be opened without creating it; it
-    # is quoted, so that a path may hold spaces, % and ?.
-    return sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        uri=True,
-        timeout=_BUSY_SECONDS,
-        # Transactions are begun by the engine's event, not guessed by the driver.
-        isolation_level=None,
-        # The pool lends a connection to one thread at a time.
-        check_same_thread=False,
-        # A driver's statement cache is keyed by text; a bulk insert of each
-        # number of rows is a text of its own.
-        cached_statements=256,
-    )
-
-
-def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
+def _sqlite(
+    path: Path,
+    mode: Mode,
+    pragmas: tuple[str, ...],
+    connect: Callable[[], sqlite3.Connection] | None = None,
+) -> Engine:
     writes = mode == "rw"
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
-        creator=lambda: connect_file(path, mode),
+        creator=connect or (lambda: connect_file(path, mode)),
         poolclass=QueuePool,
         pool_size=1 if writes else 4,
         max_overflow=0 if writes else 16,

@@ -28,8 +28,12 @@ from oki_trace.records import Status
 from oki_trace.store import closing
 from oki_trace.store.damage import status_of
 from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
-from oki_trace.store.models import Base, Conversation, Message, Step, Worker
+from oki_trace.store.models import Base, Conversation, Message, PromptToken, Step, Worker
 from oki_trace.store.owner import this_process
+
+# What goes at a time where there is little room for the log: steps, tokens of a prompt.
+_FEW = 16
+_FEW_TOKENS = 5_000
 
 PROCESS_ENDED = "the process that generated it ended"
 
@@ -190,6 +194,27 @@ def delete_conversation(connection: Connection, conversation_id: int) -> None:
     touch(connection, conversation_id)
     refuse_written(connection, "deleted", those)
     connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
+
+
+def thin_out(connection: Connection, conversation_id: int) -> bool:
+    """Delete a few of the last steps of a conversation, or of its prompts' tokens.
+
+    Returns whether there were any. Raises StoreError when a process is writing to it.
+    """
+    those = Message.conversation_id == conversation_id
+    refuse_written(connection, "deleted", those)
+    ids = select(Message.id).where(those)
+    steps = select(Step.id).where(Step.message_id.in_(ids)).order_by(Step.id.desc()).limit(_FEW)
+    if connection.execute(delete(Step).where(Step.id.in_(steps))).rowcount:
+        return True
+    (last,) = connection.execute(
+        select(func.max(PromptToken.position)).where(PromptToken.message_id.in_(ids))
+    ).one()
+    if last is None:
+        return False
+    tokens = PromptToken.position > last - _FEW_TOKENS
+    connection.execute(delete(PromptToken).where(PromptToken.message_id.in_(ids), tokens))
+    return True
 
 
 def end(

@@ -37,7 +37,6 @@ from oki_trace.store.columnar import Columns, MessageMark
 from oki_trace.store.damage import steps_told
 from oki_trace.store.engine import reader_engine
 from oki_trace.store.faults import told_plainly
-from oki_trace.store.heartbeat import CLOCK, ended
 from oki_trace.store.identity import Db
 from oki_trace.store.lifecycle import no_conversation, no_message, no_tensor
 from oki_trace.store.presence import Presence
@@ -52,6 +51,7 @@ from oki_trace.store.readback import (
     summary_record,
     tensor_record,
 )
+from oki_trace.store.reserve import Reserve
 from oki_trace.store.sizes import measure
 from oki_trace.store.tensors import TensorHead
 
@@ -75,13 +75,14 @@ class TraceReader:
                 "with --db."
             )
         self._presence = Presence(path)
-        self._engine: Engine = reader_engine(url)
+        self._reserve = Reserve(path)
+        self._engine: Engine = reader_engine(url, self._reserve)
         self._pinned: Connection | None = None
         try:
             with self._read() as connection:
                 identity.refuse_other(identity.schema_of(connection), self._store)
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -97,6 +98,7 @@ class TraceReader:
 
     def close(self) -> None:
         self._engine.dispose()
+        self._reserve.restore()
 
     @contextmanager
     def snapshot(self) -> Iterator[TraceReader]:
@@ -452,24 +454,8 @@ class TraceReader:
 
     def worker(self) -> WorkerState | None:
         """The worker heard of last; "gone" when its process has ended. None: never any."""
-        table = models.Worker
         with self._read() as connection:
-            row = connection.execute(
-                select(table.__table__, CLOCK)
-                .order_by(table.heartbeat.desc(), table.id.desc())
-                .limit(1)
-            ).one_or_none()
-        if row is None:
-            return None
-        gone = ended(row.owner, row.heartbeat, row.clock)
-        return WorkerState(
-            state="gone" if gone else row.state,
-            model_id=None if gone else row.model_id,
-            detail=row.detail,
-            progress=None if gone else row.progress,
-            pid=row.pid,
-            updated_at=row.heartbeat,
-        )
+            return browse.latest_worker(connection)
 
     # ------------------------------------------------------------------- within
 

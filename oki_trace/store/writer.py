@@ -9,6 +9,7 @@ no steps. Methods may be called from any thread.
 from __future__ import annotations
 
 import datetime as dt
+import sqlite3
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.owner import this_process
 from oki_trace.store.presence import Presence
+from oki_trace.store.reserve import Reserve
 from oki_trace.store.rows import StepRows, encode_all, number
 
 _LIVE = (Status.QUEUED, Status.RUNNING)
@@ -63,12 +65,16 @@ class TraceWriter:
 
     ``checkpoint=False`` is for a process that submits requests and does not
     generate. Of those that do, one at a time folds the write-ahead log into the
-    file, whoever else asks to.
+    file, whoever else asks to. ``making_room`` is for one that is to throw things
+    away: on a full disk it takes the store's reserve to open the store.
     """
 
-    def __init__(self, db: Db, *, checkpoint: bool = True) -> None:
+    def __init__(self, db: Db, *, checkpoint: bool = True, making_room: bool = False) -> None:
         url = identity.address(db)
         self._store = identity.shown(url)
+        self._reserve = Reserve(identity.file_of(url))
+        if making_room and self._reserve.is_low():
+            self._reserve.release()
         migrate.ensure(url)
         self._presence = Presence(identity.file_of(url))
         self._checkpointer = Checkpointer(identity.file_of(url), wanted=checkpoint)
@@ -93,6 +99,8 @@ class TraceWriter:
         self._heartbeat.stop()
         self._engine.dispose()
         self._checkpointer.resign()
+        self._reserve.restore()
+        self._reserve.keep()
 
     # ------------------------------------------------------------ conversations
 
@@ -111,10 +119,14 @@ class TraceWriter:
     def delete_conversation(self, conversation_id: int) -> None:
         """Delete it with all its messages, steps and tensors.
 
-        Raises StoreError when a process is writing to it.
+        Raises StoreError when a process is writing to it. At once; on a full disk
+        its last steps go first, a few at a time.
         """
-        with self.write() as connection:
-            lifecycle.delete_conversation(connection, conversation_id)
+        with self.making_room() as low:
+            if low:
+                self._thin_out(conversation_id)
+            with self.write() as connection:
+                lifecycle.delete_conversation(connection, conversation_id)
 
     def add_message(
         self,
@@ -388,6 +400,39 @@ class TraceWriter:
                 set_checkpoint(connection)
 
     # ------------------------------------------------------------------- within
+
+    @contextmanager
+    def making_room(self) -> Iterator[bool]:
+        """What throws things away: True where it is to be done a little at a time.
+
+        On a disk that is nearly full the log has the room of the store's reserve.
+        """
+        low = self._reserve.is_low()
+        if low:
+            self._reserve.release()
+        try:
+            yield low
+        finally:
+            if low:
+                self.fold()
+                self._reserve.restore()
+
+    def fold(self) -> None:
+        """Fold the log into the file, so that it takes no more room than it has."""
+        with told_plainly(self._store), self._engine.connect() as connection:
+            raw = connection.connection.driver_connection
+            if isinstance(raw, sqlite3.Connection):
+                # Waits for readers and writers, so it never meets another checkpoint.
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def _thin_out(self, conversation_id: int) -> None:
+        """Delete what hangs on a conversation, the last first, and fold the log in between."""
+        while True:
+            with self.write() as connection:
+                more = lifecycle.thin_out(connection, conversation_id)
+            self.fold()
+            if not more:
+                return
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
