@@ -16,6 +16,7 @@ from pathlib import Path
 SUFFIX = ".reserve"
 # Half of the store, within these: the log of what is thrown away a few steps at a time.
 _LEAST = 512 * 1024
+_GRAIN = 64 * 1024
 _MOST = 8 * 1024 * 1024
 # With less than this free, room is made a few steps at a time.
 LOW = 16 * 1024 * 1024
@@ -51,19 +52,25 @@ class Reserve:
         """Keep the room again, if it was given away here."""
         if self._released:
             self._released = False
-            self.keep(above=0)
+            self.keep(above=None)
 
-    def keep(self, *, above: int = LOW) -> None:
+    def keep(self, *, above: int | None = LOW) -> None:
         """See that there is one in proportion to the store, where ``above`` stays free.
 
-        A store on a disk that has no room for one works as well, until it is full.
+        None: as large as there is room for. A store on a disk that has no room for
+        one works as well, until it is full.
         """
         if self._file is None or self._own is None:
             return
         with suppress(OSError):
             wanted = min(max(self._file.stat().st_size // 2, _LEAST), _MOST)
             has = self._own.stat().st_size if self._own.exists() else 0
-            if has >= wanted or shutil.disk_usage(self._file.parent).free < wanted + above:
+            free = has + shutil.disk_usage(self._file.parent).free
+            if above is None:
+                wanted = min(wanted, free // _GRAIN * _GRAIN)
+            elif free < wanted + above:
+                return
+            if has >= wanted:
                 return
             try:
                 _fill(self._own, wanted)
