@@ -56,7 +56,7 @@ EMPTY = Manifest("", ())
 
 
 def folder_of(db: Db) -> Path:
-    """Beside a SQLite file; in the data folder where nothing can be beside it, on PostgreSQL too."""
+    """Beside a SQLite file; in the data folder on PostgreSQL, and where that cannot be written."""
     url = identity.address(db)
     path = identity.file_of(url)
     if path is not None and (os.access(path.parent, os.W_OK) or not path.parent.exists()):

@@ -94,8 +94,11 @@ def _line(one: Recomputed) -> str:
     if one.reason is not None:
         return f"{where}: not recomputed with {one.model_id}: {one.reason}"
     verdict = "" if one.agrees else ", more than rounding explains"
+    if one.not_numbers:
+        verdict = f", {counted(one.not_numbers, 'value')} not a number{verdict}"
     return (
         f"{where}: {counted(one.steps, 'token')} recomputed with {one.model_id}: largest "
         f"|Δlogprob| {one.logprob_difference:.1e}, "
+        f"|Δentropy| {one.entropy_difference:.1e}, lens |Δprob| {one.lens_difference:.1e}, "
         f"{counted(one.top1_differences or 0, 'other top token')}{verdict}"
     )
