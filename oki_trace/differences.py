@@ -8,10 +8,12 @@ says NaN is a difference, the largest there is.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from oki_trace.records import FloatArray, IntArray, Lens, Step
+from oki_trace.records import IntArray, Lens, Step
 
 # What a lens may be off in probability for each nat that the logits may be off.
 _PROB_PER_NAT = 0.5
@@ -75,9 +77,9 @@ class Differences:
     def _apart(
         self,
         told_ids: IntArray,
-        told: FloatArray,
+        told: NDArray[np.floating[Any]],
         now_ids: IntArray,
-        now: FloatArray,
+        now: NDArray[np.floating[Any]],
     ) -> float:
         """Over the tokens that both lists have: the others are near the end of either."""
         known = {int(token): float(value) for token, value in zip(now_ids, now, strict=True)}

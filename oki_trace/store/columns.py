@@ -48,11 +48,12 @@ class _TextTime(sqlite.DATETIME):
     """SQLite's text as a time, or as a BrokenTime: it may have been changed to anything."""
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
-        read = super().result_processor(dialect, coltype)
+        read: Any = super().result_processor(dialect, coltype)
 
         def process(value: Any) -> dt.datetime | None:
             try:
-                return None if value is None else read(value)
+                found: dt.datetime | None = None if value is None else read(value)
+                return found
             except (ValueError, TypeError):
                 return BrokenTime.of(value)
 
@@ -77,7 +78,7 @@ class UtcTime(TypeDecorator[dt.datetime]):
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         if dialect.name == "sqlite":
-            return dialect.type_descriptor(_TextTime())
+            return dialect.type_descriptor(_TextTime())  # type: ignore[no-untyped-call]
         return super().load_dialect_impl(dialect)
 
     def process_result_value(
