@@ -20,7 +20,7 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
-    {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
+    {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors", "visible"},
 )

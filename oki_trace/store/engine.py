@@ -16,11 +16,12 @@ from typing import Any
 from sqlalchemy import Connection, Dialect, Engine, QueuePool, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from oki_trace.errors import StoreError
 from oki_trace.store.damage import document
-from oki_trace.store.files import Mode, connect_file, open_to_read
+from oki_trace.store.files import Mode, connect_file, is_outdated, open_to_read
 from oki_trace.store.identity import file_of
 from oki_trace.store.reserve import Reserve
 
@@ -111,6 +112,12 @@ def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
     kept = reserve or Reserve(path)
     engine = _sqlite(path, "ro", _READER, lambda: open_to_read(path, kept))
     event.listen(engine, "begin", _begin)
+
+    def refuse_outdated(connection: DBAPIConnection, *_: object) -> None:
+        if is_outdated(connection, path):
+            raise DisconnectionError  # the pool opens another
+
+    event.listen(engine, "checkout", refuse_outdated)
     return engine
 
 

@@ -23,7 +23,12 @@ _BUSY_SECONDS = 30.0
 _NO_PLACE = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_FULL")
 
 
-def connect_file(path: Path, mode: Mode, more: str = "") -> sqlite3.Connection:
+def connect_file(
+    path: Path,
+    mode: Mode,
+    more: str = "",
+    factory: type[sqlite3.Connection] = sqlite3.Connection,
+) -> sqlite3.Connection:
     """A plain SQLite connection. Neither mode creates the file; ``more`` options of the URI."""
     # As a URI, because only so can a file be opened without creating it; it
     # is quoted, so that a path may hold spaces, % and ?.
@@ -38,7 +43,14 @@ def connect_file(path: Path, mode: Mode, more: str = "") -> sqlite3.Connection:
         # A driver's statement cache is keyed by text; a bulk insert of each
         # number of rows is a text of its own.
         cached_statements=256,
+        factory=factory,
     )
+
+
+class AsItStands(sqlite3.Connection):
+    """A connection to a file that nobody can write, or has open: it looks at no log."""
+
+    seen: tuple[int, ...] = ()
 
 
 def open_to_read(path: Path, reserve: Reserve) -> sqlite3.Connection:
@@ -51,18 +63,38 @@ def open_to_read(path: Path, reserve: Reserve) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         if not error.sqlite_errorname.startswith(_NO_PLACE):
             raise
-        if _size(path, "-wal") == 0 and _size(path, "-shm") == 0:
-            # Nobody else has it open, or their shared memory would be there to be used.
-            return connect_file(path, "ro", "&immutable=1")
-        if not os.access(path.parent, os.W_OK):
-            raise StoreError(
-                f"The store {path} cannot be read where it is: its last changes are still in "
-                f"{path.name}-wal, and the folder cannot be written. Copy both to another folder, "
-                "and name the copy with --db."
-            ) from error
-        if not reserve.release():
+        writable = os.access(path.parent, os.W_OK)
+        # Also where another process has just deleted what it had beside the file.
+        if writable and (reserve.release() or not reserve.is_spent()):
+            return _reading(path)
+        if not _size(path, "-wal"):
+            return _as_it_stands(path)
+        if writable:
             raise
-    return _reading(path)
+        raise StoreError(
+            f"The store {path} cannot be read where it is: its last changes are still in "
+            f"{path.name}-wal, and the folder cannot be written. Copy both to another folder, "
+            "and name the copy with --db."
+        ) from error
+
+
+def is_outdated(connection: object, path: Path) -> bool:
+    """Whether a connection looks past what others have done since."""
+    return isinstance(connection, AsItStands) and connection.seen != _seen(path)
+
+
+def _as_it_stands(path: Path) -> sqlite3.Connection:
+    seen = _seen(path)
+    connection = connect_file(path, "ro", "&immutable=1", AsItStands)
+    assert isinstance(connection, AsItStands)
+    connection.seen = seen
+    return connection
+
+
+def _seen(path: Path) -> tuple[int, ...]:
+    """What changes when another process opens or changes the file."""
+    found = path.stat()
+    return (found.st_mtime_ns, found.st_size, _size(path, "-wal"), _size(path, "-shm"))
 
 
 def _reading(path: Path) -> sqlite3.Connection:

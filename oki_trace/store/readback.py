@@ -90,7 +90,7 @@ def _is_json(column: ColumnElement[Any]) -> bool:
 def conversation_records(connection: Connection, rows: Iterable[Row[Any]]) -> list[Conversation]:
     """Conversations with the totals of their messages, in the order given."""
     rows = list(rows)
-    messages: dict[int, list[Row[Any]]] = {row.id: [] for row in rows}
+    messages: dict[int, list[Any]] = {row.id: [] for row in rows}
     for message in connection.execute(
         select(*_BRIEF_COLUMNS, _documents_valid(connection).label("documents_valid"))
         .where(models.Message.conversation_id.in_(list(messages)))
@@ -100,7 +100,7 @@ def conversation_records(connection: Connection, rows: Iterable[Row[Any]]) -> li
     return [_conversation(row, messages[row.id]) for row in rows]
 
 
-def _conversation(row: Row[Any], messages: Sequence[Row[Any]]) -> Conversation:
+def _conversation(row: Row[Any], messages: Sequence[Any]) -> Conversation:
     damage = Damage()
     statuses = []
     for message in messages:

@@ -38,6 +38,14 @@ class Reserve:
             return shutil.disk_usage(self._file.parent).free < LOW
         return False
 
+    def is_spent(self) -> bool:
+        """Whether the disk has no room for what is read through, and there is no reserve."""
+        if self._file is None or self._own is None or self._own.exists():
+            return False
+        with suppress(OSError):
+            return shutil.disk_usage(self._file.parent).free < _GRAIN
+        return False
+
     def release(self) -> bool:
         """Give the room to whatever comes next; returns whether there was any."""
         if self._own is None:

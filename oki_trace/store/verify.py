@@ -207,8 +207,8 @@ class Verification:
         greedy = None if step.decision is None else step.decision.greedy.token_id
         if greedy != row.greedy_id:
             yield f"its greedy token is {row.greedy_id}, its decision says {greedy}"
-        yield from step_changes(message, step)
         yield from rows_agree(message, step, whole=message.status in _WHOLE)
+        yield from step_changes(message, step)
         yield from self._tensors(instant, message, step, row)
 
     def _tensors(

@@ -268,7 +268,6 @@ class TraceWriter:
                 connection, message_id, steps, [rows for rows, _ in encoded], both
             )
             known = ChainMap(written, reply.step_ids)
-            own = ChainMap(digests, reply.digests)
             of_steps = []
             for lens in ready:
                 if lens.step_index not in known:
@@ -276,7 +275,7 @@ class TraceWriter:
                         f"Message {message_id} has no step {lens.step_index} for its lens: write "
                         "the step first."
                     )
-                digest = own[lens.step_index]
+                digest = digests.get(lens.step_index) or reply.digests.get(lens.step_index)
                 if digest is not None and lens.step_index not in brought:
                     digest = with_lens(digest, lens)
                 of_steps.append((known[lens.step_index], lens, digest))

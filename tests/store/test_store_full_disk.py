@@ -134,6 +134,22 @@ def test_a_log_that_was_left_behind_is_read_on_a_full_disk(disk: Path) -> None:
         assert shown.status == 0 and "conversation 0" in shown.out, shown.err
 
 
+def test_what_was_read_without_a_log_is_read_anew_once_it_changes(disk: Path) -> None:
+    db = disk / "store.db"
+    fill(db, 1, 4)
+    db.with_name("store.db.reserve").unlink()
+    leave(disk, 0)
+    with TraceReader(db) as reader:
+        before = reader.version()
+        assert len(reader.conversations()) == 1
+        (disk / "ballast").unlink()
+        with TraceWriter(db) as writer:
+            writer.create_conversation("another")
+            assert len(reader.conversations()) == 2
+            assert reader.version() > before
+        assert list(Verification(reader)) == []
+
+
 def test_a_reply_that_finds_the_disk_full_says_how_to_make_room(disk: Path) -> None:
     db = disk / "store.db"
     fill(db, 1)
