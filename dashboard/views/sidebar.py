@@ -206,7 +206,7 @@ def recent_conversations(current: int | None) -> None:
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {c.status}",
+                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else c.status}",
             ):
                 address.go(address.Place(c.id))
                 st.rerun()

@@ -27,7 +27,6 @@ from oki_trace.records import (
     Decision,
     FloatArray,
     IntArray,
-    LayerAttention,
     Lens,
     Step,
     Tensor,
@@ -39,17 +38,21 @@ BEFORE_DIGESTS = ""
 
 _STEP_BYTES = 16
 _MESSAGE_BYTES = 32
-# step_index, position, token_id, is_special, rank, sampled_prob, the other measured numbers
-_OF_STEP = struct.Struct("<qqq?q8d")
+# step_index, position, token_id, is_special, rank, sampled_prob and the other measured
+# numbers, how many candidates and layers of attention there are
+_OF_STEP = struct.Struct("<qqq?q7dqq")
 _UNKNOWN = -1
 
 
 def of_step(step: Step) -> bytes:
     """Of a step's rows without its lens, which may come later; see ``with_lens``."""
-    made = blake2b(digest_size=_STEP_BYTES, person=b"oki step 1")
+    top, seen = step.topk, step.attention
     sampled_prob = math.nan if step.sampled_prob is None else step.sampled_prob
     measured = (step.logit, step.prob, step.logprob, step.entropy, step.margin, step.elapsed_ms)
-    made.update(
+    count = len(top.tokens)
+    nothing = np.full(count, np.nan, dtype=np.float32)
+    after = (nothing if one is None else one for one in (top.sampled_probs, top.noise))
+    parts = (
         _OF_STEP.pack(
             step.step_index,
             step.position,
@@ -57,31 +60,30 @@ def of_step(step: Step) -> bytes:
             step.is_special,
             step.rank,
             *map(_number, (sampled_prob, *measured)),
-            len(step.topk.tokens),
-        )
+            count,
+            len(seen),
+        ),
+        _numbers([float(one.missing) for one in seen]),
+        _texts([step.token, step.token_bytes.hex(), *top.tokens]),
+        _ids([top.token_ids, *(one.positions for one in seen)]),
+        _ids([np.array([(one.layer, len(one.positions)) for one in seen], dtype=np.int64)]),
+        _floats([top.logits, top.probs, *after, *(one.weights for one in seen)]),
+        b"" if step.decision is None else _decision(step.decision),
     )
-    made.update(_texts([step.token, step.token_bytes.hex(), *step.topk.tokens]))
-    made.update(_ids(step.topk.token_ids))
-    top = step.topk
-    for values in (top.logits, top.probs, top.sampled_probs, top.noise):
-        made.update(_optional(values, len(top.tokens)))
-    if step.attention:
-        made.update(_attention(step.attention))
-    if step.decision is not None:
-        made.update(_decision(step.decision))
-    return made.digest()
+    return _hashed(b"oki step 1", parts)
 
 
 def with_lens(digest: bytes, lens: Lens) -> bytes:
     """Of a step and its lens, from the step's own."""
-    made = blake2b(digest, digest_size=_STEP_BYTES, person=b"oki lens 1")
-    made.update(struct.pack("<qq", *lens.token_ids.shape))
-    made.update(_ids(lens.token_ids))
-    made.update(_texts(list(chain.from_iterable(lens.tokens))))
-    made.update(_ids(lens.chosen_rank))
-    for values in (lens.logits, lens.probs, lens.entropy, lens.chosen_prob, lens.kl):
-        made.update(_floats(values))
-    return made.digest()
+    measured = (lens.logits, lens.probs, lens.entropy, lens.chosen_prob, lens.kl)
+    parts = (
+        digest,
+        struct.pack("<qq", *lens.token_ids.shape),
+        _ids([lens.token_ids, lens.chosen_rank]),
+        _texts(list(chain.from_iterable(lens.tokens))),
+        _floats(measured),
+    )
+    return _hashed(b"oki lens 1", parts)
 
 
 def of_whole_step(step: Step) -> bytes:
@@ -118,7 +120,7 @@ class PromptDigest:
         """The next tokens, in the order of their positions."""
         self._count += len(token_ids)
         ids, texts, sources = self._parts
-        ids.update(_ids(np.array(token_ids, dtype=np.int64)))
+        ids.update(_ids([np.array(token_ids, dtype=np.int64)]))
         texts.update(_texts(tokens))
         sources.update(_texts(segments))
         return self
@@ -152,23 +154,31 @@ class MessageDigest:
 # ------------------------------------------------------------------------- within
 
 
+def _hashed(kind: bytes, parts: Sequence[bytes]) -> bytes:
+    lengths = struct.pack(f"<{len(parts)}q", *map(len, parts))
+    joined = b"".join((lengths, *parts))
+    return blake2b(joined, digest_size=_STEP_BYTES, person=kind).digest()
+
+
 def _number(value: float) -> float:
     return value + 0.0 if math.isfinite(value) else math.nan
 
 
-def _floats(values: FloatArray) -> bytes:
-    told = np.array(values, dtype="<f4") + np.float32(0)
+def _numbers(values: Sequence[float]) -> bytes:
+    return struct.pack(f"<{len(values)}d", *map(_number, values))
+
+
+def _floats(arrays: Iterable[FloatArray]) -> bytes:
+    """One after another, in one go: there are dozens, and each is short."""
+    told = np.concatenate([one.ravel() for one in arrays], dtype="<f4", casting="same_kind")
+    told += np.float32(0)  # -0 becomes 0
     told[~np.isfinite(told)] = np.nan
     return told.tobytes()
 
 
-def _optional(values: FloatArray | None, count: int) -> bytes:
-    """None is what not one of them has."""
-    return _floats(np.full(count, np.nan, dtype=np.float32) if values is None else values)
-
-
-def _ids(values: IntArray) -> bytes:
-    return np.maximum(values, _UNKNOWN).astype("<i8", copy=False).tobytes()
+def _ids(arrays: Iterable[IntArray]) -> bytes:
+    told = np.concatenate([one.ravel() for one in arrays], dtype="<i8", casting="same_kind")
+    return np.maximum(told, _UNKNOWN, out=told).tobytes()
 
 
 def _texts(texts: Sequence[str]) -> bytes:
@@ -183,19 +193,6 @@ def _encodable(text: str) -> bool:
     return text.isascii() or storable(text.replace("\0", "")) == text.replace("\0", "")
 
 
-def _attention(layers: Sequence[LayerAttention]) -> bytes:
-    numbers = [(one.layer, len(one.positions)) for one in layers]
-    missing = [_number(float(one.missing)) for one in layers]
-    return b"".join(
-        (
-            np.array(numbers, dtype="<i8").tobytes(),
-            np.array(missing, dtype="<f8").tobytes(),
-            np.concatenate([one.positions for one in layers]).astype("<i8", copy=False).tobytes(),
-            _floats(np.concatenate([one.weights for one in layers])),
-        )
-    )
-
-
 def _decision(decision: Decision) -> bytes:
     texts: list[str] = []
     numbers: list[float | None] = [decision.drawn, decision.candidates, decision.noise]
@@ -207,8 +204,8 @@ def _decision(decision: Decision) -> bytes:
         if one is not None:
             texts.append(one.token)
             numbers += (max(one.token_id, _UNKNOWN), one.prob, one.noise)
-    told = [math.nan if number is None else _number(number) for number in numbers]
-    return np.array(told, dtype="<f8").tobytes() + _texts(texts)
+    told = [math.nan if number is None else number for number in numbers]
+    return _numbers(told) + _texts(texts)
 
 
 def _document(values: Any) -> bytes:
