@@ -30,7 +30,7 @@ from oki_trace.records import (
     Tensor,
 )
 from oki_trace.store import documents, models
-from oki_trace.store.damage import Damage
+from oki_trace.store.damage import Damage, status_of
 from oki_trace.store.heartbeat import CLOCK, LIFE, is_gone
 from oki_trace.store.lifecycle import text_so_far
 from oki_trace.store.tensors import EncodedTensor, decode
@@ -154,7 +154,8 @@ def message_record(connection: Connection, row: Row[Any]) -> Message:
         tokens=row.tokens,
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
         checks=damage.part("checks", documents.checks, row.checks),
-        digest=None if status.is_live else row.digest,
+        # Until it has ended, that of its prompt stands there.
+        digest=None if status_of(row.status).is_live else row.digest,
     )
     told = damage.told()
     if told is None:

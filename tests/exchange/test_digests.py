@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sqlalchemy import update
 
 from oki_trace.exchange.formats import Format
 from oki_trace.records import (
@@ -24,6 +25,9 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
+from oki_trace.store import models
+from oki_trace.store.copy import copy
+from oki_trace.store.owner import this_process
 from oki_trace.store.prune import prune_tensors
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.verify import Verification
@@ -160,3 +164,30 @@ def test_the_command_says_that_a_trace_was_changed(tmp_path: Path) -> None:
     checked = start("verify", "2", "--db", target)
     assert "another digest" in checked.out
     assert checked.status == 1
+
+
+@pytest.mark.parametrize("format", list(NAMES))
+def test_a_reply_whose_process_was_killed_is_exported_without_a_fault(
+    format: Format, tmp_path: Path
+) -> None:
+    """Nobody has closed it yet: neither the export nor a copy does so wrongly."""
+    db = tmp_path / "source.db"
+    rng = np.random.default_rng(3)
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("gold")
+        reply = writer.queue_reply(
+            conversation, ModelChoice("tiny"), Sampling(), CapturePolicy(), claim=True
+        )
+        writer.start_reply(reply, builders.turn_start("half"))
+        writer.append(reply, [builders.coherent_step(i, rng) for i in range(3)])
+        with writer.write() as connection:
+            owner = f"{this_process().host}:1999999999:1"
+            connection.execute(update(models.Message).values(owner=owner))
+        assert faults(db) == []
+        file = write(db, tmp_path / "files", format)
+        assert import_inline(file, tmp_path / "target.db").changed == 0
+        assert faults(tmp_path / "target.db") == []
+        list(copy(db, tmp_path / "copy.db"))
+        assert faults(tmp_path / "copy.db") == []
+        assert writer.mark_interrupted() == [reply]
+        assert faults(db) == []
