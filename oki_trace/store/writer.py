@@ -66,13 +66,22 @@ class TraceWriter:
     ``checkpoint=False`` is for a process that submits requests and does not
     generate. Of those that do, one at a time folds the write-ahead log into the
     file, whoever else asks to. ``making_room`` is for one that is to throw things
-    away: on a full disk it takes the store's reserve to open the store.
+    away: on a full disk it takes the store's reserve to open the store. Any other
+    sees that there is one, but for a store that is soon thrown away.
     """
 
-    def __init__(self, db: Db, *, checkpoint: bool = True, making_room: bool = False) -> None:
+    def __init__(
+        self,
+        db: Db,
+        *,
+        checkpoint: bool = True,
+        making_room: bool = False,
+        keeps_reserve: bool = True,
+    ) -> None:
         url = identity.address(db)
         self._store = identity.shown(url)
         self._reserve = Reserve(identity.file_of(url))
+        self._keeps_reserve = keeps_reserve
         if making_room and self._reserve.is_low():
             self._reserve.release()
         migrate.ensure(url)
@@ -100,7 +109,8 @@ class TraceWriter:
         self._engine.dispose()
         self._checkpointer.resign()
         self._reserve.restore()
-        self._reserve.keep()
+        if self._keeps_reserve:
+            self._reserve.keep()
 
     # ------------------------------------------------------------ conversations
 

@@ -74,7 +74,7 @@ class Staging:
     def _writer(self) -> TraceWriter:
         # Made when first needed: most files that are refused are refused before.
         if self._made is None:
-            self._made = TraceWriter(self.path)
+            self._made = TraceWriter(self.path, keeps_reserve=False)
         return self._made
 
     def begin(self, conversation: schema.Conversation) -> None:
