@@ -118,7 +118,8 @@ def _every_conversation(reader: TraceReader) -> Iterator[Any]:
 def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Recomputed:
     prompt = reader.prompt(message.id)
     chosen = [step.token_id for step in reader.steps(message.id)]
-    size = int(loaded.model.get_input_embeddings().weight.shape[0])  # type: ignore[arg-type, union-attr]
+    embeddings: Any = loaded.model.get_input_embeddings()
+    size = int(embeddings.weight.shape[0])
     if min(*chosen, *prompt.token_ids, 0) < 0 or max(*chosen, *prompt.token_ids, 0) >= size:
         return _not_done(message, f"it has tokens that the model does not have (0 to {size - 1})")
     dtype = message.capture.dtype if message.capture else ""

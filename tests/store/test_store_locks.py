@@ -27,7 +27,6 @@ import oki_trace
 from oki_trace.errors import SchemaError, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
 from oki_trace.store import copy, identity, migrate, vacuum
-from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
@@ -148,7 +147,7 @@ ENTRIES: dict[str, Callable[[str, Path], object]] = {
     "oki_trace.store.identity.address": lambda db, _: identity.address(db),
     "oki_trace.exchange.importing.import_path": _import,
     "oki_trace.exchange.importing.import_stream": _import,
-    "oki_trace.exchange.staging.Staging": _import,
+    "oki_trace.exchange.importing.import_files": _import,
     "oki_trace.analysis.trove.Trove": lambda db, _: _questions(db),
     "oki_trace.analysis.folder.folder_of": lambda db, _: _questions(db),
     "oki_trace.analysis.cache.Cache": lambda db, _: _questions(db),
@@ -172,8 +171,9 @@ def _entries() -> set[str]:
             here = getattr(member, "__module__", None) == module.name
             if here and not name.startswith("_") and callable(member):
                 with contextlib.suppress(ValueError, TypeError):
-                    parameters = inspect.signature(member, eval_str=True).parameters.values()
-                    if any(parameter.annotation == Db for parameter in parameters):
+                    # As text: what is imported for types alone has no value.
+                    parameters = inspect.signature(member).parameters.values()
+                    if any(parameter.annotation == "Db" for parameter in parameters):
                         found.add(f"{module.name}.{name}")
     return found
 
