@@ -80,8 +80,9 @@ def test_what_a_database_prefers_changes_nothing(own: str, setting: str) -> None
 
 def test_what_a_role_prefers_changes_nothing(own: str) -> None:
     try:
-        for name, value in SETTINGS.items():
-            _server(own, f"ALTER ROLE postgres SET {name} = '{value}'")
+        # In one session: what a role prefers holds for the next.
+        preferred = [f"ALTER ROLE postgres SET {name} = '{SETTINGS[name]}'" for name in SETTINGS]
+        _server(own, *preferred)
         filled(own, "all")
     finally:
         engine = create_engine(
