@@ -191,9 +191,11 @@ def _connect_postgresql(
 
     Raises StoreError where the database cannot hold every text.
     """
-    connection = dialect.connect(*arguments, **options)
+    connection: Any = dialect.connect(*arguments, **options)
     cursor = connection.cursor()
     try:
+        # No transaction, which could be idle for too long before its limit is set.
+        connection.autocommit = True
         cursor.execute("SELECT current_setting('server_encoding'), current_database()")
         encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
         if encoding != "UTF8":
@@ -203,13 +205,14 @@ def _connect_postgresql(
             )
         for setting in _POSTGRESQL:
             cursor.execute(setting)
-        connection.commit()
+        connection.autocommit = False
     except BaseException:
         connection.close()
         raise
     finally:
         cursor.close()
-    return connection
+    made: DBAPIConnection = connection
+    return made
 
 
 def _as_text(value: object) -> str:
