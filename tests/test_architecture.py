@@ -21,7 +21,7 @@ PACKAGE = ROOT / "oki_trace"
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
     {"watched", "model_process"},
-    {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
+    {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )

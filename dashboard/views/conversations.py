@@ -134,7 +134,7 @@ def _frame(found: Sequence[Conversation]) -> pd.DataFrame:
             "tokens": [c.tokens for c in found],
             "tokens/s": [totals[c.id].tokens_per_second for c in found],
             "tensors": [totals[c.id].tensor_bytes or None for c in found],
-            "status": [str(c.status) for c in found],
+            "status": ["damaged" if c.damage else str(c.status) for c in found],
         }
     )
 

@@ -294,7 +294,7 @@ def recent_conversations(current: int | None) -> None:
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {shapes.plain(c.status)}",
+                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else shapes.plain(c.status)}",
             ):
                 address.go(address.Place(c.id))
                 st.rerun()
