@@ -10,6 +10,7 @@ from typing import Any
 from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
+from oki_trace.given_text import checked
 from oki_trace.llm.load import load_model_and_tokenizer
 from oki_trace.records import (
     CapturePolicy,
@@ -96,6 +97,8 @@ def _turns(
     turns = tuple(chat_message(message) for message in given or ())
     if not turns:
         raise UsageError("There are no messages. Give at least one, or a prompt.")
+    for turn in turns:
+        checked(turn.content, "What is said")
     return turns
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from oki_trace.errors import UsageError
+from oki_trace.given_text import checked
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -31,7 +32,7 @@ class Ask:
     """A new message for the assistant, and how it is to be answered.
 
     ``template`` is given to the chat template. ``role``: a user's, or the answer of
-    the tool ``tool_name``.
+    the tool ``tool_name``. Raises UsageError for text that cannot be kept as it is.
     """
 
     content: str
@@ -42,6 +43,10 @@ class Ask:
     template: TemplateOptions | None = None
     role: Role = Role.USER
     tool_name: str | None = None
+
+    def __post_init__(self) -> None:
+        checked(self.content, "The message")
+        checked(self.system or "", "The system message")
 
 
 def add_answer(writer: TraceWriter, conversation_id: int, tool: str, content: str) -> int:

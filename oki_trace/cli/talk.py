@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -15,10 +16,12 @@ from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
+from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
 from oki_trace.exchange.trace_object import part_objects
-from oki_trace.records import Message, ModelChoice, PartKind, Role, TurnEnd
+from oki_trace.given_text import checked
+from oki_trace.records import Message, ModelChoice, PartKind, Role, Status, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
@@ -67,7 +70,7 @@ def run(
     Example: oki-trace run "18 degrees" --conversation 3 --tool-result get_weather
     """
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
-    if not content.strip() and tool_result is None:
+    if not checked(content, "The prompt").strip() and tool_result is None:
         raise UsageError("The prompt is empty. Give the model something to answer.")
     if tool_result is not None and turns.conversation is None:
         raise UsageError("A tool answers in a conversation. Name it with --conversation.")
@@ -92,9 +95,10 @@ def chat(turns: options.Turns) -> None:
     """
     conversation = turns.conversation
     with _talking(turns) as talk:
-        while line := _read_line():
+        # Spaces are kept as they were typed.
+        while (line := _read_line()).strip():
             try:
-                tool, content = _tool_answer(line)
+                tool, content = _tool_answer(checked(line, "The prompt"))
                 turn = talk(content, conversation, tool=tool)
             except UsageError as error:
                 # A slip of the fingers ends no conversation.
@@ -179,7 +183,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
     asked = turns.template()
     if turns.system and turns.conversation is not None:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
-    with TraceWriter(db) as writer, TraceReader(db) as reader:
+    with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         before = [] if turns.conversation is None else reader.messages(turns.conversation)
         choice = turns.choice(asking.last_choice(before))
         loaded = _load(choice)
@@ -211,6 +215,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
             )
             conversation, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
+            dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
             with _stoppable() as stop:
                 end = answering.answer(
                     writer,
@@ -220,6 +225,8 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
                     should_stop=stop.is_asked,
                     on_text=None if quiet else stop.show,
                 )
+            dog.tell = None
+            dog.obeyed.set()
             if not quiet:
                 print()
             return _Turn(conversation, reader.message(reply_id), end, stop.exit_status or 0)
@@ -266,7 +273,7 @@ def _tool_answer(line: str) -> tuple[str | None, str]:
 
 def _read_line() -> str:
     try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
+        return input("\n> " if sys.stdin.isatty() else "").rstrip("\r")
     except EOFError:
         return ""
 

@@ -165,6 +165,7 @@ def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
         json.dumps(part_objects(message.parts)) if message.parts else None,
         None if message.template is None else json.dumps(plain(asdict(message.template))),
         message.tool_name,
+        message.digest or None,
         chosen.reader.prompt(message.id).text if traced else None,
     )
 
@@ -236,6 +237,8 @@ def _step(step_id: int, message_id: int, step: Step) -> tuple[Any, ...]:
         None if step.lens is None else step.lens.settle_layer,
         None if decision is None else decision.greedy.token_id,
         None if decision is None else json.dumps(decision_object(step, decision)),
+        step.digest,
+        step.tensor_digest,
     )
 
 

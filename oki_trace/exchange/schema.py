@@ -100,6 +100,8 @@ Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 Position = Annotated[int, Field(ge=0, le=MAX_PROMPT + MAX_STEPS)]
 Token = Annotated[str, Field(max_length=MAX_TOKEN)]
 TokenBytes = Annotated[bytes, Field(max_length=4 * MAX_TOKEN), BeforeValidator(_bytes)]
+StepDigest = Annotated[bytes, Field(min_length=16, max_length=16), BeforeValidator(_bytes)]
+MessageDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(max_length=10_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Time = Annotated[dt.datetime, BeforeValidator(_moment)]
@@ -260,6 +262,7 @@ class Message(TypedDict, total=False):
     parts: Parts | None
     template: Template | None
     tool_name: Label | None
+    digest: MessageDigest | None
 
 
 # ------------------------------------------------------------------------- a reply
@@ -454,6 +457,8 @@ class Step(TypedDict, total=False):
     evidence: Annotated[list[Evidence], _ENTRIES] | None
     attention: Annotated[list[AttentionLayer], _OF_LAYERS] | None
     logit_lens: Annotated[list[LensLayer], _OF_LAYERS] | None
+    digest: StepDigest | None
+    tensor_digest: StepDigest | None
 
 
 @_strict

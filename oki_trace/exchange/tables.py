@@ -45,6 +45,7 @@ TABLES: dict[str, Any] = {
             "parts": _S,
             "template": _S,
             "tool_name": _S,
+            "digest": _S,
             "prompt": _S,
         },
         "prompt_token": {
@@ -74,6 +75,8 @@ TABLES: dict[str, Any] = {
             "settle_layer": _I,
             "greedy_id": _I,
             "decision": _S,
+            "digest": _B,
+            "tensor_digest": _B,
         },
         "topk_entry": {
             "step_id": _L,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.doing import Doing, now_doing
 from oki_trace.llm.markers import format_of, template_text
 from oki_trace.llm.template_arguments import refuse_unknown
 from oki_trace.llm.turns import MARK, Form, Said, Turn, forms, marked, turns
@@ -73,6 +74,7 @@ def _encode(
         ids = [int(i) for i in made["input_ids"]]
         return ids, list(made["offset_mapping"]) if fast else [(0, 0)] * len(ids)
 
+    now_doing(Doing.TOKENIZER)
     bare, offsets = encoded(False)
     if templated:
         return bare, offsets
@@ -118,6 +120,7 @@ def _templated(
 def _applied(
     tokenizer: Any, messages: Sequence[ChatMessage], options: TemplateOptions, form: Form
 ) -> str:
+    now_doing(Doing.TEMPLATE)
     goes_on = bool(messages) and messages[-1].role is Role.ASSISTANT
     around = next(((o, c or "") for o, c in format_of(tokenizer).tool_calls), ("", ""))
     written = turns(messages, template_text(tokenizer), form, around)

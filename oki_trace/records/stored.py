@@ -20,12 +20,16 @@ from oki_trace.records.seen import (
     Generation,
     IntArray,
     ReplyChecks,
+    surprisal_of,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as a list shows it."""
+    """A conversation as a list shows it.
+
+    ``damage``: what in it or its messages makes no sense; None in a store that is whole.
+    """
 
     id: int
     title: str
@@ -35,6 +39,7 @@ class Conversation:
     tokens: int
     status: Status
     model_ids: tuple[str, ...]
+    damage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +79,9 @@ class Message:
     ``tool_name``: the tool whose answer a tool message holds.
 
     ``tensors_pruned_at``: when its full tensors were thrown away to save room;
-    None when that never happened.
+    None when that never happened. ``digest`` says what it was when it ended
+    (``store.digest``): None before that, "" when it was recorded without one.
+    ``damage``: what is stored of it and makes no sense; its status is "failed" then.
     """
 
     id: int
@@ -99,6 +106,8 @@ class Message:
     parts: tuple[Part, ...] = ()
     template: TemplateOptions | None = None
     tool_name: str | None = None
+    digest: str | None = None
+    damage: str | None = None
 
     @property
     def lens_check(self) -> float | None:
@@ -138,6 +147,11 @@ class StepSummary:
     margin: float
     settle_layer: int | None
     greedy_id: int | None = None
+
+    @property
+    def surprisal(self) -> float:
+        """-log prob of the token, in nats; never below 0."""
+        return surprisal_of(self.logprob)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
