@@ -13,10 +13,12 @@ from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     ModelChoice,
+    Part,
     Role,
     Sampling,
     Status,
     Step,
+    TemplateOptions,
     Tensor,
     TensorMode,
     TurnEnd,
@@ -55,6 +57,23 @@ def odd_step(index: int, rng: np.random.Generator) -> Step:
     )
 
 
+TEMPLATE = TemplateOptions(
+    {"enable_thinking": False, "documents": [{"title": HOSTILE, "text": ""}]},
+    ({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},),
+)
+
+
+def parts_of(steps: int) -> tuple[Part, ...]:
+    """Thinking, a call and an answer, on so many steps."""
+    first, second = min(1, steps), min(2, steps)
+    arguments = {HOSTILE: [1, 2.5, None, True, HOSTILE, {}], "n": 2**40}
+    return (
+        Part("thinking", HOSTILE, 0, first),
+        Part("tool_call", "{}", first, second, "f", arguments),
+        Part("answer", "", second, steps),
+    )
+
+
 def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
     """A store with one conversation; returns its id."""
     rng = np.random.default_rng(5)
@@ -68,6 +87,7 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
                 Sampling(16, 0.7, seed=3),
                 CapturePolicy(tensors=tensors),
                 claim=True,
+                template=TEMPLATE,
             )
 
         writer.add_message(conversation, ChatMessage(Role.SYSTEM, "Be brief."))
@@ -79,12 +99,16 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
             for i in range(steps)
         ]
         writer.append(reply, [*made, odd_step(steps, rng)])
-        writer.finish_reply(reply, TurnEnd(Status.COMPLETE, HOSTILE, "end of turn", 1.5))
+        end = TurnEnd(Status.COMPLETE, HOSTILE, "end of turn", 1.5, parts=parts_of(steps + 1))
+        writer.finish_reply(reply, end)
         writer.add_message(conversation, ChatMessage(Role.USER, "again"))
         failed = queue()
         writer.finish_reply(failed, TurnEnd(Status.FAILED, "", "No such model.", 0.0))
         writer.add_message(conversation, ChatMessage(Role.USER, "and again"))
-        writer.add_message(conversation, ChatMessage(Role.ASSISTANT, "said by hand"))
+        by_hand = ChatMessage(
+            Role.ASSISTANT, "said by hand", (Part("answer", "said by hand"), *parts_of(0))
+        )
+        writer.add_message(conversation, by_hand)
         reply = queue()
         writer.start_reply(reply, builders.turn_start(tensors))
         writer.append(reply, [builders.step(0, rng, with_lens=True, token="é")])
