@@ -26,7 +26,7 @@ from oki_trace.store import identity
 from oki_trace.store.identity import Db
 
 # What the files hold, and how: another number, and everything is written anew.
-FORMAT = 1
+FORMAT = 2
 
 _MANIFEST = "manifest.json"
 _MESSAGES = "messages.json"

@@ -7,6 +7,7 @@ messages before, roles and contents, whichever model they were put to.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,11 @@ def _row(message: Message, asked: str) -> dict[str, Any]:
     is_reply = message.role is Role.ASSISTANT
     generation, capture, sampling = message.generation, message.capture, message.sampling
     sampled = generation is not None and generation.do_sample
+    calls = [
+        {"name": part.name, "arguments": part.arguments}
+        for part in message.parts
+        if part.kind == "tool_call"
+    ]
     return {
         "id": message.id,
         "conversation_id": message.conversation_id,
@@ -64,6 +70,9 @@ def _row(message: Message, asked: str) -> dict[str, Any]:
         "repetition_penalty": generation.repetition_penalty if generation else None,
         "seed": _seed(message) if sampling and sampled else None,
         "asked": asked if is_reply else None,
+        "thinking": "\n\n".join(p.text for p in message.parts if p.kind == "thinking") or None,
+        "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else None,
+        "tool_name": message.tool_name,
     }
 
 

@@ -73,8 +73,8 @@ updated_at TIMESTAMP when a message was added or ended, in UTC
 id BIGINT its number
 conversation_id BIGINT the conversation
 position INTEGER its place in the conversation, from 0
-role VARCHAR system, user or assistant
-content VARCHAR what was said
+role VARCHAR system, user, assistant or tool
+content VARCHAR what was said; of a reply its answer
 status VARCHAR queued, running, complete, stopped, failed or interrupted
 created_at TIMESTAMP when it was said or asked for, in UTC
 model_id VARCHAR the model
@@ -92,6 +92,9 @@ top_k INTEGER sampling among the k most likely
 repetition_penalty DOUBLE 1 is off
 seed BIGINT the seed of the draws
 asked VARCHAR the same for all replies to the same messages
+thinking VARCHAR what a reply thought; NULL: nothing
+tool_calls VARCHAR the tools that a reply called, with their arguments, as a JSON list; NULL: none
+tool_name VARCHAR the tool whose answer a message is
 """),
     ),
     Table(

@@ -48,7 +48,8 @@ def payload(chosen: Selection, progress: Progress | None = None) -> Json:
     messages: list[Json] = []
     replies: list[Json] = []
     for message in chosen.messages:
-        said: Json = {"role": str(message.role), "content": message.content}
+        who = f"{message.role} {message.tool_name or ''}".rstrip()
+        said: Json = {"role": str(message.role), "who": who, "content": message.content}
         if message.id in chosen.traced:
             said["reply"] = len(replies)
             done = sum(reply["count"] for reply in replies)
@@ -90,6 +91,8 @@ def _reply(
         "prompt": tokens.numbers(head.prompt.token_ids, head.prompt.tokens),
         "segments": list(head.prompt.segments),
         "facts": _facts(message, capture, head.generation, len(steps)),
+        # [kind, first step, the step after the last] of all that is no answer.
+        "parts": [[p.kind, p.start, p.end] for p in message.parts if p.kind != "answer"],
         "steps": steps,
     }
 

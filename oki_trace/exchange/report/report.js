@@ -45,7 +45,7 @@ function drawTalk() {
   const nodes = trace.messages.map((message) => {
     if (message.reply !== undefined) return drawReply(trace.replies[message.reply], message.reply);
     const bubble = make("div", `bubble ${message.role}`);
-    if (message.role !== "user") bubble.append(make("span", "who", message.role));
+    if (message.role !== "user") bubble.append(make("span", "who", message.who));
     bubble.append(message.content);
     if (message.note) bubble.append(make("span", "who bad", message.note));
     return bubble;
@@ -66,8 +66,12 @@ function drawReply(reply, index) {
     node.tabIndex = -1;
     node.setAttribute("role", "option");
     node.title = `${tokenText(step.token)} · prob ${figure(step.prob, 3)} · surprisal ${figure(step.surprisal, 2)} · entropy ${figure(step.entropy, 2)}`;
+    const part = reply.parts.find(([, from, to]) => number >= from && number < to);
+    if (part) node.classList.add(part[0]);
     words.append(node);
   });
+  const thinking = words.querySelectorAll(".thinking").length;
+  if (thinking && thinking < reply.steps.length) root.append(folding(words, thinking));
   words.onclick = (event) => {
     const node = event.target.closest(".token");
     if (node) choose(index, Number(node.dataset.step));
@@ -113,6 +117,20 @@ function paint() {
   }
 }
 
+// Thinking is folded away: hidden, not removed, so that the n-th token stays the n-th step.
+function folding(words, count) {
+  const button = make("button", "fold");
+  button.type = "button";
+  words.unfold = (open) => {
+    words.classList.toggle("folded", !open);
+    button.setAttribute("aria-expanded", String(open));
+    button.textContent = `${open ? "▾" : "▸"} Thinking · ${count} tokens`;
+  };
+  button.onclick = () => words.unfold(words.classList.contains("folded"));
+  words.unfold(false);
+  return button;
+}
+
 // --------------------------------------------------------------------- one step
 
 function choose(reply, step, { focus = false } = {}) {
@@ -127,6 +145,7 @@ function choose(reply, step, { focus = false } = {}) {
   node.classList.add("chosen");
   node.setAttribute("aria-selected", "true");
   node.tabIndex = 0;
+  if (node.classList.contains("thinking")) node.parentElement.unfold?.(true);
   if (focus) node.focus();
   history.replaceState(null, "", `#${reply + 1}.${step + 1}`);
   drawPanel();
@@ -405,9 +424,10 @@ function open() {
   if (trace.replies[reply - 1]?.steps[step - 1]) return choose(reply - 1, step - 1);
   const first = trace.replies.findIndex((r) => r.steps.length);
   if (first < 0) return fill(byId("panel"), make("p", "dim", "No reply of this conversation has traced tokens."));
-  // The least likely token: where to look first.
-  const steps = trace.replies[first].steps;
-  const rated = steps.map((s) => s.surprisal ?? -1);
+  // The least likely token outside of thinking: where to look first.
+  const { steps, parts } = trace.replies[first];
+  const hidden = (n) => parts.some(([kind, from, to]) => kind === "thinking" && n >= from && n < to);
+  const rated = steps.map((s, n) => (hidden(n) ? -2 : s.surprisal ?? -1));
   return choose(first, rated.indexOf(Math.max(...rated)));
 }
 
