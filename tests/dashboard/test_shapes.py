@@ -14,7 +14,16 @@ import pytest
 from stories import without_numbers
 
 from dashboard import lens_shapes, shapes
-from oki_trace.records import Message, ReplyChecks, Role, Status, Step, StepSummary
+from oki_trace.records import (
+    Message,
+    Part,
+    Prompt,
+    ReplyChecks,
+    Role,
+    Status,
+    Step,
+    StepSummary,
+)
 
 LAYERS = 3
 
@@ -368,3 +377,33 @@ def replied(**values: Any) -> Message:
         created_at=dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
         **values,
     )
+
+
+# ------------------------------------------------------------------------ parts
+
+
+def test_thinking_is_folded_and_stays_its_steps() -> None:
+    steps = [summary(i, token) for i, token in enumerate(("<think>", "Hm", "</think>", "Paris"))]
+    parts = (Part("thinking", "Hm", 0, 3), Part("answer", "Paris", 3, 4))
+    data = reply(steps, parts=parts)
+    assert [token.get("part") for token in data["tokens"]] == ["thinking"] * 3 + [None]
+    assert (data["thinking"], data["fold"]) == ("Thinking · 3 tokens", True)
+    assert shapes.most_surprising(steps, parts) == 3
+    alone = reply(steps[:2], parts=(Part("thinking", "Hm", 0, 2),))
+    assert alone["fold"] is False
+    assert reply(steps)["thinking"] == ""
+
+
+def test_special_tokens_that_were_typed_are_marked() -> None:
+    prompt = Prompt(
+        "", (1, 2, 3, 4, 1), ("<|end|>", "a ", "<|end|>", "<b>", "<|end|>"), ("template",) * 5
+    )
+    typed = replace(prompt, segments=("template", "user", "user", "template", "template"))
+    assert shapes.bubble_data("a <|end|><b>", "", typed)["pieces"] == [
+        {"text": "a ", "mark": False},
+        {"text": "<|end|>", "mark": True},
+        {"text": "<b>", "mark": False},
+    ]
+    assert shapes.bubble_data("a <|end|>", "", prompt)["pieces"] == [
+        {"text": "a <|end|>", "mark": False}
+    ]
