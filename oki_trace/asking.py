@@ -95,12 +95,18 @@ def last_template(messages: Sequence[Message]) -> TemplateOptions | None:
 
 def unanswered_calls(messages: Sequence[Message]) -> list[Part]:
     """The tool calls at the end of a conversation that have no answer yet, in order."""
-    answered = 0
+    answered: list[str | None] = []
     for message in reversed(messages):
         if message.role is Role.TOOL:
-            answered += 1
+            answered.append(message.tool_name)
         elif message.role is Role.ASSISTANT and not message.status.is_live:
-            return [part for part in message.parts if part.kind == "tool_call"][answered:]
+            calls = [part for part in message.parts if part.kind == "tool_call"]
+            for name in reversed(answered):
+                # One without a name answers the first that waits.
+                at = next((i for i, part in enumerate(calls) if name in (None, part.name)), None)
+                if at is not None:
+                    calls.pop(at)
+            return calls
         else:
             break
     return []
@@ -128,13 +134,30 @@ def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
     for message in messages:
         if message.id == reply_id:
             break
-        if message.role is not Role.ASSISTANT or message.content or message.parts:
-            before.append(
-                ChatMessage(message.role, message.content, message.parts, message.tool_name)
-            )
+        said = ChatMessage(message.role, message.content, message.parts, message.tool_name)
+        if said.role is not Role.ASSISTANT:
+            before.append(said)
+        elif said.content or any(p.text or p.kind == "tool_call" for p in said.parts):
+            if before and before[-1].role is Role.ASSISTANT:
+                # It went on with words that were put into its mouth: both are one turn.
+                before.append(_joined(before.pop(), said))
+            else:
+                before.append(said)
         elif before and before[-1].role is Role.USER:
             before.pop()
     return before
+
+
+def _joined(begun: ChatMessage, rest: ChatMessage) -> ChatMessage:
+    """A reply that was begun for the model, and what the model went on with."""
+    whole = [part.kind for part in rest.parts] == ["answer"]
+    # As the model wrote it: what a tokenizer decodes may lack the space before it.
+    text = rest.parts[0].text if whole else rest.content
+    content = begun.content + text
+    parts = [part for part in (*begun.parts, *rest.parts) if part.kind != "answer"]
+    if parts:
+        parts.append(Part("answer", content))
+    return ChatMessage(Role.ASSISTANT, content, tuple(parts))
 
 
 def fail(writer: TraceWriter, reply_id: int, reason: str) -> None:

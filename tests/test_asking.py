@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from oki_trace.asking import Ask, fail, history, submit, title_of
-from oki_trace.errors import NotFound
+from oki_trace.asking import (
+    Ask,
+    fail,
+    history,
+    refuse_unasked_answer,
+    submit,
+    title_of,
+    unanswered_calls,
+)
+from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Message,
     ModelChoice,
+    Part,
     Role,
     Sampling,
     Status,
@@ -57,6 +67,36 @@ def test_the_model_is_given_what_was_said_and_answered(said: list[str], given: l
     messages = conversation(*said)
     before = history(messages, messages[-1].id)
     assert [m.content for m in before] == given
+
+
+def test_a_reply_to_what_was_begun_for_it_is_one_turn_with_it() -> None:
+    messages = conversation("u one", "a The capital is", "a Paris.", "u two", "a ")
+    messages[2] = replace(messages[2], parts=(Part("answer", " Paris.", 0, 2),))
+    assert [m.content for m in history(messages, 4)] == ["one", "The capital is Paris.", "two"]
+
+
+def test_a_reply_of_nothing_but_an_end_came_to_nothing() -> None:
+    messages = conversation("u one", "a ", "u two", "a ")
+    messages[1] = replace(messages[1], parts=(Part("answer", "", 0, 1),))
+    assert [m.content for m in history(messages, 3)] == ["two"]
+
+
+def test_what_was_only_thought_is_given_to_the_template() -> None:
+    messages = conversation("u one", "a ", "u two", "a ")
+    thought = (Part("thinking", "Hm", 0, 1),)
+    messages[1] = replace(messages[1], parts=thought)
+    assert history(messages, 3)[1] == ChatMessage(Role.ASSISTANT, "", thought)
+
+
+def test_calls_wait_for_their_answers() -> None:
+    messages = conversation("u one", "a ")
+    calls = tuple(Part("tool_call", "", name=name) for name in ("f", "g"))
+    messages[1] = replace(messages[1], parts=calls)
+    assert unanswered_calls(messages) == list(calls)
+    answer = replace(messages[0], id=2, position=2, role=Role.TOOL, tool_name="f")
+    assert unanswered_calls([*messages, answer]) == [calls[1]]
+    with pytest.raises(UsageError, match=r"did not call 'h'\. It called g\."):
+        refuse_unasked_answer([*messages, answer], "h")
 
 
 def test_what_comes_after_a_reply_is_not_of_it() -> None:
