@@ -42,8 +42,8 @@ REPLY = (
 
 
 @pytest.fixture
-def thinking(tmp_path: Path) -> tuple[str, int]:
-    """A store with a reply that thinks, says a word, and calls a tool."""
+def thinking(tmp_path: Path) -> tuple[str, tuple[int, int]]:
+    """A store, and in it a reply that thinks, says a word, and calls a tool."""
     made = tokenizer(THINK, "<|im_end|>")
     options = TemplateOptions({}, (WEATHER,))
     folder = scripted.save(
@@ -67,20 +67,20 @@ def thinking(tmp_path: Path) -> tuple[str, int]:
             sinks,
             template=options,
         )
-    return db, conversation
+    return db, (conversation, reply)
 
 
 @pytest.mark.parametrize("width", [1440, 390])
 def test_thinking_is_folded_and_a_tool_is_answered(
     run_explorer: Callable[..., Explorer],
     browse: Callable[..., Page],
-    thinking: tuple[str, int],
+    thinking: tuple[str, tuple[int, int]],
     width: int,
 ) -> None:
-    db, conversation = thinking
+    db, kept = thinking
     explorer = run_explorer(db)
-    page = browse(of(explorer, conversation), width)
-    reply = page.locator(".root.reply")
+    page = browse(of(explorer, kept), width)
+    reply = page.locator(".root.reply").first
     fold = reply.locator(".fold")
     expect(fold).to_contain_text("Thinking")
     hidden, answer = reply.locator(".token.thinking").first, reply.get_by_text("O", exact=True)
@@ -97,7 +97,7 @@ def test_thinking_is_folded_and_a_tool_is_answered(
 
     def answered() -> bool:
         with TraceReader(db) as reader:
-            said = [m for m in reader.messages(conversation) if m.role is Role.TOOL]
+            said = [m for m in reader.messages(kept[0]) if m.role is Role.TOOL]
         return [(m.content, m.tool_name) for m in said] == [("18 degrees", "get_weather")]
 
     until(answered, "the tool's answer in the store")
