@@ -212,10 +212,15 @@ def test_a_rewritten_message_is_found_by_what_comes_after() -> None:
 
 
 def test_what_cannot_be_found_is_not_claimed() -> None:
-    """The marks that stand for the contents are not let through by this template."""
-    template = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
-    prompt = render(tiny.tokenizer(template), [HELLO])
-    assert set(prompt.segments) == {"template"}
+    """Nothing of the content is left as it was, and no word follows it."""
+    prompt = render(tiny.tokenizer("{{ messages[0]['content'] | upper }}"), [HELLO])
+    assert prompt.text == "HELLO THERE" and set(prompt.segments) == {"template"}
+
+
+def test_what_a_template_makes_unreadable_is_not_sent() -> None:
+    backwards = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
+    with pytest.raises(CaptureError, match="leaves out a message of yours"):
+        render(tiny.tokenizer(backwards), [HELLO])
 
 
 @settings(max_examples=60, deadline=None)
