@@ -63,7 +63,8 @@ def _with_parts(reader: TraceReader, reply: Message, loaded: LoadedModel) -> lis
         known = message.parts or not message.tokens or message.model_id != loaded.model_id
         if message.id != reply.id and not known and not message.status.is_live:
             tokens = [ReplyToken(s.token_bytes, s.is_special) for s in reader.steps(message.id)]
-            parts = parts_of(form, reader.prompt(message.id).text, tokens)
+            tools = message.template.tools if message.template else ()
+            parts = parts_of(form, reader.prompt(message.id).text, tokens, tools)
             whole = [part.kind for part in parts] == ["answer"]
             content = message.content if whole else answer_of(parts)
             message = replace(message, parts=parts, content=content)

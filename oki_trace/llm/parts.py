@@ -13,7 +13,7 @@ import logging
 import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from oki_trace.llm.markers import ReplyFormat
@@ -50,7 +50,7 @@ def parts_of(
     """The parts of a reply to ``prompt``, in order; none of a reply without a token.
 
     ``tools`` are the schemas that the template was given: the declared parser reads
-    the types of arguments from them.
+    the types of arguments from them, and without any a bare object is no call.
     """
     if not tokens:
         return ()
@@ -59,6 +59,9 @@ def parts_of(
     if form.parser is not None:
         spans = _declared(form.parser, prompt, text.whole, tools)
     if spans is None:
+        if form.bare_calls and not tools:
+            # Without tools an object with a name and parameters is what was asked for.
+            form = replace(form, bare_calls=False)
         spans = list(_harmony(text.whole) if form.harmony else _marked(form, prompt, text))
     return tuple(_with_steps(spans, text))
 

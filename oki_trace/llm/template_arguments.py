@@ -38,7 +38,10 @@ def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
         if not _reads(text, name):
             known = arguments_of(text)
             those = f"It reads {', '.join(known)}." if known else "It reads none."
-            raise CaptureError(f"The model's chat template has no argument {name}. {those}")
+            raise CaptureError(
+                f"The model's chat template has no argument {name}. {those} "
+                f"{name}=null takes one back that an earlier turn had."
+            )
 
 
 def _reads(text: str, name: str) -> bool:

@@ -251,6 +251,15 @@ def test_bracket_markers(text: str, parts: list[tuple[Any, ...]]) -> None:
     assert brief(read(tokenizer(BRACKETS, "[THINK]", "[TOOL_CALLS]", "[ARGS]"), text)) == parts
 
 
+def test_an_object_is_a_call_where_the_template_asks_for_one_and_tools_are_given() -> None:
+    made = tokenizer('{# {"name": function name, "parameters": dictionary} #}{{ messages }}')
+    text = '{"name": "get_weather", "parameters": {"city": "Rome"}}</s>'
+    call = ("tool_call", "get_weather", {"city": "Rome"})
+    assert brief(read(made, text, tools=[WEATHER])) == [call]
+    assert [part.kind for part in read(made, text)] == ["answer"]
+    assert [part.kind for part in read(made, f"See: {text}", tools=[WEATHER])] == ["answer"]
+
+
 def test_a_marker_that_is_not_in_the_template_is_text() -> None:
     assert brief(read(tokenizer(tiny.CHAT_TEMPLATE), "<think>no</think>")) == [
         ("answer", "<think>no</think>")

@@ -177,7 +177,7 @@ def said(tokenizer: Any, reply: str, prompt: str = "") -> ChatMessage:
         ReplyToken(vocabulary.token_bytes(i), vocabulary.is_special(i))
         for i in tokenizer(reply, add_special_tokens=False)["input_ids"]
     ]
-    parts = parts_of(format_of(tokenizer), prompt, tokens)
+    parts = parts_of(format_of(tokenizer), prompt, tokens, tools=[WEATHER])
     return ChatMessage(Role.ASSISTANT, answer_of(parts), parts)
 
 
