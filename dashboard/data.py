@@ -366,6 +366,12 @@ def model_defaults(model_id: str) -> dict[str, float]:
     return model_defaults_of.read(model_id, Settings.from_environment().models_dir)
 
 
+@st.cache_data(max_entries=32, ttl=60, show_spinner=False)
+def template_switches(model_id: str) -> tuple[str, ...]:
+    """The arguments with a field of their own that the model's chat template reads."""
+    return model_defaults_of.switches(model_id, Settings.from_environment().models_dir)
+
+
 def builtin_is_here() -> bool:
     """Whether the built-in model has been fetched."""
     return (Settings.from_environment().models_dir / "smollm2").is_dir()

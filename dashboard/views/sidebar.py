@@ -37,6 +37,13 @@ STATES = {
 
 TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
 
+# Of an argument of the chat template: as the turns before had it, else as it is by default.
+UNCHANGED = "unchanged"
+SWITCHES = {
+    "enable_thinking": ("Thinking", (UNCHANGED, "true", "false")),
+    "reasoning_effort": ("Reasoning effort", (UNCHANGED, "low", "medium", "high")),
+}
+
 Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None, TemplateOptions]
 
 # What was chosen, by the key of its widget. A widget's own state is gone as soon as
@@ -63,9 +70,10 @@ def settings(conversation: int | None, messages: Sequence[Message]) -> Settings 
         if part.open:
             with part:
                 _sampling_widgets(data.model_defaults(choice.model_id) if choice else {})
+                _template_widgets(data.template_switches(choice.model_id) if choice else ())
         try:
             sampling, policy, system = _asked()
-            template = _template()
+            template = _template(data.template_switches(choice.model_id) if choice else ())
         except UsageError as error:
             st.error(shapes.sentence(str(error)))
             return None
@@ -91,6 +99,8 @@ def _chosen() -> dict[str, Any]:
         "topk_evidence": policy.topk_evidence,
         "topk_lens": policy.topk_lens,
         "system": "",
+        "enable_thinking": UNCHANGED,
+        "reasoning_effort": UNCHANGED,
         "template_args": "",
         "tools": "",
     }
@@ -220,21 +230,6 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
                 name, 1, 1000, key=_seeded(key), width=76, help=f"How many {of_what} are kept."
             )
     st.text_area("System message", key=_seeded("system"), placeholder="none", height=80)
-    st.text_area(
-        "Template arguments",
-        key=_seeded("template_args"),
-        placeholder="enable_thinking=false",
-        height=80,
-        help="One KEY=VALUE a line, for the model's chat template. Kept for the next turns; "
-        "KEY=null takes one back.",
-    )
-    st.text_area(
-        "Tools",
-        key=_seeded("tools"),
-        placeholder="none",
-        height=80,
-        help="JSON schemas of functions, in a list. Calls are shown, never executed.",
-    )
 
 
 def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
@@ -261,10 +256,33 @@ def _usual(own: Mapping[str, float], name: str) -> str:
     return f"the model's own, {own[name]:g}" if name in own else "the model's own"
 
 
-def _template() -> TemplateOptions:
+def _template_widgets(switches: Sequence[str]) -> None:
+    """What the chat template is given; ``switches`` are arguments that it is known to read."""
+    for name in switches:
+        label, values = SWITCHES[name]
+        st.selectbox(label, values, key=_seeded(name), help=f"The template's own {name}.")
+    st.text_area(
+        "Template arguments",
+        key=_seeded("template_args"),
+        placeholder="enable_thinking=false",
+        height=80,
+        help="One KEY=VALUE a line, for the model's chat template. Kept for the next turns; "
+        "KEY=null takes one back.",
+    )
+    st.text_area(
+        "Tools",
+        key=_seeded("tools"),
+        placeholder="none",
+        height=80,
+        help="JSON schemas of functions, in a list. Calls are shown, never executed.",
+    )
+
+
+def _template(switches: Sequence[str]) -> TemplateOptions:
     """What the chat template is given. Raises UsageError for what cannot be read."""
     chosen = _chosen()
-    lines = [line for line in chosen["template_args"].splitlines() if line.strip()]
+    lines = [f"{name}={chosen[name]}" for name in switches if chosen[name] != UNCHANGED]
+    lines += [line for line in chosen["template_args"].splitlines() if line.strip()]
     text = chosen["tools"].strip()
     return options_from(lines, parsed_tools(text, "Tools") if text else ())
 

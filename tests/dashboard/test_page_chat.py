@@ -425,3 +425,24 @@ def test_pages_load_neither_torch_nor_transformers() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_arguments_of_the_models_own_template_have_a_field(
+    empty_store: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "thinker"
+    model.mkdir()
+    (model / "chat_template.jinja").write_text("{% if enable_thinking %}<think>{% endif %}")
+    assert model_defaults.switches(str(model), tmp_path) == ("enable_thinking",)
+    app = chat()
+    app.session_state["sampling"] = True
+    app.session_state["chat-settings"] = {"model": str(model), "template_args": "reasoning=high"}
+    app.run()
+    assert not app.exception
+    box = app.sidebar.selectbox(key="enable_thinking")
+    box.set_value("false").run()
+    app.chat_input[0].set_value("Is 91 prime?").run()
+    with TraceReader(empty_store) as reader:
+        reply = reader.messages(1)[-1]
+    assert reply.template is not None
+    assert reply.template.arguments == {"enable_thinking": False, "reasoning": "high"}
