@@ -91,7 +91,8 @@ def test_thinking_is_folded_and_a_tool_is_answered(
     expect(hidden).to_be_visible()
     hidden.click()
     until(lambda: panel(page)["what"] == "<", "the step of the thinking token")
-    assert overflow(page) == []
+    # On a narrow screen the sidebar is folded away, and narrower than what is in it.
+    assert [wide for wide in overflow(page) if not wide.startswith("sidebar")] == []
     page.get_by_label("Answer of the tool").fill("18 degrees")
     page.get_by_role("button", name="Send answer").click()
 

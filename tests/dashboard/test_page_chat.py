@@ -428,19 +428,17 @@ def test_pages_load_neither_torch_nor_transformers() -> None:
 
 
 def test_arguments_of_the_models_own_template_have_a_field(
-    empty_store: str, tmp_path: Path
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_worker: None
 ) -> None:
     model = tmp_path / "thinker"
     model.mkdir()
     (model / "chat_template.jinja").write_text("{% if enable_thinking %}<think>{% endif %}")
     assert model_defaults.switches(str(model), tmp_path) == ("enable_thinking",)
-    app = chat()
-    app.session_state["sampling"] = True
-    app.session_state["chat-settings"] = {"model": str(model), "template_args": "reasoning=high"}
-    app.run()
+    monkeypatch.setenv("OKI_TRACE_MODEL", str(model))
+    app = open_settings(chat())
     assert not app.exception
-    box = app.sidebar.selectbox(key="enable_thinking")
-    box.set_value("false").run()
+    app.text_area(key="template_args").set_value("reasoning=high").run()
+    app.selectbox(key="enable_thinking").set_value("false").run()
     app.chat_input[0].set_value("Is 91 prime?").run()
     with TraceReader(empty_store) as reader:
         reply = reader.messages(1)[-1]
