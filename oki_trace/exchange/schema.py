@@ -40,6 +40,7 @@ from oki_trace.records import (
     Segment,
     Status,
     TensorMode,
+    is_too_deep,
 )
 
 # Limits; docs/formats.md states them.
@@ -90,6 +91,13 @@ def _bytes(value: Any) -> Any:
         return bytes.fromhex(value)
     except ValueError:
         raise PydanticCustomError("hex", "are no hexadecimal bytes") from None
+
+
+def _shallow(value: Any) -> Any:
+    """Any JSON that programs can go along with."""
+    if is_too_deep(value):
+        raise PydanticCustomError("deep", "is nested too deeply")
+    return value
 
 
 Link = Annotated[int, Field(ge=0, lt=2**63)]
@@ -228,15 +236,15 @@ class Part(TypedDict, total=False):
     start: Count | None
     end: Count | None
     name: Label | None
-    arguments: Any
+    arguments: Annotated[Any, AfterValidator(_shallow)]
 
 
 @_strict
 class Template(TypedDict, total=False):
     """What a chat template was given beside the messages; see ``records.TemplateOptions``."""
 
-    arguments: dict[str, Any] | None
-    tools: Annotated[list[Any], _ENTRIES] | None
+    arguments: Annotated[dict[str, Any], AfterValidator(_shallow)] | None
+    tools: Annotated[list[Any], _ENTRIES, AfterValidator(_shallow)] | None
 
 
 Parts = Annotated[list[Part], _ENTRIES]

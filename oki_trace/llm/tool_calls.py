@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from oki_trace.records import is_too_deep
+
 
 class Call(NamedTuple):
     """A call; ``arguments`` as JSON gives them, or the text that was no JSON."""
@@ -63,11 +65,12 @@ def bare_call(text: str) -> Call | None:
 
 
 def value_of(text: str) -> Any:
-    """What a text is in JSON; the text itself where it is none."""
+    """What a text is in JSON; the text itself where it is none, or one nested beyond sense."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    return text if is_too_deep(value) else value
 
 
 def _json(text: str) -> Iterator[Call]:
@@ -77,6 +80,8 @@ def _json(text: str) -> Iterator[Call]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
+            return
+        if is_too_deep(value):
             return
         for one in value if isinstance(value, list) else [value]:
             if (call := _of_object(one)) is not None:
@@ -127,5 +132,7 @@ def _named(text: str) -> Iterator[Call]:
         try:
             arguments, at = json.JSONDecoder().raw_decode(text, found.end())
         except (ValueError, RecursionError):
+            return
+        if is_too_deep(arguments):
             return
         yield Call(found["name"], arguments)

@@ -25,6 +25,7 @@ from oki_trace.records.asked import (
     Status,
     TemplateOptions,
     TensorMode,
+    is_too_deep,
 )
 from oki_trace.records.seen import (
     Candidates,
@@ -96,4 +97,5 @@ __all__ = [
     "TurnEnd",
     "TurnStart",
     "WorkerState",
+    "is_too_deep",
 ]

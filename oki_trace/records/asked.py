@@ -127,6 +127,25 @@ class ModelChoice:
     device: str = "auto"
 
 
+MAX_NESTING = 50
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether lists and objects stand in each other deeper than any program here goes along."""
+    level = [value]
+    for _ in range(MAX_NESTING):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, Mapping):
+                inner.extend(one.values())
+            elif isinstance(one, list | tuple):
+                inner.extend(one)
+        if not inner:
+            return False
+        level = inner
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A part of a reply: its steps from ``start`` up to ``end``, the markers around it included.
@@ -161,6 +180,10 @@ class TemplateOptions:
                 f"{name} is no argument of a chat template; those are names such as "
                 "enable_thinking",
             )
+        _require(
+            not is_too_deep([self.arguments, *self.tools]),
+            f"template arguments and tools must not be nested deeper than {MAX_NESTING} levels",
+        )
         for tool in self.tools:
             made: Any = tool
             function = made.get("function") if isinstance(made, Mapping) else None

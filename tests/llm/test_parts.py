@@ -251,6 +251,15 @@ def test_bracket_markers(text: str, parts: list[tuple[Any, ...]]) -> None:
     assert brief(read(tokenizer(BRACKETS, "[THINK]", "[TOOL_CALLS]", "[ARGS]"), text)) == parts
 
 
+def test_arguments_that_are_nested_beyond_sense_are_text() -> None:
+    made = tokenizer(THINK, "<|im_end|>")
+    deep = "[" * 400 + "]" * 400
+    (call,) = read(made, f'<tool_call>{{"name": "f", "arguments": {deep}}}</tool_call>')
+    assert (call.kind, call.name) == ("tool_call", None) and deep in call.text
+    with pytest.raises(UsageError, match="nested deeper than 50 levels"):
+        TemplateOptions({"x": json.loads(deep)})
+
+
 def test_an_object_is_a_call_where_the_template_asks_for_one_and_tools_are_given() -> None:
     made = tokenizer('{# {"name": function name, "parameters": dictionary} #}{{ messages }}')
     text = '{"name": "get_weather", "parameters": {"city": "Rome"}}</s>'
