@@ -63,7 +63,7 @@ def parts_of(
             # Without tools an object with a name and parameters is what was asked for.
             form = replace(form, bare_calls=False)
         spans = list(_harmony(text.whole) if form.harmony else _marked(form, prompt, text))
-    return tuple(_with_steps(spans, text))
+    return _with_steps(spans, text)
 
 
 def answer_of(parts: Sequence[Part]) -> str:
@@ -104,19 +104,24 @@ class _Text:
         return bisect_left(self.starts, position)
 
 
-def _with_steps(spans: Sequence[_Span], text: _Text) -> Iterator[Part]:
+def _with_steps(spans: Sequence[_Span], text: _Text) -> tuple[Part, ...]:
     # What stands alone is kept to the last space: it is what the next turn begins with.
     alone = len(spans) == 1 and spans[0].first == 0
     count = len(text.starts)
+    made: list[Part] = []
     start = 0
     for place, span in enumerate(spans):
         last = place == len(spans) - 1
         end = count if last else max(start, text.step_at(span.end))
         said = text.plain(span.first, span.last) if span.text is None else span.text
         said = said if alone else said.strip()
-        if end > start or said:
-            yield Part(span.kind, said, start, end, span.name, span.arguments)
+        if made and span.kind == "answer" and not said:
+            # A marker by itself, such as one more end.
+            made[-1] = replace(made[-1], end=end)
+        elif end > start or said:
+            made.append(Part(span.kind, said, start, end, span.name, span.arguments))
         start = end
+    return tuple(made)
 
 
 # ------------------------------------------------------------------------- by markers

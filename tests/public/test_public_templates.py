@@ -25,7 +25,7 @@ from oki_trace.llm.markers import format_of
 from oki_trace.llm.parts import ReplyToken, answer_of, parts_of
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import ChatMessage, Role, TemplateOptions
-from tests.llm.test_parts import segments
+from tests.llm.test_parts import HARMONY, segments
 
 pytestmark = pytest.mark.public
 
@@ -50,7 +50,8 @@ CALL_JSON = '{"name": "get_weather", "arguments": {"city": "Rome"}}'
 class Family:
     """A family: its package, a reply as its models write it, and a call.
 
-    ``takes_tools``: whether the template writes the schemas down.
+    ``takes_tools``: whether the template writes the schemas down. ``template`` takes the
+    place of one that the package lacks: of the same structure, written for these tests.
     """
 
     package: str | None
@@ -60,6 +61,7 @@ class Family:
     thinks: bool = True
     takes_tools: bool = True
     arguments: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
 
 FAMILIES = {
@@ -78,6 +80,8 @@ FAMILIES = {
         f"<|channel|>analysis<|message|>{THOUGHT}<|end|><|start|>assistant<|channel|>commentary "
         'to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome"}<|call|>',
         arguments={"reasoning_effort": "low"},
+        takes_tools=False,
+        template=HARMONY,
     ),
     "deepseek-r1": Family(
         None,
@@ -130,6 +134,7 @@ def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
             loaded[name] = AutoTokenizer.from_pretrained(
                 _folder(name, Path(cache.mkdir("tokenizers")))
             )
+        loaded[name].chat_template = loaded[name].chat_template or FAMILIES[name].template
         if not loaded[name].chat_template:
             pytest.skip(f"the tokenizer of {name} comes without a chat template")
         return loaded[name]
@@ -248,7 +253,7 @@ def test_a_call_and_the_answer_of_its_tool_go_back_to_the_template(
     assert calls == [("get_weather", {"city": "Rome"})]
     answer = ChatMessage(Role.TOOL, "18 degrees", tool_name="get_weather")
     found = segments(render(tokenizer, [QUESTION, reply, answer], options=options))
-    assert found["tool_call"].startswith("get_weather") and "Rome" in found["tool_call"]
+    assert "get_weather" in found["tool_call"] and "Rome" in found["tool_call"]
     assert found["tool"] == "18 degrees"
 
 
