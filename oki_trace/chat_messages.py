@@ -11,6 +11,10 @@ from oki_trace.errors import UsageError
 from oki_trace.records import ChatMessage, Part, Role
 
 _FORM = "Each message needs a role (system, user, assistant or tool) and a content."
+_STRING = (
+    "What is said has to be a string: give the prompt, or each content, so, or as a list of "
+    '{"type": "text", "text": …}.'
+)
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -27,7 +31,7 @@ def chat_message(message: Mapping[str, Any]) -> ChatMessage:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(_FORM) from error
     if message.get("content") is None and not calls:
-        raise UsageError(_FORM)
+        raise UsageError(_STRING if "content" in message else _FORM)
     if role is Role.TOOL:
         name = message.get("name")
         return ChatMessage(role, content, tool_name=None if name is None else str(name))
@@ -47,17 +51,14 @@ def _text(content: Any) -> tuple[str, list[str]]:
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
-        raise UsageError("What is said has to be a string: give the prompt, or each content, so.")
+        raise UsageError(_STRING)
     said: list[str] = []
     thinking: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            said.append(str(part["text"]))
-        elif kind == "thinking":
-            thinking.append(str(part["thinking"]))
-        else:
-            raise UsageError(f"A content can hold text alone, and this holds {kind or part!r}.")
+        if kind not in ("text", "thinking") or not isinstance(part.get(kind), str):
+            raise UsageError(_STRING)
+        (said if kind == "text" else thinking).append(part[kind])
     return "".join(said), thinking
 
 

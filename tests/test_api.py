@@ -34,6 +34,7 @@ TRACE = {
     *("messages", "status", "evidence_provenance", "logit_lens_available", "generation"),
     *("capture", "steps"),
     *("reason", "prompt_tokens", "prompt_segments", "checks"),
+    *("parts", "template"),
 }
 STEP = {
     *("step", "chosen_token", "chosen_id", "position", "prob", "logprob", "entropy", "rank"),

@@ -23,6 +23,7 @@ ORDER = (
     {"watched", "model_process"},
     {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
+    {"chat_messages", "template_options"},
     {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
