@@ -28,6 +28,8 @@ def chat_message(message: Mapping[str, Any]) -> ChatMessage:
         content, thinking = _text(message.get("content"))
         called = message.get("tool_calls") or ()
         calls = [_call(call) for call in called]
+    except UsageError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(_FORM) from error
     if message.get("content") is None and not calls:

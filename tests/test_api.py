@@ -410,3 +410,41 @@ def test_a_reply_that_fails_halfway_keeps_what_it_had(tmp_path: Path) -> None:
     assert all(len(step["logit_lens"]) == tiny.LAYERS + 1 for step in trace["steps"])
     chosen = [step["chosen_id"] for step in trace["steps"]]
     assert trace["output"] == tokenizer.decode(chosen, skip_special_tokens=True)
+
+
+def test_thinking_calls_and_tools_are_given_as_transformers_takes_them(tmp_path: Path) -> None:
+    tokenizer = tiny.tokenizer(
+        "{# <tool_call> reasoning_content enable_thinking #}{% for m in messages %}<s>{{ m.role }}:"
+        "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}={{ c.function.arguments.city }}"
+        "{% endfor %}{% endfor %}{% if enable_thinking %}!{% endif %}{{ tools[0].function.name }}"
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "fox?"}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"type": "function", "function": {"name": "f", "arguments": '{"city": "Rome"}'}}
+            ],
+        },
+        {"role": "tool", "name": "f", "content": "dog"},
+    ]
+    _, trace = run_traced(
+        messages=messages,
+        model=tiny.model("llama"),
+        tokenizer=tokenizer,
+        max_new_tokens=2,
+        template_args={"enable_thinking": True},
+        tools=[{"name": "f", "parameters": {}}],
+        db=tmp_path / "s.db",
+    )
+    assert trace["prompt"] == "<s>user:fox?<s>assistant:(hm)f=Rome<s>tool:dog!f"
+    assert {"user", "thinking", "tool_call", "tool"} <= set(trace["prompt_segments"])
+    assert trace["template"]["arguments"] == {"enable_thinking": True}
+    assert trace["messages"][2] == {"role": "tool", "content": "dog", "tool_name": "f"}
+    assert [part["kind"] for part in trace["messages"][1]["parts"]] == ["thinking", "tool_call"]
+    with TraceReader(tmp_path / "s.db") as reader:
+        kept = reader.messages(1)
+    assert kept[1].parts[1].arguments == {"city": "Rome"} and kept[2].tool_name == "f"
