@@ -97,10 +97,13 @@ def chat(turns: options.Turns) -> None:
     with _talking(turns) as talk:
         # Spaces are kept as they were typed.
         while (line := _read_line()).strip():
+            checked(line, "The prompt")
             try:
-                tool, content = _tool_answer(checked(line, "The prompt"))
+                tool, content = _tool_answer(line)
                 turn = talk(content, conversation, tool=tool)
             except UsageError as error:
+                if not sys.stdin.isatty():
+                    raise
                 # A slip of the fingers ends no conversation.
                 complain(str(error))
                 continue
