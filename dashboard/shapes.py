@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import datetime as dt
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
-from oki_trace.visible import visible
+from oki_trace.visible import inert, visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
 COLOURS: tuple[Colour, ...] = ("surprisal", "entropy", "margin", "settle layer")
@@ -54,21 +55,30 @@ def figure(value: float, digits: int, unit: str = "") -> str:
 
 
 def plain(text: str) -> str:
-    """``text`` with what Markdown would read as its own escaped: for labels and captions.
+    """``text`` for a place that is read as Markdown, where it is to stand as it is.
 
-    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
-    a joiner, which is not seen, keeps their characters apart.
+    What Markdown would read as its own is escaped. Streamlit looks for addresses,
+    icons, emoji and arrows after that, so a joiner, which is not seen, keeps the
+    characters apart by which it knows them.
     """
-    return "".join(f"\\{c}\u2060" if c in MARKDOWN else c for c in text)
+    return _MARKDOWN.sub(r"\\\g<0>", _KNOWN_BY.sub(_JOINER, inert(text)))
 
 
 def sentence(text: str) -> str:
-    """``text``, ended as a sentence is, and safe to be read as Markdown: it may name a model."""
-    return "".join(f"\\{c}" if c in MARKDOWN else c for c in text.rstrip(".")) + "."
+    """``text``, ended as a sentence is, safe where Markdown is read: it may name a model."""
+    return f"{plain(text.rstrip('.'))}."
 
 
-# What Markdown would read as its own.
-MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")
+_JOINER = "\u2060"
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+\-.!|:$<>~=&]")
+_KNOWN_BY = re.compile(
+    r"(?<=www)(?=\.)"  # an address without a scheme
+    r"|(?=@)|(?<=@)"  # one of mail
+    r"|(?<=:)(?=\S)"  # one with a scheme; :emoji:, :material/icon:, :red[text]
+    r"|(?<=[-<>~=])(?=[-<>~=])"  # arrows and dashes
+    r"|^(?=[ \t])",  # a line that begins with spaces is code
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
-    {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
+    {"watched", "model_process"},
+    {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
     {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )
@@ -37,7 +38,9 @@ FORBIDDEN = {
     "verifying": SQL | {"streamlit", "duckdb"},
     "asking": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
-    "worker": {"streamlit", "duckdb"},
+    "worker": TORCH | {"streamlit", "duckdb"},
+    "watched": TORCH | SQL | {"streamlit", "duckdb"},
+    "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
 GROUND = {"records", "settings", "errors", "visible", "child_process"}

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -15,10 +16,11 @@ from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
+from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
 from oki_trace.given_text import checked
-from oki_trace.records import Message, ModelChoice, TurnEnd
+from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
@@ -145,7 +147,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
     if turns.system and turns.conversation is not None:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
-    with TraceWriter(db) as writer, TraceReader(db) as reader:
+    with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         before = [] if turns.conversation is None else reader.messages(turns.conversation)
         choice = turns.choice(asking.last_choice(before))
         loaded = _load(choice)
@@ -154,6 +156,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
             ask = asking.Ask(content, choice, sampling, policy, turns.system)
             _, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
+            dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
             with _stoppable() as stop:
                 end = answering.answer(
                     writer,
@@ -163,6 +166,8 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
                     should_stop=stop.is_asked,
                     on_text=None if quiet else stop.show,
                 )
+            dog.tell = None
+            dog.obeyed.set()
             if not quiet:
                 print()
             return _Turn(reader.message(reply_id), end, stop.exit_status or 0)

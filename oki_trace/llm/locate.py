@@ -46,12 +46,25 @@ def find(model_id: str, models_dir: Path | None = None, progress: Progress = sil
         raise ModelError(
             f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
         )
+    if path.exists():
+        raise ModelError(f"{model_id} is neither a file nor a folder. Name a model's folder.")
     if _looks_like_path(model_id):
         raise ModelError(
             f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "
             "the form owner/name."
         )
     return Source(model_id, model_id)
+
+
+def snapshot(model_id: str, cache_dir: str | None) -> Path | None:
+    """The folder in which the hub's cache keeps this model, if it does."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(model_id, "config.json", cache_dir=cache_dir)
+    except ValueError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def _must_be_whole(path: Path) -> None:

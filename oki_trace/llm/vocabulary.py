@@ -42,6 +42,11 @@ def readable(raw: bytes) -> str:
         return "".join(f"<0x{byte:02X}>" for byte in raw)
 
 
+def is_mistral_common(tokenizer: Any) -> bool:
+    """Whether a tokenizer is mistral-common's, which does not tell a token's own text."""
+    return any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__)
+
+
 class Vocabulary:
     """The tokens of one tokenizer, by id. Any id below the model's head size is valid."""
 

@@ -232,6 +232,9 @@ class Step:
     ``sampled_prob`` is its probability after the sampling settings; it and
     ``decision`` are None when plainly greedy, with no setting applied. ``lens``
     trails its step by a few steps while a reply is running.
+
+    ``digest`` and ``tensor_digest`` say what the step and its tensors were when
+    they were recorded (``store.digest``); None while that has not been done.
     """
 
     step_index: int
@@ -253,6 +256,8 @@ class Step:
     lens: Lens | None = None
     decision: Decision | None = None
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    digest: bytes | None = field(default=None, repr=False)
+    tensor_digest: bytes | None = field(default=None, repr=False)
 
     @property
     def surprisal(self) -> float:

@@ -18,7 +18,10 @@ from oki_trace.records.seen import (
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as a list shows it."""
+    """A conversation as a list shows it.
+
+    ``damage``: what in it or its messages makes no sense; None in a store that is whole.
+    """
 
     id: int
     title: str
@@ -28,6 +31,7 @@ class Conversation:
     tokens: int
     status: Status
     model_ids: tuple[str, ...]
+    damage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,9 @@ class Message:
     """A stored message. All but the first seven are of assistant messages only.
 
     ``tensors_pruned_at``: when its full tensors were thrown away to save room;
-    None when that never happened.
+    None when that never happened. ``digest`` says what it was when it ended
+    (``store.digest``): None before that, "" when it was recorded without one.
+    ``damage``: what is stored of it and makes no sense; its status is "failed" then.
     """
 
     id: int
@@ -85,6 +91,8 @@ class Message:
     tokens: int = 0
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
+    digest: str | None = None
+    damage: str | None = None
 
     @property
     def lens_check(self) -> float | None:

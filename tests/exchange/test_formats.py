@@ -78,7 +78,7 @@ def test_the_tables_have_the_columns_of_the_store() -> None:
         "conversation": {"updated_at", "uid"},
         "message": {
             *("owner", "seen_at", "stop_requested"),
-            *("parts", "template", "tool_name", "checks", "digest"),
+            *("parts", "template", "tool_name", "digest"),
         },
         "step": {"tensor_bytes", "digest", "tensor_digest"},
         "tensor": {"id", "codec", "checksum", "raw_bytes"},

@@ -41,11 +41,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What has been read. ``error``: its kind and its sentence, when it cannot be imported."""
+    """What has been read.
+
+    ``changed``: the messages that are not what the file's own digests say.
+    ``error``: its kind and its sentence, when it cannot be imported.
+    """
 
     messages: int = 0
     steps: int = 0
     tensors_from: str | None = None
+    changed: int = 0
     error: tuple[str, str] | None = None
 
 
@@ -127,7 +132,7 @@ def _read(request: Request, news: News, limit: Callable[[int], None]) -> Outcome
     if not staging.began:
         raise refused("there is no conversation in it")
     told = None if tensors_from is None else str(tensors_from)
-    return Outcome(staging.messages, staging.steps, told)
+    return Outcome(staging.messages, staging.steps, told, staging.changed)
 
 
 if __name__ == "__main__":
