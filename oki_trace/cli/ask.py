@@ -145,9 +145,7 @@ def sql(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")] = (
         1000
     ),
-    timeout: Annotated[
-        float, typer.Option("--timeout", help="At most this many seconds.")
-    ] = 30.0,
+    timeout: Annotated[float, typer.Option("--timeout", help="At most this many seconds.")] = 30.0,
     memory: Annotated[
         str, typer.Option("--memory", help="How much memory the statement may take.")
     ] = "512MB",
