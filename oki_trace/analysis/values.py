@@ -191,6 +191,18 @@ def _column(column: pa.ChunkedArray) -> list[Any]:
             None if value is None else _EPOCH + dt.timedelta(microseconds=value)
             for value in column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
         ]
-    if pa.types.is_nested(kind):
-        return list(column.to_pylist(maps_as_pydicts="lossy"))
-    return list(column.to_pylist())
+    return [_with_dictionaries(value, kind) for value in column.to_pylist()]
+
+
+def _with_dictionaries(value: Any, kind: Any) -> Any:
+    """``value`` with a dictionary for each map, which Arrow gives as a list of pairs."""
+    if value is None or not pa.types.is_nested(kind):
+        return value
+    if pa.types.is_map(kind):
+        return {key: _with_dictionaries(item, kind.item_type) for key, item in value}
+    if pa.types.is_struct(kind):
+        return {
+            field.name: _with_dictionaries(value[field.name], field.type)
+            for field in (kind.field(i) for i in range(kind.num_fields))
+        }
+    return [_with_dictionaries(item, kind.value_type) for item in value]

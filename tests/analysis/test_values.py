@@ -63,6 +63,8 @@ VALUES: list[tuple[str, Any]] = [
     (r"'\xAA'::BLOB", "aa"),
     ("MAP {'a': 1}", {"a": 1}),
     ("MAP {1: 2}", {"1": 2}),
+    ("[{'a': MAP {'b': [MAP {'c': 1}]}}, NULL]", [{"a": {"b": [{"c": 1}]}}, None]),
+    ("[[1, 2], NULL]::INT[2][]", [[1, 2], None]),
     ("MAP {[1]: 2}", "{[1]=2}"),
     ("union_value(a := 1)", "1"),
     ("'a'::ENUM('a', 'b')", "a"),
