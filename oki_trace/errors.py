@@ -39,6 +39,10 @@ class StoreError(OkiTraceError):
     """The trace store cannot be opened, read or written."""
 
 
+class DamagedSteps(StoreError):
+    """The steps of one reply hold what cannot be there; all others can be read."""
+
+
 class StoreBusy(StoreError):
     """Another process held the store for too long; asking again later may do."""
 

@@ -22,7 +22,7 @@ from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing, why
 from oki_trace.llm.exclusive import exclusive
 from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import Instrument, forget, instrument
-from oki_trace.llm.vocabulary import TextStream
+from oki_trace.llm.vocabulary import TextStream, must_have_embeddings
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -108,6 +108,7 @@ def trace_turn(
     turn = _Turn(made.tokenizer, sinks, on_text)
     with _ending(turn.end), exclusive(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary)
+        must_have_embeddings(made.model, prompt.token_ids, made.vocabulary)
         generation = generation_of(made.model, sampling, len(prompt))
         now_doing(Doing.DECODING)
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))

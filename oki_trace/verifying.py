@@ -1,21 +1,25 @@
 """Running the model again on what it was given, and comparing with what is kept.
 
-The stored tokens are given to the model in one forward pass (teacher forcing), so
-that what is compared is what it says of each, not what it would choose now.
+The reply is decoded as it was, with the model's own cache, but each step says the
+token that was said then: what is compared is what the model thought of each, not
+what it would choose now. One pass over the whole text would differ from that by
+what the cache itself does.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
+from oki_trace.differences import Differences
 from oki_trace.errors import ModelError, NotFound, OkiTraceError
+from oki_trace.llm.capture import capture
+from oki_trace.llm.exclusive import exclusive
+from oki_trace.llm.generation import generation_of
+from oki_trace.llm.instrument import instrument
 from oki_trace.llm.load import LoadedModel, load
-from oki_trace.records import Message, ModelChoice, Role
+from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Step
 from oki_trace.store.reader import TraceReader
 
 Progress = Callable[[int, int], None]  # replies done, of all
@@ -23,16 +27,20 @@ Progress = Callable[[int, int], None]  # replies done, of all
 # The largest |Δlogprob| that another order of the same additions explains.
 _EXPLAINED = {"float32": 1e-2, "float64": 1e-2}
 _EXPLAINED_16_BIT = 0.5
+_MORE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Recomputed:
     """How far a reply is from what its model says now.
 
-    ``logprob_difference`` is the largest |Δlogprob| (nats) over its tokens,
-    ``top1_differences`` counts the steps whose most likely token is another;
-    both None when the reply could not be recomputed, and ``reason`` says why.
-    ``agrees`` is False when the difference is more than rounding explains.
+    ``logprob_difference`` is the largest |Δlogprob| (nats) over its tokens and
+    their candidates, ``entropy_difference`` the largest |Δentropy| (nats),
+    ``lens_difference`` the largest |Δprob| in its lens; ``top1_differences``
+    counts the steps whose most likely token is another, ``not_numbers`` the
+    values that are NaN where the model gives a number. All None when the reply
+    could not be recomputed, and ``reason`` says why. ``agrees`` is False when a
+    difference is more than rounding explains.
     """
 
     conversation_id: int
@@ -43,6 +51,9 @@ class Recomputed:
     top1_differences: int | None
     reason: str | None
     agrees: bool
+    entropy_difference: float | None = None
+    lens_difference: float | None = None
+    not_numbers: int | None = None
 
 
 def recompute(
@@ -105,45 +116,61 @@ def _every_conversation(reader: TraceReader) -> Iterator[Any]:
 
 
 def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Recomputed:
-    prompt = reader.prompt(message.id).token_ids
-    steps = reader.steps(message.id)
-    chosen = [step.token_id for step in steps]
-    try:
-        logits = _teacher_forced(loaded.model, [*prompt, *chosen[:-1]], len(chosen))
-    except (RuntimeError, ValueError, IndexError, OkiTraceError) as error:
-        return _not_done(message, f"the model cannot be run on it ({error})".splitlines()[0])
-    logprobs = logits.float().log_softmax(-1)
-    now = logprobs.gather(-1, torch.tensor(chosen)[:, None])[:, 0]
-    stored = torch.tensor([step.logprob for step in steps])
-    difference = float((now - stored).abs().nan_to_num(posinf=0.0).max())
-    best = logprobs.argmax(-1).tolist()
-    tops = [step.topk.token_ids for step in reader.iter_steps(message.id)]
-    others = sum(
-        1 for top, token in zip(tops, best, strict=True) if len(top) and int(top[0]) != int(token)
-    )
+    prompt = reader.prompt(message.id)
+    chosen = [step.token_id for step in reader.steps(message.id)]
+    embeddings: Any = loaded.model.get_input_embeddings()
+    size = int(embeddings.weight.shape[0])
+    if min(*chosen, *prompt.token_ids, 0) < 0 or max(*chosen, *prompt.token_ids, 0) >= size:
+        return _not_done(message, f"it has tokens that the model does not have (0 to {size - 1})")
     dtype = message.capture.dtype if message.capture else ""
+    found = Differences(complete=dtype != "unknown")
+    recorded = reader.iter_steps(message.id)
+    waiting: dict[int, tuple[Step, Step]] = {}
+    try:
+        for event in _decoded_again(message, prompt, chosen, loaded):
+            if isinstance(event, Lens):
+                before, again = waiting.pop(event.step_index)
+                found.add_lens(before, again, event)
+            elif isinstance(event, Step):
+                before = next(recorded)
+                found.add(before, event)
+                waiting[event.step_index] = (before, event)
+    except (RuntimeError, ValueError, IndexError, TypeError, OkiTraceError) as error:
+        return _not_done(message, f"the model cannot be run on it ({error})".splitlines()[0])
     return Recomputed(
         conversation_id=message.conversation_id,
         message_id=message.id,
         model_id=message.model_id or "",
-        steps=len(steps),
-        logprob_difference=difference,
-        top1_differences=others,
+        steps=len(chosen),
+        logprob_difference=found.logprob,
+        top1_differences=found.other_tops,
         reason=None,
-        agrees=difference <= _EXPLAINED.get(dtype, _EXPLAINED_16_BIT),
+        agrees=found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT)),
+        entropy_difference=found.entropy,
+        lens_difference=found.lens,
+        not_numbers=found.not_numbers,
     )
 
 
-@torch.no_grad()
-def _teacher_forced(model: Any, token_ids: list[int], last: int) -> torch.Tensor:
-    """The logits at the ``last`` positions, (last, vocab), on the CPU."""
-    inputs = torch.tensor([token_ids], device=model.device)
-    given: dict[str, Any] = {"attention_mask": torch.ones_like(inputs), "use_cache": False}
-    # Where the model can leave out the head for the prompt, a long one takes little memory.
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        given["logits_to_keep"] = last
-    logits: torch.Tensor = model(input_ids=inputs, **given).logits
-    return logits[0, -last:].cpu()
+def _decoded_again(
+    message: Message, prompt: Prompt, chosen: list[int], loaded: LoadedModel
+) -> Iterator[Step | Lens]:
+    """The reply decoded as it was, token by token with the model's own cache."""
+    made = instrument(loaded.model, loaded.tokenizer)
+    assert message.capture is not None
+    kept = message.capture.policy
+    # A few more, for a candidate that is now a rank further down.
+    policy = replace(
+        kept, topk_logits=min(kept.topk_logits + _MORE, 1000), topk_evidence=1, tensors="none"
+    )
+    asked = message.generation or generation_of(loaded.model, Sampling(), len(prompt))
+    generation = replace(asked, max_new_tokens=len(chosen))
+    with exclusive(loaded.model):
+        for event in capture(made, prompt, generation, policy, lambda: False, chosen):
+            if isinstance(event, Lens):
+                yield event
+            elif isinstance(event, tuple):
+                yield event[0]
 
 
 def _not_done(message: Message, reason: str) -> Recomputed:

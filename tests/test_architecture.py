@@ -21,9 +21,9 @@ PACKAGE = ROOT / "oki_trace"
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
     {"watched", "model_process"},
-    {"answering", "asking", "tracing", "verifying", "exchange", "analysis", "llm"},
+    {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
-    {"records", "settings", "errors", "visible"},
+    {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}
@@ -43,7 +43,7 @@ FORBIDDEN = {
     "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors", "visible"}
+GROUND = {"records", "settings", "errors", "visible", "child_process"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

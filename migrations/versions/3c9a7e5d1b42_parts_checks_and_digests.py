@@ -26,6 +26,8 @@ def upgrade() -> None:
     # Covers the message, its prompt, its settings and the digests of its steps, so that a change
     # of any of them is found.
     op.add_column("message", sa.Column("digest", sa.String(length=64), nullable=True))
+    # What was recorded before there were digests has none: a missing one is a fault from now on.
+    op.execute("UPDATE message SET digest = ''")
     # Covers the step's rows.
     op.add_column("step", sa.Column("digest", sa.LargeBinary(), nullable=True))
     # Covers the step's full tensors, by themselves: pruning removes them and keeps the rows.

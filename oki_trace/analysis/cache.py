@@ -12,6 +12,7 @@ the store grows, and n steps lie in at most n / 32,768 + 22 files a table.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
@@ -25,9 +26,12 @@ from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, fo
 from oki_trace.analysis.gather import Tables, reply_tables, schema, to_arrow
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
+from oki_trace.errors import DamagedSteps
 from oki_trace.store.columnar import MessageMark
 from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
+
+log = logging.getLogger(__name__)
 
 # The tables that lie in the cache: all but the conversations, which change.
 CACHED = tuple(name for name in BY_NAME if name != "conversation")
@@ -118,7 +122,7 @@ class Cache:
                     of_conversation = list(group)
                     writers.add({"message": message_table(reader, of_conversation)})
                     for mark in of_conversation:
-                        for tables in reply_tables(reader, mark.id):
+                        for tables in _readable(reader, mark.id):
                             writers.add(tables)
                         marks[str(mark.id)] = _mark(mark)
                         if progress is not None:
@@ -214,6 +218,14 @@ class _Writers:
             self._waiting[name].clear()
 
 
+def _readable(reader: TraceReader, message_id: int) -> Iterator[Tables]:
+    """The tables of a reply; what is damaged of it is told and left out."""
+    try:
+        yield from reply_tables(reader, message_id)
+    except DamagedSteps as error:
+        log.warning("%s", error)
+
+
 def live_tables(reader: TraceReader) -> Tables:
     """What the cache does not hold: the messages still running, and all conversations."""
     marks = [mark for mark in reader.message_marks() if mark.status.is_live]
@@ -227,7 +239,7 @@ def live_tables(reader: TraceReader) -> Tables:
         of_conversation = list(group)
         found["message"].append(message_table(reader, of_conversation))
         for mark in of_conversation:
-            for tables in reply_tables(reader, mark.id):
+            for tables in _readable(reader, mark.id):
                 for name, rows in tables.items():
                     found[name].append(rows)
     return {name: pa.concat_tables(rows) for name, rows in found.items()}

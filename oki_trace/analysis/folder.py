@@ -56,14 +56,18 @@ EMPTY = Manifest("", ())
 
 
 def folder_of(db: Db) -> Path:
-    """Beside a SQLite file; in the data folder, by the server's address, on PostgreSQL."""
+    """Beside a SQLite file; in the data folder on PostgreSQL, and where that cannot be written."""
     url = identity.address(db)
     path = identity.file_of(url)
-    if path is not None:
+    if path is not None and (os.access(path.parent, os.W_OK) or not path.parent.exists()):
         return path.with_name(path.name + ".cache")
-    where = f"{url.host}:{url.port or 5432}/{url.database}?{sorted(url.query.items())}"
+    if path is not None:
+        kind, where = "file", str(path)
+    else:
+        kind = "postgresql"
+        where = f"{url.host}:{url.port or 5432}/{url.database}?{sorted(url.query.items())}"
     name = hashlib.sha256(where.encode()).hexdigest()[:16]
-    return (Settings.from_environment().data_dir / "cache" / f"postgresql-{name}").absolute()
+    return (Settings.from_environment().data_dir / "cache" / f"{kind}-{name}").absolute()
 
 
 class Folder:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, table, token
-from oki_trace.errors import NotFound
+from oki_trace.cli.output import complain, console, inert, print_json, table, token
+from oki_trace.errors import NotFound, StoreError
 from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
 from oki_trace.records import Conversation, Lens, Message, Prompt, Role, Step
 
@@ -59,8 +59,11 @@ def list_conversations(
             Text(inert(", ".join(c.model_ids), keep="")),
             str(c.messages),
             f"{c.tokens:,}",
-            str(c.status),
+            Text("damaged", "red") if c.damage else str(c.status),
         )
+    for c in found:
+        if c.damage:
+            complain(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
     console().print(rows)
 
 
@@ -120,9 +123,14 @@ def _show_messages(reader: TraceReader, messages: list[Message]) -> None:
         if message.content:
             # Written as it is: wrapping would put line ends into it.
             out.print(Text(inert(message.content)), soft_wrap=True)
+        if message.damage is not None and message.role is not Role.ASSISTANT:
+            out.print(Text(inert(message.reason or ""), style="red"))
         if message.role is Role.ASSISTANT:
             out.print(Text(_headline(message), style="dim"))
-            _print_steps(out, list(reader.iter_steps(message.id)))
+            try:
+                _print_steps(out, list(reader.iter_steps(message.id)))
+            except StoreError as error:
+                out.print(Text(inert(str(error)), style="red"), soft_wrap=True)
 
 
 def _headline(message: Message) -> str:
@@ -165,7 +173,7 @@ def _print_steps(out: Console, steps: list[Step]) -> None:
             _bar(step.prob, BAR_WIDTH // 2),
             token(other[0]) if other else "",
             f"{other[1]:.3f}" if other else "",
-            f"{step.entropy:.2f}",
+            f"{step.entropy:z.2f}",
             _settled(step.lens),
         )
     out.print(rows)
@@ -204,8 +212,8 @@ def _show_step(reader: TraceReader, message: Message, index: int, as_json: bool)
     prompt = reader.prompt(message.id)
     out.print(Text("step ").append(str(index), "bold").append("  "), token(step.token), end="")
     out.print(
-        f"   prob {step.prob:.4f} · rank {step.rank} · surprisal {step.surprisal:.3f} nats"
-        f" · entropy {step.entropy:.3f} nats · position {step.position}"
+        f"   prob {step.prob:.4f} · rank {step.rank} · surprisal {step.surprisal:z.3f} nats"
+        f" · entropy {step.entropy:z.3f} nats · position {step.position}"
         f" · settled {_settled(step.lens)}"
     )
     _print_decision(out, step)
@@ -244,7 +252,7 @@ def _print_candidates(out: Console, step: Step) -> None:
     if top.noise is not None and top.sampled_probs is not None:
         # What was removed took no part in the draw.
         pairs = zip(top.noise.tolist(), top.sampled_probs.tolist(), strict=True)
-        after.append(("noise", [f"{noise:+.2f}" if prob else "" for noise, prob in pairs]))
+        after.append(("noise", [f"{noise:+z.2f}" if prob else "" for noise, prob in pairs]))
     names = [name for name, _ in after]
     rows = table("considered", "prob", "", *names, right=tuple(names))
     for rank, (text, prob) in enumerate(zip(top.tokens, top.probs.tolist(), strict=True)):
@@ -310,4 +318,5 @@ def _conversation_json(conversation: Conversation) -> dict[str, Any]:
         "tokens": conversation.tokens,
         "status": str(conversation.status),
         "model_ids": list(conversation.model_ids),
+        **({"damage": conversation.damage} if conversation.damage else {}),
     }

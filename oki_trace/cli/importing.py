@@ -56,6 +56,7 @@ def import_(
                 "conversations": list(done.conversations),
                 "messages": done.messages,
                 "steps": done.steps,
+                "changed": done.changed,
             }
         )
         return
@@ -64,4 +65,9 @@ def import_(
     what = f"{counted(done.messages, 'message')}, {counted(done.steps, 'step')}"
     numbers = ", ".join(map(str, done.conversations))
     noun = "conversation" if len(done.conversations) == 1 else "conversations"
+    if done.changed:
+        complain(
+            f"{counted(done.changed, 'message')} changed since recorded: oki-trace verify "
+            f"{done.conversations[0]} says where"
+        )
     console().print(f"Imported as {noun} {numbers} ({what}). See: oki-trace show {numbers}")

@@ -77,7 +77,7 @@ def delete(
                     soft_wrap=True,
                 )
             _ask(f"Delete {counted(len(found), 'conversation')} for good?")
-        with TraceWriter(where, checkpoint=False) as writer:
+        with TraceWriter(where, checkpoint=False, making_room=True) as writer:
             for number in wanted:
                 writer.delete_conversation(number)
     if json:
@@ -129,7 +129,10 @@ def prune(
         if not dry_run and plan.items:
             if not yes:
                 _ask(f"Free {size(plan.frees_bytes)} for good?")
-            with TraceWriter(where, checkpoint=False) as writer, bar("pruning") as progress:
+            with (
+                TraceWriter(where, checkpoint=False, making_room=True) as writer,
+                bar("pruning") as progress,
+            ):
                 plan = pruning.prune(writer, plan, progress)
     if json:
         print_json(_plan_json(plan, dry_run))
@@ -204,7 +207,9 @@ def _tell(plan: PrunePlan, most: int | None) -> None:
             f"{size(plan.left_bytes)} of data would stay."
         )
     if plan.spared:
-        out.print(f"{counted(plan.spared, _what(plan))} spared: being written right now.")
+        out.print(
+            f"{counted(plan.spared, _what(plan))} spared: being written right now, or damaged."
+        )
     if most is not None and plan.left_bytes > most and plan.tensors_only:
         out.print("The rows alone take more than that: --all deletes whole conversations.")
 

@@ -19,6 +19,7 @@ from oki_trace.cli.output import complain, console, inert, print_json, size
 from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
+from oki_trace.given_text import checked
 from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def run(
     Example: oki-trace run "Hello" --model ./my-model --tensors none --json
     """
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
-    if not content.strip():
+    if not checked(content, "The prompt").strip():
         raise UsageError("The prompt is empty. Give the model something to answer.")
     with _talking(turns) as talk:
         turn = talk(content, turns.conversation, quiet=json)
@@ -77,8 +78,9 @@ def chat(turns: options.Turns) -> None:
     """
     conversation = turns.conversation
     with _talking(turns) as talk:
-        while line := _read_line():
-            turn = talk(line, conversation)
+        # Spaces are kept as they were typed.
+        while (line := _read_line()).strip():
+            turn = talk(checked(line, "The prompt"), conversation)
             conversation = turn.reply.conversation_id
             _summary(turn, options.store_of(turns.db))
             if turn.exit_status not in (0, 128 + signal.SIGINT):
@@ -202,7 +204,7 @@ def _load_showing(choice: ModelChoice) -> LoadedModel:
 
 def _read_line() -> str:
     try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
+        return input("\n> " if sys.stdin.isatty() else "").rstrip("\r")
     except EOFError:
         return ""
 

@@ -62,11 +62,17 @@ def verify(
     wrong = faults + sum(not one.agrees for one in again)
     if json:
         more = {"recomputed": [asdict(one) for one in again]} if recompute else {}
-        print_json({"findings": found, "checked": looked, **more})
+        all_checked = {**looked, "without_digest": check.without_digest}
+        print_json({"findings": found, "checked": all_checked, **more})
     else:
         checked = ", ".join(counted(number, name[:-1]) for name, number in looked.items())
         verdict = f"{counted(wrong, 'fault')} found." if wrong else "all as promised."
         out.print(f"Checked {checked}: {verdict}")
+        if check.without_digest:
+            out.print(
+                f"{counted(check.without_digest, 'message')} recorded before there were digests: "
+                "what of these is kept once cannot be checked."
+            )
     if wrong:
         raise typer.Exit(1)
 
@@ -89,8 +95,11 @@ def _line(one: Recomputed) -> str:
     if one.reason is not None:
         return f"{where}: not recomputed with {one.model_id}: {one.reason}"
     verdict = "" if one.agrees else ", more than rounding explains"
+    if one.not_numbers:
+        verdict = f", {counted(one.not_numbers, 'value')} not a number{verdict}"
     return (
         f"{where}: {counted(one.steps, 'token')} recomputed with {one.model_id}: largest "
         f"|Δlogprob| {one.logprob_difference:.1e}, "
+        f"|Δentropy| {one.entropy_difference:.1e}, lens |Δprob| {one.lens_difference:.1e}, "
         f"{counted(one.top1_differences or 0, 'other top token')}{verdict}"
     )

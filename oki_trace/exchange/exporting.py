@@ -115,6 +115,11 @@ def _tell_limits(
     tell: Tell,
 ) -> None:
     with selected(reader, conversation_id, message_id) as chosen:
+        if chosen.conversation.damage:
+            tell(
+                f"Conversation {conversation_id} is damaged: {chosen.conversation.damage}; it is "
+                "exported as far as it can be read."
+            )
         if format is Format.TRACE_V1:
             tell(
                 "trace-v1 holds no token ids but the chosen, no logits, ranks or entropies, the "

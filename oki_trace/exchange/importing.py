@@ -35,12 +35,16 @@ MAX_STAGED_FLOOR = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The conversations as the store now has them."""
+    """The conversations as the store now has them.
+
+    ``changed`` of the messages are not what they were when they were recorded.
+    """
 
     conversations: tuple[int, ...]
     messages: int
     steps: int
     tensors_from: Path | None
+    changed: int = 0
 
 
 def import_path(
@@ -106,7 +110,7 @@ def _import(
         raise StoreError("A conversation could not be copied from the import: import it again.")
     ids = tuple(number for number in new if number is not None)
     tensors_from = None if read.tensors_from is None else Path(read.tensors_from)
-    return Imported(ids, read.messages, read.steps, tensors_from)
+    return Imported(ids, read.messages, read.steps, tensors_from, read.changed)
 
 
 def _spool(stream: BinaryIO, path: Path, progress: Tick | None) -> None:

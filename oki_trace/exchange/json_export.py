@@ -174,6 +174,8 @@ def message_head(message: Message) -> dict[str, Any]:
         "status": str(message.status),
         "created_at": message.created_at.isoformat(),
     }
+    if message.digest:
+        head["digest"] = message.digest
     if message.reason is not None:
         head["reason"] = message.reason
     if message.tensors_pruned_at is not None:
@@ -184,11 +186,15 @@ def message_head(message: Message) -> dict[str, Any]:
             head[name] = plain(asdict(asked))
     if is_traced(message):
         head |= {"seconds": plain(message.seconds), "tokens": message.tokens}
+    elif message.seconds is not None:
+        head["seconds"] = plain(message.seconds)
     return head
 
 
 def _trace(chosen: Selection, reply: Message, *, timed: bool) -> dict[str, Any]:
-    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id), timed=timed)
+    # What stands in a file says that its tensors are not in it.
+    head = chosen.head(reply, tensors=not timed)
+    return trace_object(head, chosen.reader.iter_steps(reply.id), timed=timed)
 
 
 class _Counted:

@@ -162,6 +162,7 @@ def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
         message.tensors_pruned_at,
         *(None if one is None else json.dumps(plain(asdict(one))) for one in documents),
         *(None if one is None else json.dumps(plain(asdict(one))) for one in reports),
+        message.digest or None,
         chosen.reader.prompt(message.id).text if traced else None,
     )
 
@@ -233,6 +234,8 @@ def _step(step_id: int, message_id: int, step: Step) -> tuple[Any, ...]:
         None if step.lens is None else step.lens.settle_layer,
         None if decision is None else decision.greedy.token_id,
         None if decision is None else json.dumps(decision_object(step, decision)),
+        step.digest,
+        step.tensor_digest,
     )
 
 

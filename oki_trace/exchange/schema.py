@@ -99,6 +99,8 @@ Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
 Position = Annotated[int, Field(ge=0, le=MAX_PROMPT + MAX_STEPS)]
 Token = Annotated[str, Field(max_length=MAX_TOKEN)]
 TokenBytes = Annotated[bytes, Field(max_length=4 * MAX_TOKEN), BeforeValidator(_bytes)]
+StepDigest = Annotated[bytes, Field(min_length=16, max_length=16), BeforeValidator(_bytes)]
+MessageDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(max_length=10_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Time = Annotated[dt.datetime, BeforeValidator(_moment)]
@@ -233,6 +235,7 @@ class Message(TypedDict, total=False):
     tokens: Count | None
     tensors_pruned_at: Time | None
     checks: Checks | None
+    digest: MessageDigest | None
 
 
 # ------------------------------------------------------------------------- a reply
@@ -423,6 +426,8 @@ class Step(TypedDict, total=False):
     evidence: Annotated[list[Evidence], _ENTRIES] | None
     attention: Annotated[list[AttentionLayer], _OF_LAYERS] | None
     logit_lens: Annotated[list[LensLayer], _OF_LAYERS] | None
+    digest: StepDigest | None
+    tensor_digest: StepDigest | None
 
 
 @_strict

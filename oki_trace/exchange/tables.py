@@ -42,6 +42,7 @@ TABLES: dict[str, Any] = {
             "generation": _S,
             "capture": _S,
             "checks": _S,
+            "digest": _S,
             "prompt": _S,
         },
         "prompt_token": {
@@ -71,6 +72,8 @@ TABLES: dict[str, Any] = {
             "settle_layer": _I,
             "greedy_id": _I,
             "decision": _S,
+            "digest": _B,
+            "tensor_digest": _B,
         },
         "topk_entry": {
             "step_id": _L,

@@ -82,14 +82,23 @@ def step_objects(
 ) -> Iterator[dict[str, Any]]:
     """Each step as it comes: no more than one is held, beside the reply's tokens.
 
-    ``timed``: with ``elapsed_ms``, which differs between runs that are otherwise the same.
+    ``timed``: with ``elapsed_ms``, which differs between runs that are otherwise the
+    same, and the digests, which cover it.
     """
     ids, tokens = list(prompt.token_ids), list(prompt.tokens)
     for step in steps:
         made = _step(step, len(prompt), ids, tokens)
-        yield {**made, "elapsed_ms": _number(step.elapsed_ms)} if timed else made
+        yield {**made, **_as_recorded(step)} if timed else made
         ids.append(step.token_id)
         tokens.append(step.token)
+
+
+def _as_recorded(step: Step) -> dict[str, Any]:
+    digests = {"digest": step.digest, "tensor_digest": step.tensor_digest}
+    return {
+        "elapsed_ms": _number(step.elapsed_ms),
+        **{name: value.hex() for name, value in digests.items() if value is not None},
+    }
 
 
 def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ lets it run on while ``reduce`` makes records of them, and their lenses follow
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
 from oki_trace.llm.ahead import ahead
@@ -26,12 +26,13 @@ def capture(
     generation: Generation,
     policy: CapturePolicy,
     should_stop: Callable[[], bool],
+    forced: Sequence[int] | None = None,
 ) -> Iterator[tuple[Step, str | None] | Lens | ReplyChecks]:
     """Decode and yield each step with its stop reason, and, a few steps later, its lens.
 
     Every step's lens has been yielded when the iterator ends or raises, and last of
     all how far the reply's numbers agree with the model. (No lens follows once one
-    disagreed.)
+    disagreed.) ``forced``: the tokens to say, whatever would be chosen.
     """
     if generation.max_new_tokens == 0:
         return
@@ -51,6 +52,7 @@ def capture(
         prompt.token_ids,
         generation,
         checker.note,
+        forced,
     )
     # Weights that come and go with each call cannot serve two threads.
     alone = instrument.moves_weights

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -60,12 +60,13 @@ def decode(
     prompt_ids: tuple[int, ...],
     generation: Generation,
     note: Callable[[str], None] = log.debug,
+    forced: Sequence[int] | None = None,
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
     ``note`` is told what was given up to stay exact. Close the iterator to stop
     early. Raises CaptureError on NaN or infinite logits, and when the sampling
-    settings leave no token.
+    settings leave no token. ``forced``: the tokens to say, whatever would be chosen.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
     steps: Generator[RawStep] = generate_of(model)(
@@ -76,6 +77,7 @@ def decode(
         graph=graph,
         seed=generation.seed,
         note=note,
+        forced=forced,
         **arguments_of(generation, model, tokenizer),
     )
     return steps
@@ -102,6 +104,7 @@ def _loop(
     graph: StepGraph | None,
     seed: int | None,
     note: Callable[[str], None],
+    forced: Sequence[int] | None,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
     prompt_len = input_ids.shape[1]
@@ -122,9 +125,14 @@ def _loop(
             raw = seen.logits.to(input_ids.device, torch.float32)[None]
             _refuse_broken(raw, step_index)
             choice = choose(logits_processor, input_ids, raw, generator)
+            if forced is not None:
+                choice = replace(choice, token=choice.token.new_tensor([[forced[step_index]]]))
             input_ids = torch.cat([input_ids, choice.token], dim=-1)
             token_id = int(choice.token)
-            done = bool(stopping_criteria(input_ids, ()).all())
+            if forced is not None:
+                done = step_index + 1 == len(forced)
+            else:
+                done = bool(stopping_criteria(input_ids, ()).all())
             elapsed_ms = (time.perf_counter() - started) * 1e3
             yield RawStep(
                 step_index=step_index,

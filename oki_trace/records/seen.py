@@ -218,6 +218,11 @@ class Tensor:
     key_offset: int = 0
 
 
+def surprisal_of(logprob: float) -> float:
+    """-log prob, in nats; 0 where rounding put the logarithm of a certain token above 0."""
+    return 0.0 if logprob >= 0 else -logprob
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One generated token, and what was seen when it was chosen.
@@ -227,6 +232,9 @@ class Step:
     ``sampled_prob`` is its probability after the sampling settings; it and
     ``decision`` are None when plainly greedy, with no setting applied. ``lens``
     trails its step by a few steps while a reply is running.
+
+    ``digest`` and ``tensor_digest`` say what the step and its tensors were when
+    they were recorded (``store.digest``); None while that has not been done.
     """
 
     step_index: int
@@ -248,11 +256,13 @@ class Step:
     lens: Lens | None = None
     decision: Decision | None = None
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    digest: bytes | None = field(default=None, repr=False)
+    tensor_digest: bytes | None = field(default=None, repr=False)
 
     @property
     def surprisal(self) -> float:
-        """-log prob of the chosen token, in nats."""
-        return -self.logprob
+        """-log prob of the chosen token, in nats; never below 0."""
+        return surprisal_of(self.logprob)
 
     @property
     def differs_from_greedy(self) -> bool:

@@ -12,12 +12,16 @@ from oki_trace.records.seen import (
     Generation,
     IntArray,
     ReplyChecks,
+    surprisal_of,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as a list shows it."""
+    """A conversation as a list shows it.
+
+    ``damage``: what in it or its messages makes no sense; None in a store that is whole.
+    """
 
     id: int
     title: str
@@ -27,6 +31,7 @@ class Conversation:
     tokens: int
     status: Status
     model_ids: tuple[str, ...]
+    damage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,9 @@ class Message:
     """A stored message. All but the first seven are of assistant messages only.
 
     ``tensors_pruned_at``: when its full tensors were thrown away to save room;
-    None when that never happened.
+    None when that never happened. ``digest`` says what it was when it ended
+    (``store.digest``): None before that, "" when it was recorded without one.
+    ``damage``: what is stored of it and makes no sense; its status is "failed" then.
     """
 
     id: int
@@ -84,6 +91,8 @@ class Message:
     tokens: int = 0
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
+    digest: str | None = None
+    damage: str | None = None
 
     @property
     def lens_check(self) -> float | None:
@@ -123,6 +132,11 @@ class StepSummary:
     margin: float
     settle_layer: int | None
     greedy_id: int | None = None
+
+    @property
+    def surprisal(self) -> float:
+        """-log prob of the token, in nats; never below 0."""
+        return surprisal_of(self.logprob)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -49,6 +49,15 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
         float(top.logits[step.rank - 1]), step.logit, _ROUNDING
     ):
         yield f"the candidate of rank {step.rank} is not the token that was chosen"
+    if len(top.probs) > 1 and not _close(
+        step.margin, float(top.probs[0]) - float(top.probs[1]), _ROUNDING
+    ):
+        yield f"its margin is {step.margin:.6g}, its candidates say another"
+    at = np.flatnonzero(top.token_ids == step.token_id)
+    if step.sampled_prob is not None and top.sampled_probs is not None and at.size:
+        sampled = float(top.sampled_probs[at[0]])
+        if not _close(step.sampled_prob, sampled, _ROUNDING):
+            yield f"its probability when drawn is {step.sampled_prob:.6g}, not {sampled:.6g}"
 
 
 def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
@@ -91,7 +100,7 @@ def _lens_agrees(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
         yield f"its lens at the last layer has its token at rank {lens.chosen_rank[-1]}"
 
 
-def names_agree(message: Message, names: Set[str]) -> Iterator[str]:
+def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[str]:
     """Which tensors a step has, against what was announced.
 
     That all were pruned, or left out of the file it was imported from, is no fault.
@@ -102,6 +111,9 @@ def names_agree(message: Message, names: Set[str]) -> Iterator[str]:
     wanted: set[str] = set()
     if capture.policy.tensors != "none":
         wanted = {"logits", *(["attentions"] if capture.attention_layers else [])}
+    # They go from the first step on, which has none as soon as that is said.
+    if names and message.tensors_pruned_at is not None and step_index == 0:
+        yield "its tensors are said to be pruned, and are there"
     if not names and (message.tensors_pruned_at is not None or capture.tensors_left_out):
         return
     if missing := sorted(wanted - names):

@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, exists, func, or_, select
 
-from oki_trace.records import ConversationFilter, ConversationTotals, Status
-from oki_trace.store.heartbeat import LIFE, is_gone
-from oki_trace.store.models import Conversation, Message, Step
+from oki_trace.records import ConversationFilter, ConversationTotals, Status, WorkerState
+from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
+from oki_trace.store.models import Conversation, Message, Step, Worker
 
 
 def narrowed(
@@ -93,6 +93,24 @@ def totals(
         one: ConversationTotals(*seconds.get(one, (0, 0.0)), held.get(one, 0))
         for one in conversation_ids
     }
+
+
+def latest_worker(connection: Connection) -> WorkerState | None:
+    """The worker heard of last; None: never any."""
+    row = connection.execute(
+        select(Worker.__table__, CLOCK).order_by(Worker.heartbeat.desc(), Worker.id.desc()).limit(1)
+    ).one_or_none()
+    if row is None:
+        return None
+    gone = ended(row.owner, row.heartbeat, row.clock)
+    return WorkerState(
+        state="gone" if gone else row.state,
+        model_id=None if gone else row.model_id,
+        detail=row.detail,
+        progress=None if gone else row.progress,
+        pid=row.pid,
+        updated_at=row.heartbeat,
+    )
 
 
 # Steps are numbered without a gap, so their count is one look into an index.

@@ -30,7 +30,8 @@ class Checkpointer:
             return False
         try:
             self._lock.acquire(blocking=False)
-        except Timeout:
+        except (Timeout, OSError):
+            # Where no lock can be made the store cannot be written either, which SQLite says.
             return False
         return True
 

@@ -19,6 +19,7 @@ from sqlalchemy import Boolean, Column, Connection, Double, Integer, Table, sele
 
 from oki_trace.records import Status
 from oki_trace.store import models
+from oki_trace.store.damage import status_of
 
 # Arrays of shape (rows,), and lists of strings.
 Columns = dict[str, Any]
@@ -50,7 +51,7 @@ def message_marks(connection: Connection) -> list[MessageMark]:
     rows = connection.execute(
         select(table.id, table.conversation_id, table.status, table.created_at).order_by(table.id)
     )
-    return [MessageMark(row[0], row[1], Status(row[2]), row[3]) for row in rows]
+    return [MessageMark(row[0], row[1], status_of(row[2]), row[3]) for row in rows]
 
 
 def conversation_columns(connection: Connection) -> Columns:

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from typing import Any
 
 from sqlalchemy import BigInteger, DateTime, Dialect, Integer, Text
-from sqlalchemy.types import TypeDecorator
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from oki_trace.store.damage import BrokenTime
 
 NUL_SIGN = "\N{SYMBOL FOR NULL}"
 
@@ -40,6 +44,22 @@ class ModelText(TypeDecorator[str]):
         return None if value is None else storable(value)
 
 
+class _TextTime(sqlite.DATETIME):
+    """SQLite's text as a time, or as a BrokenTime: it may have been changed to anything."""
+
+    def result_processor(self, dialect: Dialect, coltype: object) -> Any:
+        read: Any = super().result_processor(dialect, coltype)
+
+        def process(value: Any) -> dt.datetime | None:
+            try:
+                found: dt.datetime | None = None if value is None else read(value)
+                return found
+            except (ValueError, TypeError):
+                return BrokenTime.of(value)
+
+        return process
+
+
 class UtcTime(TypeDecorator[dt.datetime]):
     """A moment: aware on the way in, in UTC on the way out.
 
@@ -56,11 +76,16 @@ class UtcTime(TypeDecorator[dt.datetime]):
             raise ValueError("A time without a time zone cannot be stored: give it one.")
         return value.astimezone(dt.UTC)
 
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(_TextTime())  # type: ignore[no-untyped-call]
+        return super().load_dialect_impl(dialect)
+
     def process_result_value(
         self, value: dt.datetime | None, dialect: Dialect
     ) -> dt.datetime | None:
-        if value is None:
-            return None
+        if value is None or isinstance(value, BrokenTime):
+            return value
         return value.replace(tzinfo=dt.UTC) if value.tzinfo is None else value.astimezone(dt.UTC)
 
 

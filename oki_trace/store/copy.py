@@ -19,7 +19,8 @@ from sqlalchemy import Connection, Row, insert, select
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
-from oki_trace.store import identity, lifecycle, models
+from oki_trace.store import closing, identity, lifecycle, models
+from oki_trace.store.damage import status_of
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
@@ -47,6 +48,7 @@ class Fate(StrEnum):
     COPIED = "copied"
     THERE = "already there"
     CHANGED = "already there, but changed since"
+    DAMAGED = "damaged, so not copied"
     LIVE = "being written, so not copied"
 
 
@@ -121,7 +123,11 @@ class _Copier:
                 )
             )
             tokens = instant.conversation(conversation_id).tokens
-            if any(Status(row.status).is_live and not is_gone(row) for row in messages):
+            if any(message.damage for message in instant.messages(conversation_id)) or (
+                instant.conversation(conversation_id).damage
+            ):
+                return self._told(Copied(conversation_id, None, Fate.DAMAGED, tokens))
+            if any(status_of(row.status).is_live and not is_gone(row) for row in messages):
                 return self._told(Copied(conversation_id, None, Fate.LIVE, tokens))
             table = models.Conversation
             (row,) = instant.rows(select(table.__table__).where(table.id == conversation_id))
@@ -173,6 +179,8 @@ class _Copier:
             after = steps[-1].step_index
             self._steps(instant, connection, steps, new_id)
             self._advance(len(steps))
+        if row.status == Status.RUNNING.value:
+            closing.close(connection, new_id)
 
     def _prompt(
         self, instant: TraceReader, connection: Connection, message_id: int, new_id: int

@@ -9,20 +9,21 @@ rebuilt by a migration would take its children with it.
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from sqlalchemy import Connection, Engine, QueuePool, create_engine, event
+from sqlalchemy import Connection, Dialect, Engine, QueuePool, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from oki_trace.errors import StoreError
+from oki_trace.store.damage import document
+from oki_trace.store.files import Mode, connect_file, is_outdated, open_to_read
 from oki_trace.store.identity import file_of
-
-# Waiting is right whatever the reason for a lock: a step is written in
-# milliseconds, and only a long migration or vacuum holds it longer.
-_BUSY_SECONDS = 30.0
+from oki_trace.store.reserve import Reserve
 
 # Scope: every connection.
 _EVERY_CONNECTION = (
@@ -58,7 +59,25 @@ _READER = (
     "PRAGMA cache_size = -16384",
 )
 
-Mode = Literal["ro", "rw"]
+# Scope: every connection to a server. A role, a database or a server may have its own
+# defaults for what the meaning of a value or of a statement depends on.
+_POSTGRESQL = (
+    "SET client_encoding = 'UTF8'",
+    "SET datestyle = 'ISO, YMD'",
+    "SET intervalstyle = 'postgres'",
+    "SET timezone = 'UTC'",
+    "SET standard_conforming_strings = on",
+    "SET transform_null_equals = off",
+    "SET bytea_output = 'hex'",
+    # Every bit of a number; below 1 they are rounded.
+    "SET extra_float_digits = 1",
+    "SET default_transaction_isolation = 'read committed'",
+    "SET default_transaction_read_only = off",
+    # A step may wait for another writer, and a copy of a long conversation takes its time.
+    "SET statement_timeout = 0",
+    "SET lock_timeout = 0",
+    "SET idle_in_transaction_session_timeout = 0",
+)
 
 
 def writer_engine(url: URL, *, checkpoint: bool) -> Engine:
@@ -80,15 +99,25 @@ def set_checkpoint(connection: Connection) -> None:
         connection.exec_driver_sql(_CHECKPOINT_RARELY)
 
 
-def reader_engine(url: URL) -> Engine:
-    """Connections that cannot write; what one transaction reads was true at one instant."""
+def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
+    """Connections that cannot write; what one transaction reads was true at one instant.
+
+    On a disk without a byte left they take the room of the ``reserve``.
+    """
     path = file_of(url)
     if path is None:
         return _postgresql(
             url, isolation_level="REPEATABLE READ", execution_options={"postgresql_readonly": True}
         )
-    engine = _sqlite(path, "ro", _READER)
+    kept = reserve or Reserve(path)
+    engine = _sqlite(path, "ro", _READER, lambda: open_to_read(path, kept))
     event.listen(engine, "begin", _begin)
+
+    def refuse_outdated(connection: DBAPIConnection, *_: object) -> None:
+        if is_outdated(connection, path):
+            raise DisconnectionError  # the pool opens another
+
+    event.listen(engine, "checkout", refuse_outdated)
     return engine
 
 
@@ -107,35 +136,23 @@ def autocommit_engine(url: URL) -> Engine:
     return _postgresql(url, isolation_level="AUTOCOMMIT")
 
 
-def connect_file(path: Path, mode: Mode) -> sqlite3.Connection:
-    """A plain SQLite connection. Neither mode creates the file."""
-    # As a URI, because only so can a file be opened without creating it; it
-    # is quoted, so that a path may hold spaces, % and ?.
-    return sqlite3.connect(
-        f"{path.as_uri()}?mode={mode}",
-        uri=True,
-        timeout=_BUSY_SECONDS,
-        # Transactions are begun by the engine's event, not guessed by the driver.
-        isolation_level=None,
-        # The pool lends a connection to one thread at a time.
-        check_same_thread=False,
-        # A driver's statement cache is keyed by text; a bulk insert of each
-        # number of rows is a text of its own.
-        cached_statements=256,
-    )
-
-
-def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
+def _sqlite(
+    path: Path,
+    mode: Mode,
+    pragmas: tuple[str, ...],
+    connect: Callable[[], sqlite3.Connection] | None = None,
+) -> Engine:
     writes = mode == "rw"
     engine = create_engine(
         URL.create("sqlite", database=str(path)),
-        creator=lambda: connect_file(path, mode),
+        creator=connect or (lambda: connect_file(path, mode)),
         poolclass=QueuePool,
         pool_size=1 if writes else 4,
         max_overflow=0 if writes else 16,
         pool_timeout=3600.0,
         # An error must not quote the user's text.
         hide_parameters=True,
+        json_deserializer=document,
     )
 
     def prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
@@ -150,7 +167,7 @@ def _sqlite(path: Path, mode: Mode, pragmas: tuple[str, ...]) -> Engine:
 
 def _postgresql(url: URL, **options: object) -> Engine:
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             # Rows are sent in bulk as a flat list of values, so by place.
             paramstyle="format",
@@ -159,10 +176,48 @@ def _postgresql(url: URL, **options: object) -> Engine:
             hide_parameters=True,
             **options,
         )
+        event.listen(engine, "do_connect", _connect_postgresql)
+        return engine
     except ModuleNotFoundError as error:
         raise StoreError(
             "A PostgreSQL store needs the psycopg package: run `pip install 'psycopg[binary]'`."
         ) from error
+
+
+def _connect_postgresql(
+    dialect: Dialect, _: ConnectionPoolEntry, arguments: Any, options: Any
+) -> DBAPIConnection:
+    """A connection with our settings, before anything is asked through it.
+
+    Raises StoreError where the database cannot hold every text.
+    """
+    connection: Any = dialect.connect(*arguments, **options)
+    cursor = connection.cursor()
+    try:
+        # No transaction, which could be idle for too long before its limit is set.
+        connection.autocommit = True
+        cursor.execute("SELECT current_setting('server_encoding'), current_database()")
+        encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
+        if encoding != "UTF8":
+            raise StoreError(
+                f"The PostgreSQL database {name} has the encoding {encoding}, which cannot hold "
+                "every text: make one with `createdb -E UTF8 -T template0 NAME`, and give that."
+            )
+        for setting in _POSTGRESQL:
+            cursor.execute(setting)
+        connection.autocommit = False
+    except BaseException:
+        connection.close()
+        raise
+    finally:
+        cursor.close()
+    made: DBAPIConnection = connection
+    return made
+
+
+def _as_text(value: object) -> str:
+    """Psycopg gives bytes where the encoding is unknown."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _begin(connection: Connection) -> None:

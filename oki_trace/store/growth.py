@@ -9,6 +9,7 @@ from __future__ import annotations
 from sqlalchemy import func, select
 
 from oki_trace.records import ReplySize, Status
+from oki_trace.store.damage import status_of
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.models import Message, Step
 from oki_trace.store.reader import TraceReader
@@ -29,7 +30,7 @@ def statuses(reader: TraceReader) -> dict[Status, int]:
     """How many replies are in each state; what a process that is gone was at is interrupted."""
     of_replies = Message.role == "assistant"
     counts = {
-        Status(status): int(count)
+        status_of(status): int(count)
         for status, count in reader.rows(
             select(Message.status, func.count()).where(of_replies).group_by(Message.status)
         )

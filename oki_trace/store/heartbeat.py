@@ -44,7 +44,8 @@ def is_gone(row: Row[Any]) -> bool:
 
 def ended(owner: str, seen_at: dt.datetime | None, clock: dt.datetime) -> bool:
     """Whether ``owner`` is dead here, or has been silent elsewhere for too long."""
-    if Owner.parse(owner).host == this_process().host:
+    known = Owner.parse(owner)
+    if known.pid == 0 or known.host == this_process().host:
         return is_dead(owner)
     return seen_at is not None and clock - seen_at > dt.timedelta(seconds=SILENCE_SECONDS)
 

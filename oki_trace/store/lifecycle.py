@@ -25,9 +25,15 @@ from sqlalchemy import (
 from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
+from oki_trace.store import closing
+from oki_trace.store.damage import status_of
 from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
-from oki_trace.store.models import Base, Conversation, Message, Step, Worker
+from oki_trace.store.models import Base, Conversation, Message, PromptToken, Step, Worker
 from oki_trace.store.owner import this_process
+
+# What goes at a time where there is little room for the log: steps, tokens of a prompt.
+_FEW = 16
+_FEW_TOKENS = 5_000
 
 PROCESS_ENDED = "the process that generated it ended"
 
@@ -83,15 +89,20 @@ def touch(connection: Connection, conversation_id: int, **values: Any) -> None:
         raise no_conversation(conversation_id)
 
 
-def add(connection: Connection, conversation_id: int, **values: Any) -> int:
-    """Put a message at the end of a conversation; returns its id."""
+def add(
+    connection: Connection, conversation_id: int, recorded: str | None = None, **values: Any
+) -> int:
+    """Put a message at the end of a conversation; returns its id.
+
+    ``recorded``: the digest that its file gives one that is imported.
+    """
     # First of all, for it locks the conversation on PostgreSQL: two messages
     # added at once do not get one position.
     touch(connection, conversation_id)
     last = connection.execute(
         select(func.max(Message.position)).where(Message.conversation_id == conversation_id)
     ).scalar()
-    return new_row(
+    message_id = new_row(
         connection,
         Message,
         conversation_id=conversation_id,
@@ -99,6 +110,9 @@ def add(connection: Connection, conversation_id: int, **values: Any) -> int:
         stop_requested=False,
         **values,
     )
+    if not Status(values["status"]).is_live:
+        closing.close(connection, message_id, recorded)
+    return message_id
 
 
 _STATE = (
@@ -114,7 +128,7 @@ def state_of(connection: Connection, message_id: int) -> tuple[Status, bool]:
     row = connection.execute(_STATE, {"message_id": message_id}).one_or_none()
     if row is None:
         raise no_message(message_id)
-    return Status(row.status), row.stop_requested
+    return status_of(row.status), row.stop_requested
 
 
 def require(connection: Connection, message_id: int, *allowed: Status) -> bool:
@@ -170,10 +184,37 @@ def delete_conversation(connection: Connection, conversation_id: int) -> None:
     """Delete a conversation with all that hangs on it, unless it is being written."""
     those = Message.conversation_id == conversation_id
     refuse_written(connection, "deleted", those)
+    # Messages of a conversation that is gone: what damaged the store left them.
+    gone = select(Conversation.id).where(Conversation.id == conversation_id)
+    if not connection.execute(gone).first():
+        if not connection.execute(delete(Message).where(those)).rowcount:
+            raise no_conversation(conversation_id)
+        return
     # From here on, PostgreSQL lets nobody add a reply to it; one may just have been.
     touch(connection, conversation_id)
     refuse_written(connection, "deleted", those)
     connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
+
+
+def thin_out(connection: Connection, conversation_id: int) -> bool:
+    """Delete a few of the last steps of a conversation, or of its prompts' tokens.
+
+    Returns whether there were any. Raises StoreError when a process is writing to it.
+    """
+    those = Message.conversation_id == conversation_id
+    refuse_written(connection, "deleted", those)
+    ids = select(Message.id).where(those)
+    steps = select(Step.id).where(Step.message_id.in_(ids)).order_by(Step.id.desc()).limit(_FEW)
+    if connection.execute(delete(Step).where(Step.id.in_(steps))).rowcount:
+        return True
+    (last,) = connection.execute(
+        select(func.max(PromptToken.position)).where(PromptToken.message_id.in_(ids))
+    ).one()
+    if last is None:
+        return False
+    tokens = PromptToken.position > last - _FEW_TOKENS
+    connection.execute(delete(PromptToken).where(PromptToken.message_id.in_(ids), tokens))
+    return True
 
 
 def end(
@@ -183,15 +224,17 @@ def end(
     output: str,
     reason: str,
     seconds: float | None,
+    recorded: str | None = None,
     **values: Any,
 ) -> None:
-    """Bring a reply to a final state."""
+    """Bring a reply to a final state, and close it with its digest (see ``add``)."""
     conversation_id = connection.execute(
         update(Message)
         .where(Message.id == message_id)
         .values(status=status.value, content=output, reason=reason, seconds=seconds, **values)
         .returning(Message.conversation_id)
     ).scalar_one()
+    closing.close(connection, message_id, recorded)
     touch(connection, conversation_id)
 
 

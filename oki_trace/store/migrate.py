@@ -20,8 +20,9 @@ from sqlalchemy.engine import URL
 
 from oki_trace.errors import SchemaError, StoreError
 from oki_trace.store import identity
-from oki_trace.store.engine import connect_file, migration_engine, reader_engine
+from oki_trace.store.engine import migration_engine, reader_engine
 from oki_trace.store.faults import told_plainly
+from oki_trace.store.files import connect_file
 from oki_trace.store.identity import Db
 
 if TYPE_CHECKING:

@@ -104,6 +104,8 @@ class Message(Base):
     ``owner`` names the process that generates a running reply; ``seen_at`` is its
     last sign of life by the server's clock, where a server keeps the store.
     ``tensors_pruned_at``: when the full tensors that were kept were thrown away.
+    ``digest`` says what a message was when it ended; until then it is that of its
+    prompt. Empty: it was recorded before there were digests.
     """
 
     __tablename__ = "message"
@@ -161,7 +163,9 @@ class Step(Base):
     ``decision`` is how it came to be chosen, ``greedy_id`` the token that would
     have been said without settings or draw; both NULL when plainly greedy.
     ``tensor_bytes`` is what the step's tensors take in the store: a total over
-    many steps then never reads the tensors' own table.
+    many steps then never reads the tensors' own table. ``digest`` says what the
+    step and its lens were when they were recorded, ``tensor_digest`` what its
+    tensors were, which may have been pruned since.
     """
 
     __tablename__ = "step"

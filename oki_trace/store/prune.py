@@ -14,11 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, delete, func, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
 from oki_trace.store import lifecycle
+from oki_trace.store.damage import BrokenTime, status_of
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.models import Conversation, Message, Step, Tensor
 from oki_trace.store.reader import TraceReader
@@ -29,6 +30,7 @@ Progress = Callable[[int, int], None]  # done, of all
 
 # The tensors of one transaction: tens of megabytes, some milliseconds.
 _STEPS_AT_ONCE = 128
+_STEPS_WHERE_LOW = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Prunable:
 class PrunePlan:
     """What would go, the oldest first. ``left_bytes``: the data that stays.
 
-    ``spared``: how many would have gone too, but are being written.
+    ``spared``: how many would have gone too, but are being written or have no time.
     """
 
     tensors_only: bool
@@ -87,6 +89,10 @@ def plan(
     going: list[Prunable] = []
     spared = 0
     for row in found:
+        # Nobody knows how old that is whose time is damaged.
+        if isinstance(row.time, BrokenTime):
+            spared += 1
+            continue
         is_old = before is not None and row.time < before
         if not is_old and (max_bytes is None or left <= max_bytes):
             continue
@@ -133,7 +139,13 @@ def prune_tensors(writer: TraceWriter, message_id: int) -> int:
     A reply that is being written keeps them, and 0 is returned; one that had
     none is not marked.
     """
+    with writer.making_room() as low:
+        return _prune_tensors(writer, message_id, low=low)
+
+
+def _prune_tensors(writer: TraceWriter, message_id: int, *, low: bool) -> int:
     freed = 0
+    at_once = _STEPS_WHERE_LOW if low else _STEPS_AT_ONCE
     while True:
         with writer.write() as connection:
             status, _ = lifecycle.state_of(connection, message_id)
@@ -145,7 +157,7 @@ def prune_tensors(writer: TraceWriter, message_id: int) -> int:
                 select(Step.id, Step.tensor_bytes)
                 .where(Step.message_id == message_id, Step.tensor_bytes > 0)
                 .order_by(Step.step_index)
-                .limit(_STEPS_AT_ONCE)
+                .limit(at_once)
             ).all()
             if steps:
                 ids = [step.id for step in steps]
@@ -157,24 +169,38 @@ def prune_tensors(writer: TraceWriter, message_id: int) -> int:
                     .values(tensors_pruned_at=lifecycle.now())
                 )
         freed += sum(int(step.tensor_bytes) for step in steps)
-        if len(steps) < _STEPS_AT_ONCE:
+        if low:
+            writer.fold()
+        if len(steps) < at_once:
             return freed
 
 
 def _delete(writer: TraceWriter, item: Prunable) -> bool:
     """Delete a conversation unless it has been changed since the plan, or is gone."""
-    table = Conversation
-    with writer.write() as connection:
-        unchanged = connection.execute(
-            select(table.id)
-            .where(table.id == item.conversation_id, table.updated_at == item.when)
-            .with_for_update()
-        ).first()
-        live = lifecycle.written_now(connection, Message.conversation_id == item.conversation_id)
-        if unchanged is None or live:
-            return False
-        connection.execute(delete(table).where(table.id == item.conversation_id))
+    with writer.making_room() as low:
+        if low:
+            # What was changed since is seen by whoever asks before it goes.
+            with writer.write() as connection:
+                if not _may_go(connection, item):
+                    return False
+            writer.delete_conversation(item.conversation_id)
+            return True
+        with writer.write() as connection:
+            if not _may_go(connection, item):
+                return False
+            connection.execute(delete(Conversation).where(Conversation.id == item.conversation_id))
     return True
+
+
+def _may_go(connection: Connection, item: Prunable) -> bool:
+    table = Conversation
+    unchanged = connection.execute(
+        select(table.id)
+        .where(table.id == item.conversation_id, table.updated_at == item.when)
+        .with_for_update()
+    ).first()
+    live = lifecycle.written_now(connection, Message.conversation_id == item.conversation_id)
+    return unchanged is not None and not live
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,4 +292,4 @@ def _conversations(instant: TraceReader) -> list[_Found]:
 
 
 def _is_live(row: Row[Any]) -> bool:
-    return Status(row.status) is Status.RUNNING and not is_gone(row)
+    return status_of(row.status) is Status.RUNNING and not is_gone(row)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, func, select
+from sqlalchemy import JSON, ColumnElement, Connection, Integer, Row, and_, func, or_, select, true
 
 from oki_trace.records import (
     Candidates,
@@ -23,13 +24,13 @@ from oki_trace.records import (
     LayerAttention,
     Lens,
     Message,
-    Role,
     Status,
     Step,
     StepSummary,
     Tensor,
 )
 from oki_trace.store import documents, models
+from oki_trace.store.damage import Damage, status_of
 from oki_trace.store.heartbeat import CLOCK, LIFE, is_gone
 from oki_trace.store.lifecycle import text_so_far
 from oki_trace.store.tensors import EncodedTensor, decode
@@ -55,7 +56,10 @@ MESSAGE_COLUMNS: tuple[ColumnElement[Any], ...] = (
     _TOKENS,
 )
 _BRIEF_COLUMNS = (
+    models.Message.id,
     models.Message.conversation_id,
+    models.Message.role,
+    models.Message.created_at,
     models.Message.status,
     models.Message.model_id,
     *LIFE,
@@ -69,65 +73,99 @@ TENSOR_COLUMNS = tuple(
 )
 
 
+def _documents_valid(connection: Connection) -> ColumnElement[Any]:
+    """Whether a message's documents are JSON: SQLite takes any text, PostgreSQL sees to it."""
+    if connection.dialect.name != "sqlite":
+        return true()
+    documents = [column for column in models.Message.__table__.columns if _is_json(column)]
+    return and_(
+        *(or_(one.is_(None), func.json_valid(one, type_=Integer) == 1) for one in documents)
+    )
+
+
+def _is_json(column: ColumnElement[Any]) -> bool:
+    return isinstance(column.type, JSON)
+
+
 def conversation_records(connection: Connection, rows: Iterable[Row[Any]]) -> list[Conversation]:
     """Conversations with the totals of their messages, in the order given."""
     rows = list(rows)
-    messages: dict[int, list[Row[Any]]] = {row.id: [] for row in rows}
+    messages: dict[int, list[Any]] = {row.id: [] for row in rows}
     for message in connection.execute(
-        select(*_BRIEF_COLUMNS)
+        select(*_BRIEF_COLUMNS, _documents_valid(connection).label("documents_valid"))
         .where(models.Message.conversation_id.in_(list(messages)))
         .order_by(models.Message.conversation_id, models.Message.position)
     ):
         messages[message.conversation_id].append(message)
-    return [
-        Conversation(
-            id=row.id,
-            title=row.title,
-            created_at=row.created_at,
-            updated_at=row.updated_at,
-            messages=len(messages[row.id]),
-            tokens=sum(message.tokens for message in messages[row.id]),
-            status=_status(messages[row.id][-1]) if messages[row.id] else Status.COMPLETE,
-            model_ids=tuple(
-                dict.fromkeys(message.model_id for message in messages[row.id] if message.model_id)
-            ),
-        )
-        for row in rows
-    ]
+    return [_conversation(row, messages[row.id]) for row in rows]
+
+
+def _conversation(row: Row[Any], messages: Sequence[Any]) -> Conversation:
+    damage = Damage()
+    statuses = []
+    for message in messages:
+        of_message = Damage()
+        statuses.append(_status(message, of_message))
+        of_message.role(message.role)
+        of_message.time("created_at", message.created_at)
+        if not message.documents_valid:
+            of_message.add("a document of it is no JSON")
+        if of_message.told():
+            damage.add(f"message {message.id}: {of_message}")
+    return Conversation(
+        id=row.id,
+        title=damage.text("title", row.title),
+        created_at=damage.time("created_at", row.created_at),
+        updated_at=damage.time("updated_at", row.updated_at),
+        messages=len(messages),
+        tokens=sum(message.tokens for message in messages),
+        status=statuses[-1] if statuses else Status.COMPLETE,
+        model_ids=tuple(
+            dict.fromkeys(str(message.model_id) for message in messages if message.model_id)
+        ),
+        damage=damage.told(),
+    )
 
 
 def message_record(connection: Connection, row: Row[Any]) -> Message:
     """A message. One without a final text has what its tokens say so far."""
-    status = _status(row)
-    content = row.content
+    damage = Damage()
+    status = _status(row, damage)
+    content = damage.text("content", row.content)
     if not content and row.tokens and status in (Status.RUNNING, Status.INTERRUPTED):
         content = text_so_far(connection, row.id)
-    return Message(
+    made = Message(
         id=row.id,
         conversation_id=row.conversation_id,
-        position=row.position,
-        role=Role(row.role),
+        position=damage.whole("position", row.position) or 0,
+        role=damage.role(row.role),
         content=content,
         status=status,
-        created_at=row.created_at,
+        created_at=damage.time("created_at", row.created_at),
         model_id=row.model_id,
-        prompt_len=row.prompt_len,
-        choice=documents.choice(row.choice),
-        sampling=documents.sampling(row.sampling),
-        policy=documents.policy(row.policy),
-        generation=documents.generation(row.generation),
-        capture=documents.capture(row.capture),
+        prompt_len=damage.whole("prompt_len", row.prompt_len),
+        choice=damage.part("choice", documents.choice, row.choice),
+        sampling=damage.part("sampling", documents.sampling, row.sampling),
+        policy=damage.part("policy", documents.policy, row.policy),
+        generation=damage.part("generation", documents.generation, row.generation),
+        capture=damage.part("capture", documents.capture, row.capture),
         reason=row.reason,
-        seconds=row.seconds,
+        seconds=damage.measured("seconds", row.seconds),
         tokens=row.tokens,
-        tensors_pruned_at=row.tensors_pruned_at,
-        checks=documents.checks(row.checks),
+        tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
+        checks=damage.part("checks", documents.checks, row.checks),
+        # Until it has ended, that of its prompt stands there.
+        digest=None if status_of(row.status).is_live else row.digest,
     )
+    told = damage.told()
+    if told is None:
+        return made
+    return replace(made, status=Status.FAILED, reason=f"damaged: {told}", damage=told)
 
 
-def _status(row: Row[Any]) -> Status:
+def _status(row: Row[Any], damage: Damage) -> Status:
     """The stored status, but a reply whose process is gone cannot be running."""
-    status = Status(row.status)
+    status = damage.status(row.status)
     if status is Status.RUNNING and is_gone(row):
         return Status.INTERRUPTED
     return status
@@ -178,7 +216,7 @@ def read_steps(connection: Connection, message_id: int, first: int, after: int) 
             position=row.position,
             token_id=row.token_id,
             token=row.token,
-            token_bytes=row.token_bytes,
+            token_bytes=bytes(row.token_bytes),
             is_special=row.is_special,
             logit=_number(row.logit),
             prob=_number(row.prob),
@@ -192,6 +230,8 @@ def read_steps(connection: Connection, message_id: int, first: int, after: int) 
             attention=_attention(attention_layers.get(row.id), attention.get(row.id)),
             lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id)),
             decision=documents.decision(row.decision),
+            digest=row.digest,
+            tensor_digest=row.tensor_digest,
         )
         for row in rows
     ]

@@ -8,10 +8,10 @@ whole). No transaction outlives its call, so the write-ahead log is never held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sqlalchemy import Connection, Engine, Executable, func, select
 
@@ -34,9 +34,9 @@ from oki_trace.records import (
 )
 from oki_trace.store import browse, columnar, grids, identity, models
 from oki_trace.store.columnar import Columns, MessageMark
+from oki_trace.store.damage import steps_told
 from oki_trace.store.engine import reader_engine
 from oki_trace.store.faults import told_plainly
-from oki_trace.store.heartbeat import CLOCK, ended
 from oki_trace.store.identity import Db
 from oki_trace.store.lifecycle import no_conversation, no_message, no_tensor
 from oki_trace.store.presence import Presence
@@ -51,8 +51,11 @@ from oki_trace.store.readback import (
     summary_record,
     tensor_record,
 )
+from oki_trace.store.reserve import Reserve
 from oki_trace.store.sizes import measure
 from oki_trace.store.tensors import TensorHead
+
+_T = TypeVar("_T")
 
 # Steps of an export that are in memory at once.
 _BATCH = 64
@@ -72,13 +75,14 @@ class TraceReader:
                 "with --db."
             )
         self._presence = Presence(path)
-        self._engine: Engine = reader_engine(url)
+        self._reserve = Reserve(path)
+        self._engine: Engine = reader_engine(url, self._reserve)
         self._pinned: Connection | None = None
         try:
             with self._read() as connection:
                 identity.refuse_other(identity.schema_of(connection), self._store)
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     def __enter__(self) -> Self:
@@ -94,6 +98,7 @@ class TraceReader:
 
     def close(self) -> None:
         self._engine.dispose()
+        self._reserve.restore()
 
     @contextmanager
     def snapshot(self) -> Iterator[TraceReader]:
@@ -231,7 +236,7 @@ class TraceReader:
     def steps(self, message_id: int, since: int = -1) -> list[StepSummary]:
         """The steps of a reply after ``since``, without what hangs on them."""
         table = models.Step
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             rows = connection.execute(
                 select(*SUMMARY_COLUMNS)
                 .where(table.message_id == message_id, table.step_index > since)
@@ -251,7 +256,7 @@ class TraceReader:
 
     def step(self, message_id: int, step_index: int) -> Step:
         """One step with its candidates, attention and lens; its tensors are read by name."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             found = read_steps(connection, message_id, step_index, step_index + 1)
         if not found:
             raise NotFound(
@@ -266,7 +271,7 @@ class TraceReader:
         """
         while end is None or first < end:
             until = first + _BATCH if end is None else min(first + _BATCH, end)
-            with self._read() as connection:
+            with self._read() as connection, steps_told(message_id):
                 batch = read_steps(connection, message_id, first, until)
             yield from batch
             if len(batch) < until - first:
@@ -277,19 +282,19 @@ class TraceReader:
 
     def candidates(self, message_id: int) -> dict[int, Candidates]:
         """What was considered at each step of a reply, by step_index."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return read_candidates(connection, message_id)
 
     def lens_grid(self, message_id: int, first: int = 0, end: int | None = None) -> LensGrid:
         """What every layer would have said, at the steps from ``first`` up to ``end``."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return grids.lens(connection, message_id, first, end)
 
     def attention_points(
         self, message_id: int, layer: int, first: int = 0, end: int | None = None
     ) -> AttentionPoints:
         """Where ``layer`` looked, at the steps from ``first`` up to ``end``; reads no tensor."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return grids.attention(connection, message_id, layer, first, end)
 
     # ------------------------------------------------------------------ tensors
@@ -407,12 +412,12 @@ class TraceReader:
 
     def prompt_columns(self, message_id: int) -> Columns:
         """The tokens a reply's model was given, a column at a time; empty before it begins."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return columnar.prompt_columns(connection, message_id)
 
     def step_columns(self, message_id: int, first: int, end: int) -> dict[str, Columns]:
         """Some steps of a reply with all that hangs on them but tensors: table, then column."""
-        with self._read() as connection:
+        with self._read() as connection, steps_told(message_id):
             return columnar.step_columns(connection, message_id, first, end)
 
     # ------------------------------------------------------------------- totals
@@ -455,24 +460,8 @@ class TraceReader:
 
     def worker(self) -> WorkerState | None:
         """The worker heard of last; "gone" when its process has ended. None: never any."""
-        table = models.Worker
         with self._read() as connection:
-            row = connection.execute(
-                select(table.__table__, CLOCK)
-                .order_by(table.heartbeat.desc(), table.id.desc())
-                .limit(1)
-            ).one_or_none()
-        if row is None:
-            return None
-        gone = ended(row.owner, row.heartbeat, row.clock)
-        return WorkerState(
-            state="gone" if gone else row.state,
-            model_id=None if gone else row.model_id,
-            detail=row.detail,
-            progress=None if gone else row.progress,
-            pid=row.pid,
-            updated_at=row.heartbeat,
-        )
+            return browse.latest_worker(connection)
 
     # ------------------------------------------------------------------- within
 
@@ -480,6 +469,11 @@ class TraceReader:
         """The rows of a question of the store's own modules."""
         with self._read() as connection:
             return connection.execute(query).all()
+
+    def ask(self, question: Callable[[Connection], Iterable[_T]]) -> list[_T]:
+        """The answer to a question of the store's own modules that takes several queries."""
+        with self._read() as connection:
+            return list(question(connection))
 
     def row_batches(self, query: Executable, size: int) -> Iterator[Sequence[Any]]:
         """The same, so many at a time, however many there are."""

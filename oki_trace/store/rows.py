@@ -9,7 +9,7 @@ in one call a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -27,7 +27,8 @@ from oki_trace.records import (
 )
 from oki_trace.store import documents, models
 from oki_trace.store.columns import storable
-from oki_trace.store.tensors import EncodedTensor, encode, encode_faithfully
+from oki_trace.store.digest import of_tensors
+from oki_trace.store.tensors import EncodedTensor, keep
 
 Row = tuple[Any, ...]
 
@@ -39,7 +40,7 @@ _INSERT_STEP = insert(models.Step).returning(models.Step.id)
 _SETTLE = (
     update(models.Step)
     .where(models.Step.id == bindparam("of_step"))
-    .values(settle_layer=bindparam("layer"))
+    .values(settle_layer=bindparam("layer"), digest=bindparam("whole"))
 )
 
 
@@ -85,10 +86,16 @@ class StepRows:
         message_id: int,
         steps: Sequence[Step],
         tensors: Sequence[Sequence[EncodedTensor]],
+        digests: Mapping[int, tuple[bytes, bytes | None]],
     ) -> dict[int, int]:
-        """Each step with its children and tensors, but for its lens; returns id by step_index."""
+        """Each step with its children and tensors, but for its lens; returns id by step_index.
+
+        ``digests``: of its rows and of its tensors, by step_index.
+        """
         ids = [
-            connection.execute(_INSERT_STEP, _step(message_id, step, encoded)).scalar_one()
+            connection.execute(
+                _INSERT_STEP, _step(message_id, step, encoded, digests[step.step_index])
+            ).scalar_one()
             for step, encoded in zip(steps, tensors, strict=True)
         ]
         with_ids = list(zip(ids, steps, strict=True))
@@ -111,18 +118,27 @@ class StepRows:
         self._tensors.insert(connection, blobs)
         return {step.step_index: step_id for step_id, step in with_ids}
 
-    def insert_lenses(self, connection: Connection, lenses: Sequence[tuple[int, Lens]]) -> None:
-        """Each lens under the id of its step, which learns where its token settled."""
+    def insert_lenses(
+        self, connection: Connection, lenses: Sequence[tuple[int, Lens, bytes | None]]
+    ) -> None:
+        """Each lens under the id of its step, which learns where its token settled.
+
+        With each comes the digest that its step has from now on.
+        """
         if not lenses:
             return
         self._lens_layers.insert(
-            connection, [row for step_id, lens in lenses for row in _lens_layers(step_id, lens)]
+            connection, [row for step_id, lens, _ in lenses for row in _lens_layers(step_id, lens)]
         )
         self._lens.insert(
-            connection, [row for step_id, lens in lenses for row in _lens(step_id, lens)]
+            connection, [row for step_id, lens, _ in lenses for row in _lens(step_id, lens)]
         )
         connection.execute(
-            _SETTLE, [{"of_step": step_id, "layer": lens.settle_layer} for step_id, lens in lenses]
+            _SETTLE,
+            [
+                {"of_step": step_id, "layer": lens.settle_layer, "whole": digest}
+                for step_id, lens, digest in lenses
+            ],
         )
 
     def insert_prompt(self, connection: Connection, message_id: int, prompt: Prompt) -> None:
@@ -136,15 +152,26 @@ class StepRows:
             self._prompt.insert(connection, some)
 
 
-def encode_all(step: Step, mode: TensorMode, *, faithful: bool = False) -> list[EncodedTensor]:
-    """The step's tensors as bytes, or none of them."""
+def encode_all(
+    step: Step, mode: TensorMode, *, faithful: bool = False
+) -> tuple[list[EncodedTensor], bytes | None]:
+    """The step's tensors as bytes, or none of them, and the digest of what will be read.
+
+    A digest that the step brings with it is kept.
+    """
     if mode == "none":
-        return []
-    make = encode_faithfully if faithful else encode
-    return [make(tensor, mode) for tensor in step.tensors]
+        return [], step.tensor_digest
+    kept = [keep(tensor, mode, faithful=faithful) for tensor in step.tensors]
+    digest = step.tensor_digest or of_tensors(one.content for one in kept)
+    return [one.row for one in kept], digest
 
 
-def _step(message_id: int, step: Step, tensors: Sequence[EncodedTensor]) -> dict[str, Any]:
+def _step(
+    message_id: int,
+    step: Step,
+    tensors: Sequence[EncodedTensor],
+    digests: tuple[bytes, bytes | None],
+) -> dict[str, Any]:
     return {
         "message_id": message_id,
         "step_index": step.step_index,
@@ -164,6 +191,8 @@ def _step(message_id: int, step: Step, tensors: Sequence[EncodedTensor]) -> dict
         "tensor_bytes": sum(len(tensor.data) for tensor in tensors),
         "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
         "decision": documents.to_document(step.decision),
+        "digest": digests[0],
+        "tensor_digest": digests[1],
     }
 
 

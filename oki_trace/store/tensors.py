@@ -32,8 +32,8 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import zstandard
@@ -90,8 +90,34 @@ class TensorHead:
     key_offset: int
 
 
+class Kept(NamedTuple):
+    """A tensor as its row holds it, and as it will be read."""
+
+    row: EncodedTensor
+    content: Tensor
+
+
 def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
     """Make the row of ``tensor``. Raises TensorError for a dtype or size that cannot be kept."""
+    return keep(tensor, mode).row
+
+
+def keep(
+    tensor: Tensor, mode: Literal["exact", "half", "compact"], *, faithful: bool = False
+) -> Kept:
+    """The same, with what will be read of it.
+
+    ``faithful``: in ``mode`` if every bit comes back from it, else in mode "exact".
+    For arrays that have been through a store: what a codec made of them once it
+    can nearly always make again.
+    """
+    row, content = _encode(tensor, mode)
+    if faithful and content.array.tobytes() != tensor.array.tobytes():
+        row, content = _encode(tensor, "exact")
+    return Kept(row, content)
+
+
+def _encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Kept:
     stored_as = _STORED_AS.get(tensor.dtype)
     array = tensor.array
     if stored_as is None or array.dtype != np.dtype(stored_as).newbyteorder("="):
@@ -109,7 +135,11 @@ def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Encoded
         codec, plain = _to_compact(tensor)
     elif mode == "half" and tensor.dtype == "float32":
         codec, plain = "half", _to_half(tensor.name, cast("NDArray[np.float32]", array))
-    if not plain:
+    content = tensor
+    if plain:
+        values = _values(codec, plain, tensor.dtype, array.size)
+        content = replace(tensor, array=values.reshape(array.shape))
+    else:
         codec, plain = "raw", np.ascontiguousarray(array, dtype=stored_as).tobytes()
     packed = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
     if len(packed) < _WORTHWHILE * len(plain):
@@ -117,7 +147,7 @@ def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Encoded
     # NumPy's own integers print differently, and the checksum is over what is printed.
     layers = tuple(int(layer) for layer in tensor.layers)
     key_offset = int(tensor.key_offset)
-    return EncodedTensor(
+    row = EncodedTensor(
         name=tensor.name,
         dtype=tensor.dtype,
         shape=array.shape,
@@ -130,18 +160,7 @@ def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Encoded
         raw_bytes=array.nbytes,
         data=plain,
     )
-
-
-def encode_faithfully(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
-    """Make the row in ``mode`` if every bit comes back from it, else in mode "exact".
-
-    For arrays that have been through a store: what a codec made of them once it
-    can nearly always make again.
-    """
-    encoded = encode(tensor, mode)
-    if mode == "exact" or decode(encoded).array.tobytes() == tensor.array.tobytes():
-        return encoded
-    return encode(tensor, "exact")
+    return Kept(row, content)
 
 
 def decode(encoded: EncodedTensor) -> Tensor:
@@ -188,16 +207,10 @@ def decode(encoded: EncodedTensor) -> Tensor:
             f"{where} has {len(plain)} bytes where its shape {encoded.shape} takes {expected}: "
             "restore a backup."
         )
-    array: NDArray[Any]
-    if kind == "raw":
-        array = np.frombuffer(plain, dtype=item)
-    elif kind == "half":
-        array = _from_half(plain)
-    else:
-        try:
-            array = _from_float32(compact.decode(kind, plain, size), encoded.dtype)
-        except ValueError as error:
-            raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
+    try:
+        array = _values(kind, plain, encoded.dtype, size)
+    except ValueError as error:
+        raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
     return Tensor(
         name=cast("TensorName", encoded.name),
         array=array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape),
@@ -205,6 +218,15 @@ def decode(encoded: EncodedTensor) -> Tensor:
         layers=encoded.layers,
         key_offset=encoded.key_offset,
     )
+
+
+def _values(kind: str, plain: bytes, dtype: str, size: int) -> NDArray[Any]:
+    """The flat array of a codec's bytes. Raises ValueError for bytes no encoder wrote."""
+    if kind == "raw":
+        return np.frombuffer(plain, dtype=_STORED_AS[dtype])
+    if kind == "half":
+        return _from_half(plain)
+    return _from_float32(compact.decode(kind, plain, size), dtype)
 
 
 def _to_compact(tensor: Tensor) -> tuple[str, bytes]:

@@ -20,8 +20,9 @@ from sqlalchemy import DDL
 
 from oki_trace.errors import StoreError
 from oki_trace.store import identity, lifecycle, models
-from oki_trace.store.engine import autocommit_engine, connect_file
+from oki_trace.store.engine import autocommit_engine
 from oki_trace.store.faults import told_plainly
+from oki_trace.store.files import connect_file
 from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter

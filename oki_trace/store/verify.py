@@ -16,11 +16,15 @@ from typing import Any
 from sqlalchemy import Row, func, select, text
 
 from oki_trace.errors import NotFound, StoreError, TensorError
-from oki_trace.records import Message, Role, Status, Step
-from oki_trace.store import models
+from oki_trace.records import Message, Role, Status, Step, Tensor
+from oki_trace.store import closing, models
 from oki_trace.store.agreement import names_agree, rows_agree, tensor_agrees
+from oki_trace.store.damage import BrokenTime
+from oki_trace.store.digest import BEFORE_DIGESTS
+from oki_trace.store.lists import broken_lists
 from oki_trace.store.readback import TENSOR_COLUMNS, tensor_record
 from oki_trace.store.reader import TraceReader
+from oki_trace.store.unchanged import step_changes, tensor_changes
 
 Progress = Callable[[int, int], None]  # steps done, of all
 
@@ -51,7 +55,8 @@ class Finding:
 class Verification:
     """The check of a store, or of one conversation: iterate for what is found.
 
-    ``messages``, ``steps`` and ``tensors`` count what has been looked at so far.
+    ``messages``, ``steps`` and ``tensors`` count what has been looked at so far,
+    ``without_digest`` the messages that were recorded before there were digests.
     Raises NotFound for a conversation that is not there.
     """
 
@@ -63,7 +68,7 @@ class Verification:
     ) -> None:
         self._reader = reader
         self._progress = progress
-        self.messages = self.steps = self.tensors = 0
+        self.messages = self.steps = self.tensors = self.without_digest = 0
         self._whole_store = conversation_id is None
         if conversation_id is None:
             self._conversations = [
@@ -110,35 +115,59 @@ class Verification:
         except (StoreError, ValueError, TypeError, KeyError) as error:
             yield Finding(conversation_id, None, None, f"it cannot be read ({error})")
             return
+        for name in ("created_at", "updated_at"):
+            when = getattr(models.Conversation, name)
+            for row in self._reader.rows(
+                select(when).where(models.Conversation.id == conversation_id)
+            ):
+                if isinstance(row[0], BrokenTime):
+                    what = f"its {name} is {row[0].told!r}"
+                    yield Finding(conversation_id, None, None, what)
         for place, message in enumerate(messages):
             self.messages += 1
             if message.position != place:
                 what = f"it stands at position {message.position}, not {place}"
                 yield Finding(conversation_id, message.id, None, what)
-            if message.role is not Role.ASSISTANT:
-                continue
+            if message.damage is not None:
+                yield Finding(conversation_id, message.id, None, message.damage)
             try:
-                yield from self._reply(message)
+                for what in self._as_recorded(message):
+                    yield Finding(conversation_id, message.id, None, what)
+                if message.role is Role.ASSISTANT:
+                    yield from self._reply(message)
             except NotFound:
                 return
             except (StoreError, ValueError, TypeError, KeyError) as error:
                 what = f"it cannot be read further ({error})"
                 yield Finding(conversation_id, message.id, None, what)
 
+    def _as_recorded(self, message: Message) -> Iterator[str]:
+        """A message as a whole against its digest: what is said of each step comes later."""
+        with self._reader.snapshot() as instant:
+            yield from instant.ask(lambda connection: closing.changes(connection, message.id))
+        if message.digest == BEFORE_DIGESTS:
+            self.without_digest += 1
+
     def _reply(self, message: Message) -> Iterator[Finding]:
         def found(what: str, step: int | None = None) -> Finding:
             return Finding(message.conversation_id, message.id, step, what)
 
         if message.capture is None or message.prompt_len is None:
-            if message.tokens or message.status is Status.COMPLETE:
+            # One that no model was asked for was said by hand.
+            asked = message.choice is not None
+            if message.tokens or (asked and message.status is Status.COMPLETE):
                 yield found("nothing says how it was generated")
             return
         prompt = self._reader.rows(
-            select(func.count(), func.min(models.PromptToken.position)).where(
-                models.PromptToken.message_id == message.id
-            )
+            select(
+                func.count(),
+                func.min(models.PromptToken.position),
+                func.max(models.PromptToken.position),
+            ).where(models.PromptToken.message_id == message.id)
         )[0]
-        if prompt[0] != message.prompt_len or prompt[1] not in (0, None):
+        if prompt[0] and (prompt[1], prompt[2]) != (0, prompt[0] - 1):
+            yield found(f"the tokens of its prompt are at {prompt[1]} to {prompt[2]}")
+        if prompt[0] != message.prompt_len:
             yield found(f"its prompt has {prompt[0]} tokens instead of {message.prompt_len}")
         expected, after = 0, -1
         while True:
@@ -153,7 +182,7 @@ class Verification:
                     return
                 # It may have gone on, ended or been pruned since the batch before.
                 message = instant.message(message.id)
-                ranks = _broken_ranks(instant, [row.id for row in rows])
+                ranks = broken_lists(instant, [row.id for row in rows])
                 for row in rows:
                     faults = ranks.get(row.id, [])
                     if row.step_index != expected:
@@ -170,12 +199,16 @@ class Verification:
     def _step(self, instant: TraceReader, message: Message, row: Row[Any]) -> Iterator[str]:
         try:
             step = instant.step(message.id, row.step_index)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            yield f"its rows do not fit together ({error})"
+        except StoreError as error:
+            yield f"its rows do not fit together ({error.__cause__ or error})"
             return
         if step.lens is not None and step.lens.settle_layer != row.settle_layer:
             yield f"it does not settle at layer {row.settle_layer}"
+        greedy = None if step.decision is None else step.decision.greedy.token_id
+        if greedy != row.greedy_id:
+            yield f"its greedy token is {row.greedy_id}, its decision says {greedy}"
         yield from rows_agree(message, step, whole=message.status in _WHOLE)
+        yield from step_changes(message, step)
         yield from self._tensors(instant, message, step, row)
 
     def _tensors(
@@ -184,6 +217,7 @@ class Verification:
         """Each of the step's tensors by itself, and against the step's rows."""
         total = 0
         names: set[str] = set()
+        whole: list[Tensor] = []
         table = models.Tensor
         of_step = select(table.name).where(table.step_id == row.id).order_by(table.name)
         for (name,) in instant.rows(of_step):
@@ -197,10 +231,15 @@ class Verification:
             except (TensorError, TypeError, ValueError) as error:
                 yield str(error)
                 continue
+            whole.append(tensor)
+            if len(tensor.array.data.cast("B")) != stored.raw_bytes:
+                yield f"its {name} take {stored.raw_bytes} bytes, it is said, and do not"
             yield from tensor_agrees(message, step, tensor, stored.codec)
+        if whole and len(whole) == len(names):
+            yield from tensor_changes(message, step, whole)
         if total != row.tensor_bytes:
             yield f"its tensors take {total} bytes, and {row.tensor_bytes} are told of"
-        yield from names_agree(message, names)
+        yield from names_agree(message, step.step_index, names)
 
 
 # What of a step its record does not say.
@@ -209,30 +248,5 @@ _STEP = (
     models.Step.step_index,
     models.Step.settle_layer,
     models.Step.tensor_bytes,
+    models.Step.greedy_id,
 )
-# Each list of ranked rows: the table, and what makes one list of a step's.
-_RANKED = (
-    ("candidates", models.TopkEntry, None),
-    ("attention", models.AttentionEntry, models.AttentionEntry.layer),
-    ("lens", models.LensEntry, models.LensEntry.layer),
-)
-
-
-def _broken_ranks(instant: TraceReader, step_ids: list[int]) -> dict[int, list[str]]:
-    """The steps with a list that is not ranked 1, 2, 3 … without a gap."""
-    broken: dict[int, list[str]] = {}
-    for name, table, layer in _RANKED:
-        columns = table.__table__.c
-        lists = [columns.step_id] if layer is None else [columns.step_id, columns.layer]
-        for row in instant.rows(
-            select(*lists, func.count(), func.min(columns.rank), func.max(columns.rank))
-            .where(columns.step_id.in_(step_ids))
-            .group_by(*lists)
-        ):
-            count, lowest, highest = row[-3:]
-            if (lowest, highest) != (1, count):
-                of_layer = f" of layer {row[1]}" if len(lists) == 2 else ""
-                broken.setdefault(row[0], []).append(
-                    f"the {name} rows{of_layer} have ranks {lowest} to {highest}, {count} in all"
-                )
-    return broken

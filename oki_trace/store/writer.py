@@ -9,6 +9,7 @@ no steps. Methods may be called from any thread.
 from __future__ import annotations
 
 import datetime as dt
+import sqlite3
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,14 +33,16 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store import documents, identity, lifecycle, migrate, models
+from oki_trace.store import closing, documents, identity, lifecycle, migrate, models
 from oki_trace.store.checkpoint import Checkpointer
+from oki_trace.store.digest import PromptDigest, of_step, with_lens
 from oki_trace.store.engine import set_checkpoint, writer_engine
 from oki_trace.store.faults import told_plainly
 from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
 from oki_trace.store.identity import Db
 from oki_trace.store.owner import this_process
 from oki_trace.store.presence import Presence
+from oki_trace.store.reserve import Reserve
 from oki_trace.store.rows import StepRows, encode_all, number
 
 _LIVE = (Status.QUEUED, Status.RUNNING)
@@ -53,6 +56,8 @@ class _Reply:
 
     tensors: TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
+    # Of the steps whose lens has not come yet.
+    digests: dict[int, bytes | None] = field(default_factory=dict)
 
 
 class TraceWriter:
@@ -60,12 +65,25 @@ class TraceWriter:
 
     ``checkpoint=False`` is for a process that submits requests and does not
     generate. Of those that do, one at a time folds the write-ahead log into the
-    file, whoever else asks to.
+    file, whoever else asks to. ``making_room`` is for one that is to throw things
+    away: on a full disk it takes the store's reserve to open the store. Any other
+    sees that there is one, but for a store that is soon thrown away.
     """
 
-    def __init__(self, db: Db, *, checkpoint: bool = True) -> None:
+    def __init__(
+        self,
+        db: Db,
+        *,
+        checkpoint: bool = True,
+        making_room: bool = False,
+        keeps_reserve: bool = True,
+    ) -> None:
         url = identity.address(db)
         self._store = identity.shown(url)
+        self._reserve = Reserve(identity.file_of(url))
+        self._keeps_reserve = keeps_reserve
+        if making_room and self._reserve.is_low():
+            self._reserve.release()
         migrate.ensure(url)
         self._presence = Presence(identity.file_of(url))
         self._checkpointer = Checkpointer(identity.file_of(url), wanted=checkpoint)
@@ -90,6 +108,9 @@ class TraceWriter:
         self._heartbeat.stop()
         self._engine.dispose()
         self._checkpointer.resign()
+        self._reserve.restore()
+        if self._keeps_reserve:
+            self._reserve.keep()
 
     # ------------------------------------------------------------ conversations
 
@@ -108,10 +129,14 @@ class TraceWriter:
     def delete_conversation(self, conversation_id: int) -> None:
         """Delete it with all its messages, steps and tensors.
 
-        Raises StoreError when a process is writing to it.
+        Raises StoreError when a process is writing to it. At once; on a full disk
+        its last steps go first, a few at a time.
         """
-        with self.write() as connection:
-            lifecycle.delete_conversation(connection, conversation_id)
+        with self.making_room() as low:
+            if low:
+                self._thin_out(conversation_id)
+            with self.write() as connection:
+                lifecycle.delete_conversation(connection, conversation_id)
 
     def add_message(
         self,
@@ -119,8 +144,9 @@ class TraceWriter:
         message: ChatMessage,
         *,
         created_at: dt.datetime | None = None,
+        digest: str | None = None,
     ) -> int:
-        """Add a message that is complete as it is; returns its id."""
+        """Add a message that is complete as it is; returns its id. ``digest``: see finish_reply."""
         with self.write() as connection:
             return lifecycle.add(
                 connection,
@@ -129,6 +155,7 @@ class TraceWriter:
                 content=message.content,
                 status=Status.COMPLETE.value,
                 created_at=created_at or lifecycle.now(),
+                recorded=digest,
             )
 
     # ------------------------------------------------------------------ replies
@@ -191,6 +218,9 @@ class TraceWriter:
     def start_reply(self, message_id: int, start: TurnStart) -> None:
         """Write what is known before the first token: the prompt and the settings in force."""
         self._heartbeat.start()
+        prompt = PromptDigest().add(
+            start.prompt.token_ids, start.prompt.tokens, start.prompt.segments
+        )
         with self.write() as connection:
             owner = lifecycle.take(connection, message_id)
             connection.execute(
@@ -205,6 +235,7 @@ class TraceWriter:
                     generation=documents.to_document(start.generation),
                     capture=documents.to_document(start.capture),
                     prompt=start.prompt.text,
+                    digest=prompt.hex(),
                 )
             )
             self._rows.insert_prompt(connection, message_id, start.prompt)
@@ -221,12 +252,19 @@ class TraceWriter:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
         A step's own ``lens``, when it has one, is written with it. ``faithful``:
-        tensors are kept in the reply's mode only where every bit comes back.
+        tensors are kept in the reply's mode only where every bit comes back. A
+        digest that a step brings with it is what was recorded, and is kept.
         """
         reply = self._reply(message_id)
         # Before the transaction: other writers need not wait for the encoding.
         encoded = [encode_all(step, reply.tensors, faithful=faithful) for step in steps]
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
+        digests = {step.step_index: step.digest or of_step(step) for step in steps}
+        both = {
+            step.step_index: (digests[step.step_index], tensor_digest)
+            for step, (_, tensor_digest) in zip(steps, encoded, strict=True)
+        }
+        brought = {step.step_index for step in steps if step.digest is not None}
         with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
             first = len(reply.step_ids)
@@ -236,7 +274,9 @@ class TraceWriter:
                         f"Step {step.step_index} of message {message_id} is out of order: write "
                         f"step {number} first."
                     )
-            written = self._rows.insert_steps(connection, message_id, steps, encoded)
+            written = self._rows.insert_steps(
+                connection, message_id, steps, [rows for rows, _ in encoded], both
+            )
             known = ChainMap(written, reply.step_ids)
             of_steps = []
             for lens in ready:
@@ -245,15 +285,30 @@ class TraceWriter:
                         f"Message {message_id} has no step {lens.step_index} for its lens: write "
                         "the step first."
                     )
-                of_steps.append((known[lens.step_index], lens))
+                digest = digests.get(lens.step_index) or reply.digests.get(lens.step_index)
+                if digest is not None and lens.step_index not in brought:
+                    digest = with_lens(digest, lens)
+                of_steps.append((known[lens.step_index], lens, digest))
             self._rows.insert_lenses(connection, of_steps)
         reply.step_ids.update(written)
+        reply.digests.update(digests)
+        for lens in ready:
+            reply.digests.pop(lens.step_index, None)
         return stop
 
     def finish_reply(
-        self, message_id: int, end: TurnEnd, *, tensors_pruned_at: dt.datetime | None = None
+        self,
+        message_id: int,
+        end: TurnEnd,
+        *,
+        tensors_pruned_at: dt.datetime | None = None,
+        digest: str | None = None,
     ) -> None:
-        """Write how a reply ended; no step follows. An imported one may have been pruned before."""
+        """Write how a reply ended; no step follows.
+
+        An imported one may have been pruned before, and brings the ``digest`` that
+        its file gives it, which is kept whether or not it is still true.
+        """
         if end.status.is_live:
             raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
         with self.write() as connection:
@@ -265,6 +320,7 @@ class TraceWriter:
                 end.output,
                 end.reason,
                 number(end.seconds),
+                digest,
                 checks=documents.to_document(end.checks),
             )
             if tensors_pruned_at is not None:
@@ -275,6 +331,12 @@ class TraceWriter:
                 )
         self._replies.pop(message_id, None)
         self.become_checkpointer()
+
+    def digest_of(self, message_id: int) -> str:
+        """The digest of a message as it is now, whatever was recorded."""
+        with self._transaction() as connection:
+            lifecycle.state_of(connection, message_id)
+            return closing.closing_digest(connection, message_id)
 
     def request_stop(self, message_id: int) -> None:
         """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
@@ -361,6 +423,39 @@ class TraceWriter:
     # ------------------------------------------------------------------- within
 
     @contextmanager
+    def making_room(self) -> Iterator[bool]:
+        """What throws things away: True where it is to be done a little at a time.
+
+        On a disk that is nearly full the log has the room of the store's reserve.
+        """
+        low = self._reserve.is_low()
+        if low:
+            self._reserve.release()
+        try:
+            yield low
+        finally:
+            if low:
+                self.fold()
+                self._reserve.restore()
+
+    def fold(self) -> None:
+        """Fold the log into the file, so that it takes no more room than it has."""
+        with told_plainly(self._store), self._engine.connect() as connection:
+            raw = connection.connection.driver_connection
+            if isinstance(raw, sqlite3.Connection):
+                # Waits for readers and writers, so it never meets another checkpoint.
+                raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def _thin_out(self, conversation_id: int) -> None:
+        """Delete what hangs on a conversation, the last first, and fold the log in between."""
+        while True:
+            with self.write() as connection:
+                more = lifecycle.thin_out(connection, conversation_id)
+            self.fold()
+            if not more:
+                return
+
+    @contextmanager
     def write(self) -> Iterator[Connection]:
         """One write of the store's own modules: whole or not at all, and counted."""
         with self._transaction() as connection:
@@ -387,11 +482,13 @@ class TraceWriter:
                         f"Message {message_id} has not been started: call start_reply first."
                     )
                 steps = connection.execute(
-                    select(models.Step.step_index, models.Step.id).where(
+                    select(models.Step.step_index, models.Step.id, models.Step.digest).where(
                         models.Step.message_id == message_id
                     )
                 ).all()
             self._replies[message_id] = _Reply(
-                capture["policy"]["tensors"], {row.step_index: row.id for row in steps}
+                capture["policy"]["tensors"],
+                {row.step_index: row.id for row in steps},
+                {row.step_index: row.digest for row in steps},
             )
         return self._replies[message_id]

@@ -104,7 +104,7 @@ def test_verify_finds_what_is_changed(oki: Oki, store: Store) -> None:
     assert bad.lines[-1].endswith(f"{len(bad.lines) - 1} faults found.")
     assert oki("verify", 1).status == 0
     found = json.loads(oki("verify", 2, "--json").out)
-    assert found["checked"] == {"messages": 1, "steps": 3, "tensors": 9}
+    assert found["checked"] == {"messages": 1, "steps": 3, "tensors": 9, "without_digest": 0}
     assert {(f["conversation_id"], f["step_index"]) for f in found["findings"]} == {(2, 1)}
     assert "no conversation 9" in oki("verify", 9).err
 
@@ -114,9 +114,10 @@ def test_a_model_that_is_gone_is_told_and_is_no_fault(oki: Oki, store: Store) ->
         connection.execute("""UPDATE message SET choice = '{"model_id": "./gone/model"}'""")
         connection.commit()
     done = oki("verify", "--recompute")
-    assert done.status == 0, done
     assert "message 1: not recomputed with tiny/model: There is no ./gone/model here" in done.out
-    assert done.lines[-1].endswith("all as promised.")
+    # What was changed to make it gone is found, and nothing else.
+    found = json.loads(oki("verify", "--recompute", "--json").out)["findings"]
+    assert all("its text, settings, prompt" in one["what"] for one in found)
 
 
 def test_verify_runs_a_real_model_again(oki: Oki, small: Path, tmp_path: Path) -> None:
@@ -129,6 +130,22 @@ def test_verify_runs_a_real_model_again(oki: Oki, small: Path, tmp_path: Path) -
     for one in done["recomputed"]:
         assert one["reason"] is None and one["agrees"] and one["steps"] > 0
         assert one["logprob_difference"] < 1e-3 and one["top1_differences"] == 0
+        assert one["lens_difference"] < 1e-3 and one["entropy_difference"] < 1e-3
+        assert one["not_numbers"] == 0
+    file = tmp_path / "oki_trace.db"
+    kept = file.read_bytes()
+    for change, told in (
+        ("lens_entry SET prob = prob / 2 WHERE layer = 1 AND rank = 1", "more than rounding"),
+        ("topk_entry SET logit = logit - 3 WHERE rank = 4", "more than rounding"),
+        ("step SET entropy = entropy + 1", "more than rounding"),
+        ("step SET entropy = NULL WHERE step_index = 2", "1 value not a number"),
+        ("lens_layer SET chosen_prob = NULL WHERE layer = 1", "values not a number"),
+    ):
+        with closing(sqlite3.connect(file)) as connection, connection:
+            connection.execute(f"UPDATE {change}")
+        changed = oki("verify", "--recompute")
+        assert changed.status == 1 and told in changed.out, (change, changed.out)
+        file.write_bytes(kept)
     with closing(sqlite3.connect(tmp_path / "oki_trace.db")) as connection:
         connection.execute("UPDATE step SET token_id = (token_id + 7) % 290 WHERE step_index = 1")
         connection.commit()

@@ -6,7 +6,10 @@ import csv
 import datetime as dt
 import io
 import json
+import os
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +165,15 @@ def test_one_is_chosen_by_its_name(filled_store: Stories) -> None:
     by_name.select_index(0).run()
     assert not app.exception
     assert "open" in [button.key for button in app.button]
+
+
+def test_a_damaged_conversation_is_marked_and_the_others_are_shown(filled_store: Stories) -> None:
+    number, message = filled_store.first
+    with closing(sqlite3.connect(os.environ["OKI_TRACE_DB"])) as connection, connection:
+        connection.execute("UPDATE message SET status = 'dancing' WHERE id = ?", (message,))
+    app = conversations()
+    assert not app.exception
+    frame = app.dataframe[0].value
+    marked = dict(zip(frame["id"], frame["status"], strict=True))
+    assert marked.pop(number) == "damaged"
+    assert marked and "damaged" not in marked.values()

@@ -68,4 +68,6 @@ def plain(value: Any) -> Any:
 
 
 def assert_same(found: Step, written: Step) -> None:
-    assert plain(found) == plain(dataclasses.replace(written, tensors=()))
+    """``found`` is ``written``, but that what was read has digests and no tensors."""
+    alike = dataclasses.replace(found, digest=None, tensor_digest=None)
+    assert plain(alike) == plain(dataclasses.replace(written, tensors=()))

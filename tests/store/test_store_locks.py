@@ -27,7 +27,6 @@ import oki_trace
 from oki_trace.errors import SchemaError, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
 from oki_trace.store import copy, identity, migrate, vacuum
-from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
@@ -107,7 +106,7 @@ def _open_all(db: str) -> None:
 def _import(db: str, folder: Path) -> None:
     from oki_trace.exchange.exporting import export
     from oki_trace.exchange.formats import Format
-    from oki_trace.exchange.importing import import_path, import_stream
+    from oki_trace.exchange.importing import import_files, import_path, import_stream
 
     with TraceReader(db) as reader:
         for kind in (Format.JSON, Format.JSONL, Format.PARQUET, Format.HTML):
@@ -117,6 +116,8 @@ def _import(db: str, folder: Path) -> None:
     import_path(folder / "export-parquet", db)
     with (folder / "export-jsonl").open("rb") as stream:
         import_stream(stream, db)
+    with (folder / "export-json").open("rb") as file:
+        import_files({".json": file}, db)
 
 
 def _questions(db: str) -> None:
@@ -148,7 +149,7 @@ ENTRIES: dict[str, Callable[[str, Path], object]] = {
     "oki_trace.store.identity.address": lambda db, _: identity.address(db),
     "oki_trace.exchange.importing.import_path": _import,
     "oki_trace.exchange.importing.import_stream": _import,
-    "oki_trace.exchange.staging.Staging": _import,
+    "oki_trace.exchange.importing.import_files": _import,
     "oki_trace.analysis.trove.Trove": lambda db, _: _questions(db),
     "oki_trace.analysis.folder.folder_of": lambda db, _: _questions(db),
     "oki_trace.analysis.cache.Cache": lambda db, _: _questions(db),
@@ -172,8 +173,8 @@ def _entries() -> set[str]:
             here = getattr(member, "__module__", None) == module.name
             if here and not name.startswith("_") and callable(member):
                 with contextlib.suppress(ValueError, TypeError):
-                    parameters = inspect.signature(member, eval_str=True).parameters.values()
-                    if any(parameter.annotation == Db for parameter in parameters):
+                    parameters = inspect.signature(member).parameters.values()
+                    if any(parameter.annotation in ("Db", Db) for parameter in parameters):
                         found.add(f"{module.name}.{name}")
     return found
 

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from oki_trace.child_process import limit_memory
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.refusal import refused
 
@@ -40,11 +41,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What has been read. ``error``: its kind and its sentence, when it cannot be imported."""
+    """What has been read.
+
+    ``changed``: the messages that are not what the file's own digests say.
+    ``error``: its kind and its sentence, when it cannot be imported.
+    """
 
     messages: int = 0
     steps: int = 0
     tensors_from: str | None = None
+    changed: int = 0
     error: tuple[str, str] | None = None
 
 
@@ -126,25 +132,7 @@ def _read(request: Request, news: News, limit: Callable[[int], None]) -> Outcome
     if not staging.began:
         raise refused("there is no conversation in it")
     told = None if tensors_from is None else str(tensors_from)
-    return Outcome(staging.messages, staging.steps, told)
-
-
-def limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than now, where the system can see to that.
-
-    Elsewhere the process that started it watches.
-    """
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        return
-    most = pages * resource.getpagesize() + more
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+    return Outcome(staging.messages, staging.steps, told, staging.changed)
 
 
 if __name__ == "__main__":

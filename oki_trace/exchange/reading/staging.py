@@ -26,6 +26,7 @@ from oki_trace.records import (
     TurnStart,
 )
 from oki_trace.store.lifecycle import PROCESS_ENDED
+from oki_trace.store.unchanged import is_as_recorded
 from oki_trace.store.writer import TraceWriter
 
 # Written at once: steps, rows of their lists, bytes of their tensors.
@@ -43,6 +44,8 @@ class Staging:
     tick: Callable[[], None] = lambda: None
     messages: int = 0
     steps: int = 0
+    # The messages that are not what the digests in the file say.
+    changed: int = 0
     _ids: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -64,14 +67,14 @@ class Staging:
         self.close()
         for file in self.path.parent.glob(f"{self.path.name}*"):
             file.unlink()
-        self.messages = self.steps = 0
+        self.messages = self.steps = self.changed = 0
         self._conversation = None
 
     @property
     def _writer(self) -> TraceWriter:
         # Made when first needed: most files that are refused are refused before.
         if self._made is None:
-            self._made = TraceWriter(self.path)
+            self._made = TraceWriter(self.path, keeps_reserve=False)
         return self._made
 
     def begin(self, conversation: schema.Conversation) -> None:
@@ -88,12 +91,19 @@ class Staging:
         if message.get("tokens"):
             raise refused(f"{where}: it has {message['tokens']:,} steps, and no trace")
         if message["role"] is Role.ASSISTANT and message.get("choice"):
-            self._writer.finish_reply(self._queue(message), _end(message, status))
+            number = self._queue(message)
+            self._writer.finish_reply(number, _end(message, status), digest=message.get("digest"))
         elif message["role"] is not Role.ASSISTANT and status is not Status.COMPLETE:
             raise refused(f"{where}: status of a {message['role']} message can only be complete")
         else:
             said = ChatMessage(message["role"], message["content"])
-            self._writer.add_message(self._open(), said, created_at=message.get("created_at"))
+            number = self._writer.add_message(
+                self._open(),
+                said,
+                created_at=message.get("created_at"),
+                digest=message.get("digest"),
+            )
+        self._hold_against(number, message, as_recorded=True)
         self._check_size()
 
     def reply(
@@ -114,7 +124,9 @@ class Staging:
         self._writer.start_reply(reply, start)
         seen = rows = held = 0
         batch: list[Step] = []
+        as_recorded = True
         for step in steps:
+            as_recorded = as_recorded and is_as_recorded(step)
             seen += 1
             if seen > schema.MAX_STEPS:
                 raise refused(f"{where} has more than {schema.MAX_STEPS:,} steps")
@@ -132,8 +144,12 @@ class Staging:
             raise refused(f"{where} has {seen} of its {count} steps")
         self.steps += seen
         self._writer.finish_reply(
-            reply, _end(message, status), tensors_pruned_at=message.get("tensors_pruned_at")
+            reply,
+            _end(message, status),
+            tensors_pruned_at=message.get("tensors_pruned_at"),
+            digest=message.get("digest"),
         )
+        self._hold_against(reply, message, as_recorded=as_recorded)
 
     # ------------------------------------------------------------------- within
 
@@ -141,6 +157,12 @@ class Staging:
         if steps:
             self._writer.append(reply, steps, faithful=True)
         self._check_size()
+
+    def _hold_against(self, number: int, message: schema.Message, *, as_recorded: bool) -> None:
+        """Count the message if it, or a step of it, is not what its digest says."""
+        told = message.get("digest")
+        if not as_recorded or (told is not None and told != self._writer.digest_of(number)):
+            self.changed += 1
 
     def _check_size(self) -> None:
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))

@@ -77,6 +77,8 @@ def step_record(
         attention=_attention(values, start.capture, position, where),
         lens=_lens(values, index, token_id, start.capture.layers, ids, where),
         decision=_decision(decision, ids) if decision else None,
+        digest=values.get("digest"),
+        tensor_digest=values.get("tensor_digest"),
     )
 
 
