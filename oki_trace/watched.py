@@ -73,9 +73,10 @@ class Watched:
         )
         self._news: queue.Queue[dict[str, Any] | None] = queue.Queue()
         assert self._process.stdout is not None
-        threading.Thread(
+        self._listener = threading.Thread(
             target=_put_news, args=(self._process.stdout, self._news), daemon=True
-        ).start()
+        )
+        self._listener.start()
         self.has_begun = False
         self.is_asked = False
         self.reply: int | None = None
@@ -171,6 +172,7 @@ class Watched:
         """End it now, whatever it does."""
         self._process.kill()
         self._process.wait()
+        self._listener.join()
         self._close_pipes()
 
     def close(self) -> None:
@@ -198,5 +200,6 @@ def _told_limit(doing: Doing, seconds: float, fix: str) -> str:
 
 def _put_news(stream: IO[bytes], news: queue.Queue[dict[str, Any] | None]) -> None:
     for line in stream:
-        news.put(json.loads(line))
+        if line.endswith(b"\n"):  # it may have been ended within one
+            news.put(json.loads(line))
     news.put(None)

@@ -154,14 +154,13 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
 
         def talk(content: str, conversation: int | None, *, quiet: bool = False) -> _Turn:
             ask = asking.Ask(content, choice, sampling, policy, turns.system)
-            _, reply_id = asking.submit(writer, ask, conversation, claim=True)
-            reply = reader.message(reply_id)
-            dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
             with _stoppable() as stop:
+                _, reply_id = asking.submit(writer, ask, conversation, claim=True)
+                dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
                 end = answering.answer(
                     writer,
                     reader,
-                    reply,
+                    reader.message(reply_id),
                     loaded,
                     should_stop=stop.is_asked,
                     on_text=None if quiet else stop.show,
