@@ -1,11 +1,14 @@
-"""The explorer's front door: ``streamlit run dashboard/Home.py``."""
+"""The explorer's front door: ``streamlit run dashboard/Home.py``.
+
+It is two things. Streamlit's command finds ``app`` here and serves it: the server,
+with our guard around it. For each window that server then runs this file as a
+script, which draws the page.
+"""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 # Streamlit puts this folder on the path, and runs this file at every click; the
 # pages import it as a package.
@@ -13,37 +16,20 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-import streamlit as st  # noqa: E402
+if __name__ == "__main__":
+    from dashboard import navigation
 
-from dashboard import data, look  # noqa: E402
+    navigation.run()
+else:
+    import streamlit as st
+    from starlette.middleware import Middleware
 
+    from dashboard.guard import Guard
 
-def page(view: str, title: str, icon: str, **more: Any) -> Any:
-    """A page, whose view is loaded when it is opened first: none waits for another's libraries."""
+    def uncaught(error: Exception) -> bool:
+        """Tell what went wrong outside of every view, as in a click's callback."""
+        from dashboard import boundary
 
-    def draw() -> None:
-        import_module(f"dashboard.views.{view}").page()
+        return boundary.uncaught(error)
 
-    draw.__name__ = f"{view}_page"
-    return st.Page(draw, title=title, icon=f":material/{icon}:", **more)
-
-
-st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
-look.logo()
-look.apply()
-look.warn_of_strangers()
-data.open_store()
-
-pages = {
-    "chat": page("chat", "Chat", "chat", default=True),
-    "map": page("reply_map", "Reply map", "grid_on", url_path="map"),
-    "conversations": page("conversations", "Conversations", "forum", url_path="conversations"),
-    "compare": page("compare", "Compare", "compare_arrows", url_path="compare"),
-    "questions": page("questions", "Questions", "query_stats", url_path="questions"),
-    "sql": page("sql", "SQL", "terminal", url_path="sql"),
-    "store": page("store", "Store", "database", url_path="store"),
-}
-st.session_state["pages"] = pages
-# The first page has no path of its own; who types the one that the others suggest finds it too.
-typed = page("chat", "Chat", "chat", url_path="chat", visibility="hidden")
-st.navigation([*pages.values(), typed]).run()
+    app = st.App(__file__, middleware=[Middleware(Guard)], on_script_error=uncaught)

@@ -207,7 +207,7 @@ def map_steps(window: Sequence[StepSummary]) -> list[Json]:
             "index": s.step_index,
             "text": visible(s.token)[:40],
             "position": s.position,
-            "surprisal": -s.logprob if math.isfinite(s.logprob) else None,
+            "surprisal": s.surprisal if math.isfinite(s.logprob) else None,
         }
         for s in window
     ]

@@ -13,16 +13,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import streamlit as st
 
 from dashboard import attention_shapes, compare_shapes
+from dashboard import model_defaults as model_defaults_of
 from oki_trace import asking, worker
-from oki_trace.errors import NotFound, OkiTraceError
+from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
+from oki_trace.given_text import checked
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from dashboard.asked import Asked
     from oki_trace.analysis.catch_up import CatchUp
     from oki_trace.analysis.questions import Answer, Question
+    from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
     from oki_trace.analysis.trove import Trove
 
@@ -62,12 +65,17 @@ def store_name() -> str:
 
 
 def open_store() -> None:
-    """Make the store if there is none; on failure the page says why and ends."""
-    try:
-        _opened(store_name())
-    except OkiTraceError as error:
-        st.error(str(error), icon=":material/error:")
-        st.stop()
+    """Make the store if there is none. Raises StoreError where that cannot be."""
+    _opened(store_name())
+
+
+def reopen() -> None:
+    """Open the store anew at the next reading: it may have been put back, moved or mended."""
+    _reader.clear()
+    _writer.clear()
+    _catch_up.clear()
+    _trove.clear()
+    st.cache_data.clear()
 
 
 @st.cache_resource
@@ -79,12 +87,12 @@ def _opened(db: str) -> None:
     gc.freeze()
 
 
-@st.cache_resource
+@st.cache_resource(on_release=TraceReader.close)
 def _reader(db: str) -> TraceReader:
     return TraceReader(db)
 
 
-@st.cache_resource
+@st.cache_resource(on_release=TraceWriter.close)
 def _writer(db: str) -> TraceWriter:
     return TraceWriter(db, checkpoint=False)
 
@@ -120,7 +128,7 @@ def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
 
 def rename(conversation_id: int, title: str) -> None:
     """Give a conversation another title."""
-    _writer(store_name()).rename_conversation(conversation_id, title)
+    _writer(store_name()).rename_conversation(conversation_id, checked(title, "The title"))
 
 
 def delete(conversation_id: int) -> None:
@@ -352,6 +360,12 @@ def build_anew(on_tick: Callable[[], None]) -> vacuum.Vacuumed:
     return vacuum.vacuum(store_name(), on_tick)
 
 
+@st.cache_data(max_entries=32, ttl=60, show_spinner=False)
+def model_defaults(model_id: str) -> dict[str, float]:
+    """What the model's own generation config says of sampling, where it is known here."""
+    return model_defaults_of.read(model_id, Settings.from_environment().models_dir)
+
+
 def builtin_is_here() -> bool:
     """Whether the built-in model has been fetched."""
     return (Settings.from_environment().models_dir / "smollm2").is_dir()
@@ -393,7 +407,7 @@ def see_to_worker() -> None:
 # The engine is loaded by the first of them: no other page waits for it.
 
 
-@st.cache_resource
+@st.cache_resource(on_release=lambda trove: trove.close())
 def _trove(db: str) -> Trove:
     from oki_trace.analysis.trove import Trove
 
@@ -464,9 +478,9 @@ def tables() -> Sequence[Table]:
     return TABLES
 
 
-def sql(query: str, limit: int, seconds: float) -> tuple[Any, bool]:
-    """The answer to somebody's own SQL as an Arrow table, and whether there were more rows.
+def sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Result:
+    """The answer to somebody's own SQL as an Arrow table. ``tick`` is called meanwhile.
 
-    Raises QuestionError.
+    Raises QuestionError, and what ``tick`` raises: the question is ended then.
     """
-    return _trove(store_name()).sql_arrow(query, limit=limit, seconds=seconds)
+    return _trove(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)

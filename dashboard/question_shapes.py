@@ -341,7 +341,7 @@ def number(value: float) -> str:
         return "–"
     if 0 < abs(value) < 0.0005:
         return f"{value:.1e}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:z.3f}" if abs(value) < 10 else f"{value:z,.1f}"
 
 
 def _names(answer: Answer) -> list[str]:

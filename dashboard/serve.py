@@ -20,7 +20,13 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 # The page that opens first and all that it draws with, then the others.
 PARTS = (
-    *("dashboard.data", "dashboard.views.chat", "streamlit.emojis", "dashboard.charts"),
+    *(
+        "dashboard.navigation",
+        "dashboard.data",
+        "dashboard.views.chat",
+        "streamlit.emojis",
+        "dashboard.charts",
+    ),
     *("dashboard.views.pictured", "oki_trace.store.migrate"),
     *(f"dashboard.views.{name}" for name in ("conversations", "compare", "questions", "sql")),
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import datetime as dt
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +26,7 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
-from oki_trace.visible import visible
+from oki_trace.visible import inert, visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
 COLOURS: tuple[Colour, ...] = ("surprisal", "entropy", "margin", "settle layer")
@@ -50,25 +51,34 @@ def figure(value: float, digits: int, unit: str = "") -> str:
     least = 10.0**-digits
     if 0 < abs(value) < least / 2:
         return f"{'>-' if value < 0 else '<'}{least:.{digits}f}{unit}"
-    return f"{value:.{digits}f}{unit}"
+    return f"{value:z.{digits}f}{unit}"
 
 
 def plain(text: str) -> str:
-    """``text`` with what Markdown would read as its own escaped: for labels and captions.
+    """``text`` for a place that is read as Markdown, where it is to stand as it is.
 
-    Streamlit looks for icons, emoji and arrows after Markdown has been read, so
-    a joiner, which is not seen, keeps their characters apart.
+    What Markdown would read as its own is escaped. Streamlit looks for addresses,
+    icons, emoji and arrows after that, so a joiner, which is not seen, keeps the
+    characters apart by which it knows them.
     """
-    return "".join(f"\\{c}\u2060" if c in MARKDOWN else c for c in text)
+    return _MARKDOWN.sub(r"\\\g<0>", _KNOWN_BY.sub(_JOINER, inert(text)))
 
 
 def sentence(text: str) -> str:
-    """``text``, ended as a sentence is, and safe to be read as Markdown: it may name a model."""
-    return "".join(f"\\{c}" if c in MARKDOWN else c for c in text.rstrip(".")) + "."
+    """``text``, ended as a sentence is, safe where Markdown is read: it may name a model."""
+    return f"{plain(text.rstrip('.'))}."
 
 
-# What Markdown would read as its own.
-MARKDOWN = frozenset(r"\`*_{}[]()#+-.!|:$<>~=&")
+_JOINER = "\u2060"
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]()#+\-.!|:$<>~=&]")
+_KNOWN_BY = re.compile(
+    r"(?<=www)(?=\.)"  # an address without a scheme
+    r"|(?=@)|(?<=@)"  # one of mail
+    r"|(?<=:)(?=\S)"  # one with a scheme; :emoji:, :material/icon:, :red[text]
+    r"|(?<=[-<>~=])(?=[-<>~=])"  # arrows and dashes
+    r"|^(?=[ \t])",  # a line that begins with spaces is code
+    re.IGNORECASE | re.MULTILINE,
+)
 
 
 def running_text(steps: Sequence[StepSummary]) -> list[str]:
@@ -153,7 +163,7 @@ def scale(
         depth = max(layers - low, 1)
         shades = [None if s.settle_layer is None else (s.settle_layer - low) / depth for s in steps]
         return shades, f"layer {low}", f"{layers}"
-    raw = [known(-s.logprob if colour == "surprisal" else s.entropy) for s in steps]
+    raw = [known(s.surprisal if colour == "surprisal" else s.entropy) for s in steps]
     top = max([1.0, *(value for value in raw if value is not None)])
     return [None if value is None else value / top for value in raw], "0", f"{top:.1f} nats"
 
@@ -166,7 +176,7 @@ def hover(step: StepSummary) -> str:
     return (
         f"{visible(step.token)}  (id {step.token_id}, step {step.step_index})\n"
         f"prob {figure(step.prob, 3)} · rank {step.rank}\n"
-        f"surprisal {figure(-step.logprob, 2, ' nats')} · "
+        f"surprisal {figure(step.surprisal, 2, ' nats')} · "
         f"entropy {figure(step.entropy, 2, ' nats')}\n"
         f"margin {figure(step.margin, 3)} · {settled}"
     )

@@ -74,19 +74,17 @@ _MOST_COLOURS = len(COLOURS)
 
 
 def names(table: Any) -> list[str]:
-    """The columns' names, each once: a second ``x`` is ``x (2)``; safe to be shown."""
-    seen: Counter[str] = Counter()
-    found = []
-    for name in map(str, table.schema.names):
-        shown = inert(name, keep="") or "(no name)"
-        seen[shown] += 1
-        found.append(shown if seen[shown] == 1 else f"{shown} ({seen[shown]})")
-    return found
+    """The columns' names, safe to be shown, each once: a second ``x`` is ``x_2``."""
+    from oki_trace.analysis.values import distinct
+
+    return distinct(inert(name, keep="") or "(no name)" for name in table.schema.names)
 
 
 def rows(table: Any) -> list[tuple[Any, ...]]:
-    """An Arrow table's rows; of a type that Python has no value for, its text."""
-    return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    """An Arrow table's rows, as Python's values."""
+    from oki_trace.analysis.values import rows_of
+
+    return rows_of(table)
 
 
 def frame(table: Any) -> pd.DataFrame:

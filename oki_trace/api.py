@@ -9,6 +9,7 @@ from typing import Any
 
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
+from oki_trace.given_text import checked
 from oki_trace.llm.load import load_model_and_tokenizer
 from oki_trace.records import (
     CapturePolicy,
@@ -90,6 +91,8 @@ def _turns(
         raise UsageError("There are no messages. Give at least one, or a prompt.")
     if not all(isinstance(turn.content, str) for turn in turns):
         raise UsageError("What is said has to be a string: give the prompt, or each content, so.")
+    for turn in turns:
+        checked(turn.content, "What is said")
     return turns
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from oki_trace.given_text import checked
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -25,13 +26,20 @@ TITLE_LENGTH = 60
 
 @dataclass(frozen=True)
 class Ask:
-    """A new message for the assistant, and how it is to be answered."""
+    """A new message for the assistant, and how it is to be answered.
+
+    Raises UsageError for text that cannot be kept as it is.
+    """
 
     content: str
     choice: ModelChoice
     sampling: Sampling = field(default_factory=Sampling)
     policy: CapturePolicy = field(default_factory=CapturePolicy)
     system: str | None = None
+
+    def __post_init__(self) -> None:
+        checked(self.content, "The message")
+        checked(self.system or "", "The system message")
 
 
 def submit(

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -38,12 +38,7 @@ def home_page() -> Path:
 
 def is_loopback(host: str) -> bool:
     """Whether this machine alone can reach ``host``: an address of the loopback, or its name."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def checked_host(host: str, *, public: bool) -> str:
@@ -62,6 +57,26 @@ def checked_host(host: str, *, public: bool) -> str:
     except OSError as error:
         raise UsageError(f"{host} is no address of this machine: {error.strerror}.") from error
     return host
+
+
+def checked_name(name: str) -> str:
+    """``name`` as a browser may call the explorer by. Raises UsageError for what is no name.
+
+    Without its port; no pattern, which would let in names that others can make.
+    """
+    bare = name.strip("[]").rstrip(".")
+    letters = bare.replace(":", "") if _is_address(bare) else bare
+    if letters and all(c.isascii() and (c.isalnum() or c in "-._") for c in letters):
+        return bare
+    raise UsageError(f"{name!r} is no name of a machine: give it alone, without port or pattern.")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def free_port(wanted: int | None, host: str = ADDRESS) -> int:
@@ -83,10 +98,14 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def command(port: int, host: str = ADDRESS) -> list[str]:
-    """The command that serves the explorer on ``port`` of ``host``."""
-    # The names a browser may call it by: a page of others' cannot lend it its own.
-    names = dict.fromkeys(("127.0.0.1", "localhost", "::1", host)) if is_loopback(host) else ("*",)
+def command(port: int, host: str = ADDRESS, names: Sequence[str] = ()) -> list[str]:
+    """The command that serves the explorer on ``port`` of ``host``.
+
+    ``names`` are what a browser may call it by, beside this machine's own.
+    """
+    # A page of others' cannot lend it its own. "*" is any address, see dashboard/guard.py.
+    own = ("127.0.0.1", "localhost", "::1", host) if is_loopback(host) else ("*", host)
+    names = tuple(dict.fromkeys((*own, *names)))
     options = [
         ("server.address", host),
         ("server.port", str(port)),
@@ -97,6 +116,11 @@ def command(port: int, host: str = ADDRESS) -> list[str]:
         ("browser.serverAddress", _name(host)),
         ("browser.gatherUsageStats", "false"),
         ("client.toolbarMode", "minimal"),
+        # Its box would offer searches on the web that carry the message.
+        ("client.showErrorDetails", "none"),
+        ("client.showErrorLinks", "false"),
+        # What a table offers of itself is a CSV that may hold formulas.
+        ("client.disableDataExport", "true"),
     ]
     flags = [part for name, value in options for part in (f"--{name}", value)]
     home = home_page()
@@ -113,10 +137,18 @@ def _name(host: str) -> str:
     return {"0.0.0.0": ADDRESS, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
-def serve(db: str, port: int, url: str, *, open_browser: bool, host: str = ADDRESS) -> int:
+def serve(
+    db: str,
+    port: int,
+    url: str,
+    *,
+    open_browser: bool,
+    host: str = ADDRESS,
+    names: Sequence[str] = (),
+) -> int:
     """Serve until interrupted; returns Streamlit's exit status."""
     environment = {**os.environ, "OKI_TRACE_DB": db}
-    process = subprocess.Popen(command(port, host), env=environment)
+    process = subprocess.Popen(command(port, host, names), env=environment)
     # What ends a service ends this process alone: Streamlit is told by us.
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     if open_browser:

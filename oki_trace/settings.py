@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from oki_trace.given_text import checked
+
 BUILTIN_MODEL = "smollm2"
 DEFAULT_DB = "data/oki_trace.db"
 
@@ -29,11 +31,14 @@ class Settings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
-        """Read the settings; an empty variable counts as unset."""
+        """Read the settings; an empty variable counts as unset.
+
+        Raises UsageError for one that is not UTF-8.
+        """
         env = os.environ if environ is None else environ
         return cls(
-            db=env.get("OKI_TRACE_DB") or DEFAULT_DB,
-            model_id=env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL,
+            db=checked(env.get("OKI_TRACE_DB") or DEFAULT_DB, "OKI_TRACE_DB"),
+            model_id=checked(env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL, "OKI_TRACE_MODEL"),
         )
 
     @property

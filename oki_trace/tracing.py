@@ -18,10 +18,11 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture import capture
 from oki_trace.llm.chat import render
+from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing, why
 from oki_trace.llm.exclusive import exclusive
 from oki_trace.llm.generation import generation_of
 from oki_trace.llm.instrument import Instrument, forget, instrument
-from oki_trace.llm.vocabulary import TextStream
+from oki_trace.llm.vocabulary import TextStream, must_have_embeddings
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -81,6 +82,7 @@ def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
         for sink in sinks:
             sink.end(TurnEnd(status, "", reason, 0.0))
 
+    now_doing(Doing.CHECKING)
     with _ending(end):
         return instrument(model, tokenizer)
 
@@ -106,7 +108,9 @@ def trace_turn(
     turn = _Turn(made.tokenizer, sinks, on_text)
     with _ending(turn.end), exclusive(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary)
+        must_have_embeddings(made.model, prompt.token_ids, made.vocabulary)
         generation = generation_of(made.model, sampling, len(prompt))
+        now_doing(Doing.DECODING)
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
         turn.follow(capture(made, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
@@ -125,16 +129,16 @@ def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
     except OkiTraceError as error:
         end(Status.FAILED, str(error))
         raise
-    except Exception as error:
+    except INTERRUPTIONS:
+        end(Status.STOPPED, "interrupted by the user")
+        raise
+    except BaseException as error:
         reason = _explain(error)
         end(Status.FAILED, reason)
         raise CaptureError(reason) from error
-    except BaseException:
-        end(Status.STOPPED, "interrupted by the user")
-        raise
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     """One line for what a model's own code raised while decoding."""
     lines = str(error).strip().splitlines() or [""]
     # torch says it in these words, on the CPU as a plain RuntimeError.
@@ -142,8 +146,11 @@ def _explain(error: Exception) -> str:
     full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
     if isinstance(error, MemoryError) or full:
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
-    what = f"{type(error).__name__}: {lines[0][:300]}".rstrip(": .")
-    return f"The model failed ({what}). Run it with --debug to see where, or try another model."
+    if not isinstance(error, Exception):  # a panic of the tokenizer's Rust code
+        return f"The model's tokenizer failed ({why(error)}). Change the message, or the model."
+    return (
+        f"The model failed ({why(error)}). Run it with --debug to see where, or try another model."
+    )
 
 
 class _Turn:

@@ -1,11 +1,15 @@
-"""The process that owns the model for the explorer.
+"""The process that has the explorer's replies answered.
 
 Pages ask through the store: a queued reply is the request, its steps are the
 answer, a stop is a flag on it. So a page may be reloaded, closed or opened
 twice while a reply is decoded, and nothing of it is lost. One worker serves
 one store on a machine; it leaves when the explorer that started it is gone and
-no reply is waiting. Nothing that a model or a request does ends it: the reply
-fails with the reason, and the next one is served.
+no reply is waiting.
+
+Whatever a model's files bring with them runs in a process of its own
+(``model_process``), which keeps the model loaded. The worker watches it, and ends it
+when it does not obey a stop or exceeds a limit: that reply has ended then, with the
+reason, and the next one is served by a new process.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,13 +30,13 @@ from typing import Any, BinaryIO
 import psutil
 from filelock import FileLock, Timeout
 
-from oki_trace import asking
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
-from oki_trace.records import Message, ModelChoice
+from oki_trace.records import Status
 from oki_trace.settings import Settings
 from oki_trace.store import identity
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
+from oki_trace.watched import Watched
 
 log = logging.getLogger(__name__)
 
@@ -92,39 +97,44 @@ def _private(path: Path) -> BinaryIO:
 
 
 class Worker:
-    """Answers the queued replies of one store, one after another."""
+    """Has the queued replies of one store answered, one after another."""
 
     def __init__(self, db: str, parent: int | None) -> None:
-        self._writer = TraceWriter(db)
+        self._db = db
+        # The process that holds the model writes more, and folds the log.
+        self._writer = TraceWriter(db, checkpoint=False)
         self._reader = TraceReader(db)
         self._parent = None if parent is None else _Parent(parent)
-        self._loaded: Any = None
         self._stopping = threading.Event()
+        self._state: dict[str, Any] = {}
+        self._said_at = 0.0
+        self._seen = -1
 
     def run(self) -> None:
         """Serve until told to stop, or until the parent is gone and nothing waits."""
         self._writer.mark_interrupted()
-        self._say("idle")
-        seen = -1
-        idle_for = 0.0
-        while not self._stopping.is_set():
-            try:
-                version = self._reader.version()
-                reply_id = self._writer.claim_next_reply() if version != seen else None
-            except StoreBusy as error:
-                log.warning("asking again: %s", error)
-            else:
-                if reply_id is not None:
-                    self._serve(self._reader.message(reply_id))
-                    continue
-                seen = version
-            if self._parent is not None and self._parent.is_gone():
-                return
-            self._stopping.wait(POLL_SECONDS)
-            idle_for += POLL_SECONDS
-            if idle_for >= HEARTBEAT_SECONDS:
-                idle_for = 0.0
-                self._say("idle")
+        self._say(state="idle")
+        watched = Watched(self._db)
+        try:
+            while True:
+                told = watched.news(POLL_SECONDS)
+                if told is not None and "worker" in told:
+                    self._say(**told["worker"])
+                elif time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
+                    self._say(**self._state)
+                if told is not None and ("done" in told or "again" in told):
+                    self._seen = -1  # more may have been asked for meanwhile
+                ended = self._ended(watched)
+                if not watched.is_asked and not ended and self._is_done(watched):
+                    return
+                if ended:
+                    self._say(state="idle")
+                    self._seen = -1
+                    if self._stopping.is_set():
+                        return
+                    watched = Watched(self._db)
+        finally:
+            watched.close()
 
     def stop(self) -> None:
         """End after the token under way; the reply keeps what it has."""
@@ -134,51 +144,68 @@ class Worker:
         self._reader.close()
         self._writer.close()
 
-    def _serve(self, reply: Message) -> None:
-        assert reply.choice is not None
+    def _is_done(self, watched: Watched) -> bool:
+        """Whether there is nothing to do and nobody to do it for; asks for what there is."""
+        if self._stopping.is_set():
+            return True
+        if self._has_changed():
+            watched.ask()
+            return False
+        return self._parent is not None and self._parent.is_gone()
+
+    def _has_changed(self) -> bool:
+        """Whether anything was written since the last time that this was asked."""
         try:
-            loaded = self._load(reply.choice)
-            # Imported here: the explorer's pages import this module, and need no torch.
-            from oki_trace.answering import answer
+            version = self._reader.version()
+        except StoreBusy as error:
+            log.warning("asking again: %s", error)
+            return False
+        changed, self._seen = version != self._seen, version
+        return changed
 
-            self._say("decoding", detail=loaded.description)
-            answer(self._writer, self._reader, reply, loaded, should_stop=self._stopping.is_set)
-        except OkiTraceError as error:
-            self._fail(reply, str(error))
-        except Exception as error:
-            log.exception("a fault of oki-trace")
-            self._fail(reply, f"This is a fault of oki-trace ({type(error).__name__}: {error}).")
-        self._say("idle")
+    def _ended(self, watched: Watched) -> bool:
+        """Whether the process that held the model has ended, or had to be; its reply then has."""
+        reply = watched.reply
+        if watched.has_ended:
+            if not watched.has_begun:
+                raise OkiTraceError("The process that holds the model did not begin.")
+            if reply is not None:
+                self._end(reply, Status.FAILED, watched.ending())
+            watched.kill()
+            # It may have taken a reply without a word of it.
+            self._writer.mark_interrupted()
+            return True
+        if reply is None:
+            return False
+        if self._stopping.is_set() or (self._has_changed() and self._reader.stop_requested(reply)):
+            watched.stop()
+        late = watched.overdue()
+        if late is None:
+            return False
+        status = Status.STOPPED if late.stopped else Status.FAILED
+        try:
+            # Before its process ends, so that nobody reads that it was interrupted.
+            self._end(reply, status, late.reason)
+            watched.kill()
+        except StoreBusy:  # by that process, perhaps
+            watched.kill()
+            self._end(reply, status, late.reason)
+        return True
 
-    def _load(self, choice: ModelChoice) -> Any:
-        if self._loaded is None or self._loaded.requested != choice:
-            self._loaded = None  # two models at once may not fit
-            self._say("loading", model_id=choice.model_id, detail=f"Loading {choice.model_id}")
-            from oki_trace.llm.load import load
-
-            def report(text: str, fraction: float | None) -> None:
-                self._say("loading", model_id=choice.model_id, detail=text, progress=fraction)
-
-            self._loaded = load(choice, progress=report)
-        return self._loaded
-
-    def _fail(self, reply: Message, reason: str) -> None:
-        log.error("message %d failed: %s", reply.id, reason)
-        # It may have been deleted meanwhile, and that may be why.
+    def _end(self, reply: int, status: Status, reason: str) -> None:
+        # It may have been deleted meanwhile.
         with suppress(NotFound):
-            if self._reader.message(reply.id).status.is_live:
-                asking.fail(self._writer, reply.id, reason)
+            if self._writer.end_abandoned(reply, status, reason):
+                log.error("message %d: its process was ended: %s", reply, reason)
 
-    def _say(self, state: str, **values: Any) -> None:
-        if self._loaded is not None:
-            values.setdefault("model_id", self._loaded.model_id)
-            values.setdefault("detail", self._loaded.description)
+    def _say(self, **state: Any) -> None:
+        self._state, self._said_at = state, time.monotonic()
         # A vacuum may hold the store for long. What is said here is news only,
         # and is said again: no reason to end, or to fail a reply.
         try:
-            self._writer.set_worker_state(state, **values)
+            self._writer.set_worker_state(**state)
         except StoreBusy as error:
-            log.warning("not told that it is %s: %s", state, error)
+            log.warning("not told that it is %s: %s", state["state"], error)
 
 
 class _Parent:

@@ -20,9 +20,10 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
+    {"watched", "model_process"},
     {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
     {"store"},
-    {"records", "settings", "errors", "visible"},
+    {"records", "settings", "errors", "visible", "child_process", "given_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}
@@ -37,10 +38,12 @@ FORBIDDEN = {
     "verifying": SQL | {"streamlit", "duckdb"},
     "asking": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
-    "worker": {"streamlit", "duckdb"},
+    "worker": TORCH | {"streamlit", "duckdb"},
+    "watched": TORCH | SQL | {"streamlit", "duckdb"},
+    "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors", "visible"}
+GROUND = {"records", "settings", "errors", "visible", "child_process"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
 
 from oki_trace.errors import CaptureError
 from oki_trace.llm.instrument import instrument
@@ -89,6 +91,18 @@ def test_whatever_goes_wrong_is_told_to_every_sink_in_one_line(llama: tuple[Any,
         assert (sink.ended.status, sink.ended.reason) == (Status.FAILED, str(caught.value))
     assert "RuntimeError: no more room" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_panic_of_the_tokenizer_is_not_the_user_s_doing() -> None:
+    """It is a BaseException, as what ends a program is."""
+    tokenizer = tiny.tokenizer()
+    split = Split(Regex("(a+)+$"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    made, sink = instrument(tiny.model("llama"), tokenizer), Collector()
+    said = [ChatMessage(Role.USER, "a" * 30 + "b")]
+    with pytest.raises(CaptureError, match=r"tokenizer failed \(PanicException: "):
+        trace_turn(made, "tiny", said, Sampling(4), CapturePolicy(tensors="none"), [sink])
+    assert sink.ended is not None and sink.ended.status is Status.FAILED
 
 
 def test_memory_that_runs_out_says_what_to_do(llama: tuple[Any, Any]) -> None:

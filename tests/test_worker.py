@@ -6,108 +6,22 @@ import os
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from oki_trace import asking, worker
 from oki_trace.errors import StoreError
-from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, Status, WorkerState
+from oki_trace.records import ModelChoice, Status
 from oki_trace.store import engine
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
 from tests import models, tiny
+from tests.desks import FOREVER, ROOT, Desk, desk_at, serving
 from tests.waiting import until
 
-ROOT = Path(__file__).resolve().parent.parent
-STEPS = 5
-FOREVER = 1_000_000
-
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes by signals")
-
-
-@dataclass(frozen=True)
-class Desk:
-    """A store with both ends open, as the explorer has it."""
-
-    db: str
-    writer: TraceWriter
-    reader: TraceReader
-
-    def ask(self, model: Path | str, tokens: int = 4) -> int:
-        """Queue a reply in a conversation of its own; returns its id."""
-        ask = asking.Ask(
-            "the fox",
-            ModelChoice(str(model)),
-            Sampling(max_new_tokens=tokens),
-            CapturePolicy(tensors="none"),
-        )
-        return asking.submit(self.writer, ask)[1]
-
-    def ended(self, reply: int) -> Message:
-        """The reply once it has ended."""
-
-        def look() -> Message | None:
-            message = self.reader.message(reply)
-            return None if message.status.is_live else message
-
-        return until(look, f"the end of reply {reply}")
-
-    def under_way(self, reply: int) -> Message:
-        """The reply once it has a few steps; it is one that goes on for ever."""
-
-        def look() -> Message | None:
-            message = self.reader.message(reply)
-            assert message.status.is_live, message.reason
-            return message if message.tokens >= STEPS else None
-
-        return until(look, f"the first steps of reply {reply}")
-
-    def state(self) -> WorkerState:
-        found = self.reader.worker()
-        assert found is not None
-        return found
-
-    def idle(self) -> WorkerState:
-        until(lambda: self.state().state == "idle", "an idle worker")
-        return self.state()
-
-    def workers(self) -> list[psutil.Process]:
-        """The living worker processes of this store, whoever started them."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                mine = "oki_trace.worker" in process.cmdline()
-                if mine and process.environ().get("OKI_TRACE_DB") == self.db:
-                    found.append(process)
-            except psutil.Error:
-                continue  # ended meanwhile, or not ours to look at
-        return found
-
-
-@contextmanager
-def desk_at(folder: Path) -> Iterator[Desk]:
-    """A desk whose workers are gone afterwards, whatever happened."""
-    db = str(folder / "store.db")
-    with TraceWriter(db, checkpoint=False) as writer, TraceReader(db) as reader:
-        desk = Desk(db, writer, reader)
-        try:
-            yield desk
-        finally:
-            left = desk.workers()
-            for process in left:
-                process.kill()
-            psutil.wait_procs(left, timeout=30)
-            mine = worker._started.pop(worker.lock_path(db), None)
-            if mine is not None:
-                mine.wait()  # else Python complains of it when it ends
-    assert desk.workers() == []
 
 
 @pytest.fixture
@@ -304,32 +218,21 @@ def test_a_long_vacuum_does_not_end_it(
     """Neither its signs of life nor its search for work: both are tried again."""
     monkeypatch.setattr(engine, "_BUSY_SECONDS", 0.05)
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.1)
-    serving = worker.Worker(desk.db, None)
-    thread = threading.Thread(target=serving.run)
-    thread.start()
-    try:
+    with serving(desk) as thread:
         until(desk.reader.worker, "its first sign of life")
         with closing(sqlite3.connect(desk.db, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             until(lambda: "not told" in caplog.text, "a sign of life that was not written")
-
-            def asked_in_vain() -> bool:
-                """Whether it looked for work while held; it may have come just before."""
-                connection.execute("UPDATE store_state SET version = version + 1")
-                connection.execute("COMMIT")
-                connection.execute("BEGIN IMMEDIATE")
-                thread.join(timeout=0.5)
-                return "asking again" in caplog.text
-
-            until(asked_in_vain, "a search for work that was refused")
+            # Let it see that something has changed; it looks for work, and waits for the store.
+            connection.execute("UPDATE store_state SET version = version + 1")
+            connection.execute("COMMIT")
+            connection.execute("BEGIN IMMEDIATE")
+            caplog.clear()
+            until(lambda: "not told" in caplog.text, "another sign of life that was not written")
             connection.execute("ROLLBACK")
         reply = desk.ask("no/such-model")
         ended = desk.ended(reply)
         assert (ended.status, thread.is_alive()) == (Status.FAILED, True)
-    finally:
-        serving.stop()
-        thread.join()
-        serving.close()
 
 
 def test_one_store_has_one_lock_however_it_is_named(
@@ -394,7 +297,9 @@ def test_killed_in_the_middle_and_started_again(desk: Desk, small: Path, endless
     (killed,) = desk.workers()
     killed.kill()
     killed.wait(timeout=30)
-    # Said by the reader alone: nobody has written anything since.
+    # Said by the reader alone: nobody has written anything since. The process that held the
+    # model ends with the worker's.
+    until(lambda: not desk.reader.message(cut).status.is_live, "its model to be gone")
     seen = desk.reader.message(cut)
     assert seen.status is Status.INTERRUPTED
     assert seen.tokens >= before.tokens and seen.content

@@ -11,7 +11,12 @@ function figure(value, digits) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const least = 10 ** -digits;
   if (value > 0 && value < least / 2) return `<${least.toFixed(digits)}`;
-  return value.toFixed(digits);
+  return unsigned(value.toFixed(digits));
+}
+
+// A zero has no sign, from whichever side it was rounded.
+function unsigned(text) {
+  return Number(text) === 0 ? text.replace("-", "") : text;
 }
 
 // A piece of running text into its node. Where a line ends before it, the space it begins with is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from dashboard import data, shapes
+from dashboard import boundary, data
 from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 
@@ -13,19 +13,15 @@ WAIT_S = 0.5
 
 
 def ready() -> bool:
-    """Whether questions can be asked now. If not, the page says why, or how far it is."""
+    """Whether questions can be asked now; if not, the page says how far it is. StoreError."""
     if not any(c.tokens for c in data.recent(50)):
         beginning.first_trace(
             "There is nothing to ask of yet: begin a conversation in Chat, and ask across it here."
         )
         return False
-    try:
-        left = data.behind(WAIT_S)
-    except OkiTraceError as error:
-        st.error(shapes.sentence(str(error)), icon=":material/error:")
-        return False
+    left = data.behind(WAIT_S)
     if left is not None:
-        st.fragment(_progress, run_every=WAIT_S)()
+        boundary.part(_progress, run_every=WAIT_S)()
     return left is None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, components, data, shapes, store_shapes
+from dashboard import address, boundary, components, data, shapes, store_shapes
 from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.asking import Ask
 from oki_trace.errors import OkiTraceError
@@ -27,19 +27,20 @@ FIRST_QUESTIONS = (
 )
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     place = address.here()
-    settings = sidebar.settings()
     opened = data.conversation(place.conversation) if place.conversation else None
+    settings = sidebar.settings(opened[0].id if opened else None, opened[1] if opened else ())
     if place.conversation and opened is None:
-        st.warning(f"There is no conversation {place.conversation} in this store.")
+        st.warning(f"There is no conversation {place.conversation:d} in this store.")
     if opened is None:
         _welcome(settings)
     else:
         _conversation(opened[0].id, opened[1], settings)
     with st.sidebar:
-        st.fragment(sidebar.worker_card, run_every=1.0)()
+        boundary.part(sidebar.worker_card, run_every=1.0)()
     sidebar.model_card(opened[1] if opened else ())
     sidebar.recent_conversations(place.conversation)
 
@@ -61,7 +62,7 @@ def _send(said: str, settings: sidebar.Settings, conversation: int | None) -> No
     try:
         conversation = data.ask(Ask(said, choice, sampling, policy, system), conversation)
     except OkiTraceError as error:
-        st.error(str(error))
+        st.error(shapes.sentence(str(error)))
         return
     address.go(address.Place(conversation))
     st.rerun()
@@ -95,14 +96,14 @@ def _conversation(
     with left:
         # What follows a reply under way is drawn with it, in the order it was said.
         first = messages.index(next(m for m in messages if m.id == live[0])) if live else None
-        st.fragment(_said)(conversation_id, first)
+        boundary.part(_said)(conversation_id, first)
         if first is not None:
-            st.fragment(_under_way, run_every=POLL_SECONDS)(conversation_id, first, len(live))
+            boundary.part(_under_way, run_every=POLL_SECONDS)(conversation_id, first, len(live))
         _input(settings, conversation_id, live=bool(live))
     with right, st.container(key="panel"):
-        st.fragment(step_panel.show)(conversation_id)
+        boundary.part(step_panel.show)(conversation_id)
     with left, st.container(key="map"):
-        st.fragment(reply_map.section)(conversation_id)
+        boundary.part(reply_map.section)(conversation_id)
 
 
 def _said(conversation_id: int, end: int | None) -> None:

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from dashboard import address, charts, compare_shapes, components, data, lens_shapes, shapes
+from dashboard import (
+    address,
+    boundary,
+    charts,
+    compare_shapes,
+    components,
+    data,
+    lens_shapes,
+    shapes,
+)
 from dashboard.views import beginning, pictured
 from oki_trace.records import Message
 from oki_trace.visible import inert
@@ -14,6 +23,7 @@ from oki_trace.visible import inert
 SIDES = ("left", "right")
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     address.keep("compare", (*SIDES, "pair"))
@@ -28,7 +38,7 @@ def page() -> None:
     if left is None or right is None:
         st.caption("Choose two replies: of two models, two temperatures, two questions.")
         return
-    st.fragment(_replies)(left, right)
+    boundary.part(_replies)(left, right)
     st.markdown("#### Settings")
     components.table(data=compare_shapes.settings(left, right), key="settings")
     st.caption("In bold is what differs.")
@@ -62,7 +72,7 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
     wanted = _in_address(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
-        f"{side.capitalize()} reply",
+        f"{shapes.plain(side.capitalize())} reply",
         ids,
         index=ids.index(wanted) if wanted is not None and wanted in offered else None,
         format_func=offered.__getitem__,
@@ -149,7 +159,7 @@ def _steps(
     for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
-                st.caption(f"The {side} reply has no step here.")
+                st.caption(f"The {shapes.plain(side)} reply has no step here.")
                 continue
             components.bars(data=shapes.bars_data(step), key=f"bars-{side}")
             if step.lens is None:

@@ -10,7 +10,7 @@ from pathlib import PurePath
 import pandas as pd
 import streamlit as st
 
-from dashboard import data, shapes
+from dashboard import boundary, data, shapes
 from dashboard.views import beginning
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
@@ -32,6 +32,7 @@ FORMATS = {
 UPLOADS = ("json", "jsonl", "zip", "safetensors")
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     with st.container(
@@ -274,7 +275,7 @@ def _imported() -> None:
     done = st.session_state.pop("imported", None)
     if done is None:
         return
-    numbers = ", ".join(map(str, done.conversations))
+    numbers = ", ".join(f"{number:d}" for number in done.conversations)
     noun = "conversation" if len(done.conversations) == 1 else "conversations"
     st.success(
         f"Imported as {noun} {numbers}: {shapes.counted(done.messages, 'message')}, "

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from dashboard import address, components, data, question_charts, question_shapes, shapes
+from dashboard import address, boundary, components, data, question_charts, question_shapes, shapes
 from dashboard import asked as asking
 from dashboard.asked import Asked
-from dashboard.views import catching_up, question_controls
+from dashboard.views import catching_up, question_controls, sql
 from oki_trace.errors import OkiTraceError
 
 if TYPE_CHECKING:
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 # In more rows than fit the screen the table scrolls by itself.
 TABLE_HEIGHT = 430
+# What a link brings waits for a click where it reads the full tensors of many steps.
+READ_TENSORS = frozenset({("heads", ""), ("compare", "reply"), ("compare", "model")})
+ALLOWED = "asked-allowed"
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
@@ -41,11 +45,19 @@ def page() -> None:
     st.write(_without(question.meaning, group))
     if not catching_up.ready():
         return
+    # What differs from a link on its first drawing is what made no sense in it, not a choice.
+    followed = st.session_state.get(question_controls.SEEN) == asked
     chosen = question_controls.draw(asked, question)
     if chosen != asked:
+        if followed:
+            _allow(chosen)
         st.query_params.from_dict(chosen.query())
     if question.name == "compare" and not (chosen.first and chosen.second):
         st.caption("Choose two, and how far their distributions are apart is here.")
+        return
+    reads_tensors = not READ_TENSORS.isdisjoint({(question.name, ""), (question.name, chosen.view)})
+    if reads_tensors and chosen not in st.session_state.get(ALLOWED, ()):
+        _unasked(chosen)
         return
     try:
         with st.spinner("Asking…"):
@@ -78,8 +90,26 @@ def _list(asked: Asked) -> None:
                     _go(asked.instead(name))
 
 
+def _allow(asked: Asked) -> None:
+    """Let this be asked without another click: it was chosen here."""
+    st.session_state[ALLOWED] = {*st.session_state.get(ALLOWED, ()), asked}
+
+
+def _unasked(asked: Asked) -> None:
+    with st.container(border=True, key="ask-unasked"):
+        st.markdown("This question came with the link. It reads full tensors, which may take long.")
+        st.button(
+            "Ask it",
+            icon=":material/play_arrow:",
+            key="ask-link",
+            on_click=lambda: _allow(asked),
+        )
+
+
 def _go(asked: Asked) -> None:
-    st.query_params.from_dict(asked.query())
+    query = asked.query()
+    _allow(asking.read(query, data.questions()))
+    st.query_params.from_dict(query)
     st.rerun()
 
 
@@ -101,6 +131,7 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
         if st.button("Go on from it in SQL", icon=":material/edit:", key="to-sql"):
+            sql.allow(answer.sql)
             st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, attention_shapes, components, data, lens_shapes, shapes
+from dashboard import address, attention_shapes, boundary, components, data, lens_shapes, shapes
 from dashboard.views import beginning, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
@@ -22,6 +22,7 @@ FULL_WINDOW = 64
 HEIGHT = 660
 
 
+@boundary.page
 def page() -> None:
     """The map on a page of its own."""
     place = address.here()
@@ -38,8 +39,8 @@ def page() -> None:
         st.text(opened[0].title[:200])
         if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
             st.switch_page(st.session_state["pages"]["chat"], query_params=address.here().query())
-    st.fragment(_step)(opened[0].id)
-    st.fragment(section)(opened[0].id, wide=True)
+    boundary.part(_step)(opened[0].id)
+    boundary.part(section)(opened[0].id, wide=True)
 
 
 def _choose() -> None:
@@ -159,10 +160,10 @@ def _attention(
         return
     if head == attention_shapes.MEAN:
         found = data.attention_points(message, layer, first, end)
-        note = f"The {capture.policy.topk_evidence} most attended positions of each step."
+        note = f"The {capture.policy.topk_evidence:,} most attended positions of each step."
     else:
         found = data.full_attention(message, layer, head, first, end)
-        note = f"Every position, from the full tensors, {FULL_WINDOW} steps at a time."
+        note = f"Every position, from the full tensors, {FULL_WINDOW:d} steps at a time."
     park = step_panel.leave_out("map_sink")
     without = attention_shapes.parked(prompt, steps) if park else frozenset()
     shown = attention_shapes.attention_map(prompt, steps, found, first, end, without)

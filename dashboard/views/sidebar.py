@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import streamlit as st
 
 from dashboard import address, data, shapes
+from dashboard.model_defaults import SETTINGS
+from oki_trace import asking
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, TensorMode, WorkerState
+from oki_trace.records import (
+    CapturePolicy,
+    Message,
+    ModelChoice,
+    Role,
+    Sampling,
+    TensorMode,
+    WorkerState,
+)
 
 STATES = {
     "starting": ("Starting", "orange"),
@@ -29,28 +40,35 @@ Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None]
 # What was chosen, by the key of its widget. A widget's own state is gone as soon as
 # it is not drawn: on another page, or while its part of the sidebar is shut.
 CHOSEN = "chat-settings"
+# The conversation whose model was chosen last.
+FOLLOWED = "chat-followed"
 
 
-def settings() -> Settings | None:
-    """Draw the settings; None, with the reason shown, when they make no sense."""
+def settings(conversation: int | None, messages: Sequence[Message]) -> Settings | None:
+    """Draw the settings; None, with the reason shown, when they make no sense.
+
+    ``messages`` are those of the ``conversation`` that is open, whose model goes on
+    with it unless another is chosen.
+    """
+    _follow(conversation, messages)
     with st.sidebar:
         if st.button("New conversation", icon=":material/add:", width="stretch"):
             address.go(address.Place())
             st.rerun()
-        choice = _model()
+        choice = _model(messages)
         # Shut, it is not drawn: its widgets are the most costly of the page.
         part = st.expander("Sampling and capture", key="sampling", on_change="rerun")
         if part.open:
             with part:
-                _sampling_widgets()
+                _sampling_widgets(data.model_defaults(choice.model_id) if choice else {})
         try:
             sampling, policy, system = _asked()
         except UsageError as error:
-            st.error(str(error))
+            st.error(shapes.sentence(str(error)))
             return None
         if not part.open:
             st.caption(shapes.plain(shapes.settings_line(sampling, policy, system)))
-    return choice, sampling, policy, system
+    return None if choice is None else (choice, sampling, policy, system)
 
 
 def _chosen() -> dict[str, Any]:
@@ -60,10 +78,10 @@ def _chosen() -> dict[str, Any]:
         "model": environment.Settings.from_environment().model_id,
         "four_bit": False,
         "temperature": 0.0,
-        "top_p": 1.0,
-        "top_k": 0,
+        "top_p": None,
+        "top_k": None,
         "seed": None,
-        "penalty": 1.0,
+        "penalty": None,
         "max_new_tokens": sampling.max_new_tokens,
         "tensors": policy.tensors,
         "topk_logits": policy.topk_logits,
@@ -83,38 +101,101 @@ def _seeded(key: str) -> str:
     return key
 
 
-def _model() -> ModelChoice:
+def _follow(conversation: int | None, messages: Sequence[Message]) -> None:
+    """On coming to a conversation, choose what answered it last, loaded as it was then."""
+    if st.session_state.get(FOLLOWED) == conversation:
+        return
+    st.session_state[FOLLOWED] = conversation
+    last = last_choice(messages)
+    if last is None and not any(message.role is Role.ASSISTANT for message in messages):
+        return
+    chosen = st.session_state.setdefault(CHOSEN, {})
+    chosen["loaded"] = last
+    chosen["model"] = st.session_state["model"] = last.model_id if last else None
+    chosen["four_bit"] = st.session_state["four_bit"] = bool(last and last.use_4bit)
+
+
+def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
+    """The model of the conversation's last reply; None where no reply says which."""
+    last = asking.last_choice(messages)
+    if last is not None:
+        return last
+    # A trace that was imported may know the name alone.
+    names = [m.model_id for m in messages if m.role is Role.ASSISTANT and m.model_id]
+    return ModelChoice(names[-1]) if names else None
+
+
+def _model(messages: Sequence[Message]) -> ModelChoice | None:
     default = environment.Settings.from_environment().model_id
-    chosen = _chosen()["model"] or default
-    known = list(dict.fromkeys([default, "smollm2", chosen, *data.models_used()]))
+    chosen = _chosen()["model"]
+    known = list(dict.fromkeys([*filter(None, [chosen]), default, "smollm2", *data.models_used()]))
     name = st.selectbox(
         "Model",
         known,
+        index=None,
         key=_seeded("model"),
         accept_new_options=True,
+        placeholder="Choose a model",
         help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). "
         "Type to name another one.",
     )
+    name = (name or "").strip()
+    last = last_choice(messages)
+    if not name:
+        st.caption("Choose the model that is to answer.")
+    elif last is not None and last.model_id != name:
+        st.caption(f"The last reply here is by {shapes.plain(shapes.clipped(last.model_id, 60))}.")
     four_bit = st.toggle(
         "4-bit weights",
         key=_seeded("four_bit"),
         help="Loads with bitsandbytes; where that cannot be done the model is loaded in its own "
         "precision, and its card says so.",
     )
-    return ModelChoice(str(name or default).strip(), four_bit)
+    loaded: ModelChoice | None = st.session_state.get(CHOSEN, {}).get("loaded")
+    if loaded is not None and loaded.model_id == name:
+        return replace(loaded, use_4bit=four_bit)
+    return ModelChoice(name, four_bit) if name else None
 
 
-def _sampling_widgets() -> None:
+def _sampling_widgets(own: Mapping[str, float]) -> None:
+    """``own`` is what the model's generation config says, which holds where a field is empty."""
     temperature = st.slider(
         "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 is greedy."
     )
     off = temperature == 0
-    st.slider("Top-p", 0.05, 1.0, step=0.05, key=_seeded("top_p"), disabled=off)
+    usual = {one: _usual(own, one) for one in SETTINGS}
     st.number_input(
-        "Top-k", 0, 1000, key=_seeded("top_k"), disabled=off, help="0 keeps every token."
+        "Top-p",
+        0.01,
+        1.0,
+        None,
+        0.05,
+        key=_seeded("top_p"),
+        disabled=off,
+        placeholder=usual["top_p"],
+        help="Empty leaves it to the model's own generation config.",
+    )
+    st.number_input(
+        "Top-k",
+        0,
+        1000,
+        None,
+        key=_seeded("top_k"),
+        disabled=off,
+        placeholder=usual["top_k"],
+        help="0 keeps every token. Empty leaves it to the model's own generation config.",
     )
     st.number_input("Seed", 0, None, None, key=_seeded("seed"), disabled=off, placeholder="any")
-    st.slider("Repetition penalty", 1.0, 2.0, step=0.05, key=_seeded("penalty"))
+    st.number_input(
+        "Repetition penalty",
+        0.01,
+        10.0,
+        None,
+        0.05,
+        key=_seeded("penalty"),
+        placeholder=usual["repetition_penalty"],
+        help="1 is off. Empty leaves it to the model's own generation config.",
+    )
     st.number_input("Most new tokens", 1, 8192, key=_seeded("max_new_tokens"))
     st.selectbox(
         "Full tensors",
@@ -144,7 +225,7 @@ def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
         max_new_tokens=int(chosen["max_new_tokens"]),
         temperature=None if off else chosen["temperature"],
         top_p=None if off else chosen["top_p"],
-        top_k=None if off else int(chosen["top_k"]),
+        top_k=None if off or chosen["top_k"] is None else int(chosen["top_k"]),
         repetition_penalty=chosen["penalty"],
         seed=None if off or chosen["seed"] is None else int(chosen["seed"]),
     )
@@ -152,7 +233,12 @@ def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
         int(chosen[key]) for key in ("topk_logits", "topk_evidence", "topk_lens")
     )
     policy = CapturePolicy(logits, evidence, lens, chosen["tensors"])
-    return sampling, policy, chosen["system"].strip() or None
+    return sampling, policy, chosen["system"] if chosen["system"].strip() else None
+
+
+def _usual(own: Mapping[str, float], name: str) -> str:
+    """What an empty field stands for."""
+    return f"the model's own, {own[name]:g}" if name in own else "the model's own"
 
 
 def model_card(messages: Sequence[Message]) -> None:
@@ -167,7 +253,9 @@ def model_card(messages: Sequence[Message]) -> None:
         st.caption(shapes.plain(shapes.model_line(capture)))
         with st.container(horizontal=True, gap="xsmall"):
             for badge in shapes.trust(message):
-                st.badge(badge.name, color=badge.colour, help=shapes.plain(badge.meaning))
+                st.badge(
+                    shapes.plain(badge.name), color=badge.colour, help=shapes.plain(badge.meaning)
+                )
 
 
 def worker_card() -> None:
@@ -175,7 +263,7 @@ def worker_card() -> None:
     state = data.worker_state()
     if state is None:
         return
-    label, colour = STATES.get(state.state, (state.state, "gray"))
+    label, colour = STATES.get(state.state, ("Unknown", "gray"))
     with st.container(border=True, gap="xsmall"):
         st.badge(label, color=colour)  # type: ignore[arg-type]
         text = _detail(state)
@@ -206,7 +294,7 @@ def recent_conversations(current: int | None) -> None:
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else c.status}",
+                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else shapes.plain(c.status)}",
             ):
                 address.go(address.Place(c.id))
                 st.rerun()

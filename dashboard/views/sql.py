@@ -9,7 +9,7 @@ from typing import Any
 
 import streamlit as st
 
-from dashboard import components, data, shapes, sql_shapes
+from dashboard import boundary, components, data, shapes, sql_shapes
 from dashboard.views import catching_up
 from oki_trace.errors import OkiTraceError
 
@@ -20,6 +20,8 @@ TABLE_HEIGHT = 460
 # What the editor holds, and what the address holds of it.
 TEXT, SEEN = "sql-text", "sql-seen"
 RESULT = "sql-result"
+# The text that somebody here wrote, chose or ran; that of a link waits for a click.
+ALLOWED = "sql-allowed"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Result:
     error: str = ""
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     st.title("SQL")
@@ -59,12 +62,33 @@ def page() -> None:
     with left:
         asked, pressed = _editor()
         result: Result | None = st.session_state.get(RESULT)
+        if pressed:
+            allow(asked.text)
+        if asked.text and asked.text != st.session_state.get(ALLOWED):
+            _unasked()
+            return
         if asked.text and (pressed or result is None or result.asked != asked):
             with st.spinner("Asking…"):
-                result = _ask(asked)
+                result = _ask(asked, st.empty())
             st.session_state[RESULT] = result
         if result is not None and asked.text:
             _result(result)
+
+
+def allow(text: str) -> None:
+    """Let this text run without another click: it was written or chosen here."""
+    st.session_state[ALLOWED] = text.strip()
+
+
+def _unasked() -> None:
+    with st.container(border=True, key="sql-unasked"):
+        st.markdown("This query came with the link. It can change nothing, but it may take long.")
+        st.button(
+            "Run it",
+            icon=":material/play_arrow:",
+            key="sql-run-link",
+            on_click=lambda: allow(st.session_state[TEXT]),
+        )
 
 
 def _tables() -> None:
@@ -84,6 +108,8 @@ def _tables() -> None:
 def _editor() -> tuple[Asked, bool]:
     # Without one, what was there before the page was left, or something to begin with.
     first = next(iter(sql_shapes.EXAMPLES.values()))
+    if SEEN not in st.session_state and not st.query_params.get("sql"):
+        allow(first)
     address = st.query_params.get("sql") or st.session_state.get(SEEN, first)
     if TEXT not in st.session_state or st.session_state.get(SEEN) != address:
         st.session_state[TEXT] = address
@@ -101,6 +127,7 @@ def _editor() -> tuple[Asked, bool]:
             "Your question",
             key=TEXT,
             height=190,
+            on_change=lambda: allow(st.session_state[TEXT]),
             placeholder="SELECT token, prob FROM step ORDER BY prob LIMIT 10",
             label_visibility="collapsed",
         )
@@ -126,15 +153,23 @@ def _take_example() -> None:
     chosen = st.session_state["sql-example"]
     if chosen is not None:
         st.session_state[TEXT] = sql_shapes.EXAMPLES[chosen]
+        allow(st.session_state[TEXT])
 
 
-def _ask(asked: Asked) -> Result:
+def _ask(asked: Asked, place: Any) -> Result:
     began = time.perf_counter()
+
+    def tick() -> None:
+        """Draw something now and then: that is when Streamlit ends a page that was left."""
+        place.caption(f"{time.perf_counter() - began:.0f} s")
+
     try:
-        table, cut = data.sql(asked.text, asked.rows, asked.seconds)
+        found = data.sql(asked.text, asked.rows, asked.seconds, tick)
     except OkiTraceError as error:
         return Result(asked, error=str(error))
-    return Result(asked, table, cut, time.perf_counter() - began)
+    finally:
+        place.empty()
+    return Result(asked, found.table, found.cut, time.perf_counter() - began)
 
 
 def _result(result: Result) -> None:

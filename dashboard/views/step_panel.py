@@ -157,9 +157,9 @@ def head_of(message: Message, count: int | None, key: str = "evidence_head") -> 
         label_visibility="collapsed",
         width=146,
         disabled=count is None,
-        help=f"Single heads and the maximum need the full tensors, {shapes.absence(message)}."
-        if count is None
-        else None,
+        help=None
+        if count is not None
+        else f"Single heads and the maximum need the full tensors, {shapes.absence(message)}.",
     )
 
 
@@ -271,6 +271,6 @@ def _curves(step: Step) -> None:
     pictured.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
     k = step.lens.probs.shape[1]
     st.caption(
-        f"The chosen token is known at every layer; of others the {k} likeliest of each layer "
+        f"The chosen token is known at every layer; of others the {k:d} likeliest of each layer "
         "were kept, and where they are not among them there is a gap."
     )

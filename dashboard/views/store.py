@@ -15,7 +15,7 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboard import charts, components, data, shapes, store_shapes
+from dashboard import boundary, charts, components, data, shapes, store_shapes
 from dashboard.views import beginning, pictured
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
@@ -27,6 +27,7 @@ KINDS = {"full tensors only": True, "whole conversations": False}
 Result = TypeVar("Result")
 
 
+@boundary.page
 def page() -> None:
     """Draw the page."""
     st.title("Store")
@@ -91,7 +92,7 @@ def _verify(place: DeltaGenerator) -> None:
         share = done / of_all if of_all else 1.0
         bar.progress(
             min(share, 1.0),
-            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{rest}. "
+            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{shapes.plain(rest)}. "
             "A click on anything else ends the check.",
         )
 
@@ -200,7 +201,7 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
 
 
 def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
-    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {what}")
+    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {shapes.plain(what)}")
 
 
 def _vacuum(info: StoreInfo) -> None:

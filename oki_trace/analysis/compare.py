@@ -266,6 +266,6 @@ def _mean(distances: list[Distance], weights: list[int]) -> Distance:
 
 def _told(d: Distance) -> str:
     return (
-        f"KL {d.kl:.4f} nats (back {d.kl_back:.4f}), JS {d.js:.4f} nats, TV {d.tv:.4f}, "
+        f"KL {d.kl:z.4f} nats (back {d.kl_back:z.4f}), JS {d.js:z.4f} nats, TV {d.tv:.4f}, "
         f"from {d.basis}."
     )

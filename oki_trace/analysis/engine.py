@@ -6,7 +6,6 @@ and a copy of what was running when it was made.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from oki_trace.errors import QuestionError
 from oki_trace.store.reader import TraceReader
 
 # Together with Python and Arrow this stays below 1 GB.
+MEMORY_BYTES = 768_000_000
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
-    "memory_limit": "768MB",
+    "memory_limit": f"{MEMORY_BYTES // 1_000_000}MB",
     # Nothing is written, not even what does not fit into memory.
     "temp_directory": "",
     "autoinstall_known_extensions": "false",
@@ -36,7 +36,7 @@ CONFIG: dict[str, str | bool | int | float | list[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A result: a row a tuple. ``cut``: there were more than were asked for."""
+    """A result: a row a tuple; ``kinds`` are DuckDB's types. ``cut``: there were more rows."""
 
     columns: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -45,12 +45,17 @@ class Rows:
 
 
 def connect(
-    files: Mapping[str, Sequence[str]], live: Mapping[str, Any], reader: TraceReader
+    files: Mapping[str, Sequence[str]],
+    live: Mapping[str, Any],
+    reader: TraceReader,
+    **config: str | int,
 ) -> duckdb.DuckDBPyConnection:
     """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; our functions,
-    which read tensors through ``reader``; then locked.
+    which read tensors through ``reader``; then locked. ``config``: settings of DuckDB's.
     """
-    connection = duckdb.connect(":memory:", config=CONFIG)
+    connection = duckdb.connect(":memory:", config={**CONFIG, **config})
+    # Wherever the machine stands.
+    connection.execute("SET TimeZone = 'UTC'")
     for name in BY_NAME:
         relations = []
         if files.get(name):
@@ -71,97 +76,79 @@ def connect(
 
 
 def run(
-    connection: duckdb.DuckDBPyConnection,
-    sql: str,
-    parameters: Mapping[str, Any] | None = None,
-    *,
-    limit: int | None = None,
-    seconds: float | None = None,
+    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None = None
 ) -> Rows:
-    """At most ``limit`` rows, within ``seconds``. Raises QuestionError when it cannot be."""
-    with told_plainly(seconds), _cursor(connection, seconds) as cursor:
+    """The answer to a statement of ours. Raises QuestionError when it cannot be."""
+    with told_plainly(), connection.cursor() as cursor:
         result = cursor.execute(sql, dict(parameters or {}))
         names = tuple(str(column[0]) for column in result.description or ())
         kinds = tuple(str(column[1]) for column in result.description or ())
-        rows = result.fetchall() if limit is None else result.fetchmany(limit + 1)
-    cut = limit is not None and len(rows) > limit
-    return Rows(names, kinds, tuple(rows[:limit] if cut else rows), cut)
+        return Rows(names, kinds, tuple(result.fetchall()))
 
 
-def run_arrow(
-    connection: duckdb.DuckDBPyConnection, sql: str, *, limit: int, seconds: float
-) -> tuple[Any, bool]:
-    """The same as an Arrow table, with its types, and whether there were more rows."""
-    with told_plainly(seconds), _cursor(connection, seconds) as cursor:
-        reader: Any = cursor.sql(sql).to_arrow_reader(limit + 1)
-        batches, count = [], 0
-        for batch in reader:
-            batches.append(batch)
-            count += len(batch)
-            if count > limit:
-                break
-    table = pa.Table.from_batches(batches, reader.schema)
-    return table.slice(0, limit), count > limit
+def out_of_memory(memory_bytes: int = MEMORY_BYTES) -> QuestionError:
+    """What is said of a question that takes more memory than it may."""
+    return QuestionError(
+        f"The question needs more than {memory_bytes / 1e6:,.0f} MB of memory: narrow it down, or "
+        "ask for less."
+    )
+
+
+_REACHES_OUT = (
+    "The question reaches for a file or an address: it can read only the tables that "
+    "`oki-trace sql --tables` lists."
+)
+_UNREADABLE = "A file of the cache cannot be read: write it anew with `oki-trace sql --rebuild`."
 
 
 @contextmanager
-def _cursor(
-    connection: duckdb.DuckDBPyConnection, seconds: float | None
-) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A place for one question, which is ended after so long; what is not fetched goes with it."""
-    with connection.cursor() as cursor:
-        if seconds is None:
-            yield cursor
-            return
-        timer = threading.Timer(seconds, cursor.interrupt)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield cursor
-        finally:
-            timer.cancel()
-            timer.join()
-
-
-@contextmanager
-def told_plainly(seconds: float | None = None) -> Iterator[None]:
+def told_plainly(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
     """Turn what DuckDB raises into one sentence that names the fix."""
     try:
         yield
     except duckdb.InterruptException as error:
-        raise QuestionError(
-            f"The question took longer than {seconds:g} s and was ended: narrow it down, or give "
-            "it more time (--timeout)."
-            if seconds is not None
-            else "The question was interrupted: ask it again."
-        ) from error
+        raise QuestionError("The question was interrupted: ask it again.") from error
     except duckdb.OutOfMemoryException as error:
-        raise QuestionError(
-            "The question needs more than 768 MB of memory: narrow it down, or ask for less."
-        ) from error
+        raise out_of_memory(memory_bytes) from error
     except duckdb.PermissionException as error:
-        raise QuestionError(
-            "The question reaches for a file or an address: it can read only the tables that "
-            "`oki-trace sql --tables` lists."
-        ) from error
+        raise QuestionError(_REACHES_OUT) from error
     except duckdb.IOException as error:
-        raise QuestionError(
-            "A file of the cache cannot be read: write it anew with `oki-trace sql --rebuild`."
-        ) from error
+        raise QuestionError(_UNREADABLE) from error
     except duckdb.Error as error:
-        # What one of our own functions found wrong says all by itself.
-        _, ours, told = str(error).partition("while executing the UDF: ")
-        if ours:
-            raise QuestionError(told.partition(": ")[2]) from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = lines[0].partition(": ")[2] or lines[0]
-        # DuckDB's own tables are like any name.
-        hints = (
-            line
-            for line in lines[1:]
-            if line.startswith(("Candidate", "Did you mean")) and '"pg_' not in line
-        )
-        said = what.rstrip(".!") + "."
-        if hint := next(hints, ""):
-            said += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."
-        raise QuestionError(f"The SQL cannot be answered: {said}") from error
+        raise _in_one_line(str(error)) from error
+
+
+@contextmanager
+def streamed_plainly(memory_bytes: int) -> Iterator[None]:
+    """The same while Arrow reads the result, which raises what DuckDB says as its own errors."""
+    try:
+        with told_plainly(memory_bytes):
+            yield
+    except (pa.ArrowException, OSError) as error:
+        said = str(error)
+        if isinstance(error, MemoryError) or "Out of Memory Error" in said:
+            raise out_of_memory(memory_bytes) from error
+        if said.startswith("Permission Error"):
+            raise QuestionError(_REACHES_OUT) from error
+        if said.startswith("IO Error"):
+            raise QuestionError(_UNREADABLE) from error
+        raise _in_one_line(said) from error
+
+
+def _in_one_line(said: str) -> QuestionError:
+    # What one of our own functions found wrong says all by itself.
+    _, ours, told = said.partition("while executing the UDF: ")
+    if ours:
+        return QuestionError(told.partition(": ")[2])
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    what = lines[0].partition(": ")[2] or lines[0]
+    # DuckDB's own tables are like any name.
+    hints = (
+        line
+        for line in lines[1:]
+        if line.startswith(("Candidate", "Did you mean")) and '"pg_' not in line
+    )
+    told = what.rstrip(".!") + "."
+    if hint := next(hints, ""):
+        told += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."
+    return QuestionError(f"The SQL cannot be answered: {told}")

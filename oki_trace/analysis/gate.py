@@ -21,13 +21,24 @@ from oki_trace.errors import QuestionError
 _READING = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
 _TABLE_FUNCTIONS = frozenset({"generate_series", "range", "repeat", "repeat_row", "unnest"})
 # Scalar functions that run SQL of their own, or reach out of the question.
-_REFUSED = frozenset({"getenv", "getvariable", "nextval", "query", "query_table", "write_log"})
-
+_REFUSED = frozenset(
+    {
+        *("current_setting", "getenv", "getvariable", "json_serialize_plan", "nextval"),
+        *("pg_get_viewdef", "query", "query_table", "setval", "write_log"),
+    }
+)
+# Where our tables are; a schema of another name may be the folder of a file.
+_SCHEMAS = frozenset({("", ""), ("", "main"), ("memory", "main"), ("", "memory")})
 _A_NAME = re.compile(r"\w+\Z")
+_SHOWN = ('"tables"',)
+_LONGEST_NAME = 100
+# DuckDB's planner takes time with the square of them.
+_MOST_SELECTS = 1_000
 
 _ONLY_TABLES = (
     "{} is not allowed: a question can read only the tables that `oki-trace sql --tables` lists."
 )
+TOO_DEEP = "The statement is nested too deeply: ask with fewer subqueries and brackets."
 _ONE_SELECT = "Ask with one SELECT statement: nothing can be changed, and nothing else is read."
 
 
@@ -35,13 +46,22 @@ def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Raise QuestionError unless ``sql`` is one statement that only reads tables."""
     found = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
     assert found is not None
-    tree: dict[str, Any] = json.loads(found[0])
+    try:
+        tree: dict[str, Any] = json.loads(found[0])
+    except RecursionError as error:
+        raise QuestionError(TOO_DEEP) from error
     if tree["error"]:
+        said = str(tree.get("error_message", ""))
+        if "expression depth" in said:
+            raise QuestionError(TOO_DEEP)
+        if "memory" in said.lower() or "allocation" in said.lower():
+            raise MemoryError
         if tree.get("error_type") == "parser":
-            raise QuestionError(f"The SQL cannot be read: {tree['error_message']}.")
+            raise QuestionError(f"The SQL cannot be read: {said.rstrip('.')}.")
         raise QuestionError(_ONE_SELECT)
     if len(tree["statements"]) != 1:
         raise QuestionError(_ONE_SELECT)
+    selects = 0
     for node in _nodes(tree):
         kind = str(node.get("type", ""))
         if kind.endswith("_NODE") and kind not in _READING:
@@ -50,21 +70,45 @@ def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
             name = _name(node["function"])
             if name not in _TABLE_FUNCTIONS:
                 raise QuestionError(_ONLY_TABLES.format(name + "()"))
-        # DuckDB takes a table's name that looks like a file for the file.
-        if kind == "BASE_TABLE" and not _A_NAME.match(str(node.get("table_name", ""))):
-            raise QuestionError(_ONLY_TABLES.format(node["table_name"]))
+        if kind in ("BASE_TABLE", "SHOW_REF"):
+            _check_table(node)
         if kind == "FUNCTION" and _name(node) in _REFUSED:
             raise QuestionError(f"{_name(node)}() is not allowed: ask without it.")
+        selects += kind == "SELECT_NODE"
+        if selects > _MOST_SELECTS:
+            raise QuestionError(
+                f"The statement has more than {_MOST_SELECTS:,} SELECTs: ask with fewer."
+            )
+
+
+def _check_table(node: dict[str, Any]) -> None:
+    """DuckDB takes a name that looks like a file for the file, also in parts: "x".parquet."""
+    catalog, schema, name = (
+        str(node.get(part, "")) for part in ("catalog_name", "schema_name", "table_name")
+    )
+    whole = ".".join(filter(None, (catalog, schema, name)))
+    if node["type"] == "SHOW_REF":
+        allowed = not catalog and not schema and name in ("", *_SHOWN)
+    else:
+        allowed = (catalog, schema) in _SCHEMAS and _A_NAME.match(name) is not None
+    if not allowed:
+        raise QuestionError(_ONLY_TABLES.format(_shortened(whole)))
 
 
 def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(tree, dict):
-        yield tree
-        for value in tree.values():
-            yield from _nodes(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _nodes(value)
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            yield node
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+
+
+def _shortened(name: str) -> str:
+    shown = " ".join(name.split())
+    return shown if len(shown) <= _LONGEST_NAME else shown[: _LONGEST_NAME - 1] + "…"
 
 
 def _name(function: dict[str, Any]) -> str:

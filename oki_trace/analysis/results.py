@@ -20,9 +20,9 @@ from oki_trace.errors import QuestionError
 def plain(value: Any) -> Any:
     """``value`` as JSON can hold it: what is not a number is null, a moment ISO text in UTC."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value + 0.0 if math.isfinite(value) else None
     if isinstance(value, Decimal):
-        return float(value)
+        return int(value) if value.as_tuple().exponent == 0 else float(value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, dt.date | dt.time):
@@ -35,7 +35,7 @@ def plain(value: Any) -> Any:
 
 
 def objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
-    """A dictionary a row; of columns of one name the last counts."""
+    """A dictionary a row. The names are distinct, as ``values.distinct`` makes them."""
     return [dict(zip(names, map(plain, row), strict=True)) for row in rows]
 
 

@@ -15,10 +15,12 @@ from typing import Any, Self, TypeVar
 
 import duckdb
 
-from oki_trace.analysis import engine, gate
+from oki_trace.analysis import engine, values
 from oki_trace.analysis.cache import CACHED, Cache, Progress, live_tables
 from oki_trace.analysis.engine import Rows
+from oki_trace.analysis.sandbox import MEMORY_BYTES, Contents, Limits, Result, Sandbox, Tick
 from oki_trace.errors import QuestionError
+from oki_trace.store import identity
 from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
 
@@ -33,14 +35,17 @@ class Trove:
 
     def __init__(self, db: Db, progress: Progress | None = None) -> None:
         self.reader = TraceReader(db)
+        url = identity.address(db)
+        self._db = str(identity.file_of(url) or url.render_as_string(hide_password=False))
         self._cache = Cache(db)
         self._progress = progress
         # One, or none. Let go of before the program ends, whoever still holds the trove:
         # DuckDB complains of what outlives it.
         self._open: list[duckdb.DuckDBPyConnection] = []
         weakref.finalize(self, _close, self._open)
-        self._files: list[str] = []
+        self._now: Contents | None = None
         self._stamp = ""
+        self._sandbox = Sandbox()
         self._one_at_a_time = threading.RLock()
 
     def __enter__(self) -> Self:
@@ -55,6 +60,7 @@ class Trove:
         self.close()
 
     def close(self) -> None:
+        self._sandbox.close()
         self._forget()
         self.reader.close()
 
@@ -62,30 +68,41 @@ class Trove:
         """The answer to one of our own questions."""
         return self._with_connection(lambda c: engine.run(c, sql, parameters))
 
-    def sql(
-        self, sql: str, *, limit: int | None = ROW_LIMIT, seconds: float | None = TIME_LIMIT_S
-    ) -> Rows:
-        """The answer to somebody's own SQL: read-only, at most ``limit`` rows, within ``seconds``.
+    def sql(self, sql: str, *, limit: int = ROW_LIMIT, **limits: Any) -> Rows:
+        """The answer to somebody's own SQL: read-only, at most ``limit`` rows.
 
-        Raises QuestionError, in one line, for whatever else it tries.
+        Limits and errors as for ``sql_result``.
         """
+        found = self.sql_result(sql, limit=limit, **limits)
+        names = tuple(found.table.schema.names)
+        return Rows(names, found.kinds, tuple(values.rows_of(found.table)), found.cut)
 
-        def run(connection: duckdb.DuckDBPyConnection) -> Rows:
-            gate.check(connection, sql)
-            return engine.run(connection, sql, limit=limit, seconds=seconds)
+    def sql_result(
+        self,
+        sql: str,
+        *,
+        limit: int = ROW_LIMIT,
+        seconds: float = TIME_LIMIT_S,
+        memory_bytes: int = MEMORY_BYTES,
+        tick: Tick | None = None,
+    ) -> Result:
+        """The same as an Arrow table: within ``seconds``, in a process that is ended then.
 
-        return self._with_connection(run)
-
-    def sql_arrow(
-        self, sql: str, *, limit: int = ROW_LIMIT, seconds: float = TIME_LIMIT_S
-    ) -> tuple[Any, bool]:
-        """The same as an Arrow table, and whether there were more rows."""
-
-        def run(connection: duckdb.DuckDBPyConnection) -> tuple[Any, bool]:
-            gate.check(connection, sql)
-            return engine.run_arrow(connection, sql, limit=limit, seconds=seconds)
-
-        return self._with_connection(run)
+        ``memory_bytes`` is what the statement may take beyond that process itself. ``tick`` is
+        called meanwhile, and what it raises ends the question. Raises QuestionError, in one
+        line, for whatever else the statement tries.
+        """
+        limits = Limits(limit, seconds, memory_bytes)
+        try:
+            return self._sandbox.ask(sql, limits, self._contents, tick)
+        except QuestionError:
+            if self._are_there():
+                raise
+        # Another process has joined or dropped parts since they were listed.
+        with self._one_at_a_time:
+            self._forget()
+        self._sandbox.close()
+        return self._sandbox.ask(sql, limits, self._contents, tick)
 
     def rebuild(self) -> None:
         """Throw the cache away and write it anew from the store."""
@@ -100,28 +117,42 @@ class Trove:
             try:
                 return ask(connection)
             except QuestionError:
-                if all(Path(file).exists() for file in self._files):
+                if self._are_there():
                     raise
             # Another process has joined or dropped parts since they were listed.
             self._forget()
             return ask(self._current())
 
+    def _are_there(self) -> bool:
+        now = self._now
+        return now is None or all(
+            Path(file).exists() for of_table in now.files.values() for file in of_table
+        )
+
     def _current(self) -> duckdb.DuckDBPyConnection:
         """The connection, in step with the store."""
-        stamp = self.reader.stamp()
-        if not self._open or self._stamp != stamp:
-            self._forget()
-            manifest = self._cache.sync(self.reader, self._progress)
-            files = {
-                name: [self._cache.folder.file(part, name) for part in manifest.parts]
-                for name in CACHED
-            }
-            self._files = [file for of_table in files.values() for file in of_table]
-            self._open.append(engine.connect(files, live_tables(self.reader), self.reader))
-            self._stamp = stamp
+        now = self._contents()
+        if not self._open or self._stamp != now.stamp:
+            _close(self._open)
+            self._open.append(engine.connect(now.files, now.live, self.reader))
+            self._stamp = now.stamp
         return self._open[0]
 
+    def _contents(self) -> Contents:
+        """What the store holds now; the cache is brought in step for it."""
+        with self._one_at_a_time:
+            stamp = self.reader.stamp()
+            if self._now is None or self._now.stamp != stamp:
+                manifest = self._cache.sync(self.reader, self._progress)
+                files = {
+                    name: [self._cache.folder.file(part, name) for part in manifest.parts]
+                    for name in CACHED
+                }
+                self._now = Contents(stamp, self._db, files, live_tables(self.reader))
+            return self._now
+
     def _forget(self) -> None:
+        self._now = None
         _close(self._open)
 
 

@@ -49,6 +49,7 @@ def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
     from oki_trace.cli.output import complain
     from oki_trace.errors import OkiTraceError, UsageError
+    from oki_trace.given_text import checked
 
     given, debug = _without_debug(arguments)
     _take_any_text()
@@ -57,6 +58,8 @@ def _run(arguments: list[str]) -> None:
         for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
     try:
+        for argument in given:
+            checked(argument, "An argument")
         app(given, prog_name="oki-trace")
     except OkiTraceError as error:
         if debug:
@@ -79,9 +82,12 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _take_any_text() -> None:
-    """No text from outside ends a command: what an encoding cannot hold is escaped or replaced."""
+    """No text from outside ends a command: what an encoding cannot hold is escaped.
+
+    What was read so is refused by whoever takes it (``given_text``).
+    """
     for stream, errors in (
-        (sys.stdin, "replace"),
+        (sys.stdin, "surrogateescape"),
         (sys.stdout, "backslashreplace"),
         (sys.stderr, "backslashreplace"),
     ):

@@ -155,7 +155,7 @@ def _cell(column: Column, value: Any) -> Text:
 def _number(value: float) -> str:
     if 1e-6 <= abs(value) < 0.001:
         return f"{value:.1e}"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:z.3f}" if abs(value) < 10 else f"{value:z,.1f}"
 
 
 def _short(text: str) -> Text:
@@ -186,7 +186,7 @@ def _plain_cell(value: Any) -> Text:
     if value is None:
         return Text("NULL", style="dim")
     if isinstance(value, float):
-        return Text(f"{value:.6g}")
+        return Text(f"{value:z.6g}")
     return Text(inert(str(results.plain(value)), keep=""))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -23,20 +25,39 @@ from oki_trace.cli import (
     verify,
 )
 
+_SHORT_OPTION = re.compile("No such option: -[^-]")
+# Its own name is private to typer.
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
 
 class _Commands(TyperGroup):
     """All commands. When the reader of their output goes away (``| head``), they just end."""
 
     def invoke(self, ctx: Any) -> Any:
+        given = list(ctx.args)
         try:
             try:
                 return super().invoke(ctx)
+            except _UsageError as error:
+                error.message += _about_dashes(error.message, given)
+                raise
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
             # What is still buffered goes nowhere, and no complaint is made of it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+
+
+def _about_dashes(said: str, given: list[str]) -> str:
+    """What is added to a complaint about options where a text may have been taken for one."""
+    texts = [one for one in given if one.startswith("-") and " " in one]
+    if not texts and not _SHORT_OPTION.match(said):
+        return ""
+    text = texts[0] if texts else "-5 + 3"
+    return (
+        "" if not said else " " if said.endswith(".") else ". "
+    ) + f"A text that begins with - goes after --: oki-trace run -- {shlex.quote(text)}"
 
 
 app = typer.Typer(

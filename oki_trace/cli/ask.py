@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from oki_trace.cli import options
+from oki_trace.cli import options, quantities
 from oki_trace.cli.output import complain
 from oki_trace.errors import UsageError
 from oki_trace.records import Role
@@ -98,6 +99,8 @@ def ask(
 
     Example: oki-trace ask unsure --model smollm2 --since 2026-01-01 --format csv
     """
+    if least is not None and not 0 <= least <= 1:
+        raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")
     from oki_trace.analysis import builtin
     from oki_trace.analysis.scope import Scope, moment
     from oki_trace.cli import answers
@@ -145,6 +148,9 @@ def sql(
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.001, help="At most this many seconds.")
     ] = 30.0,
+    memory: Annotated[
+        str, typer.Option("--memory", help="How much memory the statement may take.")
+    ] = "512MB",
     output: options.Output = None,
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Write the cache anew from the store, first.")
@@ -160,9 +166,15 @@ def sql(
 
     Example: oki-trace sql "FROM step WHERE prob < 0.1" --format parquet --output unsure.parquet
     """
+    from oki_trace.analysis.sandbox import LEAST_MEMORY_BYTES
     from oki_trace.cli import answers
 
     format = Format.JSON if json else format
+    if not math.isfinite(timeout):
+        raise UsageError(f"--timeout {timeout} is no time: give a number of seconds, as 30.")
+    memory_bytes = quantities.size(memory)
+    if memory_bytes < LEAST_MEMORY_BYTES:
+        raise UsageError(f"--memory {memory} is too little for DuckDB: give 200MB or more.")
     if tables:
         answers.print_tables(as_json=format is Format.JSON)
         return
@@ -179,10 +191,13 @@ def sql(
             complain("The cache is written anew.")
             return
         if format is Format.PARQUET:
-            table, cut = trove.sql_arrow(query, limit=limit, seconds=timeout)
-            answers.write_parquet(table, output)
+            result = trove.sql_result(
+                query, limit=limit, seconds=timeout, memory_bytes=memory_bytes
+            )
+            answers.write_parquet(result.table, output)
+            cut = result.cut
         else:
-            found = trove.sql(query, limit=limit, seconds=timeout)
+            found = trove.sql(query, limit=limit, seconds=timeout, memory_bytes=memory_bytes)
             answers.print_rows(found, format, output)
             cut = found.cut
     if cut:

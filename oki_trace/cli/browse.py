@@ -173,7 +173,7 @@ def _print_steps(out: Console, steps: list[Step]) -> None:
             _bar(step.prob, BAR_WIDTH // 2),
             token(other[0]) if other else "",
             f"{other[1]:.3f}" if other else "",
-            f"{step.entropy:.2f}",
+            f"{step.entropy:z.2f}",
             _settled(step.lens),
         )
     out.print(rows)
@@ -212,8 +212,8 @@ def _show_step(reader: TraceReader, message: Message, index: int, as_json: bool)
     prompt = reader.prompt(message.id)
     out.print(Text("step ").append(str(index), "bold").append("  "), token(step.token), end="")
     out.print(
-        f"   prob {step.prob:.4f} · rank {step.rank} · surprisal {step.surprisal:.3f} nats"
-        f" · entropy {step.entropy:.3f} nats · position {step.position}"
+        f"   prob {step.prob:.4f} · rank {step.rank} · surprisal {step.surprisal:z.3f} nats"
+        f" · entropy {step.entropy:z.3f} nats · position {step.position}"
         f" · settled {_settled(step.lens)}"
     )
     _print_decision(out, step)
@@ -252,7 +252,7 @@ def _print_candidates(out: Console, step: Step) -> None:
     if top.noise is not None and top.sampled_probs is not None:
         # What was removed took no part in the draw.
         pairs = zip(top.noise.tolist(), top.sampled_probs.tolist(), strict=True)
-        after.append(("noise", [f"{noise:+.2f}" if prob else "" for noise, prob in pairs]))
+        after.append(("noise", [f"{noise:+z.2f}" if prob else "" for noise, prob in pairs]))
     names = [name for name, _ in after]
     rows = table("considered", "prob", "", *names, right=tuple(names))
     for rank, (text, prob) in enumerate(zip(top.tokens, top.probs.tolist(), strict=True)):

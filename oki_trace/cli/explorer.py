@@ -28,6 +28,14 @@ def ui(
             "--public", help="Other machines may reach --host. There is no password: mind who can."
         ),
     ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="A name by which browsers may reach it, as behind a proxy. Can be repeated.",
+        ),
+    ] = None,
     db: options.Db = None,
 ) -> None:
     """Open the explorer, on this machine alone.
@@ -36,7 +44,9 @@ def ui(
 
     Example: oki-trace ui --db elsewhere.db
     """
-    open_explorer(options.store_of(db), port, {}, host, public=public)
+    open_explorer(
+        options.store_of(db), port, {}, host, public=public, names=tuple(allow_host or ())
+    )
 
 
 def open_explorer(
@@ -46,12 +56,15 @@ def open_explorer(
     host: str = "127.0.0.1",
     *,
     public: bool = False,
+    names: tuple[str, ...] = (),
 ) -> None:
     """Serve the explorer until interrupted; on a terminal, open the browser on it."""
-    from oki_trace.launcher import checked_host, free_port, is_loopback, serve, url_of
+    from oki_trace.launcher import checked_host, checked_name, free_port, is_loopback, serve, url_of
     from oki_trace.store.migrate import ensure
 
     checked_host(host, public=public)
+    for name in names:
+        checked_name(name)
     ensure(db)
     chosen = free_port(port, host)
     url = url_of(chosen, query, host)
@@ -61,4 +74,6 @@ def open_explorer(
             "conversation in this store, and use the model. Nothing is encrypted."
         )
     console().print(f"Explorer: {url}  (Ctrl-C to stop)")
-    raise typer.Exit(serve(db, chosen, url, open_browser=sys.stdout.isatty(), host=host))
+    raise typer.Exit(
+        serve(db, chosen, url, open_browser=sys.stdout.isatty(), host=host, names=names)
+    )

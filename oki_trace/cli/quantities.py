@@ -12,6 +12,8 @@ _BYTES = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+# No disk and no memory is larger; and it fits into 64 bits.
+_MOST_BYTES = 10**18
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
@@ -33,4 +35,7 @@ def size(text: str) -> int:
     factor = _BYTES.get(found[2].lower()) if found else None
     if found is None or factor is None:
         raise UsageError(f"{text!r} is no size. Write a number and kB, MB, GB or TB, as in 10GB.")
-    return round(float(found[1]) * factor)
+    bytes_ = float(found[1]) * factor
+    if bytes_ >= _MOST_BYTES:
+        raise UsageError(f"{text!r} is more than there is. Write a size such as 10GB.")
+    return round(bytes_)

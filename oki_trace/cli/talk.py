@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
@@ -15,9 +16,11 @@ from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
+from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
-from oki_trace.records import Message, ModelChoice, TurnEnd
+from oki_trace.given_text import checked
+from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 
 if TYPE_CHECKING:
     from oki_trace.llm.load import LoadedModel
@@ -54,7 +57,7 @@ def run(
     Example: oki-trace run "Hello" --model ./my-model --tensors none --json
     """
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
-    if not content.strip():
+    if not checked(content, "The prompt").strip():
         raise UsageError("The prompt is empty. Give the model something to answer.")
     with _talking(turns) as talk:
         turn = talk(content, turns.conversation, quiet=json)
@@ -75,8 +78,9 @@ def chat(turns: options.Turns) -> None:
     """
     conversation = turns.conversation
     with _talking(turns) as talk:
-        while line := _read_line():
-            turn = talk(line, conversation)
+        # Spaces are kept as they were typed.
+        while (line := _read_line()).strip():
+            turn = talk(checked(line, "The prompt"), conversation)
             conversation = turn.reply.conversation_id
             _summary(turn, options.store_of(turns.db))
             if turn.exit_status not in (0, 128 + signal.SIGINT):
@@ -143,7 +147,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
     if turns.system and turns.conversation is not None:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
-    with TraceWriter(db) as writer, TraceReader(db) as reader:
+    with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         before = [] if turns.conversation is None else reader.messages(turns.conversation)
         choice = turns.choice(asking.last_choice(before))
         loaded = _load(choice)
@@ -152,6 +156,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
             ask = asking.Ask(content, choice, sampling, policy, turns.system)
             _, reply_id = asking.submit(writer, ask, conversation, claim=True)
             reply = reader.message(reply_id)
+            dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
             with _stoppable() as stop:
                 end = answering.answer(
                     writer,
@@ -161,6 +166,8 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
                     should_stop=stop.is_asked,
                     on_text=None if quiet else stop.show,
                 )
+            dog.tell = None
+            dog.obeyed.set()
             if not quiet:
                 print()
             return _Turn(reader.message(reply_id), end, stop.exit_status or 0)
@@ -197,7 +204,7 @@ def _load_showing(choice: ModelChoice) -> LoadedModel:
 
 def _read_line() -> str:
     try:
-        return input("\n> " if sys.stdin.isatty() else "").strip()
+        return input("\n> " if sys.stdin.isatty() else "").rstrip("\r")
     except EOFError:
         return ""
 

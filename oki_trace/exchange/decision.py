@@ -108,11 +108,11 @@ def _differ(before: float, after: float) -> bool:
 
 
 def _noise(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:+.2f}"
+    return "unknown" if value is None else f"{value:+z.2f}"
 
 
 def _prob(value: float | None) -> str:
     """Three digits, also of what is small."""
     if value is None or value != value:
         return "–"
-    return f"{value:.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"
+    return f"{value:z.3f}" if value >= 0.1 or value == 0 else f"{value:.3g}"

@@ -192,7 +192,9 @@ def message_head(message: Message) -> dict[str, Any]:
 
 
 def _trace(chosen: Selection, reply: Message, *, timed: bool) -> dict[str, Any]:
-    return trace_object(chosen.head(reply), chosen.reader.iter_steps(reply.id), timed=timed)
+    # What stands in a file says that its tensors are not in it.
+    head = chosen.head(reply, tensors=not timed)
+    return trace_object(head, chosen.reader.iter_steps(reply.id), timed=timed)
 
 
 class _Counted:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.doing import Doing, now_doing
 from oki_trace.llm.vocabulary import Vocabulary
 from oki_trace.records import ChatMessage, Prompt, Role, Segment
 
@@ -32,6 +33,7 @@ def render(
     text = write(messages)
     _refuse_unencodable(text)
     fast = bool(getattr(tokenizer, "is_fast", False))
+    now_doing(Doing.TOKENIZER)
     encoded = tokenizer(
         text,
         add_special_tokens=not templated,
@@ -55,6 +57,7 @@ def render(
 
 def _templated(tokenizer: Any, messages: Sequence[ChatMessage]) -> str:
     turns = [{"role": str(m.role), "content": m.content} for m in messages]
+    now_doing(Doing.TEMPLATE)
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program, and can raise anything

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from oki_trace.errors import ModelError, OkiTraceError
-from oki_trace.llm.locate import Source
+from oki_trace.llm.locate import Source, snapshot
 
 _MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|paging file", re.I)
 _LEARN = "Choose a decoder-only model that generates text."
@@ -81,9 +81,9 @@ def _files(source: Source, cache_dir: str | None) -> str | None:
         return _gguf(source.folder / source.gguf)
     if source.folder is not None:
         return _folder(source.folder)
-    snapshot = _snapshot(source.path, cache_dir)
-    damage = _damage(snapshot) if snapshot is not None else None
-    return f"{damage} Delete {snapshot} and download it again." if damage else None
+    here = snapshot(source.path, cache_dir)
+    damage = _damage(here) if here is not None else None
+    return f"{damage} Delete {here} and download it again." if damage else None
 
 
 def _folder(folder: Path) -> str | None:
@@ -136,7 +136,7 @@ def safetensors_bytes(path: Path) -> int | None:
         if len(prefix) < 8:
             return None
         (length,) = struct.unpack("<Q", prefix)
-        if length > 1 << 28:
+        if length > 1 << 24:
             return None
         try:
             header = json.loads(stream.read(length))
@@ -160,17 +160,6 @@ def _gguf(path: Path) -> str | None:
     if whole:
         return None
     return f"{path} is cut short ({path.stat().st_size:,} bytes). Copy or download it again."
-
-
-def _snapshot(model_id: str, cache_dir: str | None) -> Path | None:
-    """Where the hub's cache keeps this model, if it does."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        config = try_to_load_from_cache(model_id, "config.json", cache_dir=cache_dir)
-    except ValueError:
-        return None
-    return Path(config).parent if isinstance(config, str) else None
 
 
 # ---------------------------------------------------------------- the hub

@@ -127,7 +127,23 @@ def context_length(model: Any) -> int:
     """The most tokens the model can see, from its config; very large when it has no limit."""
     config = model.config.get_text_config(decoder=True)
     limit = int(getattr(config, "max_position_embeddings", None) or 0)
-    return limit if limit > 0 else 1 << 30
+    return max(limit, _stretched(config)) if limit > 0 else 1 << 30
+
+
+def _stretched(config: Any) -> int:
+    """The length that YaRN stretches the rotary embedding to; 0 without it.
+
+    Model cards switch it on by these parameters alone, and leave the config's own
+    length as it was.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [part for part in parameters.values() if isinstance(part, dict)]
+    lengths = [0]
+    for part in by_layer or [parameters]:
+        original, factor = part.get("original_max_position_embeddings"), part.get("factor")
+        if part.get("rope_type", part.get("type")) == "yarn" and original and factor:
+            lengths.append(int(original * factor))
+    return max(lengths)
 
 
 def arguments_of(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:

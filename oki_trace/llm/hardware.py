@@ -12,9 +12,10 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from oki_trace.errors import ModelError, UsageError
+from oki_trace.llm.sound import Weights
 
 DTYPES = {
     "float32": torch.float32,
@@ -91,18 +92,34 @@ def computing_dtype(model: Any) -> torch.dtype:
 
 
 def must_fit(
-    config: Any, model_id: str, device: torch.device, dtype: torch.dtype, use_4bit: bool
+    loader: Any,
+    config: Any,
+    model_id: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    use_4bit: bool,
+    weights: Weights | None = None,
 ) -> None:
-    """Refuse what this machine's memory cannot hold, before the system kills the process."""
-    if device.type != "cpu" or getattr(config, "auto_map", None):
+    """Refuse what this machine's memory cannot hold, before the system kills the process.
+
+    ``loader`` is the class that makes the model (``kinds``). With ``weights``, a config
+    that declares more parameters than they have bits is refused as well.
+    """
+    if getattr(config, "auto_map", None):
         return
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
-    bytes_each = 0.6 if use_4bit else dtype.itemsize
-    needed, free = parameters * bytes_each, psutil.virtual_memory().available
-    if needed > free:
+        parameters = loader.from_config(copy.deepcopy(config)).num_parameters()
+    if device.type == "cpu":
+        bytes_each = 0.6 if use_4bit else dtype.itemsize
+        needed, free = parameters * bytes_each, psutil.virtual_memory().available
+        if needed > free:
+            raise ModelError(
+                f"{model_id} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
+                "free. Close other programs, load it in 4-bit (--4bit) or 16-bit (--dtype bf16), "
+                "or choose a smaller model."
+            )
+    if weights is not None and parameters > 8 * weights.bytes:
         raise ModelError(
-            f"{model_id} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-            "free. Close other programs, load it in 4-bit (--4bit) or 16-bit (--dtype bf16), or "
-            "choose a smaller model."
+            f"{model_id} declares {parameters:,} parameters, and its weights are {weights.bytes:,} "
+            "bytes. Copy or download it again, or choose another model."
         )

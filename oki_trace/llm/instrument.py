@@ -26,7 +26,7 @@ from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.reply_checks import ReplyChecker
 from oki_trace.llm.shortlist import MOST_KEPT, Draft, Shortlist
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.llm.vocabulary import Vocabulary, is_mistral_common
 from oki_trace.records import CapturePolicy, CaptureReport
 
 
@@ -115,6 +115,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     """
     model = uncompiled(model)
     _refuse_prompt_tuning(model)
+    _refuse_mistral_common(tokenizer)
     with exclusive(model):
         found = _checked.get(model)
         of_tokenizer = tokenizer_fingerprint(tokenizer)
@@ -162,6 +163,14 @@ def _refuse_prompt_tuning(model: Any) -> None:
         raise CaptureError(
             "The model has a prompt-tuning or prefix-tuning adapter, whose virtual tokens have "
             "no text to show. Trace its base model, or one with a LoRA adapter."
+        )
+
+
+def _refuse_mistral_common(tokenizer: Any) -> None:
+    if is_mistral_common(tokenizer):
+        raise CaptureError(
+            "The tokenizer is mistral-common's, which tells no token's own text. Load it with "
+            "AutoTokenizer.from_pretrained(..., mistral_format=False)."
         )
 
 

@@ -19,20 +19,17 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    PreTrainedTokenizerFast,
 )
 
 from oki_trace.errors import ModelError
 from oki_trace.llm.bars import Progress, bars, silent
 from oki_trace.llm.diagnose import explain
+from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing
 from oki_trace.llm.fourbit import (
     NF4,
     QuantizationFallback,
@@ -49,9 +46,18 @@ from oki_trace.llm.hardware import (
     pick_device,
     requested_dtype,
 )
-from oki_trace.llm.locate import Source, find
+from oki_trace.llm.kinds import Kind, kind_of
+from oki_trace.llm.locate import Source, find, snapshot
+from oki_trace.llm.sound import Weights, sound_folder, sound_gguf, sound_numbers
+from oki_trace.llm.vocabulary import is_mistral_common
 from oki_trace.records import ModelChoice
 from oki_trace.settings import Settings
+
+TEXT_ONLY = "for text alone: what it makes of images or sound is not traced"
+
+
+class LoadedForText(UserWarning):
+    """A model that takes more than text was loaded, for its text."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +66,7 @@ class LoadedModel:
 
     ``dtype`` is what it computes in. ``quantization`` is how its weights are
     held if not in that. ``fallback_reason`` says why 4-bit, though asked for,
-    was not done.
+    was not done. ``text_only``: it takes images or sound as well, which are not traced.
     """
 
     model: PreTrainedModel
@@ -72,12 +78,14 @@ class LoadedModel:
     quantization: str | None
     fallback_reason: str | None
     seconds: float
+    text_only: bool = False
 
     @property
     def description(self) -> str:
         """One line for people: what was got."""
         held = f"{self.quantization}, computing in " if self.quantization else ""
-        return f"{self.model_id} ({held}{self.dtype}) on {self.device}"
+        note = f", {TEXT_ONLY}" if self.text_only else ""
+        return f"{self.model_id} ({held}{self.dtype}) on {self.device}{note}"
 
 
 def load_model_and_tokenizer(
@@ -136,17 +144,20 @@ def load(
         common["gguf_file"] = source.gguf
     with bars(progress):
         try:
+            now_doing(Doing.READING)
             report(f"Reading {source.model_id}", None)
+            weights = _sound(source, cache)
             config: Any = AutoConfig.from_pretrained(source.path, **common)
-            _must_be_causal(config, source, trust_remote_code)
+            kind = kind_of(config, source.model_id, trust_remote_code)
             dtype = dtype or native_dtype(checkpoint_dtype(config), device)
             tokenizer = _tokenizer(source, common)
+            now_doing(Doing.LOADING)
             report(f"Loading {source.model_id}", None)
             reason = impossible(config, source.gguf is not None) if choice.use_4bit else None
             use_4bit = choice.use_4bit and reason is None
-            must_fit(config, source.model_id, device, dtype, use_4bit)
+            must_fit(kind.loader, config, source.model_id, device, dtype, use_4bit, weights)
             try:
-                model = _model(source, config, dtype, choice.device, use_4bit, common)
+                model = _model(source, kind, config, dtype, choice.device, use_4bit, common)
                 if use_4bit:
                     try_out(model, tokenizer)
             except Exception as error:
@@ -154,8 +165,10 @@ def load(
                     raise
                 # If 4-bit is not to blame, this fails again and is explained.
                 reason = f"it failed in 4-bit ({type(error).__name__}: {first_line(error)})"
-                model = _model(source, config, dtype, choice.device, False, common)
-        except Exception as error:
+                model = _model(source, kind, config, dtype, choice.device, False, common)
+        except INTERRUPTIONS:
+            raise
+        except BaseException as error:
             raise explain(error, source, cache) from error
     if choice.use_4bit and reason is None and not is_4bit(model):
         reason = "the model has no layer that bitsandbytes quantizes"
@@ -168,6 +181,9 @@ def load(
             QuantizationFallback,
             stacklevel=2,
         )
+    if kind.text_only:
+        said = f"{source.model_id} is loaded {TEXT_ONLY}."
+        warnings.warn(said, LoadedForText, stacklevel=2)
     model.eval()
     # What a trace calls it: the name that loads it again, not the folder it came from.
     model.name_or_path = model.config._name_or_path = source.model_id
@@ -182,36 +198,30 @@ def load(
         quantization=quantization,
         fallback_reason=reason,
         seconds=time.perf_counter() - started,
+        text_only=kind.text_only,
     )
 
 
 # ---------------------------------------------------------------- the model
 
 
-def _must_be_causal(config: Any, source: Source, trust_remote_code: bool) -> None:
-    kind = config.model_type
-    problem = None
-    own_code = trust_remote_code and "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    )
-    if getattr(config, "is_encoder_decoder", False):
-        problem = f"is an encoder-decoder model ({kind})"
-    elif not own_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        problem = f"({kind}) is not a causal language model"
-    elif not own_code and not getattr(config, "is_decoder", False):
-        masked = set(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())
-        masked -= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        named = set(config.architectures or ())
-        if named and named <= masked:
-            problem = f"({kind}) was trained to fill in masked words, not to continue a text"
-    if problem:
-        raise ModelError(
-            f"{source.model_id} {problem}. Choose a decoder-only model that generates text."
-        )
+def _sound(source: Source, cache: str | None) -> Weights | None:
+    """Look at the model's files before any library reads them; None for what is not here yet."""
+    if source.folder is not None:
+        if source.gguf is not None:
+            return sound_gguf(source.folder / source.gguf)
+        return sound_folder(source.folder)
+    here = snapshot(source.path, cache)
+    if here is not None:
+        return sound_folder(here)
+    config, _ = PreTrainedConfig.get_config_dict(source.path, cache_dir=cache)
+    sound_numbers(config, f"{source.model_id}'s config.json", None)
+    return None
 
 
 def _model(
     source: Source,
+    kind: Kind,
     config: Any,
     dtype: torch.dtype,
     device: str,
@@ -221,7 +231,7 @@ def _model(
     placing: Any = "auto" if device == "auto" else {"": device}
     if device == "auto" and not torch.accelerator.is_available():
         placing = {"": "cpu"}  # where accelerate would put it, less its spilling to disk
-    loading: Any = AutoModelForCausalLM.from_pretrained(
+    loading: Any = kind.loader.from_pretrained(
         source.path,
         config=None if source.gguf else config,
         dtype=dtype,
@@ -245,9 +255,11 @@ def _model(
 
 def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **common)
+        tokenizer = _read_tokenizer(source, common)
         works = len(tokenizer("a b")["input_ids"]) > 0
-    except Exception as error:
+    except INTERRUPTIONS:
+        raise
+    except BaseException as error:
         if source.is_hub or source.gguf or "trust_remote_code" in str(error):
             raise
         raise ModelError(
@@ -259,6 +271,19 @@ def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBas
             f"{source.model_id} has an empty tokenizer. Copy the tokenizer files (tokenizer.json, "
             "tokenizer_config.json) into it, or download it again."
         )
+    return tokenizer
+
+
+def _read_tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer by transformers' own code; mistral-common's has no text for half its calls."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source.path, mistral_format=False, **common
+    )
+    if is_mistral_common(tokenizer):
+        again: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(
+            source.path, **common
+        )
+        return again
     return tokenizer
 
 

@@ -9,10 +9,17 @@ space before it, which is then there too).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-Scheme = Literal["byte-level", "sentencepiece", "plain"]
+from oki_trace.errors import CaptureError
+from oki_trace.visible import visible
+
+Scheme = Literal["byte-level", "sentencepiece", "bytes", "plain"]
+# Each byte of its UTF-8 is a token of ByT5, whose text is the character of that number. (In
+# byte-level BPE the last is another character.)
+_IN_BYTES = "\u00e9\x01"
 
 
 def byte_level_alphabet() -> dict[str, int]:
@@ -33,6 +40,11 @@ def readable(raw: bytes) -> str:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(f"<0x{byte:02X}>" for byte in raw)
+
+
+def is_mistral_common(tokenizer: Any) -> bool:
+    """Whether a tokenizer is mistral-common's, which does not tell a token's own text."""
+    return any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__)
 
 
 class Vocabulary:
@@ -95,12 +107,16 @@ class Vocabulary:
             if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
                 return bytes([int(piece[3:5], 16)])
             return piece.replace("▁", " ").encode()
+        if self._scheme == "bytes" and len(piece) == 1 and ord(piece) < 0x100:
+            return bytes([ord(piece)])
         return str(self._tokenizer.decode([token_id])).encode()
 
     @cached_property
     def _scheme(self) -> Scheme:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         decoder = getattr(backend, "decoder", None)
+        if decoder is None and self._gives_bytes():
+            return "bytes"
         if decoder is None:
             pieces = self._tokenizer.convert_ids_to_tokens(list(range(min(1000, self._size))))
             return "sentencepiece" if any("▁" in str(piece) for piece in pieces) else "plain"
@@ -110,6 +126,14 @@ class Vocabulary:
         if kinds & {"ByteFallback", "Metaspace", "Replace"}:
             return "sentencepiece"
         return "plain"
+
+    def _gives_bytes(self) -> bool:
+        try:
+            ids = self._tokenizer(_IN_BYTES, add_special_tokens=False)["input_ids"]
+            pieces = self._tokenizer.convert_ids_to_tokens(ids)
+        except Exception:  # a tokenizer is a program, and this is one more text for it
+            return False
+        return list(pieces) == [chr(byte) for byte in _IN_BYTES.encode()]
 
     @property
     def _size(self) -> int:
@@ -121,6 +145,21 @@ def _decoder_kinds(state: dict[str, Any]) -> set[str]:
     for part in state.get("decoders", ()):
         kinds |= _decoder_kinds(part)
     return kinds
+
+
+def must_have_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -> None:
+    """Raise CaptureError where the tokenizer gives ids that the model has no embedding for."""
+    try:
+        rows = int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError, IndexError):
+        return
+    largest = max(ids, default=0)
+    if largest >= rows:
+        raise CaptureError(
+            f"The tokenizer gives {visible(vocabulary.text(largest))} the id {largest:,}, and the "
+            f"model has embeddings for {rows:,} tokens. Load the tokenizer that belongs to the "
+            "model, or call model.resize_token_embeddings(len(tokenizer)) and train them."
+        )
 
 
 class TextStream:

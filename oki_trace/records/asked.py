@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
+from numbers import Integral
 from typing import Literal, get_args
 
 from oki_trace.errors import UsageError
@@ -56,6 +58,9 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, Integral), f"{name} must be a whole number")
         _require(self.max_new_tokens >= 0, "max_new_tokens must be 0 or more")
         _require(
             self.temperature is None or 0 <= self.temperature < 100, "temperature must be 0 to 100"
@@ -63,8 +68,8 @@ class Sampling:
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p must be above 0 and at most 1")
         _require(self.top_k is None or self.top_k >= 0, "top_k must be 0 (off) or more")
         _require(
-            self.repetition_penalty is None or self.repetition_penalty > 0,
-            "repetition_penalty must be above 0 (1 is off)",
+            self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf,
+            "repetition_penalty must be a number above 0 (1 is off)",
         )
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed must be 0 to 2^63 - 1")
 
@@ -91,7 +96,9 @@ class CapturePolicy:
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
-            _require(1 <= getattr(self, name) <= 1000, f"{name} must be 1 to 1000")
+            value = getattr(self, name)
+            whole = isinstance(value, Integral) and 1 <= int(value) <= 1000
+            _require(whole, f"{name} must be a whole number from 1 to 1000")
         modes = get_args(TensorMode)
         _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
 

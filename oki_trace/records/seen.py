@@ -218,6 +218,11 @@ class Tensor:
     key_offset: int = 0
 
 
+def surprisal_of(logprob: float) -> float:
+    """-log prob, in nats; 0 where rounding put the logarithm of a certain token above 0."""
+    return 0.0 if logprob >= 0 else -logprob
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """One generated token, and what was seen when it was chosen.
@@ -256,8 +261,8 @@ class Step:
 
     @property
     def surprisal(self) -> float:
-        """-log prob of the chosen token, in nats."""
-        return -self.logprob
+        """-log prob of the chosen token, in nats; never below 0."""
+        return surprisal_of(self.logprob)
 
     @property
     def differs_from_greedy(self) -> bool:

@@ -12,6 +12,7 @@ from oki_trace.records.seen import (
     Generation,
     IntArray,
     ReplyChecks,
+    surprisal_of,
 )
 
 
@@ -131,6 +132,11 @@ class StepSummary:
     margin: float
     settle_layer: int | None
     greedy_id: int | None = None
+
+    @property
+    def surprisal(self) -> float:
+        """-log prob of the token, in nats; never below 0."""
+        return surprisal_of(self.logprob)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -452,6 +452,12 @@ class TraceReader:
             free_bytes=sizes.free,
         )
 
+    def stop_requested(self, message_id: int) -> bool:
+        """Whether a reply was asked to stop; False for one that is not there any more."""
+        query = select(models.Message.stop_requested).where(models.Message.id == message_id)
+        with self._read() as connection:
+            return bool(connection.execute(query).scalar())
+
     def worker(self) -> WorkerState | None:
         """The worker heard of last; "gone" when its process has ended. None: never any."""
         with self._read() as connection:

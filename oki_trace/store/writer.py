@@ -383,6 +383,18 @@ class TraceWriter:
                 connection.execute(_BUMP)
         return dead
 
+    def end_abandoned(self, message_id: int, status: Status, reason: str) -> bool:
+        """End a reply whose process was ended from outside; its text is what its tokens say.
+
+        Returns whether it was live. Nothing is done to one that has ended.
+        """
+        with self.write() as connection:
+            if not lifecycle.state_of(connection, message_id)[0].is_live:
+                return False
+            said = lifecycle.text_so_far(connection, message_id)
+            lifecycle.end(connection, message_id, status, said, reason, None)
+        return True
+
     # ------------------------------------------------------------------- worker
 
     def set_worker_state(

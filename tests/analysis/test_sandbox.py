@@ -43,6 +43,22 @@ REFUSED = [
     "SELECT * FROM parquet_metadata('OWN')",
     "SELECT * FROM 'FILE'",
     "SELECT * FROM 'OWN'",
+    'FROM "STEM".parquet',
+    'FROM "STEM"."parquet"',
+    'FROM memory."STEM".parquet',
+    'FROM "STEM".parquet.main',
+    'FROM "secret".csv',
+    'DESCRIBE "STEM".parquet',
+    'SUMMARIZE "STEM".parquet',
+    'SHOW "STEM".parquet',
+    'WITH x AS (FROM "STEM".parquet) FROM x',
+    'SELECT (SELECT count(*) FROM "STEM".parquet)',
+    "SHOW ALL TABLES",
+    "FROM information_schema.tables",
+    "FROM pg_catalog.pg_settings",
+    "SELECT current_setting('allowed_paths')",
+    "SELECT pg_get_viewdef('step')",
+    "SELECT json_serialize_plan('FROM \"STEM\".parquet')",
     "SELECT * FROM glob('/etc/*')",
     "SELECT * FROM read_csv('/dev/stdin')",
     "SELECT * FROM 'https://example.org/x.csv'",
@@ -111,6 +127,7 @@ def test_it_is_refused_in_one_line(held: tuple[Trove, Path], sql: str) -> None:
     own = next(folder_of(str(folder / "store.db")).rglob("step.parquet"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     asked = sql.replace("FILE", str(folder / "secret.csv"))
+    asked = asked.replace("STEM", str(own.with_suffix("")))
     asked = asked.replace("OWN", str(own)).replace("NEW", str(folder / "new"))
     with pytest.raises(QuestionError) as refused:
         trove.sql(asked)
@@ -124,6 +141,8 @@ def test_it_is_refused_in_one_line(held: tuple[Trove, Path], sql: str) -> None:
     "sql",
     [
         "FROM step",
+        "FROM main.step",
+        "FROM memory.main.step",
         "TABLE message",
         "VALUES (1), (2)",
         "DESCRIBE step",
@@ -147,8 +166,8 @@ def test_rows_are_limited(held: tuple[Trove, Path]) -> None:
     found = trove.sql("SELECT i FROM range(1000000) AS t(i)", limit=7)
     assert (len(found.rows), found.cut) == (7, True)
     assert not trove.sql("SELECT i FROM range(7) AS t(i)", limit=7).cut
-    table, cut = trove.sql_arrow("SELECT i FROM range(1000000) AS t(i)", limit=7, seconds=30)
-    assert (table.num_rows, cut) == (7, True)
+    result = trove.sql_result("SELECT i FROM range(1000000) AS t(i)", limit=7)
+    assert (result.table.num_rows, result.cut) == (7, True)
 
 
 @pytest.mark.parametrize(

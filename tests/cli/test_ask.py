@@ -162,6 +162,34 @@ def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:
     assert len(json.loads(done.out)) == 3 and "more rows than 3" in done.err
 
 
+def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path) -> None:
+    query = "SELECT s.id, m.id, now() AS at FROM step s JOIN message m ON m.id = message_id LIMIT 1"
+    (row,) = json.loads(oki("sql", query, "--json", "--db", demo.db).out)
+    assert list(row) == ["id", "id_2", "at"] and row["at"].endswith("+00:00")
+    assert oki("sql", query, "-f", "csv", "--db", demo.db).out.startswith("id,id_2,at\n")
+    assert oki("sql", query, "--db", demo.db).out.split()[:3] == ["id", "id_2", "at"]
+    file = tmp_path / "answer.parquet"
+    assert oki("sql", query, "-f", "parquet", "-o", file, "--db", demo.db).status == 0
+    assert pq.read_table(file)["id_2"].to_pylist() == [row["id_2"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (("SELECT range(200000) FROM range(1000)",), 1, "more than 512 MB of memory"),
+        (("SELECT 1", "--memory", "1MB"), 2, "give 200MB or more"),
+        (("SELECT sleep_ms(60000)", "--timeout", "0.5"), 1, "took longer than 0.5 s"),
+        (("SELECT '" + "x" * 100_000 + "' AS \ud800",), 2, "not UTF-8"),
+    ],
+)
+def test_limits_are_told_in_one_line(
+    oki: Oki, demo: Demo, options: tuple[str, ...], status: int, said: str
+) -> None:
+    done = oki("sql", *options, "--db", demo.db)
+    assert (done.status, done.out) == (status, "")
+    assert said in done.err and len(done.err.splitlines()) == 1
+
+
 def test_rebuild(oki: Oki, demo: Demo) -> None:
     done = oki("sql", "--rebuild", "SELECT count(*) AS n FROM message", "--json", "--db", demo.db)
     assert json.loads(done.out) == [{"n": 4}]

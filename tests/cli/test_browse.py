@@ -189,9 +189,10 @@ def test_show_one_step(oki: Oki, demo: Demo) -> None:
     for entry in (*step["logits_topk"], *step["evidence"]):
         assert f"{entry.get('prob', entry.get('weight')):.4f}" in "\n".join(lines)
     with TraceReader(demo.db) as reader:
-        capture = reader.message(2).capture
-    assert capture is not None and capture.lens_check is not None
-    assert f"lens check {capture.lens_check:.0e}" in lines
+        message = reader.message(2)
+    capture = message.capture
+    assert capture is not None and message.lens_check is not None
+    assert f"lens check {message.lens_check:.0e}" in lines
     assert f"attention check {capture.attention_check:.0e}" in lines
 
 

@@ -20,6 +20,11 @@ def shown(app: AppTest, key: str) -> dict[str, Any]:
     return drawn
 
 
+def plainly(text: str) -> str:
+    """Without what keeps a text from being read as Markdown."""
+    return text.replace("\\", "").replace("\u2060", "")
+
+
 def chat(**query: int) -> AppTest:
     app = AppTest.from_file(str(HOME), default_timeout=60)
     for name, value in query.items():

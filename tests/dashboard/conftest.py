@@ -21,8 +21,21 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
     from screens import Witness
 
+BOUNDARY = "dashboard.boundary"
+
 # As Home.py does: an installed wheel has the pages elsewhere.
 sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True)
+def no_view_failed(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """A page that fails unexpectedly shows a box, and raises nothing that a test would see.
+
+    A test that wants one to fail clears ``caplog``.
+    """
+    yield
+    failed = [record for record in caplog.get_records("call") if record.name == BOUNDARY]
+    assert not failed, failed[0].exc_text or failed[0].exc_info
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +94,9 @@ def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None
     """Makes a store the explorer's, and gives its connections back in the end."""
     from dashboard import data
 
-    opened: list[str] = []
-
-    def use(db: str) -> None:
-        monkeypatch.setenv("OKI_TRACE_DB", db)
-        opened.append(db)
-
-    yield use
-    for db in opened:
-        data._reader(db).close()
+    yield lambda db: monkeypatch.setenv("OKI_TRACE_DB", db)
+    data.reopen()
     st.cache_resource.clear()
-    st.cache_data.clear()
 
 
 @pytest.fixture

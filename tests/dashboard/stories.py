@@ -38,6 +38,8 @@ QUESTIONS = ("What is the capital of France?", "And what river flows through it?
 # Each would do harm, or spoil the page, if it were read as anything but text.
 HOSTILE = (
     "<script>window.pwned = 1</script>",
+    # Where Markdown is read, each of these is a link without any marks.
+    "www.example.test/x https://example.test/y me@example.test",
     '<img src="/x" onerror="window.pwned = 2">',
     ":red[x] :material/delete: **b** $a$ `c` ~s~",
     "![x](http://evil.test/x.png)",
@@ -227,7 +229,7 @@ def _hostile(
         assert step.lens is not None
         lens = replace(step.lens, tokens=tuple((text, *row[1:]) for row in step.lens.tokens))
         steps.append(replace(step, topk=replace(step.topk, tokens=(*texts, text)), lens=lens))
-    start = replace(builders.turn_start(), prompt=prompt)
+    start = replace(builders.turn_start(), prompt=prompt, model_id=f"www.example.test/{title[:40]}")
     return _reply(writer, title, start, steps, said=texts)
 
 

@@ -173,6 +173,7 @@ def test_sql_is_run_drawn_and_saved(told: Explorer, browse: Browse) -> None:
 @pytest.mark.parametrize("width", [1440, 800])
 def test_sql_fits_and_a_link_runs_it(told: Explorer, browse: Browse, width: int) -> None:
     page = browse(told.url + "sql?sql=" + quote("SELECT 6 * 7 AS answer"), width=width)
+    page.get_by_role("button", name="Run it").click()
     expect(page.get_by_text("1 row in")).to_be_visible()
     table(page)
     expect(page.get_by_text("the token's text")).to_be_visible()

@@ -10,21 +10,24 @@ from pathlib import Path
 import builders
 import numpy as np
 import pytest
-from apps import chat, drawn, shown
+from apps import chat, drawn, plainly, shown
 from explorers import ROOT
 from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
-from dashboard import attention_shapes, lens_shapes
+from dashboard import attention_shapes, data, lens_shapes, model_defaults
+from oki_trace import asking
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
+    Message,
     ModelChoice,
     Role,
     Sampling,
     Status,
     TurnEnd,
 )
+from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
 
@@ -234,14 +237,138 @@ def test_the_sidebar_begins_with_the_defaults(empty_store: str) -> None:
 def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
     """What the sidebar offers is within what the model can be asked for."""
     app = open_settings(chat())
-    for key in ("temperature", "penalty"):
-        app.slider(key=key).set_value(app.slider(key=key).max).run()
-        assert not app.exception
-        assert not app.error
-    app.slider(key="top_p").set_value(app.slider(key="top_p").min).run()
-    assert not app.exception
-    assert not app.error
+    app.slider(key="temperature").set_value(app.slider(key="temperature").max).run()
+    for key in ("penalty", "top_p", "top_k"):
+        for value in (app.number_input(key=key).min, app.number_input(key=key).max, None):
+            app.number_input(key=key).set_value(value).run()
+            assert not app.exception
+            assert not app.error
     assert not app.chat_input[0].disabled
+
+
+@pytest.fixture
+def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is sent stays queued."""
+    monkeypatch.setattr(data, "see_to_worker", lambda: None)
+
+
+def queued(app: AppTest, db: str, text: str = "Go on.") -> Message:
+    """The reply that a message sent here is given: queued, as it was asked for."""
+    app.chat_input[0].set_value(text).run()
+    assert not app.exception and not app.error
+    with TraceReader(db) as reader:
+        conversation = reader.conversations(limit=1)[0]
+        return reader.messages(conversation.id)[-1]
+
+
+def test_sampling_that_is_not_set_is_left_to_the_model(empty_store: str, no_worker: None) -> None:
+    """As `run` does: its own generation config holds, not what the sidebar begins with."""
+    reply = queued(chat(), empty_store)
+    assert reply.sampling == Sampling()
+    app = open_settings(chat())
+    app.slider(key="temperature").set_value(0.7).run()
+    assert queued(app, empty_store).sampling == Sampling(temperature=0.7)
+    app = open_settings(chat())
+    app.slider(key="temperature").set_value(0.7).run()
+    app.number_input(key="top_p").set_value(0.9).run()
+    app.number_input(key="penalty").set_value(1.1).run()
+    sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    assert queued(app, empty_store).sampling == sampling
+    # Emptied again.
+    app = open_settings(chat())
+    app.number_input(key="penalty").set_value(1.1).run()
+    app.number_input(key="penalty").set_value(None).run()
+    assert queued(app, empty_store).sampling == Sampling()
+
+
+def test_an_empty_setting_shows_the_models_own(
+    empty_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def usual(app: AppTest) -> list[str]:
+        keys = ("top_p", "top_k", "penalty")
+        return [app.number_input(key=key).proto.placeholder for key in keys]
+
+    (tmp_path / "generation_config.json").write_text(
+        '{"top_p": 0.8, "top_k": 20, "repetition_penalty": "<b>", "temperature": 0.1}'
+    )
+    monkeypatch.setenv("OKI_TRACE_MODEL", str(tmp_path))
+    app = open_settings(chat())
+    assert usual(app) == ["the model's own, 0.8", "the model's own, 20", "the model's own"]
+    monkeypatch.setenv("OKI_TRACE_MODEL", "no/such-model")
+    app = open_settings(chat())
+    assert usual(app) == ["the model's own"] * 3
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"top_p": NaN, "top_k": true}', "[" * 100_000, '{"top_p": 1e999}']
+)
+def test_a_config_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    assert model_defaults.read(str(tmp_path), tmp_path) == {}
+
+
+def test_a_conversation_keeps_its_model(filled_store: Stories, no_worker: None) -> None:
+    conversation, _ = filled_store.without_tensors
+    with TraceReader(filled_store.db) as reader:
+        last = reader.messages(conversation)[-1]
+    assert last.choice is not None and last.choice.model_id != "smollm2"
+    app = chat(conversation=conversation)
+    assert app.selectbox(key="model").value == last.choice.model_id
+    # Another one is opened in the same window, and with it its model.
+    app.query_params["conversation"] = str(filled_store.first[0])
+    app.run()
+    assert app.selectbox(key="model").value == "smollm2"
+    # Loaded as it was for the last reply.
+    assert asked_for(filled_store.first[0]) == ModelChoice("smollm2", dtype="float32", device="cpu")
+    # What is chosen by hand holds, and the page says who answered before.
+    app.selectbox(key="model").set_value("tiny/model").run()
+    assert any("last reply here is by smollm2" in plainly(c.value) for c in app.sidebar.caption)
+    app.run()
+    assert app.selectbox(key="model").value == "tiny/model"
+
+
+def asked_for(number: int) -> ModelChoice | None:
+    """The model that the next message is sent with, in a window of its own."""
+
+    def draw(conversation: int) -> None:
+        import streamlit as st
+
+        from dashboard import data
+        from dashboard.views import sidebar
+
+        opened = data.conversation(conversation)
+        settings = sidebar.settings(conversation, opened[1] if opened else ())
+        st.session_state["asked-for"] = settings[0] if settings else None
+
+    drawn = AppTest.from_function(draw, default_timeout=60, args=(number,)).run()
+    choice: ModelChoice | None = drawn.session_state["asked-for"]
+    return choice
+
+
+def test_the_next_message_goes_to_the_conversations_own_model(
+    tmp_path: Path, open_store: Callable[[str], None], no_worker: None
+) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    choice = ModelChoice("other/model", use_4bit=True, dtype="float32", device="cpu")
+    with TraceWriter(db) as writer:
+        conversation, reply = asking.submit(writer, asking.Ask("Hello.", choice), claim=True)
+        asking.fail(writer, reply, "There is no model other/model: check the name.")
+    app = chat(conversation=conversation)
+    assert app.selectbox(key="model").value == "other/model"
+    assert queued(app, db).choice == choice
+
+
+def test_no_model_answers_where_none_is_named(
+    tmp_path: Path, open_store: Callable[[str], None], no_worker: None
+) -> None:
+    db = str(tmp_path / "store.db")
+    open_store(db)
+    app = chat()
+    app.selectbox(key="model").set_value(None).run()
+    assert not app.exception
+    assert app.chat_input[0].disabled
+    assert any("Choose the model" in caption.value for caption in app.sidebar.caption)
 
 
 def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
@@ -261,11 +388,6 @@ def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
 def open_settings(app: AppTest) -> AppTest:
     app.session_state["sampling"] = True
     return app.run()
-
-
-def plainly(text: str) -> str:
-    """Without what keeps a text from being read as Markdown."""
-    return text.replace("\\", "").replace("\u2060", "")
 
 
 def test_a_model_that_is_loading_shows_how_far_it_is(

@@ -10,7 +10,7 @@ from pathlib import Path
 import builders
 import numpy as np
 import pytest
-from apps import shown
+from apps import plainly, shown
 from stories import HOSTILE, Stories
 from streamlit.testing.v1 import AppTest
 
@@ -114,11 +114,6 @@ def test_the_numbers_on_top_are_saved(filled_store: Stories) -> None:
     }
 
 
-def plain(text: str) -> str:
-    """A caption or a box without what keeps Markdown from reading it."""
-    return text.replace("\\", "").replace("\u2060", "")
-
-
 def test_a_store_is_verified(tmp_path: Path, open_store: Open) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
@@ -127,7 +122,7 @@ def test_a_store_is_verified(tmp_path: Path, open_store: Open) -> None:
         writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
     app = store().button(key="verify").click().run()
     assert not app.exception
-    told = plain(app.success[0].value)
+    told = plainly(app.success[0].value)
     assert "Checked 1 message, 0 steps, 0 tensors" in told
     assert told.endswith("all as promised.")
 
@@ -157,14 +152,14 @@ def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: 
     # What is being written stays, and titles are shown as text.
     assert len(plan) == len(HOSTILE) - 1
     assert HOSTILE[0] in list(plan["title"])
-    assert any("1 reply being written stays" in plain(text.value) for text in app.markdown)
+    assert any("1 reply being written stays" in plainly(text.value) for text in app.markdown)
     app.button(key="prune").click().run()
     assert not app.exception
     assert "Freed" in app.success[0].value
     with TraceReader(db) as reader:
         assert reader.info().tensor_steps == 3
     app.button(key="vacuum").click().run()
-    assert "cannot be vacuumed now" in plain(app.error[0].value)
+    assert "cannot be vacuumed now" in plainly(app.error[0].value)
 
 
 def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import streamlit as st
+from apps import plainly
 from stories import QUESTIONS as PROMPTS
 from stories import Stories
 from streamlit.testing.v1 import AppTest
@@ -20,25 +20,6 @@ from oki_trace.store import migrate
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 from tests.analysis import made
-
-
-@pytest.fixture
-def open_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Makes a store the explorer's, and gives its connections back in the end."""
-    from dashboard import data
-
-    opened: list[str] = []
-
-    def use(db: str) -> None:
-        monkeypatch.setenv("OKI_TRACE_DB", db)
-        opened.append(db)
-
-    yield use
-    for db in opened:
-        data._trove(db).close()
-        data._reader(db).close()
-    st.cache_resource.clear()
-    st.cache_data.clear()
 
 
 @pytest.fixture
@@ -64,11 +45,17 @@ def page(name: str, **query: Any) -> AppTest:
 
 
 def questions(**query: Any) -> AppTest:
-    return page("questions", **query)
+    """The page as a link opens it, and asked where it waits for a click."""
+    return clicked(page("questions", **query), "ask-link")
 
 
 def sql(**query: Any) -> AppTest:
-    return page("sql", **query)
+    return clicked(page("sql", **query), "sql-run-link")
+
+
+def clicked(app: AppTest, key: str) -> AppTest:
+    found = [button for button in app.button if button.key == key]
+    return found[0].click().run() if found else app
 
 
 def charts(app: AppTest) -> int:
@@ -282,7 +269,7 @@ def test_two_steps_and_two_models_are_compared(filled: Stories) -> None:
     assert not app.exception
     assert "first" not in address(app)
     app = questions(question="compare", view="model", first="smollm2", second="tiny/model")
-    assert "No prompt was put to both" in app.warning[0].value.replace("\\", "")
+    assert "No prompt was put to both" in plainly(app.warning[0].value)
     app = questions(question="compare", view="step", first="1:999999", second="nothing")
     assert not app.exception
 
@@ -352,9 +339,58 @@ def test_what_cannot_be_answered_is_told_in_a_line(filled: Stories, text: str, t
     app.text_area(key="sql-text").set_value(text).run()
     assert not app.exception
     (error,) = app.error
-    assert told in error.value.replace("\\", "")
+    assert told in plainly(error.value)
     assert "\n" not in error.value
     assert not app.dataframe
+
+
+def test_sql_from_a_link_waits_for_a_click(
+    filled: Stories, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dashboard import data
+
+    ran: list[str] = []
+    ask = data.sql
+
+    def counted(query: str, *limits: Any) -> Any:
+        ran.append(query)
+        return ask(query, *limits)
+
+    monkeypatch.setattr(data, "sql", counted)
+    app = page("sql", sql="SELECT 6 * 7 AS answer")
+    assert not app.exception and not app.dataframe and not ran
+    assert app.text_area(key="sql-text").value == "SELECT 6 * 7 AS answer"
+    assert any("came with the link" in text.value for text in app.markdown)
+    # Nor by a change of anything else.
+    app.number_input(key="sql-rows").set_value(10).run()
+    assert not ran
+    app.button(key="sql-run-link").click().run()
+    assert ran == ["SELECT 6 * 7 AS answer"]
+    assert list(app.dataframe[0].value.columns) == ["answer"]
+    # Another link in the same window waits again.
+    app.query_params["sql"] = "SELECT 1 AS other"
+    app.run()
+    assert not app.dataframe and len(ran) == 1
+    app.button(key="sql-run").click().run()
+    assert list(app.dataframe[0].value.columns) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "query", [{"question": "heads"}, {"question": "heads", "sample": 5000, "message": 999_999}]
+)
+def test_full_tensors_wait_for_a_click_where_a_link_asks(
+    filled: Stories, query: dict[str, Any]
+) -> None:
+    app = page("questions", **query)
+    assert not app.exception and not app.dataframe
+    assert any("came with the link" in text.value for text in app.markdown)
+    app.run()
+    assert not app.dataframe
+    # Chosen on the page, it is asked at once.
+    app.button(key="ask-settle").click().run()
+    app.button(key="ask-heads").click().run()
+    assert not app.exception
+    assert not [button for button in app.button if button.key == "ask-link"]
 
 
 def test_more_rows_than_the_limit_are_told_of(filled: Stories) -> None:

@@ -124,7 +124,7 @@ def explorer(app: AppTest, place: dict[str, int]) -> None:
     for name, value in place.items():
         app.query_params[name] = str(value)
     app.run(timeout=60)
-    assert not app.exception
+    assert not app.exception and not app.error
 
 
 def test_what_the_trace_says_is_there_and_what_it_does_not_say_is_not_made_up(

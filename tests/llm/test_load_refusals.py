@@ -177,7 +177,7 @@ def test_tokenizer_trouble(broken: Path, damage: str) -> None:
 
 
 def test_too_big_for_this_machine(broken: Path) -> None:
-    edit_config(broken, hidden_size=65536, intermediate_size=262144, num_hidden_layers=200)
+    edit_config(broken, hidden_size=65536, intermediate_size=262144)
     message = refusal(broken, device="cpu")
     assert "GB of memory" in message
     assert "--4bit" in message

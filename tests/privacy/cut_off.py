@@ -141,11 +141,11 @@ def in_the_explorer(db: str) -> list[str]:
         for key, value in place.items():
             app.query_params[key] = value
         app.run()
-        assert not app.exception, (name, app.exception)
+        assert not app.exception and not app.error, (name, app.exception, app.error, app.code)
     app = AppTest.from_file(str(ROOT / "dashboard" / "Home.py"), default_timeout=120)
     app.run()
     app.chat_input[0].set_value("What is the capital of France?").run()
-    assert not app.exception, app.exception
+    assert not app.exception and not app.error, (app.exception, app.error, app.code)
     with TraceReader(db) as reader:
 
         def answered() -> Any:

@@ -106,7 +106,7 @@ def _open_all(db: str) -> None:
 def _import(db: str, folder: Path) -> None:
     from oki_trace.exchange.exporting import export
     from oki_trace.exchange.formats import Format
-    from oki_trace.exchange.importing import import_path, import_stream
+    from oki_trace.exchange.importing import import_files, import_path, import_stream
 
     with TraceReader(db) as reader:
         for kind in (Format.JSON, Format.JSONL, Format.PARQUET, Format.HTML):
@@ -116,6 +116,8 @@ def _import(db: str, folder: Path) -> None:
     import_path(folder / "export-parquet", db)
     with (folder / "export-jsonl").open("rb") as stream:
         import_stream(stream, db)
+    with (folder / "export-json").open("rb") as file:
+        import_files({".json": file}, db)
 
 
 def _questions(db: str) -> None:
@@ -171,9 +173,8 @@ def _entries() -> set[str]:
             here = getattr(member, "__module__", None) == module.name
             if here and not name.startswith("_") and callable(member):
                 with contextlib.suppress(ValueError, TypeError):
-                    # As text: what is imported for types alone has no value.
                     parameters = inspect.signature(member).parameters.values()
-                    if any(parameter.annotation == "Db" for parameter in parameters):
+                    if any(parameter.annotation in ("Db", Db) for parameter in parameters):
                         found.add(f"{module.name}.{name}")
     return found
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import ModuleType
 
 import neighbours
 import pytest
@@ -78,6 +79,8 @@ def test_nothing_is_lost_beside_an_explorer(
 ) -> None:
     # The server that the processes are forked from imports by this path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    # They would run this process's main module, which may be a page that another test drew.
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
     with TraceWriter(file) as writer:
         writer.create_conversation("the first")
     moment = random.Random(rounds)

@@ -19,6 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
+from oki_trace.child_process import limit_memory
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.refusal import refused
 
@@ -132,24 +133,6 @@ def _read(request: Request, news: News, limit: Callable[[int], None]) -> Outcome
         raise refused("there is no conversation in it")
     told = None if tensors_from is None else str(tensors_from)
     return Outcome(staging.messages, staging.steps, told, staging.changed)
-
-
-def limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than now, where the system can see to that.
-
-    Elsewhere the process that started it watches.
-    """
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-    except (ImportError, OSError):
-        return
-    most = pages * resource.getpagesize() + more
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        most = min(most, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 if __name__ == "__main__":

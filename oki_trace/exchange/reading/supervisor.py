@@ -10,18 +10,16 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO
 
 import psutil
 
-from oki_trace import errors
+from oki_trace import child_process, errors
 from oki_trace.errors import ExchangeError, OkiTraceError
 from oki_trace.exchange.reading.process import Outcome, Request
 from oki_trace.exchange.refusal import refused
@@ -32,18 +30,6 @@ STUCK_SECONDS = 60.0
 _LOOK_SECONDS = 0.25
 # The program itself takes half of this.
 _PROGRAM_BYTES = 250_000_000
-
-_START = (
-    "import sys; sys.path.append(sys.argv[1]); "
-    "from oki_trace.exchange.reading.process import main; main()"
-)
-# One arena, one thread: their reserves would count as memory that the file takes.
-_FRUGAL = {
-    "MALLOC_ARENA_MAX": "1",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "ARROW_DEFAULT_MEMORY_POOL": "system",
-}
 
 
 class Reader:
@@ -107,16 +93,14 @@ class Reader:
 @contextmanager
 def started() -> Iterator[Reader]:
     """A reader, which loads its libraries while its request is prepared."""
-    package = str(Path(errors.__file__).resolve().parents[1])
     process = subprocess.Popen(
-        # -P: no module of the folder that the user is in.
-        [sys.executable, "-P", "-c", _START, package],
+        child_process.command("oki_trace.exchange.reading.process"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         # Ctrl-C is for this process, which ends the other.
         start_new_session=True,
-        env={**os.environ, **_FRUGAL},
+        env={**os.environ, **child_process.FRUGAL},
     )
     with process:
         try:

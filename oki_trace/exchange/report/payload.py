@@ -181,7 +181,7 @@ def _attention(layer: LayerAttention, most: int) -> list[Any]:
 
 def _rounded(value: float | None) -> float | None:
     """Four digits, also of what is small; None for what is no number."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
+    return None if value is None or not math.isfinite(value) else float(f"{value:z.4g}")
 
 
 def _thousandths(values: Sequence[float]) -> list[int | None]:

@@ -26,7 +26,9 @@ function visible(text) {
 }
 
 const tokenText = (number) => visible(trace.tokens[number][1]);
-const figure = (value, digits, unit = "") => value === null ? "–" : value.toFixed(digits) + unit;
+// A zero has no sign, from whichever side it was rounded.
+const unsigned = (text) => Number(text) === 0 ? text.replace("-", "") : text;
+const figure = (value, digits, unit = "") => value === null ? "–" : unsigned(value.toFixed(digits)) + unit;
 const running = (text) => text.replaceAll("\n", "⏎\n");
 const rankText = (rank) => rank ? `#${rank.toLocaleString("en")}` : "–";
 

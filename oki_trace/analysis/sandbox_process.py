@@ -1,0 +1,137 @@
+"""The process that answers SQL from outside; ``sandbox`` starts, watches and ends it.
+
+It takes frames from standard input and answers each with one on standard
+output. It first opens the cache's files and limits its own memory; after that
+each frame is a statement. It ends when its input is closed: when the process
+that started it is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from oki_trace.analysis import engine, frames, gate, values
+from oki_trace.analysis.frames import Frame
+from oki_trace.analysis.tables import BY_NAME
+from oki_trace.child_process import address_space, limit_memory
+from oki_trace.errors import OkiTraceError, QuestionError
+from oki_trace.store.reader import TraceReader
+
+# DuckDB's buffers get this share of the memory; vectors, texts and Arrow need the rest.
+_BUFFERS = 0.75
+# Each thread has buffers of its own.
+_MOST_THREADS = 4
+_BATCH_ROWS = 2048
+# What uses every thread once, before the memory is limited.
+_WARM_UP = "SELECT sum(hash(i)) FROM range(1000000) AS t(i)"
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    # What a library prints is not part of the answer.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    waiting: queue.Queue[Frame] = queue.Queue()
+    threading.Thread(target=_read, args=(waiting,), daemon=True).start()
+    answering = Answering()
+    while True:
+        header, payload = waiting.get()
+        said, data = answering.to(header, payload)
+        frames.write(channel, said, data)
+
+
+def _read(waiting: queue.Queue[Frame]) -> None:
+    while (frame := frames.read(sys.stdin.buffer)) is not None:
+        waiting.put(frame)
+    os._exit(1)
+
+
+class Answering:
+    """The tables that are open, and the memory that questions of them may take."""
+
+    def __init__(self) -> None:
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._reader: TraceReader | None = None
+        self._base: int | None = None
+        self._memory_bytes = 0
+
+    def to(self, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
+        """The answer to one frame. Whatever a statement brings about is one sentence."""
+        try:
+            if "sql" in header:
+                return self._ask(**header)
+            self._open(payload=payload, **header)
+            return {}, b""
+        except OkiTraceError as caught:
+            error: OkiTraceError = caught
+        except MemoryError:
+            error = engine.out_of_memory(self._memory_bytes)
+        except RecursionError:
+            error = QuestionError(gate.TOO_DEEP)
+        return {"error": [type(error).__name__, str(error)], "taken": self._taken()}, b""
+
+    def _open(
+        self, db: str, files: dict[str, list[str]], live: dict[str, int], memory_bytes: int,
+        payload: bytes,
+    ) -> None:  # fmt: skip
+        """Open a state of the store: Parquet files, live tables (their sizes), tensors."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._reader is None:
+            self._reader = TraceReader(db)
+        self._memory_bytes = memory_bytes
+        tables, at = {}, 0
+        for name in BY_NAME:
+            part = memoryview(payload)[at : at + live[name]]
+            tables[name] = pa.ipc.open_stream(part).read_all()
+            at += live[name]
+        self._connection = engine.connect(
+            files,
+            tables,
+            self._reader,
+            memory_limit=f"{int(memory_bytes * _BUFFERS / 1e6)}MB",
+            threads=min(os.cpu_count() or 1, _MOST_THREADS),
+        )
+        if self._base is None:
+            self._connection.execute(_WARM_UP).fetchall()
+            gate.check(self._connection, "SELECT 1")
+            limit_memory(memory_bytes)
+            self._base = address_space()
+
+    def _ask(self, sql: str, limit: int, result_bytes: int) -> tuple[dict[str, Any], bytes]:
+        assert self._connection is not None
+        with engine.told_plainly(self._memory_bytes), self._connection.cursor() as cursor:
+            gate.check(cursor, sql)
+        with engine.streamed_plainly(self._memory_bytes), self._connection.cursor() as cursor:
+            relation = cursor.sql(sql)
+            names, types = relation.columns, relation.types
+            batches, taken, rows = [], 0, 0
+            # A text stands for what Arrow or Python has no exact value for.
+            reader: Any = relation.project(values.projection(types)).to_arrow_reader(
+                min(limit + 1, _BATCH_ROWS)
+            )
+            for batch in reader:
+                batches.append(batch)
+                rows += len(batch)
+                taken += values.weight(batch)
+                if taken > result_bytes:
+                    raise values.too_large(result_bytes)
+                if rows > limit:
+                    break
+            table = pa.Table.from_batches(batches, reader.schema).slice(0, limit)
+            table = values.readable(table.rename_columns(values.distinct(names)))
+            data = values.packed(table, result_bytes)
+        kinds = [str(one) for one in types]
+        return {"kinds": kinds, "cut": rows > limit, "taken": self._taken()}, data
+
+    def _taken(self) -> int:
+        """The bytes of address space kept beyond the first."""
+        now = address_space()
+        return 0 if now is None or self._base is None else now - self._base

@@ -1,0 +1,196 @@
+"""The values of a result as Arrow, Parquet and Python can hold them.
+
+Python's dates end with the year 9999, Arrow has no number of more than 38
+digits, Parquet has no unions: DuckDB's own text stands for what one of them
+would lose. Of columns of one name, each gets its own.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from oki_trace.errors import QuestionError
+
+# The types that all three hold. A time zone is lost inside a list, so there it is text.
+_KEPT = frozenset({"boolean", "float", "double", "decimal", "varchar", "blob", "uuid", "null"}) | {
+    *("tinyint", "smallint", "integer", "bigint", "hugeint"),
+    *("utinyint", "usmallint", "uinteger", "ubigint"),
+    *("date", "time", "timestamp", "timestamp_s", "timestamp_ms"),
+    '"null"',
+}
+_ZONED = "timestamp with time zone"
+_KEYS = frozenset({"varchar", "integer", "bigint"})
+_NESTED = frozenset({"list", "array", "struct"})
+
+_DAY = dt.date(1970, 1, 1).toordinal()
+_FIRST_DAY, _LAST_DAY = dt.date.min.toordinal() - _DAY, dt.date.max.toordinal() - _DAY
+_IN_A_DAY = {"s": 86_400, "ms": 86_400 * 10**3, "us": 86_400 * 10**6, "ns": 86_400 * 10**9}
+_EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+_MOST_DIGITS = 38
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The names, each once: a second ``id`` is ``id_2``. Upper case is not another name."""
+    wanted = list(names)
+    taken = {name.lower() for name in wanted}
+    seen: set[str] = set()
+    found = []
+    for name in wanted:
+        if (chosen := name).lower() in seen:
+            number = 2
+            while (chosen := f"{name}_{number}").lower() in taken | seen:
+                number += 1
+        seen.add(chosen.lower())
+        found.append(chosen)
+    return found
+
+
+def projection(types: Sequence[Any]) -> str:
+    """What to select of a statement whose columns have these types of DuckDB's."""
+    return ", ".join(
+        f"#{i} AS c{i}"
+        if _is_kept(one) or str(one.id).lower() == _ZONED
+        else f"CAST(#{i} AS VARCHAR) AS c{i}"
+        for i, one in enumerate(types, start=1)
+    )
+
+
+def _is_kept(type_: Any) -> bool:
+    kind = str(type_.id).lower()
+    if kind == "map":
+        (_, key), (_, value) = type_.children
+        return str(key.id).lower() in _KEYS and _is_kept(value)
+    if kind in _NESTED:
+        return all(_is_kept(child) for name, child in type_.children if not isinstance(child, int))
+    return kind in _KEPT
+
+
+def readable(table: pa.Table) -> pa.Table:
+    """The table with text for columns that hold a value which Python or Parquet has not."""
+    beyond = [i for i, column in enumerate(table.columns) if not _is_within(column)]
+    if not beyond:
+        return table
+    names = table.schema.names
+    texts = table.select(beyond).rename_columns([f"c{i}" for i in beyond])
+    with duckdb.connect(config={"threads": 1, "python_enable_replacements": "false"}) as other:
+        other.execute("SET TimeZone = 'UTC'")
+        other.register("result", texts)
+        all_text = ", ".join(f"CAST(c{i} AS VARCHAR) AS c{i}" for i in beyond)
+        found = other.sql(f"SELECT {all_text} FROM result").to_arrow_table()
+    for i in beyond:
+        table = table.set_column(i, names[i], found.column(f"c{i}"))
+    return table
+
+
+def _is_within(column: Any) -> bool:
+    """Whether Python has a value for every one of these, nested ones too."""
+    kind = column.type
+    if pa.types.is_nested(kind):
+        return all(
+            _is_within(child)
+            for chunk in (column.chunks if isinstance(column, pa.ChunkedArray) else [column])
+            for child in _children(chunk)
+        )
+    bounds = _bounds(kind)
+    if bounds is None:
+        return True
+    if not isinstance(bounds[0], Decimal):
+        column = column.cast(pa.int32() if kind.bit_width == 32 else pa.int64())
+    found = pc.min_max(column).as_py()
+    return found["min"] is None or (bounds[0] <= found["min"] and found["max"] <= bounds[1])
+
+
+def _children(array: Any) -> Iterator[Any]:
+    if pa.types.is_struct(array.type):
+        yield from array.flatten()
+    elif pa.types.is_map(array.type):
+        yield array.items
+    else:
+        yield array.flatten()
+
+
+def _bounds(kind: Any) -> tuple[Any, Any] | None:
+    """The least and the largest value; None where there is none."""
+    if pa.types.is_date32(kind):
+        return _FIRST_DAY, _LAST_DAY
+    if pa.types.is_timestamp(kind):
+        day = _IN_A_DAY[kind.unit]
+        return _FIRST_DAY * day, (_LAST_DAY + 1) * day - 1
+    if pa.types.is_time(kind):
+        return 0, _IN_A_DAY[kind.unit] - 1
+    if pa.types.is_decimal(kind) and kind.scale == 0:
+        most = Decimal(10) ** _MOST_DIGITS - 1
+        return -most, most
+    return None
+
+
+# A number in a list is a byte in Arrow, and an object in Python.
+_PYTHON_BYTES = 8
+
+
+def weight(batch: pa.RecordBatch) -> int:
+    """The bytes of a batch, and some for each value: Arrow packs some values into bits."""
+    return int(batch.nbytes) + _PYTHON_BYTES * sum(map(_count, batch.columns))
+
+
+def _count(array: pa.Array) -> int:
+    inner = sum(map(_count, _children(array))) if pa.types.is_nested(array.type) else 0
+    return len(array) + inner
+
+
+def packed(table: pa.Table, most: int) -> bytes:
+    """The table as an Arrow stream. Raises QuestionError when it has more bytes than ``most``."""
+    data = stream_of(table)
+    if len(data) > 2 * most:
+        raise too_large(most)
+    return data
+
+
+def too_large(most: int) -> QuestionError:
+    """What is said of a result of more than ``most`` bytes."""
+    return QuestionError(
+        f"The result is larger than {most / 1e6:,.0f} MB: ask for fewer rows or columns, or give "
+        "it more memory (--memory)."
+    )
+
+
+def stream_of(table: pa.Table) -> bytes:
+    """The table as an Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def unpacked(data: bytes) -> pa.Table:
+    """The table of an Arrow stream."""
+    return pa.ipc.open_stream(data).read_all()
+
+
+def rows_of(table: pa.Table) -> list[tuple[Any, ...]]:
+    """A table that is ``readable``, as Python's values, a row a tuple; whole decimals are ints."""
+    if not table.num_columns:
+        return []
+    return list(zip(*(_column(column) for column in table.columns), strict=True))
+
+
+def _column(column: pa.ChunkedArray) -> list[Any]:
+    kind = column.type
+    if pa.types.is_decimal(kind) and kind.scale == 0:
+        return [None if value is None else int(value) for value in column.to_pylist()]
+    if pa.types.is_timestamp(kind) and kind.tz is not None:
+        # In UTC, without asking for a library of time zones.
+        return [
+            None if value is None else _EPOCH + dt.timedelta(microseconds=value)
+            for value in column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
+        ]
+    if pa.types.is_nested(kind):
+        return list(column.to_pylist(maps_as_pydicts="lossy"))
+    return list(column.to_pylist())

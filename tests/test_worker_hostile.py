@@ -1,0 +1,193 @@
+"""Models that were made to disable a worker: their reply fails truthfully, the next is served."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex
+from tokenizers.normalizers import Replace, Sequence
+from tokenizers.pre_tokenizers import Split
+
+from oki_trace import watched
+from oki_trace.llm.doing import Doing
+from oki_trace.records import Message, Status
+from tests import models, tiny
+from tests.desks import FOREVER, Desk, desk_at, serving
+from tests.llm.loading import edit_config
+from tests.waiting import until
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes by signals")
+
+# The sandbox refuses a longer range, and none within another.
+ENDLESS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    with desk_at(tmp_path_factory.mktemp("hostile")) as desk, serving(desk) as thread:
+        until(desk.reader.worker, "the worker's first sign of life")
+        yield desk
+        assert thread.is_alive(), "it has served all of it"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_small(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def hostile(small: Path, tmp_path: Path) -> Path:
+    """A copy of the small model, to be changed."""
+    return Path(shutil.copytree(small, tmp_path / "hostile"))
+
+
+def with_tokenizer(folder: Path, **parts: Any) -> Path:
+    tokenizer = tiny.tokenizer()
+    for name, part in parts.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def failed(desk: Desk, model: Path, small: Path, text: str = "the fox") -> str:
+    """Why the reply of this model failed; the next reply, of another, is answered."""
+    bad, good = desk.ask(model, text=text), desk.ask(small)
+    ended = desk.ended(bad)
+    assert (ended.status, ended.tokens) == (Status.FAILED, 0)
+    assert desk.ended(good).status is Status.COMPLETE
+    assert ended.reason is not None and "\n" not in ended.reason
+    return ended.reason
+
+
+def test_an_endless_template_ends_at_its_limit(
+    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = watched.LIMITS[Doing.TEMPLATE]
+    monkeypatch.setitem(watched.LIMITS, Doing.TEMPLATE, watched.Limit(1.0, 300.0, limit.fix))
+    (hostile / "chat_template.jinja").write_text(ENDLESS)
+    assert failed(desk, hostile, small) == (
+        "Given up after 1 s while its chat template was rendered. "
+        "Mend chat_template.jinja in the model's folder, or choose another model."
+    )
+
+
+def test_a_stop_ends_an_endless_template(
+    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(watched.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    (hostile / "chat_template.jinja").write_text(ENDLESS)
+    reply = desk.ask(hostile)
+    until(lambda: desk.state().state == "decoding", "the template's beginning")
+    desk.writer.request_stop(reply)
+    asked = time.monotonic()
+    ended = desk.ended(reply)
+    assert time.monotonic() - asked < 5
+    assert (ended.status, ended.reason) == (
+        Status.STOPPED,
+        "stopped while its chat template was rendered",
+    )
+    assert desk.ended(desk.ask(small)).status is Status.COMPLETE
+
+
+def test_asked_to_leave_it_ends_an_endless_template(
+    tmp_path: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGTERM asks: the worker is gone in seconds, and the reply says why it ended."""
+    monkeypatch.setitem(watched.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    (hostile / "chat_template.jinja").write_text(ENDLESS)
+    with desk_at(tmp_path) as leaving:
+        with serving(leaving):
+            reply = leaving.ask(hostile)
+            until(
+                lambda: leaving.reader.worker() is not None and leaving.state().state == "decoding",
+                "the template's beginning",
+            )
+        ended = leaving.reader.message(reply)
+        assert ended.status is Status.STOPPED
+        assert ended.reason is not None and ended.reason.startswith("stopped while ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
+def test_a_template_that_asks_for_all_the_memory(desk: Desk, small: Path, hostile: Path) -> None:
+    (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
+    reason = failed(desk, hostile, small)
+    assert reason.startswith("The model's chat template refused the messages: MemoryError.")
+
+
+def test_a_tokenizer_that_never_ends(
+    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = watched.LIMITS[Doing.TOKENIZER]
+    monkeypatch.setitem(watched.LIMITS, Doing.TOKENIZER, watched.Limit(1.0, 300.0, limit.fix))
+    # "x" doubles with each rule; the text tried at loading has none.
+    doubling = Sequence([Replace("x", "xx")] * 28)
+    assert failed(desk, with_tokenizer(hostile, normalizer=doubling), small) == (
+        "Given up after 1 s while its tokenizer was at work. "
+        "Shorten the message, or choose another model."
+    )
+
+
+def test_a_tokenizer_that_panics(desk: Desk, small: Path, hostile: Path) -> None:
+    """The panic is a BaseException, and no request of the user's to end."""
+    split = Split(Regex("(a+)+$"), "isolated")
+    reason = failed(desk, with_tokenizer(hostile, pre_tokenizer=split), small, "a" * 30 + "b")
+    assert reason.startswith("The model's tokenizer failed (PanicException: ")
+
+
+def test_a_process_that_is_killed(desk: Desk, small: Path, endless: Path) -> None:
+    """As by the system when memory runs out: the steps stay, the reason is said."""
+    reply = desk.under_way(desk.ask(endless, FOREVER))
+    (process,) = desk.workers("oki_trace.model_process")
+    process.kill()
+    until(lambda: desk.reader.message(reply.id).reason, "its end in the store")
+    ended: Message = desk.reader.message(reply.id)
+    assert ended.status is Status.FAILED
+    assert ended.reason is not None
+    assert ended.reason.startswith("The process that held the model ended by signal 9")
+    assert ended.tokens >= reply.tokens
+    spoken = [s.token_bytes for s in desk.reader.iter_steps(reply.id) if not s.is_special]
+    assert ended.content == b"".join(spoken).decode(errors="replace").replace("\0", "␀")
+    assert desk.ended(desk.ask(small)).status is Status.COMPLETE
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.save_endless(tmp_path_factory.mktemp("models") / "endless")
+
+
+def test_layers_without_number(desk: Desk, small: Path, hostile: Path) -> None:
+    edit_config(hostile, num_hidden_layers=10**9)
+    assert "num_hidden_layers" in failed(desk, hostile, small)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
+)
+def test_a_pipe_in_place_of_a_file(desk: Desk, small: Path, hostile: Path, name: str) -> None:
+    (hostile / name).unlink()
+    os.mkfifo(hostile / name)
+    assert f"{hostile / name} is a named pipe" in failed(desk, hostile, small)
+
+
+def test_a_model_stays_loaded(desk: Desk, small: Path) -> None:
+    """Between two replies; and the process that holds it is the same."""
+    first = desk.ended(desk.ask(small))
+    (before,) = desk.workers("oki_trace.model_process")
+    told: list[str] = []
+    reply = desk.ask(small)
+
+    def look() -> bool:
+        told.append(desk.state().state)
+        return not desk.reader.message(reply).status.is_live
+
+    until(look, "the second reply")
+    assert desk.reader.message(reply).status is first.status is Status.COMPLETE
+    assert "loading" not in told
+    assert desk.workers("oki_trace.model_process") == [before]
