@@ -175,7 +175,7 @@ def _entries() -> set[str]:
             if here and not name.startswith("_") and callable(member):
                 with contextlib.suppress(ValueError, TypeError):
                     parameters = inspect.signature(member).parameters.values()
-                    if any(parameter.annotation in ("Db", Db) for parameter in parameters):
+                    if any(parameter.annotation == "Db" for parameter in parameters):
                         found.add(f"{module.name}.{name}")
     return found
 
