@@ -27,7 +27,6 @@ import oki_trace
 from oki_trace.errors import SchemaError, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
 from oki_trace.store import copy, identity, migrate, vacuum
-from oki_trace.store.identity import Db
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.verify import Verification
 from oki_trace.store.writer import TraceWriter
