@@ -78,9 +78,9 @@ def test_the_tables_have_the_columns_of_the_store() -> None:
         "conversation": {"updated_at", "uid"},
         "message": {
             *("owner", "seen_at", "stop_requested"),
-            *("parts", "template", "tool_name", "digest"),
+            *("parts", "template", "tool_name"),
         },
-        "step": {"tensor_bytes", "digest", "tensor_digest"},
+        "step": {"tensor_bytes"},
         "tensor": {"id", "codec", "checksum", "raw_bytes"},
     }
     more = {"message": {"tokens"}}
