@@ -373,6 +373,8 @@ def trust(message: Message) -> list[Badge]:
     badges = []
     if message.checks is not None and message.checks.fault is not None:
         badges.append(Badge("check failed", "red", str(doubt_of(message))))
+    if message.checks is not None:
+        badges += [Badge("note", "gray", note) for note in message.checks.notes]
     lens_check, lens_draft = message.lens_check, message.lens_draft
     if capture.logit_lens_available and lens_check is not None:
         meaning = (

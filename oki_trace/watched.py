@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 import psutil
 
+from oki_trace.child_process import command
 from oki_trace.llm.doing import Doing
 
 log = logging.getLogger(__name__)
@@ -66,16 +66,17 @@ class Watched:
 
     def __init__(self, db: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "oki_trace.model_process", str(os.getpid())],
+            [*command("oki_trace.model_process"), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OKI_TRACE_DB": db},
         )
         self._news: queue.Queue[dict[str, Any] | None] = queue.Queue()
         assert self._process.stdout is not None
-        threading.Thread(
+        self._listener = threading.Thread(
             target=_put_news, args=(self._process.stdout, self._news), daemon=True
-        ).start()
+        )
+        self._listener.start()
         self.has_begun = False
         self.is_asked = False
         self.reply: int | None = None
@@ -171,6 +172,7 @@ class Watched:
         """End it now, whatever it does."""
         self._process.kill()
         self._process.wait()
+        self._listener.join()
         self._close_pipes()
 
     def close(self) -> None:
@@ -198,5 +200,6 @@ def _told_limit(doing: Doing, seconds: float, fix: str) -> str:
 
 def _put_news(stream: IO[bytes], news: queue.Queue[dict[str, Any] | None]) -> None:
     for line in stream:
-        news.put(json.loads(line))
+        if line.endswith(b"\n"):  # it may have been ended within one
+            news.put(json.loads(line))
     news.put(None)

@@ -44,7 +44,7 @@ FORBIDDEN = {
     "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors", "visible", "child_process"}
+GROUND = {"records", "settings", "errors", "visible", "child_process", "given_text"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

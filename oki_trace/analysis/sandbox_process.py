@@ -29,6 +29,8 @@ _BUFFERS = 0.75
 # Each thread has buffers of its own.
 _MOST_THREADS = 4
 _BATCH_ROWS = 2048
+# A page, a file and a terminal take no more either.
+_MOST_COLUMNS = 2_000
 # What uses every thread once, before the memory is limited.
 _WARM_UP = "SELECT sum(hash(i)) FROM range(1000000) AS t(i)"
 
@@ -112,6 +114,10 @@ class Answering:
         with engine.streamed_plainly(self._memory_bytes), self._connection.cursor() as cursor:
             relation = cursor.sql(sql)
             names, types = relation.columns, relation.types
+            if len(names) > _MOST_COLUMNS:
+                raise QuestionError(
+                    f"The result has {len(names):,} columns: ask for at most {_MOST_COLUMNS:,}."
+                )
             batches, taken, rows = [], 0, 0
             # A text stands for what Arrow or Python has no exact value for.
             reader: Any = relation.project(values.projection(types)).to_arrow_reader(

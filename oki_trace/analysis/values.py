@@ -40,15 +40,15 @@ def distinct(names: Iterable[str]) -> list[str]:
     """The names, each once: a second ``id`` is ``id_2``. Upper case is not another name."""
     wanted = list(names)
     taken = {name.lower() for name in wanted}
-    seen: set[str] = set()
+    numbers: dict[str, int] = {}
     found = []
     for name in wanted:
-        if (chosen := name).lower() in seen:
-            number = 2
-            while (chosen := f"{name}_{number}").lower() in taken | seen:
-                number += 1
-        seen.add(chosen.lower())
-        found.append(chosen)
+        number = numbers.get(name.lower(), 0) + 1
+        while number > 1 and f"{name}_{number}".lower() in taken:
+            number += 1
+        numbers[name.lower()] = number
+        found.append(name if number == 1 else f"{name}_{number}")
+        taken.add(found[-1].lower())
     return found
 
 
@@ -68,7 +68,11 @@ def _is_kept(type_: Any) -> bool:
         (_, key), (_, value) = type_.children
         return str(key.id).lower() in _KEYS and _is_kept(value)
     if kind in _NESTED:
-        return all(_is_kept(child) for name, child in type_.children if not isinstance(child, int))
+        # An array has its size among them; row(1, 2) has fields without a name.
+        parts = [part for part in type_.children if not isinstance(part[1], int)]
+        return len({name for name, _ in parts}) == len(parts) and all(
+            _is_kept(child) for _, child in parts
+        )
     return kind in _KEPT
 
 
@@ -82,10 +86,9 @@ def readable(table: pa.Table) -> pa.Table:
     with duckdb.connect(config={"threads": 1, "python_enable_replacements": "false"}) as other:
         other.execute("SET TimeZone = 'UTC'")
         other.register("result", texts)
-        all_text = ", ".join(f"CAST(c{i} AS VARCHAR) AS c{i}" for i in beyond)
-        found = other.sql(f"SELECT {all_text} FROM result").to_arrow_table()
-    for i in beyond:
-        table = table.set_column(i, names[i], found.column(f"c{i}"))
+        found = other.sql("SELECT CAST(COLUMNS(*) AS VARCHAR) FROM result").to_arrow_table()
+    for i, column in zip(beyond, found.columns, strict=True):
+        table = table.set_column(i, names[i], column)
     return table
 
 
@@ -191,6 +194,18 @@ def _column(column: pa.ChunkedArray) -> list[Any]:
             None if value is None else _EPOCH + dt.timedelta(microseconds=value)
             for value in column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
         ]
-    if pa.types.is_nested(kind):
-        return list(column.to_pylist(maps_as_pydicts="lossy"))
-    return list(column.to_pylist())
+    return [_with_dictionaries(value, kind) for value in column.to_pylist()]
+
+
+def _with_dictionaries(value: Any, kind: Any) -> Any:
+    """``value`` with a dictionary for each map, which Arrow gives as a list of pairs."""
+    if value is None or not pa.types.is_nested(kind):
+        return value
+    if pa.types.is_map(kind):
+        return {key: _with_dictionaries(item, kind.item_type) for key, item in value}
+    if pa.types.is_struct(kind):
+        return {
+            field.name: _with_dictionaries(value[field.name], field.type)
+            for field in (kind.field(i) for i in range(kind.num_fields))
+        }
+    return [_with_dictionaries(item, kind.value_type) for item in value]

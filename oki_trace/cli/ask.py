@@ -145,9 +145,7 @@ def sql(
     limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")] = (
         1000
     ),
-    timeout: Annotated[
-        float, typer.Option("--timeout", min=0.001, help="At most this many seconds.")
-    ] = 30.0,
+    timeout: Annotated[float, typer.Option("--timeout", help="At most this many seconds.")] = 30.0,
     memory: Annotated[
         str, typer.Option("--memory", help="How much memory the statement may take.")
     ] = "512MB",
@@ -170,7 +168,7 @@ def sql(
     from oki_trace.cli import answers
 
     format = Format.JSON if json else format
-    if not math.isfinite(timeout):
+    if not 0 < timeout < math.inf:
         raise UsageError(f"--timeout {timeout} is no time: give a number of seconds, as 30.")
     memory_bytes = quantities.size(memory)
     if memory_bytes < LEAST_MEMORY_BYTES:

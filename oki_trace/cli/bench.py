@@ -9,6 +9,7 @@ import typer
 
 from oki_trace.cli import options
 from oki_trace.cli.output import console, inert, print_json, size
+from oki_trace.cli.watchdog import watchdog
 
 
 def register(app: typer.Typer) -> None:
@@ -37,16 +38,17 @@ def bench(
     from oki_trace import bench as benchmark
     from oki_trace.llm.load import load
 
-    loaded = load(options.choice_of(model, four_bit, dtype, device))
     out = console()
 
     def report(line: str) -> None:
         if not json:
             out.print(f"[dim]{line}[/]")
 
-    found = benchmark.run(
-        loaded, tokens=tokens, rounds=rounds, policy=options.policy_of(tensors), report=report
-    )
+    with watchdog():
+        loaded = load(options.choice_of(model, four_bit, dtype, device))
+        found = benchmark.run(
+            loaded, tokens=tokens, rounds=rounds, policy=options.policy_of(tensors), report=report
+        )
     if json:
         print_json(asdict(found), indent=None)
         return

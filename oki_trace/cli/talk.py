@@ -216,14 +216,13 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
                 Role.USER if tool is None else Role.TOOL,
                 tool,
             )
-            conversation, reply_id = asking.submit(writer, ask, conversation, claim=True)
-            reply = reader.message(reply_id)
-            dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
             with _stoppable() as stop:
+                conversation, reply_id = asking.submit(writer, ask, conversation, claim=True)
+                dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
                 end = answering.answer(
                     writer,
                     reader,
-                    reply,
+                    reader.message(reply_id),
                     loaded,
                     should_stop=stop.is_asked,
                     on_text=None if quiet else stop.show,

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import bar, console, counted, inert, print_json
+from oki_trace.cli.watchdog import watchdog
 
 if TYPE_CHECKING:
     from oki_trace.store.reader import TraceReader
@@ -81,7 +82,7 @@ def _recompute(reader: TraceReader, conversation: int | None, quiet: bool) -> li
 
     out = console()
     done = []
-    with bar("recomputing") as progress:
+    with watchdog(), bar("recomputing") as progress:
         for one in recompute(reader, conversation, progress):
             done.append(one)
             if not quiet:

@@ -26,7 +26,7 @@ _SECONDS = 2.0
 _LONGER = {Doing.DECODING: 20.0, None: 10.0}
 _LOOK_SECONDS = 0.1
 # For the store, which another process may hold.
-_SECONDS_TO_TELL = 3.0
+_SECONDS_TO_TELL = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

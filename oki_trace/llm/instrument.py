@@ -22,6 +22,7 @@ from oki_trace.llm.fingerprint import Fingerprint, fingerprint, tokenizer_finger
 from oki_trace.llm.graph import StepGraph
 from oki_trace.llm.hardware import computing_dtype
 from oki_trace.llm.jit import step_graph
+from oki_trace.llm.kinds import TEXT_ONLY, takes_more_than_text
 from oki_trace.llm.lens import LogitLens
 from oki_trace.llm.probe import Probe
 from oki_trace.llm.reply_checks import ReplyChecker
@@ -62,7 +63,10 @@ class Instrument:
 
     def checker(self) -> ReplyChecker:
         """What checks the numbers of one reply."""
-        return ReplyChecker(computing_dtype(self.model), full_rows=self.full_rows)
+        checker = ReplyChecker(computing_dtype(self.model), full_rows=self.full_rows)
+        if takes_more_than_text(self.model.config):
+            checker.note(f"traced {TEXT_ONLY}")
+        return checker
 
     def _shortlist_for(self, policy: CapturePolicy) -> Shortlist | None:
         exact = policy.tensors == "exact" or policy.topk_lens > MOST_KEPT

@@ -28,6 +28,7 @@ _OTHERS: tuple[tuple[Any, Any], ...] = (
     (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     (MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
 )
+TEXT_ONLY = "for text alone: what it makes of images or sound is not traced"
 # Parts of a config that are of a model's other senses.
 _SENSES = ("vision_config", "audio_config", "vq_config", "image_config", "video_config")
 
@@ -47,7 +48,7 @@ def kind_of(config: Any, name: str, trust_remote_code: bool) -> Kind:
     """How the model is loaded. Raises ModelError for one that does not continue a text."""
     kind = config.model_type
     problem = None
-    text_only = any(getattr(config, sense, None) is not None for sense in _SENSES)
+    text_only = takes_more_than_text(config)
     own_code = trust_remote_code and "AutoModelForCausalLM" in (
         getattr(config, "auto_map", None) or {}
     )
@@ -68,6 +69,11 @@ def kind_of(config: Any, name: str, trust_remote_code: bool) -> Kind:
     if problem:
         raise ModelError(f"{name} {problem}. Choose a decoder-only model that generates text.")
     return Kind(loader, text_only)
+
+
+def takes_more_than_text(config: Any) -> bool:
+    """Whether a model takes images or sound as well, by the parts of its config."""
+    return any(getattr(config, sense, None) is not None for sense in _SENSES)
 
 
 def _is_encoder_decoder(config: Any) -> bool:

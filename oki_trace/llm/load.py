@@ -46,18 +46,20 @@ from oki_trace.llm.hardware import (
     pick_device,
     requested_dtype,
 )
-from oki_trace.llm.kinds import Kind, kind_of
+from oki_trace.llm.kinds import TEXT_ONLY, Kind, kind_of
 from oki_trace.llm.locate import Source, find, snapshot
 from oki_trace.llm.sound import Weights, sound_folder, sound_gguf, sound_numbers
 from oki_trace.llm.vocabulary import is_mistral_common
 from oki_trace.records import ModelChoice
 from oki_trace.settings import Settings
 
-TEXT_ONLY = "for text alone: what it makes of images or sound is not traced"
-
 
 class LoadedForText(UserWarning):
     """A model that takes more than text was loaded, for its text."""
+
+
+class PlainPrompts(UserWarning):
+    """A model was loaded whose own way to write a conversation is not among its files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -181,6 +183,7 @@ def load(
             QuantizationFallback,
             stacklevel=2,
         )
+    _tell_of_plain_prompts(source, tokenizer, cache)
     if kind.text_only:
         said = f"{source.model_id} is loaded {TEXT_ONLY}."
         warnings.warn(said, LoadedForText, stacklevel=2)
@@ -285,6 +288,20 @@ def _read_tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokeniz
         )
         return again
     return tokenizer
+
+
+def _tell_of_plain_prompts(source: Source, tokenizer: Any, cache: str | None) -> None:
+    """Warn where the chat format is in mistral-common's code, which has no template to show."""
+    where = source.folder or snapshot(source.path, cache)
+    if getattr(tokenizer, "chat_template", None) or where is None:
+        return
+    if (where / "tekken.json").is_file():
+        warnings.warn(
+            f"{source.model_id} has no chat template, so its prompts are plain (USER: … "
+            "ASSISTANT:). Put the model's chat_template.jinja into its folder.",
+            PlainPrompts,
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------- what was got

@@ -72,8 +72,8 @@ def sound_folder(folder: Path) -> Weights | None:
     whole = _index_is_here(folder)
     found = [safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
     weights = None
-    # What is damaged, or not downloaded yet, says nothing of the others.
-    if whole and found and all(found):
+    # What is damaged, not downloaded yet, or an adapter's, says nothing of the others.
+    if whole and found and all(found) and not (folder / "adapter_config.json").exists():
         weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found)))
     if config.is_file():
         sound_numbers(_json(config), str(config), weights)

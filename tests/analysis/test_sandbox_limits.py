@@ -100,6 +100,8 @@ class Watch:
         "SELECT " + "[" * 20_000 + "1" + "]" * 20_000,
         "SELECT " + "+".join(["1"] * 200_000),
         "SELECT '" + "x" * 50_000_000 + "'",
+        "SELECT " + ",".join(["1 AS a"] * 140_000),
+        "SELECT " + ",".join(["1 AS a"] * 3_000),
         "SELECT sleep_ms(60000)",
         "SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)",
     ],

@@ -63,8 +63,11 @@ VALUES: list[tuple[str, Any]] = [
     (r"'\xAA'::BLOB", "aa"),
     ("MAP {'a': 1}", {"a": 1}),
     ("MAP {1: 2}", {"1": 2}),
+    ("[{'a': MAP {'b': [MAP {'c': 1}]}}, NULL]", [{"a": {"b": [{"c": 1}]}}, None]),
+    ("[[1, 2], NULL]::INT[2][]", [[1, 2], None]),
     ("MAP {[1]: 2}", "{[1]=2}"),
     ("union_value(a := 1)", "1"),
+    ("row(1, 2)", "(1, 2)"),
     ("'a'::ENUM('a', 'b')", "a"),
     ("42::VARIANT", "42"),
     ("'nan'::DOUBLE", None),
@@ -125,6 +128,8 @@ def test_the_order_stays_where_a_column_becomes_text(trove: Trove) -> None:
         (["id", "id", "id_2"], ["id", "id_3", "id_2"]),
         (["", ""], ["", "_2"]),
         (["a", "b"], ["a", "b"]),
+        (["a_2", "a", "a", "A_2", "a"], ["a_2", "a", "a_3", "A_2_2", "a_4"]),
+        (["a"] * 100_000, ["a", *(f"a_{i}" for i in range(2, 100_001))]),
     ],
 )
 def test_each_column_has_a_name_of_its_own(names: list[str], right: list[str]) -> None:

@@ -138,6 +138,9 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     texts = [node.text for node in tree.iter() if node.tag.endswith("}text")]
     assert "steps" in texts
     page.get_by_text("SQL", exact=True).last.click()
+    expect(page.get_by_test_id("stCode")).to_be_visible()
+    # While it opens, what is in it moves away from under a click.
+    page.wait_for_function("document.getAnimations().every(one => one.playState !== 'running')")
     page.get_by_role("button", name="Go on from it in SQL").click()
     expect(page.get_by_role("heading", name="SQL", exact=True)).to_be_visible()
     table(page)

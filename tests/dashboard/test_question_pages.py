@@ -313,7 +313,7 @@ def test_every_example_has_an_answer_and_a_chart(filled: Stories, example: str) 
 def test_a_link_runs_its_question(filled: Stories) -> None:
     app = sql(sql="SELECT 6 * 7 AS x, 'a' AS x")
     assert not app.exception
-    assert list(app.dataframe[0].value.columns) == ["x", "x (2)"]
+    assert list(app.dataframe[0].value.columns) == ["x", "x_2"]
     app.text_area(key="sql-text").set_value("SELECT 1 AS one").run()
     assert address(app) == {"sql": "SELECT 1 AS one"}
     assert list(app.dataframe[0].value.columns) == ["one"]

@@ -199,7 +199,7 @@ RESULT = pa.table(
     ],
     names=["x", "x", HOSTILE, "list", "bytes", "when"],
 )
-NAMES = ["x", "x (2)", "<img src=x><U+202E>␛[31m␊", "list", "bytes", "when"]
+NAMES = ["x", "x_2", "<img src=x><U+202E>␛[31m␊", "list", "bytes", "when"]
 
 
 def test_any_result_can_be_shown() -> None:
@@ -207,7 +207,7 @@ def test_any_result_can_be_shown() -> None:
     assert list(frame.columns) == NAMES
     assert frame["list"].tolist()[0] == "[1, 2]"
     assert frame["bytes"].tolist()[0] == "00ff"
-    assert sql_shapes.numeric(frame) == ["x", "x (2)"]
+    assert sql_shapes.numeric(frame) == ["x", "x_2"]
     assert sql_shapes.frame(pa.table({})).empty
 
 
@@ -215,7 +215,7 @@ def test_a_result_can_be_saved() -> None:
     lines = sql_shapes.as_csv(RESULT).splitlines()
     assert lines[1:] == ['1,0.5,\'=x,"[1, 2]",00ff,2026-01-01T00:00:00', "2,,,,,"]
     first, second = json.loads(sql_shapes.as_json(RESULT))
-    assert first["x (2)"] == 0.5 and second["x (2)"] is None
+    assert first["x_2"] == 0.5 and second["x_2"] is None
     assert first["list"] == [1, 2]
     back = pa.parquet.read_table(pa.BufferReader(sql_shapes.as_parquet(RESULT)))
     assert back.column_names == NAMES and back["list"].to_pylist() == [[1, 2], None]

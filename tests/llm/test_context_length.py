@@ -23,7 +23,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_yarn_lengthens_the_context(tmp_path: Path, name: str) -> None:
     """The config's own length stays the unscaled one, as model cards have it."""
     folder = models.save(tmp_path, tiny.model("llama"), tiny.tokenizer())
-    edit_config(folder, max_position_embeddings=32, rope_parameters=None, **{name: YARN})
+    changes = {"max_position_embeddings": 32, "rope_parameters": None, name: YARN}
+    edit_config(folder, **changes)
     loaded = load(ModelChoice(str(folder)))
     model: Any = loaded.model
     assert model.config.max_position_embeddings == 32

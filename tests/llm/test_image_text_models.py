@@ -132,6 +132,7 @@ def test_its_text_is_traced_as_it_generates(kind: str, tmp_path: Path) -> None:
     assert [step["chosen_id"] for step in trace["steps"]] == wanted.tolist()
     assert trace["capture"]["lens_check"] < 1e-4
     assert trace["checks"]["lens"] < 1e-4
+    assert any("for text alone" in note for note in trace["checks"]["notes"])
     assert all(len(step["logit_lens"]) == tiny.LAYERS + 1 for step in trace["steps"])
 
 
