@@ -25,7 +25,6 @@ from oki_trace.records import (
     ModelChoice,
     Sampling,
 )
-from oki_trace.store.copy import copy
 from oki_trace.store.reader import TraceReader
 from oki_trace.store.writer import TraceWriter
 
@@ -172,8 +171,12 @@ def test_a_damaged_conversation_is_marked_and_the_others_are_shown(
 ) -> None:
     number, message = stories.first
     damaged = str(tmp_path / "damaged.db")
-    list(copy(stories.db, damaged))
-    with closing(sqlite3.connect(damaged)) as connection, connection:
+    with (
+        closing(sqlite3.connect(stories.db)) as whole,
+        closing(sqlite3.connect(damaged)) as connection,
+        connection,
+    ):
+        whole.backup(connection)
         connection.execute("UPDATE message SET status = 'dancing' WHERE id = ?", (message,))
     open_store(damaged)
     app = conversations()
