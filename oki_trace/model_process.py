@@ -198,8 +198,8 @@ def _end_with(parent: int) -> None:
 
 
 def main() -> None:
-    """``python -m oki_trace.model_process PARENT``: started by the worker, not by hand."""
-    _end_with(int(sys.argv[1]))
+    """Started by the worker, not by hand; its last argument is the worker's process id."""
+    _end_with(int(sys.argv[-1]))
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     channel = Channel(os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8"))
     # What a library prints is not part of what is told.
@@ -213,7 +213,3 @@ def main() -> None:
             held.serve_next()
     finally:
         held.close()
-
-
-if __name__ == "__main__":
-    main()

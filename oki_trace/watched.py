@@ -12,7 +12,6 @@ import logging
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 import psutil
 
+from oki_trace.child_process import command
 from oki_trace.llm.doing import Doing
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Watched:
 
     def __init__(self, db: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "oki_trace.model_process", str(os.getpid())],
+            [*command("oki_trace.model_process"), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OKI_TRACE_DB": db},

@@ -20,7 +20,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -30,6 +29,7 @@ from typing import Any, BinaryIO
 import psutil
 from filelock import FileLock, Timeout
 
+from oki_trace.child_process import command
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
 from oki_trace.records import Status
 from oki_trace.settings import Settings
@@ -79,7 +79,7 @@ def ensure_running(db: str) -> None:
     # lock taken and leaves.
     with _private(path.with_suffix(".log")) as output:
         _started[path] = subprocess.Popen(
-            [sys.executable, "-m", "oki_trace.worker", "--parent", str(os.getpid())],
+            [*command("oki_trace.worker"), "--parent", str(os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -233,7 +233,8 @@ def main() -> None:
     """``python -m oki_trace.worker``: started by the explorer, not by hand."""
     parser = argparse.ArgumentParser(prog="oki_trace.worker", description=main.__doc__)
     parser.add_argument("--parent", type=int, help="The process it follows.")
-    parent = parser.parse_args().parent
+    # What stands before it says where the package is (``child_process``).
+    parent = parser.parse_known_args()[0].parent
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     db = Settings.from_environment().db
     try:

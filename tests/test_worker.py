@@ -16,7 +16,7 @@ import pytest
 from oki_trace import asking, worker
 from oki_trace.errors import StoreError
 from oki_trace.records import ModelChoice, Status
-from oki_trace.store import engine
+from oki_trace.store import files
 from tests import models, tiny
 from tests.desks import FOREVER, ROOT, Desk, desk_at, serving
 from tests.waiting import until
@@ -216,7 +216,7 @@ def test_a_long_vacuum_does_not_end_it(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither its signs of life nor its search for work: both are tried again."""
-    monkeypatch.setattr(engine, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(files, "_BUSY_SECONDS", 0.05)
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.1)
     with serving(desk) as thread:
         until(desk.reader.worker, "its first sign of life")
@@ -245,6 +245,21 @@ def test_one_store_has_one_lock_however_it_is_named(
     assert remote.parent == tmp_path / "data", "a server has no folder"
     assert remote != worker.lock_path("postgresql://me:secret@host/others")
     assert "secret" not in str(remote)
+
+
+def test_no_module_of_the_folder_it_is_started_from_is_run(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody may have put a ``torch.py`` beside a model."""
+    folder = tmp_path / "downloads"
+    folder.mkdir()
+    for name in ("torch", "psutil", "json"):
+        (folder / f"{name}.py").write_text("open('ran', 'w')\nraise SystemExit")
+    monkeypatch.chdir(folder)
+    worker.ensure_running(desk.db)
+    ended = desk.ended(desk.ask("./no/such/model"))
+    assert ended.reason is not None and "There is no ./no/such/model here" in ended.reason
+    assert not (folder / "ran").exists()
 
 
 def test_of_two_started_at_once_one_leaves(desk: Desk) -> None:

@@ -86,10 +86,9 @@ def readable(table: pa.Table) -> pa.Table:
     with duckdb.connect(config={"threads": 1, "python_enable_replacements": "false"}) as other:
         other.execute("SET TimeZone = 'UTC'")
         other.register("result", texts)
-        all_text = ", ".join(f"CAST(c{i} AS VARCHAR) AS c{i}" for i in beyond)
-        found = other.sql(f"SELECT {all_text} FROM result").to_arrow_table()
-    for i in beyond:
-        table = table.set_column(i, names[i], found.column(f"c{i}"))
+        found = other.sql("SELECT CAST(COLUMNS(*) AS VARCHAR) FROM result").to_arrow_table()
+    for i, column in zip(beyond, found.columns, strict=True):
+        table = table.set_column(i, names[i], column)
     return table
 
 
