@@ -6,7 +6,6 @@ import csv
 import datetime as dt
 import io
 import json
-import os
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -167,10 +166,19 @@ def test_one_is_chosen_by_its_name(filled_store: Stories) -> None:
     assert "open" in [button.key for button in app.button]
 
 
-def test_a_damaged_conversation_is_marked_and_the_others_are_shown(filled_store: Stories) -> None:
-    number, message = filled_store.first
-    with closing(sqlite3.connect(os.environ["OKI_TRACE_DB"])) as connection, connection:
+def test_a_damaged_conversation_is_marked_and_the_others_are_shown(
+    stories: Stories, open_store: Callable[[str], None], tmp_path: Path
+) -> None:
+    number, message = stories.first
+    damaged = str(tmp_path / "damaged.db")
+    with (
+        closing(sqlite3.connect(stories.db)) as whole,
+        closing(sqlite3.connect(damaged)) as connection,
+        connection,
+    ):
+        whole.backup(connection)
         connection.execute("UPDATE message SET status = 'dancing' WHERE id = ?", (message,))
+    open_store(damaged)
     app = conversations()
     assert not app.exception
     frame = app.dataframe[0].value
