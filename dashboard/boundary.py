@@ -17,9 +17,10 @@ from typing import ParamSpec
 
 import streamlit as st
 
-from dashboard import data, shapes
+from dashboard import data
+from dashboard.viewdata import replies
 from oki_trace.errors import OkiTraceError
-from oki_trace.visible import inert
+from oki_trace.sanitize import inert
 
 P = ParamSpec("P")
 
@@ -103,12 +104,12 @@ def _tell(error: Exception, name: str) -> None:
     """The sentence, the way to try again, and for what nobody expected the details."""
     with st.container(key=f"failed-{name.replace('.', '-')}"):
         if isinstance(error, OkiTraceError):
-            st.error(shapes.sentence(str(error)), icon=":material/error:")
+            st.error(replies.sentence(str(error)), icon=":material/error:")
         else:
             _LOG.error("A view failed.", exc_info=error)
             st.error(
                 "This view failed because of a bug in oki-trace "
-                f"({shapes.plain(type(error).__name__)}).",
+                f"({replies.plain(type(error).__name__)}).",
                 icon=":material/error:",
             )
         # As a callback, since where Streamlit asks for a box nothing can be drawn anew.

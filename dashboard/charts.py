@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import altair as alt
 import pandas as pd
 
-from dashboard.shapes import Json
+from dashboard.viewdata.replies import Json
 
 HEIGHT = 270
 QUARTERS = [0, 0.25, 0.5, 0.75, 1]

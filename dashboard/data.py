@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import streamlit as st
 
-from dashboard import attention_shapes, compare_shapes
 from dashboard import model_defaults as model_defaults_of
-from oki_trace import asking, worker
+from dashboard.viewdata import attention, comparison
+from oki_trace import queueing, worker
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
-from oki_trace.given_text import checked
+from oki_trace.input_text import checked
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -43,18 +43,19 @@ from oki_trace.records import (
     WorkerState,
 )
 from oki_trace.settings import Settings
-from oki_trace.store import growth, migrate, prune, vacuum
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance import growth, prune, vacuum
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import migrate
+from oki_trace.store.writing.writer import TraceWriter
 
 if TYPE_CHECKING:
-    from dashboard.asked import Asked
-    from oki_trace.analysis.catch_up import CatchUp
+    from dashboard.question_state import Asked
+    from oki_trace.analysis.background_sync import CatchUp
+    from oki_trace.analysis.query_session import QuerySession
     from oki_trace.analysis.questions import Answer, Question
     from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
-    from oki_trace.analysis.trove import Trove
 
 Progress = Callable[[int, int], None]  # done, of all
 
@@ -259,7 +260,7 @@ def _full_attention(
     db: str, message_id: int, tokens: int, layer: int, head: str, first: int, end: int
 ) -> AttentionPoints:
     tensors = _reader(db).iter_tensors(message_id, "attentions", first, end)
-    return attention_shapes.full_points(tensors, layer, head)
+    return attention.full_points(tensors, layer, head)
 
 
 def candidates(message: Message) -> dict[int, Candidates]:
@@ -280,21 +281,21 @@ def has_logits(message: Message) -> bool:
 @st.cache_data(max_entries=8, show_spinner="Reading the full logits…")
 def _exact(
     db: str, left: int, right: int, pairs: tuple[tuple[int, int], ...]
-) -> list[compare_shapes.Distance | None]:
+) -> list[comparison.Distance | None]:
     reader = _reader(db)
-    found: list[compare_shapes.Distance | None] = []
+    found: list[comparison.Distance | None] = []
     for one, two in pairs:
         try:
             a, b = reader.tensor(left, one, "logits"), reader.tensor(right, two, "logits")
-            found.append(compare_shapes.exactly(a, b))
+            found.append(comparison.exactly(a, b))
         except NotFound:
             found.append(None)
     return found
 
 
 def exact_distances(
-    left: Message, right: Message, pairs: Sequence[compare_shapes.Pair]
-) -> list[compare_shapes.Distance | None]:
+    left: Message, right: Message, pairs: Sequence[comparison.Pair]
+) -> list[comparison.Distance | None]:
     """How far the distributions of each pair are apart, from the full logits."""
     both = [(p.left, p.right) for p in pairs if p.left is not None and p.right is not None]
     known = dict(zip(both, _exact(store_name(), left.id, right.id, tuple(both)), strict=True))
@@ -388,15 +389,15 @@ def models_used() -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def ask(request: asking.Ask, conversation_id: int | None) -> int:
+def ask(request: queueing.Ask, conversation_id: int | None) -> int:
     """Queue a reply; returns the conversation's id. ``see_to_worker`` finds who answers."""
-    conversation, _ = asking.submit(_writer(store_name()), request, conversation_id)
+    conversation, _ = queueing.submit(_writer(store_name()), request, conversation_id)
     return conversation
 
 
 def answer_for_tool(conversation_id: int, tool: str, content: str) -> None:
     """Add a tool's answer while others are still awaited."""
-    asking.add_answer(_writer(store_name()), conversation_id, tool, content)
+    queueing.add_answer(_writer(store_name()), conversation_id, tool, content)
 
 
 def waiting() -> list[int]:
@@ -419,22 +420,22 @@ def see_to_worker() -> None:
 
 
 @st.cache_resource(on_release=lambda trove: trove.close())
-def _trove(db: str) -> Trove:
-    from oki_trace.analysis.trove import Trove
+def _trove(db: str) -> QuerySession:
+    from oki_trace.analysis.query_session import QuerySession
 
-    return Trove(db)
+    return QuerySession(db)
 
 
 @st.cache_resource
 def _catch_up(db: str) -> CatchUp:
-    from oki_trace.analysis.catch_up import CatchUp
+    from oki_trace.analysis.background_sync import CatchUp
 
     return CatchUp(db, _reader(db))
 
 
 def questions() -> Mapping[str, Question]:
     """All built-in questions, by name."""
-    from oki_trace.analysis.builtin import QUESTIONS
+    from oki_trace.analysis.catalog import QUESTIONS
 
     return QUESTIONS
 
@@ -454,14 +455,14 @@ def answer(asked: Asked) -> Answer:
 
 @st.cache_data(max_entries=32, show_spinner=False)
 def _answer(db: str, stamp: str, asked: Asked) -> Answer:
-    from oki_trace.analysis import builtin
+    from oki_trace.analysis import catalog
 
     what = tuple(one for one in (asked.first, asked.second) if one)
-    question = builtin.QUESTIONS[asked.question]
-    return builtin.answer(
+    question = catalog.QUESTIONS[asked.question]
+    return catalog.answer(
         _trove(db),
         asked.question,
-        what if question is builtin.COMPARE else (),
+        what if question is catalog.COMPARE else (),
         scope=asked.scope(),
         view=asked.view or None,
         **asked.options(question),

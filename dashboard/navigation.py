@@ -7,15 +7,15 @@ from typing import Any
 
 import streamlit as st
 
-from dashboard import boundary, data, look
+from dashboard import boundary, data, style
 
 
 def run() -> None:
     """Draw the page that is open."""
     st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
-    look.logo()
-    look.apply()
-    look.warn_of_strangers()
+    style.logo()
+    style.apply()
+    style.warn_of_strangers()
     pages = {
         "chat": _page("chat", "Chat", "chat", default=True),
         "map": _page("reply_map", "Reply map", "grid_on", url_path="map"),

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import altair as alt
 import pandas as pd
 
-from dashboard import question_shapes
-from dashboard.question_shapes import NEVER, SHARES, Drawing
-from dashboard.shapes import Json
+from dashboard.viewdata import answers
+from dashboard.viewdata.answers import NEVER, SHARES, Drawing
+from dashboard.viewdata.replies import Json
 
 if TYPE_CHECKING:
     from oki_trace.analysis.questions import Answer
@@ -60,7 +60,7 @@ def chart(
     }[drawing.kind]
     drawn = draw(answer, drawing, rows, clickable)
     # As SVG, which stays sharp and can be saved, however many marks there are.
-    told = f"{', '.join(map(question_shapes.spoken, drawing.y))} by {_along(drawing)}"
+    told = f"{', '.join(map(answers.spoken, drawing.y))} by {_along(drawing)}"
     return drawn.properties(
         description=told[:1].upper() + told[1:], usermeta={"embedOptions": {"renderer": "svg"}}
     )
@@ -68,7 +68,7 @@ def chart(
 
 def _tooltip(answer: Answer, what: str | None = None) -> list[alt.Tooltip]:
     """What hovering shows: all of the row."""
-    shown = question_shapes.columns(answer)
+    shown = answers.columns(answer)
     named = [alt.Tooltip(f"{field}:N", title=name) for field, name in shown]
     return named if what is None else [alt.Tooltip("what:N", title=what), *named]
 
@@ -105,10 +105,10 @@ def _value(
     answer: Answer, drawing: Drawing, rows: Sequence[Json], channel: type[Any], *, stack: bool
 ) -> Any:
     top = max([row["y"] for row in rows], default=1.0)
-    share = all(question_shapes.is_share(answer, name) for name in drawing.y)
-    title = ", ".join(question_shapes.unit(answer, name) for name in drawing.y)
+    share = all(answers.is_share(answer, name) for name in drawing.y)
+    title = ", ".join(answers.unit(answer, name) for name in drawing.y)
     if len(drawing.y) > 1:
-        units = {question_shapes.unit(answer, name).endswith("(nats)") for name in drawing.y}
+        units = {answers.unit(answer, name).endswith("(nats)") for name in drawing.y}
         title = "nats" if units == {True} else ("share of 1" if share else "")
     scale = alt.Scale(domain=[0, 1]) if share and (stack or top > 0.4) else alt.Scale(zero=True)
     return channel(
@@ -138,7 +138,7 @@ def _kinds(rows: Sequence[Json]) -> list[str]:
 
 def _by_model(rows: Sequence[Json], drawing: Drawing) -> list[Json]:
     """Several models: a colour each, of the first measure alone."""
-    first = question_shapes.spoken(drawing.y[0])
+    first = answers.spoken(drawing.y[0])
     return [{**row, "what": row["model"]} for row in rows if row["what"] == first]
 
 
@@ -184,7 +184,7 @@ def _columns(
 
 def _told(answer: Answer, name: str) -> str:
     return {"share": "settles here", "by_then": "has settled by here"}.get(
-        name, question_shapes.unit(answer, name)
+        name, answers.unit(answer, name)
     )
 
 
@@ -258,7 +258,7 @@ def _stacked(
     answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
 ) -> alt.Chart | alt.LayerChart:
     given = {row["what"] for row in rows if row["y"] >= SEEN}
-    parts = {question_shapes.spoken(name): PARTS[name] for name in drawing.y}
+    parts = {answers.spoken(name): PARTS[name] for name in drawing.y}
     parts = {name: colour for name, colour in parts.items() if name in given}
     names = list(parts)
     rows = [{**row, "order": names.index(row["what"])} for row in rows if row["what"] in parts]
@@ -294,7 +294,7 @@ def _cells(
             y=_upwards(frame["across"].unique().tolist()),
             color=alt.Color(
                 "y:Q",
-                title=question_shapes.unit(answer, drawing.y[0]),
+                title=answers.unit(answer, drawing.y[0]),
                 scale=alt.Scale(scheme="viridis", domainMin=0),
                 legend=alt.Legend(orient="right", gradientLength=220),
             ),

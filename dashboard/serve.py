@@ -27,7 +27,7 @@ PARTS = (
         "streamlit.emojis",
         "dashboard.charts",
     ),
-    *("dashboard.views.pictured", "oki_trace.store.migrate"),
+    *("dashboard.views.chart_panel", "oki_trace.store.schema.migrate"),
     *(f"dashboard.views.{name}" for name in ("conversations", "compare", "questions", "sql")),
 )
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Integer, LargeBinary, Table
 
-from oki_trace.store.columns import UtcTime
-from oki_trace.store.models import Base
+from oki_trace.store.schema.column_types import UtcTime
+from oki_trace.store.schema.models import Base
 
 PAGE = Path(__file__).with_name("store.md")
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"

@@ -12,8 +12,8 @@ from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from oki_trace.settings import Settings
-from oki_trace.store import identity, migrate
-from oki_trace.store.models import Base
+from oki_trace.store.schema import identity, migrate
+from oki_trace.store.schema.models import Base
 
 
 def run(connection: Connection) -> None:

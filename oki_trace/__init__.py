@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from oki_trace.api import run_traced
-    from oki_trace.llm.load import load_model_and_tokenizer
+    from oki_trace.llm.loading.load import load_model_and_tokenizer
 
 __all__ = ["__version__", "load_model_and_tokenizer", "run_traced"]
 
@@ -17,7 +17,7 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 _HOME = {
-    "load_model_and_tokenizer": "oki_trace.llm.load",
+    "load_model_and_tokenizer": "oki_trace.llm.loading.load",
     "run_traced": "oki_trace.api",
 }
 

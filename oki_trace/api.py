@@ -10,8 +10,8 @@ from typing import Any
 from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
-from oki_trace.given_text import checked
-from oki_trace.llm.load import load_model_and_tokenizer
+from oki_trace.input_text import checked
+from oki_trace.llm.loading.load import load_model_and_tokenizer
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -112,9 +112,9 @@ def _trace_into(
     trace: Callable[..., None],
 ) -> None:
     # Imported here: a trace that is not kept needs no store.
-    from oki_trace.asking import title_of
-    from oki_trace.store.recorder import Recorder
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace.queueing import title_of
+    from oki_trace.store.writing.recorder import Recorder
+    from oki_trace.store.writing.writer import TraceWriter
 
     with TraceWriter(db) as writer:
         conversation = writer.create_conversation(title_of(turns[-1].content))

@@ -17,16 +17,16 @@ from pathlib import Path
 
 import torch
 
-from oki_trace.answering import answer
-from oki_trace.asking import Ask, submit
 from oki_trace.errors import UsageError
-from oki_trace.llm.anatomy import input_device
-from oki_trace.llm.chat import render
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.load import LoadedModel
+from oki_trace.generate import answer
+from oki_trace.llm.capture.anatomy import input_device
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.chat.prompt import render
+from oki_trace.llm.loading.load import LoadedModel
+from oki_trace.queueing import Ask, submit
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 PROMPT = "Write a long story about a lighthouse keeper and the sea."
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
-from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing, told_to, why
-from oki_trace.llm.memory_limit import MemoryLimit
+from oki_trace.llm.decoding.memory_limit import MemoryLimit
+from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, told_to, why
 from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 from oki_trace.settings import Settings
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class ModelProcess:
             try:
                 loaded = self._load(reply.choice)
                 # Imported here: it begins at once, and torch takes seconds.
-                from oki_trace.answering import answer
+                from oki_trace.generate import answer
 
                 self._say_loaded("decoding")
                 answer(self._writer, self._reader, reply, loaded, should_stop=self._should_stop)
@@ -130,7 +130,7 @@ class ModelProcess:
             self._loaded = None  # two models at once may not fit
             now_doing(Doing.LOADING)
             self._say_loading(choice, f"Loading {choice.model_id}", None)
-            from oki_trace.llm.load import load
+            from oki_trace.llm.loading.load import load
 
             def report(text: str, fraction: float | None) -> None:
                 if self._stop.is_set():

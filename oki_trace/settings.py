@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from oki_trace.given_text import checked
+from oki_trace.input_text import checked
 
 BUILTIN_MODEL = "smollm2"
 DEFAULT_DB = "data/oki_trace.db"

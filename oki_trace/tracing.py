@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from oki_trace.errors import CaptureError, OkiTraceError
-from oki_trace.llm.capture import capture
-from oki_trace.llm.chat import render
-from oki_trace.llm.doing import INTERRUPTIONS, Doing, now_doing, why
-from oki_trace.llm.exclusive import exclusive
-from oki_trace.llm.generation import generation_of
-from oki_trace.llm.instrument import Instrument, forget, instrument
-from oki_trace.llm.reply_text import ReplyText
-from oki_trace.llm.vocabulary import must_have_embeddings
+from oki_trace.llm.capture.instrument import Instrument, forget, instrument
+from oki_trace.llm.capture.pipeline import capture
+from oki_trace.llm.capture.vocabulary import must_have_embeddings
+from oki_trace.llm.chat.prompt import render
+from oki_trace.llm.chat.reply_text import ReplyText
+from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.decoding.model_lock import exclusive
+from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, why
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,

@@ -31,12 +31,12 @@ from filelock import FileLock, Timeout
 
 from oki_trace.child_process import command
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
+from oki_trace.model_supervisor import Watched
 from oki_trace.records import Status
 from oki_trace.settings import Settings
-from oki_trace.store import identity
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
-from oki_trace.watched import Watched
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity
+from oki_trace.store.writing.writer import TraceWriter
 
 log = logging.getLogger(__name__)
 

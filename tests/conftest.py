@@ -35,7 +35,7 @@ def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The built-in model, converted once per checkout and kept in ``data/models``."""
-    from oki_trace.llm.builtin import ensure_smollm2
+    from oki_trace.llm.loading.smollm2 import ensure_smollm2
 
     return ensure_smollm2(MODELS)
 
@@ -43,7 +43,7 @@ def smollm2_dir() -> Path:
 @pytest.fixture(scope="session")
 def smollm2(smollm2_dir: Path) -> tuple[Any, Any]:
     """(model, tokenizer) of the built-in model in float32 on the CPU. Shared: leave it as it is."""
-    from oki_trace.llm.load import load
+    from oki_trace.llm.loading.load import load
     from oki_trace.records import ModelChoice
 
     loaded = load(ModelChoice("smollm2", dtype="float32", device="cpu"), models_dir=MODELS)

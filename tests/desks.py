@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from oki_trace import asking, worker
+from oki_trace import queueing, worker
 from oki_trace.records import CapturePolicy, Message, ModelChoice, Sampling, WorkerState
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,13 +31,13 @@ class Desk:
 
     def ask(self, model: Path | str, tokens: int = 4, text: str = "the fox") -> int:
         """Queue a reply in a conversation of its own; returns its id."""
-        ask = asking.Ask(
+        ask = queueing.Ask(
             text,
             ModelChoice(str(model)),
             Sampling(max_new_tokens=tokens),
             CapturePolicy(tensors="none"),
         )
-        return asking.submit(self.writer, ask)[1]
+        return queueing.submit(self.writer, ask)[1]
 
     def ended(self, reply: int) -> Message:
         """The reply once it has ended."""

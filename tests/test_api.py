@@ -15,9 +15,9 @@ import oki_trace
 from oki_trace import load_model_and_tokenizer, run_traced
 from oki_trace.errors import CaptureError, UsageError
 from oki_trace.exchange.json_export import trace_of
-from oki_trace.llm.fourbit import QuantizationFallback
+from oki_trace.llm.loading.quantization import QuantizationFallback
 from oki_trace.records import Status
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests import tiny
 
 MESSAGES = [

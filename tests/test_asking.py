@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from oki_trace.asking import (
+from oki_trace.errors import NotFound, UsageError
+from oki_trace.queueing import (
     Ask,
     fail,
     history,
@@ -18,7 +19,6 @@ from oki_trace.asking import (
     title_of,
     unanswered_calls,
 )
-from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -29,8 +29,8 @@ from oki_trace.records import (
     Sampling,
     Status,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 
 @pytest.fixture

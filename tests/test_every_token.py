@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.records import (
     Candidates,
     CapturePolicy,
@@ -25,8 +25,8 @@ from oki_trace.records import (
     Status,
     Step,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import Collector, trace_turn
 from tests import builders, tiny
 

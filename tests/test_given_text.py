@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 
 from oki_trace import run_traced
-from oki_trace.asking import Ask
 from oki_trace.cli import quantities
 from oki_trace.errors import CaptureError, ModelError, UsageError
-from oki_trace.given_text import checked
-from oki_trace.llm import locate
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.input_text import checked
+from oki_trace.llm.capture.vocabulary import Vocabulary
+from oki_trace.llm.loading import locate
+from oki_trace.queueing import Ask
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-from oki_trace.records.seen import surprisal_of
+from oki_trace.records.trace import surprisal_of
 from oki_trace.settings import Settings
 from tests import tiny
 

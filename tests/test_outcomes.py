@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.instrument import instrument
+from oki_trace.llm.capture.instrument import instrument
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -27,9 +27,9 @@ from oki_trace.records import (
     Status,
     Step,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import trace_turn
 from tests import tiny
 
@@ -214,7 +214,7 @@ def test_an_error_that_only_mentions_memory_is_told_as_it_is(tmp_path: Path) -> 
 def test_a_fault_of_the_capture_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    from oki_trace.llm import reduce
+    from oki_trace.llm.capture import reduce
 
     calls = 0
     real = getattr(reduce, where)

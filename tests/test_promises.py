@@ -18,8 +18,8 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from oki_trace import load_model_and_tokenizer, run_traced
-from oki_trace.store import migrate
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import migrate
 from tests import tiny
 from tests.families import configs
 from tests.families.examine import examine

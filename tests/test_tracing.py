@@ -9,7 +9,7 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.instrument import instrument
+from oki_trace.llm.capture.instrument import instrument
 from oki_trace.records import CapturePolicy, ChatMessage, Lens, Role, Sampling, Status, TurnEnd
 from oki_trace.tracing import Collector, prepare, trace_turn
 from tests import tiny

@@ -14,11 +14,11 @@ import tiny
 import torch
 
 from oki_trace.api import run_traced
-from oki_trace.differences import Differences
-from oki_trace.llm.load import LoadedModel
+from oki_trace.llm.loading.load import LoadedModel
+from oki_trace.recompute import Recomputed, recompute
 from oki_trace.records import ModelChoice
-from oki_trace.store.reader import TraceReader
-from oki_trace.verifying import Recomputed, recompute
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.trace_differences import Differences
 
 
 def again(db: Path, model: Any, tokenizer: Any) -> Recomputed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from oki_trace.visible import inert, visible
+from oki_trace.sanitize import inert, visible
 
 
 @pytest.mark.parametrize(

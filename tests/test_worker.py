@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from oki_trace import asking, worker
+from oki_trace import queueing, worker
 from oki_trace.errors import StoreError
 from oki_trace.records import ModelChoice, Status
-from oki_trace.store import files
+from oki_trace.store.schema import files
 from tests import models, tiny
 from tests.desks import FOREVER, ROOT, Desk, desk_at, serving
 from tests.waiting import until
@@ -110,7 +110,7 @@ def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(served: Desk, small
 
 def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: Desk, small: Path) -> None:
     choice = ModelChoice(str(small))
-    _, bad = asking.submit(served.writer, asking.Ask("word " * 200, choice))
+    _, bad = queueing.submit(served.writer, queueing.Ask("word " * 200, choice))
     failed = served.ended(bad)
     assert failed.reason is not None and "context holds 128" in failed.reason
     assert served.ended(served.ask(small)).status is Status.COMPLETE
@@ -285,11 +285,11 @@ ASK_AND_LEAVE = """
 import sys
 from oki_trace import asking, worker
 from oki_trace.records import ModelChoice, Sampling
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 db, model = sys.argv[1:]
 with TraceWriter(db, checkpoint=False) as writer:
-    asking.submit(writer, asking.Ask("the fox", ModelChoice(model), Sampling(max_new_tokens=4)))
+    queueing.submit(writer, queueing.Ask("the fox", ModelChoice(model), Sampling(max_new_tokens=4)))
 worker.ensure_running(db)
 """
 

@@ -15,8 +15,8 @@ from tokenizers import Regex
 from tokenizers.normalizers import Replace, Sequence
 from tokenizers.pre_tokenizers import Split
 
-from oki_trace import watched
-from oki_trace.llm.doing import Doing
+from oki_trace import model_supervisor
+from oki_trace.llm.loading.activity import Doing
 from oki_trace.records import Message, Status
 from tests import models, tiny
 from tests.desks import FOREVER, Desk, desk_at, serving
@@ -69,8 +69,10 @@ def failed(desk: Desk, model: Path, small: Path, text: str = "the fox") -> str:
 def test_an_endless_template_ends_at_its_limit(
     desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = watched.LIMITS[Doing.TEMPLATE]
-    monkeypatch.setitem(watched.LIMITS, Doing.TEMPLATE, watched.Limit(1.0, 300.0, limit.fix))
+    limit = model_supervisor.LIMITS[Doing.TEMPLATE]
+    monkeypatch.setitem(
+        model_supervisor.LIMITS, Doing.TEMPLATE, model_supervisor.Limit(1.0, 300.0, limit.fix)
+    )
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     assert failed(desk, hostile, small) == (
         "Given up after 1 s while its chat template was rendered. "
@@ -81,7 +83,7 @@ def test_an_endless_template_ends_at_its_limit(
 def test_a_stop_ends_an_endless_template(
     desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(watched.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     reply = desk.ask(hostile)
     until(lambda: desk.state().state == "decoding", "the template's beginning")
@@ -100,7 +102,7 @@ def test_asked_to_leave_it_ends_an_endless_template(
     tmp_path: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SIGTERM asks: the worker is gone in seconds, and the reply says why it ended."""
-    monkeypatch.setitem(watched.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     with desk_at(tmp_path) as leaving:
         with serving(leaving):
@@ -124,8 +126,10 @@ def test_a_template_that_asks_for_all_the_memory(desk: Desk, small: Path, hostil
 def test_a_tokenizer_that_never_ends(
     desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = watched.LIMITS[Doing.TOKENIZER]
-    monkeypatch.setitem(watched.LIMITS, Doing.TOKENIZER, watched.Limit(1.0, 300.0, limit.fix))
+    limit = model_supervisor.LIMITS[Doing.TOKENIZER]
+    monkeypatch.setitem(
+        model_supervisor.LIMITS, Doing.TOKENIZER, model_supervisor.Limit(1.0, 300.0, limit.fix)
+    )
     # "x" doubles with each rule; the text tried at loading has none.
     doubling = Sequence([Replace("x", "xx")] * 28)
     assert failed(desk, with_tokenizer(hostile, normalizer=doubling), small) == (

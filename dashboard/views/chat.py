@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, boundary, components, data, shapes, store_shapes
+from dashboard import boundary, components, data, url_state
+from dashboard.viewdata import replies, storage
 from dashboard.views import reply_map, sidebar, step_panel
-from oki_trace.asking import Ask, last_template, unanswered_calls
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.decision import call_line
+from oki_trace.queueing import Ask, last_template, unanswered_calls
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
@@ -31,7 +32,7 @@ FIRST_QUESTIONS = (
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    place = address.here()
+    place = url_state.here()
     opened = data.conversation(place.conversation) if place.conversation else None
     settings = sidebar.settings(opened[0].id if opened else None, opened[1] if opened else ())
     if place.conversation and opened is None:
@@ -68,7 +69,7 @@ def _tool_answer(
     call = waiting[0]
     number = f"{messages[-1].id}"
     with st.form(f"tool-{number}", clear_on_submit=True):
-        st.text(shapes.clipped(call_line(call), 500))
+        st.text(replies.clipped(call_line(call), 500))
         said = st.text_area(
             "Answer of the tool", key=f"tool-answer-{number}", placeholder="What the tool returns"
         )
@@ -93,9 +94,9 @@ def _send(
             ask = Ask(said, choice, sampling, policy, system, template, role, tool)
             conversation = data.ask(ask, conversation)
     except OkiTraceError as error:
-        st.error(shapes.sentence(str(error)))
+        st.error(replies.sentence(str(error)))
         return
-    address.go(address.Place(conversation))
+    url_state.go(url_state.Place(conversation))
     st.rerun()
 
 
@@ -167,7 +168,7 @@ def _heading(title: str) -> None:
         st.text(title[:TITLE_LENGTH])
         st.segmented_control(
             "Colour the tokens by",
-            shapes.COLOURS,
+            replies.COLOURS,
             default="surprisal",
             required=True,
             key="colour",
@@ -189,13 +190,13 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
         label = "" if message.role is Role.USER else str(message.role)
         if message.tool_name:
             label += f" {message.tool_name}"
-        shown = shapes.bubble_data(message.content, label, _prompt_with(message, messages))
+        shown = replies.bubble_data(message.content, label, _prompt_with(message, messages))
         components.bubble(data=shown, key=f"said-{message.id}")
         return
     steps = data.steps(message)
     components.reply(
         key=f"reply-{message.id}",
-        data=shapes.reply_data(
+        data=replies.reply_data(
             steps,
             conversation=message.conversation_id,
             message=message.id,
@@ -238,7 +239,7 @@ def _loading(state: WorkerState | None) -> None:
     """How far the model is that the reply waits for."""
     words = "Loading the model…"
     if state is not None and state.state == "loading" and state.progress is not None:
-        detail = shapes.plain(state.detail) if state.detail else words
+        detail = replies.plain(state.detail) if state.detail else words
         st.progress(min(max(state.progress, 0.0), 1.0), text=detail)
     else:
         st.caption(words)
@@ -252,11 +253,11 @@ def _status(message: Message, tokens: int) -> str:
         parts[0] += f" ({message.reason})"
     if not tokens and not message.status.is_live:
         return parts[0]
-    parts.append(shapes.counted(tokens, "token"))
+    parts.append(replies.counted(tokens, "token"))
     if message.seconds:
         parts.append(f"{tokens / message.seconds:.1f} tokens/s")
     if not message.status.is_live:
-        parts.append(store_shapes.size(data.message_bytes(message)))
+        parts.append(storage.size(data.message_bytes(message)))
     if message.model_id:
         parts.append(message.model_id)
     return " · ".join(parts)

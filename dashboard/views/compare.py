@@ -6,19 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from dashboard import (
-    address,
-    boundary,
-    charts,
-    compare_shapes,
-    components,
-    data,
-    lens_shapes,
-    shapes,
-)
-from dashboard.views import beginning, pictured
+from dashboard import boundary, charts, components, data, url_state
+from dashboard.viewdata import comparison, lens, replies
+from dashboard.views import chart_panel, empty_state
 from oki_trace.records import Message
-from oki_trace.visible import inert
+from oki_trace.sanitize import inert
 
 SIDES = ("left", "right")
 
@@ -26,11 +18,11 @@ SIDES = ("left", "right")
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    address.keep("compare", (*SIDES, "pair"))
+    url_state.keep("compare", (*SIDES, "pair"))
     st.title("Compare")
     offered = _offered()
     if not offered:
-        beginning.first_trace("No replies yet: begin a conversation in Chat.")
+        empty_state.first_trace("No replies yet: begin a conversation in Chat.")
         return
     with st.container(horizontal=True, key="compare-choice"):
         chosen = [_choice(side, offered) for side in SIDES]
@@ -40,7 +32,7 @@ def page() -> None:
         return
     boundary.part(_replies)(left, right)
     st.markdown("#### Settings")
-    components.table(data=compare_shapes.settings(left, right), key="settings")
+    components.table(data=comparison.settings(left, right), key="settings")
     st.caption("In bold is what differs.")
 
 
@@ -63,7 +55,7 @@ def _name(title: str, message: Message) -> str:
         if (sampling is not None and sampling.do_sample and sampling.temperature is not None)
         else "greedy"
     )
-    short = shapes.clipped(inert(title, keep="").strip() or "Untitled", 40)
+    short = replies.clipped(inert(title, keep="").strip() or "Untitled", 40)
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
     return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
@@ -72,7 +64,7 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
     wanted = _in_address(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
-        f"{shapes.plain(side.capitalize())} reply",
+        f"{replies.plain(side.capitalize())} reply",
         ids,
         index=ids.index(wanted) if wanted is not None and wanted in offered else None,
         format_func=offered.__getitem__,
@@ -92,9 +84,9 @@ def _in_address(side: str) -> int | None:
 
 def _replies(left: Message, right: Message) -> None:
     steps = (data.steps(left), data.steps(right))
-    pairs = compare_shapes.align(*steps)
-    first = compare_shapes.divergence(pairs)
-    st.write(compare_shapes.verdict(pairs))
+    pairs = comparison.align(*steps)
+    first = comparison.divergence(pairs)
+    st.write(comparison.verdict(pairs))
     one_model = left.model_id == right.model_id
     full = all(data.has_logits(message) for message in (left, right))
     exact = st.toggle(
@@ -111,26 +103,26 @@ def _replies(left: Message, right: Message) -> None:
         found = data.exact_distances(left, right, pairs)
     else:
         exact = False
-        found = compare_shapes.distances(
+        found = comparison.distances(
             pairs, data.candidates(left), data.candidates(right), by_id=one_model
         )
     number = _chosen(pairs)
     components.compare(
-        data=compare_shapes.replies_data((left, right), steps, pairs, found, number),
+        data=comparison.replies_data((left, right), steps, pairs, found, number),
         key="compare-replies",
         on_pick_change=_pick,
     )
-    _apart(compare_shapes.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
+    _apart(comparison.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
     if number is not None:
         _steps((left, right), pairs[number], found[number])
 
 
-def _chosen(pairs: Sequence[compare_shapes.Pair]) -> int | None:
+def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
     """The pair that is looked at: the address's, else where the replies part."""
     wanted = _in_address("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
-    return compare_shapes.first_to_see(pairs)
+    return comparison.first_to_see(pairs)
 
 
 def _pick() -> None:
@@ -141,46 +133,46 @@ def _pick() -> None:
 
 def _steps(
     messages: tuple[Message, Message],
-    pair: compare_shapes.Pair,
-    distance: compare_shapes.Distance | None,
+    pair: comparison.Pair,
+    distance: comparison.Distance | None,
 ) -> None:
     """The two steps of a pair: their numbers, what was considered, what the layers would say."""
     st.markdown("#### Two steps")
     st.caption(
         "Of the place that is outlined above: click a token there for another. Their total "
-        f"variation is {compare_shapes.told(distance)}."
+        f"variation is {comparison.told(distance)}."
     )
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
     found = (left, right)
-    components.table(data=compare_shapes.steps_table(left, right), key="compare-steps")
+    components.table(data=comparison.steps_table(left, right), key="compare-steps")
     with st.container(key="two-steps"):
         columns = st.columns(2, gap="medium")
     for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
-                st.caption(f"The {shapes.plain(side)} reply has no step here.")
+                st.caption(f"The {replies.plain(side)} reply has no step here.")
                 continue
-            components.bars(data=shapes.bars_data(step), key=f"bars-{side}")
+            components.bars(data=replies.bars_data(step), key=f"bars-{side}")
             if step.lens is None:
                 st.caption("This step has no lens.")
             else:
-                shown = lens_shapes.lens_data(step, step.lens, None)
+                shown = lens.lens_data(step, step.lens, None)
                 components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
-            place = address.Place(message.conversation_id, message.id, step.step_index)
+            place = url_state.Place(message.conversation_id, message.id, step.step_index)
             if st.button(
                 "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
             ):
                 st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
 
 
-def _apart(rows: list[shapes.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+def _apart(rows: list[replies.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
         st.caption("Nothing is known of it: no two steps with probabilities lie side by side.")
         return
     drawn = charts.apart(rows, None if first is None else first + 1)
-    pictured.chart(drawn, rows, "apart", "distances")
+    chart_panel.chart(drawn, rows, "apart", "distances")
     how = (
         "Exact, from the full logits."
         if exact
@@ -191,7 +183,7 @@ def _apart(rows: list[shapes.Json], first: int | None, *, exact: bool, by_id: bo
         how += " Two models' tokens are held to be the same when their texts are."
     st.caption(
         "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common. "
-        f"{how} Behind the dashed line the replies have parted, so the models went on from "
+        f"{how} LensWorker the dashed line the replies have parted, so the models went on from "
         "different texts."
         if first is not None
         else "Total variation of the models' own probabilities: 0 is the same, 1 nothing in "

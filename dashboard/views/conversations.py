@@ -10,12 +10,13 @@ from pathlib import PurePath
 import pandas as pd
 import streamlit as st
 
-from dashboard import boundary, data, shapes
-from dashboard.views import beginning
+from dashboard import boundary, data
+from dashboard.viewdata import replies
+from dashboard.views import empty_state
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
 from oki_trace.records import Conversation, ConversationFilter, Status
-from oki_trace.visible import inert
+from oki_trace.sanitize import inert
 
 PAGE_SIZE = 50
 ANY = "any"
@@ -52,7 +53,7 @@ def page() -> None:
         if narrowed:
             st.caption("Nothing found.")
         else:
-            beginning.first_trace("No conversations yet: begin one in Chat.")
+            empty_state.first_trace("No conversations yet: begin one in Chat.")
         return
     pages = -(-total // PAGE_SIZE)
     with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-head"):
@@ -146,7 +147,7 @@ def _named(found: Sequence[Conversation]) -> list[Conversation]:
         range(len(found)),
         index=None,
         format_func=lambda n: (
-            f"{found[n].id} · {shapes.clipped(inert(found[n].title, keep='').strip(), 60)}"
+            f"{found[n].id} · {replies.clipped(inert(found[n].title, keep='').strip(), 60)}"
         ),
         key=f"named-{hash(tuple(c.id for c in found))}",
         placeholder="Or choose one by its name",
@@ -262,7 +263,7 @@ def _import() -> None:
     try:
         done = data.bring_in(by_suffix, progress)
     except OkiTraceError as error:
-        st.error(shapes.sentence(str(error)))
+        st.error(replies.sentence(str(error)))
         return
     # Another key: an uploader that has been used is emptied by no other way.
     st.session_state["uploads"] = st.session_state.get("uploads", 0) + 1
@@ -278,8 +279,8 @@ def _imported() -> None:
     numbers = ", ".join(f"{number:d}" for number in done.conversations)
     noun = "conversation" if len(done.conversations) == 1 else "conversations"
     st.success(
-        f"Imported as {noun} {numbers}: {shapes.counted(done.messages, 'message')}, "
-        f"{shapes.counted(done.steps, 'step')}.",
+        f"Imported as {noun} {numbers}: {replies.counted(done.messages, 'message')}, "
+        f"{replies.counted(done.steps, 'step')}.",
         icon=":material/check:",
     )
 
@@ -297,8 +298,8 @@ def _delete(chosen: Sequence[Conversation]) -> None:
         what = "this conversation" if len(chosen) == 1 else f"{len(chosen)} conversations"
         st.write(f"Delete {what} with {tokens:,} traced tokens? There is no way back.")
         st.caption(
-            shapes.plain(
-                "\n".join(f"{c.id}  {shapes.clipped(c.title.strip(), 60)}" for c in chosen[:5])
+            replies.plain(
+                "\n".join(f"{c.id}  {replies.clipped(c.title.strip(), 60)}" for c in chosen[:5])
             )
         )
         if st.button("Delete for good", key="delete", type="primary"):
@@ -311,7 +312,7 @@ def _do(*all_of: partial[None]) -> None:
         for one in all_of:
             one()
     except OkiTraceError as error:
-        st.error(shapes.sentence(str(error)))
+        st.error(replies.sentence(str(error)))
         return
     st.rerun()
 

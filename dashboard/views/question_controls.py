@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from dashboard import asked as asking
-from dashboard import data, shapes
-from dashboard.asked import Asked
+from dashboard import data
+from dashboard import question_state as asking
+from dashboard.question_state import Asked
+from dashboard.viewdata import replies
 from oki_trace.records import Role
-from oki_trace.visible import inert
+from oki_trace.sanitize import inert
 
 if TYPE_CHECKING:
     from oki_trace.analysis.questions import Question
@@ -186,7 +187,7 @@ def _reply(asked: Asked, conversation: int | None, followed: bool) -> int | None
 
 
 def _title(text: str) -> str:
-    return shapes.clipped(inert(" ".join(text.split()), keep="") or "Untitled", 40)
+    return replies.clipped(inert(" ".join(text.split()), keep="") or "Untitled", 40)
 
 
 # ---------------------------------------------------------------------- two of a kind

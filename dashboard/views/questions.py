@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import streamlit as st
 
-from dashboard import address, boundary, components, data, question_charts, question_shapes, shapes
-from dashboard import asked as asking
-from dashboard.asked import Asked
-from dashboard.views import catching_up, question_controls, sql
+from dashboard import boundary, components, data, question_charts, url_state
+from dashboard import question_state as asking
+from dashboard.question_state import Asked
+from dashboard.viewdata import answers, replies
+from dashboard.views import cache_progress, question_controls, sql
 from oki_trace.errors import OkiTraceError
 
 if TYPE_CHECKING:
-    from dashboard.question_shapes import Drawing
+    from dashboard.viewdata.answers import Drawing
     from oki_trace.analysis.questions import Answer, Question
 
 # In more rows than fit the screen the table scrolls by itself.
@@ -36,14 +37,14 @@ ALLOWED = "asked-allowed"
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
-    address.keep("questions", asking.PARAMETERS)
+    url_state.keep("questions", asking.PARAMETERS)
     asked = asking.read(st.query_params.to_dict(), questions)
     question = questions[asked.question]
     _list(asked)
     group = next(group for group, those in asking.GROUPS if asked.question in those)
     st.title(group)
     st.write(_without(question.meaning, group))
-    if not catching_up.ready():
+    if not cache_progress.ready():
         return
     # What differs from a link on its first drawing is what made no sense in it, not a choice.
     followed = st.session_state.get(question_controls.SEEN) == asked
@@ -63,7 +64,7 @@ def page() -> None:
         with st.spinner("Asking…"):
             answer = data.answer(chosen)
     except OkiTraceError as error:
-        st.warning(shapes.sentence(str(error)), icon=":material/info:")
+        st.warning(replies.sentence(str(error)), icon=":material/info:")
         _offer_everything(chosen)
         return
     _answer(chosen, question, answer)
@@ -120,7 +121,7 @@ def _offer_everything(asked: Asked) -> None:
 
 def _answer(asked: Asked, question: Question, answer: Answer) -> None:
     if answer.about:
-        st.markdown(shapes.sentence(answer.about))
+        st.markdown(replies.sentence(answer.about))
     if not answer.rows:
         st.write("No steps there.")
         _offer_everything(asked)
@@ -139,7 +140,7 @@ def _answer(asked: Asked, question: Question, answer: Answer) -> None:
 
 
 def _pictures(asked: Asked, answer: Answer) -> None:
-    offered = question_shapes.drawings(answer)
+    offered = answers.drawings(answer)
     with st.container(
         horizontal=True,
         horizontal_alignment="distribute" if len(offered) > 1 else "right",
@@ -154,7 +155,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
                 default=name,
                 required=True,
                 key=f"drawn-{answer.question}-{answer.view}",
-                format_func=question_shapes.spoken,
+                format_func=answers.spoken,
                 label_visibility="collapsed",
             )
         components.picture(
@@ -163,15 +164,15 @@ def _pictures(asked: Asked, answer: Answer) -> None:
             width=100,
         )
     drawing = offered[name]
-    rows = question_shapes.marks(answer, drawing)
+    rows = answers.marks(answer, drawing)
     if not rows:
         st.caption("There are no numbers to draw.")
         return
-    places = question_shapes.step_places(answer)
+    places = answers.step_places(answer)
     notes = [_cut(answer, drawing)]
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
-            st.caption(shapes.plain(model))
+            st.caption(replies.plain(model))
         if number:  # the first one's stands above
             name = f"{answer.question}-{answer.view}-{number + 1}"
             components.picture(
@@ -185,10 +186,10 @@ def _pictures(asked: Asked, answer: Answer) -> None:
 
 
 def _by_model(
-    answer: Answer, drawing: Drawing, rows: Sequence[shapes.Json]
-) -> list[tuple[str, list[shapes.Json]]]:
+    answer: Answer, drawing: Drawing, rows: Sequence[replies.Json]
+) -> list[tuple[str, list[replies.Json]]]:
     """Shares that add up to 1 have a picture for each model; all else is in one."""
-    models = question_shapes.models(answer)[: question_shapes.MOST_MODELS]
+    models = answers.models(answer)[: answers.MOST_MODELS]
     if len(models) < 2:
         return [("", list(rows))]
     if drawing.kind == "stacked":
@@ -197,9 +198,9 @@ def _by_model(
 
 
 def _cut(answer: Answer, drawing: Drawing) -> str:
-    if drawing.kind == "ranked" and len(answer.rows) > question_shapes.MOST_BARS:
-        return f"The first {question_shapes.MOST_BARS} rows are drawn; the table has all."
-    left = len(question_shapes.models(answer)) - question_shapes.MOST_MODELS
+    if drawing.kind == "ranked" and len(answer.rows) > answers.MOST_BARS:
+        return f"The first {answers.MOST_BARS} rows are drawn; the table has all."
+    left = len(answers.models(answer)) - answers.MOST_MODELS
     return f"{left} models with fewer steps are in the table alone." if left > 0 else ""
 
 
@@ -207,7 +208,7 @@ def _chart(
     asked: Asked,
     answer: Answer,
     drawing: Drawing,
-    rows: Sequence[shapes.Json],
+    rows: Sequence[replies.Json],
     places: Sequence[dict[str, int] | None],
     number: int,
 ) -> None:
@@ -227,7 +228,7 @@ def _chart(
 
 
 def _table(asked: Asked, answer: Answer) -> None:
-    places = question_shapes.step_places(answer)
+    places = answers.step_places(answer)
     drill = answer.question == "compare" and answer.view == "reply"
     leads = drill or places[0] is not None
     count = "1 row" if len(answer.rows) == 1 else f"{len(answer.rows):,} rows"
@@ -254,7 +255,7 @@ def _table(asked: Asked, answer: Answer) -> None:
             on_click="ignore",
             help="All rows, with the tokens' texts as they are",
         )
-    frame = pd.DataFrame(question_shapes.table(answer))
+    frame = pd.DataFrame(answers.table(answer))
     height: Any = "content" if len(frame) <= 11 else TABLE_HEIGHT
     config = _column_config(answer, frame)
     if not leads:
@@ -275,7 +276,7 @@ def _table(asked: Asked, answer: Answer) -> None:
 
 def _named(asked: Asked, answer: Answer) -> int | None:
     """The row chosen by its name: in the table, an arrow key would open what it comes to."""
-    names = question_shapes.row_names(answer)
+    names = answers.row_names(answer)
     chosen: int | None = st.selectbox(
         "Open a row",
         range(len(names)),
@@ -295,7 +296,7 @@ def _follow(asked: Asked, answer: Answer, row: int) -> None:
         step = answer.column("step")[row]
         sides = (f"{asked.first}:{step}", f"{asked.second}:{step}")
         _go(replace(asked, view="step", first=sides[0], second=sides[1]))
-    _open(question_shapes.step_places(answer)[row])
+    _open(answers.step_places(answer)[row])
 
 
 def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:

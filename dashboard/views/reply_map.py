@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, attention_shapes, boundary, components, data, lens_shapes, shapes
-from dashboard.views import beginning, step_panel
+from dashboard import boundary, components, data, url_state
+from dashboard.viewdata import attention, lens, replies
+from dashboard.views import empty_state, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
 KINDS = ("layers", "attention")
@@ -25,7 +26,7 @@ HEIGHT = 660
 @boundary.page
 def page() -> None:
     """The map on a page of its own."""
-    place = address.here()
+    place = url_state.here()
     opened = data.conversation(place.conversation) if place.conversation else None
     if opened is None:
         _choose()
@@ -38,7 +39,7 @@ def page() -> None:
     ):
         st.text(opened[0].title[:200])
         if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
-            st.switch_page(st.session_state["pages"]["chat"], query_params=address.here().query())
+            st.switch_page(st.session_state["pages"]["chat"], query_params=url_state.here().query())
     boundary.part(_step)(opened[0].id)
     boundary.part(section)(opened[0].id, wide=True)
 
@@ -48,13 +49,15 @@ def _choose() -> None:
     st.title("Reply map")
     found = [c for c in data.recent() if c.tokens]
     if not found:
-        beginning.first_trace("No replies yet: begin a conversation in Chat, and its map is here.")
+        empty_state.first_trace(
+            "No replies yet: begin a conversation in Chat, and its map is here."
+        )
         return
     st.caption("A whole reply at once. Choose a conversation:")
     with st.container(key="recent", gap=None):
         for c in found:
-            if st.button(shapes.plain(c.title[:80]), key=f"map-{c.id}", type="tertiary"):
-                address.go(address.Place(c.id))
+            if st.button(replies.plain(c.title[:80]), key=f"map-{c.id}", type="tertiary"):
+                url_state.go(url_state.Place(c.id))
                 st.rerun()
 
 
@@ -63,11 +66,11 @@ def _step(conversation_id: int) -> None:
     found = step_panel.focus(conversation_id)
     step = data.step(found[0], found[2]) if found else None
     if found is None or step is None:
-        step_panel.head(shapes.NO_STEP)
+        step_panel.head(replies.NO_STEP)
         return
     message, steps, index = found
     step_panel.head(
-        shapes.facts_data(
+        replies.facts_data(
             step, steps[index], len(steps), conversation=conversation_id, message=message.id
         )
     )
@@ -92,12 +95,12 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
             key="map_kind",
             label_visibility="collapsed",
         )
-        layer, head = None, attention_shapes.MEAN
+        layer, head = None, attention.MEAN
         if kind == "attention" and capture.attention_layers:
             layer = step_panel.layer_of(capture.attention_layers, key="map_layer")
             count = data.head_count(message, index)
             head = step_panel.head_of(message, count, key="map_head")
-        size = WINDOW if head == attention_shapes.MEAN else FULL_WINDOW
+        size = WINDOW if head == attention.MEAN else FULL_WINDOW
         first, end = _window(message, len(steps), index, size)
     if message.status.is_live and not st.toggle("Draw what is there so far", key="map_live"):
         st.caption("Still decoding: the map is drawn when the reply has ended.")
@@ -129,16 +132,16 @@ def _layers(
     message: Message, capture: CaptureReport, steps: Sequence[StepSummary], first: int, end: int
 ) -> None:
     if not capture.logit_lens_available:
-        st.caption(shapes.sentence(f"Lens not available: {capture.lens_reason}"))
+        st.caption(replies.sentence(f"Lens not available: {capture.lens_reason}"))
         return
-    doubt = shapes.doubt_of(message)
+    doubt = replies.doubt_of(message)
     if doubt:
-        st.warning(shapes.plain(doubt), icon=":material/warning:")
+        st.warning(replies.plain(doubt), icon=":material/warning:")
     grid = data.lens_grid(message, first, end)
     if not len(grid.step_index):
         st.caption("None of these steps has its lens yet.")
         return
-    _draw(message, lens_shapes.lens_map(grid, steps), "layers", first)
+    _draw(message, lens.lens_map(grid, steps), "layers", first)
     st.caption(
         "Each cell is the likeliest token if that layer were the last; the top row is the model's "
         "own. Click a cell to go to its step."
@@ -156,22 +159,22 @@ def _attention(
 ) -> None:
     prompt = data.prompt(message)
     if layer is None or prompt is None:
-        st.caption(shapes.sentence(f"Attention: {capture.evidence_provenance}"))
+        st.caption(replies.sentence(f"Attention: {capture.evidence_provenance}"))
         return
-    if head == attention_shapes.MEAN:
+    if head == attention.MEAN:
         found = data.attention_points(message, layer, first, end)
         note = f"The {capture.policy.topk_evidence:,} most attended positions of each step."
     else:
         found = data.full_attention(message, layer, head, first, end)
         note = f"Every position, from the full tensors, {FULL_WINDOW:d} steps at a time."
     park = step_panel.leave_out("map_sink")
-    without = attention_shapes.parked(prompt, steps) if park else frozenset()
-    shown = attention_shapes.attention_map(prompt, steps, found, first, end, without)
+    without = attention.parked(prompt, steps) if park else frozenset()
+    shown = attention.attention_map(prompt, steps, found, first, end, without)
     _draw(message, shown, f"attention-layer-{layer}-{head.replace(' ', '-')}", first)
     st.caption(f"{note} The line is where the reply begins. Click a cell to go to its step.")
 
 
-def _draw(message: Message, shown: shapes.Json, name: str, first: int) -> None:
+def _draw(message: Message, shown: replies.Json, name: str, first: int) -> None:
     components.reply_map(
         key="reply-map",
         data={

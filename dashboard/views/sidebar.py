@@ -8,9 +8,10 @@ from typing import Any, get_args
 
 import streamlit as st
 
-from dashboard import address, data, shapes
+from dashboard import data, url_state
 from dashboard.model_defaults import SETTINGS
-from oki_trace import asking
+from dashboard.viewdata import replies
+from oki_trace import queueing
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
 from oki_trace.records import (
@@ -62,7 +63,7 @@ def settings(conversation: int | None, messages: Sequence[Message]) -> Settings 
     _follow(conversation, messages)
     with st.sidebar:
         if st.button("New conversation", icon=":material/add:", width="stretch"):
-            address.go(address.Place())
+            url_state.go(url_state.Place())
             st.rerun()
         choice = _model(messages)
         # Shut, it is not drawn: its widgets are the most costly of the page.
@@ -75,10 +76,10 @@ def settings(conversation: int | None, messages: Sequence[Message]) -> Settings 
             sampling, policy, system = _asked()
             template = _template(data.template_switches(choice.model_id) if choice else ())
         except UsageError as error:
-            st.error(shapes.sentence(str(error)))
+            st.error(replies.sentence(str(error)))
             return None
         if not part.open:
-            st.caption(shapes.plain(shapes.settings_line(sampling, policy, system)))
+            st.caption(replies.plain(replies.settings_line(sampling, policy, system)))
     return None if choice is None else (choice, sampling, policy, system, template)
 
 
@@ -132,7 +133,7 @@ def _follow(conversation: int | None, messages: Sequence[Message]) -> None:
 
 def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
     """The model of the conversation's last reply; None where no reply says which."""
-    last = asking.last_choice(messages)
+    last = queueing.last_choice(messages)
     if last is not None:
         return last
     # A trace that was imported may know the name alone.
@@ -159,7 +160,9 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
     if not name:
         st.caption("Choose the model that is to answer.")
     elif last is not None and last.model_id != name:
-        st.caption(f"The last reply here is by {shapes.plain(shapes.clipped(last.model_id, 60))}.")
+        st.caption(
+            f"The last reply here is by {replies.plain(replies.clipped(last.model_id, 60))}."
+        )
     four_bit = st.toggle(
         "4-bit weights",
         key=_seeded("four_bit"),
@@ -294,13 +297,13 @@ def model_card(messages: Sequence[Message]) -> None:
         return
     capture = message.capture
     with st.sidebar, st.container(border=True, gap="xsmall", key="model-card"):
-        name = shapes.clipped(message.model_id or "unknown model", 60)
-        st.caption(f"**{shapes.plain(name)}**")
-        st.caption(shapes.plain(shapes.model_line(capture)))
+        name = replies.clipped(message.model_id or "unknown model", 60)
+        st.caption(f"**{replies.plain(name)}**")
+        st.caption(replies.plain(replies.model_line(capture)))
         with st.container(horizontal=True, gap="xsmall"):
-            for badge in shapes.trust(message):
+            for badge in replies.trust(message):
                 st.badge(
-                    shapes.plain(badge.name), color=badge.colour, help=shapes.plain(badge.meaning)
+                    replies.plain(badge.name), color=badge.colour, help=replies.plain(badge.meaning)
                 )
 
 
@@ -314,7 +317,7 @@ def worker_card() -> None:
         st.badge(label, color=colour)  # type: ignore[arg-type]
         text = _detail(state)
         if text:
-            st.caption(shapes.plain(text))
+            st.caption(replies.plain(text))
         if state.state == "loading" and state.progress is not None:
             st.progress(min(max(state.progress, 0.0), 1.0))
 
@@ -334,13 +337,13 @@ def recent_conversations(current: int | None) -> None:
         st.caption("Recent")
         for c in found:
             chosen = c.id == current
-            label = shapes.plain(c.title[:60].strip()) or "Untitled"
+            label = replies.plain(c.title[:60].strip()) or "Untitled"
             if st.button(
                 f"**{label}**" if chosen else label,
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else shapes.plain(c.status)}",
+                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else replies.plain(c.status)}",
             ):
-                address.go(address.Place(c.id))
+                url_state.go(url_state.Place(c.id))
                 st.rerun()

@@ -9,8 +9,9 @@ from typing import Any
 
 import streamlit as st
 
-from dashboard import boundary, components, data, shapes, sql_shapes
-from dashboard.views import catching_up
+from dashboard import boundary, components, data
+from dashboard.viewdata import replies, sql_table
+from dashboard.views import cache_progress
 from oki_trace.errors import OkiTraceError
 
 ROWS, MOST_ROWS = 1_000, 100_000
@@ -53,7 +54,7 @@ def page() -> None:
         "over all that the store holds. It can change nothing, and read nothing but these tables "
         "and, by these functions, the kept tensors."
     )
-    if not catching_up.ready():
+    if not cache_progress.ready():
         return
     with st.container(key="sql-sides"):
         left, right = st.columns([8, 4], gap="medium")
@@ -96,7 +97,7 @@ def _tables() -> None:
     for table in data.tables():
         with st.expander(f"**{table.name}**", expanded=table.name == "step"):
             st.caption(f"A row is {table.meaning}.")
-            st.markdown(sql_shapes.column_list(table))
+            st.markdown(sql_table.column_list(table))
     st.markdown("#### Functions")
     for function in data.functions():
         with st.expander(f"**{function.name}**"):
@@ -107,7 +108,7 @@ def _tables() -> None:
 
 def _editor() -> tuple[Asked, bool]:
     # Without one, what was there before the page was left, or something to begin with.
-    first = next(iter(sql_shapes.EXAMPLES.values()))
+    first = next(iter(sql_table.EXAMPLES.values()))
     if SEEN not in st.session_state and not st.query_params.get("sql"):
         allow(first)
     address = st.query_params.get("sql") or st.session_state.get(SEEN, first)
@@ -116,7 +117,7 @@ def _editor() -> tuple[Asked, bool]:
     with st.container(key="sql-editor"):
         st.selectbox(
             "Example",
-            list(sql_shapes.EXAMPLES),
+            list(sql_table.EXAMPLES),
             index=None,
             key="sql-example",
             placeholder="Start from an example",
@@ -152,7 +153,7 @@ def _editor() -> tuple[Asked, bool]:
 def _take_example() -> None:
     chosen = st.session_state["sql-example"]
     if chosen is not None:
-        st.session_state[TEXT] = sql_shapes.EXAMPLES[chosen]
+        st.session_state[TEXT] = sql_table.EXAMPLES[chosen]
         allow(st.session_state[TEXT])
 
 
@@ -174,7 +175,7 @@ def _ask(asked: Asked, place: Any) -> Result:
 
 def _result(result: Result) -> None:
     if result.error:
-        st.error(shapes.sentence(result.error), icon=":material/error:")
+        st.error(replies.sentence(result.error), icon=":material/error:")
         return
     table = result.table
     with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
@@ -190,9 +191,9 @@ def _result(result: Result) -> None:
         more = ", and there are more: raise the limit to see them" if result.cut else ""
         st.caption(f"{count} in {_time(result.took_s)}{more}.", width="stretch")
         for name, make, mime in (
-            ("CSV", sql_shapes.as_csv, "text/csv"),
-            ("JSON", sql_shapes.as_json, "application/json"),
-            ("Parquet", sql_shapes.as_parquet, "application/vnd.apache.parquet"),
+            ("CSV", sql_table.as_csv, "text/csv"),
+            ("JSON", sql_table.as_json, "application/json"),
+            ("Parquet", sql_table.as_parquet, "application/vnd.apache.parquet"),
         ):
             st.download_button(
                 name,
@@ -203,7 +204,7 @@ def _result(result: Result) -> None:
                 icon=":material/download:",
                 on_click="ignore",
             )
-    found = sql_shapes.frame(table)
+    found = sql_table.frame(table)
     if show == "chart":
         _chart(found)
     elif found.empty and not len(found.columns):
@@ -218,7 +219,7 @@ def _time(seconds: float) -> str:
 
 
 def _chart(found: Any) -> None:
-    upwards = sql_shapes.numeric(found)
+    upwards = sql_table.numeric(found)
     columns = list(found.columns)
     if not upwards or found.empty:
         st.caption("A chart needs a column of numbers.")
@@ -232,10 +233,10 @@ def _chart(found: Any) -> None:
         colour = st.selectbox(
             "Colour", columns, index=None, key=f"sql-colour-{mark}", placeholder="none", width=170
         )
-        kind = sql_shapes.kind_for(found, x)
+        kind = sql_table.kind_for(found, x)
         drawn = st.segmented_control(
             "As",
-            sql_shapes.CHARTS,
+            sql_table.CHARTS,
             default=kind,
             required=True,
             key=f"sql-as-{mark}-{x}",
@@ -244,6 +245,6 @@ def _chart(found: Any) -> None:
             data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql", width=100
         )
     with st.container(key="sql-chart"):
-        st.altair_chart(sql_shapes.chart(found, x, y, colour, drawn), key="sql-drawn")
-    if len(found) > sql_shapes.MOST_MARKS:
-        st.caption(f"The first {sql_shapes.MOST_MARKS:,} rows are drawn.")
+        st.altair_chart(sql_table.chart(found, x, y, colour, drawn), key="sql-drawn")
+    if len(found) > sql_table.MOST_MARKS:
+        st.caption(f"The first {sql_table.MOST_MARKS:,} rows are drawn.")

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from dashboard import address, attention_shapes, components, data, lens_shapes, shapes
+from dashboard import components, data, url_state
+from dashboard.viewdata import attention, lens, replies
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
 Focus = tuple[Message, list[StepSummary], int]
@@ -24,7 +25,7 @@ def focus(conversation_id: int) -> Focus | None:
     While a reply is live and nothing is chosen, its newest token whose lens is
     there is followed.
     """
-    place = address.here()
+    place = url_state.here()
     opened = data.conversation(conversation_id)
     begun = [m for m in opened[1] if m.role is Role.ASSISTANT and m.tokens] if opened else []
     if not begun:
@@ -36,8 +37,8 @@ def focus(conversation_id: int) -> Focus | None:
     if place.message == message.id and place.step is not None:
         return message, steps, min(place.step, len(steps) - 1)
     if message.status.is_live:
-        return message, steps, shapes.newest(steps) or 0
-    return message, steps, shapes.most_surprising(steps, message.parts) or 0
+        return message, steps, replies.newest(steps) or 0
+    return message, steps, replies.most_surprising(steps, message.parts) or 0
 
 
 def show(conversation_id: int) -> None:
@@ -46,33 +47,33 @@ def show(conversation_id: int) -> None:
     step = data.step(found[0], found[2]) if found else None
     capture = found[0].capture if found else None
     if found is None or step is None or capture is None:
-        head(shapes.NO_STEP)
+        head(replies.NO_STEP)
         st.caption("When there is a reply, the step of one of its tokens shows here.")
         return
     message, steps, index = found
     head(
-        shapes.facts_data(
+        replies.facts_data(
             step,
             steps[index],
             len(steps),
             conversation=conversation_id,
             message=message.id,
-            following=message.status.is_live and address.here().step is None,
+            following=message.status.is_live and url_state.here().step is None,
         )
     )
-    components.bars(data=shapes.bars_data(step), key="bars")
-    st.caption(shapes.plain(shapes.decision(step, message.generation)))
-    effects = shapes.effects_data(step)
+    components.bars(data=replies.bars_data(step), key="bars")
+    st.caption(replies.plain(replies.decision(step, message.generation)))
+    effects = replies.effects_data(step)
     if effects:
         components.table(data=effects, key="effects")
-    doubt = shapes.doubt_of(message)
+    doubt = replies.doubt_of(message)
     if doubt:
-        st.warning(shapes.plain(doubt), icon=":material/warning:")
+        st.warning(replies.plain(doubt), icon=":material/warning:")
     _evidence(message, capture, steps, step)
     _lens(message, capture, step)
 
 
-def head(shown: shapes.Json) -> None:
+def head(shown: replies.Json) -> None:
     """The token and its numbers; every click on a token of the page arrives here."""
     components.facts(
         data=shown,
@@ -85,8 +86,8 @@ def head(shown: shapes.Json) -> None:
 def _picked() -> None:
     chosen = st.session_state["facts"].pick
     if chosen:
-        address.go(
-            address.Place(*(int(chosen[name]) for name in ("conversation", "message", "step")))
+        url_state.go(
+            url_state.Place(*(int(chosen[name]) for name in ("conversation", "message", "step")))
         )
 
 
@@ -100,7 +101,7 @@ def _evidence(
     if step.evidence is None or prompt is None:
         with st.container(key="evidence-head"):
             st.markdown("#### Evidence", width="content")
-        st.caption(shapes.sentence(f"Attention: {capture.evidence_provenance}"))
+        st.caption(replies.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     count = data.head_count(message, step.step_index)
     with st.container(horizontal=True, vertical_alignment="center", key="evidence-head"):
@@ -108,30 +109,28 @@ def _evidence(
         layer = layer_of([one.layer for one in step.attention])
         which = head_of(message, count)
     park = leave_out()
-    if which == attention_shapes.MEAN:
-        weights = attention_shapes.kept_row(step, layer)
+    if which == attention.MEAN:
+        weights = attention.kept_row(step, layer)
     else:
         tensor = data.attentions(message, step.step_index)
         assert tensor is not None
-        weights = attention_shapes.positions(*attention_shapes.full_row(tensor, layer, which))
+        weights = attention.positions(*attention.full_row(tensor, layer, which))
     seen = [s for s in steps if s.position < step.position]
-    found = attention_shapes.evidence(
+    found = attention.evidence(
         weights,
-        attention_shapes.parked(prompt, seen) if park else (),
-        scale=which != attention_shapes.MAXIMUM,
+        attention.parked(prompt, seen) if park else (),
+        scale=which != attention.MAXIMUM,
     )
     components.evidence(
         data={
-            **attention_shapes.evidence_data(prompt, steps, step.position, found),
+            **attention.evidence_data(prompt, steps, step.position, found),
             "step": step.step_index,
         },
         key="evidence",
     )
-    notes = attention_shapes.notes(
-        found, which, len(weights), None if count else shapes.absence(message)
-    )
+    notes = attention.notes(found, which, len(weights), None if count else replies.absence(message))
     if capture.attention_check is not None:
-        notes = f"{notes} Attention check {shapes.check(capture.attention_check)}."
+        notes = f"{notes} Attention check {replies.check(capture.attention_check)}."
     st.caption(notes)
 
 
@@ -150,7 +149,7 @@ def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
 
 def head_of(message: Message, count: int | None, key: str = "evidence_head") -> str:
     """The head to look at, as chosen, of what was kept."""
-    offered = attention_shapes.heads(count)
+    offered = attention.heads(count)
     return st.selectbox(
         "Head",
         offered,
@@ -160,7 +159,7 @@ def head_of(message: Message, count: int | None, key: str = "evidence_head") -> 
         disabled=count is None,
         help=None
         if count is not None
-        else f"Single heads and the maximum need the full tensors, {shapes.absence(message)}.",
+        else f"Single heads and the maximum need the full tensors, {replies.absence(message)}.",
     )
 
 
@@ -194,7 +193,7 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             )
     if step.lens is None:
         if not capture.logit_lens_available:
-            st.caption(shapes.sentence(f"Not available: {capture.lens_reason}"))
+            st.caption(replies.sentence(f"Not available: {capture.lens_reason}"))
         elif message.status.is_live:
             st.caption("A few steps behind; it comes before the reply ends.")
         else:
@@ -203,7 +202,7 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
     pinned: list[str] = st.session_state.get("pins") or []
     if view == "changes":
         components.changes(
-            data={**lens_shapes.changes_data(step, step.lens), "step": step.step_index},
+            data={**lens.changes_data(step, step.lens), "step": step.step_index},
             key="changes",
         )
         st.caption(
@@ -212,12 +211,12 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
         )
     else:
         components.lens(
-            data={**lens_shapes.lens_data(step, step.lens, pinned), "step": step.step_index},
+            data={**lens.lens_data(step, step.lens, pinned), "step": step.step_index},
             key="lens",
             on_pin_change=_pin,
         )
         error = message.lens_check
-        check = "" if error is None else f" Lens check {shapes.check(error)}."
+        check = "" if error is None else f" Lens check {replies.check(error)}."
         st.caption(
             "What the model would say if a layer were its last, through its own final norm and "
             f"head. Early layers often give nonsense.{check}"
@@ -237,23 +236,23 @@ def _pin() -> None:
 def _curves(step: Step) -> None:
     # A chat that has no charts yet does not wait for the libraries that draw them.
     from dashboard import charts
-    from dashboard.views import pictured
+    from dashboard.views import chart_panel
 
     assert step.lens is not None
     with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
         st.markdown("#### Through the layers", width="content")
         curve = st.segmented_control(
             "Curve",
-            lens_shapes.CURVES,
+            lens.CURVES,
             default="rank",
             required=True,
             key="curve",
             label_visibility="collapsed",
         )
     if curve == "entropy and KL":
-        found = lens_shapes.by_layer(step.lens)
+        found = lens.by_layer(step.lens)
         name = f"layers-step-{step.step_index + 1}"
-        pictured.chart(charts.by_layer(found), found, "by_layer", name)
+        chart_panel.chart(charts.by_layer(found), found, "by_layer", name)
         st.caption(
             "In nats. KL is how far the final distribution is from what the layer would have said."
         )
@@ -261,15 +260,15 @@ def _curves(step: Step) -> None:
     kept: list[str] = st.session_state.get("pins") or []
     pinned = st.multiselect(
         "Pinned tokens",
-        list(dict.fromkeys([*kept, *lens_shapes.pinnable(step, step.lens)])),
+        list(dict.fromkeys([*kept, *lens.pinnable(step, step.lens)])),
         key="pins",
         placeholder="Pin a token: type it, or click it above",
         label_visibility="collapsed",
         accept_new_options=True,
     )
-    rows = lens_shapes.curves(step, step.lens, pinned)
+    rows = lens.curves(step, step.lens, pinned)
     drawn = charts.trajectories(rows, "rank" if curve == "rank" else "prob")
-    pictured.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
+    chart_panel.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
     k = step.lens.probs.shape[1]
     st.caption(
         f"The chosen token is known at every layer; of others the {k:d} likeliest of each layer "

@@ -15,8 +15,9 @@ import pandas as pd
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboard import boundary, charts, components, data, shapes, store_shapes
-from dashboard.views import beginning, pictured
+from dashboard import boundary, charts, components, data
+from dashboard.viewdata import replies, storage
+from dashboard.views import chart_panel, empty_state
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
 
@@ -35,11 +36,11 @@ def page() -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="store-head"):
         st.text(info.url, width="stretch")
         components.rows(
-            data={"name": "store", "rows": store_shapes.totals(info)}, key="save-store", width=60
+            data={"name": "store", "rows": storage.totals(info)}, key="save-store", width=60
         )
     with st.container(horizontal=True, key="store-tiles"):
-        for name, value, meaning in store_shapes.tiles(info):
-            st.metric(name, value, border=True, help=shapes.plain(meaning), width=210)
+        for name, value, meaning in storage.tiles(info):
+            st.metric(name, value, border=True, help=replies.plain(meaning), width=210)
     _room(info)
     _health(info)
     _make_room(info)
@@ -47,13 +48,13 @@ def page() -> None:
 
 def _room(info: StoreInfo) -> None:
     st.markdown("#### What takes the room")
-    components.amounts(data=store_shapes.room(info), key="room")
-    grown = store_shapes.growth(data.reply_sizes(), info.row_bytes_per_token)
+    components.amounts(data=storage.room(info), key="room")
+    grown = storage.growth(data.reply_sizes(), info.row_bytes_per_token)
     st.markdown("#### Growth")
     if not grown:
-        beginning.first_trace("There is no reply yet: begin a conversation in Chat.")
+        empty_state.first_trace("There is no reply yet: begin a conversation in Chat.")
         return
-    pictured.chart(charts.growth(grown), grown, "growth", "store-growth")
+    chart_panel.chart(charts.growth(grown), grown, "growth", "store-growth")
     st.caption(
         "What is in the store now, by the time of its replies. A reply's rows are reckoned from "
         "its tokens, at the average of the store."
@@ -65,9 +66,7 @@ def _room(info: StoreInfo) -> None:
 
 def _health(info: StoreInfo) -> None:
     st.markdown("#### Health")
-    components.table(
-        data=store_shapes.health(info, data.statuses(), data.worker_state()), key="health"
-    )
+    components.table(data=storage.health(info, data.statuses(), data.worker_state()), key="health")
     wanted = st.button(
         "Verify",
         icon=":material/fact_check:",
@@ -88,11 +87,11 @@ def _verify(place: DeltaGenerator) -> None:
     bar = place.progress(0.0, "Checking the file…")
 
     def progress(done: int, of_all: int) -> None:
-        rest = store_shapes.left(time.monotonic() - began, done, of_all)
+        rest = storage.left(time.monotonic() - began, done, of_all)
         share = done / of_all if of_all else 1.0
         bar.progress(
             min(share, 1.0),
-            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{shapes.plain(rest)}. "
+            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{replies.plain(rest)}. "
             "A click on anything else ends the check.",
         )
 
@@ -108,14 +107,14 @@ def _verify(place: DeltaGenerator) -> None:
         found.append(str(error))
         faults += 1
     looked = ", ".join(
-        shapes.counted(number, noun)
+        replies.counted(number, noun)
         for number, noun in (
             (check.messages, "message"),
             (check.steps, "step"),
             (check.tensors, "tensor"),
         )
     )
-    verdict = f"{shapes.counted(faults, 'fault')} found." if faults else "all as promised."
+    verdict = f"{replies.counted(faults, 'fault')} found." if faults else "all as promised."
     when = time.strftime("%H:%M")
     st.session_state["verified"] = (f"Checked {looked} at {when}: {verdict}", not faults, found)
 
@@ -128,7 +127,7 @@ def _last(name: str, place: DeltaGenerator) -> None:
     sentence, good, lines = told
     with place.container():
         box, icon = (st.success, ":material/check:") if good else (st.error, ":material/error:")
-        box(shapes.plain(sentence), icon=icon)
+        box(replies.plain(sentence), icon=icon)
         if lines:
             st.dataframe({"found": lines}, hide_index=True, key=f"{name}-lines")
 
@@ -166,11 +165,11 @@ def _make_room(info: StoreInfo) -> None:
 
 def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
     plan = data.prune_plan(days, most, tensors_only=tensors_only)
-    st.write(shapes.plain(store_shapes.plan_told(plan)))
+    st.write(replies.plain(storage.plan_told(plan)))
     if not plan.items:
         return
     st.dataframe(
-        pd.DataFrame(store_shapes.plan_rows(plan)),
+        pd.DataFrame(storage.plan_rows(plan)),
         hide_index=True,
         key="plan",
         height="content" if len(plan.items) < 8 else 300,
@@ -181,9 +180,9 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
             "frees": st.column_config.NumberColumn(format="bytes"),
         },
     )
-    if len(plan.items) > store_shapes.LISTED:
-        st.caption(f"And {len(plan.items) - store_shapes.LISTED:,} more.")
-    with st.popover(f"Prune {store_shapes.size(plan.frees_bytes)}", icon=":material/delete_sweep:"):
+    if len(plan.items) > storage.LISTED:
+        st.caption(f"And {len(plan.items) - storage.LISTED:,} more.")
+    with st.popover(f"Prune {storage.size(plan.frees_bytes)}", icon=":material/delete_sweep:"):
         st.write("This is thrown away for good. There is no way back.")
         sure = st.button("Prune for good", key="prune", type="primary")
     if sure:
@@ -195,17 +194,17 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
         )
         if went is not None:
             _tell(
-                f"Freed {store_shapes.size(went.frees_bytes)}. The store uses it for what comes "
+                f"Freed {storage.size(went.frees_bytes)}. The store uses it for what comes "
                 "next; a vacuum gives it back to the disk."
             )
 
 
 def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
-    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {shapes.plain(what)}")
+    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {replies.plain(what)}")
 
 
 def _vacuum(info: StoreInfo) -> None:
-    free = f" {store_shapes.size(info.free_bytes)} are free now." if info.free_bytes else ""
+    free = f" {storage.size(info.free_bytes)} are free now." if info.free_bytes else ""
     with st.popover("Vacuum", icon=":material/compress:"):
         st.write(
             "Builds the store anew without gaps, which gives the free room back to the disk."
@@ -223,9 +222,9 @@ def _vacuum(info: StoreInfo) -> None:
     tick()
     done = _done(lambda: data.build_anew(tick))
     if done is not None:
-        given = store_shapes.size(max(0, done.before - done.after))
+        given = storage.size(max(0, done.before - done.after))
         _tell(
-            f"{store_shapes.size(done.before)} before, {store_shapes.size(done.after)} now: "
+            f"{storage.size(done.before)} before, {storage.size(done.after)} now: "
             f"{given} given back."
         )
 
@@ -235,7 +234,7 @@ def _done(work: Callable[[], Result]) -> Result | None:
     try:
         return work()
     except OkiTraceError as error:
-        st.error(shapes.sentence(str(error)))
+        st.error(replies.sentence(str(error)))
         return None
 
 

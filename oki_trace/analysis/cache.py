@@ -22,14 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oki_trace.analysis import engine
+from oki_trace.analysis.arrow_tables import Tables, reply_tables, schema, to_arrow
 from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, folder_of
-from oki_trace.analysis.gather import Tables, reply_tables, schema, to_arrow
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import DamagedSteps
-from oki_trace.store.columnar import MessageMark
-from oki_trace.store.identity import Db
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.columnar import MessageMark
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema.identity import Db
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class Cache:
         ids = pa.table({"id": pa.array([int(number) for number in marks], pa.int64())})
         with (
             self.folder.new_part() as made,
-            engine.told_plainly(),
+            engine.translate_errors(),
             duckdb.connect(config=engine.CONFIG) as connection,
         ):
             connection.register("kept", ids)

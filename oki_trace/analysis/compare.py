@@ -13,9 +13,9 @@ import numpy as np
 
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.pairs import apart, one_vocabulary
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions import Answer, Picture, columns, standing_alone
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError
 
 # Steps of two models that are read: what half a second is enough for.
@@ -169,7 +169,7 @@ _BY_TEXT = {
 }
 
 
-def steps_answer(trove: Trove, a: tuple[int, int], b: tuple[int, int]) -> Answer:
+def steps_answer(trove: QuerySession, a: tuple[int, int], b: tuple[int, int]) -> Answer:
     """Two steps, each (message id, step index): a row a candidate, the likelier first; the
     distance in ``about``. Raises NotFound.
     """
@@ -183,7 +183,7 @@ def steps_answer(trove: Trove, a: tuple[int, int], b: tuple[int, int]) -> Answer
     ).told(_told(found.distance))
 
 
-def replies_answer(trove: Trove, a: int, b: int) -> Answer:
+def replies_answer(trove: QuerySession, a: int, b: int) -> Answer:
     """Two replies: a row a step, as far as both go; how far they are alike in ``about``.
     Raises NotFound, and QuestionError for a message that is no reply, or has no step.
     """
@@ -206,7 +206,7 @@ def replies_answer(trove: Trove, a: int, b: int) -> Answer:
 
 
 def models_answer(
-    trove: Trove,
+    trove: QuerySession,
     a: str,
     b: str,
     scope: Scope | None = None,
@@ -241,7 +241,7 @@ def models_answer(
 
 
 def _answer(
-    trove: Trove,
+    trove: QuerySession,
     view: str,
     sql: str,
     given: dict[str, Any],

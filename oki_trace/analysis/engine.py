@@ -17,7 +17,7 @@ import pyarrow as pa
 from oki_trace.analysis import functions
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import QuestionError
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 # Together with Python and Arrow this stays below 1 GB.
 MEMORY_BYTES = 768_000_000
@@ -79,7 +79,7 @@ def run(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None = None
 ) -> Rows:
     """The answer to a statement of ours. Raises QuestionError when it cannot be."""
-    with told_plainly(), connection.cursor() as cursor:
+    with translate_errors(), connection.cursor() as cursor:
         result = cursor.execute(sql, dict(parameters or {}))
         names = tuple(str(column[0]) for column in result.description or ())
         kinds = tuple(str(column[1]) for column in result.description or ())
@@ -102,7 +102,7 @@ _UNREADABLE = "A file of the cache cannot be read: write it anew with `oki-trace
 
 
 @contextmanager
-def told_plainly(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
+def translate_errors(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
     """Turn what DuckDB raises into one sentence that names the fix."""
     try:
         yield
@@ -122,7 +122,7 @@ def told_plainly(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
 def streamed_plainly(memory_bytes: int) -> Iterator[None]:
     """The same while Arrow reads the result, which raises what DuckDB says as its own errors."""
     try:
-        with told_plainly(memory_bytes):
+        with translate_errors(memory_bytes):
             yield
     except (pa.ArrowException, OSError) as error:
         said = str(error)

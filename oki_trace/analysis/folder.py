@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from oki_trace.errors import StoreError
 from oki_trace.settings import Settings
-from oki_trace.store import identity
-from oki_trace.store.identity import Db
+from oki_trace.store.schema import identity
+from oki_trace.store.schema.identity import Db
 
 # What the files hold, and how: another number, and everything is written anew.
 FORMAT = 2

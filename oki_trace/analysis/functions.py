@@ -18,11 +18,11 @@ import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from oki_trace.analysis.distance import softmax
+from oki_trace.analysis.head_targets import THINGS, shares_of_heads
 from oki_trace.analysis.pairs import apart, floats
-from oki_trace.analysis.shares import THINGS, shares_of_heads
 from oki_trace.analysis.tables import FUNCTIONS, Function
 from oki_trace.records import Prompt
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 # Tensors in memory at once.
 _TOGETHER = 16

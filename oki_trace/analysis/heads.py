@@ -6,10 +6,10 @@ habits, and the answer says how many steps it stands on.
 
 from __future__ import annotations
 
+from oki_trace.analysis.head_targets import THINGS
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions import Answer, Picture, columns, standing_alone
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.shares import THINGS
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError
 
 _COLUMNS = columns("""
@@ -65,7 +65,7 @@ _WITH_HABITS = _SQL + "\nFROM habits\nWHERE most > 1" + _ORDER + "LIMIT $top\n"
 
 
 def heads_answer(
-    trove: Trove, scope: Scope | None = None, *, sample: int = 64, top: int = 20
+    trove: QuerySession, scope: Scope | None = None, *, sample: int = 64, top: int = 20
 ) -> Answer:
     """The heads that give most of their weight to one thing, the steadiest first.
 

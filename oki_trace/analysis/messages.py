@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from oki_trace.analysis.gather import to_arrow
+from oki_trace.analysis.arrow_tables import to_arrow
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import NotFound
 from oki_trace.records import Message, Role
-from oki_trace.store.columnar import MessageMark
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.columnar import MessageMark
+from oki_trace.store.reading.reader import TraceReader
 
 
 def message_table(reader: TraceReader, marks: Sequence[MessageMark]) -> pa.Table:

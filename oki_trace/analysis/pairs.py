@@ -23,7 +23,7 @@ from oki_trace.analysis.distance import (
     between_logits,
 )
 from oki_trace.records import Candidates, Tensor
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 # Message and step of the first, message and step of the second.
 Pair = tuple[int, int, int, int]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import UsageError
 
 # How a column is best shown: a token's text, a share of 1 (a bar), a number, a name.
@@ -80,7 +80,7 @@ class Answer:
 
 
 def ask(
-    trove: Trove,
+    trove: QuerySession,
     question: Question,
     scope: Scope | None = None,
     view: str | None = None,

@@ -17,12 +17,12 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from oki_trace.analysis import engine, frames, gate, values
+from oki_trace.analysis import engine, frames, sql_guard, values
 from oki_trace.analysis.frames import Frame
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.child_process import address_space, limit_memory
 from oki_trace.errors import OkiTraceError, QuestionError
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 # DuckDB's buffers get this share of the memory; vectors, texts and Arrow need the rest.
 _BUFFERS = 0.75
@@ -76,7 +76,7 @@ class Answering:
         except MemoryError:
             error = engine.out_of_memory(self._memory_bytes)
         except RecursionError:
-            error = QuestionError(gate.TOO_DEEP)
+            error = QuestionError(sql_guard.TOO_DEEP)
         return {"error": [type(error).__name__, str(error)], "taken": self._taken()}, b""
 
     def _open(
@@ -103,14 +103,14 @@ class Answering:
         )
         if self._base is None:
             self._connection.execute(_WARM_UP).fetchall()
-            gate.check(self._connection, "SELECT 1")
+            sql_guard.check(self._connection, "SELECT 1")
             limit_memory(memory_bytes)
             self._base = address_space()
 
     def _ask(self, sql: str, limit: int, result_bytes: int) -> tuple[dict[str, Any], bytes]:
         assert self._connection is not None
-        with engine.told_plainly(self._memory_bytes), self._connection.cursor() as cursor:
-            gate.check(cursor, sql)
+        with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
+            sql_guard.check(cursor, sql)
         with engine.streamed_plainly(self._memory_bytes), self._connection.cursor() as cursor:
             relation = cursor.sql(sql)
             names, types = relation.columns, relation.types

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oki_trace.analysis.shares import THINGS
+from oki_trace.analysis.head_targets import THINGS
 
 Kind = Literal["BIGINT", "INTEGER", "DOUBLE", "FLOAT", "BOOLEAN", "VARCHAR", "TIMESTAMP"]
 

@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
     from oki_trace.cli.output import complain
     from oki_trace.errors import OkiTraceError, UsageError
-    from oki_trace.given_text import checked
+    from oki_trace.input_text import checked
 
     given, debug = _without_debug(arguments)
     _take_any_text()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.text import Text
 
-from oki_trace.analysis import builtin, results
+from oki_trace.analysis import catalog, results
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.questions import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
@@ -27,12 +27,12 @@ def print_questions(*, as_json: bool) -> None:
         print_json(
             [
                 {"name": q.name, "meaning": q.meaning, "reading": q.reading, "by": list(q.views)}
-                for q in builtin.QUESTIONS.values()
+                for q in catalog.QUESTIONS.values()
             ]
         )
         return
     rows = table("question", "by", "what it tells")
-    for question in builtin.QUESTIONS.values():
+    for question in catalog.QUESTIONS.values():
         rows.add_row(question.name, ", ".join(question.views), question.meaning)
     console().print(rows)
     console().print("\nAsk one: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")
@@ -90,7 +90,7 @@ def print_answer(answer: Answer, format: str) -> None:
         _write(text.getvalue(), None)
         return
     out = console()
-    question = builtin.QUESTIONS[answer.question]
+    question = catalog.QUESTIONS[answer.question]
     out.print(Text(question.meaning, style="bold"), soft_wrap=True)
     if answer.about:
         out.print(Text(inert(answer.about, keep="")), soft_wrap=True)

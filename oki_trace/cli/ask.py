@@ -15,7 +15,7 @@ from oki_trace.errors import UsageError
 from oki_trace.records import Role
 
 if TYPE_CHECKING:
-    from oki_trace.analysis.trove import Trove
+    from oki_trace.analysis.query_session import QuerySession
 
 
 class AnswerFormat(StrEnum):
@@ -101,7 +101,7 @@ def ask(
     """
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")
-    from oki_trace.analysis import builtin
+    from oki_trace.analysis import catalog
     from oki_trace.analysis.scope import Scope, moment
     from oki_trace.cli import answers
 
@@ -120,7 +120,7 @@ def ask(
     )
     given = {"top": top, "least": least, "sample": sample}
     with _trove(db) as trove:
-        found = builtin.answer(
+        found = catalog.answer(
             trove,
             question,
             tuple(what or ()),
@@ -202,9 +202,9 @@ def sql(
         complain(f"There are more rows than {limit:,}: give a higher --limit to see them.")
 
 
-def _trove(db: str | None) -> Trove:
+def _trove(db: str | None) -> QuerySession:
     """The store, open for questions; says what takes long on the first one."""
-    from oki_trace.analysis.trove import Trove
+    from oki_trace.analysis.query_session import QuerySession
     from oki_trace.cli.answers import Upkeep
 
-    return Trove(options.store_of(db), Upkeep())
+    return QuerySession(options.store_of(db), Upkeep())

@@ -36,7 +36,7 @@ def bench(
     Example: oki-trace bench --model ./my-model --json
     """
     from oki_trace import bench as benchmark
-    from oki_trace.llm.load import load
+    from oki_trace.llm.loading.load import load
 
     out = console()
 

@@ -21,7 +21,7 @@ from oki_trace.exchange.decision import (
 from oki_trace.records import Conversation, Lens, Message, Prompt, Role, Step
 
 if TYPE_CHECKING:
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
 BAR_WIDTH = 24
 
@@ -46,7 +46,7 @@ def list_conversations(
 
     Example: oki-trace list --json
     """
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     with TraceReader(options.store_of(db)) as reader:
         found = reader.conversations(search=search, limit=limit)
@@ -88,7 +88,7 @@ def show(
 
     Example: oki-trace show 1 --message 2 --json
     """
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     with TraceReader(options.store_of(db)) as reader:
         messages = reader.messages(conversation)

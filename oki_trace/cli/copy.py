@@ -34,8 +34,8 @@ def copy(
 
     Example: oki-trace copy 1 2 --to some.db
     """
-    from oki_trace.store.copy import Fate
-    from oki_trace.store.copy import copy as copy_store
+    from oki_trace.store.writing.copy import Fate
+    from oki_trace.store.writing.copy import copy as copy_store
 
     done = []
     out = console()

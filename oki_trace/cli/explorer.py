@@ -60,7 +60,7 @@ def open_explorer(
 ) -> None:
     """Serve the explorer until interrupted; on a terminal, open the browser on it."""
     from oki_trace.launcher import checked_host, checked_name, free_port, is_loopback, serve, url_of
-    from oki_trace.store.migrate import ensure
+    from oki_trace.store.schema.migrate import ensure
 
     checked_host(host, public=public)
     for name in names:

@@ -62,7 +62,7 @@ def export(
     import sys
 
     from oki_trace.exchange import exporting
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     store = options.store_of(db)
     target = None

@@ -15,7 +15,7 @@ from oki_trace.cli.output import bar, console, counted, inert, print_json, size,
 from oki_trace.errors import UsageError
 
 if TYPE_CHECKING:
-    from oki_trace.store.prune import PrunePlan
+    from oki_trace.store.maintenance.prune import PrunePlan
 
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
@@ -39,7 +39,7 @@ def rename(
 
     Example: oki-trace rename 1 "The capital of France"
     """
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace.store.writing.writer import TraceWriter
 
     if not title.strip():
         raise UsageError("The title is empty. Give the conversation a name.")
@@ -63,8 +63,8 @@ def delete(
 
     Example: oki-trace delete 4 5 6
     """
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
 
     wanted = list(dict.fromkeys(conversations))
     with _existing(db) as where:
@@ -113,9 +113,9 @@ def prune(
 
     Example: oki-trace prune --max-size 10GB
     """
-    from oki_trace.store import prune as pruning
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace.store.maintenance import prune as pruning
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
 
     age = None if older_than is None else quantities.age(older_than)
     most = None if max_size is None else quantities.size(max_size)
@@ -152,7 +152,7 @@ def vacuum(db: options.Db = None, json: options.Json = False) -> None:
 
     Example: oki-trace vacuum
     """
-    from oki_trace.store.vacuum import vacuum as build_anew
+    from oki_trace.store.maintenance.vacuum import vacuum as build_anew
 
     with _existing(db) as where:
         if sys.stdout.isatty() and not json:
@@ -172,7 +172,7 @@ def vacuum(db: options.Db = None, json: options.Json = False) -> None:
 @contextmanager
 def _existing(db: str | None) -> Iterator[str]:
     """The store, which none of these commands makes. Raises StoreError when there is none."""
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     where = options.store_of(db)
     TraceReader(where).close()

@@ -92,7 +92,7 @@ def not_the_store(path: Path, db: str) -> Path:
 
     Raises UsageError then.
     """
-    from oki_trace.store import identity
+    from oki_trace.store.schema import identity
 
     file = identity.file_of(identity.address(db))
     files = [] if file is None else [file.with_name(file.name + end) for end in _STORE_FILES]
@@ -104,7 +104,7 @@ def not_the_store(path: Path, db: str) -> Path:
 def shown(db: str) -> str:
     """The store's name for the terminal: without its password, and inert."""
     from oki_trace.cli.output import inert
-    from oki_trace.store import identity
+    from oki_trace.store.schema import identity
 
     url = identity.address(db)
     return inert(db if identity.file_of(url) else identity.shown(url), keep="")

@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from oki_trace.visible import inert as inert
-from oki_trace.visible import visible
+from oki_trace.sanitize import inert as inert
+from oki_trace.sanitize import visible
 
 
 def console() -> Console:

@@ -22,7 +22,7 @@ def migrate(db: options.Db = None, json: options.Json = False) -> None:
 
     Example: oki-trace migrate --db data/oki_trace.db
     """
-    from oki_trace.store import migrate as schema
+    from oki_trace.store.schema import migrate as schema
 
     where = options.store_of(db)
     before = schema.current(where)
@@ -42,7 +42,7 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
     """
     from oki_trace import __version__
     from oki_trace.settings import Settings
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     with TraceReader(options.store_of(db)) as reader:
         found = reader.info()

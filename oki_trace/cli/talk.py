@@ -20,11 +20,11 @@ from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
 from oki_trace.exchange.trace_object import part_objects
-from oki_trace.given_text import checked
+from oki_trace.input_text import checked
 from oki_trace.records import Message, ModelChoice, PartKind, Role, Status, TurnEnd
 
 if TYPE_CHECKING:
-    from oki_trace.llm.load import LoadedModel
+    from oki_trace.llm.loading.load import LoadedModel
 
 DEMO_TURNS = (
     "What is the capital of France?",
@@ -177,9 +177,9 @@ class _Talk(Protocol):
 @contextmanager
 def _talking(turns: options.Turns) -> Iterator[_Talk]:
     """Open the store and load the model, once all that was asked for makes sense."""
-    from oki_trace import answering, asking
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace import generate, queueing
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
 
     db = options.store_of(turns.db)
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
@@ -188,7 +188,7 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
     with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         before = [] if turns.conversation is None else reader.messages(turns.conversation)
-        choice = turns.choice(asking.last_choice(before))
+        choice = turns.choice(queueing.last_choice(before))
         loaded = _load(choice)
 
         def talk(
@@ -200,26 +200,26 @@ def _talking(turns: options.Turns) -> Iterator[_Talk]:
         ) -> _Turn:
             said = [] if conversation is None else reader.messages(conversation)
             if tool is not None:
-                asking.refuse_unasked_answer(said, tool)
-                waiting = [part.name or "" for part in asking.unanswered_calls(said)]
+                queueing.refuse_unasked_answer(said, tool)
+                waiting = [part.name or "" for part in queueing.unanswered_calls(said)]
                 waiting.remove(tool)
                 if waiting and conversation is not None:
-                    asking.add_answer(writer, conversation, tool, content)
+                    queueing.add_answer(writer, conversation, tool, content)
                     return _Turn(conversation, None, None, waiting=tuple(waiting))
-            ask = asking.Ask(
+            ask = queueing.Ask(
                 content,
                 choice,
                 sampling,
                 policy,
                 turns.system,
-                asked.over(asking.last_template(said)),
+                asked.over(queueing.last_template(said)),
                 Role.USER if tool is None else Role.TOOL,
                 tool,
             )
             with _stoppable() as stop:
-                conversation, reply_id = asking.submit(writer, ask, conversation, claim=True)
+                conversation, reply_id = queueing.submit(writer, ask, conversation, claim=True)
                 dog.tell = partial(writer.end_abandoned, reply_id, Status.STOPPED)
-                end = answering.answer(
+                end = generate.answer(
                     writer,
                     reader,
                     reader.message(reply_id),
@@ -248,7 +248,7 @@ def _load(choice: ModelChoice) -> LoadedModel:
 
 
 def _load_showing(choice: ModelChoice) -> LoadedModel:
-    from oki_trace.llm.load import load
+    from oki_trace.llm.loading.load import load
 
     status = console().status("Loading the model") if sys.stdout.isatty() else None
 
@@ -353,7 +353,7 @@ def _summary(turn: _Turn, db: str, *, as_json: bool = False) -> None:
             indent=None,
         )
         return
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     with TraceReader(db) as reader:
         kept = reader.message_bytes(reply.id)

@@ -13,8 +13,8 @@ from oki_trace.cli.output import bar, console, counted, inert, print_json
 from oki_trace.cli.watchdog import watchdog
 
 if TYPE_CHECKING:
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.verifying import Recomputed
+    from oki_trace.recompute import Recomputed
+    from oki_trace.store.reading.reader import TraceReader
 
 
 def register(app: typer.Typer) -> None:
@@ -42,8 +42,8 @@ def verify(
 
     Example: oki-trace verify
     """
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.store.verify import Verification
+    from oki_trace.store.maintenance.verify import Verification
+    from oki_trace.store.reading.reader import TraceReader
 
     out = console()
     found: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def verify(
 
 
 def _recompute(reader: TraceReader, conversation: int | None, quiet: bool) -> list[Recomputed]:
-    from oki_trace.verifying import recompute
+    from oki_trace.recompute import recompute
 
     out = console()
     done = []

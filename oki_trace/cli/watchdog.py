@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from oki_trace.llm.doing import Doing, told_to
-from oki_trace.llm.memory_limit import MemoryLimit
+from oki_trace.llm.decoding.memory_limit import MemoryLimit
+from oki_trace.llm.loading.activity import Doing, told_to
 
 # How long a signal is waited for, where it is not the model's files that do not listen: a
 # step of a large model takes its time, as does cleaning up.

@@ -14,7 +14,7 @@ from oki_trace.exchange.formats import Format
 from oki_trace.exchange.selection import Progress, selected
 from oki_trace.exchange.tensor_export import write_tensors
 from oki_trace.exchange.tensor_file import SUFFIX
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 Tell = Callable[[str], None]
 

@@ -24,7 +24,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.scratch import scratch_folder
 
 if TYPE_CHECKING:
-    from oki_trace.store.identity import Db
+    from oki_trace.store.schema.identity import Db
 
 # What reading may take of memory beyond the program itself.
 MEMORY_BYTES = 400_000_000
@@ -81,7 +81,7 @@ def import_files(files: Mapping[str, BinaryIO], db: Db, progress: Tick | None = 
 @contextmanager
 def _scratch(db: Db) -> Iterator[Path]:
     """A folder beside the store, which has room for what it is to hold; else a temporary one."""
-    from oki_trace.store import identity
+    from oki_trace.store.schema import identity
 
     store = identity.file_of(identity.address(db))
     beside = store is not None and store.parent.is_dir() and os.access(store.parent, os.W_OK)
@@ -99,7 +99,7 @@ def _scratch(db: Db) -> Iterator[Path]:
 def _import(
     reader: Reader, path: Path, folder: Path, db: Db, progress: Tick | None, memory_bytes: int
 ) -> Imported:
-    from oki_trace.store.copy import copy
+    from oki_trace.store.writing.copy import copy
 
     staging = folder / "staging.db"
     limit = _most_staged(path, folder)

@@ -28,7 +28,7 @@ from oki_trace.exchange.trace_object import (
 )
 from oki_trace.exchange.v1 import v1_head, v1_steps
 from oki_trace.records import Message
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 JSONL = "jsonl"
 

@@ -22,7 +22,7 @@ from oki_trace.exchange.tables import SUFFIX, TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import decision_object, part_objects, plain
 from oki_trace.records import Message, Step
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 # Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.
 _STEPS_AT_ONCE = 16

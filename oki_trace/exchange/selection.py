@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from oki_trace.asking import history
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
+from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 Progress = Callable[[int, int], None]  # steps done, of all
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from oki_trace.exchange.selection import Progress, Selection
 from oki_trace.exchange.tensor_file import CODES, FORMAT, ITEMS
-from oki_trace.store.tensors import TensorHead
+from oki_trace.store.codecs.tensors import TensorHead
 
 
 def write_tensors(chosen: Selection, file: BinaryIO, progress: Progress | None = None) -> int:

@@ -30,7 +30,7 @@ from oki_trace.errors import ExchangeError
 from oki_trace.exchange.reading.json_stream import JsonStream
 from oki_trace.exchange.reading.source import opened
 from oki_trace.records import Tensor
-from oki_trace.store.tensors import MAX_RAW_BYTES, TensorName
+from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 SUFFIX = ".safetensors"
 FORMAT = "oki-trace"

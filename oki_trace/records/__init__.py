@@ -14,7 +14,7 @@ before any sampling setting. Log-probabilities and entropies are in nats.
 
 from __future__ import annotations
 
-from oki_trace.records.asked import (
+from oki_trace.records.request import (
     CapturePolicy,
     ChatMessage,
     ModelChoice,
@@ -27,7 +27,19 @@ from oki_trace.records.asked import (
     TensorMode,
     is_too_deep,
 )
-from oki_trace.records.seen import (
+from oki_trace.records.store_views import (
+    AttentionPoints,
+    Conversation,
+    ConversationFilter,
+    ConversationTotals,
+    LensGrid,
+    Message,
+    ReplySize,
+    StepSummary,
+    StoreInfo,
+    WorkerState,
+)
+from oki_trace.records.trace import (
     Candidates,
     CaptureReport,
     Contender,
@@ -45,18 +57,6 @@ from oki_trace.records.seen import (
     Tensor,
     TurnEnd,
     TurnStart,
-)
-from oki_trace.records.stored import (
-    AttentionPoints,
-    Conversation,
-    ConversationFilter,
-    ConversationTotals,
-    LensGrid,
-    Message,
-    ReplySize,
-    StepSummary,
-    StoreInfo,
-    WorkerState,
 )
 
 __all__ = [

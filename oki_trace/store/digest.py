@@ -31,7 +31,7 @@ from oki_trace.records import (
     Step,
     Tensor,
 )
-from oki_trace.store.columns import storable
+from oki_trace.store.schema.column_types import storable
 
 # In the place of a message's digest: it was recorded before there were any.
 BEFORE_DIGESTS = ""

@@ -18,9 +18,9 @@ from sqlalchemy import ColumnElement, Engine, Row, func, type_coerce, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from oki_trace.records import Status
-from oki_trace.store.columns import UtcTime
-from oki_trace.store.models import Message, Worker
 from oki_trace.store.owner import Owner, is_dead, this_process
+from oki_trace.store.schema.column_types import UtcTime
+from oki_trace.store.schema.models import Message, Worker
 
 BEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0

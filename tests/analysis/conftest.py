@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from oki_trace.analysis.trove import Trove
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.api import run_traced
 
 QUESTION = "What is the capital of France?"
@@ -37,9 +37,9 @@ def traced(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -
 
 
 @pytest.fixture(scope="session")
-def trove(traced: str) -> Iterator[Trove]:
+def trove(traced: str) -> Iterator[QuerySession]:
     """Questions to the traced store."""
-    with Trove(traced) as opened:
+    with QuerySession(traced) as opened:
         yield opened
 
 

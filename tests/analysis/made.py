@@ -17,7 +17,7 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def begin(

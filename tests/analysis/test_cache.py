@@ -14,22 +14,22 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oki_trace.analysis import builtin, cache
+from oki_trace.analysis import cache, catalog
 from oki_trace.analysis.folder import Folder, folder_of
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.tables import TABLES
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError, StoreError
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import import_path
-from oki_trace.store.prune import prune_tensors
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.prune import prune_tensors
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 
-def steps_of(trove: Trove) -> dict[int, int]:
+def steps_of(trove: QuerySession) -> dict[int, int]:
     """How many steps each message has, by the cache."""
     return dict(trove.ask("SELECT message_id, count(*) FROM step GROUP BY 1 ORDER BY 1").rows)
 
@@ -47,7 +47,7 @@ class TestSameAsTheStore:
         with TraceWriter(db) as writer:
             finished = [made.whole(writer)[1] for _ in range(3)]
             running = made.begin(writer)[1]
-            with Trove(db) as trove, TraceReader(db) as reader:
+            with QuerySession(db) as trove, TraceReader(db) as reader:
                 for message in (*finished, running):
                     for step in reader.iter_steps(message):
                         assert_same(trove, message, step)
@@ -57,7 +57,7 @@ class TestSameAsTheStore:
         with TraceWriter(db) as writer:
             made.whole(writer)
             made.begin(writer)
-        with Trove(db) as trove:
+        with QuerySession(db) as trove:
             for table in TABLES:
                 found = trove.ask(
                     "SELECT column_name, column_type FROM (DESCRIBE " + table.name + ")"
@@ -66,7 +66,7 @@ class TestSameAsTheStore:
 
     def test_an_empty_store_has_empty_tables(self, db: str) -> None:
         TraceWriter(db).close()
-        with Trove(db) as trove:
+        with QuerySession(db) as trove:
             assert trove.ask("SELECT count(*) FROM lens_entry").rows == ((0,),)
 
     def test_what_is_not_a_number_is_null_and_infinity_stays(self, db: str) -> None:
@@ -78,12 +78,12 @@ class TestSameAsTheStore:
             _, reply = made.begin(writer, steps=0)
             writer.append(reply, [step])
             made.finish(writer, reply)
-        with Trove(db) as trove:
+        with QuerySession(db) as trove:
             last = trove.ask("SELECT logit, prob FROM topk_entry ORDER BY rank DESC LIMIT 1").rows
         assert last == ((-np.inf, None),)
 
 
-def assert_same(trove: Trove, message: int, step: object) -> None:
+def assert_same(trove: QuerySession, message: int, step: object) -> None:
     """Every entry of a step, as the reader gives it, is in the tables."""
     from oki_trace.records import Step
 
@@ -138,7 +138,7 @@ def assert_same(trove: Trove, message: int, step: object) -> None:
 
 class TestInStep:
     def test_what_is_deleted_leaves_the_files(self, db: str) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             first, one = made.whole(writer)
             _, other = made.whole(writer)
             assert steps_of(trove) == {one: 3, other: 3}
@@ -147,14 +147,14 @@ class TestInStep:
             assert one not in cached(db) and other in cached(db)
 
     def test_the_last_one_deleted_leaves_nothing(self, db: str) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             conversation, _ = made.whole(writer)
             steps_of(trove)
             writer.delete_conversation(conversation)
             assert steps_of(trove) == {} and cached(db) == set()
 
     def test_a_running_reply_is_there_and_then_written_once(self, db: str) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             _, reply = made.begin(writer, steps=2)
             assert steps_of(trove) == {reply: 2} and reply not in cached(db)
             made.more(writer, reply, 2, 5)
@@ -167,7 +167,7 @@ class TestInStep:
             assert set(before) <= set(folder_of(db).rglob("*.parquet"))
 
     def test_what_is_imported_is_asked_about(self, db: str, tmp_path: Path) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove, TraceReader(db) as reader:
+        with TraceWriter(db) as writer, QuerySession(db) as trove, TraceReader(db) as reader:
             conversation, reply = made.whole(writer, "Where is it?")
             assert steps_of(trove) == {reply: 3}
             export(reader, conversation, Format.JSON, tmp_path / "one.json", sys.stdout)
@@ -178,7 +178,7 @@ class TestInStep:
             assert asked == ((2,),)
 
     def test_pruned_tensors_are_not_asked_for_and_the_rows_stay(self, db: str) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             replies = []
             for seed in (0, 1):
                 _, reply = made.begin(writer, steps=0, tensors="half")
@@ -187,14 +187,14 @@ class TestInStep:
                 made.finish(writer, reply)
                 replies.append(reply)
             two = tuple(f"{reply}:0" for reply in replies)
-            assert "from full logits" in builtin.answer(trove, "compare", two).about
+            assert "from full logits" in catalog.answer(trove, "compare", two).about
             rows = trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
             prune_tensors(writer, replies[0])
-            assert "from top-10" in builtin.answer(trove, "compare", two).about
+            assert "from top-10" in catalog.answer(trove, "compare", two).about
             assert trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
 
     def test_a_new_title_is_seen(self, db: str) -> None:
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             conversation, _ = made.whole(writer)
             steps_of(trove)
             writer.rename_conversation(conversation, "Renamed")
@@ -205,7 +205,7 @@ class TestInStep:
         for said in ("the first", "the second"):
             with TraceWriter(path) as writer:
                 made.whole(writer, said)
-            with Trove(path) as trove:
+            with QuerySession(path) as trove:
                 asked = trove.ask("SELECT content FROM message WHERE role = 'user'").rows
                 assert asked == ((said,),)
             for file in tmp_path.glob("store.db*"):
@@ -213,8 +213,8 @@ class TestInStep:
                     file.unlink()
 
     def test_long_replies_come_whole(self, db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("oki_trace.analysis.gather.STEPS_AT_ONCE", 4)
-        with TraceWriter(db) as writer, Trove(db) as trove:
+        monkeypatch.setattr("oki_trace.analysis.arrow_tables.STEPS_AT_ONCE", 4)
+        with TraceWriter(db) as writer, QuerySession(db) as trove:
             reply = made.whole(writer, steps=12)[1]
             found = trove.ask("SELECT step_index FROM step ORDER BY message_id, step_index").rows
             assert found == tuple((i,) for i in range(12)) and steps_of(trove) == {reply: 12}
@@ -229,7 +229,7 @@ class TestWhole:
         with TraceWriter(path) as writer:
             made.whole(writer)
             made.whole(writer)
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             assert len(steps_of(trove)) == 2
         return path
 
@@ -250,7 +250,7 @@ class TestWhole:
             for one in folder.rglob("*"):
                 if one.is_file():
                     one.unlink()
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             assert len(steps_of(trove)) == 2
             assert trove.ask("SELECT count(*) FROM lens_entry").rows == ((2 * 3 * 4 * 5,),)
 
@@ -261,7 +261,7 @@ class TestWhole:
         (left / "step.parquet").write_bytes(b"half")
         with TraceWriter(path) as writer:
             made.whole(writer)
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             assert len(steps_of(trove)) == 3
         assert not left.exists()
 
@@ -276,9 +276,9 @@ class TestWhole:
 
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "commit", fail)
-            with Trove(path) as trove, pytest.raises(KeyboardInterrupt):
+            with QuerySession(path) as trove, pytest.raises(KeyboardInterrupt):
                 steps_of(trove)
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             assert len(steps_of(trove)) == 3
         listed = {part.name for part in Folder(folder_of(path)).manifest().parts}
         assert {entry.name for entry in folder_of(path).iterdir() if entry.is_dir()} == listed
@@ -291,14 +291,14 @@ class TestWhole:
 
     def test_rebuild(self, path: str) -> None:
         before = set(folder_of(path).rglob("*.parquet"))
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             trove.rebuild()
             assert len(steps_of(trove)) == 2
         assert before.isdisjoint(folder_of(path).rglob("*.parquet"))
 
     def test_a_file_that_goes_while_it_is_needed(self, path: str) -> None:
         """Another process joins parts between two questions of this one."""
-        with Trove(path) as trove:
+        with QuerySession(path) as trove:
             assert len(steps_of(trove)) == 2
             other = cache.Cache(path)
             other.clear()
@@ -311,7 +311,7 @@ class TestWhole:
         with TraceWriter(path) as writer:
             made.whole(writer)
         folder_of(str(path)).write_text("in the way")
-        with Trove(path) as trove, pytest.raises(StoreError, match="cannot be written"):
+        with QuerySession(path) as trove, pytest.raises(StoreError, match="cannot be written"):
             steps_of(trove)
 
     def test_several_processes_at_once(self, tmp_path: Path) -> None:
@@ -320,8 +320,8 @@ class TestWhole:
             for _ in range(8):
                 made.whole(writer)
         code = (
-            "import sys; from oki_trace.analysis.trove import Trove\n"
-            "with Trove(sys.argv[1]) as t:\n"
+            "import sys; from oki_trace.analysis.query_session import QuerySession\n"
+            "with QuerySession(sys.argv[1]) as t:\n"
             "    print(t.ask('SELECT count(*), count(DISTINCT message_id) FROM step').rows)"
         )
         running = [
@@ -340,7 +340,7 @@ class TestJoining:
         monkeypatch.setattr(cache, "FULL_STEPS", 24)
         path = str(tmp_path / "store.db")
         most = 0
-        with TraceWriter(path) as writer, Trove(path) as trove:
+        with TraceWriter(path) as writer, QuerySession(path) as trove:
             replies = []
             for number in range(30):
                 replies.append(made.whole(writer, f"question {number}", steps=1 + number % 3)[1])
@@ -354,14 +354,14 @@ class TestJoining:
 def test_heads_are_found_where_few_replies_kept_their_tensors(tmp_path: Path) -> None:
     """An even sample over all steps would miss them."""
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         rng = np.random.default_rng(0)
         made.whole(writer, steps=400)
         conversation, kept = made.begin(writer, steps=0, tensors="half")
         writer.append(kept, [builders.step(0, rng, with_lens=True, with_tensors=True)])
         made.finish(writer, kept)
         made.whole(writer, steps=400)
-        found = builtin.answer(trove, "heads", sample=2)
+        found = catalog.answer(trove, "heads", sample=2)
         assert found.about.startswith("1 of 1 steps read")
         with pytest.raises(QuestionError, match="No attention tensors are kept"):
-            builtin.answer(trove, "heads", scope=Scope(conversation=conversation + 1))
+            catalog.answer(trove, "heads", scope=Scope(conversation=conversation + 1))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from oki_trace.analysis import cache, catch_up
-from oki_trace.analysis.catch_up import CatchUp
+from oki_trace.analysis import background_sync, cache
+from oki_trace.analysis.background_sync import CatchUp
 from oki_trace.analysis.folder import folder_of
 from oki_trace.errors import StoreError
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 
@@ -22,7 +22,7 @@ def test_it_is_behind_until_it_has_read_what_is_new(
     """How far it is can be asked meanwhile, by whoever comes; it is written once."""
     db = str(tmp_path / "store.db")
     half_way, go_on = threading.Event(), threading.Event()
-    write = catch_up.CatchUp._note
+    write = background_sync.CatchUp._note
     calls = []
 
     def note(self: CatchUp, done: int, of_all: int) -> None:
@@ -32,7 +32,7 @@ def test_it_is_behind_until_it_has_read_what_is_new(
             half_way.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(catch_up.CatchUp, "_note", note)
+    monkeypatch.setattr(background_sync.CatchUp, "_note", note)
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         for _ in range(3):
             made.whole(writer)

@@ -14,11 +14,11 @@ import builders
 import numpy as np
 import pytest
 
-from oki_trace.analysis import builtin
+from oki_trace.analysis import catalog
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.tables import FUNCTIONS
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 STEPS = 40  # more than are read at once
@@ -36,7 +36,7 @@ def reply(writer: TraceWriter, seed: int, said: list[str], **options: Any) -> in
     return number
 
 
-def probs(trove: Trove, message: int, step: int) -> np.ndarray:
+def probs(trove: QuerySession, message: int, step: int) -> np.ndarray:
     logits = trove.reader.tensor(message, step, "logits").array.astype(np.float64)
     powers = np.exp(logits - logits.max())
     return powers / powers.sum()
@@ -50,14 +50,14 @@ def apart(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float, float]:
     return kl(p, q), kl(q, p), (kl(p, m) + kl(q, m)) / 2, float(np.abs(p - q).sum() / 2)
 
 
-def rows(trove: Trove, sql: str) -> list[dict[str, Any]]:
+def rows(trove: QuerySession, sql: str) -> list[dict[str, Any]]:
     found = trove.sql(sql)
     return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
 
 
 def test_distances_of_any_steps(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         a, b = (reply(writer, seed, [" a"] * STEPS) for seed in (0, 1))
         found = rows(
             trove,
@@ -79,10 +79,10 @@ def test_distances_of_any_steps(tmp_path: Path) -> None:
 def test_two_models_up_to_where_they_part(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
     said = [" a"] * 5
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         a = reply(writer, 0, said, model="one")
         b = reply(writer, 1, [*said[:2], " the", *said[3:]], model="two")
-        answer = builtin.answer(trove, "compare", ("one", "two"))
+        answer = catalog.answer(trove, "compare", ("one", "two"))
         (row,) = rows(trove, answer.sql)
         assert (row["reply"], row["other"], row["alike"], row["steps"]) == (a, b, 2, 3)
         each = np.array([apart(probs(trove, a, i), probs(trove, b, i)) for i in range(3)])
@@ -96,10 +96,10 @@ def test_two_models_up_to_where_they_part(tmp_path: Path) -> None:
 
 def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         a = reply(writer, 0, [" a"] * STEPS, model="one")
         b = reply(writer, 1, [" a"] * STEPS, model="two")
-        answer = builtin.answer(trove, "compare", ("one", "two"), sample=8)
+        answer = catalog.answer(trove, "compare", ("one", "two"), sample=8)
         (row,) = rows(trove, answer.sql)
         assert (row["alike"], row["steps"], row["read"]) == (STEPS, STEPS, 8)
         read = range(0, STEPS, STEPS // 8)
@@ -112,7 +112,7 @@ def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
 
 def test_logits_that_are_no_numbers_leave_the_lists(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         a, (_, b) = reply(writer, 0, [" a"]), made.begin(writer, steps=0, tensors="exact")
         step = builders.step(0, np.random.default_rng(1), token=" a")
         broken = [
@@ -127,11 +127,11 @@ def test_logits_that_are_no_numbers_leave_the_lists(tmp_path: Path) -> None:
 
 def test_another_vocabulary_is_compared_by_the_tokens_texts(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         a = reply(writer, 0, [" a"])
         b = reply(writer, 1, [" a"], vocab=7, topk=7)
         what = f"{a}:0", f"{b}:0"
-        answer = builtin.answer(trove, "compare", what)
+        answer = catalog.answer(trove, "compare", what)
         assert "from top-7" in answer.about
         found = {row["token"]: row for row in rows(trove, answer.sql)}
         tops = [trove.reader.step(message, 0).topk for message in (a, b)]
@@ -145,7 +145,7 @@ def test_another_vocabulary_is_compared_by_the_tokens_texts(tmp_path: Path) -> N
 
 def test_the_standing_of_any_token_and_what_is_kept(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         kept = reply(writer, 0, [" a", " the"])
         _, bare = made.whole(writer)
         found = rows(trove, f"SELECT t, unnest(standing({kept}, 1, t)) FROM range(50) x(t)")
@@ -171,7 +171,7 @@ def test_the_standing_of_any_token_and_what_is_kept(tmp_path: Path) -> None:
 
 def test_each_function_is_told_as_it_is(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         made.whole(writer)
         for function in FUNCTIONS:
             given = ("1" if kind == "BIGINT" else "'logits'" for kind in function.takes.values())
@@ -185,7 +185,7 @@ def test_a_damaged_tensor_is_told_in_its_own_words(tmp_path: Path) -> None:
         a = reply(writer, 0, [" a"])
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE tensor SET data = zeroblob(9) WHERE name = 'logits'")
-    with Trove(path) as trove:
+    with QuerySession(path) as trove:
         for sql in (f"SELECT distance({a}, 0, {a}, 0)", f"SELECT standing({a}, 0, 1)"):
             with pytest.raises(QuestionError, match=r"^The stored tensor logits is damaged"):
                 trove.sql(sql)
@@ -198,8 +198,8 @@ def test_a_trove_that_is_still_open_lets_the_program_end_quietly(tmp_path: Path)
         a = reply(writer, 0, [" a"])
     program = f"""
 import threading
-from oki_trace.analysis.trove import Trove
-trove = Trove({path!r})
+from oki_trace.analysis.query_session import QuerySession
+trove = QuerySession({path!r})
 trove.sql("SELECT distance({a}, 0, {a}, 0)")
 threading.Thread(target=lambda held: threading.Event().wait(), args=(trove,), daemon=True).start()
 """

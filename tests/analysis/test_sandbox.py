@@ -9,23 +9,23 @@ from pathlib import Path
 import pytest
 
 from oki_trace.analysis.folder import folder_of
-from oki_trace.analysis.trove import Trove
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.errors import QuestionError
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 secret = "a variable of this program"
 
 
 @pytest.fixture(scope="module")
-def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trove, Path]]:
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QuerySession, Path]]:
     """A small store under question, and the folder it lies in."""
     folder = tmp_path_factory.mktemp("held")
     path = folder / "store.db"
     (folder / "secret.csv").write_text("secret\n1\n")
     with TraceWriter(path) as writer:
         made.whole(writer)
-    with Trove(path) as trove:
+    with QuerySession(path) as trove:
         trove.sql("SELECT 1")
         yield trove, folder
 
@@ -122,7 +122,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("sql", REFUSED)
-def test_it_is_refused_in_one_line(held: tuple[Trove, Path], sql: str) -> None:
+def test_it_is_refused_in_one_line(held: tuple[QuerySession, Path], sql: str) -> None:
     trove, folder = held
     own = next(folder_of(str(folder / "store.db")).rglob("step.parquet"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -157,11 +157,11 @@ def test_it_is_refused_in_one_line(held: tuple[Trove, Path], sql: str) -> None:
         "SELECT a.token FROM step a ASOF JOIN step b ON a.id >= b.id",
     ],
 )
-def test_whatever_reads_our_tables_is_answered(held: tuple[Trove, Path], sql: str) -> None:
+def test_whatever_reads_our_tables_is_answered(held: tuple[QuerySession, Path], sql: str) -> None:
     assert held[0].sql(sql).rows
 
 
-def test_rows_are_limited(held: tuple[Trove, Path]) -> None:
+def test_rows_are_limited(held: tuple[QuerySession, Path]) -> None:
     trove, _ = held
     found = trove.sql("SELECT i FROM range(1000000) AS t(i)", limit=7)
     assert (len(found.rows), found.cut) == (7, True)
@@ -177,7 +177,7 @@ def test_rows_are_limited(held: tuple[Trove, Path]) -> None:
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n",
     ],
 )
-def test_time_is_limited(held: tuple[Trove, Path], sql: str) -> None:
+def test_time_is_limited(held: tuple[QuerySession, Path], sql: str) -> None:
     trove, _ = held
     began = time.monotonic()
     with pytest.raises(QuestionError, match="took longer than 0"):
@@ -187,6 +187,6 @@ def test_time_is_limited(held: tuple[Trove, Path], sql: str) -> None:
     assert trove.sql("SELECT 1").rows == ((1,),)
 
 
-def test_memory_is_limited(held: tuple[Trove, Path]) -> None:
+def test_memory_is_limited(held: tuple[QuerySession, Path]) -> None:
     with pytest.raises(QuestionError, match="memory"):
         held[0].sql("SELECT list(i || 'some longer text to fill it') FROM range(40000000) AS t(i)")

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.sandbox import MEMORY_BYTES, Sandbox
-from oki_trace.analysis.trove import Trove
 from oki_trace.errors import QuestionError
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 from tests.waiting import until
 
@@ -38,12 +38,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def trove(path: str) -> Iterator[Trove]:
-    with Trove(path) as trove:
+def trove(path: str) -> Iterator[QuerySession]:
+    with QuerySession(path) as trove:
         yield trove
 
 
-def process_of(trove: Trove) -> psutil.Process:
+def process_of(trove: QuerySession) -> psutil.Process:
     """The process that answers, once it is there."""
     sandbox: Sandbox = trove._sandbox
     return psutil.Process(sandbox._running[0]._popen.pid)
@@ -107,7 +107,7 @@ class Watch:
     ],
     ids=lambda sql: sql[:40],
 )
-def test_one_line_comes_in_time_and_in_little_memory(trove: Trove, sql: str) -> None:
+def test_one_line_comes_in_time_and_in_little_memory(trove: QuerySession, sql: str) -> None:
     trove.sql("SELECT 1")
     began = time.monotonic()
     with Watch() as watch, pytest.raises(QuestionError) as refused:
@@ -120,21 +120,23 @@ def test_one_line_comes_in_time_and_in_little_memory(trove: Trove, sql: str) -> 
     assert trove.sql("SELECT count(*) FROM step").rows == ((3,),)
 
 
-def test_what_a_statement_takes_is_what_was_given(trove: Trove) -> None:
+def test_what_a_statement_takes_is_what_was_given(trove: QuerySession) -> None:
     sql = "SELECT max(length(x)) FROM (SELECT repeat('x', 300000000) AS x)"
     with pytest.raises(QuestionError, match="more than 250 MB"):
         trove.sql(sql, memory_bytes=250_000_000)
     assert trove.sql(sql, memory_bytes=2_000_000_000).rows == ((300_000_000,),)
 
 
-def test_a_result_is_limited_before_it_is_sent(trove: Trove) -> None:
+def test_a_result_is_limited_before_it_is_sent(trove: QuerySession) -> None:
     sql = "SELECT repeat('x', 1000) FROM range(100000)"
     with pytest.raises(QuestionError, match="The result is larger than 32 MB"):
         trove.sql(sql, limit=100_000)
     assert len(trove.sql(sql, limit=100_000, memory_bytes=4_000_000_000).rows) == 100_000
 
 
-def test_a_process_that_behaves_is_kept_and_one_that_does_not_is_replaced(trove: Trove) -> None:
+def test_a_process_that_behaves_is_kept_and_one_that_does_not_is_replaced(
+    trove: QuerySession,
+) -> None:
     trove.sql("SELECT 1")
     first = process_of(trove)
     trove.sql("SELECT count(*) FROM lens_entry")
@@ -148,7 +150,7 @@ def test_a_process_that_behaves_is_kept_and_one_that_does_not_is_replaced(trove:
     assert process_of(trove) != first
 
 
-def test_whoever_goes_away_ends_the_question(trove: Trove) -> None:
+def test_whoever_goes_away_ends_the_question(trove: QuerySession) -> None:
     class Gone(BaseException):
         pass
 
@@ -186,7 +188,7 @@ def test_no_process_stays_behind_a_command_that_is_ended(path: str, number: int)
     assert b"Traceback" not in said
 
 
-def test_a_built_in_question_does_not_wait_for_sql(trove: Trove) -> None:
+def test_a_built_in_question_does_not_wait_for_sql(trove: QuerySession) -> None:
     trove.sql("SELECT 1")
 
     def ask() -> None:
@@ -204,7 +206,7 @@ def test_a_built_in_question_does_not_wait_for_sql(trove: Trove) -> None:
 
 def test_a_store_that_grows_is_seen_by_the_next_question(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, Trove(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as trove:
         made.whole(writer)
         count = "SELECT count(*) FROM message WHERE role = 'assistant'"
         assert trove.sql(count).rows == ((1,),)
@@ -214,7 +216,7 @@ def test_a_store_that_grows_is_seen_by_the_next_question(tmp_path: Path) -> None
         assert process_of(trove) == process
 
 
-def test_the_statement_is_no_argument_of_a_process(trove: Trove) -> None:
+def test_the_statement_is_no_argument_of_a_process(trove: QuerySession) -> None:
     trove.sql("SELECT 'what was asked'")
     assert "what was asked" not in " ".join(process_of(trove).cmdline())
     assert str(os.getpid()) not in process_of(trove).cmdline()

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.analysis import builtin
-from oki_trace.analysis.gather import token_class
+from oki_trace.analysis import catalog
+from oki_trace.analysis.arrow_tables import token_class
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.trove import Trove
 from oki_trace.records import Role
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests import tiny
 
 # The lens is computed eight steps at a time in another precision; entries are 32-bit.
@@ -122,9 +122,11 @@ def facts(traced: str, smollm2: tuple[Any, Any]) -> list[Facts]:
     return found
 
 
-def ask(trove: Trove, name: str, view: str | None = None, **given: Any) -> list[dict[str, Any]]:
+def ask(
+    trove: QuerySession, name: str, view: str | None = None, **given: Any
+) -> list[dict[str, Any]]:
     """The rows of an answer; its SQL, which stands alone, gives the same ones."""
-    answer = builtin.answer(trove, name, view=view, **given)
+    answer = catalog.answer(trove, name, view=view, **given)
     again = trove.sql(answer.sql)
     assert len(again.rows) == len(answer.rows)
     assert again.columns == tuple(column.name for column in answer.columns)
@@ -140,7 +142,7 @@ def same(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.array(found, float), np.array(expected, float), **CLOSE)
 
 
-def test_settle_by_layer(trove: Trove, facts: list[Facts]) -> None:
+def test_settle_by_layer(trove: QuerySession, facts: list[Facts]) -> None:
     rows = ask(trove, "settle")
     counts = Counter(f.settled for f in facts)
     assert {row["layer"]: row["steps"] for row in rows} == counts
@@ -159,7 +161,7 @@ def test_settle_by_layer(trove: Trove, facts: list[Facts]) -> None:
 
 
 @pytest.mark.parametrize("view", ["model", "position", "class"])
-def test_settle_by_kind(trove: Trove, facts: list[Facts], view: str) -> None:
+def test_settle_by_kind(trove: QuerySession, facts: list[Facts], view: str) -> None:
     def kind(f: Facts) -> Any:
         if view == "class":
             return token_class(f.token, is_special=f.is_special, before=f.before)
@@ -184,12 +186,12 @@ def test_settle_by_kind(trove: Trove, facts: list[Facts], view: str) -> None:
             same(row["prob_there"], mean(f.lens[f.settled, f.token_id] for f in stay))
 
 
-def facts_model(trove: Trove) -> str:
+def facts_model(trove: QuerySession) -> str:
     (name,) = trove.ask("SELECT DISTINCT model_id FROM message WHERE role = 'assistant'").rows[0]
     return str(name)
 
 
-def test_layers(trove: Trove, facts: list[Facts]) -> None:
+def test_layers(trove: QuerySession, facts: list[Facts]) -> None:
     rows = ask(trove, "layers")
     assert [row["layer"] for row in rows] == list(range(31))
     assert {row["steps"] for row in rows} == {len(facts)}
@@ -202,7 +204,7 @@ def test_layers(trove: Trove, facts: list[Facts]) -> None:
     same([row["kl"] for row in rows], np.mean([f.kls for f in facts], axis=0))
 
 
-def test_rivals(trove: Trove, facts: list[Facts]) -> None:
+def test_rivals(trove: QuerySession, facts: list[Facts]) -> None:
     least = 0.3
     rows = ask(trove, "rivals", "step", least=least, top=1000)
     expected = {}
@@ -225,7 +227,7 @@ def test_rivals(trove: Trove, facts: list[Facts]) -> None:
 
 
 @pytest.mark.parametrize("view", ["entropy", "margin"])
-def test_unsure(trove: Trove, facts: list[Facts], view: str) -> None:
+def test_unsure(trove: QuerySession, facts: list[Facts], view: str) -> None:
     def margin(f: Facts) -> float:
         first, second = np.sort(f.probs)[-2:][::-1]
         return float(first - second)
@@ -248,7 +250,7 @@ def test_unsure(trove: Trove, facts: list[Facts], view: str) -> None:
         same(row["other_probs"], f.probs[others])
 
 
-def test_unsure_replies(trove: Trove, facts: list[Facts]) -> None:
+def test_unsure_replies(trove: QuerySession, facts: list[Facts]) -> None:
     replies = defaultdict(list)
     for f in facts:
         replies[f.message].append(f)
@@ -264,7 +266,7 @@ def test_unsure_replies(trove: Trove, facts: list[Facts]) -> None:
         same(row["entropy"], mean(f.entropies[-1] for f in those))
 
 
-def test_unsure_tokens(trove: Trove, facts: list[Facts]) -> None:
+def test_unsure_tokens(trove: QuerySession, facts: list[Facts]) -> None:
     least = 0.05
     nearly = Counter()
     total: dict[int, float] = defaultdict(float)
@@ -281,7 +283,7 @@ def test_unsure_tokens(trove: Trove, facts: list[Facts]) -> None:
 SHARES = ("first_token", "system", "user", "assistant", "template", "reply")
 
 
-def test_looked(trove: Trove, facts: list[Facts]) -> None:
+def test_looked(trove: QuerySession, facts: list[Facts]) -> None:
     rows = ask(trove, "looked")
     assert [row["layer"] for row in rows] == list(range(1, 31))
     for share in SHARES:
@@ -302,8 +304,8 @@ def test_looked(trove: Trove, facts: list[Facts]) -> None:
         same(row["reply"], mean(f.on("reply")[row["layer"] - 1] for f in those))
 
 
-def test_heads(trove: Trove, facts: list[Facts]) -> None:
-    answer = builtin.answer(trove, "heads", sample=1000, top=1000)
+def test_heads(trove: QuerySession, facts: list[Facts]) -> None:
+    answer = catalog.answer(trove, "heads", sample=1000, top=1000)
     assert len(ask(trove, "heads", sample=1000, top=1000)) == len(answer.rows)
     names = [column.name for column in answer.columns]
     assert f"{len(facts)} of {len(facts)} steps" in answer.about
@@ -341,10 +343,10 @@ def test_heads(trove: Trove, facts: list[Facts]) -> None:
         same(row["focus"], mean(f.weights[at].max() for f in facts))
 
 
-def test_compare_steps(trove: Trove, facts: list[Facts]) -> None:
+def test_compare_steps(trove: QuerySession, facts: list[Facts]) -> None:
     a, b = facts[6], facts[-1]
     what = f"{a.message}:{a.index}", f"{b.message}:{b.index}"
-    answer = builtin.answer(trove, "compare", what)
+    answer = catalog.answer(trove, "compare", what)
     assert len(ask(trove, "compare", what=what)) == len(answer.rows)
     p, q = a.probs, b.probs
     m = (p + q) / 2
@@ -363,11 +365,11 @@ def test_compare_steps(trove: Trove, facts: list[Facts]) -> None:
         assert risen == rank - other_rank
 
 
-def test_compare_replies(trove: Trove, facts: list[Facts]) -> None:
+def test_compare_replies(trove: QuerySession, facts: list[Facts]) -> None:
     greedy, drawn = sorted({f.message for f in facts})[1:3]
     one = [f for f in facts if f.message == greedy]
     two = [f for f in facts if f.message == drawn]
-    answer = builtin.answer(trove, "compare", (str(greedy), str(drawn)))
+    answer = catalog.answer(trove, "compare", (str(greedy), str(drawn)))
     alike = next(
         i for i, (f, g) in enumerate(zip(one, two, strict=False)) if f.token_id != g.token_id
     )
@@ -387,7 +389,7 @@ def test_compare_replies(trove: Trove, facts: list[Facts]) -> None:
             assert row["tv"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_again(trove: Trove, facts: list[Facts]) -> None:
+def test_again(trove: QuerySession, facts: list[Facts]) -> None:
     replies = defaultdict(list)
     for f in facts:
         replies[f.message].append(f)
@@ -415,7 +417,7 @@ def test_again(trove: Trove, facts: list[Facts]) -> None:
     assert [r["message"] for r in each] == three and [r["seed"] for r in each] == [None, 1, 2]
 
 
-def test_scope_narrows_every_question(trove: Trove, facts: list[Facts]) -> None:
+def test_scope_narrows_every_question(trove: QuerySession, facts: list[Facts]) -> None:
     first = facts[0]
     scope = Scope(conversation=first.conversation)
     mine = [f for f in facts if f.conversation == first.conversation]

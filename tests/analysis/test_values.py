@@ -14,19 +14,19 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from dashboard import sql_shapes
+from dashboard.viewdata import sql_table
 from oki_trace.analysis import results, values
-from oki_trace.analysis.trove import Trove
-from oki_trace.store.writer import TraceWriter
+from oki_trace.analysis.query_session import QuerySession
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 
 @pytest.fixture(scope="module")
-def trove(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trove]:
+def trove(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuerySession]:
     path = str(tmp_path_factory.mktemp("values") / "store.db")
     with TraceWriter(path) as writer:
         made.whole(writer)
-    with Trove(path) as trove:
+    with QuerySession(path) as trove:
         yield trove
 
 
@@ -78,21 +78,21 @@ VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("sql", "right"), VALUES, ids=[sql for sql, _ in VALUES])
-def test_every_value_is_shown_in_every_format(trove: Trove, sql: str, right: Any) -> None:
+def test_every_value_is_shown_in_every_format(trove: QuerySession, sql: str, right: Any) -> None:
     found = trove.sql_result(f"SELECT {sql} AS value, {sql} AS value")
     rows = values.rows_of(found.table)
     assert results.objects(found.table.schema.names, rows) == [{"value": right, "value_2": right}]
-    assert json.loads(sql_shapes.as_json(found.table)) == [{"value": right, "value_2": right}]
+    assert json.loads(sql_table.as_json(found.table)) == [{"value": right, "value_2": right}]
     text = io.StringIO()
     results.write_csv(found.table.schema.names, rows, text)
     assert list(csv.DictReader(io.StringIO(text.getvalue(), newline="")))
-    assert sql_shapes.as_csv(found.table) == text.getvalue()
-    assert len(sql_shapes.frame(found.table)) == 1
+    assert sql_table.as_csv(found.table) == text.getvalue()
+    assert len(sql_table.frame(found.table)) == 1
     read = pq.read_table(io.BytesIO(results.parquet(found.table)))
     assert read.schema.names == ["value", "value_2"] and len(read) == 1
 
 
-def test_a_value_beyond_makes_its_column_text_and_no_other(trove: Trove) -> None:
+def test_a_value_beyond_makes_its_column_text_and_no_other(trove: QuerySession) -> None:
     found = trove.sql(
         "SELECT date_add(DATE '9999-12-30', i::INT) AS day, DATE '2026-01-31' AS other, i "
         "FROM range(3) AS t(i) ORDER BY i"
@@ -103,7 +103,7 @@ def test_a_value_beyond_makes_its_column_text_and_no_other(trove: Trove) -> None
 
 
 def test_the_moment_is_told_in_utc_wherever_the_machine_is(
-    trove: Trove, monkeypatch: pytest.MonkeyPatch
+    trove: QuerySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     trove._sandbox.close()
@@ -111,7 +111,7 @@ def test_the_moment_is_told_in_utc_wherever_the_machine_is(
     assert now.tzinfo is dt.UTC and abs(now - dt.datetime.now(dt.UTC)) < dt.timedelta(seconds=10)
 
 
-def test_the_order_stays_where_a_column_becomes_text(trove: Trove) -> None:
+def test_the_order_stays_where_a_column_becomes_text(trove: QuerySession) -> None:
     found = trove.sql(
         "SELECT i, i::UHUGEINT AS big FROM range(9000) AS t(i) ORDER BY hash(i), i", limit=9000
     )
@@ -136,7 +136,9 @@ def test_each_column_has_a_name_of_its_own(names: list[str], right: list[str]) -
     assert values.distinct(names) == right
 
 
-def test_both_columns_of_one_name_are_in_a_parquet_file(trove: Trove, tmp_path: Path) -> None:
+def test_both_columns_of_one_name_are_in_a_parquet_file(
+    trove: QuerySession, tmp_path: Path
+) -> None:
     found = trove.sql_result("SELECT s.id, m.id FROM step AS s JOIN message AS m ON true LIMIT 2")
     file = tmp_path / "answer.parquet"
     file.write_bytes(results.parquet(found.table))

@@ -23,11 +23,11 @@ from typing import Any
 
 import synthetic
 
-from oki_trace.analysis import builtin, compare
+from oki_trace.analysis import catalog, compare
 from oki_trace.analysis.folder import folder_of
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.trove import Trove
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 TIMES = 5
 PROMPTS = 20
@@ -43,7 +43,7 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
         with TraceWriter(path) as writer:
             synthetic.fill(writer, steps)
         writing = (time.perf_counter() - began) / steps * 1000
-    with Trove(path) as trove:
+    with QuerySession(path) as trove:
         began, cpu = time.perf_counter(), time.process_time()
         trove.rebuild()
         written = time.perf_counter() - began
@@ -58,7 +58,7 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
                 asked(trove, question.name, view, scope=scope)
                 for scope in (Scope(), Scope(conversation=conversation))
             ]
-            for question in builtin.QUESTIONS.values()
+            for question in catalog.QUESTIONS.values()
             for view in question.views
         }
         two = trove.ask(
@@ -88,7 +88,7 @@ def measure_tensors(path: Path) -> dict[str, float]:
     if not path.exists():
         with TraceWriter(path) as writer:
             synthetic.fill_pairs(writer, PROMPTS)
-    with Trove(path) as trove:
+    with QuerySession(path) as trove:
         trove.rebuild()
         a, b = (
             trove.ask(f"SELECT min(id) FROM message WHERE model_id = '{model}'").rows[0][0]
@@ -114,12 +114,12 @@ def measure_tensors(path: Path) -> dict[str, float]:
     return {**found, "peak memory, MB": peak}
 
 
-def asked(trove: Trove, name: str, view: str | None = None, **given: Any) -> float:
+def asked(trove: QuerySession, name: str, view: str | None = None, **given: Any) -> float:
     """The median time of a question, in milliseconds."""
     taken = []
     for _ in range(TIMES):
         began = time.perf_counter()
-        builtin.answer(trove, name, view=view, **given)
+        catalog.answer(trove, name, view=view, **given)
         taken.append((time.perf_counter() - began) * 1000)
     return statistics.median(taken)
 

@@ -30,8 +30,8 @@ from oki_trace.records import (
     Step,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 LAYERS = 30
 PROMPT = 40

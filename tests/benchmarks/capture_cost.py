@@ -68,9 +68,9 @@ def rerun(tokens: int) -> None:
     """Traced decoding against a forward pass over the whole sequence for each token."""
     import torch
 
-    from oki_trace.llm.chat import render
-    from oki_trace.llm.instrument import instrument
-    from oki_trace.llm.load import load
+    from oki_trace.llm.capture.instrument import instrument
+    from oki_trace.llm.chat.prompt import render
+    from oki_trace.llm.loading.load import load
     from oki_trace.records import CapturePolicy, ChatMessage, ModelChoice, Role, Sampling
     from oki_trace.tracing import Collector, trace_turn
 
@@ -141,7 +141,7 @@ def _range(found: Sequence[float]) -> str:
 
 def growth(rounds: int, tokens: int) -> None:
     """How much slower a step is with a long context, plain and traced in turn."""
-    from oki_trace.llm.load import load
+    from oki_trace.llm.loading.load import load
     from oki_trace.records import ModelChoice
 
     loaded = load(ModelChoice("smollm2", dtype="float32"))
@@ -188,7 +188,7 @@ def in_process(what: str, dtype: str, context: int, tokens: int) -> dict[str, fl
 
 def one_run(what: str, dtype: str, context: int, tokens: int) -> dict[str, float]:
     """One reply after a prompt of ``context`` tokens, as long whatever the model says: its peak."""
-    from oki_trace.llm.load import load
+    from oki_trace.llm.loading.load import load
     from oki_trace.records import ModelChoice
 
     loaded = load(ModelChoice("smollm2", dtype=dtype))
@@ -235,12 +235,12 @@ def plain(loaded: object, context: int) -> Callable[[int], float]:
 
 
 def traced(loaded: object, context: int) -> Callable[[int], float]:
-    from oki_trace.answering import answer
-    from oki_trace.asking import Ask, submit
-    from oki_trace.llm.instrument import instrument
+    from oki_trace.generate import answer
+    from oki_trace.llm.capture.instrument import instrument
+    from oki_trace.queueing import Ask, submit
     from oki_trace.records import CapturePolicy, Sampling
-    from oki_trace.store.reader import TraceReader
-    from oki_trace.store.writer import TraceWriter
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
 
     instrument(loaded.model, loaded.tokenizer)  # type: ignore[attr-defined]
     said = loaded.tokenizer.decode(prompt_ids(loaded, context))  # type: ignore[attr-defined]

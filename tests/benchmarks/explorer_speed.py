@@ -22,7 +22,7 @@ from browsers import launch  # noqa: E402
 from explorers import free_port, start  # noqa: E402
 from playwright.sync_api import Locator, Page, sync_playwright  # noqa: E402
 
-from oki_trace.store.reader import TraceReader  # noqa: E402
+from oki_trace.store.reading.reader import TraceReader  # noqa: E402
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """

@@ -25,8 +25,8 @@ for folder in ("tests/store", "tests"):
 import crowd  # noqa: E402
 
 from oki_trace.records import Status, Step, TurnEnd  # noqa: E402
-from oki_trace.store.recorder import Recorder  # noqa: E402
-from oki_trace.store.writer import TraceWriter  # noqa: E402
+from oki_trace.store.writing.recorder import Recorder  # noqa: E402
+from oki_trace.store.writing.writer import TraceWriter  # noqa: E402
 
 DONE = TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0)
 
@@ -74,16 +74,16 @@ def at_a_pace(
 
 def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tuple[list[float], int]:
     """(milliseconds from the decode of each token until seen, faults): SmolLM2 in float32."""
-    from oki_trace.answering import answer
-    from oki_trace.asking import Ask, submit
-    from oki_trace.llm import capture
-    from oki_trace.llm.load import load
+    from oki_trace.generate import answer
+    from oki_trace.llm.capture import pipeline
+    from oki_trace.llm.loading.load import load
+    from oki_trace.queueing import Ask, submit
     from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
 
     loaded = load(ModelChoice("smollm2", dtype="float32"))
     loaded.model.generation_config.eos_token_id = None
-    decoded, decode = [], capture.decode
+    decoded, decode = [], pipeline.decode
 
     def timed(*arguments: Any) -> Iterator[Any]:
         for raw in decode(*arguments):
@@ -99,7 +99,7 @@ def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tupl
                 count = readers if look else 0
                 with crowd.readers(count, db, message, tokens, pause, **watching) as looking:
                     decoded.clear()
-                    capture.decode = timed  # type: ignore[assignment]
+                    pipeline.decode = timed  # type: ignore[assignment]
                     answer(writer, reader, reader.message(message), loaded)
                     seen = [crowd.told(process) for process in looking]
     # The lens follows its step, so a step read at once may be without it.

@@ -33,7 +33,7 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 LAYERS = 30
 STEPS = 100

@@ -16,7 +16,7 @@ import typer.main
 
 from oki_trace import __version__
 from oki_trace.cli.app import app
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests.cli.commands import ACTIVE, Oki
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ import pytest
 from oki_trace.errors import StoreError
 from oki_trace.records import Message, Role, Status
 from oki_trace.settings import Settings
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.cli.commands import ROOT, command
 from tests.cli.conftest import Demo
 from tests.waiting import until

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from oki_trace.records import Status, TurnEnd
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.cli.commands import Done, Oki, start
 from tests.store.stores import Store
 

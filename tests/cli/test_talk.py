@@ -16,7 +16,7 @@ import pytest
 
 from oki_trace.cli import main
 from oki_trace.errors import ModelError
-from oki_trace.llm.fourbit import QuantizationFallback
+from oki_trace.llm.loading.quantization import QuantizationFallback
 from oki_trace.records import (
     CapturePolicy,
     Message,
@@ -27,8 +27,8 @@ from oki_trace.records import (
     TurnEnd,
 )
 from oki_trace.settings import Settings
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests import models, tiny
 from tests.cli.commands import ACTIVE, Done, Oki, start
 from tests.cli.conftest import Demo

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from oki_trace.llm.chat import render
+from oki_trace.llm.chat.prompt import render
 from oki_trace.records import ChatMessage, Role, TemplateOptions
-from oki_trace.store import models
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.writing.writer import TraceWriter
 from tests import scripted
 from tests.cli.commands import Oki
 from tests.llm.test_parts import HARMONY, HARMONY_TOKENS, THINK, WEATHER, segments, tokenizer

@@ -15,7 +15,7 @@ from tokenizers.normalizers import Replace, Sequence
 from oki_trace.errors import StoreError
 from oki_trace.records import Message, Role, Status
 from oki_trace.settings import Settings
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests import tiny
 from tests.cli.commands import ROOT, command
 from tests.waiting import until

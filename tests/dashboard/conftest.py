@@ -15,7 +15,7 @@ from browsers import NoBrowser, launch
 from explorers import HOME, ROOT, Explorer, free_port, start
 from stories import Stories, tell
 
-from oki_trace.store import migrate
+from oki_trace.store.schema import migrate
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

@@ -10,9 +10,9 @@ from urllib.parse import parse_qs, urlsplit
 from explorers import Explorer
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from dashboard.shapes import figure
+from dashboard.viewdata.replies import figure
 from oki_trace.records import Step
-from oki_trace.visible import visible
+from oki_trace.sanitize import visible
 from tests.waiting import until
 
 Panel = dict[str, Any]

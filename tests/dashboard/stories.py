@@ -14,9 +14,9 @@ from pathlib import Path
 import builders
 import numpy as np
 
-from oki_trace import asking
-from oki_trace.answering import answer
-from oki_trace.llm.load import load
+from oki_trace import queueing
+from oki_trace.generate import answer
+from oki_trace.llm.loading.load import load
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -29,9 +29,9 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store import migrate
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import migrate
+from oki_trace.store.writing.writer import TraceWriter
 
 QUESTIONS = ("What is the capital of France?", "And what river flows through it?")
 
@@ -97,10 +97,10 @@ def tell(db: str, models_dir: Path) -> Stories:
             _steps(rng),
             TurnEnd(Status.FAILED, "the cat", FAILURE, 0.5),
         )
-        failed_at_once = asking.submit(
-            writer, asking.Ask("Are you there?", ModelChoice("no/such")), claim=True
+        failed_at_once = queueing.submit(
+            writer, queueing.Ask("Are you there?", ModelChoice("no/such")), claim=True
         )
-        asking.fail(writer, failed_at_once[1], "There is no model no/such: check the name.")
+        queueing.fail(writer, failed_at_once[1], "There is no model no/such: check the name.")
         # The list of recent conversations is short, so what it has to stand comes late.
         for text in reversed(HOSTILE[1:]):
             _say(writer, text, text)
@@ -131,8 +131,8 @@ def _talk(
     conversation: int | None = None
     replies = []
     for question in QUESTIONS:
-        conversation, reply = asking.submit(
-            writer, asking.Ask(question, choice, sampling), conversation, claim=True
+        conversation, reply = queueing.submit(
+            writer, queueing.Ask(question, choice, sampling), conversation, claim=True
         )
         answer(writer, reader, reader.message(reply), loaded)
         replies.append((conversation, reply))

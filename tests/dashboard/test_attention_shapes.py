@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_shapes import summary
 
-from dashboard import attention_shapes as shapes
+from dashboard.viewdata import attention as shapes
 from oki_trace.records import AttentionPoints, Prompt, StepSummary, Tensor
 
 

@@ -26,7 +26,7 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 PAGES = ("chat", "reply_map", "conversations", "compare", "questions", "sql", "store")
 SECRET = "www.evil.test/?q=secret [x](http://evil.test)"

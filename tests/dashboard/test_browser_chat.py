@@ -31,9 +31,9 @@ from stories import (
     QUESTIONS,
 )
 
-from dashboard import shapes
+from dashboard.viewdata import replies
 from oki_trace.records import Status
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -108,7 +108,7 @@ def test_tokens_come_one_after_another_and_stop_keeps_them(live: Explorer, brows
         steps = reader.steps(reply.id)
     assert reply.status is Status.STOPPED
     assert counts[-1] <= len(steps) < 256
-    assert said(page) == "".join(shapes.running_text(steps)) == reply.content
+    assert said(page) == "".join(replies.running_text(steps)) == reply.content
     ready_for_a_message(page)
 
 

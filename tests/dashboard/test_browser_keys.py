@@ -16,7 +16,7 @@ from playwright.sync_api import Page, expect
 from screens import of, place, wait_for_panel
 from stories import QUESTIONS, Stories
 
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -20,10 +20,10 @@ from playwright.sync_api import Locator, Page, expect
 from screens import chosen, of, overflow, panel, place, wait_for_panel
 from stories import HOSTILE, Stories
 
-from dashboard import attention_shapes
+from dashboard.viewdata import attention
 from oki_trace.records import Step
-from oki_trace.store.reader import TraceReader
-from oki_trace.visible import visible
+from oki_trace.sanitize import visible
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -136,7 +136,7 @@ def test_a_map_tells_in_words_what_it_shows(
     until(lambda: "Most attended" in description(page), "the words on the attention map")
     with TraceReader(told.db) as reader:
         prompt = reader.prompt(stories.first[1])
-    parked = attention_shapes.parked(prompt, steps)
+    parked = attention.parked(prompt, steps)
     sums: dict[int, float] = {}
     for at, weight in zip(points.position.tolist(), points.weight.tolist(), strict=True):
         if at not in parked:

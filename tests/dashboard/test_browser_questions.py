@@ -21,9 +21,9 @@ from playwright.sync_api import Locator, Page, expect
 from screens import overflow, place
 from stories import Stories
 
-from oki_trace.analysis import builtin
+from oki_trace.analysis import catalog
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.trove import Trove
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -59,9 +59,9 @@ def test_a_bar_and_a_row_lead_to_their_step(
     conversation = stories.first[0]
     link = f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}"
     page = browse(link)
-    with Trove(told.db) as trove:
+    with QuerySession(told.db) as trove:
         scope = Scope(conversation=conversation)
-        answer = builtin.answer(trove, "unsure", view="entropy", scope=scope)
+        answer = catalog.answer(trove, "unsure", view="entropy", scope=scope)
     steps = [
         dict(zip(("conversation", "message", "step"), row[:3], strict=True)) for row in answer.rows
     ]
@@ -126,8 +126,8 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
 ) -> None:
     page = browse(told.url + "questions?question=unsure&view=token&least=0")
     picture(page)
-    with Trove(told.db) as trove:
-        answer = builtin.answer(trove, "unsure", view="token", least=0.0)
+    with QuerySession(told.db) as trove:
+        answer = catalog.answer(trove, "unsure", view="token", least=0.0)
     found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1

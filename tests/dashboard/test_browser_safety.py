@@ -22,7 +22,7 @@ from playwright.sync_api import Browser, Page, expect
 from screens import of
 from stories import HOSTILE, Stories
 
-from oki_trace.visible import inert
+from oki_trace.sanitize import inert
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

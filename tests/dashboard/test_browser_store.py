@@ -19,7 +19,7 @@ from stories import QUESTIONS, Stories
 
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -31,8 +31,8 @@ from stories import (
 )
 
 from oki_trace.records import Role, Status
-from oki_trace.store.reader import TraceReader
-from oki_trace.visible import visible
+from oki_trace.sanitize import visible
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -15,7 +15,7 @@ from explorers import Explorer
 from playwright.sync_api import Page, expect
 from screens import of, overflow, panel
 
-from oki_trace.llm.chat import render
+from oki_trace.llm.chat.prompt import render
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -24,9 +24,9 @@ from oki_trace.records import (
     Sampling,
     TemplateOptions,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import prepare, trace_turn
 from tests import scripted
 from tests.llm.test_parts import THINK, WEATHER, tokenizer

@@ -31,7 +31,7 @@ from stories import (
     strangers,
 )
 
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard import compare_shapes
-from dashboard.compare_shapes import Pair, align, between, divergence, exactly
+from dashboard.viewdata import comparison
+from dashboard.viewdata.comparison import Pair, align, between, divergence, exactly
 from oki_trace.records import Candidates, StepSummary, Tensor
 
 
@@ -57,7 +57,7 @@ def test_equal_tokens_stand_beside_each_other() -> None:
 
 
 def test_the_first_place_to_see_is_one_that_both_have() -> None:
-    first = compare_shapes.first_to_see
+    first = comparison.first_to_see
     assert first(align(said("abcd"), said("aXcd"))) == 1
     # Nothing stands beside what was put in: the next place, else the last before.
     assert first(align(said("acd"), said("abcd"))) == 2
@@ -67,7 +67,7 @@ def test_the_first_place_to_see_is_one_that_both_have() -> None:
 
 
 def test_long_replies_are_held_side_by_side_step_by_step() -> None:
-    many = said(["a"] * (compare_shapes.ALIGNED_TOKENS + 1))
+    many = said(["a"] * (comparison.ALIGNED_TOKENS + 1))
     pairs = align(many, said(["a", "b", "a"]))
     assert pairs[:4] == [
         Pair(0, 0, True),
@@ -129,20 +129,20 @@ def test_what_is_not_known_is_not_told(rng: np.random.Generator) -> None:
     assert between(unknown, kept, by_id=True) is None
     other = Tensor("logits", np.zeros(7, np.float32), "float32")
     assert exactly(Tensor("logits", np.zeros(8, np.float32), "float32"), other) is None
-    assert compare_shapes.told(None) == "not known"
-    assert compare_shapes.told(compare_shapes.Distance(0.25, 0.25)) == "0.250"
-    assert compare_shapes.told(compare_shapes.Distance(0.25, 0.5)) == "0.250 to 0.500"
+    assert comparison.told(None) == "not known"
+    assert comparison.told(comparison.Distance(0.25, 0.25)) == "0.250"
+    assert comparison.told(comparison.Distance(0.25, 0.5)) == "0.250 to 0.500"
 
 
 def test_the_distance_of_the_same_is_nothing(rng: np.random.Generator) -> None:
     steps = said(["a", "b"])
     kept = {0: builders.step(0, rng).topk}
     pairs = align(steps, steps)
-    found = compare_shapes.distances(pairs, kept, kept, by_id=True)
+    found = comparison.distances(pairs, kept, kept, by_id=True)
     assert found[0] is not None
     assert found[0].low == 0
     assert found[1] is None
-    rows = compare_shapes.rows(pairs, found, steps, steps)
+    rows = comparison.rows(pairs, found, steps, steps)
     assert [(row["place"], row["token"]) for row in rows] == [(1, "the same token")]
     json.dumps(rows, allow_nan=False)
 
@@ -151,10 +151,10 @@ def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None
     left, right = said(["a", "b"]), said(["a", "c", "d"])
     pairs = align(left, right)
     kept = {0: builders.step(0, rng).topk}
-    found = compare_shapes.distances(pairs, kept, kept, by_id=True)
+    found = comparison.distances(pairs, kept, kept, by_id=True)
     assert found[0] is not None
     most = found[0].high
-    names, *rows = compare_shapes.sheet(pairs, found, left, right)
+    names, *rows = comparison.sheet(pairs, found, left, right)
     assert [dict(zip(names, row, strict=True)) for row in rows] == [
         {
             "place": 1,
@@ -200,4 +200,4 @@ def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None
     ],
 )
 def test_what_two_replies_share_is_told_in_a_sentence(left: str, right: str, told: str) -> None:
-    assert compare_shapes.verdict(align(said(list(left)), said(list(right)))) == told
+    assert comparison.verdict(align(said(list(left)), said(list(right)))) == told

@@ -104,7 +104,7 @@ def test_a_page_of_another_origin_is_refused(served: Explorer, origin: str) -> N
 
 
 def test_the_same_origin_has_the_same_port(served: Explorer) -> None:
-    """Behind a forwarded port the browser says that port in both."""
+    """LensWorker a forwarded port the browser says that port in both."""
     assert upgraded(served.port, "localhost:9000", "http://localhost:9000") == 101
     assert upgraded(served.port, "localhost:9000", "http://localhost:9001") == 403
     assert upgraded(served.port, "localhost", "http://localhost:80") == 101

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_shapes import summary
 
-from dashboard import lens_shapes as shapes
+from dashboard.viewdata import lens as shapes
 from oki_trace.records import Lens, LensGrid, Step
-from oki_trace.visible import visible
+from oki_trace.sanitize import visible
 
 LAYERS = 3
 

@@ -15,8 +15,9 @@ from explorers import ROOT
 from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
-from dashboard import attention_shapes, data, lens_shapes, model_defaults
-from oki_trace import asking
+from dashboard import data, model_defaults
+from dashboard.viewdata import attention, lens
+from oki_trace import queueing
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -27,8 +28,8 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def test_chat_on_an_empty_store_asks_for_a_question(empty_store: str) -> None:
@@ -72,8 +73,8 @@ def test_chat_shows_a_step(filled_store: Stories) -> None:
     assert not app.exception
     assert app.text[0].value == QUESTIONS[0]
     with_evidence = app.selectbox(key="evidence_head")
-    assert with_evidence.value == attention_shapes.MEAN
-    for head in attention_shapes.heads(9):
+    assert with_evidence.value == attention.MEAN
+    for head in attention.heads(9):
         app.selectbox(key="evidence_head").set_value(head).run()
         assert not app.exception
     app.selectbox(key="evidence_layer").set_value(1).run()
@@ -104,7 +105,7 @@ def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
     app = chat(conversation=conversation, message=message, step=5)
     app.button_group(key="lens_view").set_value("changes").run()
     assert not app.exception
-    for curve in lens_shapes.CURVES:
+    for curve in lens.CURVES:
         app.button_group(key="curve").set_value(curve).run()
         assert not app.exception
         assert len(app.get("vega_lite_chart")) + len(app.get("arrow_vega_lite_chart")) == 1
@@ -132,7 +133,7 @@ def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> Non
         app.query_params[name] = str(value)
     app.run()
     assert not app.exception
-    assert app.selectbox(key="evidence_head").value == attention_shapes.MEAN
+    assert app.selectbox(key="evidence_head").value == attention.MEAN
     assert app.selectbox(key="evidence_layer").value == 3
 
 
@@ -352,8 +353,8 @@ def test_the_next_message_goes_to_the_conversations_own_model(
     open_store(db)
     choice = ModelChoice("other/model", use_4bit=True, dtype="float32", device="cpu")
     with TraceWriter(db) as writer:
-        conversation, reply = asking.submit(writer, asking.Ask("Hello.", choice), claim=True)
-        asking.fail(writer, reply, "There is no model other/model: check the name.")
+        conversation, reply = queueing.submit(writer, queueing.Ask("Hello.", choice), claim=True)
+        queueing.fail(writer, reply, "There is no model other/model: check the name.")
     app = chat(conversation=conversation)
     assert app.selectbox(key="model").value == "other/model"
     assert queued(app, db).choice == choice

@@ -25,8 +25,8 @@ from oki_trace.records import (
     ModelChoice,
     Sampling,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def test_conversations_on_an_empty_store_say_so(empty_store: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 from apps import drawn, wide_map
 from stories import LENS_REASON, Stories
 
-from dashboard import attention_shapes
+from dashboard.viewdata import attention
 from dashboard.views import reply_map
 
 
@@ -42,5 +42,5 @@ def test_the_attention_map_of_one_head_needs_its_tensors(filled_store: Stories) 
     conversation, message = filled_store.without_tensors
     app = wide_map(conversation=conversation, message=message)
     app.button_group(key="map_kind").set_value("attention").run()
-    assert app.selectbox(key="map_head").options == [attention_shapes.MEAN]
+    assert app.selectbox(key="map_head").options == [attention.MEAN]
     assert "were not kept" in app.selectbox(key="map_head").help

@@ -14,7 +14,8 @@ from apps import plainly, shown
 from stories import HOSTILE, Stories
 from streamlit.testing.v1 import AppTest
 
-from dashboard import charts, data, store_shapes
+from dashboard import charts, data
+from dashboard.viewdata import storage
 from oki_trace.errors import ExchangeError
 from oki_trace.exchange.formats import Format
 from oki_trace.records import (
@@ -27,8 +28,8 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 Open = Callable[[str], None]
 
@@ -82,7 +83,7 @@ def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
         info = reader.info()
         replies = [m for c in reader.conversations(limit=99) for m in reader.messages(c.id)]
     assert tiles(app)["Conversations"] == f"{info.conversations:,}"
-    assert tiles(app)["Per token"] == store_shapes.size(info.bytes_per_token)
+    assert tiles(app)["Per token"] == storage.size(info.bytes_per_token)
     failed = sum(m.status is Status.FAILED for m in replies)
     assert f"{failed} failed" in health(app)["Replies"]
     assert health(app)["Schema"].startswith(info.schema)
@@ -165,12 +166,12 @@ def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: 
 def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
-    titles = tuple(f"Conversation {n}" for n in range(store_shapes.LISTED + 5))
+    titles = tuple(f"Conversation {n}" for n in range(storage.LISTED + 5))
     fill(db, titles)
     app = store()
     app.number_input(key="prune-days").set_value(0.0).run()
     assert not app.exception
-    assert len(app.dataframe[0].value) == store_shapes.LISTED
+    assert len(app.dataframe[0].value) == storage.LISTED
     assert any(caption.value == "And 5 more." for caption in app.caption)
 
 
@@ -180,13 +181,13 @@ def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) 
 def test_growth_ends_with_all_there_is() -> None:
     start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     sizes = [ReplySize(start + dt.timedelta(days=n), 10, 1000) for n in range(1001)]
-    rows = store_shapes.growth(sizes, 5.0)
-    assert len(rows) <= 2 * store_shapes.POINTS + 2
+    rows = storage.growth(sizes, 5.0)
+    assert len(rows) <= 2 * storage.POINTS + 2
     assert [row["bytes"] for row in rows[-2:]] == [1_001_000, 50_050]
     assert rows[-1]["when"] == sizes[-1].created_at
     assert [row["bytes"] for row in rows[::2]] == sorted(row["bytes"] for row in rows[::2])
     assert charts.growth(rows).to_dict()
-    assert store_shapes.growth([], 0.0) == []
+    assert storage.growth([], 0.0) == []
 
 
 @pytest.mark.parametrize(
@@ -194,14 +195,14 @@ def test_growth_ends_with_all_there_is() -> None:
     [(0, "0 B"), (999, "999 B"), (999_960, "1.0 MB"), (1.5e9, "1.5 GB"), (2e15, "2,000.0 TB")],
 )
 def test_sizes_as_people_say_them(count: float, told: str) -> None:
-    assert store_shapes.size(count) == told
+    assert storage.size(count) == told
 
 
 def test_what_is_left_is_told_once_it_can_be() -> None:
-    assert store_shapes.left(1.0, 10, 100) == ""
-    assert store_shapes.left(10.0, 0, 100) == ""
-    assert store_shapes.left(10.0, 50, 100) == "about 10 s left"
-    assert store_shapes.left(60.0, 10, 100) == "about 9 min left"
+    assert storage.left(1.0, 10, 100) == ""
+    assert storage.left(10.0, 0, 100) == ""
+    assert storage.left(10.0, 50, 100) == "about 10 s left"
+    assert storage.left(60.0, 10, 100) == "about 9 min left"
 
 
 # ------------------------------------------------------------------- in and out

@@ -12,13 +12,13 @@ from stories import QUESTIONS as PROMPTS
 from stories import Stories
 from streamlit.testing.v1 import AppTest
 
-from dashboard import sql_shapes
-from oki_trace.analysis.builtin import QUESTIONS
+from dashboard.viewdata import sql_table
+from oki_trace.analysis.catalog import QUESTIONS
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
-from oki_trace.store import migrate
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import migrate
+from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 
@@ -288,23 +288,23 @@ def test_any_two_replies_can_be_compared(filled: Stories, story: str) -> None:
 def test_sql_begins_with_an_answer(filled: Stories) -> None:
     app = sql()
     assert not app.exception
-    assert app.text_area(key="sql-text").value == next(iter(sql_shapes.EXAMPLES.values()))
+    assert app.text_area(key="sql-text").value == next(iter(sql_table.EXAMPLES.values()))
     assert list(app.dataframe[0].value.columns) == ["token", "times", "prob"]
     assert "sql" not in app.query_params
     headings = [one.label for one in app.expander]
     assert headings == [f"**{one.name}**" for one in (*TABLES, *FUNCTIONS)]
 
 
-@pytest.mark.parametrize("example", sql_shapes.EXAMPLES)
+@pytest.mark.parametrize("example", sql_table.EXAMPLES)
 def test_every_example_has_an_answer_and_a_chart(filled: Stories, example: str) -> None:
     app = sql()
     app.selectbox(key="sql-example").set_value(example).run()
     assert not app.exception and not app.error
-    assert app.text_area(key="sql-text").value == sql_shapes.EXAMPLES[example]
-    first = next(iter(sql_shapes.EXAMPLES.values()))
-    assert address(app).get("sql", first) == sql_shapes.EXAMPLES[example]
+    assert app.text_area(key="sql-text").value == sql_table.EXAMPLES[example]
+    first = next(iter(sql_table.EXAMPLES.values()))
+    assert address(app).get("sql", first) == sql_table.EXAMPLES[example]
     # What was drawn with a seed is in none of the stories.
-    if "greedy_id" not in sql_shapes.EXAMPLES[example]:
+    if "greedy_id" not in sql_table.EXAMPLES[example]:
         app.button_group(key="sql-show").set_value("chart").run()
         assert not app.exception
         assert charts(app) == 1

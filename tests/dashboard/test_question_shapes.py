@@ -13,15 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard import asked as asking
-from dashboard import question_charts, question_shapes, sql_shapes
-from dashboard.asked import Asked
+from dashboard import question_charts
+from dashboard import question_state as asking
+from dashboard.question_state import Asked
+from dashboard.viewdata import answers, sql_table
 from oki_trace.analysis import compare, heads
-from oki_trace.analysis.builtin import QUESTIONS
+from oki_trace.analysis.catalog import QUESTIONS
 from oki_trace.analysis.questions import Answer, Picture
 from oki_trace.errors import QuestionError
 from oki_trace.records import Role
-from oki_trace.visible import visible
+from oki_trace.sanitize import visible
 
 HOSTILE = "<img src=x>\u202e\x1b[31m\n"
 
@@ -88,8 +89,8 @@ def test_every_question_stands_in_one_group_and_every_view_has_a_picture() -> No
         "compare/reply": compare._STEPS,
         "compare/model": compare._PAIRS,
     }
-    assert columns.keys() == question_shapes.DRAWINGS.keys()
-    for name, offered in question_shapes.DRAWINGS.items():
+    assert columns.keys() == answers.DRAWINGS.keys()
+    for name, offered in answers.DRAWINGS.items():
         there = {column.name for column in columns[name]}
         for drawing in offered.values():
             rest = (drawing.line, drawing.colour, drawing.across, drawing.spread)
@@ -115,14 +116,14 @@ SETTLED = answer(
 
 
 def test_a_token_that_never_settles_has_a_place_beside_the_layers() -> None:
-    columns, lines = question_shapes.drawings(SETTLED).values()
-    marks = question_shapes.marks(SETTLED, columns)
+    columns, lines = answers.drawings(SETTLED).values()
+    marks = answers.marks(SETTLED, columns)
     assert [(m["x"], m["y"], m["line"]) for m in marks] == [
         ("2", 0.3, 0.3),
         ("5", 0.6, 0.9),
         ("never", 0.1, 1.0),
     ]
-    assert [m["x"] for m in question_shapes.marks(SETTLED, lines)] == ["2", "5"]
+    assert [m["x"] for m in answers.marks(SETTLED, lines)] == ["2", "5"]
     drawn = question_charts.chart(SETTLED, columns, marks).to_dict()
     # Also the layers at which nothing settles are there, in their order.
     assert drawn["layer"][0]["encoding"]["x"]["sort"] == ["0", "1", "2", "3", "4", "5", "never"]
@@ -133,13 +134,13 @@ def test_a_token_that_never_settles_has_a_place_beside_the_layers() -> None:
 def test_bars_of_the_same_name_are_told_apart() -> None:
     rows = [(7, 8, 3, " a", 0.5, 1.0, 0.1, [" b"], [0.25]) for _ in range(2)]
     found = answer("unsure", "entropy", rows)
-    (drawing,) = question_shapes.drawings(found).values()
-    labels = [mark["x"] for mark in question_shapes.marks(found, drawing)]
+    (drawing,) = answers.drawings(found).values()
+    labels = [mark["x"] for mark in answers.marks(found, drawing)]
     assert labels == ["␣a", "␣a (2)"]
-    assert question_shapes.step_places(found)[1] == {"conversation": 7, "message": 8, "step": 3}
+    assert answers.step_places(found)[1] == {"conversation": 7, "message": 8, "step": 3}
     rows.append((7, 9, 3, " a", 0.5, 1.0, 0.1, None, None))
     found = answer("unsure", "entropy", rows)
-    labels = [mark["x"] for mark in question_shapes.marks(found, drawing)]
+    labels = [mark["x"] for mark in answers.marks(found, drawing)]
     assert labels == ["␣a · 8:3", "␣a · 8:3 (2)", "␣a · 9:3"]
 
 
@@ -150,11 +151,11 @@ def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out()
         (1, 2, 1, "b", 0.1, nan, 0.1, None, None),
     ]
     found = answer("unsure", "entropy", rows)
-    (drawing,) = question_shapes.drawings(found).values()
-    (mark,) = question_shapes.marks(found, drawing)
+    (drawing,) = answers.drawings(found).values()
+    (mark,) = answers.marks(found, drawing)
     assert mark["y"] == 1.5
     assert mark["x"].startswith(visible(HOSTILE)[:10])
-    table = question_shapes.table(found)
+    table = answers.table(found)
     assert table["said"] == [visible(HOSTILE), "b"]
     assert table["prob"] == [None, 0.1]
     assert table["others"] == [visible(HOSTILE), None]
@@ -165,9 +166,9 @@ def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out()
 def test_several_models_have_a_colour_each() -> None:
     rows = [(model, layer, 9, 0.1, 0.2, 1.0, 2.0) for model in "ab" for layer in range(3)]
     found = answer("layers", "layer", rows)
-    assert question_shapes.models(found) == ["a", "b"]
-    drawing = question_shapes.drawings(found)["agreement"]
-    drawn = question_charts.chart(found, drawing, question_shapes.marks(found, drawing)).to_dict()
+    assert answers.models(found) == ["a", "b"]
+    drawing = answers.drawings(found)["agreement"]
+    drawn = question_charts.chart(found, drawing, answers.marks(found, drawing)).to_dict()
     assert drawn["layer"][0]["encoding"]["color"]["sort"] == ["a", "b"]
     (data,) = drawn["datasets"].values()
     assert {row["y"] for row in data} == {0.1}
@@ -176,14 +177,14 @@ def test_several_models_have_a_colour_each() -> None:
 def test_shares_are_stacked_without_those_that_cannot_be_seen() -> None:
     row = ("m", 1, 9, 0.5, 0.0, 0.2, 0.001, 0.1, 0.2, 0.0, 1e-9)
     found = answer("looked", "layer", [row])
-    (drawing,) = question_shapes.drawings(found).values()
-    drawn = question_charts.chart(found, drawing, question_shapes.marks(found, drawing)).to_dict()
+    (drawing,) = answers.drawings(found).values()
+    drawn = question_charts.chart(found, drawing, answers.marks(found, drawing)).to_dict()
     domain = drawn["encoding"]["color"]["scale"]["domain"]
     assert domain == ["reply", "user", "template", "first token"]
 
 
 def test_steps_of_a_reply_are_told_as_ranges() -> None:
-    assert question_shapes.buckets([0, 1, 2, 512]) == ["0", "1", "2–3", "512–1,023"]
+    assert answers.buckets([0, 1, 2, 512]) == ["0", "1", "2–3", "512–1,023"]
 
 
 # ------------------------------------------------------------------------ SQL's results
@@ -203,37 +204,37 @@ NAMES = ["x", "x_2", "<img src=x><U+202E>␛[31m␊", "list", "bytes", "when"]
 
 
 def test_any_result_can_be_shown() -> None:
-    frame = sql_shapes.frame(RESULT)
+    frame = sql_table.frame(RESULT)
     assert list(frame.columns) == NAMES
     assert frame["list"].tolist()[0] == "[1, 2]"
     assert frame["bytes"].tolist()[0] == "00ff"
-    assert sql_shapes.numeric(frame) == ["x", "x_2"]
-    assert sql_shapes.frame(pa.table({})).empty
+    assert sql_table.numeric(frame) == ["x", "x_2"]
+    assert sql_table.frame(pa.table({})).empty
 
 
 def test_a_result_can_be_saved() -> None:
-    lines = sql_shapes.as_csv(RESULT).splitlines()
+    lines = sql_table.as_csv(RESULT).splitlines()
     assert lines[1:] == ['1,0.5,\'=x,"[1, 2]",00ff,2026-01-01T00:00:00', "2,,,,,"]
-    first, second = json.loads(sql_shapes.as_json(RESULT))
+    first, second = json.loads(sql_table.as_json(RESULT))
     assert first["x_2"] == 0.5 and second["x_2"] is None
     assert first["list"] == [1, 2]
-    back = pa.parquet.read_table(pa.BufferReader(sql_shapes.as_parquet(RESULT)))
+    back = pa.parquet.read_table(pa.BufferReader(sql_table.as_parquet(RESULT)))
     assert back.column_names == NAMES and back["list"].to_pylist() == [[1, 2], None]
 
 
 def test_what_parquet_cannot_hold_is_told() -> None:
     interval = pa.array([pa.MonthDayNano([0, 1, 0])])
     with pytest.raises(QuestionError, match="cast such a column to VARCHAR"):
-        sql_shapes.as_parquet(pa.table({"a": interval}))
+        sql_table.as_parquet(pa.table({"a": interval}))
 
 
-@pytest.mark.parametrize("kind", sql_shapes.CHARTS)
+@pytest.mark.parametrize("kind", sql_table.CHARTS)
 @pytest.mark.parametrize("colour", [None, "image"])
 def test_no_name_of_a_column_means_something_in_a_chart(kind: str, colour: str | None) -> None:
     """Under ``image`` a tooltip would fetch an address."""
     table = pa.table({"image": ["http://evil.test/x"], "a.b[0]": [1.5], "title": [2]})
-    frame = sql_shapes.frame(table)
-    drawn = sql_shapes.chart(frame, "image", "a.b[0]", colour, kind).to_dict()
+    frame = sql_table.frame(table)
+    drawn = sql_table.chart(frame, "image", "a.b[0]", colour, kind).to_dict()
     titles = [one["title"] for one in drawn["encoding"]["tooltip"]]
     assert not {"image", "title"} & set(titles)
     (data,) = drawn["datasets"].values()
@@ -241,8 +242,8 @@ def test_no_name_of_a_column_means_something_in_a_chart(kind: str, colour: str |
 
 
 def test_more_colours_than_can_be_told_apart_are_one() -> None:
-    frame = sql_shapes.frame(pa.table({"x": list(range(9)), "c": list("abcdefghi")}))
-    drawn = sql_shapes.chart(frame, "x", "x", "c", "points").to_dict()
+    frame = sql_table.frame(pa.table({"x": list(range(9)), "c": list("abcdefghi")}))
+    drawn = sql_table.chart(frame, "x", "x", "c", "points").to_dict()
     assert drawn["encoding"]["color"]["scale"]["domain"][-1] == "other"
     assert len(drawn["encoding"]["color"]["scale"]["domain"]) == 7
 
@@ -251,4 +252,4 @@ def test_more_colours_than_can_be_told_apart_are_one() -> None:
     ("values", "kind"), [([1, 2], "lines"), ([2, 1], "points"), (["a", "b"], "bars")]
 )
 def test_the_usual_chart(values: list[object], kind: str) -> None:
-    assert sql_shapes.kind_for(sql_shapes.frame(pa.table({"x": values})), "x") == kind
+    assert sql_table.kind_for(sql_table.frame(pa.table({"x": values})), "x") == kind

@@ -13,8 +13,8 @@ from typing import BinaryIO
 from oki_trace import errors
 from oki_trace.exchange.importing import Imported
 from oki_trace.exchange.reading.process import News, Request, serve
-from oki_trace.store.copy import copy
-from oki_trace.store.identity import Db
+from oki_trace.store.schema.identity import Db
+from oki_trace.store.writing.copy import copy
 
 
 def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> Imported:

@@ -23,7 +23,7 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 
 HOSTILE = "\x1b[31m </script><script>alert(1)</script> <!-- \u202e rtl é 日本 🙂 \u2028 ]]> ' \""

@@ -37,10 +37,10 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.prune import plan, prune
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.prune import plan, prune
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.cli.commands import Oki
 from tests.cli.conftest import oki

@@ -25,13 +25,13 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
-from oki_trace.store import models
-from oki_trace.store.copy import copy
+from oki_trace.store.maintenance.prune import prune_tensors
+from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.owner import this_process
-from oki_trace.store.prune import prune_tensors
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.writing.copy import copy
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.cli.commands import start
 from tests.exchange import stories

@@ -24,9 +24,9 @@ from oki_trace.exchange.reading import json_stream, table_cursor
 from oki_trace.exchange.tables import FILES, TABLES
 from oki_trace.exchange.v1 import CANDIDATE, EVIDENCE, STEP, TRACE
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
-from oki_trace.store import models
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.exchange import stories
 

@@ -24,7 +24,7 @@ from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.reading import json_stream, source
 from oki_trace.exchange.tables import TABLES
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.exchange import stories
 from tests.exchange.inline import import_inline as import_path
 

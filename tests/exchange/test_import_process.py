@@ -26,7 +26,7 @@ from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import import_files, import_path, import_stream
 from oki_trace.exchange.reading import supervisor
 from oki_trace.exchange.tables import TABLES
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.cli.commands import ROOT
 from tests.exchange import stories
 from tests.waiting import until

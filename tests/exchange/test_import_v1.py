@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 from tests.cli.commands import Oki
 from tests.cli.conftest import oki
 from tests.exchange.inline import import_inline as import_path

@@ -28,8 +28,8 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 
 HOSTILE = "\x1b[31m red \x9b2J \u202e rtl é 日本 🙂 \u2028 </script>"
@@ -165,7 +165,7 @@ WRITE_AND_DIE = """
 import os, sys
 import numpy as np
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 
 writer = TraceWriter(sys.argv[1])

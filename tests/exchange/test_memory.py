@@ -29,8 +29,8 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.exchange.inline import import_inline as import_path
 

@@ -16,9 +16,9 @@ from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import import_path, import_stream
 from oki_trace.records import Status, TensorMode
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.exchange import stories
 
 NAMES = {Format.JSON: "a.json", Format.JSONL: "a.jsonl", Format.PARQUET: "tables"}

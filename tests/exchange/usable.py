@@ -15,11 +15,11 @@ import sqlalchemy as sa
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.store import models
-from oki_trace.store.engine import reader_engine
-from oki_trace.store.identity import address
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.schema.engine import reader_engine
+from oki_trace.store.schema.identity import address
 from tests.cli.commands import Oki
 from tests.exchange.inline import import_inline
 
@@ -135,7 +135,7 @@ def comes_back(db: Path, number: int, folder: Path) -> None:
 
 def ask_all(db: Path, oki: Oki) -> None:
     """Every question: an answer, or one sentence that there is none."""
-    from oki_trace.analysis.builtin import QUESTIONS
+    from oki_trace.analysis.catalog import QUESTIONS
 
     for name in QUESTIONS:
         what = ("1:0", "1:0") if name == "compare" else ()

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.attention import AskingTap, BesideTap, HookedTap
-from oki_trace.llm.chat import render
-from oki_trace.llm.instrument import Instrument, instrument
+from oki_trace.llm.capture.attention import HookedTap, KernelTap, OutputAttentionsTap
+from oki_trace.llm.capture.instrument import Instrument, instrument
+from oki_trace.llm.chat.prompt import render
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling, Step
 from oki_trace.tracing import Collector, Sink, trace_turn
 from tests import tiny
@@ -29,7 +29,7 @@ POLICY = CapturePolicy(
     topk_lens=configs.VOCABULARY,
     tensors="exact",
 )
-WAYS = {BesideTap: "beside", HookedTap: "hooked", AskingTap: "asked"}
+WAYS = {KernelTap: "beside", HookedTap: "hooked", OutputAttentionsTap: "asked"}
 
 
 @dataclass

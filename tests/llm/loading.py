@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.load import load
+from oki_trace.llm.loading.load import load
 from oki_trace.records import ModelChoice
 
 ROOT = Path(__file__).resolve().parents[2]

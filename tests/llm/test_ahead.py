@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from oki_trace.llm.ahead import STEPS_AHEAD, ahead
+from oki_trace.llm.decoding.decoder_thread import STEPS_AHEAD, ahead
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from oki_trace.llm.behind import AT_MOST, TOGETHER, Behind
+from oki_trace.llm.capture.lens_worker import AT_MOST, TOGETHER, LensWorker
 
 
 def numbers(first: int, count: int) -> list[Any]:
@@ -25,7 +25,7 @@ def test_every_lens_comes_once_and_in_order(aside: bool, steps: int) -> None:
         return batch
 
     found: list[Any] = []
-    with Behind(compute, aside=aside) as behind:
+    with LensWorker(compute, aside=aside) as behind:
         for step in numbers(0, steps):
             behind.add(step)
             found += behind.ready()
@@ -43,7 +43,7 @@ def test_it_takes_one_core_and_nobody_waits_for_it() -> None:
         assert go_on.wait(10)
         return batch
 
-    with Behind(compute, aside=True) as behind:
+    with LensWorker(compute, aside=True) as behind:
         for step in numbers(0, 2 * TOGETHER):
             behind.add(step)
             assert behind.ready() == []
@@ -60,7 +60,7 @@ def test_a_lens_slower_than_the_decoder_makes_it_wait() -> None:
         assert go_on.wait(10)
         return batch
 
-    with Behind(compute, aside=True) as behind:
+    with LensWorker(compute, aside=True) as behind:
         given = 0
         for step in numbers(0, most - 1):
             behind.add(step)
@@ -79,7 +79,7 @@ def test_a_fault_of_the_lens_is_raised_where_the_steps_are_taken(aside: bool) ->
 
     with (
         pytest.raises(ZeroDivisionError, match="a fault"),
-        Behind(compute, aside=aside) as behind,
+        LensWorker(compute, aside=aside) as behind,
     ):
         for step in numbers(0, TOGETHER):
             behind.add(step)

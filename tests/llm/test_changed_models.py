@@ -20,8 +20,8 @@ from torch.nn.utils import prune
 
 from oki_trace import run_traced
 from oki_trace.errors import CaptureError
-from oki_trace.llm import instrument as module
-from oki_trace.llm.instrument import instrument
+from oki_trace.llm.capture import instrument as module
+from oki_trace.llm.capture.instrument import instrument
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -359,7 +359,7 @@ def test_weights_that_do_not_add_up_are_not_kept() -> None:
 
 
 def module_rows(seen: Any) -> dict[int, torch.Tensor]:
-    from oki_trace.llm.attention import rows_of
+    from oki_trace.llm.capture.attention import rows_of
 
     return rows_of(seen)
 

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.chat import render
+from oki_trace.llm.chat.prompt import render
 from oki_trace.records import ChatMessage, Prompt, Role
 from tests import tiny
 

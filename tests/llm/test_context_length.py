@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from oki_trace.api import run_traced
 from oki_trace.errors import CaptureError
-from oki_trace.llm.generation import context_length
-from oki_trace.llm.load import load
+from oki_trace.llm.decoding.generation import context_length
+from oki_trace.llm.loading.load import load
 from oki_trace.records import ModelChoice
 from tests import models, tiny
 from tests.llm.loading import edit_config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.llm.distribution import BLOCK, own_distribution, summarize, top_k
+from oki_trace.llm.capture.distribution import BLOCK, own_distribution, summarize, top_k
 
 # Fewer than the blocks are worth, a whole number of blocks, and some tokens over.
 SIZES = (7, BLOCK * 40, BLOCK * 40 + 13)

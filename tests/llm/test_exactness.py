@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.load import load
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.loading.load import load
 from oki_trace.records import CapturePolicy, ChatMessage, ModelChoice, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny

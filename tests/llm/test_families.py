@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from oki_trace.records import ModelChoice, Sampling
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import Collector
 from tests.families import configs, page
 from tests.families.examine import POLICY, TOKENS, Outcome, examine

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from oki_trace.llm import graph as module
-from oki_trace.llm import packed, room
-from oki_trace.llm.attention import rows_of
-from oki_trace.llm.decode import RawStep, decode
-from oki_trace.llm.generation import generation_of
-from oki_trace.llm.graph import GraphRun, StepGraph
-from oki_trace.llm.hardware import has_native_bfloat16
-from oki_trace.llm.instrument import Instrument, instrument
+from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.instrument import Instrument, instrument
+from oki_trace.llm.decoding.decode import RawStep, decode
+from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.fast import kv_cache, prepacked
+from oki_trace.llm.fast import step_graph as module
+from oki_trace.llm.fast.step_graph import GraphRun, StepGraph
+from oki_trace.llm.loading.hardware import has_native_bfloat16
 from oki_trace.records import Sampling
 from tests import tiny
 from tests.families import configs
@@ -123,7 +123,7 @@ def test_a_real_reply(
 def test_steps_go_on_when_the_room_is_used_up(
     monkeypatch: pytest.MonkeyPatch, ran: list[int]
 ) -> None:
-    monkeypatch.setattr(room, "ROOM", 8)
+    monkeypatch.setattr(kv_cache, "ROOM", 8)
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     steps = decoded(made, made.graph)
     assert len(ran) == STEPS - OWN_STEPS
@@ -150,7 +150,9 @@ def test_rows_worked_out_later_are_those_of_their_step() -> None:
 
 def held_before(layer: Any, given: dict[str, Any]) -> int:
     """How many tokens the cache holds that a layer is given."""
-    cache = next((given[name] for name in room.CACHE_NAMES if given.get(name) is not None), None)
+    cache = next(
+        (given[name] for name in kv_cache.CACHE_NAMES if given.get(name) is not None), None
+    )
     return cache.get_seq_length(layer.self_attn.layer_idx) if cache is not None else 0
 
 
@@ -303,7 +305,7 @@ def test_a_cut_short_reply_does_not_reach_into_the_next(ran: list[int]) -> None:
     assert ids(decoded(made, made.graph)) == generated(made.model)
 
 
-# Copies of the weights
+# PrepackedWeights of the weights
 
 
 def copies_of(made: Instrument) -> list[Tensor]:
@@ -343,7 +345,7 @@ def test_no_copies_where_they_are_not_worth_it(
     made = instrument(bfloat16_model(), tiny.tokenizer())
     count = STEPS
     if why == "few steps":
-        count = packed.WORTH_STEPS
+        count = prepacked.WORTH_STEPS
     elif why == "little memory":
         free = SimpleNamespace(available=100_000)
         monkeypatch.setattr("psutil.virtual_memory", lambda: free)
@@ -362,12 +364,12 @@ def test_no_product_is_changed_where_the_two_ways_round_differently(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = bfloat16_model()
-    assert len(packed.matrices(model)) > 5
+    assert len(prepacked.matrices(model)) > 5
     with monkeypatch.context() as patched:
         patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
-        assert not packed.matrices(model)
-    assert not packed.matrices(model.float())
+        assert not prepacked.matrices(model)
+    assert not prepacked.matrices(model.float())
     # Smaller ones torch multiplies by itself, in another order.
-    monkeypatch.setattr(packed, "LEAST", 0)
+    monkeypatch.setattr(prepacked, "LEAST", 0)
     small = configs.build("llama", hidden_size=48, intermediate_size=48).bfloat16()
-    assert not packed.matrices(small)
+    assert not prepacked.matrices(small)

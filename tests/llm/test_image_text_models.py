@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from oki_trace.api import run_traced
-from oki_trace.llm.load import LoadedForText, load
+from oki_trace.llm.loading.load import LoadedForText, load
 from oki_trace.records import ModelChoice
 from tests import models, tiny
 from tests.llm.loading import refusal

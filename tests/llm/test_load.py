@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.fourbit import NF4, QuantizationFallback
-from oki_trace.llm.hardware import native_dtype
-from oki_trace.llm.load import load, load_model_and_tokenizer
+from oki_trace.llm.loading.hardware import native_dtype
+from oki_trace.llm.loading.load import load, load_model_and_tokenizer
+from oki_trace.llm.loading.quantization import NF4, QuantizationFallback
 from oki_trace.records import ModelChoice
 from tests.llm.loading import (
     ROOT,
@@ -200,7 +200,7 @@ def test_4bit_without_bitsandbytes_falls_back_visibly(tiny: Path, tmp_path: Path
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('no such library')")
     code = (
         "import warnings; warnings.simplefilter('always')\n"
-        "from oki_trace.llm.load import load\n"
+        "from oki_trace.llm.loading.load import load\n"
         "from oki_trace.records import ModelChoice\n"
         f"loaded = load(ModelChoice({str(tiny)!r}, use_4bit=True))\n"
         "print(loaded.dtype, loaded.quantization, loaded.fallback_reason)"

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from oki_trace.errors import UsageError
-from oki_trace.llm.load import load
+from oki_trace.llm.loading.load import load
 from oki_trace.records import ModelChoice
 from tests.llm.loading import (
     VOCABULARY,
@@ -192,7 +192,7 @@ def test_memory_that_runs_out_while_loading(tmp_path: Path) -> None:
     code = (
         "import resource\n"
         "from oki_trace.errors import ModelError\n"
-        "from oki_trace.llm.load import load\n"
+        "from oki_trace.llm.loading.load import load\n"
         "from oki_trace.records import ModelChoice\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 250 * 2**20, -1))\n"
@@ -270,7 +270,7 @@ def test_no_network(tmp_path: Path) -> None:
 def ask_hub(endpoint: str, cache: Path, *names: str) -> list[str]:
     code = (
         "from oki_trace.errors import ModelError\n"
-        "from oki_trace.llm.load import load\n"
+        "from oki_trace.llm.loading.load import load\n"
         "from oki_trace.records import ModelChoice\n"
         f"for name in {names!r}:\n"
         "    try:\n"

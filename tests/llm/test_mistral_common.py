@@ -13,7 +13,7 @@ from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from oki_trace.api import run_traced
 from oki_trace.errors import CaptureError
-from oki_trace.llm.load import PlainPrompts, load
+from oki_trace.llm.loading.load import PlainPrompts, load
 from oki_trace.records import ModelChoice
 from tests import tiny
 from tests.llm.loading import llama_config, write_tokenizer

@@ -10,11 +10,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from oki_trace.errors import CaptureError, UsageError
-from oki_trace.llm.chat import render
-from oki_trace.llm.markers import format_of
-from oki_trace.llm.parts import ReplyToken, answer_of, parts_of
-from oki_trace.llm.reply_text import ReplyText
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.llm.capture.vocabulary import Vocabulary
+from oki_trace.llm.chat.markers import format_of
+from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
+from oki_trace.llm.chat.prompt import render
+from oki_trace.llm.chat.reply_text import ReplyText
 from oki_trace.records import ChatMessage, Part, Role, TemplateOptions
 from tests import tiny
 

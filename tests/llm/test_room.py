@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
-from oki_trace.llm import room
-from oki_trace.llm.attention import LastQuery, rows_of
-from oki_trace.llm.decode import decode
-from oki_trace.llm.generation import generation_of
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.room import RoomyLayer, give_room, stays
+from oki_trace.llm.capture.attention import LastQuery, rows_of
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.decoding.decode import decode
+from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.fast import kv_cache
+from oki_trace.llm.fast.kv_cache import PreallocatedLayer, give_room, stays
 from oki_trace.records import Sampling
 from tests import tiny
 
@@ -112,7 +112,7 @@ def test_other_caches_stay_as_they_are() -> None:
     before = [type(layer) for layer in windows.layers]
     give_room(windows, 1)
     for kind, layer in zip(before, windows.layers, strict=True):
-        assert type(layer) is (RoomyLayer if kind is DynamicLayer else kind)
+        assert type(layer) is (PreallocatedLayer if kind is DynamicLayer else kind)
     assert len(set(before)) == 2
     give_room(None, 1)
     still = StaticCache(config=model.config, max_cache_len=8)
@@ -129,7 +129,7 @@ def test_other_caches_stay_as_they_are() -> None:
 def test_a_reply_longer_than_the_room_is_captured_exactly(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "ROOM", ROOM)
+    monkeypatch.setattr(kv_cache, "ROOM", ROOM)
     model = tiny.model(family)
     model.generation_config.eos_token_id = None
     found = instrument(model, tiny.tokenizer())

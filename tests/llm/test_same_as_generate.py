@@ -28,9 +28,9 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from oki_trace import run_traced
 from oki_trace.errors import CaptureError
-from oki_trace.llm.graph import GraphRun
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.special_lengths import special_lengths
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.fast.special_lengths import special_lengths
+from oki_trace.llm.fast.step_graph import GraphRun
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -247,7 +247,7 @@ def test_a_window_longer_than_the_shortest_check_is_checked_beyond(flash: str) -
     model.set_attn_implementation("hiding")
     made = instrument(model, tiny.tokenizer())
     tap = type(made.probe._tap).__name__
-    assert tap != "BesideTap", "it would show weights that the kernel does not give"
+    assert tap != "KernelTap", "it would show weights that the kernel does not give"
 
 
 def _without_window(attention: Any) -> Callable[..., Any]:

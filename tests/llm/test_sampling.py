@@ -17,9 +17,9 @@ from transformers.generation import (
 )
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.instrument import instrument
-from oki_trace.llm.sampling import choose, decide, describe
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.capture.vocabulary import Vocabulary
+from oki_trace.llm.decoding.sampling import choose, decide, describe
 from oki_trace.records import CapturePolicy, ChatMessage, Decision, Role, Sampling, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny

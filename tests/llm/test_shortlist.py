@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.llm import shortlist as module
-from oki_trace.llm.anatomy import dissect
-from oki_trace.llm.instrument import Instrument, forget, instrument
-from oki_trace.llm.lens import LogitLens
-from oki_trace.llm.shortlist import MOST_KEPT, PROB_BOUND, Draft, Shortlist, shortlist
+from oki_trace.llm.capture.anatomy import dissect
+from oki_trace.llm.capture.instrument import Instrument, forget, instrument
+from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.fast import draft_lens as module
+from oki_trace.llm.fast.draft_lens import MOST_KEPT, PROB_BOUND, Draft, Shortlist, shortlist
 from oki_trace.records import CapturePolicy, ChatMessage, Lens, ReplyChecks, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny

@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from oki_trace.llm.gguf_header import read_header
-from oki_trace.llm.sound import sound_folder, sound_gguf, sound_numbers
+from oki_trace.llm.loading.file_checks import sound_folder, sound_gguf, sound_numbers
+from oki_trace.llm.loading.gguf_header import read_header
 from tests.llm.loading import edit_config, refusal, write_gguf
 
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oki_trace.llm.vocabulary import TextStream, Vocabulary, readable
+from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary, readable
 from tests import tiny
 
 TEXTS = (

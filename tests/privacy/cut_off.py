@@ -102,7 +102,7 @@ def on_the_command_line(folder: Path) -> list[str]:
 
 def every_question() -> None:
     """In each of its views, on the reply that is there, which kept its tensors."""
-    from oki_trace.analysis.builtin import QUESTIONS
+    from oki_trace.analysis.catalog import QUESTIONS
 
     for question in QUESTIONS.values():
         for view in question.views:
@@ -131,7 +131,7 @@ def in_the_explorer(db: str) -> list[str]:
     """Every page on the reply, and a turn asked for by chat, which a worker answers."""
     from streamlit.testing.v1 import AppTest
 
-    from oki_trace.store.reader import TraceReader
+    from oki_trace.store.reading.reader import TraceReader
     from tests.waiting import until
 
     place = {"conversation": "1", "message": "2", "step": "3"}

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from oki_trace.llm.chat import render
-from oki_trace.llm.markers import format_of
-from oki_trace.llm.parts import ReplyToken, answer_of, parts_of
-from oki_trace.llm.vocabulary import Vocabulary
+from oki_trace.llm.capture.vocabulary import Vocabulary
+from oki_trace.llm.chat.markers import format_of
+from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
+from oki_trace.llm.chat.prompt import render
 from oki_trace.records import ChatMessage, Role, TemplateOptions
 from tests.llm.test_parts import HARMONY, segments
 

@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from stores import Store
 
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,8 @@ import numpy as np
 
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Step
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 LAYERS = 30
 PROMPT = 100

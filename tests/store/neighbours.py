@@ -29,11 +29,12 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store import migrate, prune
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.vacuum import vacuum
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance import prune
+from oki_trace.store.maintenance.vacuum import vacuum
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import migrate
+from oki_trace.store.writing.writer import TraceWriter
 
 KEPT = "kept"
 # Between two things that a thread of an explorer does: the processor is for all.

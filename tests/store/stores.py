@@ -18,8 +18,8 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 

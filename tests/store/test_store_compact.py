@@ -20,8 +20,8 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store import compact
-from oki_trace.store.tensors import decode, encode
+from oki_trace.store.codecs import compact
+from oki_trace.store.codecs.tensors import decode, encode
 
 SHAPES = npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=40)
 BOUND = 1e-3

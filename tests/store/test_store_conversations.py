@@ -22,8 +22,8 @@ from oki_trace.records import (
     Sampling,
     Status,
 )
-from oki_trace.store.models import Message as MessageRow
 from oki_trace.store.owner import this_process
+from oki_trace.store.schema.models import Message as MessageRow
 
 
 def test_a_list_shows_the_last_changed_first(store: Store, rng: np.random.Generator) -> None:

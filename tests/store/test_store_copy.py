@@ -14,12 +14,12 @@ from stores import Store
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import ChatMessage, Role, Status, TurnEnd
-from oki_trace.store import copy as copying
-from oki_trace.store import models
-from oki_trace.store.copy import Copied, Fate, copy
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.writing import copy as copying
+from oki_trace.store.writing.copy import Copied, Fate, copy
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 

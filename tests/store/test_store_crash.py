@@ -20,10 +20,10 @@ from stores import assert_same
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
+from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.owner import Owner, is_dead, this_process
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 VICTIM = Path(__file__).with_name("victim.py")
 KILLS = 10
@@ -185,7 +185,7 @@ def test_two_processes_do_not_generate_one_reply(file: Path) -> None:
         conversation = writer.create_conversation("x")
         message = writer.queue_reply(conversation, ModelChoice("m"), Sampling(), CapturePolicy())
         claim_and_wait = (
-            "import sys; from oki_trace.store.writer import TraceWriter\n"
+            "import sys; from oki_trace.store.writing.writer import TraceWriter\n"
             "with TraceWriter(sys.argv[1]) as writer: print(writer.claim_next_reply(), flush=True)"
             "\nsys.stdin.read()"
         )
@@ -205,7 +205,7 @@ def test_two_processes_do_not_generate_one_reply(file: Path) -> None:
 
 def test_a_worker_that_ended_is_gone(file: Path) -> None:
     script = (
-        "import sys; from oki_trace.store.writer import TraceWriter\n"
+        "import sys; from oki_trace.store.writing.writer import TraceWriter\n"
         "with TraceWriter(sys.argv[1]) as writer: writer.set_worker_state('idle', model_id='m')"
     )
     subprocess.run([sys.executable, "-c", script, str(file)], check=True, timeout=60)

@@ -22,11 +22,11 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.copy import Fate, copy
-from oki_trace.store.prune import plan
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.prune import plan
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.copy import Fate, copy
+from oki_trace.store.writing.writer import TraceWriter
 
 
 @pytest.fixture

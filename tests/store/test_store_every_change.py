@@ -28,12 +28,12 @@ from oki_trace.records import (
     Step,
     TurnEnd,
 )
-from oki_trace.store import models
-from oki_trace.store.columns import UtcTime
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.tensors import _checksum
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.codecs.tensors import _checksum
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.schema.column_types import UtcTime
+from oki_trace.store.writing.writer import TraceWriter
 
 STEPS = 5
 REPLY, STEP = 2, 3

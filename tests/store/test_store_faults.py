@@ -20,10 +20,10 @@ from waiting import until
 
 from oki_trace.errors import StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, Step, TurnEnd
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, " the" * 3, "end of turn", 0.5)
 KEPT = 12
@@ -130,8 +130,8 @@ def test_a_store_that_vanishes_is_not_written_to_in_vain(
 LOOK = """
 import sys
 from oki_trace.errors import OkiTraceError
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 try:
     with TraceReader(sys.argv[1]) as reader:
         print(reader.info().steps, "steps")

@@ -13,10 +13,10 @@ from sqlalchemy.exc import OperationalError
 
 from oki_trace.errors import StoreError, UsageError
 from oki_trace.records import ChatMessage, Role
-from oki_trace.store import identity
-from oki_trace.store.engine import reader_engine
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity
+from oki_trace.store.schema.engine import reader_engine
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:

@@ -26,9 +26,9 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 from tests.cli.commands import start
 
 _MB = 1024 * 1024

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from oki_trace.records import CapturePolicy, ModelChoice, Role, Sampling, Status, TurnEnd
-from oki_trace.store import identity, migrate
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity, migrate
+from oki_trace.store.writing.writer import TraceWriter
 from tests.store.golden import build
 
 REBUILD = (

@@ -10,9 +10,10 @@ from stores import Store
 
 from oki_trace.errors import StoreError
 from oki_trace.records import Status
-from oki_trace.store import heartbeat, models
+from oki_trace.store import heartbeat
 from oki_trace.store.heartbeat import BEAT_SECONDS, SILENCE_SECONDS
 from oki_trace.store.owner import this_process
+from oki_trace.store.schema import models
 from tests.waiting import until
 
 ELSEWHERE = str(this_process()._replace(host="another-host"))

@@ -11,9 +11,9 @@ import crowd
 import pytest
 
 from oki_trace.records import Status, TurnEnd
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 
 READERS = 8
 

@@ -26,10 +26,12 @@ import pytest
 import oki_trace
 from oki_trace.errors import SchemaError, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-from oki_trace.store import copy, identity, migrate, vacuum
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance import vacuum
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity, migrate
+from oki_trace.store.writing import copy
+from oki_trace.store.writing.writer import TraceWriter
 from tests.store.golden import build
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc/locks is Linux's")
@@ -121,10 +123,10 @@ def _import(db: str, folder: Path) -> None:
 
 
 def _questions(db: str) -> None:
-    from oki_trace.analysis.catch_up import CatchUp
-    from oki_trace.analysis.trove import Trove
+    from oki_trace.analysis.background_sync import CatchUp
+    from oki_trace.analysis.query_session import QuerySession
 
-    with Trove(db) as trove:
+    with QuerySession(db) as trove:
         trove.sql("SELECT count(*) FROM step")
         trove.rebuild()
     with TraceReader(db) as reader:
@@ -133,27 +135,27 @@ def _questions(db: str) -> None:
 
 # By the place where the function is: a public one that takes a store's address.
 ENTRIES: dict[str, Callable[[str, Path], object]] = {
-    "oki_trace.store.reader.TraceReader": lambda db, _: TraceReader(db).close(),
-    "oki_trace.store.writer.TraceWriter": lambda db, _: _open_all(db),
-    "oki_trace.store.migrate.ensure": lambda db, _: migrate.ensure(db),
-    "oki_trace.store.migrate.upgrade": lambda db, _: migrate.upgrade(db),
-    "oki_trace.store.migrate.downgrade": lambda db, _: migrate.downgrade(db, migrate.head()),
-    "oki_trace.store.migrate.current": lambda db, _: migrate.current(db),
-    "oki_trace.store.migrate.migration": lambda db, _: _enter(migrate.migration(db)),
-    "oki_trace.store.migrate.prepare": lambda db, _: migrate.prepare(db),
-    "oki_trace.store.vacuum.vacuum": lambda db, _: vacuum.vacuum(db),
-    "oki_trace.store.copy.copy": lambda db, to: (
+    "oki_trace.store.reading.reader.TraceReader": lambda db, _: TraceReader(db).close(),
+    "oki_trace.store.writing.writer.TraceWriter": lambda db, _: _open_all(db),
+    "oki_trace.store.schema.migrate.ensure": lambda db, _: migrate.ensure(db),
+    "oki_trace.store.schema.migrate.upgrade": lambda db, _: migrate.upgrade(db),
+    "oki_trace.store.schema.migrate.downgrade": lambda db, _: migrate.downgrade(db, migrate.head()),
+    "oki_trace.store.schema.migrate.current": lambda db, _: migrate.current(db),
+    "oki_trace.store.schema.migrate.migration": lambda db, _: _enter(migrate.migration(db)),
+    "oki_trace.store.schema.migrate.prepare": lambda db, _: migrate.prepare(db),
+    "oki_trace.store.maintenance.vacuum.vacuum": lambda db, _: vacuum.vacuum(db),
+    "oki_trace.store.writing.copy.copy": lambda db, to: (
         list(copy.copy(db, to / "copy.db")),
         list(copy.copy(to / "copy.db", db)),
     ),
-    "oki_trace.store.identity.address": lambda db, _: identity.address(db),
+    "oki_trace.store.schema.identity.address": lambda db, _: identity.address(db),
     "oki_trace.exchange.importing.import_path": _import,
     "oki_trace.exchange.importing.import_stream": _import,
     "oki_trace.exchange.importing.import_files": _import,
-    "oki_trace.analysis.trove.Trove": lambda db, _: _questions(db),
+    "oki_trace.analysis.query_session.QuerySession": lambda db, _: _questions(db),
     "oki_trace.analysis.folder.folder_of": lambda db, _: _questions(db),
     "oki_trace.analysis.cache.Cache": lambda db, _: _questions(db),
-    "oki_trace.analysis.catch_up.CatchUp": lambda db, _: _questions(db),
+    "oki_trace.analysis.background_sync.CatchUp": lambda db, _: _questions(db),
 }
 
 

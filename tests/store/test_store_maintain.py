@@ -19,11 +19,11 @@ from stores import Store
 
 from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.records import Status, TurnEnd
-from oki_trace.store import vacuum as vacuuming
-from oki_trace.store.prune import plan, prune, prune_tensors
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.vacuum import vacuum
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance import vacuum as vacuuming
+from oki_trace.store.maintenance.prune import plan, prune, prune_tensors
+from oki_trace.store.maintenance.vacuum import vacuum
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 DAY = dt.timedelta(days=1)
@@ -150,7 +150,7 @@ class TestPruning:
 
     def test_a_dead_writer_spares_nothing(self, store: Store, rng: np.random.Generator) -> None:
         script = (
-            "import sys; from oki_trace.store.writer import TraceWriter\n"
+            "import sys; from oki_trace.store.writing.writer import TraceWriter\n"
             "from oki_trace.records import *\n"
             "with TraceWriter(sys.argv[1]) as writer:\n"
             "    conversation = writer.create_conversation('x')\n"

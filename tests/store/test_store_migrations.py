@@ -19,10 +19,10 @@ from alembic.script import ScriptDirectory
 
 from oki_trace.errors import SchemaError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
-from oki_trace.store import identity, migrate
-from oki_trace.store.models import Base
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity, migrate
+from oki_trace.store.schema.models import Base
+from oki_trace.store.writing.writer import TraceWriter
 
 NEXT = """
 revision = "next00000000"
@@ -144,7 +144,7 @@ def test_an_older_store_is_upgraded_for_writing_and_refused_for_reading(file: Pa
 
 def test_first_opens_at_the_same_moment_do_not_meet(db: str) -> None:
     script = (
-        "import sys; from oki_trace.store.writer import TraceWriter\n"
+        "import sys; from oki_trace.store.writing.writer import TraceWriter\n"
         "with TraceWriter(sys.argv[1]) as writer: writer.create_conversation('x')"
     )
     many = [subprocess.Popen([sys.executable, "-c", script, db]) for _ in range(4)]

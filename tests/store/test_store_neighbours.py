@@ -18,8 +18,8 @@ from types import ModuleType
 import neighbours
 import pytest
 
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="killed as Linux kills")
 

@@ -11,9 +11,9 @@ from sqlalchemy import create_engine, text
 from stores import DONE, Store, plain
 
 from oki_trace.errors import StoreError
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
 
 pytestmark = pytest.mark.postgresql
 

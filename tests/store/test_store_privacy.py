@@ -18,12 +18,12 @@ from stores import Store
 from oki_trace.cli import options
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import Status, TurnEnd
-from oki_trace.store import identity, migrate
-from oki_trace.store.copy import copy
-from oki_trace.store.prune import plan, prune
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.vacuum import vacuum
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.prune import plan, prune
+from oki_trace.store.maintenance.vacuum import vacuum
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import identity, migrate
+from oki_trace.store.writing.copy import copy
+from oki_trace.store.writing.writer import TraceWriter
 from tests.store.golden import build
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,9 +12,9 @@ import pytest
 
 from oki_trace.errors import StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.recorder import Recorder
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, "said", "end of sequence", 0.5)
 

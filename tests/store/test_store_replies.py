@@ -19,7 +19,7 @@ from oki_trace.records import (
     Sampling,
     Status,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def test_every_write_counts_the_version_up(store: Store, rng: np.random.Generator) -> None:

@@ -8,7 +8,7 @@ import builders
 import numpy as np
 from stores import Store
 
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 
 def test_a_step_is_never_seen_without_its_children(store: Store, rng: np.random.Generator) -> None:

@@ -17,7 +17,7 @@ from oki_trace.records import (
     Effect,
     Role,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 
 def test_a_step_reads_back_as_it_was(store: Store, rng: np.random.Generator) -> None:

@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as npst
 
 from oki_trace.errors import TensorError
 from oki_trace.records import Tensor
-from oki_trace.store.halves import floats_of, halves_of
-from oki_trace.store.tensors import EncodedTensor, _checksum, decode, encode
+from oki_trace.store.codecs.float16 import floats_of, halves_of
+from oki_trace.store.codecs.tensors import EncodedTensor, _checksum, decode, encode
 
 SHAPES = npst.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=20)
 

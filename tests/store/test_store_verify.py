@@ -16,11 +16,12 @@ from stores import Store
 
 from oki_trace.errors import NotFound
 from oki_trace.records import ChatMessage, Role, Status, TensorMode, TurnEnd
-from oki_trace.store import models, verify
-from oki_trace.store.prune import prune_tensors
-from oki_trace.store.reader import TraceReader
-from oki_trace.store.verify import Verification
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance import verify
+from oki_trace.store.maintenance.prune import prune_tensors
+from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+from oki_trace.store.writing.writer import TraceWriter
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 STEPS = 20

@@ -22,7 +22,7 @@ from oki_trace.records import (
     Step,
     TurnEnd,
 )
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.writing.writer import TraceWriter
 
 # The lens comes so many steps after its step, as it may in a traced turn.
 TRAILS = 2

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from oki_trace.asking import title_of
 from oki_trace.exchange import schema
 from oki_trace.exchange.json_export import JSONL
 from oki_trace.exchange.reading.json_stream import JsonStream
@@ -21,6 +20,7 @@ from oki_trace.exchange.reading.steps import step_record, tensor_records
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tensor_file import TensorFile
 from oki_trace.exchange.trace_object import FORMAT, VERSION
+from oki_trace.queueing import title_of
 from oki_trace.records import Role, Status, Step, Tensor
 
 Json = dict[str, Any]

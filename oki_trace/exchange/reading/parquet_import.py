@@ -27,7 +27,7 @@ from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import BLANK
 from oki_trace.records import Step, Tensor
-from oki_trace.store.tensors import MAX_RAW_BYTES, TensorName
+from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 Cursors = dict[str, TableCursor]
 

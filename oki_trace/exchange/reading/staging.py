@@ -25,9 +25,9 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store.lifecycle import PROCESS_ENDED
-from oki_trace.store.unchanged import is_as_recorded
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.digest_checks import is_as_recorded
+from oki_trace.store.writing.lifecycle import PROCESS_ENDED
+from oki_trace.store.writing.writer import TraceWriter
 
 # Written at once: steps, rows of their lists, bytes of their tensors.
 _STEPS_AT_ONCE = 64

@@ -17,7 +17,7 @@ from typing import TextIO
 
 from oki_trace.exchange.report.payload import payload
 from oki_trace.exchange.selection import Progress, selected
-from oki_trace.store.reader import TraceReader
+from oki_trace.store.reading.reader import TraceReader
 
 
 def write_report(

@@ -25,9 +25,9 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
-from oki_trace.store import migrate
-from oki_trace.store.vacuum import vacuum
-from oki_trace.store.writer import TraceWriter
+from oki_trace.store.maintenance.vacuum import vacuum
+from oki_trace.store.schema import migrate
+from oki_trace.store.writing.writer import TraceWriter
 
 FOLDER = Path(__file__).resolve().parent
 MODES: tuple[TensorMode, ...] = ("exact", "half", "compact", "none")

@@ -1,0 +1,187 @@
+"""A model with its probes attached and checked against the model itself.
+
+Checked once, and again whenever the model was changed, on short forward passes:
+the lens at the last layer against the model's own logits, all of them; the
+captured attention against the model's eager attention. What does not agree is not
+shown, and the report says why. The errors found travel with every reply, which
+checks its own numbers besides (``reply_checks.py``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from oki_trace.errors import CaptureError
+from oki_trace.llm.capture.anatomy import Anatomy, dissect, input_device
+from oki_trace.llm.capture.checks import cache_difference, checked_attention, checked_lens
+from oki_trace.llm.capture.fingerprint import Fingerprint, fingerprint, tokenizer_fingerprint
+from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.reply_checks import ReplyChecker
+from oki_trace.llm.capture.vocabulary import Vocabulary, is_mistral_common
+from oki_trace.llm.decoding.model_lock import exclusive, uncompiled
+from oki_trace.llm.fast.draft_lens import MOST_KEPT, Draft, Shortlist
+from oki_trace.llm.fast.step_graph import StepGraph
+from oki_trace.llm.fast.torchscript import step_graph
+from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.loading.model_classes import TEXT_ONLY, takes_more_than_text
+from oki_trace.records import CapturePolicy, CaptureReport
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """What is needed to trace one model; made by ``instrument()``."""
+
+    model: Any
+    tokenizer: Any
+    vocabulary: Vocabulary
+    anatomy: Anatomy
+    probe: Probe
+    graph: StepGraph | None
+    lens: LogitLens | None
+    lens_check: float | None
+    lens_reason: str | None
+    shortlist: Shortlist | None
+    attention_layers: tuple[int, ...]
+    attention_check: float | None
+    full_rows: bool
+    provenance: str
+    cache_check: float | None
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
+        return any(hasattr(module, "_hf_hook") for module in self.model.modules())
+
+    def draft_for(self, policy: CapturePolicy) -> Draft | None:
+        """What drafts the lens of one reply, where that may be less than exact."""
+        drafted = self._shortlist_for(policy)
+        return None if drafted is None else drafted.draft()
+
+    def checker(self) -> ReplyChecker:
+        """What checks the numbers of one reply."""
+        checker = ReplyChecker(computing_dtype(self.model), full_rows=self.full_rows)
+        if takes_more_than_text(self.model.config):
+            checker.note(f"traced {TEXT_ONLY}")
+        return checker
+
+    def _shortlist_for(self, policy: CapturePolicy) -> Shortlist | None:
+        exact = policy.tensors == "exact" or policy.topk_lens > MOST_KEPT
+        return None if exact else self.shortlist
+
+    def report(self, policy: CapturePolicy) -> CaptureReport:
+        """What a reply traced under ``policy`` will hold."""
+        drafted = self._shortlist_for(policy)
+        parameter = self.model.get_input_embeddings().weight
+        return CaptureReport(
+            policy=policy,
+            layers=self.anatomy.layers,
+            width=int(parameter.shape[-1]),
+            dtype=str(computing_dtype(self.model)).removeprefix("torch."),
+            device=str(input_device(self.model)),
+            quantization=_quantization(self.model),
+            evidence_provenance=self.provenance,
+            attention_layers=self.attention_layers,
+            attention_check=self.attention_check,
+            logit_lens_available=self.lens is not None,
+            lens_reason=self.lens_reason,
+            lens_check=self.lens_check,
+            lens_draft=None if drafted is None else drafted.error,
+            cache_check=self.cache_check,
+            versions=f"transformers {version('transformers')}, torch {version('torch')}",
+        )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """What was found of a model as it was: all of an instrument that outlives a reply."""
+
+    fingerprint: Fingerprint
+    parts: dict[str, Any]
+    vocabulary: Vocabulary
+    of_tokenizer: tuple[Any, ...]
+
+
+# Beside the models, not on them: they can be copied, pickled and collected as before.
+_checked: weakref.WeakKeyDictionary[Any, _Checked] = weakref.WeakKeyDictionary()
+
+
+def instrument(model: Any, tokenizer: Any) -> Instrument:
+    """Find the model's parts, attach to them, and check what they give.
+
+    The first call for a model runs a few short forward passes; later calls do so
+    only when the model or its tokenizer was changed (``fingerprint.py``). Waits
+    while another thread traces the model. Raises CaptureError for a model that
+    cannot be traced.
+    """
+    model = uncompiled(model)
+    _refuse_prompt_tuning(model)
+    _refuse_mistral_common(tokenizer)
+    with exclusive(model):
+        found = _checked.get(model)
+        of_tokenizer = tokenizer_fingerprint(tokenizer)
+        if found is None or found.fingerprint != fingerprint(model):
+            _checked.pop(model, None)
+            parts = _parts(model)
+            # After the checks, which may have let the model set itself up.
+            seen = fingerprint(model)
+            found = _Checked(seen, parts, Vocabulary(tokenizer), of_tokenizer)
+        elif found.of_tokenizer != of_tokenizer:
+            found = replace(found, vocabulary=Vocabulary(tokenizer), of_tokenizer=of_tokenizer)
+        _checked[model] = found
+    return Instrument(model=model, tokenizer=tokenizer, vocabulary=found.vocabulary, **found.parts)
+
+
+def forget(model: Any) -> None:
+    """Check the model anew before its next reply: its numbers were not what they should be."""
+    _checked.pop(uncompiled(model), None)
+
+
+def _parts(model: Any) -> dict[str, Any]:
+    anatomy = dissect(model)
+    attention = checked_attention(model, anatomy)
+    probe = Probe(anatomy, attention.tap)
+    lens = checked_lens(model, anatomy, probe)
+    return {
+        "anatomy": anatomy,
+        "probe": probe,
+        "graph": step_graph(model, anatomy, probe),
+        "lens": lens.lens,
+        "lens_check": lens.error,
+        "lens_reason": lens.reason,
+        "shortlist": lens.shortlist,
+        "attention_layers": attention.layers,
+        "attention_check": attention.error,
+        "full_rows": attention.full_rows,
+        "provenance": attention.provenance,
+        "cache_check": cache_difference(model, anatomy),
+    }
+
+
+def _refuse_prompt_tuning(model: Any) -> None:
+    adapter = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise CaptureError(
+            "The model has a prompt-tuning or prefix-tuning adapter, whose virtual tokens have "
+            "no text to show. Trace its base model, or one with a LoRA adapter."
+        )
+
+
+def _refuse_mistral_common(tokenizer: Any) -> None:
+    if is_mistral_common(tokenizer):
+        raise CaptureError(
+            "The tokenizer is mistral-common's, which tells no token's own text. Load it with "
+            "AutoTokenizer.from_pretrained(..., mistral_format=False)."
+        )
+
+
+def _quantization(model: Any) -> str | None:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4-bit"
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "8-bit"
+    method = getattr(model, "quantization_method", None)
+    return None if method is None else str(getattr(method, "value", method))

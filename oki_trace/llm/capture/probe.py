@@ -1,0 +1,90 @@
+"""The hooks on a model: the residual stream at every layer, and the attention.
+
+Only the newest position is kept, copied out at once, so that a long prompt's
+activations are freed as they are in a plain run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from oki_trace.llm.capture.anatomy import Anatomy, stream_of
+from oki_trace.llm.capture.attention import AttentionTap, Seen
+from oki_trace.llm.fast.kv_cache import BufferPool
+
+
+class Probe:
+    """Collects one forward pass at a time; ``take_*`` empties it."""
+
+    def __init__(self, anatomy: Anatomy, tap: AttentionTap | None) -> None:
+        self._blocks = anatomy.blocks
+        self._axis = anatomy.position_axis
+        self._tap = tap
+        self._hidden: dict[int, Tensor] = {}
+        self._shelf = BufferPool(0)
+
+    def take_hidden(self) -> tuple[Tensor, ...]:
+        """L+1 rows (width,): the input of block 1, then what each block put out.
+
+        Where a model carries several residual streams, (streams, width).
+        """
+        hidden, self._hidden = self._hidden, {}
+        return tuple(hidden[layer] for layer in sorted(hidden))
+
+    def take_attention(self, outputs: Any) -> Seen:
+        """By layer, of the pass that gave ``outputs``; empty when it has none."""
+        return self._tap.take(outputs) if self._tap else {}
+
+    @property
+    def splits_prompt(self) -> bool:
+        """Whether the prompt's last token must go through the model by itself."""
+        return self._tap is not None and self._tap.splits_prompt
+
+    @contextmanager
+    def asking(self) -> Iterator[dict[str, Any]]:
+        """Around a forward pass of one step; yields arguments for it."""
+        with self._tap.asking() if self._tap else nullcontext({}) as arguments:
+            yield arguments
+
+    @contextmanager
+    def attached(self, *, shelved: bool = True) -> Iterator[None]:
+        """Watch the model while this context lasts.
+
+        With ``shelved``, the places of what is kept of the first pass are made together.
+        """
+        self._shelf = BufferPool(len(self._blocks) + 1 if shelved else 0)
+        handles = [
+            self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
+            *(
+                block.register_forward_hook(self._keeper(layer))
+                for layer, block in enumerate(self._blocks, 1)
+            ),
+        ]
+        try:
+            with self._tap.attached() if self._tap else nullcontext():
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._hidden.clear()
+
+    def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        self._hidden[0] = self._newest(stream)
+
+    def _keeper(self, layer: int) -> Any:
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._hidden[layer] = self._newest(stream_of(output))
+
+        return keep
+
+    def _newest(self, stream: Tensor) -> Tensor:
+        """The last position of a residual stream, copied: (width,).
+
+        The axis before that of the positions is the batch of one.
+        """
+        return self._shelf.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))

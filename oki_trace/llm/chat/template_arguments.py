@@ -1,0 +1,62 @@
+"""What a chat template can be given beside the messages, and what it cannot."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from oki_trace.errors import CaptureError
+from oki_trace.llm.chat.markers import template_text
+from oki_trace.records import TemplateOptions
+
+# Given to every template, or made by it.
+_OWN = {
+    *("messages", "tools", "bos_token", "eos_token", "add_generation_prompt"),
+    *("raise_exception", "strftime_now"),
+}
+
+
+def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
+    """Raise CaptureError when the template would pass over one of the options.
+
+    Jinja takes any name, so a misspelt argument would change nothing and say nothing.
+    """
+    if not options:
+        return
+    text = template_text(tokenizer)
+    if not text:
+        raise CaptureError(
+            "The model has no chat template, so it can be given no tools and no template "
+            "arguments. Leave them out."
+        )
+    if options.tools and not _reads(text, "tools"):
+        raise CaptureError(
+            "The model's chat template takes no tools. Leave out --tools, or choose a model that "
+            "was trained with tools."
+        )
+    for name in options.arguments:
+        if not _reads(text, name):
+            known = arguments_of(text)
+            those = f"It reads {', '.join(known)}." if known else "It reads none."
+            raise CaptureError(
+                f"The model's chat template has no argument {name}. {those} "
+                f"{name}=null takes one back that an earlier turn had."
+            )
+
+
+def _reads(text: str, name: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(name)}\b", text) is not None
+
+
+def arguments_of(text: str) -> list[str]:
+    """The names that a template reads and does not make itself; none when it cannot be read."""
+    from jinja2 import Environment, TemplateError, meta
+
+    # A tag of transformers' own, which marks what the model says.
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
+    try:
+        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+        names = meta.find_undeclared_variables(parsed) - _OWN
+    except (TemplateError, RecursionError):
+        return []
+    return sorted(name for name in names if not name.endswith("_token"))

@@ -1,0 +1,160 @@
+"""The decoding loop: one step out per token, with the tensors it was chosen by.
+
+It knows nothing of text, of the store or of what is kept. ``generate()`` does
+the preparation (generation config, logits processors, stopping criteria, the
+right cache for the model) and hands over to the loop below through its
+``custom_generate`` argument, so that every setting means what it means there
+and greedy tokens are its tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oki_trace.errors import CaptureError
+from oki_trace.llm.capture.anatomy import input_device
+from oki_trace.llm.capture.attention import Seen
+from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.decoding.forward import Forward
+from oki_trace.llm.decoding.generation import arguments_of, generate_of, stop_reason
+from oki_trace.llm.decoding.sampling import Choice, choose
+from oki_trace.llm.fast.step_graph import StepGraph
+from oki_trace.records import Generation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RawStep:
+    """One decoded token and the tensors of its forward pass, still on their devices.
+
+    ``logits`` (vocab,) the model's own, in its dtype; ``choice`` what the
+    sampling settings made of them; ``hidden`` L+1 rows (width,), before the
+    final norm; ``attention`` by layer, ``rows_of`` it are (heads, keys).
+    ``finished`` names the stop this token met, or is None.
+    """
+
+    step_index: int
+    position: int
+    token_id: int
+    logits: Tensor
+    choice: Choice
+    hidden: tuple[Tensor, ...]
+    attention: Seen
+    elapsed_ms: float
+    finished: str | None
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    probe: Probe,
+    graph: StepGraph | None,
+    prompt_ids: tuple[int, ...],
+    generation: Generation,
+    note: Callable[[str], None] = log.debug,
+    forced: Sequence[int] | None = None,
+) -> Generator[RawStep]:
+    """Decode from ``prompt_ids`` with the KV cache, a step at a time.
+
+    ``note`` is told what was given up to stay exact. Close the iterator to stop
+    early. Raises CaptureError on NaN or infinite logits, and when the sampling
+    settings leave no token. ``forced``: the tokens to say, whatever would be chosen.
+    """
+    input_ids = torch.tensor([prompt_ids], device=input_device(model))
+    steps: Generator[RawStep] = generate_of(model)(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        custom_generate=_grad_mode(model)(_loop),
+        probe=probe,
+        graph=graph,
+        seed=generation.seed,
+        note=note,
+        forced=forced,
+        **arguments_of(generation, model, tokenizer),
+    )
+    return steps
+
+
+def _grad_mode(model: Any) -> Any:
+    """Inference mode, which spares the bookkeeping of gradients, where nothing made in it stays.
+
+    Code from elsewhere may keep tensors on the model, which could then not be
+    trained any more, and weights that are moved in it would be such tensors.
+    """
+    known = type(model).__module__.startswith("transformers.")
+    moved = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return torch.inference_mode() if known and not moved else torch.no_grad()
+
+
+def _loop(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    probe: Probe,
+    graph: StepGraph | None,
+    seed: int | None,
+    note: Callable[[str], None],
+    forced: Sequence[int] | None,
+    **model_kwargs: Any,
+) -> Generator[RawStep]:
+    prompt_len = input_ids.shape[1]
+    generator = None
+    if generation_config.do_sample:
+        generator = torch.Generator(device=input_ids.device)
+        if seed is not None:
+            generator.manual_seed(seed)
+    new_tokens = generation_config.max_length - prompt_len
+    forward = Forward(model, probe, graph, generation_config, model_kwargs, new_tokens, note)
+    with probe.attached(), model._optimize_model_for_decode():
+        for step_index in range(new_tokens):
+            started = time.perf_counter()
+            # 1. the model's own forward pass, watched. Before the processors: there are
+            # some that run the model once more.
+            seen = forward(input_ids)
+            # 2. the choice, by what the sampling settings make of its distribution
+            raw = seen.logits.to(input_ids.device, torch.float32)[None]
+            _refuse_broken(raw, step_index)
+            choice = choose(logits_processor, input_ids, raw, generator)
+            if forced is not None:
+                choice = replace(choice, token=choice.token.new_tensor([[forced[step_index]]]))
+            input_ids = torch.cat([input_ids, choice.token], dim=-1)
+            token_id = int(choice.token)
+            if forced is not None:
+                done = step_index + 1 == len(forced)
+            else:
+                done = bool(stopping_criteria(input_ids, ()).all())
+            elapsed_ms = (time.perf_counter() - started) * 1e3
+            yield RawStep(
+                step_index=step_index,
+                position=prompt_len + step_index,
+                token_id=token_id,
+                logits=seen.logits,
+                choice=choice,
+                hidden=seen.hidden,
+                attention=seen.attention,
+                elapsed_ms=elapsed_ms,
+                finished=stop_reason(token_id, input_ids.shape[1], generation_config)
+                if done
+                else None,
+            )
+            if done:
+                return
+
+
+def _refuse_broken(logits: Tensor, step_index: int) -> None:
+    # The largest is not a number where any is not, and infinite where no softmax is to be had.
+    if not float("-inf") < float(logits.max()) < float("inf"):
+        raise CaptureError(
+            f"The model's logits are not finite at step {step_index}. "
+            "Load it with --dtype float32, or with other weights."
+        )

@@ -1,0 +1,82 @@
+"""Whether a step's lists are whole: ranks and layers without a gap, and no row outside them.
+
+A record is made of rows in their order, so a wrong number that leaves the order
+as it was would not show in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sqlalchemy import func, select
+
+from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
+
+# Each list of ranked rows: the table, and what makes one list of a step's.
+_RANKED = (
+    ("candidates", models.TopkEntry, None),
+    ("attention", models.AttentionEntry, models.AttentionEntry.layer),
+    ("lens", models.LensEntry, models.LensEntry.layer),
+)
+_LAYERED = (
+    ("attention", models.AttentionEntry, models.AttentionLayer),
+    ("lens", models.LensEntry, models.LensLayer),
+)
+
+
+def broken_lists(instant: TraceReader, step_ids: list[int]) -> dict[int, list[str]]:
+    """What is wrong with the lists of these steps, by step id."""
+    broken: dict[int, list[str]] = {}
+    for step_id, what in (
+        *_broken_ranks(instant, step_ids),
+        *_broken_layers(instant, step_ids),
+        *_strays(instant, step_ids),
+    ):
+        broken.setdefault(step_id, []).append(what)
+    return broken
+
+
+def _broken_ranks(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+    """Lists that are not ranked 1, 2, 3 … without a gap."""
+    for name, table, layer in _RANKED:
+        columns = table.__table__.c
+        lists = [columns.step_id] if layer is None else [columns.step_id, columns.layer]
+        for row in instant.rows(
+            select(*lists, func.count(), func.min(columns.rank), func.max(columns.rank))
+            .where(columns.step_id.in_(step_ids))
+            .group_by(*lists)
+        ):
+            count, lowest, highest = row[-3:]
+            if (lowest, highest) != (1, count):
+                of_layer = f" of layer {row[1]}" if len(lists) == 2 else ""
+                ranks = f"ranks {lowest} to {highest}, {count} in all"
+                yield row[0], f"the {name} rows{of_layer} have {ranks}"
+
+
+def _broken_layers(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+    """A lens has every layer from 0 on."""
+    columns = models.LensLayer.__table__.c
+    for row in instant.rows(
+        select(columns.step_id, func.count(), func.min(columns.layer), func.max(columns.layer))
+        .where(columns.step_id.in_(step_ids))
+        .group_by(columns.step_id)
+    ):
+        step_id, count, lowest, highest = row
+        if (lowest, highest) != (0, count - 1):
+            yield step_id, f"its lens has layers {lowest} to {highest}, {count} in all"
+
+
+def _strays(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+    """Entries of a layer that the step does not have."""
+    for name, entries, layers in _LAYERED:
+        own: Any = entries.__table__.c
+        of: Any = layers.__table__.c
+        for row in instant.rows(
+            select(own.step_id, own.layer)
+            .distinct()
+            .outerjoin(layers, (of.step_id == own.step_id) & (of.layer == own.layer))
+            .where(own.step_id.in_(step_ids), of.layer.is_(None))
+        ):
+            yield row[0], f"there are {name} rows of layer {row[1]}, which it does not have"

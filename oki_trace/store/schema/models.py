@@ -1,0 +1,303 @@
+"""The tables of the store, as SQLAlchemy sees them.
+
+The migrations create the schema; a test holds that these models say the same.
+Short columns come before long ones, because SQLite reads a row from its start
+and follows the overflow pages of a long text only when asked for what is there.
+
+Two kinds of tables: those with an id of their own (conversation, message, step,
+tensor, worker), whose ids are never given twice, so that a link stays true; and
+the row-heavy children of a step, which are clustered by what they belong to, so
+that one step is one short range of a B-tree and no further index is needed.
+
+A measured number may be NULL: SQLite has no NaN, so what is not a number is NULL
+on both engines, and NaN again in the records. Infinities are kept as they are:
+the logit of a token the model rules out is -inf.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from oki_trace.store.schema.column_types import BigId, ModelText, UtcTime
+
+
+class Base(DeclarativeBase):
+    """Every constraint has a name, because a migration can only drop what it can name."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        int: Integer,
+        float: Double,
+        bytes: LargeBinary,
+        bool: Boolean,
+        dt.datetime: UtcTime,
+        dict[str, Any]: JSON(none_as_null=True),
+        list[int]: JSON(none_as_null=True),
+        list[dict[str, Any]]: JSON(none_as_null=True),
+    }
+
+
+_NEVER_REUSED = {"sqlite_autoincrement": True}
+_CLUSTERED = {"sqlite_with_rowid": False}
+
+
+def _child_of(parent: str) -> ForeignKey:
+    return ForeignKey(parent, ondelete="CASCADE")
+
+
+class StoreState(Base):
+    """One row: a number that grows with every write, which is all a viewer has to poll."""
+
+    __tablename__ = "store_state"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    version: Mapped[int] = mapped_column(BigInteger)
+
+
+class Conversation(Base):
+    """``updated_at`` moves when a message is added or ends, not with every step.
+
+    ``uid`` is the same in every copy of a conversation, whatever its id there.
+    """
+
+    __tablename__ = "conversation"
+    __table_args__ = (Index(None, "updated_at", "id"), UniqueConstraint("uid"), _NEVER_REUSED)
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    title: Mapped[str] = mapped_column(ModelText)
+    created_at: Mapped[dt.datetime]
+    updated_at: Mapped[dt.datetime]
+    uid: Mapped[str] = mapped_column(String(32), default=lambda: uuid.uuid4().hex)
+
+
+class Message(Base):
+    """A message; what follows ``created_at`` is of assistant messages only.
+
+    ``owner`` names the process that generates a running reply; ``seen_at`` is its
+    last sign of life by the server's clock, where a server keeps the store.
+    ``tensors_pruned_at``: when the full tensors that were kept were thrown away.
+    ``digest`` says what a message was when it ended; until then it is that of its
+    prompt. Empty: it was recorded before there were digests.
+    """
+
+    __tablename__ = "message"
+    __table_args__ = (
+        UniqueConstraint("conversation_id", "position"),
+        # A worker looks for queued replies many times a second.
+        Index(None, "status", "id"),
+        _NEVER_REUSED,
+    )
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    conversation_id: Mapped[int] = mapped_column(BigId, _child_of("conversation.id"))
+    position: Mapped[int]
+    role: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(String(16))
+    created_at: Mapped[dt.datetime]
+    model_id: Mapped[str | None] = mapped_column(ModelText)
+    prompt_len: Mapped[int | None]
+    owner: Mapped[str | None] = mapped_column(Text)
+    seen_at: Mapped[dt.datetime | None]
+    stop_requested: Mapped[bool]
+    tensors_pruned_at: Mapped[dt.datetime | None]
+    seconds: Mapped[float | None]
+    reason: Mapped[str | None] = mapped_column(ModelText)
+    choice: Mapped[dict[str, Any] | None]
+    sampling: Mapped[dict[str, Any] | None]
+    policy: Mapped[dict[str, Any] | None]
+    generation: Mapped[dict[str, Any] | None]
+    capture: Mapped[dict[str, Any] | None]
+    content: Mapped[str] = mapped_column(ModelText)
+    prompt: Mapped[str | None] = mapped_column(ModelText)
+    parts: Mapped[list[dict[str, Any]] | None]
+    template: Mapped[dict[str, Any] | None]
+    tool_name: Mapped[str | None] = mapped_column(ModelText)
+    checks: Mapped[dict[str, Any] | None]
+    digest: Mapped[str | None] = mapped_column(String(64))
+
+
+class PromptToken(Base):
+    """A token of what a reply's model was given, and where it comes from."""
+
+    __tablename__ = "prompt_token"
+    __table_args__ = _CLUSTERED
+
+    message_id: Mapped[int] = mapped_column(BigId, _child_of("message.id"), primary_key=True)
+    position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    token_id: Mapped[int]
+    token: Mapped[str] = mapped_column(ModelText)
+    segment: Mapped[str] = mapped_column(String(16))
+
+
+class Step(Base):
+    """One generated token. ``settle_layer`` comes with the step's lens.
+
+    ``decision`` is how it came to be chosen, ``greedy_id`` the token that would
+    have been said without settings or draw; both NULL when plainly greedy.
+    ``tensor_bytes`` is what the step's tensors take in the store: a total over
+    many steps then never reads the tensors' own table. ``digest`` says what the
+    step and its lens were when they were recorded, ``tensor_digest`` what its
+    tensors were, which may have been pruned since.
+    """
+
+    __tablename__ = "step"
+    __table_args__ = (UniqueConstraint("message_id", "step_index"), _NEVER_REUSED)
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    message_id: Mapped[int] = mapped_column(BigId, _child_of("message.id"))
+    step_index: Mapped[int]
+    position: Mapped[int]
+    token_id: Mapped[int]
+    token: Mapped[str] = mapped_column(ModelText)
+    token_bytes: Mapped[bytes]
+    is_special: Mapped[bool]
+    logit: Mapped[float | None]
+    prob: Mapped[float | None]
+    logprob: Mapped[float | None]
+    entropy: Mapped[float | None]
+    rank: Mapped[int]
+    margin: Mapped[float | None]
+    sampled_prob: Mapped[float | None]
+    elapsed_ms: Mapped[float | None]
+    settle_layer: Mapped[int | None]
+    tensor_bytes: Mapped[int] = mapped_column(BigInteger)
+    greedy_id: Mapped[int | None]
+    decision: Mapped[dict[str, Any] | None]
+    digest: Mapped[bytes | None]
+    tensor_digest: Mapped[bytes | None]
+
+
+class TopkEntry(Base):
+    """A candidate for the next token.
+
+    ``sampled_prob``: after the sampling settings. ``noise``: what the draw gave it.
+    """
+
+    __tablename__ = "topk_entry"
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    token_id: Mapped[int]
+    token: Mapped[str] = mapped_column(ModelText)
+    logit: Mapped[float | None]
+    prob: Mapped[float | None]
+    sampled_prob: Mapped[float | None]
+    noise: Mapped[float | None]
+
+
+class AttentionLayer(Base):
+    """``missing``: what the whole row of weights leaves of 1."""
+
+    __tablename__ = "attention_layer"
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
+    layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    missing: Mapped[float | None]
+
+
+class AttentionEntry(Base):
+    """A position that a layer attended to from the newest one, heads averaged."""
+
+    __tablename__ = "attention_entry"
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
+    layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    position: Mapped[int]
+    weight: Mapped[float | None]
+
+
+class LensLayer(Base):
+    """What the Logit Lens says of a layer as a whole."""
+
+    __tablename__ = "lens_layer"
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
+    layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    entropy: Mapped[float | None]
+    chosen_rank: Mapped[int]
+    chosen_prob: Mapped[float | None]
+    kl: Mapped[float | None]
+
+
+class LensEntry(Base):
+    """A token that the Logit Lens reads at a layer."""
+
+    __tablename__ = "lens_entry"
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
+    layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    token_id: Mapped[int]
+    token: Mapped[str] = mapped_column(ModelText)
+    logit: Mapped[float | None]
+    prob: Mapped[float | None]
+
+
+class Tensor(Base):
+    """A full tensor, encoded. The blob stands in a table of its own and last in its row."""
+
+    __tablename__ = "tensor"
+    __table_args__ = (UniqueConstraint("step_id", "name"), _NEVER_REUSED)
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"))
+    name: Mapped[str] = mapped_column(String(32))
+    dtype: Mapped[str] = mapped_column(String(16))
+    shape: Mapped[list[int]]
+    layers: Mapped[list[int]]
+    key_offset: Mapped[int]
+    codec: Mapped[str] = mapped_column(String(16))
+    checksum: Mapped[str] = mapped_column(String(32))
+    raw_bytes: Mapped[int] = mapped_column(BigInteger)
+    data: Mapped[bytes]
+
+
+class Worker(Base):
+    """A process that owns a model and answers queued replies."""
+
+    __tablename__ = "worker"
+    __table_args__ = (UniqueConstraint("owner"), _NEVER_REUSED)
+
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    owner: Mapped[str] = mapped_column(Text)
+    host: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int]
+    state: Mapped[str] = mapped_column(String(16))
+    model_id: Mapped[str | None] = mapped_column(ModelText)
+    detail: Mapped[str] = mapped_column(ModelText)
+    progress: Mapped[float | None]
+    heartbeat: Mapped[dt.datetime]

@@ -1,0 +1,283 @@
+"""Steps and lenses as rows, and how many rows go in at once.
+
+One step is some five hundred rows. Python lets go of its lock around each call
+into the database, and in a process that decodes at the same time it may wait
+milliseconds to have it back: so all rows of a table go in one statement, not
+in one call a row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, repeat
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, Dialect, Table, bindparam, insert, update
+
+from oki_trace.records import (
+    Candidates,
+    FloatArray,
+    LayerAttention,
+    Lens,
+    Prompt,
+    Step,
+    TensorMode,
+)
+from oki_trace.store.codecs.tensors import EncodedTensor, keep
+from oki_trace.store.digest import of_tensors
+from oki_trace.store.reading import documents
+from oki_trace.store.schema import models
+from oki_trace.store.schema.column_types import storable
+
+Row = tuple[Any, ...]
+
+# SQLite takes 32,766 values in a statement, PostgreSQL 65,535.
+_MAX_VALUES = 32_000
+_PROMPT_ROWS = 10_000
+
+_INSERT_STEP = insert(models.Step).returning(models.Step.id)
+_SETTLE = (
+    update(models.Step)
+    .where(models.Step.id == bindparam("of_step"))
+    .values(settle_layer=bindparam("layer"), digest=bindparam("whole"))
+)
+
+
+class Bulk:
+    """Inserts rows, given as tuples in the order of the table's columns but its own id.
+
+    The values go to the driver as they are: text has to be storable already.
+    """
+
+    def __init__(self, model: type[models.Base], dialect: Dialect) -> None:
+        table = model.__table__
+        assert isinstance(table, Table)
+        names = [column.name for column in table.columns if column.name != "id"]
+        one = insert(table).values({name: bindparam(name) for name in names})
+        # Inline: nothing is to be given back.
+        single = str(one.inline().compile(dialect=dialect))
+        self._before, _, self._row = single.partition(" VALUES ")
+        self._rows_at_once = _MAX_VALUES // len(names)
+
+    def insert(self, connection: Connection, rows: Sequence[Row]) -> None:
+        """All or, when it raises, none that the transaction will keep."""
+        for start in range(0, len(rows), self._rows_at_once):
+            block = rows[start : start + self._rows_at_once]
+            statement = " VALUES ".join((self._before, ", ".join(repeat(self._row, len(block)))))
+            connection.exec_driver_sql(statement, tuple(chain.from_iterable(block)))
+
+
+class StepRows:
+    """The bulk inserts of everything that hangs on a step or a prompt."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._topk = Bulk(models.TopkEntry, dialect)
+        self._attention_layers = Bulk(models.AttentionLayer, dialect)
+        self._attention = Bulk(models.AttentionEntry, dialect)
+        self._lens_layers = Bulk(models.LensLayer, dialect)
+        self._lens = Bulk(models.LensEntry, dialect)
+        self._prompt = Bulk(models.PromptToken, dialect)
+        self._tensors = Bulk(models.Tensor, dialect)
+
+    def insert_steps(
+        self,
+        connection: Connection,
+        message_id: int,
+        steps: Sequence[Step],
+        tensors: Sequence[Sequence[EncodedTensor]],
+        digests: Mapping[int, tuple[bytes, bytes | None]],
+    ) -> dict[int, int]:
+        """Each step with its children and tensors, but for its lens; returns id by step_index.
+
+        ``digests``: of its rows and of its tensors, by step_index.
+        """
+        ids = [
+            connection.execute(
+                _INSERT_STEP, _step(message_id, step, encoded, digests[step.step_index])
+            ).scalar_one()
+            for step, encoded in zip(steps, tensors, strict=True)
+        ]
+        with_ids = list(zip(ids, steps, strict=True))
+        self._topk.insert(
+            connection, [row for step_id, step in with_ids for row in _topk(step_id, step.topk)]
+        )
+        seen = [(step_id, layer) for step_id, step in with_ids for layer in step.attention]
+        self._attention_layers.insert(
+            connection,
+            [(step_id, one.layer, number(float(one.missing))) for step_id, one in seen],
+        )
+        self._attention.insert(
+            connection, [row for step_id, one in seen for row in _attention(step_id, one)]
+        )
+        blobs = [
+            _tensor(step_id, tensor)
+            for step_id, encoded in zip(ids, tensors, strict=True)
+            for tensor in encoded
+        ]
+        self._tensors.insert(connection, blobs)
+        return {step.step_index: step_id for step_id, step in with_ids}
+
+    def insert_lenses(
+        self, connection: Connection, lenses: Sequence[tuple[int, Lens, bytes | None]]
+    ) -> None:
+        """Each lens under the id of its step, which learns where its token settled.
+
+        With each comes the digest that its step has from now on.
+        """
+        if not lenses:
+            return
+        self._lens_layers.insert(
+            connection, [row for step_id, lens, _ in lenses for row in _lens_layers(step_id, lens)]
+        )
+        self._lens.insert(
+            connection, [row for step_id, lens, _ in lenses for row in _lens(step_id, lens)]
+        )
+        connection.execute(
+            _SETTLE,
+            [
+                {"of_step": step_id, "layer": lens.settle_layer, "whole": digest}
+                for step_id, lens, digest in lenses
+            ],
+        )
+
+    def insert_prompt(self, connection: Connection, message_id: int, prompt: Prompt) -> None:
+        tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
+        rows = (
+            (message_id, position, token_id, storable(token), segment)
+            for position, (token_id, token, segment) in enumerate(tokens)
+        )
+        # A prompt may have a million tokens: not all of them as rows at once.
+        while some := list(islice(rows, _PROMPT_ROWS)):
+            self._prompt.insert(connection, some)
+
+
+def encode_all(
+    step: Step, mode: TensorMode, *, faithful: bool = False
+) -> tuple[list[EncodedTensor], bytes | None]:
+    """The step's tensors as bytes, or none of them, and the digest of what will be read.
+
+    A digest that the step brings with it is kept.
+    """
+    if mode == "none":
+        return [], step.tensor_digest
+    kept = [keep(tensor, mode, faithful=faithful) for tensor in step.tensors]
+    digest = step.tensor_digest or of_tensors(one.content for one in kept)
+    return [one.row for one in kept], digest
+
+
+def _step(
+    message_id: int,
+    step: Step,
+    tensors: Sequence[EncodedTensor],
+    digests: tuple[bytes, bytes | None],
+) -> dict[str, Any]:
+    return {
+        "message_id": message_id,
+        "step_index": step.step_index,
+        "position": step.position,
+        "token_id": step.token_id,
+        "token": step.token,
+        "token_bytes": step.token_bytes,
+        "is_special": step.is_special,
+        "logit": number(step.logit),
+        "prob": number(step.prob),
+        "logprob": number(step.logprob),
+        "entropy": number(step.entropy),
+        "rank": step.rank,
+        "margin": number(step.margin),
+        "sampled_prob": None if step.sampled_prob is None else number(step.sampled_prob),
+        "elapsed_ms": number(step.elapsed_ms),
+        "tensor_bytes": sum(len(tensor.data) for tensor in tensors),
+        "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
+        "decision": documents.to_document(step.decision),
+        "digest": digests[0],
+        "tensor_digest": digests[1],
+    }
+
+
+def _tensor(step_id: int, tensor: EncodedTensor) -> Row:
+    return (
+        step_id,
+        tensor.name,
+        tensor.dtype,
+        json.dumps(tensor.shape),
+        json.dumps(tensor.layers),
+        tensor.key_offset,
+        tensor.codec,
+        tensor.checksum,
+        tensor.raw_bytes,
+        tensor.data,
+    )
+
+
+def number(value: float) -> float | None:
+    """``value`` as a column holds it: NULL for what is not a number."""
+    return None if value != value else value
+
+
+def _numbers(array: FloatArray) -> Sequence[float | None]:
+    values = array.ravel().tolist()
+    if np.isnan(array).any():
+        return [None if value != value else value for value in values]
+    return values
+
+
+def _topk(step_id: int, topk: Candidates) -> Iterator[Row]:
+    sampled: Iterable[float | None] = repeat(None, len(topk.tokens))
+    if topk.sampled_probs is not None:
+        sampled = _numbers(topk.sampled_probs)
+    noise: Iterable[float | None] = repeat(None, len(topk.tokens))
+    if topk.noise is not None:
+        noise = _numbers(topk.noise)
+    return zip(
+        repeat(step_id, len(topk.tokens)),
+        range(1, len(topk.tokens) + 1),
+        topk.token_ids.tolist(),
+        map(storable, topk.tokens),
+        _numbers(topk.logits),
+        _numbers(topk.probs),
+        sampled,
+        noise,
+        strict=True,
+    )
+
+
+def _attention(step_id: int, attention: LayerAttention) -> Iterator[Row]:
+    k = len(attention.positions)
+    return zip(
+        repeat(step_id, k),
+        repeat(attention.layer, k),
+        range(1, k + 1),
+        attention.positions.tolist(),
+        _numbers(attention.weights),
+        strict=True,
+    )
+
+
+def _lens_layers(step_id: int, lens: Lens) -> Iterator[Row]:
+    layers = len(lens.entropy)
+    return zip(
+        repeat(step_id, layers),
+        range(layers),
+        _numbers(lens.entropy),
+        lens.chosen_rank.tolist(),
+        _numbers(lens.chosen_prob),
+        _numbers(lens.kl),
+        strict=True,
+    )
+
+
+def _lens(step_id: int, lens: Lens) -> Iterator[Row]:
+    layers, k = lens.token_ids.shape
+    return zip(
+        repeat(step_id, layers * k),
+        chain.from_iterable(repeat(layer, k) for layer in range(layers)),
+        chain.from_iterable(repeat(range(1, k + 1), layers)),
+        lens.token_ids.ravel().tolist(),
+        map(storable, chain.from_iterable(lens.tokens)),
+        _numbers(lens.logits),
+        _numbers(lens.probs),
+        strict=True,
+    )
