@@ -183,7 +183,7 @@ def _columns(
 
 
 def _told(answer: Answer, name: str) -> str:
-    return {"share": "settles here", "by_then": "has settled by here"}.get(
+    return {"share": "settles here", "cumulative_share": "has settled by here"}.get(
         name, answers.unit(answer, name)
     )
 

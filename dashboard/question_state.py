@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 # The questions as the page lists them: a heading, and under it each with its short name.
 GROUPS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("Where answers form", {"settle": "Where tokens settle"}),
-    ("Where the model was unsure", {"unsure": "Least certain steps"}),
+    ("Where the model was unsure", {"uncertainty": "Least certain steps"}),
     ("What the layers did", {"layers": "Layer by layer", "rivals": "Other answers held"}),
-    ("What it looked at", {"looked": "Parts of the text", "heads": "Heads with one habit"}),
+    ("What it looked at", {"attention": "Parts of the text", "heads": "Heads with one habit"}),
     ("Two of a kind", {"compare": "Two steps, replies, models"}),
     ("The same prompt again", {"again": "Seeds, settings, models"}),
 )

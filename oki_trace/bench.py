@@ -19,9 +19,9 @@ import torch
 
 from oki_trace.errors import UsageError
 from oki_trace.generate import answer
-from oki_trace.llm.capture.anatomy import input_device
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.chat.prompt import render
+from oki_trace.llm.loading.hardware import input_device
 from oki_trace.llm.loading.load import LoadedModel
 from oki_trace.queueing import Ask, submit
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling

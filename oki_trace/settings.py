@@ -2,6 +2,7 @@
 
 ``OKI_TRACE_DB``     path or SQLAlchemy URL of the store (default ``data/oki_trace.db``)
 ``OKI_TRACE_MODEL``  the default model (default ``smollm2``)
+``OKI_TRACE_FAST``   0 switches the optional fast paths off (default 1)
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Settings:
     db: str = DEFAULT_DB
     model_id: str = BUILTIN_MODEL
     data_dir: Path = Path("data")
+    fast: bool = True
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -39,6 +41,7 @@ class Settings:
         return cls(
             db=checked(env.get("OKI_TRACE_DB") or DEFAULT_DB, "OKI_TRACE_DB"),
             model_id=checked(env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL, "OKI_TRACE_MODEL"),
+            fast=env.get("OKI_TRACE_FAST") not in ("0", "false", "no", "off"),
         )
 
     @property

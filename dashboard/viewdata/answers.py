@@ -57,7 +57,7 @@ def _stacked(x: str) -> Mapping[str, Drawing]:
 # By question and view, the usual picture first.
 DRAWINGS: Mapping[str, Mapping[str, Drawing]] = {
     "settle/layer": {
-        "share of the steps": Drawing("columns", ("layer",), ("share",), line="by_then"),
+        "share of the steps": Drawing("columns", ("layer",), ("share",), line="cumulative_share"),
         "probability there": _lines("layer", "prob_there"),
     },
     "settle/model": {"depth": _ranked("model", "depth at_last")},
@@ -69,13 +69,13 @@ DRAWINGS: Mapping[str, Mapping[str, Drawing]] = {
         "depth": _ranked("class", "depth at_last"),
         "probability": _ranked("class", "prob prob_there"),
     },
-    "unsure/entropy": {"entropy": _ranked("said message step", "entropy")},
-    "unsure/margin": {"margin": _ranked("said message step", "margin")},
-    "unsure/reply": {
+    "uncertainty/entropy": {"entropy": _ranked("chosen message step", "entropy")},
+    "uncertainty/margin": {"margin": _ranked("chosen message step", "margin")},
+    "uncertainty/reply": {
         "entropy": _ranked("message model", "worst entropy"),
         "surprisal": _ranked("message model", "surprisal"),
     },
-    "unsure/token": {
+    "uncertainty/token": {
         "how often": _ranked("nearly", "steps"),
         "probability": _ranked("nearly", "prob margin"),
     },
@@ -84,12 +84,14 @@ DRAWINGS: Mapping[str, Mapping[str, Drawing]] = {
         "entropy": _lines("layer", "entropy"),
         "KL": _lines("layer", "kl"),
     },
-    "rivals/step": {"probability": _ranked("held said message step", "held_prob prob")},
+    "rivals/step": {"probability": _ranked("held chosen message step", "held_prob prob")},
     "rivals/layer": {"share of the steps": Drawing("columns", ("layer",), ("share",))},
-    "looked/layer": _stacked("layer"),
-    "looked/step": _stacked("first"),
-    "looked/evidence": _stacked("first"),
-    "looked/grid": {name: Drawing("cells", ("first",), (name,), across="layer") for name in SHARES},
+    "attention/layer": _stacked("layer"),
+    "attention/step": _stacked("first"),
+    "attention/evidence": _stacked("first"),
+    "attention/grid": {
+        name: Drawing("cells", ("first",), (name,), across="layer") for name in SHARES
+    },
     "heads/head": {
         "where they are": Drawing("dots", ("head",), ("share",), colour="looks_at", across="layer"),
         "how much": _ranked("layer head looks_at", "share", spread="spread"),
@@ -214,7 +216,7 @@ def _label(row: Json, named: Sequence[str], of: Mapping[str, Column], is_step: b
         elif name in _NUMBERED:
             text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"
         parts.append(clipped(text, longest))
-    if named[:2] == ["held", "said"]:
+    if named[:2] == ["held", "chosen"]:
         parts[:2] = [f"{parts[0]} → {parts[1]}"]
     return " · ".join(parts)
 

@@ -56,7 +56,7 @@ def _view(asked: Asked, question: Question, followed: bool) -> Asked:
     by = "two {}s" if question.name == "compare" else "by {}"
     names = {
         "compare": {"reply": "two replies"},
-        "looked": {"evidence": "by step, final layer", "grid": "by step and layer"},
+        "attention": {"evidence": "by step, final layer", "grid": "by step and layer"},
     }.get(question.name, {})
     chosen = st.segmented_control(
         "View",

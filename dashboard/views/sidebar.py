@@ -299,7 +299,10 @@ def model_card(messages: Sequence[Message]) -> None:
     with st.sidebar, st.container(border=True, gap="xsmall", key="model-card"):
         name = replies.clipped(message.model_id or "unknown model", 60)
         st.caption(f"**{replies.plain(name)}**")
-        st.caption(replies.plain(replies.model_line(capture)))
+        st.caption(
+            replies.plain(replies.model_line(capture)),
+            help=replies.plain(capture.fast_paths) if capture.speedups else None,
+        )
         with st.container(horizontal=True, gap="xsmall"):
             for badge in replies.trust(message):
                 st.badge(

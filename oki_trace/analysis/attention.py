@@ -53,8 +53,8 @@ rest share on positions below the kept ones
 missing share on no position: a learned sink
 """
 
-LOOKED = Question(
-    "looked",
+ATTENTION = Question(
+    "attention",
     "What it looked at: the attention on the prompt's parts, on its own reply, on the first token.",
     "From the newest position, heads averaged, out of the most attended positions that are "
     "kept for each layer; rest is what they leave out. Attention says where the model looked, "

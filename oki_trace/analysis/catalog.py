@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from oki_trace.analysis import compare, heads, questions
-from oki_trace.analysis.attention import LOOKED
+from oki_trace.analysis.attention import ATTENTION
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions import Answer, Question
-from oki_trace.analysis.reproducibility import AGAIN
+from oki_trace.analysis.reproducibility import REPRODUCIBILITY
 from oki_trace.analysis.scope import Scope
 from oki_trace.analysis.settling import LAYERS, RIVALS, SETTLE
-from oki_trace.analysis.uncertainty import UNSURE
+from oki_trace.analysis.uncertainty import UNCERTAINTY
 from oki_trace.errors import UsageError
 
 # Their statements read tensors, and their answers say what they stand on.
@@ -38,7 +38,16 @@ COMPARE = Question(
 
 QUESTIONS: dict[str, Question] = {
     question.name: question
-    for question in (SETTLE, UNSURE, LAYERS, RIVALS, LOOKED, HEADS, COMPARE, AGAIN)
+    for question in (
+        SETTLE,
+        UNCERTAINTY,
+        LAYERS,
+        RIVALS,
+        ATTENTION,
+        HEADS,
+        COMPARE,
+        REPRODUCIBILITY,
+    )
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from oki_trace.analysis.distance import Distance
-from oki_trace.analysis.pairs import apart, one_vocabulary
+from oki_trace.analysis.pairs import one_vocabulary, step_distances
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions import Answer, Picture, columns, standing_alone
 from oki_trace.analysis.scope import Scope
@@ -23,7 +23,7 @@ SAMPLE = 640
 
 _DISTANCES = """
 kl number KL(first ‖ second), in nats
-kl_back number KL(second ‖ first), in nats
+kl_reverse number KL(second ‖ first), in nats
 js number Jensen-Shannon divergence, in nats: at most 0.693
 tv share total variation: half the sum of absolute differences
 """
@@ -58,7 +58,7 @@ _PAIRS = columns(
 # for pieces of a character, which all look alike: there its number does.
 _BOTH = """
 both_say AS (
-  SELECT pair.first, pair.second, one.step_index AS step, one.token AS said, two.token AS other,
+  SELECT pair.first, pair.second, one.step_index AS step, one.token AS chosen, two.token AS other,
     one.token = two.token
       AND (one.token_id = two.token_id OR NOT contains(one.token, chr(65533))) AS same
   FROM pair JOIN step AS one ON one.message_id = pair.first
@@ -75,7 +75,8 @@ so_far AS (
 _OF_REPLIES = (
     """\
 WITH pair AS (
-  SELECT one.id AS first, two.id AS second, coalesce(one.asked = two.asked, false) AS same_prompt
+  SELECT one.id AS first, two.id AS second,
+    coalesce(one.prompt_hash = two.prompt_hash, false) AS same_prompt
   FROM message AS one, message AS two
   WHERE one.id = $first AND two.id = $second
 ),"""
@@ -84,8 +85,8 @@ WITH pair AS (
 measured AS MATERIALIZED (
   SELECT *, distance(first, step, second, step) AS d FROM so_far
 )
-SELECT step, said, other, if(same_before, 'yes', 'no') AS same_before, d.kl AS kl,
-  d.kl_back AS kl_back, d.js AS js, d.tv AS tv, d.shared AS shared, d.top_rank AS top_rank,
+SELECT step, chosen, other, if(same_before, 'yes', 'no') AS same_before, d.kl AS kl,
+  d.kl_reverse AS kl_reverse, d.js AS js, d.tv AS tv, d.shared AS shared, d.top_rank AS top_rank,
   d.basis AS basis
 FROM measured
 ORDER BY step
@@ -102,7 +103,7 @@ pair AS (
   LEFT JOIN message AS question
     ON question.conversation_id = m.conversation_id AND question.position = m.position - 1
   WHERE m.tokens > 0
-  GROUP BY m.asked
+  GROUP BY m.prompt_hash
   HAVING first IS NOT NULL AND second IS NOT NULL
   ORDER BY first
   LIMIT $top
@@ -111,7 +112,7 @@ pair AS (
     + """
 placed AS (
   SELECT *, count(*) OVER () AS of_all, row_number() OVER (ORDER BY first, step) - 1 AS place,
-    count(*) FILTER (said = other) OVER two AS alike, count(*) OVER two AS steps
+    count(*) FILTER (chosen = other) OVER two AS alike, count(*) OVER two AS steps
   FROM so_far WHERE same_before
   WINDOW two AS (PARTITION BY first, second)
 ),
@@ -120,7 +121,7 @@ measured AS MATERIALIZED (
   FROM placed WHERE place * $sample % of_all < $sample OR step = 0
 )
 SELECT any_value(prompt) AS prompt, first AS reply, second AS other, any_value(alike) AS alike,
-  any_value(steps) AS steps, count(*) AS read, avg(d.kl) AS kl, avg(d.kl_back) AS kl_back,
+  any_value(steps) AS steps, count(*) AS read, avg(d.kl) AS kl, avg(d.kl_reverse) AS kl_reverse,
   avg(d.js) AS js, avg(d.tv) AS tv, avg(d.shared) AS shared,
   avg((d.top_rank IS NOT DISTINCT FROM 1)::INT) AS top_alike,
   string_agg(DISTINCT d.basis, ' and ' ORDER BY d.basis) AS basis
@@ -145,7 +146,8 @@ listed AS (
   FROM one FULL JOIN two ON {key}
 ),
 full_logits AS MATERIALIZED (
-  SELECT *, standing($first, $first_step, id) AS s, standing($second, $second_step, other_id) AS t
+  SELECT *, token_rank($first, $first_step, id) AS s,
+    token_rank($second, $second_step, other_id) AS t
   FROM listed
 ),
 known AS (
@@ -174,7 +176,7 @@ def steps_answer(trove: QuerySession, a: tuple[int, int], b: tuple[int, int]) ->
     distance in ``about``. Raises NotFound.
     """
     tops = [trove.reader.step(*step).topk for step in (a, b)]
-    (found,) = apart(trove.reader, [(*a, *b)])
+    (found,) = step_distances(trove.reader, [(*a, *b)])
     assert found is not None
     sql = _OF_STEPS.format(**(_BY_ID if one_vocabulary(*tops) else _BY_TEXT))
     given = {"first": a[0], "first_step": a[1], "second": b[0], "second_step": b[1]}
@@ -195,7 +197,7 @@ def replies_answer(trove: QuerySession, a: int, b: int) -> Answer:
             )
     given = {"first": a, "second": b}
     answer = _answer(trove, "reply", _OF_REPLIES, given, _STEPS, Picture("step", ("js",)))
-    said = list(zip(answer.column("said"), answer.column("other"), strict=True))
+    said = list(zip(answer.column("chosen"), answer.column("other"), strict=True))
     alike = next((i for i, (one, other) in enumerate(said) if one != other), len(said))
     about = f"{alike} {'token' if alike == 1 else 'tokens'} alike."
     together = [row for row in answer.rows if row[3] == "yes"]
@@ -254,18 +256,18 @@ def _answer(
 
 def _distance(answer: Answer, row: tuple[Any, ...]) -> Distance:
     named = dict(zip((column.name for column in answer.columns), row, strict=True))
-    return Distance(*(named[name] for name in ("kl", "kl_back", "js", "tv", "basis")))
+    return Distance(*(named[name] for name in ("kl", "kl_reverse", "js", "tv", "basis")))
 
 
 def _mean(distances: list[Distance], weights: list[int]) -> Distance:
     bases = " and ".join(sorted({d.basis for d in distances}))
-    values = np.array([(d.kl, d.kl_back, d.js, d.tv) for d in distances])
-    kl, kl_back, js, tv = np.average(values, axis=0, weights=weights).tolist()
-    return Distance(kl, kl_back, js, tv, bases)
+    values = np.array([(d.kl, d.kl_reverse, d.js, d.tv) for d in distances])
+    kl, kl_reverse, js, tv = np.average(values, axis=0, weights=weights).tolist()
+    return Distance(kl, kl_reverse, js, tv, bases)
 
 
 def _told(d: Distance) -> str:
     return (
-        f"KL {d.kl:z.4f} nats (back {d.kl_back:z.4f}), JS {d.js:z.4f} nats, TV {d.tv:.4f}, "
+        f"KL {d.kl:z.4f} nats (back {d.kl_reverse:z.4f}), JS {d.js:z.4f} nats, TV {d.tv:.4f}, "
         f"from {d.basis}."
     )

@@ -31,7 +31,7 @@ class Distance:
     """``basis``: "full logits", or "top-k": at most what the lists show, so rather low."""
 
     kl: float
-    kl_back: float
+    kl_reverse: float
     js: float
     tv: float
     basis: str
@@ -71,7 +71,7 @@ def between_logits(a: Logits, b: Logits) -> list[Distance]:
     log_totals = np.log(total) - np.log(other_total)
     room = np.subtract(a, b)
     kl = _dots(p, room, b) - log_totals
-    kl_back = log_totals - _dots(q, room, b)
+    kl_reverse = log_totals - _dots(q, room, b)
     np.subtract(p, q, out=room)
     tv = np.abs(room, out=room).sum(axis=1) / 2
     # Half of KL(p ‖ middle) + KL(q ‖ middle), with log q put as log p - log(p / q).
@@ -79,10 +79,10 @@ def between_logits(a: Logits, b: Logits) -> list[Distance]:
     middle /= 2
     np.log(middle, out=room)
     np.subtract(a, room, out=room)
-    js = _dots(middle, room, b) - np.log(total) + kl_back / 2
+    js = _dots(middle, room, b) - np.log(total) + kl_reverse / 2
     # The logarithm is convex, so it is no more than this: nothing, where the two are the same.
-    np.minimum(js, (kl + kl_back) / 4, out=js)
-    values = np.maximum(np.stack([kl, kl_back, js, tv], axis=1), 0).astype(np.float64)
+    np.minimum(js, (kl + kl_reverse) / 4, out=js)
+    values = np.maximum(np.stack([kl, kl_reverse, js, tv], axis=1), 0).astype(np.float64)
     return [Distance(row[0], row[1], row[2], row[3], FULL) for row in values.tolist()]
 
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from oki_trace.analysis.distance import softmax
-from oki_trace.analysis.head_targets import THINGS, shares_of_heads
-from oki_trace.analysis.pairs import apart, floats
+from oki_trace.analysis.head_targets import HEAD_TARGETS, shares_of_heads
+from oki_trace.analysis.pairs import floats, step_distances
 from oki_trace.analysis.tables import FUNCTIONS, Function
 from oki_trace.records import Prompt
 from oki_trace.store.reading.reader import TraceReader
@@ -31,7 +31,7 @@ _TOGETHER = 16
 def _distance(reader: TraceReader, *columns: Sequence[int | None]) -> pa.Array:
     rows = list(zip(*columns, strict=True))
     known = [row for row in rows if None not in row]
-    found = iter(apart(reader, known))
+    found = iter(step_distances(reader, known))
     values = []
     for row in rows:
         one = next(found) if None not in row else None
@@ -41,7 +41,7 @@ def _distance(reader: TraceReader, *columns: Sequence[int | None]) -> pa.Array:
             and d
             and {
                 "kl": d.kl,
-                "kl_back": d.kl_back,
+                "kl_reverse": d.kl_reverse,
                 "js": d.js,
                 "tv": d.tv,
                 "shared": one.shared,
@@ -54,7 +54,7 @@ def _distance(reader: TraceReader, *columns: Sequence[int | None]) -> pa.Array:
 
 _DISTANCE = pa.struct(
     [
-        *((name, pa.float64()) for name in ("kl", "kl_back", "js", "tv")),
+        *((name, pa.float64()) for name in ("kl", "kl_reverse", "js", "tv")),
         ("shared", pa.int32()),
         ("top_rank", pa.int32()),
         ("basis", pa.string()),
@@ -62,7 +62,7 @@ _DISTANCE = pa.struct(
 )
 
 
-def _standing(
+def _token_rank(
     reader: TraceReader,
     messages: Sequence[int | None],
     steps: Sequence[int | None],
@@ -130,7 +130,7 @@ def _as_lists(found: Sequence[tuple[Any, ...] | None]) -> pa.Array:
             heads.append(np.tile(np.arange(of_heads, dtype=np.int32), of_layers))
             shares.append(one[1].reshape(of_layers * of_heads, -1))
         offsets.append(offsets[-1] + (len(layers[-1]) if one is not None else 0))
-    things = len(THINGS)
+    things = len(HEAD_TARGETS)
     flat = np.concatenate(shares) if shares else np.zeros((0, things + 1))
     each = pa.ListArray.from_arrays(
         np.arange(0, things * len(flat) + 1, things, dtype=np.int32),
@@ -164,7 +164,7 @@ def _places(
 
 _COMPUTE: dict[str, Callable[..., pa.Array]] = {
     "distance": _distance,
-    "standing": _standing,
+    "token_rank": _token_rank,
     "head_shares": _head_shares,
     "keeps": _keeps,
 }

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from oki_trace.records import Prompt
 
 # What a head can look at, the more special first: a position counts to the first that fits.
-THINGS = (
+HEAD_TARGETS = (
     "first token",
     "itself",
     "token before",
@@ -25,25 +25,25 @@ COUNTED_AS = {
     "tool_call": "assistant",
     "tool": "user",
 }
-_SEGMENTS = {name: THINGS.index(thing) for name, thing in COUNTED_AS.items()}
+_SEGMENTS = {name: HEAD_TARGETS.index(thing) for name, thing in COUNTED_AS.items()}
 
 
 def shares_of_heads(
     weights: NDArray[np.floating], key_offset: int, prompt: Prompt
 ) -> NDArray[np.float64]:
-    """What each head gives to each of THINGS, and its largest weight: (layers, heads, things + 1).
+    """What each head gives to each of HEAD_TARGETS, and its largest: (layers, heads, targets + 1).
 
     ``weights`` (layers, heads, keys) looks at the positions from ``key_offset`` on, from the
     last of them, where the newest token stands.
     """
     positions = key_offset + np.arange(weights.shape[-1])
     newest = key_offset + weights.shape[-1] - 1
-    kind = np.full(len(positions), THINGS.index("reply"))
+    kind = np.full(len(positions), HEAD_TARGETS.index("reply"))
     segments = np.array([_SEGMENTS[name] for name in prompt.segments], dtype=np.int64)
     inside = positions < len(segments)
     kind[inside] = segments[positions[inside]]
-    kind[positions == newest - 1] = THINGS.index("token before")
-    kind[positions == newest] = THINGS.index("itself")
+    kind[positions == newest - 1] = HEAD_TARGETS.index("token before")
+    kind[positions == newest] = HEAD_TARGETS.index("itself")
     kind[positions == 0] = 0
-    sums = weights.astype(np.float64) @ np.eye(len(THINGS))[kind]
+    sums = weights.astype(np.float64) @ np.eye(len(HEAD_TARGETS))[kind]
     return np.concatenate([sums, weights.max(axis=-1, keepdims=True)], axis=-1)

@@ -6,7 +6,7 @@ habits, and the answer says how many steps it stands on.
 
 from __future__ import annotations
 
-from oki_trace.analysis.head_targets import THINGS
+from oki_trace.analysis.head_targets import HEAD_TARGETS
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions import Answer, Picture, columns, standing_alone
 from oki_trace.analysis.scope import Scope
@@ -24,7 +24,7 @@ first_token share mean weight on the first token
 reply share mean weight on the reply's own tokens, but the newest two
 """)
 
-_EACH = range(1, len(THINGS) + 1)
+_EACH = range(1, len(HEAD_TARGETS) + 1)
 _SQL = (
     """,
 kept AS (
@@ -54,7 +54,7 @@ habits AS (
   SELECT *, list_position(shares, list_max(shares)) AS most FROM means WHERE list_max(shares) > 0
 )
 SELECT model, layer, head, """
-    + str(list(THINGS))
+    + str(list(HEAD_TARGETS))
     + """[most] AS looks_at,
   shares[most] AS share, spreads[most] AS spread, focus, shares[1] AS first_token,
   shares[-1] AS reply"""
@@ -81,7 +81,7 @@ def heads_answer(
             "No attention tensors are kept of these replies: generate with --tensors half, exact "
             "or compact."
         )
-    rows = tuple(row[:-2] for row in found if row[3] != THINGS[0])
+    rows = tuple(row[:-2] for row in found if row[3] != HEAD_TARGETS[0])
     read = sum({row[0]: row[-2] for row in found}.values())
     about = (
         f"{read} of {found[0][-1]:,} steps read, evenly spread; {len(found) - len(rows)} of "

@@ -1,6 +1,6 @@
 """Messages as rows, with the settings of a reply as columns.
 
-``asked`` is the same for all replies to the same words: a digest of the
+``prompt_hash`` is the same for all replies to the same words: a digest of the
 messages before, roles and contents, whichever model they were put to.
 """
 
@@ -38,7 +38,7 @@ def message_table(reader: TraceReader, marks: Sequence[MessageMark]) -> pa.Table
     return to_arrow("message", {name: [row[name] for row in rows] for name in names})
 
 
-def _row(message: Message, asked: str) -> dict[str, Any]:
+def _row(message: Message, prompt_hash: str) -> dict[str, Any]:
     is_reply = message.role is Role.ASSISTANT
     generation, capture, sampling = message.generation, message.capture, message.sampling
     sampled = generation is not None and generation.do_sample
@@ -69,7 +69,7 @@ def _row(message: Message, asked: str) -> dict[str, Any]:
         "top_k": generation.top_k if generation and sampled else None,
         "repetition_penalty": generation.repetition_penalty if generation else None,
         "seed": _seed(message) if sampling and sampled else None,
-        "asked": asked if is_reply else None,
+        "prompt_hash": prompt_hash if is_reply else None,
         "thinking": "\n\n".join(p.text for p in message.parts if p.kind == "thinking") or None,
         "tool_calls": json.dumps(calls, ensure_ascii=False) if calls else None,
         "tool_name": message.tool_name,

@@ -40,7 +40,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
-class Apart:
+class StepDistance:
     """``shared``: candidates in both lists. ``top_rank``: the rank that the first's likeliest
     token has in the second; None: below the second's list, and no logits to ask.
     """
@@ -50,7 +50,7 @@ class Apart:
     top_rank: int | None
 
 
-def apart(reader: TraceReader, pairs: Sequence[Pair]) -> list[Apart | None]:
+def step_distances(reader: TraceReader, pairs: Sequence[Pair]) -> list[StepDistance | None]:
     """How far each pair of steps is apart; None where a step does not exist."""
     places: dict[tuple[int, int], list[int]] = defaultdict(list)
     for place, (a, _, b, _) in enumerate(pairs):
@@ -62,12 +62,12 @@ def apart(reader: TraceReader, pairs: Sequence[Pair]) -> list[Apart | None]:
         for i in range(0, len(those), _TOGETHER)
     ]
 
-    def some(one: tuple[int, int, list[int]]) -> list[Apart | None]:
+    def some(one: tuple[int, int, list[int]]) -> list[StepDistance | None]:
         a, b, those = one
         steps = [(pairs[place][1], pairs[place][3]) for place in those]
         return _some(reader, (a, b), (lists[a], lists[b]), steps)
 
-    found: list[Apart | None] = [None] * len(pairs)
+    found: list[StepDistance | None] = [None] * len(pairs)
     _keep_freed_memory()
     with _ONE_AT_A_TIME, ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
         for (_, _, those), results in zip(work, pool.map(some, work), strict=True):
@@ -104,13 +104,13 @@ def _some(
     messages: tuple[int, int],
     lists: tuple[Mapping[int, Candidates], Mapping[int, Candidates]],
     steps: Sequence[tuple[int, int]],
-) -> list[Apart | None]:
+) -> list[StepDistance | None]:
     logits = [
         reader.tensors(message, "logits", sorted(set(those)))
         for message, those in zip(messages, zip(*steps, strict=True), strict=True)
     ]
     full_of = [{step: floats(tensor) for step, tensor in side.items()} for side in logits]
-    found: list[Apart | None] = [None] * len(steps)
+    found: list[StepDistance | None] = [None] * len(steps)
     full: dict[int, list[_Full]] = defaultdict(list)  # by the size of the vocabulary
     for place, (a, b) in enumerate(steps):
         top_a, top_b = lists[0].get(a), lists[1].get(b)
@@ -124,12 +124,12 @@ def _some(
             full[full_a.size].append(_Full(place, shared, full_a, full_b))
         else:
             rank = _rank(next(iter(listed[0]), None), listed[1])
-            found[place] = Apart(between_lists(*listed), shared, rank)
+            found[place] = StepDistance(between_lists(*listed), shared, rank)
     for size, pairs in full.items():
         at_once = max(1, _BLOCK // size)
         for first in range(0, len(pairs), at_once):
             block = pairs[first : first + at_once]
-            for pair, apart_by in zip(block, _apart(block), strict=True):
+            for pair, apart_by in zip(block, _step_distances(block), strict=True):
                 found[pair.place] = apart_by
     return found
 
@@ -148,12 +148,12 @@ def _comparable(a: Floats, b: Floats) -> bool:
     return a.shape == b.shape and bool(np.isfinite(a.max()) and np.isfinite(b.max()))
 
 
-def _apart(pairs: Sequence[_Full]) -> list[Apart]:
+def _step_distances(pairs: Sequence[_Full]) -> list[StepDistance]:
     a, b = np.stack([pair.a for pair in pairs]), np.stack([pair.b for pair in pairs])
     tops = b[np.arange(len(pairs)), a.argmax(axis=1)]
     ranks = 1 + np.count_nonzero(b > tops[:, np.newaxis], axis=1)
     return [
-        Apart(distance, pair.shared, rank)
+        StepDistance(distance, pair.shared, rank)
         for pair, distance, rank in zip(pairs, between_logits(a, b), ranks.tolist(), strict=True)
     ]
 

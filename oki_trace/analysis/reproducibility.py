@@ -7,26 +7,26 @@ from oki_trace.analysis.questions import Picture, Question, View, columns
 # Replies to the same messages; how far they say the same; what each was like.
 _REPLIES = """,
 replies AS (
-  SELECT message.*, count(*) OVER (PARTITION BY asked) AS times
+  SELECT message.*, count(*) OVER (PARTITION BY prompt_hash) AS times
   FROM message JOIN scope ON message.id = scope.message_id
   WHERE tokens > 0
 ),
 said AS (
-  SELECT asked, times, replies.id AS reply, step_index, token_id, prob, logprob, step.entropy,
+  SELECT prompt_hash, times, replies.id AS reply, step_index, token_id, prob, logprob, step.entropy,
     settle_layer / step.layers AS depth
   FROM step JOIN replies ON step.message_id = replies.id
   WHERE times > 1
 ),
 places AS (
-  SELECT asked, step_index, count(*) AS here, count(DISTINCT token_id) AS different,
+  SELECT prompt_hash, step_index, count(*) AS here, count(DISTINCT token_id) AS different,
     stddev_pop(prob) AS prob_spread, stddev_pop(entropy) AS entropy_spread
-  FROM said GROUP BY asked, step_index
+  FROM said GROUP BY prompt_hash, step_index
 ),
 parted AS (
-  SELECT replies.asked, min(step_index) FILTER (different > 1 OR here < times) AS first_apart
-  FROM places JOIN (SELECT DISTINCT asked, times FROM replies) AS replies
-    ON places.asked = replies.asked
-  GROUP BY replies.asked
+  SELECT replies.prompt_hash, min(step_index) FILTER (different > 1 OR here < times) AS first_apart
+  FROM places JOIN (SELECT DISTINCT prompt_hash, times FROM replies) AS replies
+    ON places.prompt_hash = replies.prompt_hash
+  GROUP BY replies.prompt_hash
 ),
 of_reply AS (
   SELECT reply, count(*) AS steps, avg(-logprob) AS surprisal, avg(entropy) AS entropy,
@@ -35,7 +35,7 @@ of_reply AS (
 )
 """
 
-AGAIN = Question(
+REPRODUCIBILITY = Question(
     "again",
     "The same prompt again: what other seeds, temperatures, models and quantisations change.",
     "Replies to the same messages, word for word. Up to where they part they have said the "
@@ -52,15 +52,16 @@ SELECT any_value(question.content) AS prompt, count(DISTINCT r.id) AS replies,
   any_value(coalesce(first_apart, r.tokens)) AS alike, any_value(spread) AS prob_spread,
   avg(r.tokens) AS tokens, stddev_pop(r.tokens) AS tokens_spread,
   avg(surprisal) AS surprisal, stddev_pop(surprisal) AS surprisal_spread
-FROM replies AS r JOIN of_reply ON of_reply.reply = r.id JOIN parted ON parted.asked = r.asked
+FROM replies AS r JOIN of_reply ON of_reply.reply = r.id
+  JOIN parted ON parted.prompt_hash = r.prompt_hash
 LEFT JOIN (
-  SELECT places.asked, avg(prob_spread) AS spread
-  FROM places JOIN parted ON places.asked = parted.asked
-  WHERE first_apart IS NULL OR step_index < first_apart GROUP BY places.asked
-) AS shared ON shared.asked = r.asked
+  SELECT places.prompt_hash, avg(prob_spread) AS spread
+  FROM places JOIN parted ON places.prompt_hash = parted.prompt_hash
+  WHERE first_apart IS NULL OR step_index < first_apart GROUP BY places.prompt_hash
+) AS shared ON shared.prompt_hash = r.prompt_hash
 LEFT JOIN message AS question
   ON question.conversation_id = r.conversation_id AND question.position = r.position - 1
-GROUP BY r.asked
+GROUP BY r.prompt_hash
 ORDER BY replies DESC, prompt
 LIMIT $top
 """,
@@ -93,7 +94,7 @@ SELECT any_value(question.content) AS prompt, r.model_id AS model,
 FROM replies AS r JOIN of_reply ON of_reply.reply = r.id
 LEFT JOIN message AS question
   ON question.conversation_id = r.conversation_id AND question.position = r.position - 1
-GROUP BY r.asked, model, precision, coalesce(r.temperature, 0)
+GROUP BY r.prompt_hash, model, precision, coalesce(r.temperature, 0)
 ORDER BY prompt, model, precision, temperature
 LIMIT $top
 """,

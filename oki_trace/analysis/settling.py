@@ -37,7 +37,7 @@ SETTLE = Question(
             """
 SELECT model_id AS model, settle_layer AS layer, count(*) AS steps,
   count(*) / sum(count(*)) OVER (PARTITION BY model_id) AS share,
-  sum(count(*)) OVER so_far / sum(count(*)) OVER (PARTITION BY model_id) AS by_then,
+  sum(count(*)) OVER so_far / sum(count(*)) OVER (PARTITION BY model_id) AS cumulative_share,
   avg(settle_prob) AS prob_there
 FROM step JOIN scope USING (message_id)
 WHERE layers IS NOT NULL
@@ -50,7 +50,7 @@ model name the model
 layer number first layer from which the token stays on top; none: it never does
 steps number steps
 share share of the model's steps
-by_then share of the model's steps that have settled by this layer
+cumulative_share share of the model's steps that have settled by this layer
 prob_there share mean probability of the token at this layer
 """),
             Picture("layer", ("share",)),
@@ -132,7 +132,7 @@ rivals AS (
   LIMIT $top
 )
 SELECT conversation_id AS conversation, message_id AS message, step_index AS step, rivals.layer,
-  held, held_prob, token AS said, prob, layers_held AS layers
+  held, held_prob, token AS chosen, prob, layers_held AS layers
 FROM rivals JOIN step ON step.id = rivals.step_id JOIN message ON message.id = message_id
 ORDER BY held_prob DESC, step.id
 """,
@@ -143,7 +143,7 @@ step name the step
 layer number where the other answer was held most firmly
 held token the other answer
 held_prob share its probability there
-said token what was said in the end
+chosen token what was said in the end
 prob share its probability in the end
 layers number how many layers held another answer so firmly
 """),

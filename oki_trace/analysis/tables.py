@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from oki_trace.analysis.head_targets import THINGS
+from oki_trace.analysis.head_targets import HEAD_TARGETS
 
 Kind = Literal["BIGINT", "INTEGER", "DOUBLE", "FLOAT", "BOOLEAN", "VARCHAR", "TIMESTAMP"]
 
@@ -91,7 +91,7 @@ top_p DOUBLE nucleus sampling
 top_k INTEGER sampling among the k most likely
 repetition_penalty DOUBLE 1 is off
 seed BIGINT the seed of the draws
-asked VARCHAR the same for all replies to the same messages
+prompt_hash VARCHAR the same for all replies to the same messages
 thinking VARCHAR what a reply thought; NULL: nothing
 tool_calls VARCHAR the tools that a reply called, with their arguments, as a JSON list; NULL: none
 tool_name VARCHAR the tool whose answer a message is
@@ -227,13 +227,13 @@ FUNCTIONS: tuple[Function, ...] = (
     Function(
         "distance",
         {**_AT_STEP, "other_message_id": "BIGINT", "other_step_index": "BIGINT"},
-        "STRUCT(kl DOUBLE, kl_back DOUBLE, js DOUBLE, tv DOUBLE, shared INTEGER, "
+        "STRUCT(kl DOUBLE, kl_reverse DOUBLE, js DOUBLE, tv DOUBLE, shared INTEGER, "
         "top_rank INTEGER, basis VARCHAR)",
         "how far two steps' distributions are apart: from the full logits where both kept them, "
         "from the candidates where not, as basis says",
     ),
     Function(
-        "standing",
+        "token_rank",
         {**_AT_STEP, "token_id": "BIGINT"},
         "STRUCT(prob DOUBLE, rank INTEGER)",
         "any token's probability and rank at a step, from the full logits",
@@ -243,7 +243,7 @@ FUNCTIONS: tuple[Function, ...] = (
         _AT_STEP,
         "STRUCT(layer INTEGER, head INTEGER, shares DOUBLE[], focus DOUBLE)[]",
         "what each head gives to "
-        + ", ".join(f"{i} {thing}" for i, thing in enumerate(THINGS, start=1))
+        + ", ".join(f"{i} {thing}" for i, thing in enumerate(HEAD_TARGETS, start=1))
         + "; focus is its largest weight",
     ),
     Function(

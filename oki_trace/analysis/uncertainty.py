@@ -21,7 +21,7 @@ nearly AS (
   WHERE topk_entry.token_id <> chosen.token_id AND topk_entry.rank <= 4
   GROUP BY step_id
 )
-SELECT conversation_id AS conversation, message_id AS message, step_index AS step, token AS said,
+SELECT conversation_id AS conversation, message_id AS message, step_index AS step, token AS chosen,
   prob, entropy, margin, others[:3] AS others, other_probs[:3] AS other_probs
 FROM chosen LEFT JOIN nearly ON step_id = chosen.id JOIN message ON message.id = message_id
 ORDER BY """
@@ -33,7 +33,7 @@ _STEP_COLUMNS = columns("""
 conversation name the conversation
 message name the reply
 step name the step
-said token the token
+chosen token the token
 prob share its probability
 entropy number of the distribution, in nats
 margin number probability of the first candidate less that of the second
@@ -41,8 +41,8 @@ others tokens what it nearly said, the most likely first
 other_probs number their probabilities
 """)
 
-UNSURE = Question(
-    "unsure",
+UNCERTAINTY = Question(
+    "uncertainty",
     "Where the model was unsure: its least certain steps, and what it nearly said there.",
     "Entropy is how spread the whole distribution is; margin how close the second candidate "
     "was. Much entropy with a clear margin is a favourite among many; a small margin a tie.",
@@ -61,7 +61,7 @@ UNSURE = Question(
             """
 SELECT conversation_id AS conversation, message_id AS message, any_value(message.model_id) AS model,
   count(*) AS steps, avg(-logprob) AS surprisal, avg(step.entropy) AS entropy,
-  arg_max(step_index, step.entropy) AS step, arg_max(token, step.entropy) AS said,
+  arg_max(step_index, step.entropy) AS step, arg_max(token, step.entropy) AS chosen,
   arg_max(prob, step.entropy) AS prob, max(step.entropy) AS worst
 FROM step JOIN scope USING (message_id) JOIN message ON message.id = message_id
 WHERE step.entropy IS NOT NULL
@@ -77,7 +77,7 @@ steps number its steps
 surprisal number mean -log probability of what was said, in nats
 entropy number mean entropy, in nats
 step name the least certain step
-said token what was said there
+chosen token what was said there
 prob share its probability
 worst number the entropy there, in nats
 """),
@@ -86,7 +86,7 @@ worst number the entropy there, in nats
         "token": View(
             """
 SELECT other_token AS nearly, count(*) AS steps, avg(other_prob) AS prob,
-  mode(token) AS said_instead, avg(margin) AS margin
+  mode(token) AS chosen_instead, avg(margin) AS margin
 FROM step JOIN scope USING (message_id)
 WHERE other_prob >= $least
 GROUP BY nearly
@@ -97,7 +97,7 @@ LIMIT $top
 nearly token what was nearly said
 steps number how often
 prob share mean probability it had
-said_instead token what was said most often instead
+chosen_instead token what was said most often instead
 margin number mean lead of the first candidate
 """),
             Picture("nearly", ("steps",)),

@@ -97,7 +97,7 @@ def ask(
 
     Example: oki-trace ask compare 2:5 4:5
 
-    Example: oki-trace ask unsure --model smollm2 --since 2026-01-01 --format csv
+    Example: oki-trace ask uncertainty --model smollm2 --since 2026-01-01 --format csv
     """
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")

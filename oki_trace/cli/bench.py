@@ -25,6 +25,7 @@ def bench(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     tensors: options.Tensors = "half",
+    no_fast: options.NoFast = False,
     json: options.Json = False,
 ) -> None:
     """Plain generate() against the traced run, side by side, several times.

@@ -134,6 +134,8 @@ def _show_messages(reader: TraceReader, messages: list[Message]) -> None:
             out.print(Text(inert(message.reason or ""), style="red"))
         if message.role is Role.ASSISTANT:
             out.print(Text(_headline(message), style="dim"))
+            if message.capture is not None and message.capture.speedups:
+                out.print(Text(inert(message.capture.fast_paths), style="dim"))
             try:
                 _print_steps(out, list(reader.iter_steps(message.id)))
             except StoreError as error:

@@ -36,6 +36,7 @@ def ui(
             help="A name by which browsers may reach it, as behind a proxy. Can be repeated.",
         ),
     ] = None,
+    no_fast: options.NoFast = False,
     db: options.Db = None,
 ) -> None:
     """Open the explorer, on this machine alone.

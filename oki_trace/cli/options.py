@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,6 +51,22 @@ TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k mo
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed, the same tokens.")]
 RepetitionPenalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1 repeats less.")
+]
+
+
+def _switch_fast_paths_off(value: bool) -> bool:
+    if value:
+        os.environ["OKI_TRACE_FAST"] = "0"
+    return value
+
+
+NoFast = Annotated[
+    bool,
+    typer.Option(
+        "--no-fast",
+        callback=_switch_fast_paths_off,
+        help="Without the optional fast paths: the same numbers, slower.",
+    ),
 ]
 Tensors = Annotated[
     str, typer.Option("--tensors", help=f"Full tensors kept: {', '.join(get_args(TensorMode))}.")
@@ -139,6 +156,7 @@ class Turns:
     tensors: Tensors = "half"
     template_arg: TemplateArg = None
     tools: Tools = None
+    no_fast: NoFast = False
     db: Db = None
 
     def choice(self, last: ModelChoice | None) -> ModelChoice:

@@ -52,6 +52,7 @@ MAX_LAYERS = 1_000
 MAX_CELLS = 200_000
 MAX_TEXT = 16_000_000
 MAX_TOKEN = 10_000
+MAX_SPEEDUPS = 20
 YEARS = (1971, 2199)
 
 _INT32 = 2**31 - 1
@@ -311,6 +312,7 @@ class Capture(TypedDict, total=False):
     lens_draft: Positive | None
     versions: Label | None
     cache_check: Positive | None
+    speedups: Annotated[dict[Label, Label | None], _UpTo(MAX_SPEEDUPS)] | None
     tensors_left_out: bool | None
 
 

@@ -72,6 +72,9 @@ class CaptureReport:
     last token by itself against one pass over the same text. Decoding has the
     cache, so teacher forcing differs from a reply by as much.
 
+    ``speedups`` are the optional fast paths by name: None where one was used, else why
+    it was not.
+
     ``tensors_left_out``: the full tensors that ``policy`` names were captured, but
     the file that this reply was imported from does not hold them.
     """
@@ -91,7 +94,15 @@ class CaptureReport:
     versions: str
     lens_draft: float | None = None
     cache_check: float | None = None
+    speedups: dict[str, str | None] = field(default_factory=dict)
     tensors_left_out: bool = False
+
+    @property
+    def fast_paths(self) -> str:
+        """Which of ``speedups`` are on, and why the others are off, in a line."""
+        on = ", ".join(name for name, off in self.speedups.items() if off is None) or "none"
+        off = [f"{name} off ({why})" for name, why in self.speedups.items() if why is not None]
+        return "; ".join([f"fast paths: {on}", *off])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

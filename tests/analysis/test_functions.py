@@ -22,7 +22,7 @@ from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 
 STEPS = 40  # more than are read at once
-DISTANCES = ("kl", "kl_back", "js", "tv")
+DISTANCES = ("kl", "kl_reverse", "js", "tv")
 
 
 def reply(writer: TraceWriter, seed: int, said: list[str], **options: Any) -> int:
@@ -42,7 +42,7 @@ def probs(trove: QuerySession, message: int, step: int) -> np.ndarray:
     return powers / powers.sum()
 
 
-def apart(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float, float]:
+def step_distances(p: np.ndarray, q: np.ndarray) -> tuple[float, float, float, float]:
     def kl(a: np.ndarray, b: np.ndarray) -> float:
         return float((a * np.log(a / b)).sum())
 
@@ -67,7 +67,7 @@ def test_distances_of_any_steps(tmp_path: Path) -> None:
         assert [row["x"] for row in found] == list(reversed(range(STEPS)))
         for row in found:
             p, q = probs(trove, a, row["x"]), probs(trove, b, STEPS - 1 - row["x"])
-            exact = apart(p, q)
+            exact = step_distances(p, q)
             # A millionth of a nat, or of the larger KL.
             assert [row[name] for name in DISTANCES] == pytest.approx(
                 exact, rel=0, abs=1e-6 * max(1, *exact[:2])
@@ -85,7 +85,7 @@ def test_two_models_up_to_where_they_part(tmp_path: Path) -> None:
         answer = catalog.answer(trove, "compare", ("one", "two"))
         (row,) = rows(trove, answer.sql)
         assert (row["reply"], row["other"], row["alike"], row["steps"]) == (a, b, 2, 3)
-        each = np.array([apart(probs(trove, a, i), probs(trove, b, i)) for i in range(3)])
+        each = np.array([step_distances(probs(trove, a, i), probs(trove, b, i)) for i in range(3)])
         assert [row[name] for name in DISTANCES] == pytest.approx(
             each.mean(axis=0), rel=1e-6, abs=1e-6
         )
@@ -103,7 +103,7 @@ def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
         (row,) = rows(trove, answer.sql)
         assert (row["alike"], row["steps"], row["read"]) == (STEPS, STEPS, 8)
         read = range(0, STEPS, STEPS // 8)
-        each = np.array([apart(probs(trove, a, i), probs(trove, b, i)) for i in read])
+        each = np.array([step_distances(probs(trove, a, i), probs(trove, b, i)) for i in read])
         assert [row[name] for name in DISTANCES] == pytest.approx(
             each.mean(axis=0), rel=1e-6, abs=1e-6
         )

@@ -154,7 +154,7 @@ def test_settle_by_layer(trove: QuerySession, facts: list[Facts]) -> None:
             continue
         same(row["prob_there"], mean(f.lens[f.settled, f.token_id] for f in those))
         same(
-            row["by_then"],
+            row["cumulative_share"],
             sum(n for layer, n in counts.items() if layer is not None and layer <= row["layer"])
             / len(facts),
         )
@@ -237,12 +237,12 @@ def test_unsure(trove: QuerySession, facts: list[Facts], view: str) -> None:
         "margin": margin,
     }[view]
     ordered = sorted(facts, key=by)[:8]
-    rows = ask(trove, "unsure", view, top=8)
+    rows = ask(trove, "uncertainty", view, top=8)
     assert [(row["message"], row["step"]) for row in rows] == [
         (f.message, f.index) for f in ordered
     ]
     for row, f in zip(rows, ordered, strict=True):
-        assert row["said"] == f.token
+        assert row["chosen"] == f.token
         same(row["prob"], f.prob)
         same(row["entropy"], f.entropies[-1])
         same(row["margin"], margin(f))
@@ -255,7 +255,7 @@ def test_unsure_replies(trove: QuerySession, facts: list[Facts]) -> None:
     for f in facts:
         replies[f.message].append(f)
     worst = {m: max(fs, key=lambda f: f.entropies[-1]) for m, fs in replies.items()}
-    rows = ask(trove, "unsure", "reply")
+    rows = ask(trove, "uncertainty", "reply")
     expected = sorted(replies, key=lambda m: -worst[m].entropies[-1])
     assert [row["message"] for row in rows] == expected
     for row in rows:
@@ -275,7 +275,7 @@ def test_unsure_tokens(trove: QuerySession, facts: list[Facts]) -> None:
         if f.probs[other] >= least:
             nearly[other] += 1
             total[other] += f.probs[other]
-    rows = ask(trove, "unsure", "token", least=least, top=100)
+    rows = ask(trove, "uncertainty", "token", least=least, top=100)
     assert sorted(row["steps"] for row in rows) == sorted(nearly.values())
     same(sum(row["prob"] * row["steps"] for row in rows), sum(total.values()))
 
@@ -284,7 +284,7 @@ SHARES = ("first_token", "system", "user", "assistant", "template", "reply")
 
 
 def test_looked(trove: QuerySession, facts: list[Facts]) -> None:
-    rows = ask(trove, "looked")
+    rows = ask(trove, "attention")
     assert [row["layer"] for row in rows] == list(range(1, 31))
     for share in SHARES:
         same([row[share] for row in rows], np.mean([f.on(share) for f in facts], axis=0))
@@ -294,12 +294,12 @@ def test_looked(trove: QuerySession, facts: list[Facts]) -> None:
     for f in facts:
         buckets[f.index if f.index < 2 else 2 ** int(np.log2(f.index))].append(f)
     for view, layers in (("step", slice(None)), ("evidence", slice(-1, None))):
-        rows = ask(trove, "looked", view)
+        rows = ask(trove, "attention", view)
         assert {r["first"]: r["steps"] for r in rows} == {k: len(v) for k, v in buckets.items()}
         for row in rows:
             for share in SHARES:
                 same(row[share], mean(f.on(share)[layers].mean() for f in buckets[row["first"]]))
-    for row in ask(trove, "looked", "grid"):
+    for row in ask(trove, "attention", "grid"):
         those = buckets[row["first"]]
         same(row["reply"], mean(f.on("reply")[row["layer"] - 1] for f in those))
 
@@ -381,7 +381,7 @@ def test_compare_replies(trove: QuerySession, facts: list[Facts]) -> None:
         assert row["basis"] == "full logits"
         same(row["tv"], np.abs(f.probs - g.probs).sum() / 2)
         same(row["kl"], (f.probs * np.log(f.probs / g.probs)).sum())
-        same(row["kl_back"], (g.probs * np.log(g.probs / f.probs)).sum())
+        same(row["kl_reverse"], (g.probs * np.log(g.probs / f.probs)).sum())
         assert row["top_rank"] == 1 + (g.probs > g.probs[f.probs.argmax()]).sum()
         assert row["shared"] == len(set(np.argsort(-f.probs)[:10]) & set(np.argsort(-g.probs)[:10]))
         if row["step"] <= alike:
@@ -424,5 +424,5 @@ def test_scope_narrows_every_question(trove: QuerySession, facts: list[Facts]) -
     (row,) = ask(trove, "settle", "model", scope=scope)
     assert row["steps"] == len(mine)
     assert {r["steps"] for r in ask(trove, "layers", scope=scope)} == {len(mine)}
-    assert {r["steps"] for r in ask(trove, "looked", scope=scope)} == {len(mine)}
-    assert {r["message"] for r in ask(trove, "unsure", scope=scope)} == {first.message}
+    assert {r["steps"] for r in ask(trove, "attention", scope=scope)} == {len(mine)}
+    assert {r["message"] for r in ask(trove, "uncertainty", scope=scope)} == {first.message}

@@ -18,7 +18,7 @@ from oki_trace.analysis.tables import TABLES
 from tests.cli.commands import ACTIVE, ROOT, Oki, command
 from tests.cli.conftest import Demo
 
-QUESTIONS = ("settle", "unsure", "layers", "rivals", "looked", "heads", "again")
+QUESTIONS = ("settle", "uncertainty", "layers", "rivals", "attention", "heads", "again")
 
 
 def test_all_questions_are_listed(oki: Oki) -> None:

@@ -95,7 +95,7 @@ def test_a_misspelt_option_is_no_text(oki: Oki) -> None:
         ("sql", "SELECT 1", "--timeout", "inf"),
         ("sql", "SELECT 1", "--timeout", "nan"),
         ("sql", "SELECT 1", "--memory", "9" * 400),
-        ("ask", "unsure", "--least", "nan"),
+        ("ask", "uncertainty", "--least", "nan"),
         ("prune", "--max-size", "9" * 400),
     ],
     ids=str,

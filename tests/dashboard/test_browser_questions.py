@@ -61,7 +61,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     page = browse(link)
     with QuerySession(told.db) as trove:
         scope = Scope(conversation=conversation)
-        answer = catalog.answer(trove, "unsure", view="entropy", scope=scope)
+        answer = catalog.answer(trove, "uncertainty", view="entropy", scope=scope)
     steps = [
         dict(zip(("conversation", "message", "step"), row[:3], strict=True)) for row in answer.rows
     ]
@@ -113,7 +113,7 @@ def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
     page.get_by_label("Text said", exact=True).press("Enter")
     until(lambda: "text=capital" in page.evaluate("location.search"), "the text in the address")
     address = page.evaluate("location.href")
-    assert "question=looked" in address and "view=grid" in address
+    assert "question=attention" in address and "view=grid" in address
 
     other = browse(address, width=800)
     picture(other)
@@ -127,7 +127,7 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     page = browse(told.url + "questions?question=unsure&view=token&least=0")
     picture(page)
     with QuerySession(told.db) as trove:
-        answer = catalog.answer(trove, "unsure", view="token", least=0.0)
+        answer = catalog.answer(trove, "uncertainty", view="token", least=0.0)
     found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1

@@ -143,7 +143,7 @@ def test_every_view_has_a_picture_a_table_and_its_sql(
 
 def test_a_question_can_be_narrowed_and_the_address_says_how(filled: Stories) -> None:
     conversation, message = filled.first
-    app = questions(question="unsure", view="reply")
+    app = questions(question="uncertainty", view="reply")
     every = len(app.dataframe[0].value)
     app.selectbox(key="ask-conversation").set_value(str(conversation)).run()
     assert not app.exception
@@ -156,19 +156,19 @@ def test_a_question_can_be_narrowed_and_the_address_says_how(filled: Stories) ->
     assert any(text.value == "No steps there." for text in app.markdown)
     (everything,) = [b for b in app.button if b.label == "Ask about all replies"]
     everything.click().run()
-    assert address(app) == {"question": "unsure", "view": "reply"}
+    assert address(app) == {"question": "uncertainty", "view": "reply"}
     assert len(app.dataframe[0].value) == every
     assert app.text_input(key="ask-text").value == ""
 
 
 def test_text_and_who_said_it(filled: Stories) -> None:
-    asked = {"question": "unsure", "view": "reply", "text": PROMPTS[0].upper()}
+    asked = {"question": "uncertainty", "view": "reply", "text": PROMPTS[0].upper()}
     assert len(questions(**asked, role="user").dataframe[0].value) == 2
     assert not questions(**asked, role="system").dataframe
 
 
 def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None:
-    app = questions(question="unsure", view="token", least="0.2", top="3", model="smollm2")
+    app = questions(question="uncertainty", view="token", least="0.2", top="3", model="smollm2")
     assert not app.exception
     assert app.number_input(key="ask-least-unsure").value == 0.2
     assert app.selectbox(key="ask-model").value == "smollm2"
@@ -185,9 +185,9 @@ def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None
 
 def test_another_question_is_asked_about_the_same_replies(filled: Stories) -> None:
     app = questions(question="settle", view="class", conversation=filled.first[0])
-    app.button(key="ask-looked").click().run()
+    app.button(key="ask-attention").click().run()
     assert not app.exception
-    assert address(app) == {"question": "looked", "conversation": str(filled.first[0])}
+    assert address(app) == {"question": "attention", "conversation": str(filled.first[0])}
     assert str(filled.first[0]) in app.code[0].value
 
 
@@ -205,7 +205,9 @@ def test_replies_that_kept_no_tensors_have_no_heads(filled: Stories) -> None:
 
 
 @pytest.mark.parametrize("story", ["hostile", "long", "unknown", "bare", "failed"])
-@pytest.mark.parametrize("question", ["settle", "unsure", "layers", "rivals", "looked", "again"])
+@pytest.mark.parametrize(
+    "question", ["settle", "uncertainty", "layers", "rivals", "attention", "again"]
+)
 def test_any_conversation_can_be_asked_about(filled: Stories, story: str, question: str) -> None:
     app = questions(question=question, conversation=getattr(filled, story)[0])
     assert not app.exception
@@ -219,7 +221,7 @@ def test_a_running_reply_is_asked_about_as_far_as_it_is(
     open_store(db)
     with TraceWriter(db) as writer:
         _, reply = made.begin(writer, steps=2)
-        asked = {"question": "unsure", "view": "reply"}
+        asked = {"question": "uncertainty", "view": "reply"}
         assert list(questions(**asked).dataframe[0].value["steps"]) == [2]
         made.more(writer, reply, 2, 5)
         assert list(questions(**asked).dataframe[0].value["steps"]) == [5]
@@ -231,7 +233,7 @@ def test_several_models_are_told_apart(tmp_path: Path, open_store: Callable[[str
     with TraceWriter(db) as writer:
         made.whole(writer)
         made.whole(writer, model="other/model")
-    for question, pictures in (("settle", 1), ("layers", 1), ("rivals", 1), ("looked", 2)):
+    for question, pictures in (("settle", 1), ("layers", 1), ("rivals", 1), ("attention", 2)):
         app = questions(question=question, view="layer", least=0)
         assert not app.exception
         assert set(app.dataframe[0].value["model"]) == {"tiny/model", "other/model"}

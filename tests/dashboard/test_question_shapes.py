@@ -34,8 +34,8 @@ numbers = st.none() | st.integers(0, 10**9)
 @given(
     st.builds(
         Asked,
-        question=st.just("unsure"),
-        view=st.sampled_from(list(QUESTIONS["unsure"].views)),
+        question=st.just("uncertainty"),
+        view=st.sampled_from(list(QUESTIONS["uncertainty"].views)),
         model=st.none() | st.text(min_size=1),
         conversation=numbers,
         message=numbers,
@@ -63,9 +63,11 @@ def test_what_makes_no_sense_in_an_address_counts_as_absent() -> None:
 
 
 def test_everything_is_the_same_question_about_all_replies() -> None:
-    asked = Asked("unsure", "reply", "m", 1, 2, dt.date(2026, 1, 1), None, Role.USER, "x", top=3)
+    asked = Asked(
+        "uncertainty", "reply", "m", 1, 2, dt.date(2026, 1, 1), None, Role.USER, "x", top=3
+    )
     assert asked.narrowed
-    assert asked.everything() == Asked("unsure", "reply", top=3)
+    assert asked.everything() == Asked("uncertainty", "reply", top=3)
     assert not asked.everything().narrowed
 
 
@@ -133,13 +135,13 @@ def test_a_token_that_never_settles_has_a_place_beside_the_layers() -> None:
 
 def test_bars_of_the_same_name_are_told_apart() -> None:
     rows = [(7, 8, 3, " a", 0.5, 1.0, 0.1, [" b"], [0.25]) for _ in range(2)]
-    found = answer("unsure", "entropy", rows)
+    found = answer("uncertainty", "entropy", rows)
     (drawing,) = answers.drawings(found).values()
     labels = [mark["x"] for mark in answers.marks(found, drawing)]
     assert labels == ["␣a", "␣a (2)"]
     assert answers.step_places(found)[1] == {"conversation": 7, "message": 8, "step": 3}
     rows.append((7, 9, 3, " a", 0.5, 1.0, 0.1, None, None))
-    found = answer("unsure", "entropy", rows)
+    found = answer("uncertainty", "entropy", rows)
     labels = [mark["x"] for mark in answers.marks(found, drawing)]
     assert labels == ["␣a · 8:3", "␣a · 8:3 (2)", "␣a · 9:3"]
 
@@ -150,13 +152,13 @@ def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out()
         (1, 2, 0, HOSTILE, nan, 1.5, nan, [HOSTILE], [nan]),
         (1, 2, 1, "b", 0.1, nan, 0.1, None, None),
     ]
-    found = answer("unsure", "entropy", rows)
+    found = answer("uncertainty", "entropy", rows)
     (drawing,) = answers.drawings(found).values()
     (mark,) = answers.marks(found, drawing)
     assert mark["y"] == 1.5
     assert mark["x"].startswith(visible(HOSTILE)[:10])
     table = answers.table(found)
-    assert table["said"] == [visible(HOSTILE), "b"]
+    assert table["chosen"] == [visible(HOSTILE), "b"]
     assert table["prob"] == [None, 0.1]
     assert table["others"] == [visible(HOSTILE), None]
     json.dumps(question_charts.chart(found, drawing, [mark], clickable=True).to_dict())
@@ -176,7 +178,7 @@ def test_several_models_have_a_colour_each() -> None:
 
 def test_shares_are_stacked_without_those_that_cannot_be_seen() -> None:
     row = ("m", 1, 9, 0.5, 0.0, 0.2, 0.001, 0.1, 0.2, 0.0, 1e-9)
-    found = answer("looked", "layer", [row])
+    found = answer("attention", "layer", [row])
     (drawing,) = answers.drawings(found).values()
     drawn = question_charts.chart(found, drawing, answers.marks(found, drawing)).to_dict()
     domain = drawn["encoding"]["color"]["scale"]["domain"]

@@ -89,7 +89,7 @@ def hold(
     """
     made = instrument(model, tiny.tokenizer())
     found.layers = made.anatomy.layers
-    found.graph = made.graph is not None
+    found.graph = made.fast.step_graph is not None
     prompt = list(render(made.tokenizer, MESSAGES).token_ids)
     try:
         own = truth.generated(model, prompt, TOKENS, do_sample=False)

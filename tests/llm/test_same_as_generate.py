@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from oki_trace.llm.fast.special_lengths import special_lengths
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -29,7 +30,6 @@ from transformers.masking_utils import AttentionMaskInterface
 from oki_trace import run_traced
 from oki_trace.errors import CaptureError
 from oki_trace.llm.capture.instrument import instrument
-from oki_trace.llm.fast.special_lengths import special_lengths
 from oki_trace.llm.fast.step_graph import GraphRun
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
@@ -129,7 +129,7 @@ def test_a_graph_is_left_where_the_model_prepares_a_step_otherwise(ran: list[int
     assert_generated(model, trace)
     assert 0 < len(ran) < STEPS - 2
     (note,) = trace["checks"]["notes"]
-    assert "the step graph was not used: the model prepares this step otherwise" in note
+    assert "the step graph was not used: the model prepares this step differently" in note
 
 
 class SwitchesUnseen(LlamaForCausalLM):
@@ -159,8 +159,8 @@ def test_what_fails_in_the_midst_of_a_reply_does_not_end_it(
 ) -> None:
     model = endless(tiny.model("llama"))
     made = instrument(model, tiny.tokenizer())
-    assert made.graph is not None
-    function, calls = made.graph.function, []
+    assert made.fast.step_graph is not None
+    function, calls = made.fast.step_graph.function, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(None)
@@ -168,7 +168,8 @@ def test_what_fails_in_the_midst_of_a_reply_does_not_end_it(
             raise MemoryError("no more")
         return function(*arguments)
 
-    made = replace(made, graph=replace(made.graph, function=failing))
+    graph = replace(made.fast.step_graph, function=failing)
+    made = replace(made, fast=replace(made.fast, step_graph=graph))
     kept = Collector()
     messages = [ChatMessage(Role.USER, "the quick")]
     trace_turn(made, "tiny", messages, Sampling(STEPS), CapturePolicy(), [kept])

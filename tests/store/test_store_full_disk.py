@@ -189,7 +189,7 @@ def test_a_store_on_a_read_only_medium_is_read(disk: Path) -> None:
     with TraceReader(db) as reader:
         assert {c.id for c in reader.conversations()} == {1, 2}
         assert list(Verification(reader)) == []
-    for arguments in (("list",), ("show", 1), ("info",), ("verify",), ("ask", "unsure")):
+    for arguments in (("list",), ("show", 1), ("info",), ("verify",), ("ask", "uncertainty")):
         done = start(*arguments, "--db", db)
         assert done.status == 0, (arguments, done.err)
     done = start("delete", 1, "--yes", "--db", db)

@@ -164,6 +164,7 @@ def _report(values: schema.Capture, where: str) -> CaptureReport:
         versions=known(values, "versions", "unknown"),
         lens_draft=values.get("lens_draft"),
         cache_check=values.get("cache_check"),
+        speedups=values.get("speedups") or {},
         tensors_left_out=known(values, "tensors_left_out", False),
     )
 

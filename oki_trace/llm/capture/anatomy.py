@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.loading.hardware import input_device
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,6 @@ def probe_tokens(model: Any, length: int = 11) -> torch.Tensor:
     vocab = int(model.get_input_embeddings().weight.shape[0])
     ids = torch.arange(3, 3 + length) * 7 % vocab
     return ids[None].to(input_device(model))
-
-
-def input_device(model: Any) -> torch.device:
-    """Where the model wants its token ids; offloaded embeddings themselves are nowhere."""
-    embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    return embeddings.weight.device if execution is None else torch.device(execution)
 
 
 def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +26,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oki_trace.llm.fast.kv_cache import BufferPool, stays
+from oki_trace.llm.capture.buffers import BufferPool, is_persistent
+from oki_trace.llm.decoding.forward_pass import AttentionCapture, LastQuery
 
 log = logging.getLogger(__name__)
 
@@ -35,39 +35,7 @@ Rows = dict[int, Tensor]
 """(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
 
 
-@dataclass(frozen=True)
-class LastQuery:
-    """What a row is worked out from: softmax(q Kᵀ · scaling + bias + mask).
-
-    ``query`` (kv heads, heads a kv head, d) and ``key`` (kv heads, keys, d): each
-    key head serves a run of consecutive query heads. ``bias`` a learned one and
-    ``mask``, boolean or additive, (1 or heads, keys).
-    """
-
-    query: Tensor
-    key: Tensor
-    scaling: float
-    bias: Tensor | None
-    mask: Tensor | None
-
-    @torch.no_grad()
-    def row(self) -> Tensor:
-        """(heads, keys) in fp32."""
-        scores = torch.matmul(self.query, self.key.transpose(1, 2)).flatten(0, 1).float()
-        scores *= self.scaling
-        if self.bias is not None:
-            scores = scores + self.bias
-        if self.mask is not None:
-            hidden = self.mask.dtype == torch.bool
-            scores = scores.masked_fill(~self.mask, float("-inf")) if hidden else scores + self.mask
-        return scores.softmax(-1)
-
-
-Seen = dict[int, Tensor | LastQuery]
-"""By layer, its row, or what it is worked out from."""
-
-
-def rows_of(seen: Seen) -> Rows:
+def rows_of(seen: AttentionCapture) -> Rows:
     """The rows, worked out where they are not yet."""
     return {layer: _row(found) for layer, found in seen.items()}
 
@@ -88,7 +56,7 @@ class AttentionTap(Protocol):
     def asking(self) -> AbstractContextManager[dict[str, Any]]:
         """Around a forward pass whose rows are wanted; yields arguments for it."""
 
-    def take(self, outputs: Any) -> Seen:
+    def take(self, outputs: Any) -> AttentionCapture:
         """What was seen of the forward pass that gave ``outputs``."""
 
 
@@ -105,7 +73,7 @@ class _Watching:
     def asking(self) -> Iterator[dict[str, Any]]:
         yield {}
 
-    def take(self, outputs: Any) -> Seen:
+    def take(self, outputs: Any) -> AttentionCapture:
         seen, self._seen = self._seen, {}
         of_layer: dict[int, list[Tensor | LastQuery]] = {}
         for module, found in seen.items():
@@ -137,12 +105,12 @@ class KernelTap(_Watching):
     def __init__(self, layer_of: Mapping[nn.Module, int], implementation: str) -> None:
         super().__init__(layer_of)
         self._implementation = implementation
-        self._shelf = BufferPool(0)
+        self._pool = BufferPool(0)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
         _wrap(self._implementation)
-        self._shelf = BufferPool(len(self._layer_of))
+        self._pool = BufferPool(len(self._layer_of))
         _watched.update(dict.fromkeys(self._layer_of, self))
         try:
             yield
@@ -150,13 +118,13 @@ class KernelTap(_Watching):
             for module in self._layer_of:
                 _watched.pop(module, None)
             # What a pass that failed left behind would hold on to the whole cache.
-            self._seen, self._shelf = {}, BufferPool(0)
+            self._seen, self._pool = {}, BufferPool(0)
 
     def keep(self, module: nn.Module, query: Tensor, key: Tensor, last: LastQuery) -> None:
         """Called by the attention function, with its arguments and what is wanted of them."""
         if module in self._layer_of:
-            held_anyway = query.shape[2] == 1 and stays(key)
-            self._seen[module] = last if held_anyway else self._shelf.copy(last.row())
+            held_anyway = query.shape[2] == 1 and is_persistent(key)
+            self._seen[module] = last if held_anyway else self._pool.copy(last.row())
 
 
 class HookedTap(_Watching):
@@ -201,7 +169,7 @@ class OutputAttentionsTap:
         with _eager(self._configs):
             yield {"output_attentions": True}
 
-    def take(self, outputs: Any) -> Seen:
+    def take(self, outputs: Any) -> AttentionCapture:
         rows = last_rows(outputs)
         found = ((layer, rows[place]) for place, layer in self._layers.items())
         return {layer: row for layer, row in found if row is not None}

@@ -31,9 +31,9 @@ from oki_trace.llm.capture.attention import (
 from oki_trace.llm.capture.distribution import log_probs
 from oki_trace.llm.capture.lens import LogitLens
 from oki_trace.llm.capture.probe import Probe
-from oki_trace.llm.fast.draft_lens import Shortlist, shortlist
-from oki_trace.llm.fast.kv_cache import cache_in, give_room
-from oki_trace.llm.fast.special_lengths import checkable
+from oki_trace.llm.capture.speedups import preallocate
+from oki_trace.llm.decoding.forward_pass import cache_in
+from oki_trace.llm.decoding.special_lengths import checkable
 from oki_trace.llm.loading.hardware import computing_dtype
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
@@ -51,12 +51,12 @@ PROVENANCE = "attention of the newest position, final layer with attention, head
 
 @dataclass(frozen=True)
 class LensFound:
-    """The lens, its error, what may draft it, and why there is none."""
+    """The lens, its error, why there is none; ``drafts_from`` the streams to try its draft on."""
 
     lens: LogitLens | None
     error: float | None
     reason: str | None
-    shortlist: Shortlist | None = None
+    drafts_from: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -73,8 +73,7 @@ def checked_lens(model: Any, anatomy: Anatomy, probe: Probe) -> LensFound:
         lens = LogitLens(anatomy, run_trunk=run_trunk)
         checks.append(lens.check(hidden[-1][None], logits))
         if checks[-1].reason is None:
-            drafted = None if run_trunk else shortlist(lens, anatomy, hidden[:-1])
-            return LensFound(lens, checks[-1].error, None, drafted)
+            return LensFound(lens, checks[-1].error, None, () if run_trunk else hidden[:-1])
     # One that ran and gave another answer says more than one that could not run.
     told = next((check for check in checks if check.error is not None), checks[0])
     return LensFound(None, told.error, told.reason)
@@ -122,7 +121,7 @@ def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
         watching.settle(ids.shape[1])
         rows = rows_of(watching.take(None))
     error = _largest_difference(rows, own)
-    long = checkable(model, anatomy)
+    long = checkable(model, anatomy.blocks, anatomy.probe_ids.device.type)
     if _agrees(model, error):
         error = max(error, _difference_with_cache(model, watching, tuple(reference), ids))
         error = max(error, _difference_in_long(model, watching, tuple(reference), long.length))
@@ -185,7 +184,10 @@ def cache_difference(model: Any, anatomy: Anatomy) -> float | None:
     It is the model's own doing, and is what a reply's numbers differ by from those of
     teacher forcing. None where there is no cache, or where it takes more than ids.
     """
-    lengths = {anatomy.probe_ids.shape[1], checkable(model, anatomy).length or 0} - {0}
+    lengths = {
+        anatomy.probe_ids.shape[1],
+        checkable(model, anatomy.blocks, anatomy.probe_ids.device.type).length or 0,
+    } - {0}
     found = []
     for length in lengths:
         ids = probe_tokens(model, length)
@@ -255,7 +257,7 @@ def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
     if named is None:
         return None
     name, cache = named
-    give_room(cache, 1)
+    preallocate(cache, 1)
     with tap.attached(), tap.asking() as arguments:
         outputs = model(input_ids=ids[:, -1:], **{name: cache}, **arguments)
         return rows_of(tap.take(outputs))

@@ -19,7 +19,7 @@ _PIECE = 4096
 
 
 @dataclass(frozen=True)
-class Own:
+class ModelDistribution:
     """The model's own distribution of one step: ``probs`` (vocab,), ``entropy`` in nats."""
 
     probs: Tensor
@@ -45,17 +45,17 @@ class Distribution:
 
 
 @torch.no_grad()
-def own_distribution(logits: Tensor) -> Own:
+def own_distribution(logits: Tensor) -> ModelDistribution:
     """Of the model's own logits (vocab,) in fp32."""
     shifted = logits - logits.max()
     weights = shifted.exp()
     total = weights.sum()
     probs = weights / total
-    return Own(probs, float(total.log() - _sum(weights.mul_(shifted)) / total))
+    return ModelDistribution(probs, float(total.log() - _sum(weights.mul_(shifted)) / total))
 
 
 @torch.no_grad()
-def summarize(logits: Tensor, own: Own, chosen_id: int, k: int) -> Distribution:
+def summarize(logits: Tensor, own: ModelDistribution, chosen_id: int, k: int) -> Distribution:
     """Reduce logits (rows, vocab) in fp32.
 
     ``kl`` is KL(own ‖ row) in nats. ``chosen_rank`` counts the tokens strictly

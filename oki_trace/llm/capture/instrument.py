@@ -15,18 +15,16 @@ from importlib.metadata import version
 from typing import Any
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.capture.anatomy import Anatomy, dissect, input_device
+from oki_trace.llm.capture.anatomy import Anatomy, dissect
 from oki_trace.llm.capture.checks import cache_difference, checked_attention, checked_lens
 from oki_trace.llm.capture.fingerprint import Fingerprint, fingerprint, tokenizer_fingerprint
-from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.capture.lens import LensProjection, LogitLens
 from oki_trace.llm.capture.probe import Probe
 from oki_trace.llm.capture.reply_checks import ReplyChecker
+from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
 from oki_trace.llm.capture.vocabulary import Vocabulary, is_mistral_common
 from oki_trace.llm.decoding.model_lock import exclusive, uncompiled
-from oki_trace.llm.fast.draft_lens import MOST_KEPT, Draft, Shortlist
-from oki_trace.llm.fast.step_graph import StepGraph
-from oki_trace.llm.fast.torchscript import step_graph
-from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.llm.loading.model_classes import TEXT_ONLY, takes_more_than_text
 from oki_trace.records import CapturePolicy, CaptureReport
 
@@ -40,11 +38,10 @@ class Instrument:
     vocabulary: Vocabulary
     anatomy: Anatomy
     probe: Probe
-    graph: StepGraph | None
     lens: LogitLens | None
     lens_check: float | None
     lens_reason: str | None
-    shortlist: Shortlist | None
+    fast: Speedups
     attention_layers: tuple[int, ...]
     attention_check: float | None
     full_rows: bool
@@ -56,10 +53,12 @@ class Instrument:
         """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
         return any(hasattr(module, "_hf_hook") for module in self.model.modules())
 
-    def draft_for(self, policy: CapturePolicy) -> Draft | None:
-        """What drafts the lens of one reply, where that may be less than exact."""
-        drafted = self._shortlist_for(policy)
-        return None if drafted is None else drafted.draft()
+    def draft_for(self, policy: CapturePolicy) -> LensProjection | None:
+        """The draft of the lens for one reply, where it may be less than exact."""
+        draft = self.fast.draft_lens
+        if draft is None or self._no_draft(policy) is not None:
+            return None
+        return draft.projection()
 
     def checker(self) -> ReplyChecker:
         """What checks the numbers of one reply."""
@@ -68,13 +67,20 @@ class Instrument:
             checker.note(f"traced {TEXT_ONLY}")
         return checker
 
-    def _shortlist_for(self, policy: CapturePolicy) -> Shortlist | None:
-        exact = policy.tensors == "exact" or policy.topk_lens > MOST_KEPT
-        return None if exact else self.shortlist
+    def _no_draft(self, policy: CapturePolicy) -> str | None:
+        """Why the lens of a reply under ``policy`` is not drafted."""
+        if self.fast.draft_lens is None:
+            return self.fast.off[DRAFT_LENS]
+        if policy.tensors == "exact":
+            return "exact tensors were asked for"
+        most = self.fast.draft_lens.max_top_k
+        if policy.topk_lens > most:
+            return f"more than {most} tokens per layer were asked for"
+        return None
 
     def report(self, policy: CapturePolicy) -> CaptureReport:
         """What a reply traced under ``policy`` will hold."""
-        drafted = self._shortlist_for(policy)
+        no_draft, draft = self._no_draft(policy), self.fast.draft_lens
         parameter = self.model.get_input_embeddings().weight
         return CaptureReport(
             policy=policy,
@@ -89,8 +95,9 @@ class Instrument:
             logit_lens_available=self.lens is not None,
             lens_reason=self.lens_reason,
             lens_check=self.lens_check,
-            lens_draft=None if drafted is None else drafted.error,
+            lens_draft=draft.error if draft and no_draft is None else None,
             cache_check=self.cache_check,
+            speedups={**self.fast.off, DRAFT_LENS: no_draft},
             versions=f"transformers {version('transformers')}, torch {version('torch')}",
         )
 
@@ -103,6 +110,11 @@ class _Checked:
     parts: dict[str, Any]
     vocabulary: Vocabulary
     of_tokenizer: tuple[Any, ...]
+
+    def is_stale(self, model: Any) -> bool:
+        """Whether the model was changed, or fast paths were switched on or off."""
+        fast: Speedups = self.parts["fast"]
+        return fast.are_off != are_off() or self.fingerprint != fingerprint(model)
 
 
 # Beside the models, not on them: they can be copied, pickled and collected as before.
@@ -123,7 +135,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     with exclusive(model):
         found = _checked.get(model)
         of_tokenizer = tokenizer_fingerprint(tokenizer)
-        if found is None or found.fingerprint != fingerprint(model):
+        if found is None or found.is_stale(model):
             _checked.pop(model, None)
             parts = _parts(model)
             # After the checks, which may have let the model set itself up.
@@ -145,14 +157,14 @@ def _parts(model: Any) -> dict[str, Any]:
     attention = checked_attention(model, anatomy)
     probe = Probe(anatomy, attention.tap)
     lens = checked_lens(model, anatomy, probe)
+    drafted = lens.lens if lens.drafts_from else None
     return {
         "anatomy": anatomy,
         "probe": probe,
-        "graph": step_graph(model, anatomy, probe),
         "lens": lens.lens,
         "lens_check": lens.error,
         "lens_reason": lens.reason,
-        "shortlist": lens.shortlist,
+        "fast": speedups(model, anatomy, probe, drafted, lens.drafts_from),
         "attention_layers": attention.layers,
         "attention_check": attention.error,
         "full_rows": attention.full_rows,

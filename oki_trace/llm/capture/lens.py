@@ -22,7 +22,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,15 @@ from oki_trace.llm.loading.hardware import computing_dtype
 # 1e-5, 16-bit weights below 5e-2 in log-probability.
 TOLERANCE = {torch.float32: 1e-4}
 TOLERANCE_16_BIT = 1e-1
+# The largest |Δprob| of a drafted lens against the whole one in float32.
+DRAFT_TOLERANCE = 1e-3
+
+
+class LensProjection(Protocol):
+    """Projects the hidden states of several steps to logits; see ``LogitLens.each``."""
+
+    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+        """Each step's logits (layers, vocab)."""
 
 
 @dataclass(frozen=True)

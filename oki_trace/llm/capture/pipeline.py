@@ -48,7 +48,7 @@ def capture(
         instrument.model,
         instrument.tokenizer,
         instrument.probe,
-        instrument.graph,
+        instrument.fast,
         prompt.token_ids,
         generation,
         checker.note,
@@ -79,9 +79,9 @@ def _follow(
     for raw in steps:
         stopped = raw.finished is None and should_stop()
         last = stopped or raw.finished is not None
-        step, unlensed = step_of(raw, instrument.vocabulary, policy, checker, last=last)
+        step, pending = step_of(raw, instrument.vocabulary, policy, checker, last=last)
         # Only now: a lens is of a step that was handed over.
-        behind.add(unlensed)
+        behind.add(pending)
         yield step, "stopped" if stopped else raw.finished
         yield from behind.ready()
         if stopped:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from oki_trace.llm.capture.anatomy import Anatomy, stream_of
-from oki_trace.llm.capture.attention import AttentionTap, Seen
-from oki_trace.llm.fast.kv_cache import BufferPool
+from oki_trace.llm.capture.attention import AttentionTap
+from oki_trace.llm.capture.buffers import BufferPool
+from oki_trace.llm.decoding.forward_pass import AttentionCapture
 
 
 class Probe:
@@ -25,7 +26,7 @@ class Probe:
         self._axis = anatomy.position_axis
         self._tap = tap
         self._hidden: dict[int, Tensor] = {}
-        self._shelf = BufferPool(0)
+        self._pool = BufferPool(0)
 
     def take_hidden(self) -> tuple[Tensor, ...]:
         """L+1 rows (width,): the input of block 1, then what each block put out.
@@ -35,7 +36,7 @@ class Probe:
         hidden, self._hidden = self._hidden, {}
         return tuple(hidden[layer] for layer in sorted(hidden))
 
-    def take_attention(self, outputs: Any) -> Seen:
+    def take_attention(self, outputs: Any) -> AttentionCapture:
         """By layer, of the pass that gave ``outputs``; empty when it has none."""
         return self._tap.take(outputs) if self._tap else {}
 
@@ -51,12 +52,12 @@ class Probe:
             yield arguments
 
     @contextmanager
-    def attached(self, *, shelved: bool = True) -> Iterator[None]:
+    def attached(self, *, pooled: bool = True) -> Iterator[None]:
         """Watch the model while this context lasts.
 
-        With ``shelved``, the places of what is kept of the first pass are made together.
+        With ``pooled``, the buffers for the first pass are allocated together.
         """
-        self._shelf = BufferPool(len(self._blocks) + 1 if shelved else 0)
+        self._pool = BufferPool(len(self._blocks) + 1 if pooled else 0)
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(
@@ -87,4 +88,4 @@ class Probe:
 
         The axis before that of the positions is the batch of one.
         """
-        return self._shelf.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))
+        return self._pool.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))

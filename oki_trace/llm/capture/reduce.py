@@ -14,13 +14,17 @@ import torch
 from torch import Tensor
 
 from oki_trace.llm.capture.attention import Rows, rows_of
-from oki_trace.llm.capture.distribution import Distribution, Own, own_distribution, summarize
-from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.capture.distribution import (
+    Distribution,
+    ModelDistribution,
+    own_distribution,
+    summarize,
+)
+from oki_trace.llm.capture.lens import LensProjection, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
 from oki_trace.llm.decoding.sampling import decide
-from oki_trace.llm.fast.draft_lens import Draft
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step
 from oki_trace.records import Tensor as TensorRecord
 
@@ -36,7 +40,7 @@ class PendingLens:
     step_index: int
     token_id: int
     hidden: tuple[Tensor, ...]
-    own: Own
+    own: ModelDistribution
     last: Distribution
     logits: Tensor | None
 
@@ -63,17 +67,17 @@ def step_of(
         checker.check_attention(raw.step_index, rows)
     if not checker.attention_holds:
         rows = {}
-    unlensed = PendingLens(
+    pending = PendingLens(
         raw.step_index, raw.token_id, raw.hidden, own, row, logits if due else None
     )
-    return _step(raw, rows, row, vocabulary, policy), unlensed
+    return _step(raw, rows, row, vocabulary, policy), pending
 
 
 @torch.no_grad()
 def lenses_of(
     steps: Sequence[PendingLens],
     lens: LogitLens,
-    draft: Draft | None,
+    draft: LensProjection | None,
     checker: ReplyChecker,
     vocabulary: Vocabulary,
     k: int,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from oki_trace.llm.capture.attention import Rows
-from oki_trace.llm.capture.lens import LensCheck, LogitLens
-from oki_trace.llm.fast.draft_lens import PROB_BOUND
+from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LensCheck, LogitLens
 from oki_trace.records import ReplyChecks
 
 # What rounding leaves of 1 in a row of float32 weights, and of 16-bit ones.
@@ -48,7 +47,7 @@ class ReplyChecker:
 
     @property
     def draft_holds(self) -> bool:
-        return self._draft is None or self._draft <= PROB_BOUND
+        return self._draft is None or self._draft <= DRAFT_TOLERANCE
 
     def is_due(self, step_index: int, *, last: bool) -> bool:
         """Whether a step is checked: the first, each power of two, the last."""
@@ -77,7 +76,7 @@ class ReplyChecker:
         """Hold drafted logits (layers, vocab) against those of the whole lens."""
         error = float((drafted.softmax(-1) - whole.softmax(-1)).abs().max())
         self._draft = max(self._draft or 0.0, error)
-        if not error <= PROB_BOUND:
+        if not error <= DRAFT_TOLERANCE:
             self.note(
                 f"from step {step_index} on the lens was computed in float32 throughout, as its "
                 f"draft was off by {error:.2g} in probability"

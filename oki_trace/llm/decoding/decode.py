@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.capture.anatomy import input_device
-from oki_trace.llm.capture.attention import Seen
-from oki_trace.llm.capture.probe import Probe
 from oki_trace.llm.decoding.forward import Forward
+from oki_trace.llm.decoding.forward_pass import AttentionCapture, FastPaths, Watcher
 from oki_trace.llm.decoding.generation import arguments_of, generate_of, stop_reason
 from oki_trace.llm.decoding.sampling import Choice, choose
-from oki_trace.llm.fast.step_graph import StepGraph
+from oki_trace.llm.loading.hardware import input_device
 from oki_trace.records import Generation
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ class RawStep:
     logits: Tensor
     choice: Choice
     hidden: tuple[Tensor, ...]
-    attention: Seen
+    attention: AttentionCapture
     elapsed_ms: float
     finished: str | None
 
@@ -55,8 +53,8 @@ class RawStep:
 def decode(
     model: Any,
     tokenizer: Any,
-    probe: Probe,
-    graph: StepGraph | None,
+    watcher: Watcher,
+    fast: FastPaths,
     prompt_ids: tuple[int, ...],
     generation: Generation,
     note: Callable[[str], None] = log.debug,
@@ -64,7 +62,7 @@ def decode(
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
-    ``note`` is told what was given up to stay exact. Close the iterator to stop
+    ``note`` receives a sentence about each fast path that was given up. Close the iterator to stop
     early. Raises CaptureError on NaN or infinite logits, and when the sampling
     settings leave no token. ``forced``: the tokens to say, whatever would be chosen.
     """
@@ -73,8 +71,8 @@ def decode(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
-        probe=probe,
-        graph=graph,
+        watcher=watcher,
+        fast=fast,
         seed=generation.seed,
         note=note,
         forced=forced,
@@ -100,8 +98,8 @@ def _loop(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    probe: Probe,
-    graph: StepGraph | None,
+    watcher: Watcher,
+    fast: FastPaths,
     seed: int | None,
     note: Callable[[str], None],
     forced: Sequence[int] | None,
@@ -114,15 +112,15 @@ def _loop(
         if seed is not None:
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
-    forward = Forward(model, probe, graph, generation_config, model_kwargs, new_tokens, note)
-    with probe.attached(), model._optimize_model_for_decode():
+    forward = Forward(model, watcher, fast, generation_config, model_kwargs, new_tokens, note)
+    with watcher.attached(), model._optimize_model_for_decode():
         for step_index in range(new_tokens):
             started = time.perf_counter()
             # 1. the model's own forward pass, watched. Before the processors: there are
             # some that run the model once more.
-            seen = forward(input_ids)
+            forward_pass = forward(input_ids)
             # 2. the choice, by what the sampling settings make of its distribution
-            raw = seen.logits.to(input_ids.device, torch.float32)[None]
+            raw = forward_pass.logits.to(input_ids.device, torch.float32)[None]
             _refuse_broken(raw, step_index)
             choice = choose(logits_processor, input_ids, raw, generator)
             if forced is not None:
@@ -138,10 +136,10 @@ def _loop(
                 step_index=step_index,
                 position=prompt_len + step_index,
                 token_id=token_id,
-                logits=seen.logits,
+                logits=forward_pass.logits,
                 choice=choice,
-                hidden=seen.hidden,
-                attention=seen.attention,
+                hidden=forward_pass.hidden,
+                attention=forward_pass.attention,
                 elapsed_ms=elapsed_ms,
                 finished=stop_reason(token_id, input_ids.shape[1], generation_config)
                 if done

@@ -1,13 +1,13 @@
-"""The lens of a float32 model for less than half its price, and how far it may be off.
+"""The lens of a float32 model for less than half the cost, with a bounded error.
 
-Most of a lens is the head, applied to every layer of every step. Here a draft
-of all logits is made with the head in bfloat16, and the tokens that matter, the
-best of each layer with the model's own, are scored again in float32: these are
-exact, as is the order of the best. What is left to the draft is the sum over
-the many unlikely tokens, so a probability may be off by ``PROB_BOUND``.
+Most of a lens is the head, applied to every layer of every step. Here the logits
+are first drafted with the head in bfloat16; then the best tokens of each layer
+and those that the model itself ranked high are computed again in float32, so these
+and their order are exact. The draft remains in the sum over the many unlikely
+tokens, so a probability may be off by ``DRAFT_TOLERANCE``.
 
-Used on CPUs that multiply bfloat16 natively, for a large vocabulary, where the
-numbers found at load allow it; never where exact tensors were asked for.
+Used on CPUs with bfloat16 instructions, for a large vocabulary, where the error
+measured at load allows it; never where exact tensors are asked for.
 """
 
 from __future__ import annotations
@@ -22,117 +22,127 @@ from torch.nn.functional import linear
 
 from oki_trace.llm.capture.anatomy import Anatomy
 from oki_trace.llm.capture.distribution import top_k
-from oki_trace.llm.capture.lens import TOLERANCE, LogitLens
+from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, TOLERANCE, LogitLens
 from oki_trace.llm.loading.hardware import has_native_bfloat16
 
-# The largest |Δprob| against the whole lens in float32.
-PROB_BOUND = 1e-3
-# Tokens of each layer that are scored again, several times what is kept of it.
-SCORED = 64
-MOST_KEPT = SCORED // 4
-# Below this a head is not what a step waits for.
+# Tokens of each layer that are computed again, several times the number that is kept.
+RESCORED = 64
+MAX_TOP_K = RESCORED // 4
+# With a smaller vocabulary the head is not the bottleneck of a step.
 LARGE_VOCABULARY = 8192
 
 
-@dataclass(frozen=True)
-class Shortlist:
-    """What a draft of one model's lens is made with; ``error`` is the |Δprob| found at load.
+class NoDraft(Exception):
+    """The lens of this model is not drafted; the message says why."""
 
-    ``twice`` are the dimensions of the states that the head takes in two halves,
-    upper and lower bits: in a few of them states are so large that rounding them
-    would move all logits together, which no sum over tokens averages out.
+
+@dataclass(frozen=True)
+class DraftLens:
+    """The draft of one model's lens; ``error`` is the largest |Δprob| measured at load.
+
+    ``split`` are the dimensions of the states that enter the head as two halves, upper
+    and lower bits: in a few dimensions states are so large that rounding them would
+    shift all logits together, which no sum over tokens averages out.
     """
 
     lens: LogitLens
     head: nn.Linear
-    twice: Tensor
+    split: Tensor
     error: float
+    max_top_k: int = MAX_TOP_K
 
-    def draft(self) -> Draft:
+    def projection(self) -> DraftProjection:
         """For one reply: weights may change between two."""
-        return Draft(self.lens, self.head, self.twice)
+        return DraftProjection(self.lens, self.head, self.split)
 
 
-class Draft:
+class DraftProjection:
     """Projects residual streams as ``LogitLens`` does, within the bounds of this module."""
 
-    def __init__(self, lens: LogitLens, head: nn.Linear, twice: Tensor) -> None:
+    def __init__(self, lens: LogitLens, head: nn.Linear, split: Tensor) -> None:
         self._lens = lens
         self._head = head.weight.detach()
-        self._twice = twice
+        self._split = split
         self._rounded: Tensor | None = None
 
     @torch.no_grad()
     def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
-        """As ``LogitLens.each``, for k up to ``MOST_KEPT``."""
+        """As ``LogitLens.each``, for k up to ``MAX_TOP_K``."""
         if self._rounded is None:
             self._rounded = self._round()
         states = self._lens.states(hidden)
         upper = states.bfloat16()
-        lower = (states - upper)[:, self._twice].bfloat16()
+        lower = (states - upper)[:, self._split].bfloat16()
         drafts = linear(torch.cat([upper, lower], 1), self._rounded)
         layers = len(hidden) // len(wanted)
         parts = (x.split(layers) for x in (drafts, states, hidden))
-        for ids, draft, seen, streams in zip(wanted, *parts, strict=True):
-            logits, unsure = self._scored(draft.float(), seen, ids, k)
+        for ids, draft, step_states, streams in zip(wanted, *parts, strict=True):
+            logits, unsure = self._rescored(draft.float(), step_states, ids, k)
             if unsure.any():
                 logits[unsure] = self._lens.project(streams[unsure])
             yield logits
 
     def _round(self) -> Tensor:
         vocab, width = self._head.shape
-        rounded = torch.empty(vocab, width + len(self._twice), dtype=torch.bfloat16)
+        rounded = torch.empty(vocab, width + len(self._split), dtype=torch.bfloat16)
         rounded[:, :width] = self._head
-        rounded[:, width:] = self._head[:, self._twice]
+        rounded[:, width:] = self._head[:, self._split]
         return rounded
 
-    def _scored(
+    def _rescored(
         self, logits: Tensor, states: Tensor, wanted: Tensor, k: int
     ) -> tuple[Tensor, Tensor]:
-        """A step's draft with its best tokens in float32, and the rows where k are not sure."""
-        best, ids = top_k(logits, SCORED)
+        """A step's draft with its best tokens in float32, and the rows whose top k are unsure."""
+        best, ids = top_k(logits, RESCORED)
         ids = torch.cat([ids.flatten(), wanted]).unique()
         scores = linear(states, self._head[ids])
         error = (scores - logits[:, ids]).abs().amax(-1)
         logits[:, ids] = scores
-        # No token left out may reach the k-th, were its draft twice as wrong as any seen.
+        # No token left out may reach the k-th, were its draft twice as wrong as any measured.
         unsure = ~(scores.topk(k, -1).values[:, -1] - 2 * error > best[:, -1])
         return logits, unsure
 
 
 @torch.no_grad()
-def shortlist(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> Shortlist | None:
-    """The way to draft this model's lens, held against the lens itself on streams (width,).
+def draft_lens(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> DraftLens:
+    """The draft of this model's lens, compared with the lens itself on streams (width,).
 
-    None where it is not worth it, where the head is more than one matrix, and
-    where the numbers differ.
+    Raises NoDraft where it does not apply, or where its numbers differ too much.
     """
     head = _plain_head(anatomy.model)
-    if head is None or hidden[0].ndim != 1 or anatomy.position_axis != 1:
-        return None
+    if hidden[0].ndim != 1 or anatomy.position_axis != 1:
+        raise NoDraft("the model has several residual streams")
     streams = torch.stack([h.to(head.weight.device) for h in hidden])
     weight, states = head.weight.detach(), lens.states(streams)
     if states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
-        return None
+        raise NoDraft("the head takes other states than the last norm returns")
     lost = (states - states.bfloat16()).square().mean(0) * weight.square().mean(0)
-    twice = lost.topk(weight.shape[1] // 8).indices
-    own = torch.zeros(0, dtype=torch.long)
-    drafted = next(Draft(lens, head, twice).each(streams, [own], MOST_KEPT))
+    split = lost.topk(weight.shape[1] // 8).indices
+    none_wanted = torch.zeros(0, dtype=torch.long)
+    drafted = next(DraftProjection(lens, head, split).each(streams, [none_wanted], MAX_TOP_K))
     whole = lens.project(streams)
     if drafted.shape != whole.shape:
-        return None
+        raise NoDraft("the head is more than one matrix")
     error = float((drafted.softmax(-1) - whole.softmax(-1)).abs().max())
-    best, ids = top_k(whole, MOST_KEPT)
-    apart = (drafted.gather(-1, ids) - best).abs() / best.abs().clamp_min(1)
-    if not (error <= PROB_BOUND / 2 and float(apart.max()) <= TOLERANCE[torch.float32]):
-        return None
-    return Shortlist(lens, head, twice, error)
+    best, ids = top_k(whole, MAX_TOP_K)
+    difference = (drafted.gather(-1, ids) - best).abs() / best.abs().clamp_min(1)
+    if not error <= DRAFT_TOLERANCE / 2:
+        raise NoDraft(f"its draft is off by {error:.2g} in probability")
+    if not float(difference.max()) <= TOLERANCE[torch.float32]:
+        raise NoDraft("something follows the head, such as a softcap")
+    return DraftLens(lens, head, split, error)
 
 
-def _plain_head(model: Any) -> nn.Linear | None:
+def _plain_head(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
-        return None
-    weight = head.weight
-    worth_it = weight.dtype == torch.float32 and weight.shape[0] >= LARGE_VOCABULARY
-    return head if worth_it and weight.device.type == "cpu" and has_native_bfloat16() else None
+        raise NoDraft("the head is not one plain matrix")
+    if head.weight.dtype != torch.float32:
+        raise NoDraft("the model does not compute in float32")
+    if head.weight.shape[0] < LARGE_VOCABULARY:
+        raise NoDraft("the vocabulary is small")
+    if head.weight.device.type != "cpu":
+        raise NoDraft("the model is not on the CPU")
+    if not has_native_bfloat16():
+        raise NoDraft("the CPU has no bfloat16 instructions")
+    return head

@@ -2,11 +2,11 @@
 
 On a CPU a small model spends up to a fifth of a step in Python, between its
 operations, and holds the interpreter's lock meanwhile. The operations are the
-same at every step, so they are written down once (``jit.py``), and steps run
-from there: the same operations on the same numbers, bit for bit.
+same at every step, so they are traced once (``torchscript.py``) and then
+replayed: the same operations on the same numbers, bit for bit.
 
-Nothing is taken on trust: the first step of every reply is run both ways. What
-a graph cannot stand for decodes as it always does.
+The first step of every reply is run both ways and compared. A model whose step
+is not such a graph decodes as usual.
 """
 
 from __future__ import annotations
@@ -18,45 +18,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
-from oki_trace.llm.capture.attention import LastQuery, Seen
-from oki_trace.llm.fast.kv_cache import CACHE_NAMES, PreallocatedLayer
+from oki_trace.llm.decoding.forward_pass import (
+    CACHE_NAMES,
+    AttentionCapture,
+    ForwardPass,
+    LastQuery,
+)
+from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights
 
-# What a model may be given at a step for that to be the step of the graph.
+# The inputs that a model may be given at a step that the graph replays.
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-# After so many tokens of a prompt, their own tensors take the memory that copies would.
+# After a prompt of so many tokens, its own tensors use the memory that copies would.
 LONG_PROMPT = 1024
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What the forward pass of one step leaves behind: see ``decode.RawStep``."""
-
-    logits: Tensor
-    hidden: tuple[Tensor, ...]
-    attention: Seen
-
-
-@dataclass(frozen=True)
-class Attends:
-    """Which of a cache's layers a layer's attention reads, and the scaling of its scores."""
+class AttendingLayer:
+    """Which cache layer the attention of a model layer reads, and the scaling of its scores."""
 
     layer: int
-    held_in: int
+    cache_layer: int
     scaling: float
 
 
 @dataclass(frozen=True)
 class StepGraph:
-    """One step of one model.
+    """The decode step of one model.
 
-    ``function`` takes a token (1, 1), its position (1, 1), a tensor as long as
-    there are tokens before it, the cache's tensors, keys and values in turn, the
-    ``weights``, and once more those used in ``products``, which may be packed. It
-    gives the logits (vocab,), the ``hidden`` rows, and the last query of each that
-    ``attends``.
+    ``function`` takes a token (1, 1), its position (1, 1), a tensor whose length is
+    the number of tokens before it, the cache's buffers (keys and values in turn), the
+    ``weights``, and once more those used in ``products``, which may be prepacked. It
+    returns the logits (vocab,), the ``hidden`` rows, and the last query of each layer
+    in ``attending``. ``not_prepacked`` says why no weights are.
     """
 
     function: Callable[..., tuple[Tensor, ...]]
@@ -65,10 +60,11 @@ class StepGraph:
     weights: tuple[str, ...]
     products: tuple[str, ...]
     copies: PrepackedWeights
+    not_prepacked: str | None
     implementation: str
     takes_positions: bool
     hidden: int
-    attends: tuple[Attends, ...]
+    attending: tuple[AttendingLayer, ...]
 
     @property
     def model(self) -> Any:
@@ -76,10 +72,10 @@ class StepGraph:
         return self.reference()
 
     def begin(self, inputs: Mapping[str, Any], steps: int) -> GraphRun | None:
-        """For the steps to come of a reply, the next of which the model would be given ``inputs``.
+        """Run the next ``steps`` of a reply, the first of which has the model's ``inputs``.
 
-        None where that is not the step of the graph. Weights are taken as they are now,
-        and copied only for many ``steps`` after a prompt that is not long.
+        None where that is not the step of the graph. Weights are read as they are now,
+        and prepacked only for many ``steps`` after a prompt that is not long.
         """
         cache = _cache_of(inputs)
         layers = preallocated_layers(cache)
@@ -102,13 +98,13 @@ class StepGraph:
         return GraphRun(self, cache, layers, [*weights.values(), *factors])
 
     def release_copies(self, prompt_tokens: int) -> None:
-        """Before a prompt of so many: copies give their memory back where it is long."""
+        """Free the prepacked copies before a long prompt."""
         if prompt_tokens > LONG_PROMPT:
             self.copies.drop()
 
 
 class GraphRun:
-    """Runs the steps of one reply, each upon the keys and values of those before it."""
+    """Runs the steps of one reply, each on the keys and values of those before it."""
 
     def __init__(
         self,
@@ -122,85 +118,79 @@ class GraphRun:
         self._layers = layers
         self._weights = weights
 
-    def takes(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether ``inputs`` are those of one more token, upon what it has run so far."""
+    def accepts(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether ``inputs`` are one more token after the steps it has run."""
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        there = self._layers[0].get_seq_length()
+        length = self._layers[0].get_seq_length()
         return (
             _cache_of(inputs) is self._cache
             and inputs["input_ids"].shape == (1, 1)
             and inputs.keys() <= {*_INPUTS, *CACHE_NAMES}
-            and (positions is None or positions.tolist() == [[there]])
-            and (mask is None or mask.shape == (1, there + 1))
+            and (positions is None or positions.tolist() == [[length]])
+            and (mask is None or mask.shape == (1, length + 1))
         )
 
-    def step(self, token: Tensor) -> Pass:
+    def step(self, token: Tensor) -> ForwardPass:
         """The pass of one more token, (1, 1)."""
-        there = self._layers[0].get_seq_length()
-        found = self._run(token, there)
+        length = self._layers[0].get_seq_length()
+        outputs = self._run(token, length)
         for layer in self._layers:
-            layer.show(there + 1)
-        return self._pass(found)
+            layer.set_length(length + 1)
+        return self._pass(outputs)
 
-    def agrees(self, token: Tensor, own: Callable[[], Pass]) -> tuple[bool, Pass]:
-        """Whether a step is, bit for bit, the model's ``own``, which is made after it and returned.
+    def matches_model(
+        self, token: Tensor, own: Callable[[], ForwardPass]
+    ) -> tuple[bool, ForwardPass]:
+        """Whether a step equals the model's ``own`` pass bit for bit; that pass, run second.
 
-        Both write to the same place of the cache. The logits are compared, the
-        hidden states, the queries, and what is written. If any differs, weights may
-        have changed unseen: copies of them are dropped.
+        Both write to the same place of the cache. Compared are the logits, the hidden
+        states, the queries, and the new keys and values. If any differs, weights may
+        have changed unseen, so their prepacked copies are dropped.
         """
-        there = self._layers[0].get_seq_length()
+        length = self._layers[0].get_seq_length()
         try:
-            found = self._run(token, there)
-        except Exception:  # TorchScript raises RuntimeError, packed weights anything
+            outputs = self._run(token, length)
+        except Exception:  # TorchScript raises RuntimeError, prepacked weights anything
             return False, own()
-        written = self._written(there)
+        written = self._new_entries(length)
         expected = own()
-        run = self._pass(found)
-        mine = [*_tensors(run), *written]
-        its = [*_tensors(expected), *self._written(there)]
-        same = run.attention.keys() == expected.attention.keys() and all(
-            torch.equal(left, right) for left, right in zip(mine, its, strict=True)
+        graph_pass = self._pass(outputs)
+        ours = [*_tensors(graph_pass), *written]
+        theirs = [*_tensors(expected), *self._new_entries(length)]
+        same = graph_pass.attention.keys() == expected.attention.keys() and all(
+            torch.equal(left, right) for left, right in zip(ours, theirs, strict=True)
         )
         if not same:
             self._graph.copies.drop()
         return same, expected
 
-    def _run(self, token: Tensor, there: int) -> tuple[Tensor, ...]:
-        rooms = [room for layer in self._layers for room in layer.room_for(1)]
-        # The optimizer may fuse what the model computes step by step.
+    def _run(self, token: Tensor, length: int) -> tuple[Tensor, ...]:
+        buffers = [buffer for layer in self._layers for buffer in layer.buffers(1)]
+        # The optimizer may fuse operations that the model computes one by one.
         with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._graph.function(token, *place_after(there), rooms, self._weights)
+            return self._graph.function(token, *position_after(length), buffers, self._weights)
 
-    def _written(self, there: int) -> list[Tensor]:
-        rooms = [room for layer in self._layers for room in layer.room_for(0)]
-        return [room.narrow(-2, there, 1).clone() for room in rooms]
+    def _new_entries(self, length: int) -> list[Tensor]:
+        buffers = [buffer for layer in self._layers for buffer in layer.buffers(0)]
+        return [buffer.narrow(-2, length, 1).clone() for buffer in buffers]
 
-    def _pass(self, found: tuple[Tensor, ...]) -> Pass:
-        logits, *rest = found
+    def _pass(self, outputs: tuple[Tensor, ...]) -> ForwardPass:
+        logits, *rest = outputs
         hidden, queries = rest[: self._graph.hidden], rest[self._graph.hidden :]
-        seen: Seen = {
-            a.layer: LastQuery(query, self._layers[a.held_in].keys[0], a.scaling, None, None)
-            for a, query in zip(self._graph.attends, queries, strict=True)
+        attention: AttentionCapture = {
+            a.layer: LastQuery(query, self._layers[a.cache_layer].keys[0], a.scaling, None, None)
+            for a, query in zip(self._graph.attending, queries, strict=True)
         }
-        return Pass(logits, tuple(hidden), seen)
+        return ForwardPass(logits, tuple(hidden), attention)
 
 
 def _cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
 
 
-def place_after(there: int) -> tuple[Tensor, Tensor]:
-    """The position of the token after so many, (1, 1), and a tensor of that length."""
-    return torch.tensor([[there]]), torch.zeros(1).expand(there)
-
-
-def preallocated_layers(cache: Any) -> list[PreallocatedLayer]:
-    """The layers of a cache that keeps nothing but growing keys and values; else none."""
-    if type(cache) is not DynamicCache:
-        return []
-    layers = [layer for layer in cache.layers if type(layer) is PreallocatedLayer and layer.roomy]
-    return layers if len(layers) == len(cache.layers) else []
+def position_after(length: int) -> tuple[Tensor, Tensor]:
+    """The position of the token after ``length`` tokens, (1, 1), and a tensor of that length."""
+    return torch.tensor([[length]]), torch.zeros(1).expand(length)
 
 
 def is_plain(model: nn.Module) -> bool:
@@ -234,6 +224,8 @@ def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _tensors(found: Pass) -> list[Tensor]:
-    rows = (row.query if isinstance(row, LastQuery) else row for row in found.attention.values())
-    return [found.logits, *found.hidden, *rows]
+def _tensors(forward_pass: ForwardPass) -> list[Tensor]:
+    rows = (
+        row.query if isinstance(row, LastQuery) else row for row in forward_pass.attention.values()
+    )
+    return [forward_pass.logits, *forward_pass.hidden, *rows]

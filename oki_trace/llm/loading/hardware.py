@@ -83,6 +83,14 @@ def native_dtype(own: torch.dtype | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if own == torch.bfloat16 and device.type == "xpu" else torch.float16
 
 
+def input_device(model: Any) -> torch.device:
+    """The device for the model's token ids; offloaded embeddings have none of their own."""
+    embeddings = model.get_input_embeddings()
+    hook = getattr(embeddings, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    return embeddings.weight.device if execution is None else torch.device(execution)
+
+
 def computing_dtype(model: Any) -> torch.dtype:
     """What the model computes in, in this thread: its own dtype, or that of autocast."""
     own: torch.dtype = model.dtype

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from oki_trace.llm.capture.attention import rows_of
 from oki_trace.llm.capture.instrument import Instrument, instrument
+from oki_trace.llm.decoding import forward_pass
 from oki_trace.llm.decoding.decode import RawStep, decode
 from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.fast import kv_cache, prepacked
@@ -65,7 +66,8 @@ def decoded(
 ) -> list[RawStep]:
     generation = generation_of(made.model, sampling or Sampling(STEPS), len(prompt))
     tokenizer = tokenizer or tiny.tokenizer()
-    return list(decode(made.model, tokenizer, made.probe, graph, prompt, generation))
+    fast = replace(made.fast, step_graph=graph)
+    return list(decode(made.model, tokenizer, made.probe, fast, prompt, generation))
 
 
 def ids(steps: list[RawStep]) -> list[int]:
@@ -98,7 +100,7 @@ def test_every_step_leaves_what_the_model_leaves(
     for sampling in (Sampling(STEPS), Sampling(STEPS, temperature=1.5, seed=3)):
         for prompt in (PROMPT, (200,), tuple(range(3, 40))):
             before = len(ran)
-            steps = decoded(made, made.graph, sampling, prompt)
+            steps = decoded(made, made.fast.step_graph, sampling, prompt)
             assert len(ran) - before == STEPS - OWN_STEPS
             assert_same(steps, decoded(made, None, sampling, prompt))
             assert len(ran) - before == STEPS - OWN_STEPS
@@ -114,7 +116,7 @@ def test_a_real_reply(
     model: Any = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=getattr(torch, dtype))
     made = instrument(endless(model.eval()), tokenizer)
     prompt = tuple(tokenizer("A lighthouse keeper told me about the sea.")["input_ids"])
-    steps = decoded(made, made.graph, prompt=prompt, tokenizer=tokenizer)
+    steps = decoded(made, made.fast.step_graph, prompt=prompt, tokenizer=tokenizer)
     assert len(ran) == STEPS - OWN_STEPS
     assert ids(steps) == generated(model, prompt)
     assert_same(steps, decoded(made, None, prompt=prompt, tokenizer=tokenizer))
@@ -123,9 +125,9 @@ def test_a_real_reply(
 def test_steps_go_on_when_the_room_is_used_up(
     monkeypatch: pytest.MonkeyPatch, ran: list[int]
 ) -> None:
-    monkeypatch.setattr(kv_cache, "ROOM", 8)
+    monkeypatch.setattr(kv_cache, "MAX_SPARE", 8)
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
-    steps = decoded(made, made.graph)
+    steps = decoded(made, made.fast.step_graph)
     assert len(ran) == STEPS - OWN_STEPS
     assert_same(steps, decoded(made, None))
 
@@ -136,7 +138,7 @@ def test_rows_worked_out_later_are_those_of_their_step() -> None:
     at_once = []
     generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
     steps = []
-    for step in decode(made.model, tiny.tokenizer(), made.probe, made.graph, PROMPT, generation):
+    for step in decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation):
         at_once.append(rows_of(step.attention))
         steps.append(step)
     for rows, step in zip(at_once, steps, strict=True):
@@ -151,7 +153,7 @@ def test_rows_worked_out_later_are_those_of_their_step() -> None:
 def held_before(layer: Any, given: dict[str, Any]) -> int:
     """How many tokens the cache holds that a layer is given."""
     cache = next(
-        (given[name] for name in kv_cache.CACHE_NAMES if given.get(name) is not None), None
+        (given[name] for name in forward_pass.CACHE_NAMES if given.get(name) is not None), None
     )
     return cache.get_seq_length(layer.self_attn.layer_idx) if cache is not None else 0
 
@@ -219,13 +221,13 @@ UNFIT: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("what", UNFIT)
 def test_a_model_that_does_not_fit_has_no_graph(what: str) -> None:
-    assert instrument(UNFIT[what](), tiny.tokenizer()).graph is None
+    assert instrument(UNFIT[what](), tiny.tokenizer()).fast.step_graph is None
 
 
 @pytest.mark.parametrize("cls", [DecidesByLength, CountsTokens])
 def test_such_a_model_decodes_as_it_does(cls: type[nn.Module]) -> None:
     made = instrument(endless(with_layer(cls)), tiny.tokenizer())
-    assert ids(decoded(made, made.graph)) == generated(made.model)
+    assert ids(decoded(made, made.fast.step_graph)) == generated(made.model)
 
 
 def hook_it(model: Any) -> None:
@@ -255,9 +257,9 @@ def test_a_model_changed_after_it_was_loaded_is_run_as_it_is_now(
     change: Callable[[Any], None], ran: list[int]
 ) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
-    assert made.graph is not None
+    assert made.fast.step_graph is not None
     change(made.model)
-    steps = decoded(made, made.graph)
+    steps = decoded(made, made.fast.step_graph)
     assert len(steps) == STEPS and not ran
     if change is not hook_it:  # which counts its calls
         assert ids(steps) == generated(made.model)
@@ -268,21 +270,21 @@ def test_a_model_changed_after_it_was_loaded_is_run_as_it_is_now(
 def test_weights_changed_between_two_replies(dtype: torch.dtype, seen: bool) -> None:
     model = endless(tiny.model("llama").to(dtype))
     made = instrument(model, tiny.tokenizer())
-    first = ids(decoded(made, made.graph))
+    first = ids(decoded(made, made.fast.step_graph))
     assert first == generated(model)
     for parameter in model.model.layers.parameters():
         with torch.no_grad():
             (parameter if seen else parameter.data).mul_(0.5)
     for _ in range(2):
-        steps = ids(decoded(made, made.graph))
+        steps = ids(decoded(made, made.fast.step_graph))
         assert steps == generated(model) != first
 
 
 @pytest.mark.parametrize("wrong", ["numbers", "an error"])
 def test_a_graph_that_goes_wrong_is_not_used(wrong: str, ran: list[int]) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
-    assert made.graph is not None
-    function = made.graph.function
+    assert made.fast.step_graph is not None
+    function = made.fast.step_graph.function
 
     def broken(*arguments: Any) -> Any:
         if wrong == "an error":
@@ -290,27 +292,28 @@ def test_a_graph_that_goes_wrong_is_not_used(wrong: str, ran: list[int]) -> None
         logits, *rest = function(*arguments)
         return (logits.nextafter(logits + 1), *rest)
 
-    assert ids(decoded(made, replace(made.graph, function=broken))) == generated(made.model)
+    graph = replace(made.fast.step_graph, function=broken)
+    assert ids(decoded(made, graph)) == generated(made.model)
     assert not ran
 
 
 def test_a_cut_short_reply_does_not_reach_into_the_next(ran: list[int]) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
-    steps = decode(made.model, tiny.tokenizer(), made.probe, made.graph, PROMPT, generation)
+    steps = decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation)
     for _ in range(5):
         next(steps)
     steps.close()
     assert len(ran) == 3
-    assert ids(decoded(made, made.graph)) == generated(made.model)
+    assert ids(decoded(made, made.fast.step_graph)) == generated(made.model)
 
 
-# PrepackedWeights of the weights
+# Prepacked copies of the weights
 
 
 def copies_of(made: Instrument) -> list[Tensor]:
-    assert made.graph is not None
-    return made.graph.copies._copies
+    assert made.fast.step_graph is not None
+    return made.fast.step_graph.copies._copies
 
 
 def bfloat16_model() -> Any:
@@ -322,17 +325,18 @@ def bfloat16_model() -> Any:
 @needs_bfloat16
 def test_copies_are_made_once_and_of_the_weights_in_use(ran: list[int]) -> None:
     made = instrument(bfloat16_model(), tiny.tokenizer())
-    assert made.graph is not None and len(made.graph.products) > 5
+    assert made.fast.step_graph is not None and len(made.fast.step_graph.products) > 5
     assert not copies_of(made)
-    steps = decoded(made, made.graph)
+    steps = decoded(made, made.fast.step_graph)
     first = copies_of(made)
-    assert len(first) == len(made.graph.products) and all(copy.is_mkldnn for copy in first)
+    assert len(first) == len(made.fast.step_graph.products)
+    assert all(copy.is_mkldnn for copy in first)
     assert_same(steps, decoded(made, None))
-    decoded(made, made.graph)
+    decoded(made, made.fast.step_graph)
     assert copies_of(made) is first
     with torch.no_grad():
         made.model.lm_head.weight.mul_(2)
-    steps = decoded(made, made.graph)
+    steps = decoded(made, made.fast.step_graph)
     assert copies_of(made) is not first
     assert_same(steps, decoded(made, None))
 
@@ -350,11 +354,11 @@ def test_no_copies_where_they_are_not_worth_it(
         free = SimpleNamespace(available=100_000)
         monkeypatch.setattr("psutil.virtual_memory", lambda: free)
     else:
-        decoded(made, made.graph)
+        decoded(made, made.fast.step_graph)
         assert copies_of(made)
         monkeypatch.setattr(module, "LONG_PROMPT", 4)
     before = len(ran)
-    steps = decoded(made, made.graph, Sampling(count))
+    steps = decoded(made, made.fast.step_graph, Sampling(count))
     assert not copies_of(made) and len(ran) - before == count - OWN_STEPS
     assert_same(steps, decoded(made, None, Sampling(count)))
 
@@ -364,12 +368,12 @@ def test_no_product_is_changed_where_the_two_ways_round_differently(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = bfloat16_model()
-    assert len(prepacked.matrices(model)) > 5
+    assert len(prepacked.prepackable(model).weights) > 5
     with monkeypatch.context() as patched:
         patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
-        assert not prepacked.matrices(model)
-    assert not prepacked.matrices(model.float())
+        assert not prepacked.prepackable(model).weights
+    assert not prepacked.prepackable(model.float()).weights
     # Smaller ones torch multiplies by itself, in another order.
-    monkeypatch.setattr(prepacked, "LEAST", 0)
+    monkeypatch.setattr(prepacked, "MIN_SIZE", 0)
     small = configs.build("llama", hidden_size=48, intermediate_size=48).bfloat16()
-    assert not prepacked.matrices(small)
+    assert not prepacked.prepackable(small).weights

@@ -7,10 +7,12 @@ checked on a shorter text says nothing of a longer one.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from oki_trace.llm.capture.anatomy import Anatomy
+from torch import nn
+
 from oki_trace.llm.decoding.generation import context_length
 
 _NAMES = re.compile("window(?!_layers)|chunk|block_size|index_topk|local_att|original_max_position")
@@ -43,12 +45,11 @@ def special_lengths(model: Any) -> list[int]:
     return sorted(length for length in _named(config) if length <= most)
 
 
-def checkable(model: Any, anatomy: Anatomy) -> Checkable:
+def checkable(model: Any, blocks: Sequence[nn.Module], device: str) -> Checkable:
     """Those that a pass of this model over a longer text can be made for in a few seconds."""
-    blocks = sum(p.numel() for block in anatomy.blocks for p in block.parameters())
-    kind = anatomy.probe_ids.device.type
-    operations = _MOST_OPERATIONS.get(kind, _MOST_OPERATIONS_ELSEWHERE)
-    most = min(_MOST_TOKENS, operations / (2 * max(blocks, 1)))
+    parameters = sum(p.numel() for block in blocks for p in block.parameters())
+    operations = _MOST_OPERATIONS.get(device, _MOST_OPERATIONS_ELSEWHERE)
+    most = min(_MOST_TOKENS, operations / (2 * max(parameters, 1)))
     lengths = special_lengths(model)
     tried = [length for length in lengths if length + BEYOND <= most]
     left_out = lengths[len(tried) :]

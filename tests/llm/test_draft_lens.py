@@ -11,9 +11,9 @@ import torch
 
 from oki_trace.llm.capture.anatomy import dissect
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
-from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LogitLens
 from oki_trace.llm.fast import draft_lens as module
-from oki_trace.llm.fast.draft_lens import MOST_KEPT, PROB_BOUND, Draft, Shortlist, shortlist
+from oki_trace.llm.fast.draft_lens import MAX_TOP_K, DraftLens, DraftProjection, NoDraft, draft_lens
 from oki_trace.records import CapturePolicy, ChatMessage, Lens, ReplyChecks, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -34,10 +34,13 @@ def large(model_type: str = "llama", **changes: Any) -> Any:
     return configs.build(model_type, vocab_size=LARGE, hidden_size=64, **changes)
 
 
-def found(model: Any, streams: torch.Tensor | None = None) -> Shortlist | None:
+def found(model: Any, streams: torch.Tensor | None = None) -> DraftLens | None:
     anatomy = dissect(model)
     hidden = torch.randn(LAYERS, 64, dtype=model.dtype) if streams is None else streams
-    return shortlist(LogitLens(anatomy), anatomy, list(hidden))
+    try:
+        return draft_lens(LogitLens(anatomy), anatomy, list(hidden))
+    except NoDraft:
+        return None
 
 
 def lenses(made: Instrument, policy: CapturePolicy, sampling: Sampling) -> list[Lens]:
@@ -45,8 +48,11 @@ def lenses(made: Instrument, policy: CapturePolicy, sampling: Sampling) -> list[
     asked = [ChatMessage(Role.USER, "Write a story about a lighthouse keeper and the sea.")]
     trace_turn(made, "smollm2", asked, sampling, policy, [kept])
     assert kept.started is not None and kept.started.capture.lens_check is not None
-    drafted = kept.started.capture.lens_draft
-    assert drafted is None if policy.tensors == "exact" else 0 < (drafted or 0) <= PROB_BOUND / 2
+    error = kept.started.capture.lens_draft
+    if policy.tensors == "exact":
+        assert error is None
+    else:
+        assert error is not None and 0 < error <= DRAFT_TOLERANCE / 2
     return kept.lenses
 
 
@@ -67,8 +73,8 @@ def test_a_real_reply_with_and_without_a_draft(
         assert (one.token_ids == other.token_ids).all()
         assert one.settle_layer == other.settle_layer
         assert one.logits == pytest.approx(other.logits, abs=1e-4, rel=1e-5)
-        assert np.abs(one.probs - other.probs).max() <= PROB_BOUND
-        assert np.abs(one.chosen_prob - other.chosen_prob).max() <= PROB_BOUND
+        assert np.abs(one.probs - other.probs).max() <= DRAFT_TOLERANCE
+        assert np.abs(one.chosen_prob - other.chosen_prob).max() <= DRAFT_TOLERANCE
         assert np.abs(one.entropy - other.entropy).max() <= 2e-2
         assert np.abs(one.kl - other.kl).max() <= 2e-2
         near = other.chosen_rank <= 64
@@ -85,14 +91,14 @@ def test_tokens_asked_for_are_exact_however_unlikely() -> None:
     assert drafter is not None
     streams = torch.randn(2 * LAYERS, 64)
     wanted = [torch.tensor([7, 4_001]), torch.tensor([9])]
-    drafted = list(drafter.draft().each(streams, wanted, MOST_KEPT))
+    drafted = list(drafter.projection().each(streams, wanted, MAX_TOP_K))
     whole = LogitLens(dissect(model)).project(streams).split(LAYERS)
     for logits, true, ids in zip(drafted, whole, wanted, strict=True):
         assert logits[:, ids].numpy() == pytest.approx(true[:, ids].numpy(), abs=1e-5)
-        best, at = true.topk(MOST_KEPT)
-        assert (logits.topk(MOST_KEPT).indices == at).all()
+        best, at = true.topk(MAX_TOP_K)
+        assert (logits.topk(MAX_TOP_K).indices == at).all()
         assert logits.gather(1, at).numpy() == pytest.approx(best.numpy(), abs=1e-5)
-        assert float((logits.softmax(-1) - true.softmax(-1)).abs().max()) <= PROB_BOUND
+        assert float((logits.softmax(-1) - true.softmax(-1)).abs().max()) <= DRAFT_TOLERANCE
 
 
 def nearly_one_token(model: Any, streams: torch.Tensor) -> None:
@@ -116,7 +122,7 @@ def test_a_layer_that_a_draft_cannot_tell_is_computed_whole(
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     spoil(model, streams)
-    (logits,) = drafter.draft().each(streams, [NONE_WANTED], 5)
+    (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
     whole = LogitLens(dissect(model)).project(streams)
     torch.testing.assert_close(logits, whole, rtol=0, atol=0, equal_nan=True)
 
@@ -129,9 +135,9 @@ def test_weights_that_changed_between_two_replies() -> None:
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     for _ in range(2):
-        (logits,) = drafter.draft().each(streams, [NONE_WANTED], 5)
+        (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
         whole = LogitLens(dissect(model)).project(streams)
-        assert float((logits.softmax(-1) - whole.softmax(-1)).abs().max()) <= PROB_BOUND
+        assert float((logits.softmax(-1) - whole.softmax(-1)).abs().max()) <= DRAFT_TOLERANCE
         model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
 
 
@@ -159,16 +165,16 @@ def test_a_head_that_is_more_than_a_large_float32_matrix_is_not_drafted(
 
 def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
     made = instrument(large(), tiny.tokenizer())
-    assert made.shortlist is not None
-    for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MOST_KEPT + 1)):
+    assert made.fast.draft_lens is not None
+    for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MAX_TOP_K + 1)):
         assert made.draft_for(policy) is None
         assert made.report(policy).lens_draft is None
-    assert made.report(CapturePolicy()).lens_draft == made.shortlist.error
+    assert made.report(CapturePolicy()).lens_draft == made.fast.draft_lens.error
 
 
 def test_a_reply_holds_its_draft_against_the_whole_lens() -> None:
     checks = checked(large())
-    assert checks.draft is not None and 0 < checks.draft <= PROB_BOUND
+    assert checks.draft is not None and 0 < checks.draft <= DRAFT_TOLERANCE
     assert checks.fault is None and checks.notes == ()
 
 
@@ -177,16 +183,16 @@ def test_a_draft_that_is_off_is_given_up_in_the_same_reply(
 ) -> None:
     model = large()
     whole = traced_lenses(model, CapturePolicy(tensors="exact"))
-    scored = Draft._scored
+    scored = DraftProjection._rescored
 
-    def off(self: Draft, logits: Any, states: Any, wanted: Any, k: int) -> Any:
+    def off(self: DraftProjection, logits: Any, states: Any, wanted: Any, k: int) -> Any:
         found, unsure = scored(self, logits, states, wanted, k)
         return found - 0.5 * (found < found.topk(k).values[:, -1:]), unsure
 
-    monkeypatch.setattr(Draft, "_scored", off)
+    monkeypatch.setattr(DraftProjection, "_rescored", off)
     assert traced_lenses(model, CapturePolicy()) == whole
     checks = checked(model)
-    assert checks.draft is not None and checks.draft > PROB_BOUND and checks.fault is None
+    assert checks.draft is not None and checks.draft > DRAFT_TOLERANCE and checks.fault is None
     assert "from step 0 on the lens was computed in float32 throughout" in checks.notes[0]
 
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
-from oki_trace.llm.capture.attention import LastQuery, rows_of
+from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.buffers import is_persistent
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.decoding.decode import decode
+from oki_trace.llm.decoding.forward_pass import LastQuery
 from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.fast import kv_cache
-from oki_trace.llm.fast.kv_cache import PreallocatedLayer, give_room, stays
+from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocate
 from oki_trace.records import Sampling
 from tests import tiny
 
@@ -25,7 +27,7 @@ def tokens(count: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tup
     return keys.to(dtype), values.to(dtype)
 
 
-ROOM = 16
+SPARE = 16
 
 
 def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
@@ -33,7 +35,7 @@ def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
     caches = DynamicCache(), DynamicCache()
     for cache in caches:
         cache.update(*tokens(length), 0)
-    give_room(caches[1], ROOM)
+    preallocate(caches[1], SPARE)
     return caches
 
 
@@ -42,67 +44,67 @@ def same(left: Any, right: Any) -> bool:
 
 
 def test_it_holds_what_the_dynamic_cache_holds_at_every_step() -> None:
-    own, roomy = grown(7)
-    for step in range(2 * ROOM + 5):
+    own, preallocated = grown(7)
+    for step in range(2 * SPARE + 5):
         given = own.update(*tokens(1, step), 0)
-        got = roomy.update(*tokens(1, step), 0)
+        got = preallocated.update(*tokens(1, step), 0)
         assert torch.equal(given[0], got[0]) and torch.equal(given[1], got[1])
-        assert own.get_seq_length() == roomy.get_seq_length()
-        assert own.layers[0].get_mask_sizes(1) == roomy.layers[0].get_mask_sizes(1)
+        assert own.get_seq_length() == preallocated.get_seq_length()
+        assert own.layers[0].get_mask_sizes(1) == preallocated.layers[0].get_mask_sizes(1)
 
 
 def test_a_step_copies_nothing_until_the_room_is_used_up() -> None:
-    _, roomy = grown(7)
-    places = [roomy.update(*tokens(1, step), 0)[0].data_ptr() for step in range(2 * ROOM)]
-    assert len(set(places[:ROOM])) == 1
+    _, preallocated = grown(7)
+    places = [preallocated.update(*tokens(1, step), 0)[0].data_ptr() for step in range(2 * SPARE)]
+    assert len(set(places[:SPARE])) == 1
     assert len(set(places)) == 2
 
 
 def test_keys_held_on_to_stay_what_they_were() -> None:
     """A row of attention may be worked out later than its step."""
-    own, roomy = grown(7)
+    own, preallocated = grown(7)
     held, expected = [], []
-    for step in range(ROOM + 5):
+    for step in range(SPARE + 5):
         expected.append(own.update(*tokens(1, step), 0)[0])
-        held.append(roomy.update(*tokens(1, step), 0)[0])
-    assert all(stays(keys) for keys in held) and not any(stays(keys) for keys in expected)
+        held.append(preallocated.update(*tokens(1, step), 0)[0])
+    assert all(map(is_persistent, held)) and not any(map(is_persistent, expected))
     assert all(torch.equal(*pair) for pair in zip(held, expected, strict=True))
 
 
-@pytest.mark.parametrize("length", [1, ROOM - 1, ROOM, ROOM + 1, 3 * ROOM])
+@pytest.mark.parametrize("length", [1, SPARE - 1, SPARE, SPARE + 1, 3 * SPARE])
 def test_many_tokens_at_once(length: int) -> None:
-    own, roomy = grown(3)
-    for cache in (own, roomy):
+    own, preallocated = grown(3)
+    for cache in (own, preallocated):
         cache.update(*tokens(length, 1), 0)
         cache.update(*tokens(1, 2), 0)
-    assert same(own.layers[0], roomy.layers[0])
+    assert same(own.layers[0], preallocated.layers[0])
 
 
 def test_what_a_model_does_to_a_cache_is_followed() -> None:
-    own, roomy = grown(9)
-    for cache in (own, roomy):
+    own, preallocated = grown(9)
+    for cache in (own, preallocated):
         cache.crop(-4)
         cache.update(*tokens(1, 1), 0)
         cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([1, 0]))
         cache.batch_select_indices(torch.tensor([1]))
         cache.update(*tokens(2, 2), 0)
-    assert same(own.layers[0], roomy.layers[0])
-    for cache in (own, roomy):
+    assert same(own.layers[0], preallocated.layers[0])
+    for cache in (own, preallocated):
         cache.reset()
         assert cache.get_seq_length() == 0
         cache.update(*tokens(2, 3), 0)
         cache.update(*tokens(1, 4), 0)
-    assert same(own.layers[0], roomy.layers[0])
+    assert same(own.layers[0], preallocated.layers[0])
 
 
 def test_a_wider_type_is_not_narrowed() -> None:
-    own, roomy = grown(3)
-    for cache in (own, roomy):
+    own, preallocated = grown(3)
+    for cache in (own, preallocated):
         cache.update(*tokens(1, 1, torch.float64), 0)
         cache.update(*tokens(1, 2, torch.float64), 0)
-    assert roomy.layers[0].keys.dtype == torch.float64
-    assert same(own.layers[0], roomy.layers[0])
+    assert preallocated.layers[0].keys.dtype == torch.float64
+    assert same(own.layers[0], preallocated.layers[0])
 
 
 def test_other_caches_stay_as_they_are() -> None:
@@ -110,18 +112,18 @@ def test_other_caches_stay_as_they_are() -> None:
     windows = DynamicCache(config=model.config)
     model(torch.tensor([[5, 6, 7]]), past_key_values=windows)
     before = [type(layer) for layer in windows.layers]
-    give_room(windows, 1)
+    preallocate(windows, 1)
     for kind, layer in zip(before, windows.layers, strict=True):
         assert type(layer) is (PreallocatedLayer if kind is DynamicLayer else kind)
     assert len(set(before)) == 2
-    give_room(None, 1)
+    preallocate(None, 1)
     still = StaticCache(config=model.config, max_cache_len=8)
     kept = list(still.layers)
-    give_room(still, 1)
+    preallocate(still, 1)
     assert still.layers == kept
     assert not issubclass(QuantizedCache, DynamicCache)
     unused = DynamicCache()
-    give_room(unused, 1)
+    preallocate(unused, 1)
     assert unused.get_seq_length() == 0
 
 
@@ -129,14 +131,14 @@ def test_other_caches_stay_as_they_are() -> None:
 def test_a_reply_longer_than_the_room_is_captured_exactly(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "ROOM", ROOM)
+    monkeypatch.setattr(kv_cache, "MAX_SPARE", SPARE)
     model = tiny.model(family)
     model.generation_config.eos_token_id = None
     found = instrument(model, tiny.tokenizer())
     prompt = (5, 6, 7, 8)
-    count = 2 * ROOM + 12
+    count = 2 * SPARE + 12
     generation = generation_of(model, Sampling(count), len(prompt))
-    steps = list(decode(model, tiny.tokenizer(), found.probe, found.graph, prompt, generation))
+    steps = list(decode(model, tiny.tokenizer(), found.probe, found.fast, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
     assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
     # Gemma 2 runs eager attention, whose weights are there anyway.

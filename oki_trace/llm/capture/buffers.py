@@ -1,0 +1,49 @@
+"""Memory for the tensors that outlive a forward pass, allocated together.
+
+Allocated one by one between the pass's own, far larger tensors, they would
+fragment the free memory: a long prompt then takes half as much again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+_PERSISTENT = "_oki_trace_persistent"
+
+
+class BufferPool:
+    """A fixed number of buffers of one shape, all allocated when the first is taken."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: list[Tensor] = []
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialized tensor of this shape, with the dtype and device of ``like``."""
+        if self._count:
+            self._free = [like.new_empty(shape) for _ in range(self._count)]
+            self._count = 0
+        if self._free:
+            buffer = self._free.pop()
+            if (*buffer.shape,) == (*shape,) and (buffer.dtype, buffer.device) == (
+                like.dtype,
+                like.device,
+            ):
+                return buffer
+        return like.new_empty(shape)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of ``tensor`` in a buffer of its own."""
+        return self.take(tensor.shape, tensor).copy_(tensor)
+
+
+def mark_persistent(keys: Tensor) -> None:
+    """Mark keys as a view of memory that stays allocated anyway."""
+    setattr(keys, _PERSISTENT, True)
+
+
+def is_persistent(keys: Tensor) -> bool:
+    """Whether a reference to these keys costs nothing: they are a view of memory that stays."""
+    return hasattr(keys, _PERSISTENT)
