@@ -20,11 +20,20 @@ PACKAGE = ROOT / "oki_trace"
 # The higher may import the lower, never the other way round.
 ORDER = (
     {"cli", "worker", "dashboard", "launcher", "api", "bench", "__main__"},
-    {"watched", "model_process"},
-    {"answering", "asking", "tracing", "verifying", "differences", "exchange", "analysis", "llm"},
+    {"model_supervisor", "model_process"},
+    {
+        "generate",
+        "queueing",
+        "tracing",
+        "recompute",
+        "trace_differences",
+        "exchange",
+        "analysis",
+        "llm",
+    },
     {"store"},
     {"chat_messages", "template_options"},
-    {"records", "settings", "errors", "visible", "child_process", "given_text"},
+    {"records", "settings", "errors", "sanitize", "child_process", "input_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}
@@ -35,16 +44,16 @@ FORBIDDEN = {
     "exchange": TORCH | {"streamlit", "duckdb"},
     "analysis": TORCH | {"streamlit"},
     "tracing": {"streamlit", "duckdb"},
-    "answering": {"streamlit", "duckdb"},
-    "verifying": SQL | {"streamlit", "duckdb"},
-    "asking": TORCH | {"streamlit", "duckdb"},
+    "generate": {"streamlit", "duckdb"},
+    "recompute": SQL | {"streamlit", "duckdb"},
+    "queueing": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},
     "worker": TORCH | {"streamlit", "duckdb"},
-    "watched": TORCH | SQL | {"streamlit", "duckdb"},
+    "model_supervisor": TORCH | SQL | {"streamlit", "duckdb"},
     "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }
-GROUND = {"records", "settings", "errors", "visible", "child_process", "given_text"}
+GROUND = {"records", "settings", "errors", "sanitize", "child_process", "input_text"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""What the pages show, as pure functions of records."""

@@ -57,7 +57,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     told: Explorer, browse: Browse, stories: Stories
 ) -> None:
     conversation = stories.first[0]
-    link = f"{told.url}questions?question=unsure&view=entropy&conversation={conversation}"
+    link = f"{told.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
     page = browse(link)
     with QuerySession(told.db) as trove:
         scope = Scope(conversation=conversation)
@@ -98,7 +98,7 @@ def test_the_way_back_leads_to_the_question(
     page.go_back()
     expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
     picture(page)
-    until(lambda: page.evaluate("location.search") == "?question=unsure", "the question")
+    until(lambda: page.evaluate("location.search") == "?question=uncertainty", "the question")
 
 
 def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
@@ -124,17 +124,17 @@ def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
 def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     told: Explorer, browse: Browse
 ) -> None:
-    page = browse(told.url + "questions?question=unsure&view=token&least=0")
+    page = browse(told.url + "questions?question=uncertainty&view=token&least=0")
     picture(page)
     with QuerySession(told.db) as trove:
         answer = catalog.answer(trove, "uncertainty", view="token", least=0.0)
     found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1
-    png = saved(page, "Save unsure-token as PNG").read_bytes()
+    png = saved(page, "Save uncertainty-token as PNG").read_bytes()
     assert png.startswith(b"\x89PNG")
     assert len(png) > 10_000
-    tree = ElementTree.parse(saved(page, "Save unsure-token as SVG"))
+    tree = ElementTree.parse(saved(page, "Save uncertainty-token as SVG"))
     texts = [node.text for node in tree.iter() if node.tag.endswith("}text")]
     assert "steps" in texts
     page.get_by_text("SQL", exact=True).last.click()

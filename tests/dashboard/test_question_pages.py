@@ -170,9 +170,9 @@ def test_text_and_who_said_it(filled: Stories) -> None:
 def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None:
     app = questions(question="uncertainty", view="token", least="0.2", top="3", model="smollm2")
     assert not app.exception
-    assert app.number_input(key="ask-least-unsure").value == 0.2
+    assert app.number_input(key="ask-least-uncertainty").value == 0.2
     assert app.selectbox(key="ask-model").value == "smollm2"
-    assert app.button_group(key="ask-view-unsure").value == "token"
+    assert app.button_group(key="ask-view-uncertainty").value == "token"
     assert len(app.dataframe[0].value) <= 3
     # As the browser's own button does.
     app.query_params.clear()

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reading hidden states, attention and the Logit Lens, and checking them."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Messages to a prompt, and a reply's tokens to its parts."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The decoding loop: forward passes, sampling, settings, threads."""

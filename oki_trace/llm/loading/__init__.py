@@ -1,1 +1,1 @@
-"""TODO."""
+"""Finding and loading a model and its tokenizer."""

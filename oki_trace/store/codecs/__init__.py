@@ -1,1 +1,1 @@
-"""TODO."""
+"""Full tensors to compressed bytes and back."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Verifying, pruning, vacuuming and measuring a store."""

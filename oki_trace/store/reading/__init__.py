@@ -1,1 +1,1 @@
-"""TODO."""
+"""Reading the store: plain records out, nothing in."""

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The tables, the database engine, and revisions of the schema."""

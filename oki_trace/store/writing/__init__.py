@@ -1,1 +1,1 @@
-"""TODO."""
+"""Writing conversations, steps and replies to the store."""

@@ -1,9 +1,7 @@
 """Writing a store: conversations, replies and their steps.
 
-The guarantees: each method is one transaction, seen by others whole or not at
-all; it counts the store's version up in the same transaction; the steps of a
-reply are numbered from 0 without a gap; and a reply that is not running takes
-no steps. Methods may be called from any thread.
+Each method is one atomic transaction, which also increments the store's version. Steps are
+numbered from 0 without a gap, and only a running reply takes any. Methods are thread-safe.
 """
 
 from __future__ import annotations
