@@ -84,7 +84,7 @@ def test_the_package_can_be_deleted(tmp_path: Path) -> None:
         "_, reply = run_traced('the quick', None, 6, model, tokenizer)\n"
         "ids = torch.tensor([reply['prompt_token_ids']])\n"
         "own = model.generate(ids, do_sample=False, max_new_tokens=6)[0, ids.shape[1]:].tolist()\n"
-        "assert [step['chosen_token_id'] for step in reply['steps']] == own, reply\n"
+        "assert [step['chosen_id'] for step in reply['steps']] == own, reply\n"
         "assert reply['steps'][0]['logit_lens'], 'the lens is there'\n"
         "print(reply['capture']['speedups']['step graph'])\n"
     )
