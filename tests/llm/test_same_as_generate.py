@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from oki_trace.llm.fast.special_lengths import special_lengths
+from oki_trace.llm.decoding.special_lengths import special_lengths
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,

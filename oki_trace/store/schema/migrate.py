@@ -79,7 +79,7 @@ def head() -> str:
 
 def scripts_folder() -> Path:
     """Where the migrations are: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     for folder in (package / "_bundled" / "migrations", package.parent / "migrations"):
         if (folder / "env.py").is_file():
             return folder
