@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from oki_trace.llm.decoding.special_lengths import special_lengths
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
@@ -30,6 +29,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from oki_trace import run_traced
 from oki_trace.errors import CaptureError
 from oki_trace.llm.capture.instrument import instrument
+from oki_trace.llm.decoding.special_lengths import special_lengths
 from oki_trace.llm.fast.step_graph import GraphRun
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.tracing import Collector, trace_turn

@@ -95,7 +95,10 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
     scripts = Path(sysconfig.get_path("scripts", "venv", places))
     python = scripts / ("python.exe" if os.name == "nt" else "python")
     shutil.copytree(Path(filelock.__file__).parent, tmp_path / "lib" / "filelock")
-    code = "from oki_trace.llm.loading import smollm2; smollm2._need_pip(); import pip; print(pip.__file__)"
+    code = (
+        "from oki_trace.llm.loading import smollm2; smollm2._need_pip(); "
+        "import pip; print(pip.__file__)"
+    )
     path = os.pathsep.join([str(ROOT), str(tmp_path / "lib")])
     done = subprocess.run(
         [python, "-c", code],
