@@ -21,9 +21,12 @@ if TYPE_CHECKING:
 GROUPS: tuple[tuple[str, Mapping[str, str]], ...] = (
     ("Where answers form", {"settle": "Where tokens settle"}),
     ("Where the model was unsure", {"uncertainty": "Least certain steps"}),
-    ("What the layers did", {"layers": "Layer by layer", "rivals": "Other answers held"}),
-    ("What it looked at", {"attention": "Parts of the text", "heads": "Heads with one habit"}),
-    ("Two of a kind", {"compare": "Two steps, replies, models"}),
+    (
+        "What the layers did",
+        {"layers": "Layer by layer", "rivals": "Confident intermediate answers"},
+    ),
+    ("What it looked at", {"attention": "Parts of the text", "heads": "Specialised heads"}),
+    ("Compare", {"compare": "Two steps, replies, models"}),
     ("The same prompt again", {"again": "Seeds, settings, models"}),
 )
 TITLES = {name: title for _, those in GROUPS for name, title in those.items()}

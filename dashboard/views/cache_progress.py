@@ -15,9 +15,7 @@ WAIT_S = 0.5
 def ready() -> bool:
     """Whether questions can be asked now; if not, the page says how far it is. StoreError."""
     if not any(c.tokens for c in data.recent(50)):
-        empty_state.first_trace(
-            "There is nothing to ask of yet: begin a conversation in Chat, and ask across it here."
-        )
+        empty_state.first_trace("No replies yet. Start a chat, then query it here.")
         return False
     left = data.behind(WAIT_S)
     if left is not None:

@@ -238,7 +238,7 @@ def _export(one: Conversation) -> None:
 
 
 def _import() -> None:
-    """What was exported, uploaded: it is checked whole, and is there whole or not at all."""
+    """What was exported, uploaded: it is checked as a whole, and imported atomically."""
     files = st.file_uploader(
         "An export: json, jsonl, a zip of Parquet tables, or a trace of version 1. The "
         "safetensors beside it are given with it.",

@@ -2,7 +2,7 @@
 
 What reads or changes much runs while it is watched: it shows how far it is, and
 a click on anything else ends it. Nothing is half done then: a check changes
-nothing, pruning goes reply by reply, a vacuum is there whole or not at all.
+nothing, pruning goes reply by reply, a vacuum is atomic.
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def _verify(place: DeltaGenerator) -> None:
             (check.tensors, "tensor"),
         )
     )
-    verdict = f"{replies.counted(faults, 'fault')} found." if faults else "all as promised."
+    verdict = f"{replies.counted(faults, 'fault')} found." if faults else "No problems found."
     when = time.strftime("%H:%M")
-    st.session_state["verified"] = (f"Checked {looked} at {when}: {verdict}", not faults, found)
+    st.session_state["verified"] = (f"Checked {looked} at {when}. {verdict}", not faults, found)
 
 
 def _last(name: str, place: DeltaGenerator) -> None:

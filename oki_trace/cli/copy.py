@@ -26,7 +26,7 @@ def copy(
 ) -> None:
     """Copy conversations to another store: a file or a PostgreSQL database, either way.
 
-    Each arrives whole or not at all, under a number of that store, which is told.
+    Each is copied atomically and gets a new number there, which is printed.
     What is there already is not copied again, so a copy that was broken off is
     finished by the same command. This store is only read.
 

@@ -48,7 +48,7 @@ def export(
 ) -> None:
     """Write a conversation and its traces as a file.
 
-    The file is there whole or not at all. `oki-trace import` reads all formats
+    The file is written atomically. `oki-trace import` reads all formats
     but html back.
 
     Example: oki-trace export --conversation 1 --format html --output paris.html

@@ -66,8 +66,8 @@ def verify(
         print_json({"findings": found, "checked": all_checked, **more})
     else:
         checked = ", ".join(counted(number, name[:-1]) for name, number in looked.items())
-        verdict = f"{counted(wrong, 'fault')} found." if wrong else "all as promised."
-        out.print(f"Checked {checked}: {verdict}")
+        verdict = f"{counted(wrong, 'fault')} found." if wrong else "No problems found."
+        out.print(f"Checked {checked}. {verdict}")
         if check.without_digest:
             out.print(
                 f"{counted(check.without_digest, 'message')} recorded before there were digests: "

@@ -47,7 +47,7 @@ def test_an_export_is_uploaded_and_the_store_verified(
     expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
     page.goto(explorer.url + "store")
     page.get_by_role("button", name="Verify").click()
-    expect(page.get_by_test_id("stAlert")).to_contain_text("all as promised")
+    expect(page.get_by_test_id("stAlert")).to_contain_text("No problems found")
     expect(page.get_by_test_id("stAlert")).to_contain_text(f"{steps} steps")
     expect(page.locator(".root.amounts .row").first).to_be_visible()
     expect(page.get_by_test_id("stVegaLiteChart")).to_have_count(1)

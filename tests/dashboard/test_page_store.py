@@ -125,7 +125,7 @@ def test_a_store_is_verified(tmp_path: Path, open_store: Open) -> None:
     assert not app.exception
     told = plainly(app.success[0].value)
     assert "Checked 1 message, 0 steps, 0 tensors" in told
-    assert told.endswith("all as promised.")
+    assert told.endswith("No problems found.")
 
 
 def test_what_is_wrong_is_listed(tmp_path: Path, open_store: Open) -> None:

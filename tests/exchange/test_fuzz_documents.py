@@ -1,4 +1,4 @@
-"""JSON documents with anything anywhere, and files with any bytes changed: whole or not at all."""
+"""JSON documents with anything anywhere, files with any bytes changed: refused or imported."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def tries_to_leave() -> int:
 
 
 def control() -> None:
-    """A try to leave that only the kernel can see: in isolated mode the witness is not there."""
+    """An outgoing connection that only the kernel sees: in isolated mode there is no witness."""
     code = (
         f"import socket\ntry: socket.create_connection(({ABROAD!r}, 80), 5)\nexcept OSError: pass"
     )

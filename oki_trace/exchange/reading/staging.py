@@ -1,4 +1,4 @@
-"""What is imported goes into a store of its own first, and from there whole or not at all.
+"""An import goes into a temporary store first, and from there atomically into the target.
 
 Every check of a file has been made before the target store is touched, however
 long the file; then the conversation is copied as any other is (store/copy.py),

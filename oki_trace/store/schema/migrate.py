@@ -1,6 +1,6 @@
 """Creating and upgrading a store. Alembic alone makes the schema.
 
-The guarantees: an upgrade happens whole or not at all; before a file with an
+The guarantees: an upgrade is atomic; before a file with an
 older schema is touched, a copy of it is made beside it; two processes that
 open a new store at the same moment do not meet; a file that is not a store is
 refused.

@@ -1,6 +1,6 @@
 """Copying conversations from one store to another, whatever engine each is on.
 
-The guarantees: a conversation arrives whole or not at all, in one transaction;
+The guarantees: a conversation is copied in one transaction;
 its rows and blobs are the same, and only its ids are the target's own; one that
 is there already (by its ``uid``) is not copied again, so a copy that was broken
 off is finished by copying again; one that is being written is left for later;

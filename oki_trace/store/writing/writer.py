@@ -463,7 +463,7 @@ class TraceWriter:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One write of the store's own modules: whole or not at all, and counted."""
+        """One write of the store's own modules: atomic, and counted."""
         with self._transaction() as connection:
             yield connection
             # Last, because on PostgreSQL it holds every other writer until the commit.
