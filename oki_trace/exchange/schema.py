@@ -312,7 +312,7 @@ class Capture(TypedDict, total=False):
     lens_draft: Positive | None
     versions: Label | None
     cache_check: Positive | None
-    speedups: Annotated[dict[Label, Label | None], _UpTo(MAX_SPEEDUPS)] | None
+    speedups: Annotated[dict[Label, Label | None], Field(max_length=MAX_SPEEDUPS)] | None
     tensors_left_out: bool | None
 
 
