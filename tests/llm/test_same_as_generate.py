@@ -150,7 +150,7 @@ def test_a_switch_that_the_config_names_is_run_both_ways(ran: list[int]) -> None
     trace = traced(model)
     assert_generated(model, trace)
     assert ran, "a graph was used until then"
-    assert "it gives other numbers" in trace["checks"]["notes"][0]
+    assert "it gives different numbers" in trace["checks"]["notes"][0]
 
 
 @pytest.mark.parametrize("at", [3, 20])
