@@ -148,16 +148,16 @@ def test_the_standing_of_any_token_and_what_is_kept(tmp_path: Path) -> None:
     with TraceWriter(path) as writer, QuerySession(path) as trove:
         kept = reply(writer, 0, [" a", " the"])
         _, bare = made.whole(writer)
-        found = rows(trove, f"SELECT t, unnest(standing({kept}, 1, t)) FROM range(50) x(t)")
+        found = rows(trove, f"SELECT t, unnest(token_rank({kept}, 1, t)) FROM range(50) x(t)")
         p = probs(trove, kept, 1)
         assert [row["prob"] for row in found] == pytest.approx(p)
         assert [row["rank"] for row in found] == [1 + (p > one).sum() for one in p]
         kept_by = "SELECT id FROM message WHERE keeps(id, 'logits')"
         assert trove.sql(kept_by).rows == ((kept,),)
         nothing = [
-            f"standing({kept}, 1, 50)",
-            f"standing({kept}, 1, -1)",
-            f"standing({bare}, 0, 1)",
+            f"token_rank({kept}, 1, 50)",
+            f"token_rank({kept}, 1, -1)",
+            f"token_rank({bare}, 0, 1)",
             f"distance({kept}, 0, {kept}, 99)",
             f"distance({kept}, 0, 99, 0)",
             f"distance({kept}, NULL, {kept}, 0)",
@@ -186,7 +186,7 @@ def test_a_damaged_tensor_is_told_in_its_own_words(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE tensor SET data = zeroblob(9) WHERE name = 'logits'")
     with QuerySession(path) as trove:
-        for sql in (f"SELECT distance({a}, 0, {a}, 0)", f"SELECT standing({a}, 0, 1)"):
+        for sql in (f"SELECT distance({a}, 0, {a}, 0)", f"SELECT token_rank({a}, 0, 1)"):
             with pytest.raises(QuestionError, match=r"^The stored tensor logits is damaged"):
                 trove.sql(sql)
 
