@@ -263,7 +263,9 @@ def _template_widgets(switches: Sequence[str]) -> None:
     """What the chat template is given; ``switches`` are arguments that it is known to read."""
     for name in switches:
         label, values = SWITCHES[name]
-        st.selectbox(label, values, key=_seeded(name), help=f"The template's own {name}.")
+        st.selectbox(
+            label, values, key=_seeded(name), help=f"The template's own {replies.plain(name)}."
+        )
     st.text_area(
         "Template arguments",
         key=_seeded("template_args"),

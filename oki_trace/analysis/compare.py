@@ -29,7 +29,7 @@ tv share total variation: half the sum of absolute differences
 """
 _BASIS = "basis name full logits: exact; top-k: from the candidates, an estimate that errs low"
 _STEPS = columns(
-    "step number the step\nsaid token the first says\nother token the second says"
+    "step number the step\nchosen token the first says\nother token the second says"
     "\nsame_before name whether both have said the same so far"
     + _DISTANCES
     + "shared number candidates that stand in both lists"

@@ -37,14 +37,14 @@ SAFE_CALLS |= {"verdict", "absence", "notes", "_cut"}
 OUR_WORDS = {
     # Our tables, their columns and our functions.
     "sql.py": {"table.name", "table.meaning", "function.name", "function.gives"}
-    | {"function.meaning[:1].upper()", "function.meaning[1:]", "sql_shapes.column_list(table)"},
+    | {"function.meaning[:1].upper()", "function.meaning[1:]", "sql_table.column_list(table)"},
     # Our questions, their groups, options and columns.
     "questions.py": {"group", "title", "question.reading", "_without(question.meaning, group)"}
     | {"column.meaning[:1].upper()", "column.meaning[1:]", "note"},
     "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
     "store.py": {"name"},
     # Its callers are looked at.
-    "beginning.py": {"why"},
+    "empty_state.py": {"why"},
     # The engine's writer of CSV, and no element of a page.
     "data.py": {"[column.name for column in found.columns]"},
 }

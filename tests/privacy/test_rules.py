@@ -123,7 +123,7 @@ def test_no_text_becomes_markup_in_the_explorer(path: Path) -> None:
         assert not name.endswith(("components.html", "components.v1.html", "st.iframe")), name
         if name == "st.html":
             # The one style sheet of the explorer: a constant, and two colours of its theme.
-            assert path.name == "look.py" and ast.unparse(call.args[0]).startswith("_STYLE.")
+            assert path.name == "style.py" and ast.unparse(call.args[0]).startswith("_STYLE.")
 
 
 @each_asset
