@@ -130,7 +130,10 @@ def test_exactly_one_of_prompt_and_messages(given: dict[str, Any], llama: tuple[
         ({"prompt": "a", "temperature": -0.5}, "(?i)temperature must be"),
         ({"prompt": "a", "temperature": math.nan}, "(?i)temperature must be"),
         ({"prompt": "a", "top_p": 0}, "(?i)top_p must be"),
-        ({"prompt": "a", "topk_logits": 0}, "(?i)topk_logits must be 1 to 1000"),
+        (
+            {"prompt": "a", "topk_logits": 0},
+            "(?i)topk_logits must be a whole number from 1 to 1000",
+        ),
         ({"prompt": "a", "tensors": "all", "db": "never.db"}, "(?i)tensors must be one of"),
     ],
 )

@@ -32,7 +32,7 @@ def turn(llama: tuple[Any, Any], *sinks: Any, tokens: int = 12, **options: Any) 
 def test_what_was_streamed_is_the_reply(llama: tuple[Any, Any], tokens: int) -> None:
     """A random model speaks in broken characters, so that some turns end within one."""
     pieces: list[str] = []
-    end = turn(llama, tokens=tokens, on_text=pieces.append)
+    end = turn(llama, tokens=tokens, on_text=lambda text, kind: pieces.append(text))
     assert "".join(pieces) == end.output
     assert end.output
 
@@ -64,7 +64,7 @@ def test_an_interrupt_ends_the_reply_as_stopped_and_goes_on(
     sink = Collector()
     pieces: list[str] = []
 
-    def interrupt(text: str) -> None:
+    def interrupt(text: str, kind: str) -> None:
         pieces.append(text)
         if len(sink.steps) == 4:
             raise error

@@ -129,7 +129,11 @@ def test_json_is_the_last_line_and_says_what_is_kept(oki: Oki, small: Path) -> N
     done = oki("run", "the fox", "--model", small, "--max-new-tokens", 5, "--json")
     assert len(done.lines) == 1
     reply = stored()[-1]
-    assert shown(done) == {
+    document = shown(done)
+    (part,) = document.pop("parts")
+    assert (part["kind"], part["start"], part["end"]) == ("answer", 0, 5)
+    assert part["text"] == reply.content
+    assert document == {
         "conversation": 1,
         "message": reply.id,
         "steps": 5,
@@ -183,12 +187,15 @@ def test_tensors_are_kept_as_asked(oki: Oki, small: Path) -> None:
 def test_a_prompt_comes_from_standard_input(
     oki: Oki, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also one that is not text: what cannot be read is replaced, and the line end is not of it."""
-    raw = io.TextIOWrapper(io.BytesIO(b"two\nlines \xff\n"), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", raw)
-    done = oki("run", "-", "--model", small, "--max-new-tokens", 1, "--json")
-    assert shown(done)["steps"] == 1
-    assert stored()[0].content == "two\nlines \N{REPLACEMENT CHARACTER}"
+    """The line end is not part of it; bytes that are no text are refused."""
+    for raw, refused in ((b"two\nlines \n", False), (b"two\nlines \xff\n", True)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+        done = oki("run", "-", "--model", small, "--max-new-tokens", 1, "--json")
+        if refused:
+            assert done.status == 2 and "UTF-8" in done.err and len(done.err.splitlines()) == 1
+        else:
+            assert shown(done)["steps"] == 1
+            assert stored()[0].content == "two\nlines "
 
 
 def test_4bit_that_could_not_be_had_is_said_in_a_line(oki: Oki, small: Path) -> None:
@@ -224,7 +231,7 @@ def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: 
         (["--top-p", "0"], "op_p must be above 0"),
         (["--top-p", "1.5"], "op_p must be above 0"),
         (["--top-k", "-1"], "op_k must be 0"),
-        (["--repetition-penalty", "0"], "epetition_penalty must be above 0"),
+        (["--repetition-penalty", "0"], "epetition_penalty must be a number above 0"),
         (["--seed", "-1"], "eed must be 0"),
         (["--max-new-tokens", "-1"], "Invalid value for '--max-new-tokens'"),
         (["--tensors", "all"], "ensors must be one of exact, half, compact, none"),

@@ -147,6 +147,7 @@ def test_a_click_and_the_keys_choose_a_step(page: Any) -> None:
 
 @pytest.mark.browser
 def test_the_step_shows_what_was_recorded(page: Any, report: Path) -> None:
+    page.locator(".reply").first.locator(".fold").click()
     page.locator(".reply").first.locator(".token").nth(0).click()
     with TraceReader(report.parent / "s.db") as reader:
         step = reader.step(3, 0)
@@ -170,6 +171,7 @@ def test_the_step_shows_what_was_recorded(page: Any, report: Path) -> None:
 
 @pytest.mark.browser
 def test_the_map_is_drawn_and_chooses(page: Any) -> None:
+    page.locator(".reply").first.locator(".fold").click()
     page.locator(".reply").first.locator(".token").nth(0).click()
     page.locator("#cells").click(position={"x": 30 + 50 * 2 + 25, "y": 40})
     assert "step 3 of 41" in page.locator(".where").text_content()
@@ -238,6 +240,7 @@ def test_on_paper_the_map_ends_with_a_whole_column(page: Any) -> None:
 @pytest.mark.browser
 def test_on_a_phone_the_lens_has_two_tokens_that_can_be_read(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
+    page.locator(".reply").first.locator(".fold").click()
     page.locator(".reply").first.locator(".token").nth(0).click()
     row = page.locator("#panel table tr").first
     assert row.locator("td.cell:visible").count() == 2

@@ -52,8 +52,9 @@ class Reader:
             outcome = None
         if outcome is None:
             raise refused(
-                f"it ended the process that read it ({_ending(self._process.wait())}), which may "
-                f"have needed more than {request.memory_bytes / 1e6:,.0f} MB of memory"
+                f"it ended the process that read it ({_ending(self._process.wait())}). If that "
+                f"needed more than {request.memory_bytes / 1e6:,.0f} MB of memory, give more with "
+                "`oki-trace import --memory`; else this is a fault of oki-trace"
             )
         if outcome.error is not None:
             kind, sentence = outcome.error
