@@ -57,7 +57,7 @@ def test_a_new_user_asks_and_sees_why_each_token_was_chosen(
     assert seen == sorted(seen)
     assert "Paris" in "".join(tokens(page))
     # However often the page asked for it while it was not yet up.
-    assert len(explorer.family()[2:]) == 1, "one question starts one process"
+    assert len(explorer.family()[2:]) == 2, "one question starts one worker and its model process"
 
     with TraceReader(explorer.db) as reader:
         conversation, reply = place(page)["conversation"], reader.messages(1)[-1]
