@@ -98,7 +98,7 @@ def pages(stories: Stories) -> dict[str, str]:
         f"map?{place}&step=1": ".root.map canvas",
         "conversations": "[data-testid=stDataFrame] canvas",
         f"compare?left={message}&right={stories.long[1]}": ".root.compare",
-        f"questions?question=unsure&view=token&conversation={conversation}": "[data-testid="
+        f"questions?question=uncertainty&view=token&conversation={conversation}": "[data-testid="
         "stDataFrame] canvas",
         f"questions?question=compare&view=step&first={message}:1&second={message}:2": "[data-"
         "testid=stDataFrame] canvas",
