@@ -80,7 +80,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     picture(page)
     # The second row, below the head.
     # The head and each row are 35 pixels high; cells cannot be clicked by name.
-    expect(table(page)).to_contain_text(answer.column("said")[1].strip())
+    expect(table(page)).to_contain_text(answer.column("chosen")[1].strip())
     page.get_by_test_id("stDataFrame").click(position={"x": 60, "y": 35 + 35 + 15})
     expect(where).to_contain_text(f"step {steps[1]['step'] + 1} of")
     assert place(page) == steps[1]
