@@ -294,7 +294,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import streamlit as st
 
-from dashboard import shapes
+from dashboard.viewdata import replies as shapes
 
 made = shapes.plain if st.query_params.get("as") == "plain" else str
 for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):

@@ -1,7 +1,7 @@
 """No text that a model or a user wrote reaches Markdown unescaped, read from the source.
 
 Whatever Streamlit reads as Markdown has to be made of words of ours, of numbers,
-and of what went through ``shapes.plain`` or ``shapes.sentence``.
+and of what went through ``replies.plain`` or ``replies.sentence``.
 """
 
 from __future__ import annotations
