@@ -196,7 +196,9 @@ def test_a_row_of_an_answer_is_chosen_by_the_keys(
     told: Explorer, browse: Browse, stories: Stories
 ) -> None:
     conversation = stories.first[0]
-    page = browse(f"{told.url}questions?question=uncertainty&view=entropy&conversation={conversation}")
+    page = browse(
+        f"{told.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
+    )
     page.get_by_test_id("data-grid-canvas").wait_for()
     tab_to(page, "combobox", "Open a row")
     page.keyboard.press("ArrowDown")
