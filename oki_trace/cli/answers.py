@@ -193,6 +193,7 @@ def _plain_cell(value: Any) -> Text:
 def _write(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(inert(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
         return
     from oki_trace.exchange.files import replacing
 
