@@ -84,7 +84,7 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 def _take_any_text() -> None:
     """No text from outside ends a command: what an encoding cannot hold is escaped.
 
-    What was read so is refused by whoever takes it (``given_text``).
+    What was read so is refused by whoever takes it (``input_text``).
     """
     for stream, errors in (
         (sys.stdin, "surrogateescape"),

@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except _UsageError as error:
-                error.message += _about_dashes(error.message, given)
+                error.message += _about_dashes(error.message, given, _command_of(error))
                 raise
             finally:
                 sys.stdout.flush()
@@ -49,7 +49,13 @@ class _Commands(TyperGroup):
             raise typer.Exit(0) from None
 
 
-def _about_dashes(said: str, given: list[str]) -> str:
+def _command_of(error: Any) -> str:
+    """The command whose arguments are wrong."""
+    name = getattr(error.ctx, "info_name", None)
+    return name if name in ("chat", "ask", "sql") else "run"
+
+
+def _about_dashes(said: str, given: list[str], command: str) -> str:
     """What is added to a complaint about options where a text may have been taken for one."""
     texts = [one for one in given if one.startswith("-") and " " in one]
     if not texts and not _SHORT_OPTION.match(said):
@@ -57,7 +63,7 @@ def _about_dashes(said: str, given: list[str]) -> str:
     text = texts[0] if texts else "-5 + 3"
     return (
         "" if not said else " " if said.endswith(".") else ". "
-    ) + f"A text that begins with - goes after --: oki-trace run -- {shlex.quote(text)}"
+    ) + f"A text that begins with - goes after --: oki-trace {command} -- {shlex.quote(text)}"
 
 
 app = typer.Typer(

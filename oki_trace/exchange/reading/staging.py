@@ -1,7 +1,7 @@
 """An import goes into a temporary store first, and from there atomically into the target.
 
 Every check of a file has been made before the target store is touched, however
-long the file; then the conversation is copied as any other is (store/copy.py),
+long the file; then the conversation is copied as any other is (store/writing/copy.py),
 in one transaction. The staging store grows to ``most_bytes`` and no further.
 """
 
