@@ -162,7 +162,7 @@ def test_a_second_message_waits_its_turn(live: Explorer, browse: Browse) -> None
 
 def test_a_live_reply_is_followed_until_a_token_is_chosen(live: Explorer, browse: Browse) -> None:
     page = browse(live.url)
-    set_most_new_tokens(page, 40)
+    set_most_new_tokens(page, 300)
     ask(page, STORY)
     where = page.locator(".root.facts .where")
 
