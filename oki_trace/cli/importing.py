@@ -57,6 +57,7 @@ def import_(
                 "messages": done.messages,
                 "steps": done.steps,
                 "changed": done.changed,
+                "without_digest": done.without_digest,
             }
         )
         return
@@ -69,5 +70,10 @@ def import_(
         complain(
             f"{counted(done.changed, 'message')} changed since recorded: oki-trace verify "
             f"{done.conversations[0]} says where"
+        )
+    if done.without_digest:
+        complain(
+            f"{counted(done.without_digest, 'message')} without a digest: whether they were "
+            "changed since recorded cannot be told"
         )
     console().print(f"Imported as {noun} {numbers} ({what}). See: oki-trace show {numbers}")

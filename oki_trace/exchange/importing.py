@@ -37,7 +37,8 @@ MAX_STAGED_FLOOR = 100_000_000
 class Imported:
     """The conversations as the store now has them.
 
-    ``changed`` of the messages are not what they were when they were recorded.
+    ``changed`` of the messages are not what they were when they were recorded;
+    ``without_digest`` came without what tells, so a change would not be seen.
     """
 
     conversations: tuple[int, ...]
@@ -45,6 +46,7 @@ class Imported:
     steps: int
     tensors_from: Path | None
     changed: int = 0
+    without_digest: int = 0
 
 
 def import_path(
@@ -110,7 +112,7 @@ def _import(
         raise StoreError("A conversation could not be copied from the import: import it again.")
     ids = tuple(number for number in new if number is not None)
     tensors_from = None if read.tensors_from is None else Path(read.tensors_from)
-    return Imported(ids, read.messages, read.steps, tensors_from, read.changed)
+    return Imported(ids, read.messages, read.steps, tensors_from, read.changed, read.without_digest)
 
 
 def _spool(stream: BinaryIO, path: Path, progress: Tick | None) -> None:

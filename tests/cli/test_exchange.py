@@ -39,7 +39,13 @@ def test_standard_output_and_input_are_a_dash(db: Path, tmp_path: Path) -> None:
         assert json.loads(done.out)["version"] == 2
     taken = start("import", "-", "--json", "--db", tmp_path / "t.db", said=done.out)
     assert (taken.status, taken.err) == (0, "")
-    assert json.loads(taken.out) == {"conversations": [1], "messages": 8, "steps": 5, "changed": 0}
+    assert json.loads(taken.out) == {
+        "conversations": [1],
+        "messages": 8,
+        "steps": 5,
+        "changed": 0,
+        "without_digest": 0,
+    }
 
 
 def test_a_pipe_takes_a_folder_as_a_zip(oki: Oki, db: Path, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> 
         new = [one.new_id for one in copy(staging, db)]
     tensors_from = Path(read.tensors_from) if read.tensors_from else None
     ids = tuple(number for number in new if number is not None)
-    return Imported(ids, read.messages, read.steps, tensors_from, read.changed)
+    return Imported(ids, read.messages, read.steps, tensors_from, read.changed, read.without_digest)
 
 
 def import_bytes(stream: BinaryIO, db: Db) -> Imported:

@@ -191,3 +191,18 @@ def test_a_reply_whose_process_was_killed_is_exported_without_a_fault(
         assert faults(tmp_path / "copy.db") == []
         assert writer.mark_interrupted() == [reply]
         assert faults(db) == []
+
+
+def test_the_command_says_that_digests_are_missing(tmp_path: Path) -> None:
+    """Whoever takes them out of a file can change it unseen, but not unsaid."""
+    file = write(good(tmp_path / "source.db"), tmp_path / "files", Format.JSON)
+    assert import_inline(file, tmp_path / "whole.db").without_digest == 0
+    document = json.loads(file.read_text())
+    for message in document["messages"]:
+        del message["digest"]
+        for step in message.get("trace", {}).get("steps", ()):
+            del step["digest"], step["tensor_digest"]
+    file.write_text(json.dumps(document))
+    done = start("import", str(file), "--db", str(tmp_path / "target.db"))
+    assert f"oki-trace: {len(document['messages'])} messages without a digest" in done.err
+    assert faults(tmp_path / "target.db") == []

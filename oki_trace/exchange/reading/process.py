@@ -43,7 +43,8 @@ class Request:
 class Outcome:
     """What has been read.
 
-    ``changed``: the messages that are not what the file's own digests say.
+    ``changed``: the messages that are not what the file's own digests say;
+    ``without_digest`` those that the file has no digest of.
     ``error``: its kind and its sentence, when it cannot be imported.
     """
 
@@ -51,6 +52,7 @@ class Outcome:
     steps: int = 0
     tensors_from: str | None = None
     changed: int = 0
+    without_digest: int = 0
     error: tuple[str, str] | None = None
 
 
@@ -132,7 +134,7 @@ def _read(request: Request, news: News, limit: Callable[[int], None]) -> Outcome
     if not staging.began:
         raise refused("there is no conversation in it")
     told = None if tensors_from is None else str(tensors_from)
-    return Outcome(staging.messages, staging.steps, told, staging.changed)
+    return Outcome(staging.messages, staging.steps, told, staging.changed, staging.without_digest)
 
 
 if __name__ == "__main__":

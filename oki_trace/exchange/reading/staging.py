@@ -46,6 +46,7 @@ class Staging:
     steps: int = 0
     # The messages that are not what the digests in the file say.
     changed: int = 0
+    without_digest: int = 0
     _ids: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class Staging:
         self.close()
         for file in self.path.parent.glob(f"{self.path.name}*"):
             file.unlink()
-        self.messages = self.steps = self.changed = 0
+        self.messages = self.steps = self.changed = self.without_digest = 0
         self._conversation = None
 
     @property
@@ -166,6 +167,7 @@ class Staging:
     def _hold_against(self, number: int, message: schema.Message, *, as_recorded: bool) -> None:
         """Count the message if it, or a step of it, is not what its digest says."""
         told = message.get("digest")
+        self.without_digest += told is None
         if not as_recorded or (told is not None and told != self._writer.digest_of(number)):
             self.changed += 1
 
