@@ -283,7 +283,7 @@ def test_of_two_started_at_once_one_leaves(desk: Desk) -> None:
 
 ASK_AND_LEAVE = """
 import sys
-from oki_trace import asking, worker
+from oki_trace import queueing, worker
 from oki_trace.records import ModelChoice, Sampling
 from oki_trace.store.writing.writer import TraceWriter
 

@@ -79,7 +79,7 @@ def test_an_empty_store_leads_to_the_first_trace(
     open_store(db)
     app = page(name)
     assert not app.exception
-    assert any("begin a conversation in Chat" in text.value for text in app.markdown)
+    assert any("Start a chat, then query it here" in text.value for text in app.markdown)
     assert not app.dataframe
 
 
