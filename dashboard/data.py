@@ -39,11 +39,11 @@ from oki_trace.records import (
     Step,
     StepSummary,
     StoreInfo,
-    Tensor,
+    TensorRecord,
     WorkerState,
 )
 from oki_trace.settings import Settings
-from oki_trace.store.maintenance import growth, prune, vacuum
+from oki_trace.store.maintenance import prune, vacuum
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
@@ -204,14 +204,14 @@ def _prompt(db: str, message_id: int) -> Prompt:
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def _attentions(db: str, message_id: int, index: int) -> Tensor | None:
+def _attentions(db: str, message_id: int, index: int) -> TensorRecord | None:
     try:
         return _reader(db).tensor(message_id, index, "attentions")
     except NotFound:
         return None
 
 
-def attentions(message: Message, index: int) -> Tensor | None:
+def attentions(message: Message, index: int) -> TensorRecord | None:
     """Every layer's and head's weights of a step; None where they were not kept."""
     return _attentions(store_name(), message.id, index)
 
@@ -332,12 +332,12 @@ def info() -> StoreInfo:
 
 def reply_sizes() -> list[ReplySize]:
     """What each reply takes in the store, the oldest first."""
-    return growth.reply_sizes(_store())
+    return _store().reply_sizes()
 
 
 def statuses() -> dict[Status, int]:
     """How many replies are in each state."""
-    return growth.statuses(_store())
+    return _store().reply_statuses()
 
 
 def verification(progress: Progress) -> Verification:

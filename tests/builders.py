@@ -16,8 +16,8 @@ from oki_trace.records import (
     Lens,
     Prompt,
     Step,
-    Tensor,
     TensorMode,
+    TensorRecord,
     TurnStart,
 )
 
@@ -111,18 +111,18 @@ def tensors(
     keys: int = 6,
     width: int = 8,
     vocab: int = 50,
-) -> tuple[Tensor, ...]:
+) -> tuple[TensorRecord, ...]:
     weights = rng.random((layers, heads, keys)).astype(np.float32)
     weights /= weights.sum(axis=-1, keepdims=True)
     return (
-        Tensor("logits", rng.normal(size=vocab).astype(np.float32) * 4, "float32"),
-        Tensor(
+        TensorRecord("logits", rng.normal(size=vocab).astype(np.float32) * 4, "float32"),
+        TensorRecord(
             "hidden_states",
             rng.normal(size=(layers + 1, width)).astype(np.float32) * 20,
             "float32",
             tuple(range(layers + 1)),
         ),
-        Tensor("attentions", weights, "float32", tuple(range(1, layers + 1)), 0),
+        TensorRecord("attentions", weights, "float32", tuple(range(1, layers + 1)), 0),
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dashboard.viewdata.replies import Json, clickable, figure, running_text
-from oki_trace.records import AttentionPoints, Prompt, Step, StepSummary, Tensor
+from oki_trace.records import AttentionPoints, Prompt, Step, StepSummary, TensorRecord
 from oki_trace.sanitize import visible
 
 MEAN = "mean of heads"
@@ -25,7 +25,7 @@ def heads(count: int | None) -> list[str]:
     return [MEAN, EVERY, MAXIMUM, *(f"head {number}" for number in range(count))]
 
 
-def full_row(tensor: Tensor, layer: int, head: str) -> tuple[np.ndarray, int]:
+def full_row(tensor: TensorRecord, layer: int, head: str) -> tuple[np.ndarray, int]:
     """One layer's weights by position from the first key on: (keys,), and that key's position.
 
     ``head`` is one of ``heads()``. Raises ValueError for a layer without attention.
@@ -38,7 +38,7 @@ def full_row(tensor: Tensor, layer: int, head: str) -> tuple[np.ndarray, int]:
     return rows[int(head.split()[-1])], tensor.key_offset
 
 
-def values(tensor: Tensor) -> np.ndarray:
+def values(tensor: TensorRecord) -> np.ndarray:
     """The numbers of a tensor, bfloat16 read from its bits."""
     if tensor.dtype == "bfloat16":  # held as its bits, the upper half of a float32
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
@@ -164,7 +164,9 @@ def points(found: AttentionPoints, first: int) -> Json:
     }
 
 
-def full_points(tensors: Iterable[tuple[int, Tensor]], layer: int, head: str) -> AttentionPoints:
+def full_points(
+    tensors: Iterable[tuple[int, TensorRecord]], layer: int, head: str
+) -> AttentionPoints:
     """The same from full tensors, every position: (step_index, tensor) in, points out."""
     steps, at, weights = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, np.float32)]
     for index, tensor in tensors:

@@ -29,7 +29,7 @@ from dashboard.viewdata.replies import (
     running_text,
     table_data,
 )
-from oki_trace.records import Candidates, Message, Step, StepSummary, Tensor
+from oki_trace.records import Candidates, Message, Step, StepSummary, TensorRecord
 from oki_trace.sanitize import visible
 
 # Beyond it what follows the divergence is held side by side step by step: to
@@ -152,7 +152,7 @@ def _probs(kept: Candidates, by_id: bool) -> dict[int | str, float]:
     return found
 
 
-def exactly(left: Tensor, right: Tensor) -> Distance | None:
+def exactly(left: TensorRecord, right: TensorRecord) -> Distance | None:
     """From the full logits of both; None for two vocabularies."""
     if left.array.shape != right.array.shape:
         return None
@@ -160,7 +160,7 @@ def exactly(left: Tensor, right: Tensor) -> Distance | None:
     return Distance(total, total) if math.isfinite(total) else None
 
 
-def _softmax(logits: Tensor) -> NDArray[np.float64]:
+def _softmax(logits: TensorRecord) -> NDArray[np.float64]:
     raw = values(logits).astype(np.float64)
     raised = np.exp(raw - raw.max())
     return np.asarray(raised / raised.sum())

@@ -1,4 +1,4 @@
-"""Parts of a reply, arguments of its chat template, checks of its numbers, and digests."""
+"""Parts of a reply, arguments of its chat template, checks of its numbers, digests; heartbeats."""
 
 from __future__ import annotations
 
@@ -32,9 +32,14 @@ def upgrade() -> None:
     op.add_column("step", sa.Column("digest", sa.LargeBinary(), nullable=True))
     # Covers the step's full tensors, by themselves: pruning removes them and keeps the rows.
     op.add_column("step", sa.Column("tensor_digest", sa.LargeBinary(), nullable=True))
+    # A time is named after its event, as in the other tables.
+    op.alter_column("message", "seen_at", new_column_name="heartbeat_at")
+    op.alter_column("worker", "heartbeat", new_column_name="heartbeat_at")
 
 
 def downgrade() -> None:
+    op.alter_column("worker", "heartbeat_at", new_column_name="heartbeat")
+    op.alter_column("message", "heartbeat_at", new_column_name="seen_at")
     for table, columns in (
         ("step", ("tensor_digest", "digest")),
         ("message", ("digest", "checks", "tool_name", "template", "parts")),

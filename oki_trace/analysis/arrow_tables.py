@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from oki_trace.analysis.head_targets import COUNTED_AS
 from oki_trace.analysis.tables import BY_NAME, Kind, Table
-from oki_trace.store.reading.columnar import Columns
+from oki_trace.store.reading.bulk_read import Columns
 from oki_trace.store.reading.reader import TraceReader
 
 # Steps that are in memory at once: about 40 MB of Python values.

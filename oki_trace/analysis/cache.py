@@ -27,7 +27,7 @@ from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, fo
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import DamagedSteps
-from oki_trace.store.reading.columnar import MessageMark
+from oki_trace.store.reading.bulk_read import MessageMark
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.identity import Db
 

@@ -17,7 +17,7 @@ from oki_trace.analysis.arrow_tables import to_arrow
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import NotFound
 from oki_trace.records import Message, Role
-from oki_trace.store.reading.columnar import MessageMark
+from oki_trace.store.reading.bulk_read import MessageMark
 from oki_trace.store.reading.reader import TraceReader
 
 

@@ -22,7 +22,7 @@ from oki_trace.analysis.distance import (
     between_lists,
     between_logits,
 )
-from oki_trace.records import Candidates, Tensor
+from oki_trace.records import Candidates, TensorRecord
 from oki_trace.store.reading.reader import TraceReader
 
 # Message and step of the first, message and step of the second.
@@ -92,7 +92,7 @@ def one_vocabulary(a: Candidates, b: Candidates) -> bool:
     return all(texts.get(i, text) == text for i, text in zip(ids_b, b.tokens, strict=True))
 
 
-def floats(tensor: Tensor) -> Floats:
+def floats(tensor: TensorRecord) -> Floats:
     """The tensor's values as float32: bfloat16 is held as its bits."""
     if tensor.dtype == "bfloat16":
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)

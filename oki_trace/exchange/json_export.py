@@ -28,7 +28,7 @@ from oki_trace.exchange.trace_object import (
 )
 from oki_trace.exchange.v1 import v1_head, v1_steps
 from oki_trace.records import Message
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.reading.reader import Reader, TraceReader
 
 JSONL = "jsonl"
 
@@ -139,7 +139,7 @@ def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, 
 
 
 def trace_of(
-    reader: TraceReader, messages: Sequence[Message], message: Message, *, timed: bool = False
+    reader: Reader, messages: Sequence[Message], message: Message, *, timed: bool = False
 ) -> dict[str, Any] | None:
     """The trace object of a reply, in memory; None for a message that has none.
 

@@ -10,7 +10,7 @@ from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.reading.reader import Reader, TraceReader
 
 Progress = Callable[[int, int], None]  # steps done, of all
 
@@ -22,7 +22,7 @@ class Selection:
     ``reader`` sees that instant alone; it is good within ``selected`` only.
     """
 
-    reader: TraceReader
+    reader: Reader
     conversation: Conversation
     messages: Sequence[Message]
     traced: frozenset[int]

@@ -29,7 +29,7 @@ import numpy as np
 from oki_trace.errors import ExchangeError
 from oki_trace.exchange.reading.json_stream import JsonStream
 from oki_trace.exchange.reading.source import opened
-from oki_trace.records import Tensor
+from oki_trace.records import TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 SUFFIX = ".safetensors"
@@ -84,7 +84,7 @@ class TensorFile:
         first, end = np.searchsorted(self._places[:, _MESSAGE], [message, message + 1])
         return bool(first < end)
 
-    def of_step(self, message: int, step_index: int) -> Iterator[Tensor]:
+    def of_step(self, message: int, step_index: int) -> Iterator[TensorRecord]:
         """The tensors of one step."""
         first, end = np.searchsorted(self._places[:, _MESSAGE], [message, message + 1])
         steps = self._places[first:end, _STEP]
@@ -100,7 +100,7 @@ class TensorFile:
                 raise self._wrong("it is shorter than it says")
             full = f"message-{message}/step-{step_index}/{name}"
             found = np.frombuffer(data, dtype=ITEMS[dtype]).reshape(shape)
-            yield Tensor(
+            yield TensorRecord(
                 name=cast("TensorName", name),
                 array=found.astype(found.dtype.newbyteorder("="), copy=False),
                 dtype=dtype,

@@ -1,15 +1,13 @@
-"""The plain frozen records that cross rooms.
+"""The plain frozen records that the packages exchange.
 
-The model side makes them, the store keeps them, and the explorer and the
-exports read them back: the same shapes in both directions. They hold Python
-scalars, strings and NumPy arrays, never a torch tensor or an ORM row, so that
-each room can be used and tested without the others.
+``llm`` makes them, ``store`` writes and reads them, and the explorer and the exports use
+them. They contain Python scalars, strings and NumPy arrays, never a torch tensor or an
+ORM row, so each package can be used and tested without the others.
 
-Words, as everywhere in the project: layer 0 is the embedding output, layer l
-the residual stream after block l, layer L (the last) the model's own
-distribution. ``position`` is a token's absolute index in the sequence the
-model saw. ``rank`` counts from 1. ``prob`` is the model's own probability,
-before any sampling setting. Log-probabilities and entropies are in nats.
+Terms: layer 0 is the embedding output, layer l the residual stream after block l, layer
+L (the last) the model's own distribution. ``position`` is the absolute index of a token
+in the sequence that the model sees. ``rank`` counts from 1. ``prob`` is the model's own
+probability, before any sampling setting. Log-probabilities and entropies are in nats.
 """
 
 from __future__ import annotations
@@ -54,7 +52,7 @@ from oki_trace.records.trace import (
     ReplyChecks,
     Segment,
     Step,
-    Tensor,
+    TensorRecord,
     TurnEnd,
     TurnStart,
 )
@@ -92,8 +90,8 @@ __all__ = [
     "StepSummary",
     "StoreInfo",
     "TemplateOptions",
-    "Tensor",
     "TensorMode",
+    "TensorRecord",
     "TurnEnd",
     "TurnStart",
     "WorkerState",

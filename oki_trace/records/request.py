@@ -1,4 +1,4 @@
-"""What is asked of a model: the words said so far, the model, the sampling, what to keep."""
+"""The request for a reply: the messages so far, the model, the sampling, what to capture."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from oki_trace.errors import UsageError
 TensorMode = Literal["exact", "half", "compact", "none"]
 PartKind = Literal["thinking", "answer", "tool_call"]
 
-
-# What apply_chat_template() takes for itself, or has from elsewhere.
+# Parameters of apply_chat_template() itself, and names that it sets.
 _NOT_ARGUMENTS = frozenset(
     {
         *("messages", "conversation", "tools", "chat_template", "add_generation_prompt"),
@@ -27,7 +26,7 @@ _NOT_ARGUMENTS = frozenset(
 
 
 class Role(StrEnum):
-    """Who says a message."""
+    """The author of a message."""
 
     SYSTEM = "system"
     USER = "user"
@@ -36,7 +35,7 @@ class Role(StrEnum):
 
 
 class Status(StrEnum):
-    """Where a message is in its life. User and system messages are born complete."""
+    """The state of a message. Messages other than replies are always complete."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -47,7 +46,7 @@ class Status(StrEnum):
 
     @property
     def is_live(self) -> bool:
-        """Whether more steps may still come."""
+        """Whether more steps may follow."""
         return self in (Status.QUEUED, Status.RUNNING)
 
 
@@ -58,10 +57,10 @@ def _require(holds: bool, sentence: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is picked, in the terms of transformers' ``generate()``.
+    """How the next token is chosen, in the terms of transformers' ``generate()``.
 
-    ``temperature`` of None or 0 is greedy. The others, when None, are left to
-    the model's own generation config.
+    A ``temperature`` of None or 0 is greedy. The others, when None, are those of the
+    model's generation config.
     """
 
     max_new_tokens: int = 256
@@ -94,13 +93,12 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy:
-    """What is kept of every step.
+    """What is stored of every step.
 
-    ``topk_*`` are numbers of entries: of the next-token distribution, of
-    attended positions a layer, of tokens a lens layer. ``tensors``: "exact"
-    keeps the full tensors in the model's own dtype, "half" as 16-bit floats,
-    "compact" within stated bounds in about a fifth of the room of 32-bit
-    floats, "none" keeps the rows alone.
+    ``topk_logits``, ``topk_evidence`` and ``topk_lens`` are the numbers of candidates, of
+    attended positions per layer, and of tokens per lens layer. ``tensors``: "exact"
+    stores the full tensors in the model's dtype, "half" as 16-bit floats, "compact" with
+    a bounded error in about a fifth of the space of 32-bit floats, "none" not at all.
     """
 
     topk_logits: int = 10
@@ -119,7 +117,7 @@ class CapturePolicy:
 
 @dataclass(frozen=True, slots=True)
 class ModelChoice:
-    """Which model, and how it is to be loaded."""
+    """Which model to load, and how."""
 
     model_id: str
     use_4bit: bool = False
@@ -131,15 +129,15 @@ MAX_NESTING = 50
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether lists and objects stand in each other deeper than any program here goes along."""
+    """Whether lists and mappings are nested deeper than MAX_NESTING levels."""
     level = [value]
     for _ in range(MAX_NESTING):
         inner: list[Any] = []
-        for one in level:
-            if isinstance(one, Mapping):
-                inner.extend(one.values())
-            elif isinstance(one, list | tuple):
-                inner.extend(one)
+        for item in level:
+            if isinstance(item, Mapping):
+                inner.extend(item.values())
+            elif isinstance(item, list | tuple):
+                inner.extend(item)
         if not inner:
             return False
         level = inner
@@ -148,10 +146,10 @@ def is_too_deep(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a reply: its steps from ``start`` up to ``end``, the markers around it included.
+    """A part of a reply: its steps from ``start`` up to ``end``, including its markers.
 
-    ``text`` is without the markers. A tool call has the tool's ``name`` and, where they
-    can be read as JSON, its ``arguments``; ``text`` is then the call as it was written.
+    ``text`` excludes the markers. A tool call has the ``name`` of the tool and, where they
+    are valid JSON, its ``arguments``; its ``text`` is the call as the model wrote it.
     """
 
     kind: PartKind
@@ -164,10 +162,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """What a chat template is given beside the messages.
+    """What a chat template gets in addition to the messages.
 
     ``arguments`` by name, such as ``enable_thinking``; ``tools`` are JSON schemas of
-    functions, as ``apply_chat_template`` takes them.
+    functions, in the form that ``apply_chat_template`` accepts.
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -185,11 +183,10 @@ class TemplateOptions:
             f"template arguments and tools must not be nested deeper than {MAX_NESTING} levels",
         )
         for tool in self.tools:
-            made: Any = tool
-            function = made.get("function") if isinstance(made, Mapping) else None
-            named = isinstance(function, Mapping) and isinstance(function.get("name"), str)
+            unchecked: Any = tool
+            function = unchecked.get("function") if isinstance(unchecked, Mapping) else None
             _require(
-                named,
+                isinstance(function, Mapping) and isinstance(function.get("name"), str),
                 'Each tool must be {"type": "function", "function": {"name": …, "description": …, '
                 '"parameters": …}}',
             )
@@ -198,7 +195,7 @@ class TemplateOptions:
         return bool(self.arguments or self.tools)
 
     def over(self, earlier: TemplateOptions | None) -> TemplateOptions:
-        """These over those of an earlier reply. A null takes an earlier argument back."""
+        """These, added to those of an earlier reply. A null removes an earlier argument."""
         before = earlier or TemplateOptions()
         arguments = {**before.arguments, **self.arguments}
         return TemplateOptions(
@@ -209,10 +206,10 @@ class TemplateOptions:
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
-    """One message of a conversation, as a chat template takes it.
+    """One message of a conversation, as the input of a chat template.
 
-    ``content`` of an assistant message is its answer alone; ``parts`` hold all of it,
-    where that is known. ``tool_name``: the tool whose answer a tool message is.
+    The ``content`` of an assistant message is only its answer; ``parts`` are all of it,
+    where they are known. ``tool_name``: the tool whose result a tool message holds.
     """
 
     role: Role

@@ -1,4 +1,4 @@
-"""What a store gives back: conversations, messages, and views over many steps."""
+"""Records that only a store returns: conversations, messages, and views over many steps."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from oki_trace.records.trace import (
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A conversation as a list shows it.
+    """A conversation, with the totals of its messages.
 
-    ``damage``: what in it or its messages makes no sense; None in a store that is whole.
+    ``damage``: the impossible values in it or its messages; None in an intact store.
     """
 
     id: int
@@ -44,10 +44,10 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class ConversationFilter:
-    """Which conversations are wanted; None: any.
+    """Conditions on conversations; None: no condition.
 
-    ``model_id`` answered in it, ``status`` is that of its last message, and it
-    was changed at ``since`` or later, and before ``until``.
+    ``model_id`` generated a reply in it, ``status`` is that of its last message, and its
+    last change was at ``since`` or later, and before ``until``.
     """
 
     model_id: str | None = None
@@ -58,7 +58,7 @@ class ConversationFilter:
 
 @dataclass(frozen=True, slots=True)
 class ConversationTotals:
-    """What a conversation's replies took: ``timed_tokens`` in ``seconds``, and in the store."""
+    """What a conversation's replies took: time (``timed_tokens`` in ``seconds``) and space."""
 
     timed_tokens: int
     seconds: float
@@ -72,16 +72,16 @@ class ConversationTotals:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A stored message. All but the first seven and the last are of assistant messages only.
+    """A stored message. Most fields after ``created_at`` belong to assistant messages only.
 
-    ``content`` of a reply is its answer; ``parts`` are all of it, empty where they are
-    not known. ``template``: what its chat template was given beside the messages.
-    ``tool_name``: the tool whose answer a tool message holds.
+    The ``content`` of a reply is its answer; ``parts`` are all of it, empty where they
+    are not known. ``template``: what its chat template got in addition to the messages.
+    ``tool_name``: the tool whose result a tool message holds.
 
-    ``tensors_pruned_at``: when its full tensors were thrown away to save room;
-    None when that never happened. ``digest`` says what it was when it ended
-    (``store.digest``): None before that, "" when it was recorded without one.
-    ``damage``: what is stored of it and makes no sense; its status is "failed" then.
+    ``tensors_pruned_at``: when its full tensors were pruned; None: never. ``digest``
+    covers the message as it ended (see ``store.digest``): None before that, "" if it was
+    recorded by a program without digests. ``damage``: the impossible values in its row;
+    its status is then "failed".
     """
 
     id: int
@@ -128,9 +128,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """What a reply's strip of tokens needs of each step: no children are read.
+    """A step in brief, without its candidates, attention and lens.
 
-    ``greedy_id`` is what would have been said without a draw; None when plainly greedy.
+    ``greedy_id`` is the token that greedy decoding would have chosen; None when decoding
+    was plainly greedy.
     """
 
     id: int
@@ -158,11 +159,10 @@ class StepSummary:
 class LensGrid:
     """The Logit Lens over many steps of one reply: S steps by L+1 layers.
 
-    ``step_index`` (S,), rising; steps whose lens is not there are left out. All
-    others are (S, L+1), column l being layer l. ``top`` says which of
-    ``tokens``, each of which stands there once, is the layer's most likely
-    one, ``top_id`` its id and ``top_prob`` its probability; the rest is as in
-    ``Lens``.
+    ``step_index`` (S,), ascending, has the steps that have a lens. All others are
+    (S, L+1), column l being layer l. ``top`` is the index in ``tokens``, which are
+    distinct, of the layer's most likely token, ``top_id`` its id and ``top_prob`` its
+    probability; the rest is as in ``Lens``.
     """
 
     step_index: IntArray
@@ -178,10 +178,10 @@ class LensGrid:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionPoints:
-    """Where one layer looked in many steps of one reply, heads averaged.
+    """The attention of one layer in many steps of one reply, averaged over heads.
 
-    Three arrays of one length (N,), by step and then by weight: the most
-    attended ``position`` s of each ``step_index`` and their ``weight`` s.
+    Three arrays (N,), ordered by step and then by weight: the most attended positions of
+    each ``step_index`` and their weights.
     """
 
     step_index: IntArray
@@ -191,7 +191,7 @@ class AttentionPoints:
 
 @dataclass(frozen=True, slots=True)
 class ReplySize:
-    """What a reply takes in the store: so many tokens, and the bytes of their full tensors."""
+    """The size of a reply in the store: its tokens, and the bytes of their full tensors."""
 
     created_at: dt.datetime
     tokens: int
@@ -202,12 +202,11 @@ class ReplySize:
 class StoreInfo:
     """The state of a store, for ``oki-trace info`` and the explorer.
 
-    ``bytes`` is what the store takes on disk now. Of it ``log_bytes`` are the
-    write-ahead log, which is no data but repeats some of it until it is folded
-    in, and ``free_bytes`` are room left by what was deleted, which is used
-    again or given back by ``oki-trace vacuum``; both are 0 on PostgreSQL.
-    ``tensor_bytes`` are the full tensors, of ``tensor_steps`` steps;
-    ``row_bytes`` is the rest of the data.
+    ``bytes`` is the size of the store on disk. It includes ``log_bytes``, the write-ahead
+    log, which repeats some data until the next checkpoint, and ``free_bytes``, space of
+    deleted rows that the store reuses and ``oki-trace vacuum`` gives back; both are 0 on
+    PostgreSQL. ``tensor_bytes`` are the full tensors of ``tensor_steps`` steps,
+    ``row_bytes`` the rest of the data.
     """
 
     url: str
@@ -224,23 +223,23 @@ class StoreInfo:
 
     @property
     def row_bytes_per_token(self) -> float:
-        """What a token's rows take; 0 when there is no token."""
+        """The size of a token's rows; 0 when there is no token."""
         return self.row_bytes / self.steps if self.steps else 0.0
 
     @property
     def tensor_bytes_per_token(self) -> float:
-        """What the full tensors of a token that has them take; 0 when none has."""
+        """The size of the full tensors of a token that has some; 0 when none has."""
         return self.tensor_bytes / self.tensor_steps if self.tensor_steps else 0.0
 
     @property
     def bytes_per_token(self) -> float:
-        """Data alone: neither the log nor free room."""
+        """Data only, without the log and free space."""
         return (self.row_bytes + self.tensor_bytes) / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """What the process that owns the model is doing.
+    """The state of the process that owns the model.
 
     ``state``: "starting", "idle", "loading", "decoding", "failed" or "gone".
     ``progress`` is 0 to 1 while loading, None when unknown.

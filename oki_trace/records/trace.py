@@ -1,4 +1,4 @@
-"""What is seen while a model answers: the prompt, each step, and all that belongs to one."""
+"""The trace of a reply: its prompt, its settings, and each step with everything captured."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Segment = Literal["template", "system", "user", "assistant", "thinking", "tool_c
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model was given: the text, and a token a position.
+    """The input of the model: its text, and one token per position.
 
-    ``segments`` says where each token comes from: a message of that role, the
-    thinking or a tool call of an earlier reply, or the chat template around them.
+    ``segments`` has the origin of each token: a message of that role, the thinking or a
+    tool call of an earlier reply, or the chat template around them.
     """
 
     text: str
@@ -35,11 +35,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The sampling settings in force, the model's own generation config applied.
+    """The effective sampling settings, including the model's generation config.
 
-    ``others`` are settings of that config which have no field here, in its own
-    words ("min_p 0.05"). ``replaced`` names what it asks for that is not one
-    choice a step, such as beam search: the reply was sampled, or greedy, instead.
+    ``others`` are settings of that config without a field here, in its own words
+    ("min_p 0.05"). ``replaced`` names settings that do not choose one token per step, such
+    as beam search: the reply was sampled, or greedy, instead.
     """
 
     do_sample: bool
@@ -56,27 +56,26 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """What could be captured of this model, how, and how far it was checked.
+    """What could be captured of this model, how, and how accurately.
 
-    ``lens_check`` is the largest |Δlogprob| between the lens at the last layer
-    and the model's own logits, ``attention_check`` the largest |Δweight|
-    between the captured attention and the model's eager attention; both from
-    a short forward when the model was loaded. None: not available, and
-    ``lens_reason`` or ``evidence_provenance`` says why.
+    ``lens_check`` is the largest |Δlogprob| between the lens at the last layer and the
+    model's own logits, ``attention_check`` the largest |Δweight| between the captured
+    attention and the model's eager attention; both from a short forward pass at load.
+    None: not available, and ``lens_reason`` or ``evidence_provenance`` says why.
 
-    ``lens_draft``: inner layers are drafted in bfloat16 and only their best
-    tokens computed in the model's own float32; the largest |Δprob| that this
-    made when the model was loaded (at most 1e-3). None: nothing was drafted.
+    ``lens_draft``: inner layers are drafted in bfloat16 and only their best tokens are
+    computed in float32; the largest |Δprob| of this at load (at most 1e-3). None: no
+    draft.
 
-    ``cache_check`` is the largest |Δlogprob| that the model's own cache makes: its
-    last token by itself against one pass over the same text. Decoding has the
-    cache, so teacher forcing differs from a reply by as much.
+    ``cache_check`` is the largest |Δlogprob| that the KV cache causes: the last token
+    decoded by itself against one pass over the same text. Decoding uses the cache, so
+    teacher forcing differs from a reply by as much.
 
-    ``speedups`` are the optional fast paths by name: None where one was used, else why
-    it was not.
+    ``speedups`` are the optional fast paths by name: None for one that was used, else the
+    reason why not.
 
-    ``tensors_left_out``: the full tensors that ``policy`` names were captured, but
-    the file that this reply was imported from does not hold them.
+    ``tensors_left_out``: the full tensors of ``policy`` were captured, but the file from
+    which this reply was imported does not have them.
     """
 
     policy: CapturePolicy
@@ -99,7 +98,7 @@ class CaptureReport:
 
     @property
     def fast_paths(self) -> str:
-        """Which of ``speedups`` are on, and why the others are off, in a line."""
+        """The ``speedups`` that are on, and why the others are off, in one line."""
         on = ", ".join(name for name, off in self.speedups.items() if off is None) or "none"
         off = [f"{name} off ({why})" for name, why in self.speedups.items() if why is not None]
         return "; ".join([f"fast paths: {on}", *off])
@@ -109,9 +108,9 @@ class CaptureReport:
 class Candidates:
     """The k most likely tokens of one distribution, rank 1 first; arrays of shape (k,).
 
-    ``sampled_probs`` are the probabilities after temperature, top-k, top-p and
-    penalties: 0 for a token they removed; None when decoding was plainly greedy.
-    ``noise`` is what the draw gave each (see ``Decision``); None without a draw.
+    ``sampled_probs`` are the probabilities after temperature, top-k, top-p and penalties:
+    0 for a token that they removed; None when decoding was plainly greedy. ``noise`` is
+    that of the draw (see ``Decision``); None without a draw.
     """
 
     token_ids: IntArray
@@ -124,10 +123,10 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one sampling setting did to the distribution it was given.
+    """What one sampling setting did to the distribution.
 
-    ``removed`` tokens went, which had ``removed_mass`` of the probability just
-    before; ``chosen_prob`` is the chosen token's probability just after.
+    It removed ``removed`` tokens with the probability ``removed_mass`` in total;
+    ``chosen_prob`` is the probability of the chosen token after it.
     """
 
     name: str
@@ -139,7 +138,7 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A token in the draw: ``prob`` is of the final distribution (0: it was removed)."""
+    """A token in the draw; ``prob`` is its final probability (0: it was removed)."""
 
     token_id: int
     token: str
@@ -149,15 +148,15 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Why this token: what the settings made of the model's distribution, and the draw.
+    """Why this token was chosen: the effects of the sampling settings, and the draw.
 
-    ``effects`` in the order they were applied. ``candidates`` tokens were left.
-    A draw gives every token noise (Gumbel, independent of its probability), and
-    the token with the largest log prob + noise is chosen: the Gumbel-max form
-    of ``torch.multinomial``, whose race of exponentials q has noise = -log q.
-    ``noise`` is the chosen token's; None where nothing was drawn, or where the
-    device does not show its draw. ``greedy`` is the token that would have been
-    said without a draw, ``runner_up`` the one that came second in it.
+    ``effects`` are in the order of application; ``candidates`` tokens were left. A draw
+    adds noise to every token (Gumbel, independent of its probability) and chooses the
+    token with the largest log prob + noise: the Gumbel-max form of
+    ``torch.multinomial``, whose race of exponentials q has noise = -log q. ``noise`` is
+    that of the chosen token; None where nothing was drawn, or where the device does not
+    expose its draw. ``greedy`` is the token that greedy decoding would have chosen,
+    ``runner_up`` the second in the draw.
     """
 
     drawn: bool
@@ -170,11 +169,10 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerAttention:
-    """Where one layer looked from the newest position, heads averaged.
+    """The attention of one layer from the newest position, averaged over heads.
 
-    ``positions`` and ``weights`` (k,), the most attended first. ``missing`` is
-    what the kept weights of the whole row leave of 1: the share of a learned
-    sink, where the model has one.
+    ``positions`` and ``weights`` (k,), the most attended first. ``missing`` is 1 minus
+    the sum of the whole row: the share of a learned sink, where the model has one.
     """
 
     layer: int
@@ -185,7 +183,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lens:
-    """The Logit Lens of one step (nostalgebraist, 2020): a row a layer, 0 to L.
+    """The Logit Lens of one step (nostalgebraist, 2020): one row per layer, 0 to L.
 
     ``token_ids``, ``logits``, ``probs``: (L+1, k), rank 1 first; ``tokens``
     likewise. ``entropy``, ``chosen_rank``, ``chosen_prob``, ``kl``: (L+1,),
@@ -205,21 +203,21 @@ class Lens:
     @property
     def settle_layer(self) -> int | None:
         """The first layer from which the chosen token stays on top; None if it never does."""
-        behind = np.flatnonzero(self.chosen_rank != 1)
-        first = int(behind[-1]) + 1 if behind.size else 0
+        not_on_top = np.flatnonzero(self.chosen_rank != 1)
+        first = int(not_on_top[-1]) + 1 if not_on_top.size else 0
         return first if first < len(self.chosen_rank) else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class TensorRecord:
     """A full tensor of one step.
 
-    ``logits`` (vocab,); ``hidden_states`` (L+1, width); ``attentions``
-    (layers with attention, heads, keys), where ``layers`` holds the true layer
-    numbers and ``key_offset`` the position of the first key. A layer with a
-    shorter window or fewer heads is padded with zeros, so that column c is
-    position ``key_offset + c`` in every layer. ``dtype`` is the model's own;
-    bfloat16, which NumPy lacks, is held as its bits in uint16.
+    ``logits`` (vocab,); ``hidden_states`` (L+1, width); ``attentions`` (layers with
+    attention, heads, keys), where ``layers`` are the numbers of these layers and
+    ``key_offset`` is the position of the first key. A layer with a shorter window or
+    fewer heads is padded with zeros, so that column c is position ``key_offset + c`` in
+    every layer. ``dtype`` is that of the model; an array in bfloat16, which NumPy lacks,
+    has its bits in uint16.
     """
 
     name: Literal["logits", "hidden_states", "attentions"]
@@ -230,22 +228,21 @@ class Tensor:
 
 
 def surprisal_of(logprob: float) -> float:
-    """-log prob, in nats; 0 where rounding put the logarithm of a certain token above 0."""
+    """-log prob, in nats; 0 where rounding made the logarithm of a certain token positive."""
     return 0.0 if logprob >= 0 else -logprob
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One generated token, and what was seen when it was chosen.
+    """One generated token, and everything captured when it was chosen.
 
-    ``margin`` is the probability of rank 1 less that of rank 2. ``token_bytes``
-    are the token's own bytes, which may be half a UTF-8 character.
-    ``sampled_prob`` is its probability after the sampling settings; it and
-    ``decision`` are None when plainly greedy, with no setting applied. ``lens``
-    trails its step by a few steps while a reply is running.
+    ``margin`` is the probability of rank 1 minus that of rank 2. ``token_bytes`` are the
+    bytes of the token, which may be a part of a UTF-8 character. ``sampled_prob`` is its
+    probability after the sampling settings; it and ``decision`` are None when decoding
+    was plainly greedy. While a reply is running, ``lens`` follows its step by a few steps.
 
-    ``digest`` and ``tensor_digest`` say what the step and its tensors were when
-    they were recorded (``store.digest``); None while that has not been done.
+    ``digest`` and ``tensor_digest`` are those of the step and its tensors when they were
+    recorded (see ``store.digest``); None before that.
     """
 
     step_index: int
@@ -266,7 +263,7 @@ class Step:
     attention: tuple[LayerAttention, ...] = ()
     lens: Lens | None = None
     decision: Decision | None = None
-    tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    tensors: tuple[TensorRecord, ...] = field(default=(), repr=False)
     digest: bytes | None = field(default=None, repr=False)
     tensor_digest: bytes | None = field(default=None, repr=False)
 
@@ -277,18 +274,18 @@ class Step:
 
     @property
     def differs_from_greedy(self) -> bool:
-        """Whether the draw chose another token than greedy decoding would have."""
+        """Whether another token was chosen than by greedy decoding."""
         return self.decision is not None and self.decision.greedy.token_id != self.token_id
 
     @property
     def evidence(self) -> LayerAttention | None:
-        """The attention of the final layer that has any."""
+        """The attention of the last layer that has any."""
         return self.attention[-1] if self.attention else None
 
 
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """What is known of a reply before its first token."""
+    """What is known about a reply before its first token."""
 
     model_id: str
     prompt: Prompt
@@ -298,15 +295,14 @@ class TurnStart:
 
 @dataclass(frozen=True, slots=True)
 class ReplyChecks:
-    """How far a reply's own numbers agree with its model, measured at some of its ``steps``.
+    """How well a reply's own numbers agree with its model, measured at some of its ``steps``.
 
-    ``lens`` is the largest |Δlogprob| between the lens at the last layer and the
-    logits of the step; ``draft`` the largest |Δprob| between the drafted lens of a
-    step and the whole one; ``attention`` the largest difference between what a
-    head's weights add up to and 1 (where the model has a learned sink, what is
-    above 1). None: there was nothing to check. ``fault`` says what disagreed: from
-    there on nothing of that kind was kept, and what was kept before is not to be
-    relied on. ``notes`` say what was given up to stay exact.
+    ``lens`` is the largest |Δlogprob| between the lens at the last layer and the logits of
+    the step; ``draft`` the largest |Δprob| between a drafted lens and the exact one;
+    ``attention`` the largest difference between the sum of a head's weights and 1 (where
+    the model has a learned sink, the excess over 1). None: nothing to check. ``fault``
+    names a disagreement: nothing of that kind was stored from there on, and earlier
+    values are unreliable. ``notes`` say which fast paths were given up to stay exact.
     """
 
     steps: tuple[int, ...]
@@ -319,9 +315,9 @@ class ReplyChecks:
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """How a reply ended. ``reason``: which stop it was, or what failed.
+    """How a reply ended. ``reason``: why it stopped or what failed.
 
-    ``output`` is the text of its answer, ``parts`` all that it consists of.
+    ``output`` is the text of its answer, ``parts`` are all of it.
     """
 
     status: Status

@@ -1,11 +1,12 @@
-"""Database errors, told as one sentence that names the fix.
+"""Database errors as one sentence that names the fix.
 
-Nothing that leaves here carries a password, a statement or its parameters:
-those hold the user's own text.
+No message contains a password, a statement or its parameters: those hold the user's
+own text.
 """
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,19 +14,34 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from oki_trace.errors import StoreBusy, StoreError
 
-_BUSY = (
-    ("database is locked", "another process is writing to it: wait for it to finish, or stop it"),
-    ("lock timeout", "another process is using it: wait for it to finish, or stop it"),
-)
-_KNOWN = (
-    ("disk is full", "the disk is full: free some space, or delete conversations"),
-    ("readonly database", "it may not be written to: check the permissions of the file and folder"),
-    ("unable to open database", "it cannot be opened: check the path and its permissions"),
-    ("malformed", "the file is damaged: restore a backup, or export what can still be read"),
-    ("not a database", "the file is damaged or not a database: restore a backup"),
-    ("no such table", "its tables are missing: run `oki-trace migrate`"),
-    ("connection failed", "the server does not answer: check that it runs, and the address"),
-)
+_LOCKED = "another process is writing to it: wait for it to finish, or stop it"
+_IN_USE = "another process is using it: wait for it to finish, or stop it"
+_FULL = "the disk is full: free some space, or delete conversations"
+_READ_ONLY = "it may not be written to: check the permissions of the file and folder"
+_NO_TABLES = "its tables are missing: run `oki-trace migrate`"
+_NO_ANSWER = "the server does not answer: check that it runs, and the address"
+
+# By SQLite's primary result code.
+_SQLITE = {
+    sqlite3.SQLITE_BUSY: _LOCKED,
+    sqlite3.SQLITE_LOCKED: _LOCKED,
+    sqlite3.SQLITE_FULL: _FULL,
+    sqlite3.SQLITE_READONLY: _READ_ONLY,
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the path and its permissions",
+    sqlite3.SQLITE_CORRUPT: (
+        "the file is damaged: restore a backup, or export what can still be read"
+    ),
+    sqlite3.SQLITE_NOTADB: "the file is damaged or not a database: restore a backup",
+}
+# By the beginning of the SQLSTATE (PostgreSQL manual, appendix A).
+_POSTGRESQL = {
+    "55P03": _IN_USE,  # lock_not_available
+    "53100": _FULL,  # disk_full
+    "25006": _READ_ONLY,  # read_only_sql_transaction
+    "42P01": _NO_TABLES,  # undefined_table
+    "08": _NO_ANSWER,  # connection exceptions
+    "57P": _NO_ANSWER,  # the server shuts down or starts
+}
 
 
 @contextmanager
@@ -34,11 +50,11 @@ def translate_errors(store: str) -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
+        explanation = _explanation(error.orig)
+        if explanation is not None:
+            kind = StoreBusy if explanation in (_LOCKED, _IN_USE) else StoreError
+            raise kind(f"The store {store} failed: {explanation}.") from error
         cause = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
-        for kind, known in ((StoreBusy, _BUSY), (StoreError, _KNOWN)):
-            for part, explanation in known:
-                if part in str(error.orig):
-                    raise kind(f"The store {store} failed: {explanation}.") from error
         raise StoreError(
             f"The store {store} failed: {cause[0]}. Run `oki-trace info` to check it."
         ) from error
@@ -46,3 +62,19 @@ def translate_errors(store: str) -> Iterator[None]:
         raise StoreError(
             f"The store {store} cannot be used: {type(error).__name__}. Check its address."
         ) from error
+
+
+def _explanation(error: object) -> str | None:
+    """The reason and the fix, or None for an error that is not among the known ones."""
+    if isinstance(error, sqlite3.Error):
+        # An error of the driver itself, such as a closed connection, has no code.
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        # SQLite has no code of its own for a missing table.
+        if code == sqlite3.SQLITE_ERROR and "no such table" in str(error):
+            return _NO_TABLES
+        return _SQLITE.get(code)
+    state = getattr(error, "sqlstate", None)
+    if state is None:
+        # The server gave no answer, so there is no code either.
+        return _NO_ANSWER if type(error).__name__ == "OperationalError" else None
+    return next((text for key, text in _POSTGRESQL.items() if state.startswith(key)), None)

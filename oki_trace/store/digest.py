@@ -1,13 +1,12 @@
-"""What a trace was when it was recorded, as a few bytes each: any later change shows.
+"""Digests of steps and messages, computed when they are recorded: they reveal any later change.
 
-A step has two digests: of its rows, and of its full tensors by themselves, which
-pruning removes. A message has one that covers what it says, its settings, its
-prompt and the digests of all its steps, so that none can be changed, left out or
-moved. They are of what is meant, not of how it is kept: the same in a copy, in an
-import of an export, on either engine, in whichever codec. What cannot be told in
-JSON is not told apart: infinities and NaN count as one, -0 as 0, and a token whose
-id is not known has none. They find damage and mistakes; whoever forges a trace can
-make new ones.
+A step has two digests: one of its rows, and one of its full tensors, which pruning
+removes. A message has one that covers its text, its settings, its prompt and the
+digests of all its steps, so that no step can be changed, left out or moved. Digests
+cover values, not their encoding: they are the same in a copy, in an import of an
+export, on either engine and in every codec. Values that JSON does not distinguish
+have the same digest: infinities and NaN, -0 and 0, and all unknown token ids.
+Digests find damage and mistakes; somebody who forges a trace can compute new ones.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b, sha256
 from itertools import chain
 from typing import Any
@@ -28,12 +27,13 @@ from oki_trace.records import (
     FloatArray,
     IntArray,
     Lens,
+    Message,
     Step,
-    Tensor,
+    TensorRecord,
 )
 from oki_trace.store.schema.column_types import storable
 
-# In the place of a message's digest: it was recorded before there were any.
+# The digest of a message that was recorded by a program without digests.
 BEFORE_DIGESTS = ""
 
 _STEP_BYTES = 16
@@ -45,13 +45,13 @@ _UNKNOWN = -1
 
 
 def of_step(step: Step) -> bytes:
-    """Of a step's rows without its lens, which may come later; see ``with_lens``."""
-    top, seen = step.topk, step.attention
+    """The digest of a step's rows without its lens, which may come later; see ``with_lens``."""
+    top, attention = step.topk, step.attention
     sampled_prob = math.nan if step.sampled_prob is None else step.sampled_prob
     measured = (step.logit, step.prob, step.logprob, step.entropy, step.margin, step.elapsed_ms)
     count = len(top.tokens)
-    nothing = np.full(count, np.nan, dtype=np.float32)
-    after = (nothing if one is None else one for one in (top.sampled_probs, top.noise))
+    missing = np.full(count, np.nan, dtype=np.float32)
+    drawn = (missing if one is None else one for one in (top.sampled_probs, top.noise))
     parts = (
         _OF_STEP.pack(
             step.step_index,
@@ -61,20 +61,20 @@ def of_step(step: Step) -> bytes:
             step.rank,
             *map(_number, (sampled_prob, *measured)),
             count,
-            len(seen),
+            len(attention),
         ),
-        _numbers([float(one.missing) for one in seen]),
+        _numbers([float(one.missing) for one in attention]),
         _texts([step.token, step.token_bytes.hex(), *top.tokens]),
-        _ids([top.token_ids, *(one.positions for one in seen)]),
-        _ids([np.array([(one.layer, len(one.positions)) for one in seen], dtype=np.int64)]),
-        _floats([top.logits, top.probs, *after, *(one.weights for one in seen)]),
+        _ids([top.token_ids, *(one.positions for one in attention)]),
+        _ids([np.array([(one.layer, len(one.positions)) for one in attention], dtype=np.int64)]),
+        _floats([top.logits, top.probs, *drawn, *(one.weights for one in attention)]),
         b"" if step.decision is None else _decision(step.decision),
     )
     return _hashed(b"oki step 1", parts)
 
 
 def with_lens(digest: bytes, lens: Lens) -> bytes:
-    """Of a step and its lens, from the step's own."""
+    """The digest of a step with its lens, from that of the step alone."""
     measured = (lens.logits, lens.probs, lens.entropy, lens.chosen_prob, lens.kl)
     parts = (
         digest,
@@ -87,28 +87,57 @@ def with_lens(digest: bytes, lens: Lens) -> bytes:
 
 
 def of_whole_step(step: Step) -> bytes:
-    """Of a step with what there is of its lens."""
-    own = of_step(step)
-    return own if step.lens is None else with_lens(own, step.lens)
+    """The digest of a step, with its lens if it has one."""
+    digest = of_step(step)
+    return digest if step.lens is None else with_lens(digest, step.lens)
 
 
-def of_tensors(tensors: Iterable[Tensor]) -> bytes | None:
-    """Of the full tensors of one step; None when there are none."""
-    # Half a megabyte a step, of which processors make this one the fastest.
-    made = sha256(b"oki tensors 1")
-    several = sorted(tensors, key=lambda tensor: tensor.name)
-    for tensor in several:
+def of_tensors(tensors: Iterable[TensorRecord]) -> bytes | None:
+    """The digest of the full tensors of one step; None when there are none."""
+    # A step has half a megabyte; SHA-256 is the fastest, because processors compute it.
+    digest = sha256(b"oki tensors 1")
+    ordered = sorted(tensors, key=lambda tensor: tensor.name)
+    for tensor in ordered:
         layers = [int(layer) for layer in tensor.layers]
         meaning = (tensor.name, tensor.dtype, [*tensor.array.shape], layers, int(tensor.key_offset))
-        made.update(_texts([repr(meaning)]))
+        digest.update(_texts([repr(meaning)]))
         array = tensor.array
         little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-        made.update(np.ascontiguousarray(little).data.cast("B"))
-    return made.digest()[:_STEP_BYTES] if several else None
+        digest.update(np.ascontiguousarray(little).data.cast("B"))
+    return digest.digest()[:_STEP_BYTES] if ordered else None
+
+
+def is_as_recorded(step: Step) -> bool:
+    """Whether a step and its full tensors match the digests that it brings along.
+
+    A step without digests does, and so do tensors that were left out.
+    """
+    if step.digest is not None and step.digest != of_whole_step(step):
+        return False
+    left_out = step.tensor_digest is None or not step.tensors
+    return left_out or step.tensor_digest == of_tensors(step.tensors)
+
+
+def step_changes(message: Message, step: Step) -> Iterator[str]:
+    """A sentence if the rows of a stored step do not match its digest."""
+    if step.digest is None:
+        if message.digest != BEFORE_DIGESTS:
+            yield "its digest is missing"
+    elif step.digest != of_whole_step(step):
+        yield "its rows are not those that were recorded (another digest)"
+
+
+def tensor_changes(message: Message, step: Step, tensors: Sequence[TensorRecord]) -> Iterator[str]:
+    """A sentence if ``tensors``, all of the step's, do not match their digest."""
+    if step.tensor_digest is None:
+        if message.digest != BEFORE_DIGESTS:
+            yield "the digest of its tensors is missing"
+    elif step.tensor_digest != of_tensors(tensors):
+        yield "its tensors are not those that were recorded (another digest)"
 
 
 class PromptDigest:
-    """Of a prompt's tokens, given some at a time."""
+    """The digest of a prompt's tokens, some at a time."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -126,29 +155,28 @@ class PromptDigest:
         return self
 
     def hex(self) -> str:
-        made = blake2b(digest_size=_MESSAGE_BYTES, person=b"oki prompt 1")
-        made.update(self._count.to_bytes(8, "little"))
+        digest = blake2b(digest_size=_MESSAGE_BYTES, person=b"oki prompt 1")
+        digest.update(self._count.to_bytes(8, "little"))
         for part in self._parts:
-            made.update(part.digest())
-        return made.hexdigest()
+            digest.update(part.digest())
+        return digest.hexdigest()
 
 
 class MessageDigest:
-    """Of a message: its fields, the digest of its prompt, and those of its steps in order."""
+    """The digest of a message: its fields, and the digests of its prompt and steps in order."""
 
     def __init__(self, fields: Mapping[str, Any], prompt: str | None) -> None:
-        self._made = blake2b(digest_size=_MESSAGE_BYTES, person=b"oki message 1")
-        self._made.update(_document(fields))
-        self._made.update(_texts([prompt or ""]))
+        self._digest = blake2b(digest_size=_MESSAGE_BYTES, person=b"oki message 1")
+        self._digest.update(_document(fields))
+        self._digest.update(_texts([prompt or ""]))
 
     def add(self, digest: bytes | None, tensor_digest: bytes | None) -> None:
-        """The next step."""
-        for one in (digest, tensor_digest):
-            told = one or b""
-            self._made.update(bytes([len(told)]) + told)
+        """Add the digests of the next step."""
+        for part in (digest or b"", tensor_digest or b""):
+            self._digest.update(bytes([len(part)]) + part)
 
     def hex(self) -> str:
-        return self._made.hexdigest()
+        return self._digest.hexdigest()
 
 
 # ------------------------------------------------------------------------- within
@@ -169,20 +197,20 @@ def _numbers(values: Sequence[float]) -> bytes:
 
 
 def _floats(arrays: Iterable[FloatArray]) -> bytes:
-    """One after another, in one go: there are dozens, and each is short."""
-    told = np.concatenate([one.ravel() for one in arrays], dtype="<f4", casting="same_kind")
-    told += np.float32(0)  # -0 becomes 0
-    told[~np.isfinite(told)] = np.nan
-    return told.tobytes()
+    """Concatenated first: there are dozens of arrays, and each is short."""
+    values = np.concatenate([one.ravel() for one in arrays], dtype="<f4", casting="same_kind")
+    values += np.float32(0)  # -0 becomes 0
+    values[~np.isfinite(values)] = np.nan
+    return values.tobytes()
 
 
 def _ids(arrays: Iterable[IntArray]) -> bytes:
-    told = np.concatenate([one.ravel() for one in arrays], dtype="<i8", casting="same_kind")
-    return np.maximum(told, _UNKNOWN, out=told).tobytes()
+    ids = np.concatenate([one.ravel() for one in arrays], dtype="<i8", casting="same_kind")
+    return np.maximum(ids, _UNKNOWN, out=ids).tobytes()
 
 
 def _texts(texts: Sequence[str]) -> bytes:
-    """Each ended by NUL, which no storable text has in it."""
+    """Each text ends with NUL, which no storable text contains."""
     joined = "\0".join((*texts, ""))
     if joined.count("\0") != len(texts) or not _encodable(joined):
         joined = "\0".join((*map(storable, texts), ""))
@@ -200,47 +228,44 @@ def _decision(decision: Decision) -> bytes:
         texts += (effect.name, effect.setting)
         numbers += (effect.removed, effect.removed_mass, effect.chosen_prob)
     contenders: tuple[Contender | None, ...] = (decision.greedy, decision.runner_up)
-    for one in contenders:
-        if one is not None:
-            texts.append(one.token)
-            numbers += (max(one.token_id, _UNKNOWN), one.prob, one.noise)
-    told = [math.nan if number is None else number for number in numbers]
-    return _numbers(told) + _texts(texts)
+    for contender in contenders:
+        if contender is not None:
+            texts.append(contender.token)
+            numbers += (max(contender.token_id, _UNKNOWN), contender.prob, contender.noise)
+    return _numbers([math.nan if one is None else one for one in numbers]) + _texts(texts)
 
 
 def _document(values: Any) -> bytes:
-    """A JSON document, whatever wrote it; what is missing, null, false or empty is one."""
-    parts: list[str] = []
-    _tell(values, parts)
-    return _texts([*parts, "end"])
+    """A JSON document. A field that is null, false or empty counts as missing."""
+    return _texts([*_document_parts(values), "end"])
 
 
-def _tell(value: Any, parts: list[str]) -> None:
+def _document_parts(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
-        parts.append("{")
+        yield "{"
         for name in sorted(value):
-            if not _is_nothing(value[name]):
-                parts.append(name)
-                _tell(value[name], parts)
-        parts.append("}")
+            if not _is_empty(value[name]):
+                yield name
+                yield from _document_parts(value[name])
+        yield "}"
     elif isinstance(value, list | tuple):
-        parts.append(f"[{len(value)}")
+        yield f"[{len(value)}"
         for item in value:
-            _tell(item, parts)
+            yield from _document_parts(item)
     elif isinstance(value, str):
-        parts.append(f"s{value}")
+        yield f"s{value}"
     elif isinstance(value, dt.datetime):
-        parts.append(f"t{value.astimezone(dt.UTC).isoformat()}")
+        yield f"t{value.astimezone(dt.UTC).isoformat()}"
     else:
-        parts.append(_plain(value))
+        yield _scalar(value)
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     return value is None or value is False or (not isinstance(value, int | float) and not value)
 
 
-def _plain(value: Any) -> str:
-    """None, a truth or a number: 1 and 1.0 are the same, as they are in JSON."""
+def _scalar(value: Any) -> str:
+    """None, a truth value or a number: 1 and 1.0 are the same, as they are in JSON."""
     if isinstance(value, float):
         if not math.isfinite(value):
             return "None"

@@ -1,9 +1,9 @@
-"""Room kept back for the day on which the disk is full: a file beside the store.
+"""Disk space reserved for the moment when the disk is full: a file beside the store.
 
-Whatever changes a store, deleting included, is first written to its log, and even
-reading it takes a little shared memory beside it. On a disk without a byte left
-none of the two can be had, and nothing could be thrown away. So a writer keeps a
-file of zeros, which gives way to what makes room, and is made again afterwards.
+Every change of a store, a deletion too, is first written to its log, and even reading
+needs a little shared memory beside the file. On a full disk neither is possible, so
+nothing could be deleted. A writer therefore keeps a file of zeros, which is removed
+before a deletion and created again afterwards.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 
 SUFFIX = ".reserve"
-# Half of the store, within these: the log of what is thrown away a few steps at a time.
+# The reserve is half the size of the store, within these bounds: space for the log while a few
+# steps at a time are deleted.
 _LEAST = 512 * 1024
-_GRAIN = 64 * 1024
 _MOST = 8 * 1024 * 1024
-# With less than this free, room is made a few steps at a time.
+_GRAIN = 64 * 1024
+# With less free space than this, deletions are done a few steps at a time.
 LOW = 16 * 1024 * 1024
 
 
 class Reserve:
-    """The reserve of a store's file; ``file`` is None where a server keeps the store."""
+    """The reserve of a store's file; ``file`` is None on PostgreSQL."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
@@ -31,63 +32,57 @@ class Reserve:
         self._released = False
 
     def is_low(self) -> bool:
-        """Whether the disk has so little room that what is done needs the reserve."""
-        if self._file is None:
-            return False
-        with suppress(OSError):
-            return shutil.disk_usage(self._file.parent).free < LOW
-        return False
+        """Whether the disk has so little space that a deletion needs the reserve."""
+        return self._has_less_than(LOW)
 
     def is_spent(self) -> bool:
-        """Whether the disk has no room for what is read through, and there is no reserve."""
-        if self._file is None or self._own is None or self._own.exists():
-            return False
-        with suppress(OSError):
-            return shutil.disk_usage(self._file.parent).free < _GRAIN
-        return False
+        """Whether the disk has no space for the shared memory of a reader, and no reserve."""
+        return self._own is not None and not self._own.exists() and self._has_less_than(_GRAIN)
 
     def release(self) -> bool:
-        """Give the room to whatever comes next; returns whether there was any."""
-        if self._own is None:
-            return False
+        """Free the space of the reserve; returns whether there was any."""
         with suppress(OSError):
-            self._own.unlink()
-            self._released = True
-            return True
+            if self._own is not None:
+                self._own.unlink()
+                self._released = True
+                return True
         return False
 
     def restore(self) -> None:
-        """Keep the room again, if it was given away here."""
+        """Reserve the space again, if it was released here."""
         if self._released:
             self._released = False
             self.keep(above=None)
 
     def keep(self, *, above: int | None = LOW) -> None:
-        """See that there is one in proportion to the store, where ``above`` stays free.
+        """Create a reserve in proportion to the store, if ``above`` bytes stay free.
 
-        None: as large as there is room for. A store on a disk that has no room for
-        one works as well, until it is full.
+        None: as large as the disk allows. A store without a reserve works too, until
+        the disk is full.
         """
         if self._file is None or self._own is None:
             return
         with suppress(OSError):
-            wanted = min(max(self._file.stat().st_size // 2, _LEAST), _MOST)
-            has = self._own.stat().st_size if self._own.exists() else 0
-            free = has + shutil.disk_usage(self._file.parent).free
+            size = min(max(self._file.stat().st_size // 2, _LEAST), _MOST)
+            present = self._own.stat().st_size if self._own.exists() else 0
+            free = present + shutil.disk_usage(self._file.parent).free
             if above is None:
-                wanted = min(wanted, free // _GRAIN * _GRAIN)
-            elif free < wanted + above:
-                return
-            if has >= wanted:
+                size = min(size, free // _GRAIN * _GRAIN)
+            if present >= size or (above is not None and free < size + above):
                 return
             try:
-                _fill(self._own, wanted)
+                _allocate(self._own, size)
             except OSError:
                 self._own.unlink(missing_ok=True)
 
+    def _has_less_than(self, size: int) -> bool:
+        with suppress(OSError):
+            return self._file is not None and shutil.disk_usage(self._file.parent).free < size
+        return False
 
-def _fill(path: Path, size: int) -> None:
-    """Blocks that the disk has given: a file with a hole would be a promise, not room."""
+
+def _allocate(path: Path, size: int) -> None:
+    """Create a file whose blocks the disk has allocated: a sparse file would reserve nothing."""
     descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
     try:
         if hasattr(os, "posix_fallocate"):

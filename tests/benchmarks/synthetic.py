@@ -29,7 +29,7 @@ from oki_trace.records import (
     Segment,
     Status,
     Step,
-    Tensor,
+    TensorRecord,
     TurnEnd,
     TurnStart,
 )
@@ -89,8 +89,8 @@ def fill_pairs(writer: TraceWriter, prompts: int, *, seed: int = 0) -> None:
                     dataclasses.replace(
                         pool[place],
                         tensors=(
-                            Tensor("logits", logits[place % len(logits)] + noise, "float32"),
-                            Tensor(
+                            TensorRecord("logits", logits[place % len(logits)] + noise, "float32"),
+                            TensorRecord(
                                 "attentions",
                                 weights.astype(np.float32),
                                 "float32",

@@ -10,7 +10,7 @@ import pytest
 from test_shapes import summary
 
 from dashboard.viewdata import attention as shapes
-from oki_trace.records import AttentionPoints, Prompt, StepSummary, Tensor
+from oki_trace.records import AttentionPoints, Prompt, StepSummary, TensorRecord
 
 
 @pytest.fixture
@@ -103,9 +103,9 @@ def test_parked_are_the_first_the_template_and_special_tokens() -> None:
     assert shapes.parked(prompt(), steps) == {0, 1, 3, 7}
 
 
-def tensor(rng: np.random.Generator) -> Tensor:
+def tensor(rng: np.random.Generator) -> TensorRecord:
     array = rng.random((2, 3, 5)).astype(np.float32)
-    return Tensor("attentions", array, "float32", (1, 4), 2)
+    return TensorRecord("attentions", array, "float32", (1, 4), 2)
 
 
 def test_a_head_is_read_from_its_own_layer(rng: np.random.Generator) -> None:

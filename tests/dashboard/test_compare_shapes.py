@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dashboard.viewdata import comparison
 from dashboard.viewdata.comparison import Pair, align, between, divergence, exactly
-from oki_trace.records import Candidates, StepSummary, Tensor
+from oki_trace.records import Candidates, StepSummary, TensorRecord
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_what_is_kept_bounds_the_distance(seed: int, spread: float, k: int, by_i
     assert found.low - 1e-9 <= total <= found.high + 1e-9
     if k == 20:
         assert found.high - found.low < 1e-9
-    one, two = (Tensor("logits", row.astype(np.float64), "float64") for row in logits)
+    one, two = (TensorRecord("logits", row.astype(np.float64), "float64") for row in logits)
     exact = exactly(one, two)
     assert exact is not None
     assert exact.low == exact.high == pytest.approx(total, abs=1e-5)
@@ -127,8 +127,8 @@ def test_what_is_not_known_is_not_told(rng: np.random.Generator) -> None:
     unknown = Candidates(kept.token_ids, kept.tokens, kept.logits, kept.probs * np.nan)
     assert between(kept, none, by_id=True) is None
     assert between(unknown, kept, by_id=True) is None
-    other = Tensor("logits", np.zeros(7, np.float32), "float32")
-    assert exactly(Tensor("logits", np.zeros(8, np.float32), "float32"), other) is None
+    other = TensorRecord("logits", np.zeros(7, np.float32), "float32")
+    assert exactly(TensorRecord("logits", np.zeros(8, np.float32), "float32"), other) is None
     assert comparison.told(None) == "not known"
     assert comparison.told(comparison.Distance(0.25, 0.25)) == "0.250"
     assert comparison.told(comparison.Distance(0.25, 0.5)) == "0.250 to 0.500"

@@ -19,8 +19,8 @@ from oki_trace.records import (
     Status,
     Step,
     TemplateOptions,
-    Tensor,
     TensorMode,
+    TensorRecord,
     TurnEnd,
 )
 from oki_trace.store.writing.writer import TraceWriter
@@ -53,7 +53,7 @@ def odd_step(index: int, rng: np.random.Generator) -> Step:
         ),
         attention=(),
         decision=None,
-        tensors=(Tensor("logits", bits, "bfloat16"),),
+        tensors=(TensorRecord("logits", bits, "bfloat16"),),
     )
 
 

@@ -25,9 +25,9 @@ from oki_trace.records import (
     TensorMode,
     TurnEnd,
 )
+from oki_trace.store.liveness import this_process
 from oki_trace.store.maintenance.prune import prune_tensors
 from oki_trace.store.maintenance.verify import Verification
-from oki_trace.store.owner import this_process
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
 from oki_trace.store.writing.copy import copy

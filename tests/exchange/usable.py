@@ -26,7 +26,7 @@ from tests.exchange.inline import import_inline
 # The receiving store's own numbers and moments, and what is worked out from the rest.
 _OWN = {
     *("id", "uid", "updated_at", "conversation_id", "message_id", "step_id"),
-    *("owner", "seen_at", "stop_requested", "checksum", "codec", "raw_bytes", "tensor_bytes"),
+    *("owner", "heartbeat_at", "stop_requested", "checksum", "codec", "raw_bytes", "tensor_bytes"),
 }
 _CHILDREN = ("topk_entry", "attention_layer", "attention_entry", "lens_layer", "lens_entry")
 FORMATS = {Format.JSON: "x.json", Format.JSONL: "x.jsonl", Format.PARQUET: "tables"}

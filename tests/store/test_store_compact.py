@@ -16,7 +16,7 @@ from oki_trace.records import (
     Role,
     Sampling,
     Step,
-    Tensor,
+    TensorRecord,
     TurnEnd,
     TurnStart,
 )
@@ -43,7 +43,7 @@ def from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 
 def back(name: Any, array: np.ndarray, dtype: str = "float32") -> np.ndarray:
-    return decode(encode(Tensor(name, array, dtype), "compact")).array
+    return decode(encode(TensorRecord(name, array, dtype), "compact")).array
 
 
 def assert_probs_kept(exact: np.ndarray, restored: np.ndarray) -> None:

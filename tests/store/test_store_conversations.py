@@ -22,7 +22,7 @@ from oki_trace.records import (
     Sampling,
     Status,
 )
-from oki_trace.store.owner import this_process
+from oki_trace.store.liveness import this_process
 from oki_trace.store.schema.models import Message as MessageRow
 
 

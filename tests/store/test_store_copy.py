@@ -64,7 +64,7 @@ def contents(reader: TraceReader, conversation: int) -> list[Any]:
             table = models.Step.__table__
             (row,) = reader.rows(select(table).where(table.c.id == step.id))
             found.append(row[2:])
-            for model in (*copying._CHILDREN, models.Tensor):
+            for model in (*models.STEP_CHILDREN, models.Tensor):
                 table = model.__table__
                 skipped = 2 if model is models.Tensor else 1
                 found += [
@@ -122,7 +122,7 @@ def test_what_is_being_written_is_left_for_later(ends: tuple[Store, str]) -> Non
         connection.execute(
             update(models.Message)
             .where(models.Message.conversation_id == live)
-            .values(owner="another-host:1:1", seen_at=None)
+            .values(owner="another-host:1:1", heartbeat_at=None)
         )
     assert [c.fate for c in copy(source.db, target)] == [Fate.LIVE]
     reply = source.reader.messages(live)[-1].id

@@ -20,8 +20,8 @@ from stores import assert_same
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
+from oki_trace.store.liveness import Owner, is_dead, this_process
 from oki_trace.store.maintenance.verify import Verification
-from oki_trace.store.owner import Owner, is_dead, this_process
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 

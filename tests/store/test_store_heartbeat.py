@@ -10,9 +10,8 @@ from stores import Store
 
 from oki_trace.errors import StoreError
 from oki_trace.records import Status
-from oki_trace.store import heartbeat
-from oki_trace.store.heartbeat import BEAT_SECONDS, SILENCE_SECONDS
-from oki_trace.store.owner import this_process
+from oki_trace.store import liveness
+from oki_trace.store.liveness import BEAT_SECONDS, SILENCE_SECONDS, this_process
 from oki_trace.store.schema import models
 from tests.waiting import until
 
@@ -26,12 +25,12 @@ def silent_for(store: Store, message: int, seconds: float | None) -> None:
         connection.execute(
             update(models.Message)
             .where(models.Message.id == message)
-            .values(owner=ELSEWHERE, seen_at=at)
+            .values(owner=ELSEWHERE, heartbeat_at=at)
         )
 
 
-def seen_at(store: Store, message: int) -> dt.datetime:
-    query = select(models.Message.seen_at).where(models.Message.id == message)
+def heartbeat_at(store: Store, message: int) -> dt.datetime:
+    query = select(models.Message.heartbeat_at).where(models.Message.id == message)
     (found,) = store.reader.rows(query)[0]
     assert isinstance(found, dt.datetime)
     return found
@@ -63,17 +62,17 @@ class TestOnAServer:
         _, message = store.reply()
         with store.writer.write() as connection:
             long_ago = func.now() - dt.timedelta(days=1)
-            connection.execute(update(models.Message).values(seen_at=long_ago))
+            connection.execute(update(models.Message).values(heartbeat_at=long_ago))
         assert store.reader.message(message).status is Status.RUNNING
 
     def test_signs_are_given_while_a_reply_is_written(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert BEAT_SECONDS * 3 < SILENCE_SECONDS, "one may be late, and one lost"
-        monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.05)
+        monkeypatch.setattr(liveness, "BEAT_SECONDS", 0.05)
         _, message = store.reply()
-        first, version = seen_at(store, message), store.reader.version()
-        until(lambda: seen_at(store, message) > first, "a later sign of life")
+        first, version = heartbeat_at(store, message), store.reader.version()
+        until(lambda: heartbeat_at(store, message) > first, "a later sign of life")
         assert store.reader.version() == version, "a sign of life is news to nobody"
 
     def test_a_worker_elsewhere_is_gone_when_silent(self, store: Store) -> None:
@@ -81,7 +80,7 @@ class TestOnAServer:
         for silence, state in ((SILENCE_SECONDS - 5, "idle"), (SILENCE_SECONDS + 5, "gone")):
             with store.writer.write() as connection:
                 at = func.now() - dt.timedelta(seconds=silence)
-                connection.execute(update(models.Worker).values(owner=ELSEWHERE, heartbeat=at))
+                connection.execute(update(models.Worker).values(owner=ELSEWHERE, heartbeat_at=at))
             worker = store.reader.worker()
             assert worker is not None and worker.state == state
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from oki_trace.errors import TensorError
-from oki_trace.records import Tensor
+from oki_trace.records import TensorRecord
 from oki_trace.store.codecs.float16 import floats_of, halves_of
 from oki_trace.store.codecs.tensors import EncodedTensor, _checksum, decode, encode
 
@@ -38,7 +38,7 @@ def signed(encoded: EncodedTensor) -> EncodedTensor:
 @given(npst.arrays(np.uint32, SHAPES, elements=st.integers(0, 2**32 - 1)))
 def test_exact_keeps_every_bit_of_float32(bits: np.ndarray) -> None:
     array = bits.view(np.float32)
-    back = decode(encode(Tensor("hidden_states", array, "float32", (0, 1), 3), "exact"))
+    back = decode(encode(TensorRecord("hidden_states", array, "float32", (0, 1), 3), "exact"))
     assert back.array.dtype == np.float32 and back.array.shape == array.shape
     assert back.array.tobytes() == array.tobytes()
     assert (back.name, back.dtype, back.layers, back.key_offset) == (
@@ -53,7 +53,7 @@ def test_exact_keeps_every_bit_of_float32(bits: np.ndarray) -> None:
 )
 def test_sixteen_bits_are_kept_in_either_mode(bits: np.ndarray, dtype: str, mode: str) -> None:
     array = bits if dtype == "bfloat16" else bits.view(np.float16)
-    back = decode(encode(Tensor("logits", array, dtype), mode))
+    back = decode(encode(TensorRecord("logits", array, dtype), mode))
     assert back.dtype == dtype and back.array.dtype == array.dtype
     assert back.array.tobytes() == array.tobytes()
 
@@ -68,7 +68,7 @@ def test_sixteen_bits_are_kept_in_either_mode(bits: np.ndarray, dtype: str, mode
     name=st.sampled_from(["logits", "hidden_states", "attentions"]),
 )
 def test_half_keeps_its_bound(array: np.ndarray, name: str) -> None:
-    back = decode(encode(Tensor(name, array, "float32"), "half")).array
+    back = decode(encode(TensorRecord(name, array, "float32"), "half")).array
     finite = np.isfinite(array)
     np.testing.assert_array_equal(back[~finite], array[~finite])
     if not finite.any():
@@ -88,7 +88,7 @@ def test_half_makes_again_what_it_has_made_once(name: str) -> None:
     for _ in range(200):
         array = (rng.random((2, 3, 7)) * 10.0 ** rng.integers(-6, 0, (2, 3, 7))).astype(np.float32)
         array[0, 0, 0] = 0.99999
-        once = decode(encode(Tensor(name, array, "float32"), "half"))  # type: ignore[arg-type]
+        once = decode(encode(TensorRecord(name, array, "float32"), "half"))  # type: ignore[arg-type]
         again = encode(once, "half")
         assert again.codec.startswith("half")
         assert decode(again).array.tobytes() == once.array.tobytes()
@@ -96,7 +96,7 @@ def test_half_makes_again_what_it_has_made_once(name: str) -> None:
 
 def test_likely_tokens_are_the_most_precise() -> None:
     logits = np.linspace(-80, 21.37, 5000, dtype=np.float32)
-    back = decode(encode(Tensor("logits", logits, "float32"), "half")).array
+    back = decode(encode(TensorRecord("logits", logits, "float32"), "half")).array
     assert back[-1] == logits[-1]
     error = np.abs(back - logits)
     assert error[-50:].max() < 5e-4 and error.max() < 0.04
@@ -104,7 +104,7 @@ def test_likely_tokens_are_the_most_precise() -> None:
 
 def test_half_takes_activations_beyond_sixteen_bits() -> None:
     array = np.array([1e7, -3.5, 1e-3, 0], dtype=np.float32)
-    encoded = encode(Tensor("hidden_states", array, "float32"), "half")
+    encoded = encode(TensorRecord("hidden_states", array, "float32"), "half")
     assert encoded.codec.startswith("half")
     np.testing.assert_allclose(decode(encoded).array, array, rtol=2**-11, atol=1e7 * 2**-39)
 
@@ -112,7 +112,9 @@ def test_half_takes_activations_beyond_sixteen_bits() -> None:
 def test_arrays_that_are_not_contiguous_and_numbers_of_numpy() -> None:
     array = np.arange(24, dtype=np.float32).reshape(4, 6).T
     layers = tuple(np.arange(6))
-    back = decode(encode(Tensor("hidden_states", array, "float32", layers, np.int64(2)), "exact"))
+    back = decode(
+        encode(TensorRecord("hidden_states", array, "float32", layers, np.int64(2)), "exact")
+    )
     np.testing.assert_array_equal(back.array, array)
     assert back.layers == (0, 1, 2, 3, 4, 5) and type(back.layers[0]) is int
 
@@ -123,14 +125,14 @@ def test_arrays_that_are_not_contiguous_and_numbers_of_numpy() -> None:
 )
 def test_what_cannot_be_kept_is_refused(array: np.ndarray, dtype: str) -> None:
     with pytest.raises(TensorError, match="logits"):
-        encode(Tensor("logits", array, dtype), "exact")
+        encode(TensorRecord("logits", array, dtype), "exact")
 
 
 @pytest.mark.parametrize("mode", ["exact", "half", "compact"])
 @given(data=st.data())
 def test_any_damage_is_noticed(mode: str, data: st.DataObject) -> None:
     array = np.linspace(0, 1, 60, dtype=np.float32)
-    good = encode(Tensor("attentions", array.reshape(2, 3, 10), "float32", (1, 2), 0), mode)
+    good = encode(TensorRecord("attentions", array.reshape(2, 3, 10), "float32", (1, 2), 0), mode)
     at = data.draw(st.integers(0, len(good.data) - 1))
     flipped = bytearray(good.data)
     flipped[at] ^= data.draw(st.integers(1, 255))
@@ -153,7 +155,7 @@ def test_any_damage_is_noticed(mode: str, data: st.DataObject) -> None:
 )  # fmt: skip
 def test_a_bomb_is_not_unpacked(codec: str, takes: int) -> None:
     zeros = zstandard.ZstdCompressor(level=1).compress(bytes(400_000_000))
-    small = encode(Tensor("logits", np.zeros(50, np.float32), "float32"), "exact")
+    small = encode(TensorRecord("logits", np.zeros(50, np.float32), "float32"), "exact")
     with pytest.raises(TensorError, match=f"claims 400000000 bytes where its shape takes {takes}"):
         decode(signed(dataclasses.replace(small, codec=codec, data=zeros)))
 
@@ -161,7 +163,7 @@ def test_a_bomb_is_not_unpacked(codec: str, takes: int) -> None:
 def test_a_frame_that_hides_its_size_is_not_unpacked() -> None:
     packer = zstandard.ZstdCompressor(level=1, write_content_size=False)
     zeros = packer.compress(bytes(400_000_000))
-    small = encode(Tensor("logits", np.zeros(50, np.float32), "float32"), "exact")
+    small = encode(TensorRecord("logits", np.zeros(50, np.float32), "float32"), "exact")
     with pytest.raises(TensorError, match="where its shape takes 200"):
         decode(signed(dataclasses.replace(small, codec="zstd", data=zeros)))
 
@@ -186,7 +188,7 @@ def test_a_frame_that_hides_its_size_is_not_unpacked() -> None:
     ],
 )
 def test_a_forged_row_is_a_clear_error(change: dict[str, object]) -> None:
-    good = encode(Tensor("logits", np.zeros(50, np.float32), "float32"), "exact")
+    good = encode(TensorRecord("logits", np.zeros(50, np.float32), "float32"), "exact")
     with pytest.raises(TensorError, match="logits"):
         decode(signed(dataclasses.replace(good, **change)))
 

@@ -19,6 +19,7 @@ from oki_trace.records import ChatMessage, Role, Status, TensorMode, TurnEnd
 from oki_trace.store.maintenance import verify
 from oki_trace.store.maintenance.prune import prune_tensors
 from oki_trace.store.maintenance.verify import Verification
+from oki_trace.store.reading.connection import ReadConnection
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
 from oki_trace.store.writing.writer import TraceWriter
@@ -118,7 +119,7 @@ BROKEN = [
     (of(models.Step, token_id=3), "its logits say"),
     (of(models.Step, rank=1), "rank 1 is not the token"),
     (of(models.Step, settle_layer=1), "it does not settle at layer 1"),
-    (of(models.Step, tensor_bytes=5), "and 5 are told of"),
+    (of(models.Step, tensor_bytes=5), "bytes instead of 5"),
     (without(models.Step), "it follows where step 7 should"),
     (without(models.TopkEntry), "it has no candidates"),
     (without(models.TopkEntry, rank=1), "ranks 2 to 10, 9 in all"),
@@ -208,14 +209,14 @@ def test_a_few_steps_are_in_memory_at_a_time(store: Store, monkeypatch: pytest.M
     told(store)
     monkeypatch.setattr(verify, "_BATCH", 3)
     most = 0
-    rows = TraceReader.rows
+    rows = ReadConnection.rows
 
-    def counting(reader: TraceReader, query: object) -> object:
+    def counting(reader: ReadConnection, query: object) -> object:
         nonlocal most
         result = rows(reader, query)  # type: ignore[arg-type]
         most = max(most, len(result))
         return result
 
-    monkeypatch.setattr(TraceReader, "rows", counting)
+    monkeypatch.setattr(ReadConnection, "rows", counting)
     assert found(store) == []
     assert most <= 3 * 4, "a lens has four layers"

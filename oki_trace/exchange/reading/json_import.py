@@ -21,7 +21,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tensor_file import TensorFile
 from oki_trace.exchange.trace_object import FORMAT, VERSION
 from oki_trace.queueing import title_of
-from oki_trace.records import Role, Status, Step, Tensor
+from oki_trace.records import Role, Status, Step, TensorRecord
 
 Json = dict[str, Any]
 # Is given an object without its long part, and whether there is one: then the stream stands at it.
@@ -241,7 +241,7 @@ class JsonImport:
             for _ in self._elements(where, "steps"):
                 yield self._stream.value()
 
-    def _tensors_of(self, message: int | None, step_index: int) -> tuple[Tensor, ...]:
+    def _tensors_of(self, message: int | None, step_index: int) -> tuple[TensorRecord, ...]:
         if self._tensors is None or message is None:
             return ()
         tensors = tuple(self._tensors.of_step(message, step_index))

@@ -26,7 +26,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import BLANK
-from oki_trace.records import Step, Tensor
+from oki_trace.records import Step, TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 Cursors = dict[str, TableCursor]
@@ -170,7 +170,7 @@ def _entries(rows: list[Row]) -> list[Row]:
     return made
 
 
-def _tensor(row: Row, where: str) -> Tensor:
+def _tensor(row: Row, where: str) -> TensorRecord:
     dtype, data = ITEMS.get(row["dtype"] or ""), row["data"]
     shape, layers, key_offset = row["shape"], row["layers"] or [], row["key_offset"] or 0
     if row["name"] not in get_args(TensorName) or dtype is None or data is None or not shape:
@@ -180,7 +180,7 @@ def _tensor(row: Row, where: str) -> Tensor:
     if size != len(data) or size > MAX_RAW_BYTES:
         raise refused(f"{where}: a tensor is not as large as its shape says")
     array = np.frombuffer(data, dtype=dtype).reshape(shape)
-    return Tensor(
+    return TensorRecord(
         name=cast("TensorName", row["name"]),
         array=array.astype(array.dtype.newbyteorder("="), copy=False),
         dtype=row["dtype"],

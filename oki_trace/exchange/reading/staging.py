@@ -25,7 +25,7 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
-from oki_trace.store.maintenance.digest_checks import is_as_recorded
+from oki_trace.store.digest import is_as_recorded
 from oki_trace.store.writing.lifecycle import PROCESS_ENDED
 from oki_trace.store.writing.writer import TraceWriter
 

@@ -28,7 +28,7 @@ from oki_trace.records import (
     LayerAttention,
     Lens,
     Step,
-    Tensor,
+    TensorRecord,
     TurnStart,
 )
 
@@ -235,8 +235,8 @@ def _contender(values: schema.Contender, ids: TokenIds) -> Contender:
 
 
 def tensor_records(
-    found: Sequence[Tensor], of: Step, capture: CaptureReport, where: str
-) -> tuple[Tensor, ...]:
+    found: Sequence[TensorRecord], of: Step, capture: CaptureReport, where: str
+) -> tuple[TensorRecord, ...]:
     """The full tensors of a step, if they can be its own."""
     if found and capture.policy.tensors == "none":
         raise refused(f"{where}: it has tensors, and its policy keeps none")
@@ -249,7 +249,7 @@ def tensor_records(
     return tuple(found)
 
 
-def _misfit(tensor: Tensor, step: Step, capture: CaptureReport) -> str | None:
+def _misfit(tensor: TensorRecord, step: Step, capture: CaptureReport) -> str | None:
     shape = tensor.array.shape
     dimensions = {"logits": 1, "hidden_states": 2, "attentions": 3}[tensor.name]
     if len(shape) != dimensions or not tensor.array.size:

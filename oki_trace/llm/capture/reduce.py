@@ -25,8 +25,7 @@ from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
 from oki_trace.llm.decoding.sampling import decide
-from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step
-from oki_trace.records import Tensor as TensorRecord
+from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step, TensorRecord
 
 
 @dataclass(frozen=True)
@@ -199,7 +198,7 @@ def _tensors(raw: RawStep, attention: Rows) -> Iterator[TensorRecord]:
 
 
 def _attentions(position: int, attention: Rows) -> TensorRecord:
-    """Every layer and head in one tensor, columns aligned by position (see records.Tensor)."""
+    """Every layer and head in one tensor, columns aligned by position (see ``TensorRecord``)."""
     rows = list(attention.values())
     heads, keys = max(r.shape[0] for r in rows), max(r.shape[1] for r in rows)
     if all(r.shape == (heads, keys) for r in rows):

@@ -1,26 +1,26 @@
-"""The codecs of mode "compact": small, and never further off than they say.
+"""The codecs of mode "compact": small, with a bounded error.
 
-    cumulative   attentions. Each row's running sum is rounded to multiples of
-                 2^-10 and its differences are kept: no weight is off by more than
-                 2^-10, nor is the sum of any run of positions, so that what a row
-                 gives to a part of the prompt, and to all of it, stays true.
-    companded    logits, as distances from the largest, which is exact. Near it the
-                 grid is fine, far below it coarse, because an error matters as much
-                 as the token is likely: a distance g is off by at most half of
-                 min(fine * 2^(g/2), coarse). -inf is kept.
-    blocks       hidden states, as 8-bit whole numbers with a scale for each 32
-                 neighbours (llama.cpp calls it Q8_0): a value is off by at most
-                 1/254 of the largest in its block, or 2^-100.
+    cumulative   attentions. The running sum of each row is rounded to multiples of
+                 2^-10 and stored as differences: the error of a weight, and of the sum
+                 of any run of positions, is at most 2^-10, so the share of any part of
+                 the prompt stays correct.
+    companded    logits, as distances from the largest, which is exact. The grid is fine
+                 near it and coarse far below, because an error matters as much as the
+                 token is likely: the error of a distance g is at most half of
+                 min(fine * 2^(g/2), coarse). -inf is preserved.
+    blocks       hidden states, as 8-bit integers with a scale for each 32 neighbours
+                 (llama.cpp: Q8_0): the error of a value is at most 1/254 of the largest
+                 in its block, or 2^-100.
 
-Each takes float32 and gives bytes, or none when the array is not of the kind it
-is made for; 16-bit codes stand with all low bytes first, which packs better.
+Each encodes float32 to bytes, or to no bytes when the array is not of the kind that
+the codec is for. 16-bit codes are stored with all low bytes first, which compresses
+better.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ _COMPANDED_HEADER = struct.Struct("<fff")
 
 
 def cumulative(weights: Floats) -> bytes:
-    """Rows of weights along the last axis, each at least 0."""
+    """Encode rows of weights along the last axis, each weight at least 0."""
     if not weights.size or not weights.min() >= 0:
         return b""
     sums = np.cumsum(weights, axis=-1, dtype=np.float64)
@@ -58,32 +58,32 @@ def from_cumulative(plain: bytes) -> Floats:
 
 
 def companded(logits: Floats, fine: float, coarse: float) -> bytes:
-    """Logits with a largest one that is finite, the others finite or -inf."""
+    """Encode logits whose largest is finite, the others finite or -inf."""
     largest = logits.max(initial=-np.inf)
     if not math.isfinite(largest):
         return b""
     grid = _Grid(fine, coarse)
     gaps = float(largest) - logits.astype(np.float64)
-    ruled_out = np.isposinf(gaps)
-    if ruled_out.any():
-        gaps[ruled_out] = 0.0
+    is_infinite = np.isposinf(gaps)
+    if is_infinite.any():
+        gaps[is_infinite] = 0.0
     codes = np.rint(grid.codes(gaps))
     if not codes.max() <= _LARGEST_CODE:
         return b""
-    small = codes.astype(np.uint16)
-    small[ruled_out] = _MINUS_INFINITY
-    return _COMPANDED_HEADER.pack(largest, fine, coarse) + _planes(small)
+    integers = codes.astype(np.uint16)
+    integers[is_infinite] = _MINUS_INFINITY
+    return _COMPANDED_HEADER.pack(largest, fine, coarse) + _planes(integers)
 
 
 def from_companded(plain: bytes) -> Floats:
-    """Raises ValueError when the header makes no sense."""
+    """Raises ValueError for an impossible header."""
     largest, fine, coarse = _COMPANDED_HEADER.unpack_from(plain)
     if not (math.isfinite(largest) and 1e-9 < fine < coarse < 1e9):
         raise ValueError("a grid that cannot be")
     codes = _codes(plain[_COMPANDED_HEADER.size :])
-    kept = codes[codes != _MINUS_INFINITY]
+    finite = codes[codes != _MINUS_INFINITY]
     values = np.full(_MINUS_INFINITY + 1, -np.inf, dtype=np.float32)
-    used = int(kept.max(initial=0)) + 1
+    used = int(finite.max(initial=0)) + 1
     values[:used] = largest - _Grid(fine, coarse).gaps(np.arange(used, dtype=np.float64))
     return values[codes]
 
@@ -111,7 +111,7 @@ class _Grid:
 
 
 def blocks(array: Floats) -> bytes:
-    """Finite values of any size; blocks run over the array in C order."""
+    """Encode finite values of any magnitude; blocks run over the array in C order."""
     padded = np.zeros(-(-array.size // BLOCK) * BLOCK, dtype=np.float32)
     padded[: array.size] = array.ravel()
     rows = padded.reshape(-1, BLOCK)
@@ -122,8 +122,8 @@ def blocks(array: Floats) -> bytes:
     # A scale below float32's normal numbers would lose its precision.
     scales = np.where(largest > 2.0**-100, largest / np.float32(127), np.float32(0))
     divisors = np.where(scales == 0, np.float32(1), scales)
-    small = np.where(scales[:, None] == 0, np.float32(0), rows)
-    codes = np.rint(small / divisors[:, None]).astype(np.int8).ravel()[: array.size]
+    scaled = np.where(scales[:, None] == 0, np.float32(0), rows) / divisors[:, None]
+    codes = np.rint(scaled).astype(np.int8).ravel()[: array.size]
     return scales.astype("<f4").tobytes() + codes.tobytes()
 
 
@@ -136,7 +136,7 @@ def from_blocks(plain: bytes, size: int) -> Floats:
 
 
 def plain_size(codec: str, size: int) -> int:
-    """The bytes of an array of so many values, before packing."""
+    """The number of bytes for ``size`` values, before compression."""
     if codec == "cumulative":
         return 2 * size
     if codec == "companded":
@@ -148,16 +148,14 @@ def decode(codec: str, plain: bytes, size: int) -> Floats:
     """The ``size`` values, flat. Raises ValueError for bytes no encoder wrote."""
     if codec == "blocks":
         return from_blocks(plain, size)
-    read: Callable[[bytes], Floats] = from_companded if codec == "companded" else from_cumulative
-    return read(plain)
+    return from_companded(plain) if codec == "companded" else from_cumulative(plain)
 
 
 def keeps_probs(logits: Floats, restored: Floats) -> bool:
-    """Whether every probability is within half of PROB_BOUND of what it was."""
+    """Whether every probability changes by at most half of PROB_BOUND."""
     if np.isnan(logits).any() or not np.isfinite(logits.max(initial=-np.inf)):
         return np.array_equal(logits, restored, equal_nan=True)
-    off = np.abs(_softmax(logits) - _softmax(restored))
-    return bool(off.max() <= PROB_BOUND / 2)
+    return bool(np.abs(_softmax(logits) - _softmax(restored)).max() <= PROB_BOUND / 2)
 
 
 def _softmax(logits: Floats) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
-"""Arrays to bytes and back.
+"""Encoding full tensors to bytes and decoding them.
 
-Activations hardly compress, so size is won by what is stored, not by how hard
-it is packed. Codecs:
+Activations hardly compress, so precision decides the size, not the compression level.
+Codecs:
 
     raw        the array's own bits, little-endian, C order
     zstd       the same, compressed
@@ -9,22 +9,22 @@ it is packed. Codecs:
     cumulative, companded, blocks    see ``compact``
     half+zstd, cumulative+zstd, …    the same, compressed
 
-In mode "exact" every bit comes back. In mode "half" a float32 array is kept as
-``half``: shift is the maximum for logits, so that likely tokens are the most
-precise, and 0 otherwise; scale is the power of two that makes the largest
-|value - shift| just fit. With M that largest, the error of a value x is at most
-max(2^-11 |x - shift|, 2^-39 M), plus float32's own rounding. NaN and infinities
-are kept. A bfloat16 or float16 array is kept bit for bit in either mode.
+Mode "exact" preserves every bit. Mode "half" encodes a float32 array as ``half``: shift
+is the maximum for logits, so that likely tokens are the most precise, and 0 otherwise;
+scale is the power of two that makes the largest |value - shift| just fit. With M that
+largest, the error of a value x is at most max(2^-11 |x - shift|, 2^-39 M), plus
+float32's own rounding. NaN and infinities are preserved. A bfloat16 or float16 array is
+stored bit for bit in both modes.
 
-Mode "compact" promises, for every model: an attention weight, and the sum of
-any run of them, is off by at most 2^-10 < 0.001; a probability (the softmax of
-the logits) by at most 0.001, which is checked on each step as it is stored; a
-hidden state by at most 1/254 of the largest among its 32 neighbours; a 16-bit
-array is then rounded to its own dtype. An array that cannot keep this, because
-it holds NaN, say, is kept as in mode "half", or bit for bit.
+Mode "compact" guarantees, for every model: the error of an attention weight, and of the
+sum of any run of them, is at most 2^-10 < 0.001; of a probability (the softmax of the
+logits) at most 0.001, which is checked for each step as it is stored; of a hidden state
+at most 1/254 of the largest among its 32 neighbours; a 16-bit array is then rounded to
+its own dtype. An array that cannot meet this, because it contains NaN for example, is
+stored as in mode "half", or bit for bit.
 
-The checksum covers the stored bytes and all that is needed to read them, so a
-changed shape is noticed as well as a changed byte. It finds damage, not forgery.
+The checksum covers the stored bytes and everything needed to decode them, so it reveals
+a changed shape as well as a changed byte. It finds damage, not forgery.
 """
 
 from __future__ import annotations
@@ -40,76 +40,71 @@ import zstandard
 from numpy.typing import NDArray
 
 from oki_trace.errors import TensorError
-from oki_trace.records import Tensor
+from oki_trace.records import TensorRecord
 from oki_trace.store.codecs import compact
 from oki_trace.store.codecs.float16 import floats_of, halves_of
 
 TensorName = Literal["logits", "hidden_states", "attentions"]
 
-# NumPy has no bfloat16: its bits stand in for it.
+# NumPy has no bfloat16, so arrays hold its bits.
 _STORED_AS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
-# Below SQLite's own limit for one value, and enough for the attention of 64
-# layers with 64 heads over 100,000 keys as 16-bit floats.
+# Below SQLite's limit for one value, and enough for the attention of 64 layers with 64 heads
+# over 100,000 keys as 16-bit floats.
 MAX_RAW_BYTES = 1_000_000_000
 
 _HALF_HEADER = struct.Struct("<ff")
 _LARGEST_HALF_EXPONENT = 15  # 2^15 < 65504, the largest 16-bit float
-# Beyond this, in either direction, scale or value could leave float32's range.
+# Beyond this, in either direction, scale or value could leave the range of float32.
 _LARGEST_SCALED = 2.0**90
-# Level 1: higher ones gain under 2 % on activations and cost several times as much.
+# Higher levels save less than 2 % on activations and cost several times as much.
 _LEVEL = 1
 _COMPACT = {"attentions": "cumulative", "logits": "companded", "hidden_states": "blocks"}
-# Compression that saves less than this share is not worth undoing at each read.
+# Compression that leaves more than this share is not worth the time of each read.
 _WORTHWHILE = 0.97
 
 
 @dataclass(frozen=True, slots=True)
-class EncodedTensor:
-    """A tensor as the store's row holds it. ``dtype`` and ``shape`` are the array's own."""
+class TensorHead:
+    """A stored tensor without its values. ``dtype`` and ``shape`` are those of the array."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     layers: tuple[int, ...]
     key_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTensor(TensorHead):
+    """A tensor as a row of the store."""
+
     codec: str
     checksum: str
     raw_bytes: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class TensorHead:
-    """A stored tensor without its numbers."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    layers: tuple[int, ...]
-    key_offset: int
-
-
 class Kept(NamedTuple):
-    """A tensor as its row holds it, and as it will be read."""
+    """A tensor as its row, and as it will be decoded from it."""
 
     row: EncodedTensor
-    content: Tensor
+    content: TensorRecord
 
 
-def encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
-    """Make the row of ``tensor``. Raises TensorError for a dtype or size that cannot be kept."""
+def encode(tensor: TensorRecord, mode: Literal["exact", "half", "compact"]) -> EncodedTensor:
+    """The row of ``tensor``. Raises TensorError for a dtype or size that cannot be stored."""
     return keep(tensor, mode).row
 
 
 def keep(
-    tensor: Tensor, mode: Literal["exact", "half", "compact"], *, faithful: bool = False
+    tensor: TensorRecord, mode: Literal["exact", "half", "compact"], *, faithful: bool = False
 ) -> Kept:
-    """The same, with what will be read of it.
+    """The same, with the tensor that will be decoded from the row.
 
-    ``faithful``: in ``mode`` if every bit comes back from it, else in mode "exact".
-    For arrays that have been through a store: what a codec made of them once it
-    can nearly always make again.
+    ``faithful``: in ``mode`` if that preserves every bit, else in mode "exact". It is for
+    arrays that were decoded from a store: encoding them again nearly always preserves
+    every bit.
     """
     row, content = _encode(tensor, mode)
     if faithful and content.array.tobytes() != tensor.array.tobytes():
@@ -117,7 +112,7 @@ def keep(
     return Kept(row, content)
 
 
-def _encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Kept:
+def _encode(tensor: TensorRecord, mode: Literal["exact", "half", "compact"]) -> Kept:
     stored_as = _STORED_AS.get(tensor.dtype)
     array = tensor.array
     if stored_as is None or array.dtype != np.dtype(stored_as).newbyteorder("="):
@@ -144,7 +139,7 @@ def _encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Kept:
     packed = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
     if len(packed) < _WORTHWHILE * len(plain):
         codec, plain = ("zstd" if codec == "raw" else f"{codec}+zstd"), packed
-    # NumPy's own integers print differently, and the checksum is over what is printed.
+    # The checksum covers the repr of these numbers, which is different for NumPy's integers.
     layers = tuple(int(layer) for layer in tensor.layers)
     key_offset = int(tensor.key_offset)
     row = EncodedTensor(
@@ -163,10 +158,10 @@ def _encode(tensor: Tensor, mode: Literal["exact", "half", "compact"]) -> Kept:
     return Kept(row, content)
 
 
-def decode(encoded: EncodedTensor) -> Tensor:
-    """Read a row back. Anything but what was written is a TensorError that names what is wrong."""
+def decode(encoded: EncodedTensor) -> TensorRecord:
+    """Decode a row. Raises TensorError, which names the problem, for a row that was changed."""
     where = f"The stored tensor {encoded.name}"
-    found = _checksum(
+    checksum = _checksum(
         encoded.name,
         encoded.dtype,
         encoded.shape,
@@ -175,9 +170,9 @@ def decode(encoded: EncodedTensor) -> Tensor:
         encoded.codec,
         encoded.data,
     )
-    if found != encoded.checksum:
+    if checksum != encoded.checksum:
         raise TensorError(
-            f"{where} is damaged (checksum {found}, expected {encoded.checksum}): restore a "
+            f"{where} is damaged (checksum {checksum}, expected {encoded.checksum}): restore a "
             "backup, or generate the reply again."
         )
     kind, _, packing = encoded.codec.partition("+")
@@ -190,7 +185,7 @@ def decode(encoded: EncodedTensor) -> Tensor:
             f"{where} has the unknown dtype or codec {encoded.dtype}, {encoded.codec}: upgrade "
             "oki-trace."
         )
-    # From the declared shape, before anything is unpacked: no blob can claim more memory.
+    # From the declared shape, before decompression: a blob cannot use more memory.
     size = math.prod(encoded.shape)
     item = np.dtype(stored_as)
     if kind == "raw":
@@ -211,7 +206,7 @@ def decode(encoded: EncodedTensor) -> Tensor:
         array = _values(kind, plain, encoded.dtype, size)
     except ValueError as error:
         raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
-    return Tensor(
+    return TensorRecord(
         name=cast("TensorName", encoded.name),
         array=array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape),
         dtype=encoded.dtype,
@@ -229,8 +224,8 @@ def _values(kind: str, plain: bytes, dtype: str, size: int) -> NDArray[Any]:
     return _from_float32(compact.decode(kind, plain, size), dtype)
 
 
-def _to_compact(tensor: Tensor) -> tuple[str, bytes]:
-    """The codec and its bytes; no bytes when only the array's own bits will do."""
+def _to_compact(tensor: TensorRecord) -> tuple[str, bytes]:
+    """The codec and its bytes; no bytes when only mode "exact" can store the array."""
     floats = _to_float32(tensor)
     if floats is None:
         return "raw", b""
@@ -256,14 +251,16 @@ def _to_compact(tensor: Tensor) -> tuple[str, bytes]:
     return codec if plain else "raw", plain
 
 
-def _keeps_probs(tensor: Tensor, exact: NDArray[np.float32], restored: NDArray[np.float32]) -> bool:
+def _keeps_probs(
+    tensor: TensorRecord, exact: NDArray[np.float32], restored: NDArray[np.float32]
+) -> bool:
     back = _from_float32(restored, tensor.dtype)
-    as_read = _to_float32(Tensor(tensor.name, back, tensor.dtype))
+    as_read = _to_float32(TensorRecord(tensor.name, back, tensor.dtype))
     return as_read is not None and compact.keeps_probs(exact.ravel(), as_read.ravel())
 
 
-def _to_float32(tensor: Tensor) -> NDArray[np.float32] | None:
-    """The values, exactly; None for a dtype that has more of them than float32."""
+def _to_float32(tensor: TensorRecord) -> NDArray[np.float32] | None:
+    """The exact values; None for a dtype with more precision than float32."""
     if tensor.dtype == "bfloat16":
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
     if tensor.dtype in ("float32", "float16"):
@@ -280,7 +277,7 @@ def _from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:
 
 
 def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
-    """The header and the 16-bit floats; nothing when the array is out of range."""
+    """The header and the 16-bit floats; no bytes when the array is out of range."""
     shift, values = np.float32(0), array
     if name == "logits" and array.size:
         shift = array.max()
@@ -294,8 +291,8 @@ def _to_half(name: str, array: NDArray[np.float32]) -> bytes:
     if not (largest == 0 or 1 / _LARGEST_SCALED < largest < _LARGEST_SCALED):
         return b""
     mantissa, exponent = math.frexp(largest)
-    # A largest value that was rounded up to a power of two gets the scale it was rounded
-    # with, so that what has been through this once comes through it unchanged.
+    # A largest value that was rounded up to a power of two gets the scale it was rounded with,
+    # so that a decoded array is encoded to the same bytes.
     exponent -= _LARGEST_HALF_EXPONENT + (mantissa == 0.5) if largest else 0
     # A power of two: the scaling itself rounds nothing.
     halves = halves_of(values * np.float32(math.ldexp(1.0, -exponent)))

@@ -1,9 +1,9 @@
-"""Whether what is kept of a step agrees with itself.
+"""Invariants of a step: the numbers that are stored more than once must agree.
 
-Every number of a step is there more than once: its probability in the step, in
-the candidates, in the lens at the last layer, and in the logits; its evidence in
-the rows and in the attentions. Each function yields a sentence for what does not
-agree, within what float32, and the codec of a full tensor, leave open.
+The probability is in the step, in the candidates, in the lens at the last layer and
+in the logits; the evidence is in the rows and in the attentions. Each function yields
+a sentence for every disagreement beyond the precision of float32 and of the tensor's
+codec.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from oki_trace.records import LayerAttention, Message, Step, Tensor
+from oki_trace.records import LayerAttention, Message, Step, TensorRecord
 from oki_trace.store.codecs import compact
 
 # float32, summed over a vocabulary or a row of weights in another order.
 _ROUNDING = 1e-4
 _PACKING = "+zstd"
-# What a restored value may be off for being rounded to its own dtype, as a share of it.
+# The relative error of a decoded value from rounding it to its own dtype.
 _ROUNDED_TO = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
-def rows_agree(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
-    """The rows of a step among themselves. ``whole``: the reply lacks nothing any more."""
+def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
+    """The rows of a step among themselves. ``complete``: nothing is missing of the reply."""
     if message.prompt_len is not None and step.position != message.prompt_len + step.step_index:
         yield f"it is at position {step.position}, the prompt has {message.prompt_len} tokens"
     yield from _candidates_agree(message, step)
     yield from _attention_agrees(message, step)
-    yield from _lens_agrees(message, step, whole=whole)
+    yield from _lens_agrees(message, step, complete=complete)
 
 
 def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
@@ -43,7 +43,7 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
         return
     if message.policy is not None and len(top.tokens) > message.policy.topk_logits:
         yield f"it has {len(top.tokens)} candidates, more than were asked for"
-    if not _falls(top.probs) or not _falls(top.logits):
+    if not _is_falling(top.probs) or not _is_falling(top.logits):
         yield "the candidates are not in the order of their probabilities"
     if step.rank <= len(top.tokens) and not _close(
         float(top.logits[step.rank - 1]), step.logit, _ROUNDING
@@ -53,20 +53,20 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
         step.margin, float(top.probs[0]) - float(top.probs[1]), _ROUNDING
     ):
         yield f"its margin is {step.margin:.6g}, its candidates say another"
-    at = np.flatnonzero(top.token_ids == step.token_id)
-    if step.sampled_prob is not None and top.sampled_probs is not None and at.size:
-        sampled = float(top.sampled_probs[at[0]])
+    place = np.flatnonzero(top.token_ids == step.token_id)
+    if step.sampled_prob is not None and top.sampled_probs is not None and place.size:
+        sampled = float(top.sampled_probs[place[0]])
         if not _close(step.sampled_prob, sampled, _ROUNDING):
             yield f"its probability when drawn is {step.sampled_prob:.6g}, not {sampled:.6g}"
 
 
 def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
     announced = message.capture.attention_layers if message.capture else ()
-    found = tuple(layer.layer for layer in step.attention)
-    if found != announced:
-        yield f"it has attention of layers {_some(found)}, announced were {_some(announced)}"
+    layers = tuple(layer.layer for layer in step.attention)
+    if layers != announced:
+        yield f"it has attention of layers {_list(layers)}, announced were {_list(announced)}"
     for layer in step.attention:
-        if not _falls(layer.weights):
+        if not _is_falling(layer.weights):
             yield f"the attention of layer {layer.layer} is not in the order of its weights"
         outside = (layer.positions < 0) | (layer.positions >= step.position)
         if outside.any() or len(set(layer.positions.tolist())) != len(layer.positions):
@@ -75,13 +75,13 @@ def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
             yield f"the attention of layer {layer.layer} adds up to more than 1"
 
 
-def _lens_agrees(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
+def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
     capture, lens = message.capture, step.lens
     if capture is None:
         return
     if lens is None:
         given_up = message.checks is not None and message.checks.fault is not None
-        if capture.logit_lens_available and whole and not given_up:
+        if capture.logit_lens_available and complete and not given_up:
             yield "its lens is missing"
         return
     if not capture.logit_lens_available:
@@ -101,29 +101,29 @@ def _lens_agrees(message: Message, step: Step, *, whole: bool) -> Iterator[str]:
 
 
 def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[str]:
-    """Which tensors a step has, against what was announced.
+    """The names of a step's tensors against those that were announced.
 
-    That all were pruned, or left out of the file it was imported from, is no fault.
+    All of them may have been pruned, or left out of the file that was imported.
     """
     capture = message.capture
     if capture is None:
         return
-    wanted: set[str] = set()
+    expected: set[str] = set()
     if capture.policy.tensors != "none":
-        wanted = {"logits", *(["attentions"] if capture.attention_layers else [])}
-    # They go from the first step on, which has none as soon as that is said.
+        expected = {"logits", *(["attentions"] if capture.attention_layers else [])}
+    # Pruning begins with the first step, in the transaction that marks the reply as pruned.
     if names and message.tensors_pruned_at is not None and step_index == 0:
         yield "its tensors are said to be pruned, and are there"
     if not names and (message.tensors_pruned_at is not None or capture.tensors_left_out):
         return
-    if missing := sorted(wanted - names):
+    if missing := sorted(expected - names):
         yield f"it has no {' and no '.join(missing)}, which were to be kept"
     if capture.policy.tensors == "none" and names:
         yield f"it has {', '.join(sorted(names))}, which were not to be kept"
 
 
-def tensor_agrees(message: Message, step: Step, tensor: Tensor, codec: str) -> Iterator[str]:
-    """A full tensor against the step's rows."""
+def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
+    """A full tensor against the rows of its step."""
     kind = codec.removesuffix(_PACKING)
     values = as_float32(tensor)
     if tensor.name == "logits":
@@ -136,7 +136,7 @@ def tensor_agrees(message: Message, step: Step, tensor: Tensor, codec: str) -> I
             yield f"its hidden states have the shape {values.shape} instead of {shape}"
 
 
-def as_float32(tensor: Tensor) -> NDArray[np.float32]:
+def as_float32(tensor: TensorRecord) -> NDArray[np.float32]:
     """The values of a tensor, bfloat16 read from its bits."""
     if tensor.dtype == "bfloat16":
         return (tensor.array.astype(np.uint32) << 16).view(np.float32)
@@ -156,40 +156,38 @@ def _logits_agree(
     weights = np.exp(wide - largest)
     normaliser = weights.sum()
     probs = weights / normaliser
-    prob_off = _ROUNDING if kind in ("raw", "zstd") else compact.PROB_BOUND
+    is_exact = kind in ("raw", "zstd")
     prob = float(probs[step.token_id])
-    if not _close(step.prob, prob, prob_off, relative=False):
+    tolerance = _ROUNDING if is_exact else compact.PROB_BOUND
+    if not _close(step.prob, prob, tolerance, relative=False):
         yield f"its probability is {step.prob:.6g}, its logits say {prob:.6g}"
     present = probs > 0
     entropy = -float((probs[present] * np.log(probs[present])).sum())
-    if not _close(step.entropy, entropy, 1e-3 if prob_off == _ROUNDING else 2e-2):
+    if not _close(step.entropy, entropy, 1e-3 if is_exact else 2e-2):
         yield f"its entropy is {step.entropy:.6g}, its logits say {entropy:.6g}"
-    ids, told = step.topk.token_ids, step.topk.logits.astype(np.float64)
+    ids, rows = step.topk.token_ids, step.topk.logits.astype(np.float64)
     if not len(ids):
         return
     if ids.min() < 0 or ids.max() >= logits.size:
         yield "its candidates name tokens that the logits do not have"
         return
-    size = np.where(np.isfinite(told), np.abs(told), 0.0)
+    size = np.where(np.isfinite(rows), np.abs(rows), 0.0)
     slack = _logit_slack(largest - wide[ids], kind) + _ROUNDING * size
     if kind == "companded":
         slack += rounding * size
-    # Equal infinities are equal; what an export could not say cannot be held against it.
+    # Equal infinities are equal; an export cannot represent NaN and infinities at all.
     with np.errstate(invalid="ignore"):
-        near = (np.abs(wide[ids] - told) <= slack) | (wide[ids] == told) | np.isnan(told)
+        near = (np.abs(wide[ids] - rows) <= slack) | (wide[ids] == rows) | np.isnan(rows)
     if not near.all():
         yield "the logits of its candidates are not those of the full logits"
-    elif np.isfinite(told[-1]) and _next_best(wide, len(ids)) > told[-1] + 2 * slack[-1]:
-        yield "its candidates are not the most likely tokens of the full logits"
-
-
-def _next_best(logits: NDArray[np.float64], k: int) -> float:
-    """The logit of rank ``k``."""
-    return float(np.partition(logits, -k)[-k])
+    elif np.isfinite(rows[-1]):
+        of_last_rank = np.partition(wide, -len(ids))[-len(ids)]
+        if of_last_rank > rows[-1] + 2 * slack[-1]:
+            yield "its candidates are not the most likely tokens of the full logits"
 
 
 def _logit_slack(gaps: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
-    """How far each logit may be off, by its distance from the largest."""
+    """The error that the codec allows for each logit, by its distance from the largest."""
     if kind == "half":
         return np.asarray(gaps * 2.0**-11 + 1e-3)
     if kind == "companded":
@@ -199,54 +197,53 @@ def _logit_slack(gaps: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
 
 
 def _attentions_agree(
-    step: Step, tensor: Tensor, weights: NDArray[np.float32], kind: str
+    step: Step, tensor: TensorRecord, weights: NDArray[np.float32], kind: str
 ) -> Iterator[str]:
     layers = tuple(layer.layer for layer in step.attention)
     if weights.ndim != 3 or tensor.layers != layers or len(layers) != len(weights):
-        yield f"its attentions are of layers {_some(tensor.layers)}, its rows of {_some(layers)}"
+        yield f"its attentions are of layers {_list(tensor.layers)}, its rows of {_list(layers)}"
         return
     if tensor.key_offset + weights.shape[2] != step.position:
         yield f"its attentions end at position {tensor.key_offset + weights.shape[2]}"
         return
-    off = {"half": 2.0**-11, "cumulative": compact.WEIGHT_STEP}.get(kind, 0.0) + _ROUNDING
+    error = {"half": 2.0**-11, "cumulative": compact.WEIGHT_STEP}.get(kind, 0.0) + _ROUNDING
     if not np.isfinite(weights).all():
         return
-    if weights.min(initial=0.0) < 0 or weights.sum(axis=2, dtype=np.float64).max() > 1 + off:
+    if weights.min(initial=0.0) < 0 or weights.sum(axis=2, dtype=np.float64).max() > 1 + error:
         yield "its attentions are not weights: a row is negative or adds up to more than 1"
         return
     for layer, rows in zip(step.attention, weights, strict=True):
-        yield from _evidence_agrees(layer, rows, tensor.key_offset, off)
+        yield from _evidence_agrees(layer, rows, tensor.key_offset, error)
 
 
 def _evidence_agrees(
-    layer: LayerAttention, rows: NDArray[np.float32], key_offset: int, off: float
+    layer: LayerAttention, rows: NDArray[np.float32], key_offset: int, error: float
 ) -> Iterator[str]:
     # A head that a layer does not have is all zeros.
     heads = max(1, int(rows.any(axis=1).sum()))
     mean = rows.sum(axis=0, dtype=np.float64) / heads
-    at = layer.positions - key_offset
-    if at.min(initial=0) < 0 or at.max(initial=0) >= mean.size:
+    columns = layer.positions - key_offset
+    if columns.min(initial=0) < 0 or columns.max(initial=0) >= mean.size:
         yield f"the attention of layer {layer.layer} names positions outside its window"
-    elif not np.allclose(mean[at], layer.weights, rtol=_ROUNDING, atol=off):
+    elif not np.allclose(mean[columns], layer.weights, rtol=_ROUNDING, atol=error):
         yield f"the attention of layer {layer.layer} is not the mean of its heads"
     total = float(mean.sum()) + layer.missing
-    if abs(total - 1) > off + _ROUNDING:
+    if abs(total - 1) > error + _ROUNDING:
         yield f"the attention of layer {layer.layer} and what it misses add up to {total:.5f}"
 
 
-def _falls(values: NDArray[Any]) -> bool:
+def _is_falling(values: NDArray[Any]) -> bool:
     known = values[~np.isnan(values)]
     return bool((known[1:] <= known[:-1]).all())
 
 
 def _close(one: float, other: float, tolerance: float, *, relative: bool = True) -> bool:
-    if math.isnan(one) or math.isnan(other) or math.isinf(one) or math.isinf(other):
-        return one == other or (math.isnan(one) and math.isnan(other))
-    scale = max(1.0, abs(one), abs(other)) if relative else 1.0
-    return abs(one - other) <= tolerance * scale
+    if math.isnan(one) or math.isnan(other):
+        return math.isnan(one) and math.isnan(other)
+    return math.isclose(one, other, rel_tol=tolerance if relative else 0.0, abs_tol=tolerance)
 
 
-def _some(layers: tuple[int, ...]) -> str:
+def _list(layers: tuple[int, ...]) -> str:
     if len(layers) > 3 and layers == tuple(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers)) or "none"

@@ -1,7 +1,7 @@
-"""Whether a step's lists are whole: ranks and layers without a gap, and no row outside them.
+"""Checks of a step's lists: ranks and layers have no gap, and no row is outside a list.
 
-A record is made of rows in their order, so a wrong number that leaves the order
-as it was would not show in it.
+A record is made from rows in their order, so it does not show a wrong number that
+leaves the order as it was.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.reading.reader import Snapshot
 from oki_trace.store.schema import models
 
-# Each list of ranked rows: the table, and what makes one list of a step's.
+# The lists of ranked rows: the table, and the column that separates the lists of a step.
 _RANKED = (
     ("candidates", models.TopkEntry, None),
     ("attention", models.AttentionEntry, models.AttentionEntry.layer),
@@ -26,19 +26,16 @@ _LAYERED = (
 )
 
 
-def broken_lists(instant: TraceReader, step_ids: list[int]) -> dict[int, list[str]]:
-    """What is wrong with the lists of these steps, by step id."""
+def broken_lists(instant: Snapshot, step_ids: list[int]) -> dict[int, list[str]]:
+    """A sentence for each problem in the lists of these steps, by step id."""
     broken: dict[int, list[str]] = {}
-    for step_id, what in (
-        *_broken_ranks(instant, step_ids),
-        *_broken_layers(instant, step_ids),
-        *_strays(instant, step_ids),
-    ):
-        broken.setdefault(step_id, []).append(what)
+    for check in (_broken_ranks, _broken_layers, _strays):
+        for step_id, problem in check(instant, step_ids):
+            broken.setdefault(step_id, []).append(problem)
     return broken
 
 
-def _broken_ranks(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+def _broken_ranks(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
     """Lists that are not ranked 1, 2, 3 … without a gap."""
     for name, table, layer in _RANKED:
         columns = table.__table__.c
@@ -55,7 +52,7 @@ def _broken_ranks(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[i
                 yield row[0], f"the {name} rows{of_layer} have {ranks}"
 
 
-def _broken_layers(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+def _broken_layers(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
     """A lens has every layer from 0 on."""
     columns = models.LensLayer.__table__.c
     for row in instant.rows(
@@ -68,7 +65,7 @@ def _broken_layers(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[
             yield step_id, f"its lens has layers {lowest} to {highest}, {count} in all"
 
 
-def _strays(instant: TraceReader, step_ids: list[int]) -> Iterator[tuple[int, str]]:
+def _strays(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
     """Entries of a layer that the step does not have."""
     for name, entries, layers in _LAYERED:
         own: Any = entries.__table__.c

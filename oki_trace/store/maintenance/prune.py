@@ -1,28 +1,26 @@
-"""Making room: which replies or conversations go, and throwing them away.
+"""Pruning: choosing old replies or conversations, and deleting their tensors or all of them.
 
-A plan says what would go and how much room that frees, and changes nothing.
-Carrying it out takes one small transaction after another, so that a reply being
-generated at the same time waits for none of them, and can be interrupted at
-any point. What a living process is writing is never touched. The disk gets the
-room back with ``vacuum``; until then the store uses it for what comes next.
+A plan says what would go and how much space that frees, and changes nothing. Carrying
+it out takes one small transaction after another, so a reply that is being generated
+does not wait, and it can be interrupted at any point. A reply that a living process
+writes is never touched. The disk gets the space back with ``vacuum``; until then the
+store reuses it.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from sqlalchemy import Connection, Row, delete, func, select, update
+from sqlalchemy import DDL, Connection, delete, func, select, update
 
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
-from oki_trace.store.heartbeat import LIFE, is_gone
-from oki_trace.store.maintenance.sizes import refresh_statistics
-from oki_trace.store.reading.damage import BrokenTime, status_of
-from oki_trace.store.reading.reader import TraceReader
-from oki_trace.store.schema.models import Conversation, Message, Step, Tensor
+from oki_trace.store.liveness import LIFE, effective_status, running_replies
+from oki_trace.store.reading.reader import Snapshot, TraceReader
+from oki_trace.store.schema.column_types import BrokenTime
+from oki_trace.store.schema.models import Base, Conversation, Message, Step, Tensor
 from oki_trace.store.writing import lifecycle
 from oki_trace.store.writing.writer import TraceWriter
 
@@ -30,14 +28,14 @@ Progress = Callable[[int, int], None]  # done, of all
 
 # The tensors of one transaction: tens of megabytes, some milliseconds.
 _STEPS_AT_ONCE = 128
-_STEPS_WHERE_LOW = 16
+_STEPS_ON_A_FULL_DISK = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Prunable:
-    """A reply whose tensors go, or a conversation that goes (``message_id`` None).
+    """A reply that loses its tensors, or a conversation that goes (``message_id`` None).
 
-    ``bytes`` is what that frees: exact for tensors, estimated for rows.
+    ``bytes`` is the space that this frees: exact for tensors, estimated for rows.
     """
 
     conversation_id: int
@@ -51,7 +49,7 @@ class Prunable:
 class PrunePlan:
     """What would go, the oldest first. ``left_bytes``: the data that stays.
 
-    ``spared``: how many would have gone too, but are being written or have no time.
+    ``spared``: how many would go too, but are being written or have no readable time.
     """
 
     tensors_only: bool
@@ -72,151 +70,127 @@ def plan(
     tensors_only: bool = True,
     now: dt.datetime | None = None,
 ) -> PrunePlan:
-    """What to throw away, the oldest first.
+    """Choose what to prune, the oldest first.
 
-    Goes what is ``older_than`` that, and what it takes besides for the store's
-    data to fit into ``max_bytes``. ``tensors_only``: the tensors of replies, by
-    the time of the reply, and every row stays; otherwise whole conversations,
-    by the time of their last change. Raises UsageError when neither is given.
+    Everything that is ``older_than`` that goes, and as much more as it takes for the
+    store's data to fit into ``max_bytes``. ``tensors_only``: the tensors of replies, by
+    the time of the reply, and all rows stay; otherwise whole conversations, by the time
+    of their last change. Raises UsageError when neither limit is given.
     """
     if older_than is None and max_bytes is None:
         raise UsageError("Nothing says what to prune: give an age, a size, or both.")
     before = None if older_than is None else (now or lifecycle.now()) - older_than
     with reader.snapshot() as instant:
         info = instant.info()
-        found = _replies(instant) if tensors_only else _conversations(instant)
+        candidates = list(_replies(instant) if tensors_only else _conversations(instant))
     left = info.row_bytes + info.tensor_bytes
-    going: list[Prunable] = []
+    items: list[Prunable] = []
     spared = 0
-    for row in found:
-        # Nobody knows how old that is whose time is damaged.
-        if isinstance(row.time, BrokenTime):
+    for item, steps, is_live in candidates:
+        # Nobody knows the age of an item whose time is damaged.
+        if isinstance(item.when, BrokenTime):
             spared += 1
             continue
-        is_old = before is not None and row.time < before
+        is_old = before is not None and item.when < before
         if not is_old and (max_bytes is None or left <= max_bytes):
             continue
-        if row.live:
+        if is_live:
             spared += 1
             continue
-        rows = 0 if tensors_only else round(row.steps * info.row_bytes_per_token)
-        item = Prunable(
-            row.conversation_id, row.message_id, row.title, row.time, int(row.bytes) + rows
-        )
+        if not tensors_only:
+            item = replace(item, bytes=item.bytes + round(steps * info.row_bytes_per_token))
         left -= item.bytes
-        going.append(item)
-    return PrunePlan(tensors_only, tuple(going), max(left, 0), spared)
+        items.append(item)
+    return PrunePlan(tensors_only, tuple(items), max(left, 0), spared)
 
 
 def prune(writer: TraceWriter, plan: PrunePlan, progress: Progress | None = None) -> PrunePlan:
-    """Carry the plan out; returns what went. What was changed or begun meanwhile stays."""
-    went: list[Prunable] = []
+    """Carry the plan out; returns what went. Whatever was changed or begun meanwhile stays."""
+    pruned: list[Prunable] = []
     for number, item in enumerate(plan.items):
         if progress is not None:
             progress(number, len(plan.items))
-        if item.message_id is None:
-            gone = _delete(writer, item)
-        else:
-            try:
-                gone = prune_tensors(writer, item.message_id) > 0
-            except NotFound:  # deleted since the plan
-                gone = False
-        if gone:
-            went.append(item)
+        if _prune_item(writer, item):
+            pruned.append(item)
     if progress is not None:
         progress(len(plan.items), len(plan.items))
-    if went:
+    if pruned:
         with writer.write() as connection:
-            refresh_statistics(connection)
-    kept = plan.frees_bytes - sum(item.bytes for item in went)
-    spared = plan.spared + len(plan.items) - len(went)
-    return PrunePlan(plan.tensors_only, tuple(went), plan.left_bytes + kept, spared)
+            _refresh_planner_statistics(connection)
+    kept_bytes = plan.frees_bytes - sum(item.bytes for item in pruned)
+    spared = plan.spared + len(plan.items) - len(pruned)
+    return PrunePlan(plan.tensors_only, tuple(pruned), plan.left_bytes + kept_bytes, spared)
 
 
 def prune_tensors(writer: TraceWriter, message_id: int) -> int:
-    """Throw a reply's full tensors away, its rows stay; returns the bytes freed.
+    """Delete a reply's full tensors and keep its rows; returns the bytes freed.
 
-    A reply that is being written keeps them, and 0 is returned; one that had
-    none is not marked.
+    0 for a reply that is being written, which keeps them, or that has none.
     """
     with writer.making_room() as low:
-        return _prune_tensors(writer, message_id, low=low)
-
-
-def _prune_tensors(writer: TraceWriter, message_id: int, *, low: bool) -> int:
-    freed = 0
-    at_once = _STEPS_WHERE_LOW if low else _STEPS_AT_ONCE
-    while True:
-        with writer.write() as connection:
-            status, _ = lifecycle.state_of(connection, message_id)
-            if status is Status.RUNNING and lifecycle.written_now(
-                connection, Message.id == message_id
-            ):
-                return freed
-            steps = connection.execute(
-                select(Step.id, Step.tensor_bytes)
-                .where(Step.message_id == message_id, Step.tensor_bytes > 0)
-                .order_by(Step.step_index)
-                .limit(at_once)
-            ).all()
-            if steps:
-                ids = [step.id for step in steps]
-                connection.execute(delete(Tensor).where(Tensor.step_id.in_(ids)))
-                connection.execute(update(Step).where(Step.id.in_(ids)).values(tensor_bytes=0))
-                connection.execute(
-                    update(Message)
-                    .where(Message.id == message_id)
-                    .values(tensors_pruned_at=lifecycle.now())
-                )
-        freed += sum(int(step.tensor_bytes) for step in steps)
-        if low:
-            writer.fold()
-        if len(steps) < at_once:
-            return freed
-
-
-def _delete(writer: TraceWriter, item: Prunable) -> bool:
-    """Delete a conversation unless it has been changed since the plan, or is gone."""
-    with writer.making_room() as low:
-        if low:
-            # What was changed since is seen by whoever asks before it goes.
+        freed = 0
+        at_once = _STEPS_ON_A_FULL_DISK if low else _STEPS_AT_ONCE
+        while True:
             with writer.write() as connection:
-                if not _may_go(connection, item):
-                    return False
-            writer.delete_conversation(item.conversation_id)
-            return True
+                sizes = _delete_tensors(connection, message_id, at_once)
+            freed += sum(sizes)
+            if low:
+                writer.truncate_log()
+            if len(sizes) < at_once:
+                return freed
+
+
+def _delete_tensors(connection: Connection, message_id: int, limit: int) -> list[int]:
+    """Delete the tensors of the first ``limit`` steps that have any; returns their bytes."""
+    lifecycle.state_of(connection, message_id)
+    if running_replies(connection, Message.id == message_id, lock=True).alive:
+        return []
+    steps = connection.execute(
+        select(Step.id, Step.tensor_bytes)
+        .where(Step.message_id == message_id, Step.tensor_bytes > 0)
+        .order_by(Step.step_index)
+        .limit(limit)
+    ).all()
+    if steps:
+        ids = [step.id for step in steps]
+        connection.execute(delete(Tensor).where(Tensor.step_id.in_(ids)))
+        connection.execute(update(Step).where(Step.id.in_(ids)).values(tensor_bytes=0))
+        lifecycle.set_values(connection, message_id, tensors_pruned_at=lifecycle.now())
+    return [int(step.tensor_bytes) for step in steps]
+
+
+def _prune_item(writer: TraceWriter, item: Prunable) -> bool:
+    """Prune one item of a plan, unless it was changed since or is gone."""
+    if item.message_id is not None:
+        try:
+            return prune_tensors(writer, item.message_id) > 0
+        except NotFound:  # deleted since the plan
+            return False
+    with writer.making_room() as low:
         with writer.write() as connection:
             if not _may_go(connection, item):
                 return False
-            connection.execute(delete(Conversation).where(Conversation.id == item.conversation_id))
+            if not low:
+                own = Conversation.id == item.conversation_id
+                connection.execute(delete(Conversation).where(own))
+        if low:
+            writer.delete_conversation(item.conversation_id)
     return True
 
 
 def _may_go(connection: Connection, item: Prunable) -> bool:
-    table = Conversation
     unchanged = connection.execute(
-        select(table.id)
-        .where(table.id == item.conversation_id, table.updated_at == item.when)
+        select(Conversation.id)
+        .where(Conversation.id == item.conversation_id, Conversation.updated_at == item.when)
         .with_for_update()
     ).first()
-    live = lifecycle.written_now(connection, Message.conversation_id == item.conversation_id)
-    return unchanged is not None and not live
+    own = Message.conversation_id == item.conversation_id
+    return unchanged is not None and not running_replies(connection, own, lock=True).alive
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    conversation_id: int
-    message_id: int | None
-    title: str
-    time: dt.datetime
-    bytes: int
-    steps: int
-    live: bool
-
-
-def _replies(instant: TraceReader) -> list[_Found]:
-    """The replies that have tensors, the oldest first."""
-    kept = (
+def _replies(instant: Snapshot) -> Iterator[tuple[Prunable, int, bool]]:
+    """The replies that have tensors, the oldest first, with their steps and whether they run."""
+    sizes = (
         select(
             Step.message_id,
             func.sum(Step.tensor_bytes).label("bytes"),
@@ -226,38 +200,23 @@ def _replies(instant: TraceReader) -> list[_Found]:
         .group_by(Step.message_id)
         .subquery()
     )
-    rows = instant.rows(
+    query = (
         select(
-            Message.conversation_id,
-            Message.id.label("message_id"),
-            Message.status,
-            Conversation.title,
-            Message.created_at.label("time"),
-            kept.c.bytes,
-            kept.c.steps,
-            *LIFE,
+            *(Message.id, Message.conversation_id, Conversation.title, Message.created_at),
+            *(sizes.c.bytes, sizes.c.steps, *LIFE),
         )
-        .join(kept, kept.c.message_id == Message.id)
+        .join(sizes, sizes.c.message_id == Message.id)
         .join(Conversation, Conversation.id == Message.conversation_id)
         .order_by(Message.created_at, Message.id)
     )
-    return [
-        _Found(
-            row.conversation_id,
-            row.message_id,
-            row.title,
-            row.time,
-            row.bytes,
-            row.steps,
-            _is_live(row),
-        )
-        for row in rows
-    ]
+    for row in instant.rows(query):
+        item = Prunable(row.conversation_id, row.id, row.title, row.created_at, int(row.bytes))
+        yield item, row.steps, effective_status(row) is Status.RUNNING
 
 
-def _conversations(instant: TraceReader) -> list[_Found]:
-    """All conversations, the one changed longest ago first."""
-    held = (
+def _conversations(instant: Snapshot) -> Iterator[tuple[Prunable, int, bool]]:
+    """All conversations, the one changed longest ago first, with their steps; see _replies."""
+    sizes = (
         select(
             Message.conversation_id,
             func.coalesce(func.sum(Step.tensor_bytes), 0).label("bytes"),
@@ -267,29 +226,26 @@ def _conversations(instant: TraceReader) -> list[_Found]:
         .group_by(Message.conversation_id)
         .subquery()
     )
-    table = Conversation
-    rows = instant.rows(
+    query = (
         select(
-            table.id,
-            table.title,
-            table.updated_at,
-            func.coalesce(held.c.bytes, 0).label("bytes"),
-            func.coalesce(held.c.steps, 0).label("steps"),
+            *(Conversation.id, Conversation.title, Conversation.updated_at),
+            func.coalesce(sizes.c.bytes, 0).label("bytes"),
+            func.coalesce(sizes.c.steps, 0).label("steps"),
         )
-        .outerjoin(held, held.c.conversation_id == table.id)
-        .order_by(table.updated_at, table.id)
+        .outerjoin(sizes, sizes.c.conversation_id == Conversation.id)
+        .order_by(Conversation.updated_at, Conversation.id)
     )
-    running = instant.rows(
-        select(Message.conversation_id, Message.status, *LIFE).where(
-            Message.status == Status.RUNNING.value
-        )
-    )
-    live = {row.conversation_id for row in running if _is_live(row)}
-    return [
-        _Found(row.id, None, row.title, row.updated_at, row.bytes, row.steps, row.id in live)
-        for row in rows
-    ]
+    live = {row.conversation_id for row in instant.ask(lambda c: running_replies(c).alive)}
+    for row in instant.rows(query):
+        item = Prunable(row.id, None, row.title, row.updated_at, int(row.bytes))
+        yield item, row.steps, row.id in live
 
 
-def _is_live(row: Row[Any]) -> bool:
-    return status_of(row.status) is Status.RUNNING and not is_gone(row)
+def _refresh_planner_statistics(connection: Connection) -> None:
+    """Let PostgreSQL count the rows in use again, after many were deleted."""
+    if connection.dialect.name == "postgresql":
+        for name in Base.metadata.tables:
+            quoted = connection.dialect.identifier_preparer.quote(name)
+            # A name takes no bound parameter, and SQLAlchemy leaves DDL untyped.
+            analyze: DDL = DDL("ANALYZE %(table)s", {"table": quoted})  # type: ignore[no-untyped-call]
+            connection.execute(analyze)

@@ -1,8 +1,8 @@
-"""Giving back to the disk what was deleted.
+"""Vacuuming: giving the space of deleted rows back to the disk.
 
-The store is built anew without the gaps, so this needs room for a copy while it
-runs, and nobody can write meanwhile: it is refused while a reply is being
-generated. Readers go on. Killed at any moment it leaves the store as it was.
+The store is rebuilt without gaps. That needs space for a copy, and nobody can write
+meanwhile, so it is refused while a reply is being generated. Readers continue. Killed
+at any moment, it leaves the store as it was.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from sqlalchemy import DDL
 
 from oki_trace.errors import StoreError
 from oki_trace.store.db_errors import translate_errors
+from oki_trace.store.liveness import running_replies
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity, models
 from oki_trace.store.schema.engine import autocommit_engine
 from oki_trace.store.schema.files import connect_file
 from oki_trace.store.schema.identity import Db
-from oki_trace.store.writing import lifecycle
 from oki_trace.store.writing.writer import TraceWriter
 
-# How long the log is waited for that a reader holds open.
+# How long to wait for a reader that holds the log open.
 _READERS_SECONDS = 10.0
 _INSTRUCTIONS_A_TICK = 1_000_000
 
 
 class Vacuumed(NamedTuple):
-    """What the store took on disk before and after, in bytes."""
+    """The size of the store on disk, in bytes."""
 
     before: int
     after: int
 
 
 def vacuum(db: Db, on_tick: Callable[[], None] | None = None) -> Vacuumed:
-    """Build the store anew without gaps; returns its sizes.
+    """Rebuild the store without gaps; returns its sizes.
 
-    Raises StoreError when a reply is being generated, or the disk has no room
-    for a copy. ``on_tick`` is called now and then; what it raises ends the
-    work, with the store as it was.
+    Raises StoreError when a reply is being generated, or the disk has no space for a
+    copy. ``on_tick`` is called now and then; an exception that it raises ends the work
+    and leaves the store as it was.
     """
     url = identity.address(db)
     path = identity.file_of(url)
     with TraceReader(db) as reader:
         before = reader.info().bytes
     with TraceWriter(db, checkpoint=False) as writer, writer.write() as connection:
-        live = lifecycle.written_now(connection)
+        live = running_replies(connection, lock=True).alive
         if live:
             raise StoreError(
                 f"The store cannot be vacuumed now: message {live[0].id} is being generated "
@@ -81,7 +81,7 @@ def _sqlite(path: Path, on_tick: Callable[[], None] | None) -> None:
         return 0
 
     with closing(connect_file(path, "rw")) as connection:
-        # This connection folds the log in below, with the writers held off.
+        # This connection checkpoints below, while the writers wait.
         connection.execute("PRAGMA wal_autocheckpoint = 0")
         connection.set_progress_handler(tick, _INSTRUCTIONS_A_TICK)
         try:
@@ -95,8 +95,8 @@ def _sqlite(path: Path, on_tick: Callable[[], None] | None) -> None:
             ) from error
         connection.set_progress_handler(None, 0)
         until = time.monotonic() + _READERS_SECONDS
-        # TRUNCATE waits for writers and readers, so it never meets another
-        # process's checkpoint; what it cannot get now, the next one folds in.
+        # TRUNCATE waits for writers and readers, so it never coincides with the checkpoint of
+        # another process; whatever it leaves in the log, the next checkpoint copies.
         while connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             if time.monotonic() > until:
                 return
@@ -104,7 +104,7 @@ def _sqlite(path: Path, on_tick: Callable[[], None] | None) -> None:
 
 
 def _refuse_without_room(path: Path, needed: int) -> None:
-    """SQLite writes the copy to a temporary file, and from there through the log."""
+    """SQLite writes the copy to a temporary file, and from that file to the log."""
     for folder in {path.parent, _temporary_folder()}:
         free = shutil.disk_usage(folder).free
         if free < needed:
@@ -115,7 +115,7 @@ def _refuse_without_room(path: Path, needed: int) -> None:
 
 
 def _temporary_folder() -> Path:
-    """Where SQLite puts temporary files (sqlite.org/tempfiles.html, section 5)."""
+    """The folder of SQLite's temporary files (sqlite.org/tempfiles.html, section 5)."""
     named = (os.environ.get(name) for name in ("SQLITE_TMPDIR", "TMPDIR"))
     for folder in (*named, "/var/tmp", "/usr/tmp", "/tmp"):
         if folder and Path(folder).is_dir() and os.access(folder, os.W_OK | os.X_OK):
@@ -127,7 +127,7 @@ def _postgresql(db: Db) -> None:
     engine = autocommit_engine(identity.address(db))
     try:
         with engine.connect() as connection:
-            # A table is locked while it is built anew: rather give up than stand in the way.
+            # A table is locked while it is rebuilt: give up rather than block others for long.
             connection.exec_driver_sql("SET lock_timeout = '10s'")
             quote = connection.dialect.identifier_preparer.quote
             for name in models.Base.metadata.tables:

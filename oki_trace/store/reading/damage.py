@@ -1,99 +1,69 @@
-"""What is in a row that cannot be there: read as something harmless, and told.
+"""Stored values that no program wrote: read as something harmless, and reported.
 
-A store is a file that others can change. One value that makes no sense marks what
-it belongs to as damaged; all else is still read.
+A store is a file that others can change. An impossible value marks its message,
+conversation or steps as damaged; everything else is still read.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from oki_trace.errors import DamagedSteps, OkiTraceError
-from oki_trace.records import Role, Status
+from oki_trace.records import Role
+from oki_trace.store.liveness import status_of
+from oki_trace.store.schema.column_types import BrokenDocument, BrokenTime
 
 _T = TypeVar("_T")
 
-# What Python raises where a value is not of the kind that a record has.
-NONSENSE = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
-
-
-class BrokenTime(dt.datetime):
-    """In the place of a time that is none: the beginning of 1970."""
-
-    told: object = None
-
-    @classmethod
-    def of(cls, told: object) -> BrokenTime:
-        made = cls(1970, 1, 1, tzinfo=dt.UTC)
-        made.told = told
-        return made
-
-
-class BrokenDocument(str):
-    """In the place of a JSON document that is none: its text."""
-
-
-def document(text: str) -> Any:
-    """A JSON document, or its text as a BrokenDocument."""
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        return BrokenDocument(text)
-
-
-def status_of(text: object) -> Status:
-    """A stored status; a reply of an unknown one has failed."""
-    try:
-        return Status(str(text))
-    except ValueError:
-        return Status.FAILED
+# What Python raises for a value of another kind than a record holds.
+_WRONG_KIND = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
 
 
 class Damage:
-    """What is found to be damaged in one row."""
+    """The impossible values of one row; false while there are none."""
 
     def __init__(self) -> None:
-        self._found: list[str] = []
+        self._problems: list[str] = []
 
     def __str__(self) -> str:
-        return "; ".join(self._found)
+        return "; ".join(self._problems)
 
-    def told(self) -> str | None:
-        """One sentence, or None."""
+    def __bool__(self) -> bool:
+        return bool(self._problems)
+
+    @property
+    def sentence(self) -> str | None:
+        """All problems in one sentence, or None."""
         return str(self) or None
 
-    def add(self, what: str) -> None:
-        self._found.append(what)
+    def add(self, problem: str) -> None:
+        self._problems.append(problem)
 
-    def status(self, text: object) -> Status:
-        status = status_of(text)
-        if status != text:
-            self.add(f"its status is {_quoted(text)}")
-        return status
+    def status(self, value: object) -> None:
+        if status_of(value) != value:
+            self.add(f"its status is {_quoted(value)}")
 
-    def role(self, text: object) -> Role:
+    def role(self, value: object) -> Role:
         try:
-            return Role(str(text))
+            return Role(str(value))
         except ValueError:
-            self.add(f"its role is {_quoted(text)}")
+            self.add(f"its role is {_quoted(value)}")
             return Role.USER
 
-    def time(self, name: str, when: _T) -> _T:
-        if isinstance(when, BrokenTime):
-            self.add(f"its {name} is {_quoted(when.told)}")
-        return when
+    def time(self, name: str, value: _T) -> _T:
+        if isinstance(value, BrokenTime):
+            self.add(f"its {name} is {_quoted(value.stored)}")
+        return value
 
-    def part(self, name: str, read: Callable[[Any], _T | None], stored: Any) -> _T | None:
-        """A document as the record that ``read`` makes of it; None where it makes none."""
+    def part(self, name: str, read: Callable[[Any], _T | None], value: Any) -> _T | None:
+        """The record that ``read`` makes of a document; None where it makes none."""
         try:
-            if isinstance(stored, BrokenDocument):
+            if isinstance(value, BrokenDocument):
                 raise ValueError("no JSON")
-            return read(stored)
-        except (*NONSENSE, OkiTraceError) as error:
+            return read(value)
+        except (*_WRONG_KIND, OkiTraceError) as error:
             self.add(f"its {name} makes no sense ({type(error).__name__})")
             return None
 
@@ -112,7 +82,7 @@ class Damage:
         return None
 
     def text(self, name: str, value: Any) -> str:
-        """A text; what is none is shown as one."""
+        """A text; any other value becomes the text that shows it."""
         if isinstance(value, str):
             return value
         self.add(f"its {name} is no text")
@@ -124,11 +94,11 @@ def _quoted(value: object) -> str:
 
 
 @contextmanager
-def steps_told(message_id: int) -> Iterator[None]:
-    """Turn what a step's rows that make no sense raise into DamagedSteps."""
+def report_damaged_steps(message_id: int) -> Iterator[None]:
+    """Turn what impossible values in a step's rows raise into DamagedSteps."""
     try:
         yield
-    except NONSENSE as error:
+    except _WRONG_KIND as error:
         why = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise DamagedSteps(
             f"The steps of message {message_id} are damaged ({why}): see `oki-trace verify`; "

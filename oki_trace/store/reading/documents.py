@@ -1,8 +1,8 @@
-"""Small records as the JSON documents of a message or a step, and back.
+"""Settings and reports as the JSON documents of a message or a step, and back.
 
-Only settings and reports are kept like this: what is asked of as a whole and
-never searched. A field that this program does not know is left out, and one
-that an older program did not write takes its default.
+Only records that are read as a whole and never searched are stored like this. A field
+that this program does not know is ignored, and one that an older program did not write
+gets its default.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from oki_trace.records import (
     CapturePolicy,
@@ -27,39 +27,28 @@ from oki_trace.records import (
 )
 from oki_trace.store.schema.column_types import storable
 
-Record = (
-    ModelChoice
-    | Sampling
-    | CapturePolicy
-    | Generation
-    | CaptureReport
-    | Decision
-    | ReplyChecks
-    | Part
-    | TemplateOptions
-)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Document = dict[str, Any]
-_R = TypeVar(
-    "_R",
-    ModelChoice,
-    Sampling,
-    CapturePolicy,
-    Generation,
-    CaptureReport,
-    Decision,
-    Effect,
-    Contender,
-    ReplyChecks,
-    Part,
-)
+_R = TypeVar("_R", bound="DataclassInstance")
 
 
-def to_document(record: Record | None) -> Document | None:
+def to_document(record: DataclassInstance | None) -> Document | None:
     """``record`` as JSON can hold it: a number that is not finite becomes null."""
     if record is None:
         return None
     document: Document = _plain(asdict(record))
     return document
+
+
+def part_documents(parts: Sequence[Part]) -> list[Document] | None:
+    """The parts of a reply; a field that is None is left out."""
+    documents = [_plain(asdict(part)) for part in parts]
+    return [
+        {name: value for name, value in document.items() if value is not None}
+        for document in documents
+    ] or None
 
 
 def choice(document: Document | None) -> ModelChoice | None:
@@ -75,11 +64,31 @@ def policy(document: Document | None) -> CapturePolicy | None:
 
 
 def generation(document: Document | None) -> Generation | None:
+    return _record(Generation, document, "eos_token_ids", "others", "replaced")
+
+
+def checks(document: Document | None) -> ReplyChecks | None:
+    return _record(ReplyChecks, document, "steps", "notes")
+
+
+def parts(documents: Sequence[Document] | None) -> tuple[Part, ...]:
+    made = (_record(Part, document) for document in documents or ())
+    return tuple(part for part in made if part is not None)
+
+
+def template(document: Document | None) -> TemplateOptions | None:
     if document is None:
         return None
-    lists = ("eos_token_ids", "others", "replaced")
+    return TemplateOptions(document.get("arguments") or {}, tuple(document.get("tools") or ()))
+
+
+def capture(document: Document | None) -> CaptureReport | None:
+    if document is None:
+        return None
+    layers = tuple(document["attention_layers"])
     return _record(
-        Generation, {**document, **{name: tuple(document.get(name) or ()) for name in lists}}
+        CaptureReport,
+        {**document, "policy": policy(document["policy"]), "attention_layers": layers},
     )
 
 
@@ -98,61 +107,21 @@ def decision(document: Document | None) -> Decision | None:
     )
 
 
-def capture(document: Document | None) -> CaptureReport | None:
-    if document is None:
-        return None
-    return _record(
-        CaptureReport,
-        {
-            **document,
-            "policy": policy(document["policy"]),
-            "attention_layers": tuple(document["attention_layers"]),
-        },
-    )
-
-
-def checks(document: Document | None) -> ReplyChecks | None:
-    if document is None:
-        return None
-    lists = {name: tuple(document.get(name) or ()) for name in ("steps", "notes")}
-    return _record(ReplyChecks, {**document, **lists})
-
-
-def part_documents(parts: Sequence[Part]) -> list[Document] | None:
-    """The parts of a reply; a field that is None is left out."""
-    documents = (to_document(part) for part in parts)
-    return [
-        {name: value for name, value in document.items() if value is not None}
-        for document in documents
-        if document is not None
-    ] or None
-
-
-def parts(documents: Sequence[Document] | None) -> tuple[Part, ...]:
-    made = (_record(Part, document) for document in documents or ())
-    return tuple(part for part in made if part is not None)
-
-
-def template(document: Document | None) -> TemplateOptions | None:
-    if document is None:
-        return None
-    return TemplateOptions(document.get("arguments") or {}, tuple(document.get("tools") or ()))
-
-
-def _record(kind: type[_R], document: Document | None) -> _R | None:
+def _record(kind: type[_R], document: Document | None, *tuples: str) -> _R | None:
+    """The record of a document; the fields named in ``tuples`` are tuples, empty if missing."""
     if document is None:
         return None
     known = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in document.items() if name in known})
+    values = {name: value for name, value in document.items() if name in known}
+    return kind(**values | {name: tuple(document.get(name) or ()) for name in tuples})
 
 
 def _measured(document: Document | None) -> Document | None:
-    """What is null where a number belongs was not one. Noise may be none at all."""
+    """A null in place of a measured number was NaN; ``noise`` may be absent."""
     if document is None:
         return None
-    nan = float("nan")
     return {
-        name: nan if value is None and name != "noise" else value
+        name: math.nan if value is None and name != "noise" else value
         for name, value in document.items()
     }
 

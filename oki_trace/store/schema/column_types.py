@@ -1,12 +1,13 @@
-"""Column types that mean the same on SQLite and PostgreSQL.
+"""Column types that behave the same on SQLite and PostgreSQL.
 
-The guarantee: any Python string, any aware time and any whole number a trace
-holds can be written on both, and reads back the same from both.
+Guarantee: any Python string, aware time or whole number of a trace can be written to
+both, and reads back the same from both.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 from typing import Any
 
@@ -14,18 +15,16 @@ from sqlalchemy import BigInteger, DateTime, Dialect, Integer, Text
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from oki_trace.store.reading.damage import BrokenTime
-
 NUL_SIGN = "\N{SYMBOL FOR NULL}"
 
-# PostgreSQL text refuses NUL; half a surrogate pair has no UTF-8 at all.
+# PostgreSQL rejects NUL in text; a lone surrogate has no UTF-8 encoding.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
 def storable(text: str) -> str:
-    """``text`` as both engines can hold it: NUL shown as U+2400, a lone surrogate as U+FFFD.
+    """``text`` as both engines can store it: NUL becomes U+2400, a lone surrogate U+FFFD.
 
-    A token's own bytes are kept beside it, so nothing of a trace is lost by this.
+    The bytes of a token are stored too, so a trace loses nothing.
     """
     if _UNSTORABLE.search(text) is None:
         return text
@@ -34,8 +33,32 @@ def storable(text: str) -> str:
     )
 
 
+class BrokenTime(dt.datetime):
+    """Stands for a stored time that cannot be read: 1970-01-01, with the ``stored`` value."""
+
+    stored: object = None
+
+    @classmethod
+    def of(cls, stored: object) -> BrokenTime:
+        time = cls(1970, 1, 1, tzinfo=dt.UTC)
+        time.stored = stored
+        return time
+
+
+class BrokenDocument(str):
+    """Stands for a stored JSON document that cannot be parsed: its text."""
+
+
+def read_document(text: str) -> Any:
+    """A JSON document, or its text as a BrokenDocument."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return BrokenDocument(text)
+
+
 class ModelText(TypeDecorator[str]):
-    """Text written by a model or a user, made storable on the way in."""
+    """Text of a model or a user, made storable when it is written."""
 
     impl = Text
     cache_ok = True
@@ -45,15 +68,15 @@ class ModelText(TypeDecorator[str]):
 
 
 class _TextTime(sqlite.DATETIME):
-    """SQLite's text as a time, or as a BrokenTime: it may have been changed to anything."""
+    """SQLite's text as a time, or as a BrokenTime if it is none."""
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Any:
         read: Any = super().result_processor(dialect, coltype)
 
         def process(value: Any) -> dt.datetime | None:
             try:
-                found: dt.datetime | None = None if value is None else read(value)
-                return found
+                time: dt.datetime | None = None if value is None else read(value)
+                return time
             except (ValueError, TypeError):
                 return BrokenTime.of(value)
 
@@ -61,9 +84,9 @@ class _TextTime(sqlite.DATETIME):
 
 
 class UtcTime(TypeDecorator[dt.datetime]):
-    """A moment: aware on the way in, in UTC on the way out.
+    """A time: written with any time zone, read in UTC.
 
-    SQLite keeps no time zone, so the stored text is always UTC.
+    SQLite stores no time zone, so the stored text is always UTC.
     """
 
     impl = DateTime(timezone=True)

@@ -1,9 +1,8 @@
-"""Every connection to a store is opened here, and every pragma has its reason.
+"""The database engines of a store, with the reason for every pragma.
 
-Three engines for three jobs. The writer has one connection and takes the write
-lock when a transaction begins. The reader cannot write, and a transaction of
-it is one snapshot. The migrator leaves foreign keys unenforced, because a table
-rebuilt by a migration would take its children with it.
+The writer has one connection and takes the write lock when a transaction begins. The
+reader cannot write, and each of its transactions is one snapshot. The migrator does not
+enforce foreign keys, because rebuilding a table would delete its children.
 """
 
 from __future__ import annotations
@@ -21,46 +20,44 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from oki_trace.errors import StoreError
 from oki_trace.store.disk_reserve import Reserve
-from oki_trace.store.reading.damage import document
+from oki_trace.store.schema.column_types import read_document
 from oki_trace.store.schema.files import Mode, connect_file, is_outdated, open_to_read
 from oki_trace.store.schema.identity import file_of
 
 # Scope: every connection.
 _EVERY_CONNECTION = (
-    # A store may come from someone else: what its schema says is not run.
+    # A store may come from somebody else: no function or trigger in its schema is trusted.
     "PRAGMA trusted_schema = OFF",
 )
 # Scope: the connections that write traces.
 _WRITER = (
-    # In WAL mode NORMAL cannot corrupt the file when power fails, and saves
-    # an fsync a step: what may be lost is the last moments.
+    # In WAL mode, NORMAL cannot corrupt the file when power fails, and saves an fsync per
+    # step; only the last moments can be lost.
     "PRAGMA synchronous = NORMAL",
-    # Deleting a conversation deletes all that hangs on it.
+    # Deleting a conversation deletes everything that belongs to it.
     "PRAGMA foreign_keys = ON",
     # The inner pages of every tree stay in memory while a reply is written.
     "PRAGMA cache_size = -32768",
-    # The log is given back to the disk after a reader held it open for long.
+    # The log shrinks again after a reader has held it open for long.
     "PRAGMA journal_size_limit = 67108864",
 )
-# 32 MB of 4 KB pages. The default of 4 MB is a checkpoint, with its fsyncs,
-# every few tokens when each brings a few hundred KB of tensors. Larger pages
-# would be chained less, but every small row written puts a whole page into
-# the log.
+# 32 MB of 4 KB pages. The default of 4 MB would checkpoint, with fsyncs, every few tokens
+# when each has a few hundred KB of tensors. Larger pages would need fewer overflow pages,
+# but every small row writes a whole page to the log.
 _CHECKPOINT_RARELY = "PRAGMA wal_autocheckpoint = 8192"
-# SQLite before 3.51.3 can damage a file when two connections checkpoint at
-# the same instant, so all but one process never do. (The last connection to
-# close checkpoints too, but holds the file exclusively while it does.)
+# SQLite before 3.51.3 can damage a file when two connections checkpoint at the same instant,
+# so only one process does. (The last connection to close checkpoints too, but holds the file
+# exclusively.)
 _CHECKPOINT_NEVER = "PRAGMA wal_autocheckpoint = 0"
 # Scope: the connections that read, of which there may be many.
 _READER = (
-    # Beside mode=ro, which keeps the file from being written: not even a
-    # temporary table.
+    # mode=ro protects the file; this also forbids temporary tables.
     "PRAGMA query_only = ON",
     "PRAGMA cache_size = -16384",
 )
 
-# Scope: every connection to a server. A role, a database or a server may have its own
-# defaults for what the meaning of a value or of a statement depends on.
+# Scope: every connection to a server. A role, a database or a server may have other defaults
+# for settings that change the meaning of a value or a statement.
 _POSTGRESQL = (
     "SET client_encoding = 'UTF8'",
     "SET datestyle = 'ISO, YMD'",
@@ -69,11 +66,11 @@ _POSTGRESQL = (
     "SET standard_conforming_strings = on",
     "SET transform_null_equals = off",
     "SET bytea_output = 'hex'",
-    # Every bit of a number; below 1 they are rounded.
+    # Numbers with every bit; below 1 they are rounded.
     "SET extra_float_digits = 1",
     "SET default_transaction_isolation = 'read committed'",
     "SET default_transaction_read_only = off",
-    # A step may wait for another writer, and a copy of a long conversation takes its time.
+    # A step may wait for another writer, and copying a long conversation takes long.
     "SET statement_timeout = 0",
     "SET lock_timeout = 0",
     "SET idle_in_transaction_session_timeout = 0",
@@ -81,36 +78,36 @@ _POSTGRESQL = (
 
 
 def writer_engine(url: URL, *, checkpoint: bool) -> Engine:
-    """One connection for all threads: a second writer waits, and never fails for it."""
+    """One connection for all threads: a second writer waits instead of failing."""
     path = file_of(url)
     if path is None:
         return _postgresql(url)
     pragmas = (*_WRITER, _CHECKPOINT_RARELY if checkpoint else _CHECKPOINT_NEVER)
     engine = _sqlite(path, "rw", pragmas)
-    # A transaction that begins by reading and then writes fails at once when
-    # another process has written in between, however long the busy timeout.
+    # A transaction that first reads and then writes would fail at once when another process
+    # has written in between, however long the busy timeout.
     event.listen(engine, "begin", _begin_immediate)
     return engine
 
 
 def set_checkpoint(connection: Connection) -> None:
-    """Let this writer's connection do the checkpoints from now on."""
+    """Let this writer's connection checkpoint from now on."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(_CHECKPOINT_RARELY)
 
 
 def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
-    """Connections that cannot write; what one transaction reads was true at one instant.
+    """Connections that cannot write; each transaction sees one instant.
 
-    On a disk without a byte left they take the room of the ``reserve``.
+    On a full disk they use the space of the ``reserve``.
     """
     path = file_of(url)
     if path is None:
         return _postgresql(
             url, isolation_level="REPEATABLE READ", execution_options={"postgresql_readonly": True}
         )
-    kept = reserve or Reserve(path)
-    engine = _sqlite(path, "ro", _READER, lambda: open_to_read(path, kept))
+    usable = reserve or Reserve(path)
+    engine = _sqlite(path, "ro", _READER, lambda: open_to_read(path, usable))
     event.listen(engine, "begin", _begin)
 
     def refuse_outdated(connection: DBAPIConnection, *_: object) -> None:
@@ -122,7 +119,7 @@ def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
 
 
 def migration_engine(url: URL) -> Engine:
-    """For migrations alone: tables may be rebuilt without losing their children."""
+    """For migrations only: tables can be rebuilt without losing their children."""
     path = file_of(url)
     if path is None:
         return _postgresql(url)
@@ -132,7 +129,7 @@ def migration_engine(url: URL) -> Engine:
 
 
 def autocommit_engine(url: URL) -> Engine:
-    """PostgreSQL only, for what refuses to run inside a transaction."""
+    """PostgreSQL only, for statements that cannot run inside a transaction."""
     return _postgresql(url, isolation_level="AUTOCOMMIT")
 
 
@@ -152,7 +149,7 @@ def _sqlite(
         pool_timeout=3600.0,
         # An error must not quote the user's text.
         hide_parameters=True,
-        json_deserializer=document,
+        json_deserializer=read_document,
     )
 
     def prepare(connection: DBAPIConnection, _: ConnectionPoolEntry) -> None:
@@ -169,7 +166,7 @@ def _postgresql(url: URL, **options: object) -> Engine:
     try:
         engine = create_engine(
             url,
-            # Rows are sent in bulk as a flat list of values, so by place.
+            # Bulk inserts pass a flat list of values.
             paramstyle="format",
             poolclass=QueuePool,
             pool_pre_ping=True,
@@ -187,14 +184,14 @@ def _postgresql(url: URL, **options: object) -> Engine:
 def _connect_postgresql(
     dialect: Dialect, _: ConnectionPoolEntry, arguments: Any, options: Any
 ) -> DBAPIConnection:
-    """A connection with our settings, before anything is asked through it.
+    """A connection with our settings in force.
 
-    Raises StoreError where the database cannot hold every text.
+    Raises StoreError where the database cannot store every text.
     """
     connection: Any = dialect.connect(*arguments, **options)
     cursor = connection.cursor()
     try:
-        # No transaction, which could be idle for too long before its limit is set.
+        # Without a transaction, which could be idle for too long before its limit is set.
         connection.autocommit = True
         cursor.execute("SELECT current_setting('server_encoding'), current_database()")
         encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
@@ -211,12 +208,12 @@ def _connect_postgresql(
         raise
     finally:
         cursor.close()
-    made: DBAPIConnection = connection
-    return made
+    checked: DBAPIConnection = connection
+    return checked
 
 
 def _as_text(value: object) -> str:
-    """Psycopg gives bytes where the encoding is unknown."""
+    """Psycopg returns bytes where it does not know the encoding."""
     return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
 
 

@@ -1,8 +1,8 @@
-"""Connections to a store's file, also where it cannot be read as usual.
+"""Connections to a store's file, also on read-only media and full disks.
 
-A store is read beside its writers through shared memory, which SQLite makes beside
-the file. A medium that cannot be written has no place for it, nor has a full disk.
-Without a log nothing is missing from the file itself, and it is read as it stands.
+To read beside writers, SQLite needs shared memory, a file beside the store. A read-only
+medium or a full disk has no space for it. If there is no write-ahead log, the store's
+file is complete and is read without shared memory.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from oki_trace.store.disk_reserve import Reserve
 
 Mode = Literal["ro", "rw"]
 
-# Waiting is right whatever the reason for a lock: a step is written in
-# milliseconds, and only a long migration or vacuum holds it longer.
+# A step is written in milliseconds; only a long migration or vacuum holds a lock longer.
 _BUSY_SECONDS = 30.0
-_NO_PLACE = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_FULL")
+_NO_SHARED_MEMORY = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_FULL")
 
 
 def connect_file(
@@ -29,46 +28,46 @@ def connect_file(
     more: str = "",
     factory: type[sqlite3.Connection] = sqlite3.Connection,
 ) -> sqlite3.Connection:
-    """A plain SQLite connection. Neither mode creates the file; ``more`` options of the URI."""
-    # As a URI, because only so can a file be opened without creating it; it
-    # is quoted, so that a path may hold spaces, % and ?.
+    """A plain SQLite connection; ``more`` are options of the URI. Never creates the file."""
+    # Only with a URI can a file be opened without creating it. The URI is quoted, because a
+    # path may contain spaces, % and ?.
     return sqlite3.connect(
         f"{path.as_uri()}?mode={mode}{more}",
         uri=True,
         timeout=_BUSY_SECONDS,
-        # Transactions are begun by the engine's event, not guessed by the driver.
+        # The engine begins transactions, not the driver.
         isolation_level=None,
         # The pool lends a connection to one thread at a time.
         check_same_thread=False,
-        # A driver's statement cache is keyed by text; a bulk insert of each
-        # number of rows is a text of its own.
+        # The driver caches statements by their text; a bulk insert has another text for each
+        # number of rows.
         cached_statements=256,
         factory=factory,
     )
 
 
-class AsItStands(sqlite3.Connection):
-    """A connection to a file that nobody can write, or has open: it looks at no log."""
+class ImmutableConnection(sqlite3.Connection):
+    """A connection to a file that nobody can write or has open: it reads no log."""
 
-    seen: tuple[int, ...] = ()
+    version: tuple[int, ...] = ()
 
 
 def open_to_read(path: Path, reserve: Reserve) -> sqlite3.Connection:
-    """A connection that reads, on a medium that cannot be written and on a full disk too.
+    """A connection that reads, also on a read-only medium or a full disk.
 
-    Raises StoreError where the log holds what cannot be read without such a place.
+    Raises StoreError where a log exists that cannot be read without shared memory.
     """
     try:
-        return _reading(path)
+        return _open_shared(path)
     except sqlite3.OperationalError as error:
-        if not error.sqlite_errorname.startswith(_NO_PLACE):
+        if not error.sqlite_errorname.startswith(_NO_SHARED_MEMORY):
             raise
         writable = os.access(path.parent, os.W_OK)
-        # Also where another process has just deleted what it had beside the file.
+        # Also when another process has just deleted its shared memory.
         if writable and (reserve.release() or not reserve.is_spent()):
-            return _reading(path)
+            return _open_shared(path)
         if not _size(path, "-wal"):
-            return _as_it_stands(path)
+            return _open_immutable(path)
         if writable:
             raise
         raise StoreError(
@@ -79,28 +78,28 @@ def open_to_read(path: Path, reserve: Reserve) -> sqlite3.Connection:
 
 
 def is_outdated(connection: object, path: Path) -> bool:
-    """Whether a connection looks past what others have done since."""
-    return isinstance(connection, AsItStands) and connection.seen != _seen(path)
+    """Whether a connection misses changes that another process has made since it was opened."""
+    return isinstance(connection, ImmutableConnection) and connection.version != _version(path)
 
 
-def _as_it_stands(path: Path) -> sqlite3.Connection:
-    seen = _seen(path)
-    connection = connect_file(path, "ro", "&immutable=1", AsItStands)
-    assert isinstance(connection, AsItStands)
-    connection.seen = seen
+def _open_immutable(path: Path) -> sqlite3.Connection:
+    version = _version(path)
+    connection = connect_file(path, "ro", "&immutable=1", ImmutableConnection)
+    assert isinstance(connection, ImmutableConnection)
+    connection.version = version
     return connection
 
 
-def _seen(path: Path) -> tuple[int, ...]:
-    """What changes when another process opens or changes the file."""
-    found = path.stat()
-    return (found.st_mtime_ns, found.st_size, _size(path, "-wal"), _size(path, "-shm"))
+def _version(path: Path) -> tuple[int, ...]:
+    """Numbers that change when another process opens or changes the file."""
+    status = path.stat()
+    return (status.st_mtime_ns, status.st_size, _size(path, "-wal"), _size(path, "-shm"))
 
 
-def _reading(path: Path) -> sqlite3.Connection:
+def _open_shared(path: Path) -> sqlite3.Connection:
     connection = connect_file(path, "ro")
     try:
-        # The first look at the file makes the shared memory.
+        # The first query creates the shared memory.
         connection.execute("PRAGMA schema_version").fetchone()
     except BaseException:
         connection.close()

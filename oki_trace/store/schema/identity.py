@@ -1,15 +1,14 @@
-"""What marks a store as ours, and which schema it has.
+"""The address of a store, its mark as ours, and the number of its schema.
 
-A SQLite store carries our ``application_id`` in its header from its first byte
-written, and the number of its schema in ``user_version``; on PostgreSQL the
-migrations' own table says the same. The guarantee: a file that is not ours is
-recognised without a lock, a log or a journal, so it is never changed; a store
-newer than this program is refused.
+A SQLite store has our ``application_id`` in its header from the first write on, and the
+number of its schema in ``user_version``; on PostgreSQL, Alembic's table has both.
+Guarantee: a foreign file is recognised without a lock, a log or a journal, so it is
+never changed; a store newer than this program is refused.
 
-SQLite alone opens a store's file. When a process closes any descriptor of a
-file, POSIX drops all locks that the process holds on it, those of its SQLite
-connections too, and another process may then delete the log that they read
-(sqlite.org, "How To Corrupt An SQLite Database File", section 2.2).
+Only SQLite opens a store's file. When a process closes any descriptor of a file, POSIX
+drops all locks that the process holds on it, those of its SQLite connections too, and
+another process may then delete the log that they read (sqlite.org, "How To Corrupt An
+SQLite Database File", section 2.2).
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from oki_trace.errors import SchemaError, StoreError, UsageError
 
 Db = str | Path | URL
 
-# Every revision, oldest first: the schema's number is its place here, from 1.
+# Every revision, oldest first; the number of a schema is its place here, from 1.
 HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42")
 SCHEMA = len(HISTORY)
 
@@ -55,10 +54,10 @@ def address(db: Db) -> URL:
         try:
             url = make_url(db)
         except (ArgumentError, ValueError):
-            # Not told from the error, which may quote the password.
+            # Without the cause, which may quote the password.
             raise UsageError(_NO_URL) from None
         if db.count("@") > 1 and url.get_backend_name() != "sqlite":
-            # A part of the password may have been taken for the host, the database or an option.
+            # A part of the password may have been parsed as the host, the database or an option.
             raise UsageError(f"{_NO_URL} In a password, write %40 for @, %2F for / and %3F for ?.")
     else:
         url = URL.create("sqlite", database=os.fspath(db))
@@ -88,22 +87,22 @@ def shown(url: URL) -> str:
     path = file_of(url)
     if path:
         return str(path)
-    # The server takes a password among the options too.
+    # The server accepts a password among the options too.
     secret = [name for name in url.query if "pass" in name.lower()]
     return url.difference_update_query(secret).render_as_string(hide_password=True)
 
 
 def is_ours(path: Path) -> bool:
-    """Whether ``path`` is a store. False: absent or empty. Anything else is refused."""
+    """Whether ``path`` is a store. False: missing or empty. Any other file is refused."""
     try:
-        found = path.stat()
+        status = path.stat()
     except FileNotFoundError:
         return False
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise _unreadable(path, "it is not a file")
-    if not found.st_size:
+    if not status.st_size:
         return False
     if _application_id(path) != APPLICATION_ID:
         raise SchemaError(
@@ -119,17 +118,17 @@ def _unreadable(path: Path, reason: str) -> StoreError:
 
 
 def _application_id(path: Path) -> int | None:
-    """What the file's header says; None for a file that SQLite did not write."""
+    """The application id in the file's header; None for a file that SQLite did not write."""
     try:
-        # Immutable: an ordinary connection would leave a log beside the file of another program.
+        # An ordinary connection could create a log beside the file of another program.
         return _read_application_id(path, "mode=ro&immutable=1")
     except sqlite3.DatabaseError as error:
         if error.sqlite_errorname == "SQLITE_NOTADB":
             return None
         if error.sqlite_errorname.startswith("SQLITE_CANTOPEN"):
             raise _unreadable(path, os.strerror(_errno_of(path))) from error
-    # Read without a lock, a file that another process is checkpointing looks damaged. That
-    # process has its shared memory beside it, so an ordinary connection leaves nothing new.
+    # Read without a lock, a file that another process checkpoints looks damaged. That process
+    # has its shared memory beside the file, so an ordinary connection creates nothing new.
     try:
         if path.with_name(path.name + "-shm").exists():
             return _read_application_id(path, "mode=ro")
@@ -145,30 +144,30 @@ def _read_application_id(path: Path, options: str) -> int:
 
 
 def _errno_of(path: Path) -> int:
-    """Why a file that is there cannot be opened: SQLite does not say."""
+    """Why an existing file cannot be opened: SQLite does not say."""
     return errno.EIO if os.access(path, os.R_OK) else errno.EACCES
 
 
 def create_file(path: Path) -> None:
-    """Make an empty file that only its user can read, unless there is one."""
+    """Create an empty file that only its user can read, unless it exists."""
     create_folder(path)
     with _creating(path), suppress(FileExistsError):
-        # No connection can have a lock on a file that is new: it may be closed.
+        # It may be closed, because no connection can have a lock on a new file.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def mark(connection: sqlite3.Connection) -> None:
     """Write the mark into a new file, before anything else.
 
-    It has to be in the file itself, where ``is_ours`` looks, so it is written
-    before the write-ahead log takes over.
+    ``is_ours`` reads it from the file itself, so it is written before the write-ahead log
+    is used.
     """
     if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         connection.execute(_SET_APPLICATION_ID)
 
 
 def create_folder(path: Path) -> None:
-    """Make the folders ``path`` lacks, for its user alone; those that exist stay as they are."""
+    """Create the missing folders of ``path``, for its user only; others keep their mode."""
     with _creating(path):
         for folder in reversed(path.parents):
             if not folder.exists():
@@ -187,7 +186,7 @@ def _creating(path: Path) -> Iterator[None]:
 
 
 def schema_of(connection: Connection) -> int:
-    """The number of the schema: 0 when there is none yet, ``SCHEMA + 1`` for any newer one."""
+    """The number of the schema: 0 for none, ``SCHEMA + 1`` for any newer one."""
     if connection.dialect.name == "sqlite":
         return int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
     if not inspect(connection).has_table("alembic_version"):
@@ -199,7 +198,7 @@ def schema_of(connection: Connection) -> int:
 
 
 def stamp(connection: Connection, schema: int) -> None:
-    """Write the schema's number into a SQLite file; PostgreSQL has it from the migrations."""
+    """Write the schema's number into a SQLite file; on PostgreSQL Alembic has stored it."""
     if connection.dialect.name == "sqlite":
         # A pragma takes no bound parameter, and SQLAlchemy leaves DDL untyped.
         pragma: DDL = DDL("PRAGMA user_version = %(schema)d", {"schema": schema})  # type: ignore[no-untyped-call]

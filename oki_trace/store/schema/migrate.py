@@ -1,16 +1,16 @@
-"""Creating and upgrading a store. Alembic alone makes the schema.
+"""Creating and upgrading a store; only Alembic creates the schema.
 
-The guarantees: an upgrade is atomic; before a file with an
-older schema is touched, a copy of it is made beside it; two processes that
-open a new store at the same moment do not meet; a file that is not a store is
-refused.
+Guarantees: an upgrade is atomic; a file with an older schema is copied before it is
+changed; two processes can open a new store at the same moment; a file that is not a
+store is refused.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,12 @@ from oki_trace.store.schema.identity import Db
 if TYPE_CHECKING:
     from alembic.config import Config
 
-# Any number, the same in every process: PostgreSQL's lock for one migration at a time.
+# PostgreSQL's lock for one migration at a time: any number, the same in every process.
 _ADVISORY_LOCK = 0x6F6B6974
 
 
 def ensure(db: Db) -> None:
-    """Create the store if there is none, upgrade it if it is older; cheap if neither."""
+    """Create the store if it does not exist, upgrade it if it is older; else cheap."""
     url = identity.address(db)
     store = identity.shown(url)
     path = identity.file_of(url)
@@ -47,21 +47,21 @@ def ensure(db: Db) -> None:
 
 
 def upgrade(db: Db, revision: str = "head", *, scripts: Path | None = None) -> None:
-    """Bring the store to ``revision``, creating it if there is none."""
+    """Upgrade the store to ``revision``; create it if it does not exist."""
     from alembic import command
 
     _run(db, scripts, lambda config: command.upgrade(config, revision))
 
 
 def downgrade(db: Db, revision: str, *, scripts: Path | None = None) -> None:
-    """Bring the store back to an older ``revision``; "base" removes every table."""
+    """Downgrade the store to an older ``revision``; "base" removes every table."""
     from alembic import command
 
     _run(db, scripts, lambda config: command.downgrade(config, revision))
 
 
 def current(db: Db) -> str | None:
-    """The revision the store has; None when it has no schema or does not exist."""
+    """The revision of the store; None when it has no schema or does not exist."""
     from alembic.migration import MigrationContext
 
     url = identity.address(db)
@@ -78,7 +78,7 @@ def head() -> str:
 
 
 def scripts_folder() -> Path:
-    """Where the migrations are: inside the package when installed, beside it in a checkout."""
+    """The folder of the migrations: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "_bundled" / "migrations", package.parent / "migrations"):
         if (folder / "env.py").is_file():
@@ -108,13 +108,13 @@ def _reading(url: URL) -> Iterator[Connection]:
 
 
 def prepare(db: Db) -> None:
-    """Make the file of a new store, or refuse one that is not ours."""
+    """Create the file of a new store, or refuse one that is not ours."""
     path = identity.file_of(identity.address(db))
     if path is None:
         return
     if not identity.is_ours(path):
         identity.create_file(path)
-    # Always, for whoever made the file may have been killed before either was done.
+    # Always, because the process that created the file may have been killed before this.
     with closing(connect_file(path, "rw")) as connection:
         identity.mark(connection)
         connection.execute("PRAGMA journal_mode = WAL")
@@ -148,7 +148,7 @@ def _run(db: Db, scripts: Path | None, action: Callable[[Config], None]) -> None
 
 
 def _one_at_a_time(path: Path | None) -> AbstractContextManager[object]:
-    """Hold the other processes off a file; PostgreSQL has a lock of its own."""
+    """A lock against other processes; PostgreSQL has its own."""
     if path is None:
         return nullcontext()
     identity.create_folder(path)
@@ -156,22 +156,18 @@ def _one_at_a_time(path: Path | None) -> AbstractContextManager[object]:
 
 
 def _back_up_if_older(path: Path | None, newest: int) -> None:
-    """Copy a file that has an older schema and something in it."""
+    """Copy a file with an older schema."""
     if path is None:
         return
     with closing(connect_file(path, "ro")) as source:
         schema = source.execute("PRAGMA user_version").fetchone()[0]
         if not 0 < schema < newest:
             return
-        number = 0
-        while True:
-            copy = path.with_name(
-                f"{path.name}.schema-{schema}{f'-{number}' if number else ''}.bak"
-            )
-            try:
+        for number in count():
+            suffix = f"-{number}" if number else ""
+            copy = path.with_name(f"{path.name}.schema-{schema}{suffix}.bak")
+            with suppress(FileExistsError):
                 os.close(os.open(copy, os.O_CREAT | os.O_EXCL, 0o600))
                 break
-            except FileExistsError:
-                number += 1
         with closing(connect_file(copy, "rw")) as target:
             source.backup(target)

@@ -1,17 +1,16 @@
-"""The tables of the store, as SQLAlchemy sees them.
+"""The tables of the store as SQLAlchemy models.
 
-The migrations create the schema; a test holds that these models say the same.
-Short columns come before long ones, because SQLite reads a row from its start
-and follows the overflow pages of a long text only when asked for what is there.
+The migrations create the schema; a test checks that these models agree with it. Short
+columns come before long ones, because SQLite reads a row from its start and follows the
+overflow pages of a long text only when a query needs them.
 
-Two kinds of tables: those with an id of their own (conversation, message, step,
-tensor, worker), whose ids are never given twice, so that a link stays true; and
-the row-heavy children of a step, which are clustered by what they belong to, so
-that one step is one short range of a B-tree and no further index is needed.
+Conversations, messages, steps, tensors and workers have ids that are never reused, so a
+link stays valid. The children of a step, which have many rows, are clustered by step:
+the rows of one step are one short range of a B-tree and need no other index.
 
-A measured number may be NULL: SQLite has no NaN, so what is not a number is NULL
-on both engines, and NaN again in the records. Infinities are kept as they are:
-the logit of a token the model rules out is -inf.
+A measured number may be NULL: SQLite has no NaN, so NaN is NULL on both engines and NaN
+again in the records. Infinities are stored: the logit of a token that the model rules
+out is -inf.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from oki_trace.store.schema.column_types import BigId, ModelText, UtcTime
 
 
 class Base(DeclarativeBase):
-    """Every constraint has a name, because a migration can only drop what it can name."""
+    """Every constraint has a name, because a migration can drop only a named one."""
 
     metadata = MetaData(
         naming_convention={
@@ -73,7 +72,7 @@ def _child_of(parent: str) -> ForeignKey:
 
 
 class StoreState(Base):
-    """One row: a number that grows with every write, which is all a viewer has to poll."""
+    """One row: the version, which grows with every write, so that viewers poll only it."""
 
     __tablename__ = "store_state"
     __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
@@ -83,9 +82,9 @@ class StoreState(Base):
 
 
 class Conversation(Base):
-    """``updated_at`` moves when a message is added or ends, not with every step.
+    """``updated_at`` changes when a message is added or ends, not with every step.
 
-    ``uid`` is the same in every copy of a conversation, whatever its id there.
+    ``uid`` is the same in every copy of a conversation, whatever its id.
     """
 
     __tablename__ = "conversation"
@@ -99,19 +98,19 @@ class Conversation(Base):
 
 
 class Message(Base):
-    """A message; what follows ``created_at`` is of assistant messages only.
+    """A message; most columns after ``created_at`` belong to assistant messages.
 
-    ``owner`` names the process that generates a running reply; ``seen_at`` is its
-    last sign of life by the server's clock, where a server keeps the store.
-    ``tensors_pruned_at``: when the full tensors that were kept were thrown away.
-    ``digest`` says what a message was when it ended; until then it is that of its
-    prompt. Empty: it was recorded before there were digests.
+    ``owner`` names the process that generates a running reply; ``heartbeat_at`` is the
+    time of its last heartbeat by the server's clock, on PostgreSQL only.
+    ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
+    message as it ended, and until then its prompt only; empty: the message was recorded
+    by a program without digests.
     """
 
     __tablename__ = "message"
     __table_args__ = (
         UniqueConstraint("conversation_id", "position"),
-        # A worker looks for queued replies many times a second.
+        # A worker looks for queued replies many times per second.
         Index(None, "status", "id"),
         _NEVER_REUSED,
     )
@@ -125,7 +124,7 @@ class Message(Base):
     model_id: Mapped[str | None] = mapped_column(ModelText)
     prompt_len: Mapped[int | None]
     owner: Mapped[str | None] = mapped_column(Text)
-    seen_at: Mapped[dt.datetime | None]
+    heartbeat_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
     tensors_pruned_at: Mapped[dt.datetime | None]
     seconds: Mapped[float | None]
@@ -145,7 +144,7 @@ class Message(Base):
 
 
 class PromptToken(Base):
-    """A token of what a reply's model was given, and where it comes from."""
+    """A token of a reply's prompt; ``segment`` says which part of the prompt it belongs to."""
 
     __tablename__ = "prompt_token"
     __table_args__ = _CLUSTERED
@@ -158,14 +157,13 @@ class PromptToken(Base):
 
 
 class Step(Base):
-    """One generated token. ``settle_layer`` comes with the step's lens.
+    """One generated token. ``settle_layer`` is written with the step's lens.
 
-    ``decision`` is how it came to be chosen, ``greedy_id`` the token that would
-    have been said without settings or draw; both NULL when plainly greedy.
-    ``tensor_bytes`` is what the step's tensors take in the store: a total over
-    many steps then never reads the tensors' own table. ``digest`` says what the
-    step and its lens were when they were recorded, ``tensor_digest`` what its
-    tensors were, which may have been pruned since.
+    ``decision`` explains the choice of the token, ``greedy_id`` is the token that greedy
+    decoding would have chosen; both NULL when decoding was plainly greedy.
+    ``tensor_bytes`` is the stored size of the step's tensors, so that a total need not
+    read their table. ``digest`` covers the recorded step and its lens, ``tensor_digest``
+    its tensors, which may have been pruned since.
     """
 
     __tablename__ = "step"
@@ -198,7 +196,8 @@ class Step(Base):
 class TopkEntry(Base):
     """A candidate for the next token.
 
-    ``sampled_prob``: after the sampling settings. ``noise``: what the draw gave it.
+    ``sampled_prob``: the probability after the sampling settings. ``noise``: the Gumbel
+    noise of the draw.
     """
 
     __tablename__ = "topk_entry"
@@ -215,7 +214,7 @@ class TopkEntry(Base):
 
 
 class AttentionLayer(Base):
-    """``missing``: what the whole row of weights leaves of 1."""
+    """The attention of a layer; ``missing`` is 1 minus the sum of all weights."""
 
     __tablename__ = "attention_layer"
     __table_args__ = _CLUSTERED
@@ -226,7 +225,7 @@ class AttentionLayer(Base):
 
 
 class AttentionEntry(Base):
-    """A position that a layer attended to from the newest one, heads averaged."""
+    """A position that a layer attended to from the newest position, averaged over heads."""
 
     __tablename__ = "attention_entry"
     __table_args__ = _CLUSTERED
@@ -239,7 +238,7 @@ class AttentionEntry(Base):
 
 
 class LensLayer(Base):
-    """What the Logit Lens says of a layer as a whole."""
+    """The Logit Lens at a layer, over the whole vocabulary."""
 
     __tablename__ = "lens_layer"
     __table_args__ = _CLUSTERED
@@ -253,7 +252,7 @@ class LensLayer(Base):
 
 
 class LensEntry(Base):
-    """A token that the Logit Lens reads at a layer."""
+    """One of the most likely tokens of the Logit Lens at a layer."""
 
     __tablename__ = "lens_entry"
     __table_args__ = _CLUSTERED
@@ -268,7 +267,7 @@ class LensEntry(Base):
 
 
 class Tensor(Base):
-    """A full tensor, encoded. The blob stands in a table of its own and last in its row."""
+    """A full tensor, encoded; ``data`` is the last column, because it is long."""
 
     __tablename__ = "tensor"
     __table_args__ = (UniqueConstraint("step_id", "name"), _NEVER_REUSED)
@@ -287,7 +286,7 @@ class Tensor(Base):
 
 
 class Worker(Base):
-    """A process that owns a model and answers queued replies."""
+    """A process that owns a model and generates queued replies."""
 
     __tablename__ = "worker"
     __table_args__ = (UniqueConstraint("owner"), _NEVER_REUSED)
@@ -300,4 +299,14 @@ class Worker(Base):
     model_id: Mapped[str | None] = mapped_column(ModelText)
     detail: Mapped[str] = mapped_column(ModelText)
     progress: Mapped[float | None]
-    heartbeat: Mapped[dt.datetime]
+    heartbeat_at: Mapped[dt.datetime]
+
+
+# The children of a step, in the order in which they are copied and read.
+STEP_CHILDREN: tuple[type[Base], ...] = (
+    TopkEntry,
+    AttentionLayer,
+    AttentionEntry,
+    LensLayer,
+    LensEntry,
+)

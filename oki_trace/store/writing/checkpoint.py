@@ -1,9 +1,8 @@
-"""One process at a time folds a store's write-ahead log into its file.
+"""One process at a time checkpoints a store: copies the write-ahead log into the file.
 
-SQLite before 3.51.3 can damage a file when two connections checkpoint at the
-same instant. So a process that writes traces checkpoints only while it holds a
-lock beside the store; the others leave the log to it, and one of them takes
-over once it is gone.
+SQLite before 3.51.3 can damage a file when two connections checkpoint at the same
+instant. So a process that writes traces checkpoints only while it holds a lock beside
+the store, and another one takes over when it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from filelock import FileLock, Timeout
 
 
 class Checkpointer:
-    """This process's candidacy. ``file`` is None where there is no log to fold."""
+    """The lock of the process that checkpoints; ``file`` is None on PostgreSQL."""
 
     def __init__(self, file: Path | None, *, wanted: bool) -> None:
         self._lock: FileLock | None = None
@@ -25,13 +24,13 @@ class Checkpointer:
             )
 
     def elect(self) -> bool:
-        """Take the office if it is free; True when that has just happened."""
+        """Take the lock if it is free; True if this call took it."""
         if self._lock is None or self._lock.is_locked:
             return False
         try:
             self._lock.acquire(blocking=False)
         except (Timeout, OSError):
-            # Where no lock can be made the store cannot be written either, which SQLite says.
+            # Where no lock can be created, SQLite reports that the store cannot be written.
             return False
         return True
 

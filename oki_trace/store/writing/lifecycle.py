@@ -1,19 +1,17 @@
-"""What a message goes through, as statements inside a transaction of the writer.
+"""The states of a message, as statements inside a transaction of the writer.
 
-queued → running → complete, stopped, failed or interrupted. A queued reply can
-be stopped too; nothing leaves a final state.
+queued → running → complete, stopped, failed or interrupted. A queued reply can be
+stopped too; nothing leaves a final state.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
-    Row,
     bindparam,
     delete,
     func,
@@ -22,17 +20,23 @@ from sqlalchemy import (
     update,
 )
 
-from oki_trace import records
-from oki_trace.errors import NotFound, StoreError
+from oki_trace.errors import StoreError
 from oki_trace.records import Status
-from oki_trace.store.heartbeat import CLOCK, LIFE, ended, is_gone
-from oki_trace.store.owner import this_process
-from oki_trace.store.reading.damage import status_of
+from oki_trace.store.liveness import (
+    CLOCK,
+    LIFE,
+    effective_status,
+    has_ended,
+    running_replies,
+    status_of,
+    this_process,
+)
+from oki_trace.store.reading.not_found import no_conversation, no_message
 from oki_trace.store.schema.models import Base, Conversation, Message, PromptToken, Step, Worker
-from oki_trace.store.writing import closing
+from oki_trace.store.writing import message_digest
 
-# What goes at a time where there is little room for the log: steps, tokens of a prompt.
-_FEW = 16
+# Rows deleted at once where the log has little space: steps, and tokens of a prompt.
+_FEW_STEPS = 16
 _FEW_TOKENS = 5_000
 
 PROCESS_ENDED = "the process that generated it ended"
@@ -40,35 +44,6 @@ PROCESS_ENDED = "the process that generated it ended"
 
 def now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
-
-
-def no_conversation(conversation_id: int) -> NotFound:
-    return NotFound(
-        f"There is no conversation {conversation_id} in this store: `oki-trace list` shows them."
-    )
-
-
-def no_message(message_id: int) -> NotFound:
-    return NotFound(
-        f"There is no message {message_id} in this store: `oki-trace show N` lists a "
-        "conversation's."
-    )
-
-
-def no_tensor(message: records.Message, step_index: int, name: str) -> NotFound:
-    """The error for a full tensor that a reply does not have, with the reason."""
-    what = f"Step {step_index} of message {message.id} has no tensor {name}"
-    if message.tensors_pruned_at is not None:
-        return NotFound(
-            f"{what} any more: its tensors were pruned on {message.tensors_pruned_at:%Y-%m-%d}. "
-            "Generate the reply again to have them."
-        )
-    if message.capture is not None and message.capture.tensors_left_out:
-        return NotFound(
-            f"{what}: the tensors were left out of the export that it was imported from. Export "
-            "it with --tensors and import that."
-        )
-    return NotFound(f"{what}: generate with --tensors half, compact or exact to keep them.")
 
 
 def new_row(connection: Connection, model: type[Base], **values: Any) -> int:
@@ -80,24 +55,24 @@ def new_row(connection: Connection, model: type[Base], **values: Any) -> int:
 
 def touch(connection: Connection, conversation_id: int, **values: Any) -> None:
     """Mark a conversation as changed now, which puts it on top of the list."""
-    found = connection.execute(
+    result = connection.execute(
         update(Conversation)
         .where(Conversation.id == conversation_id)
         .values(updated_at=now(), **values)
     )
-    if not found.rowcount:
+    if not result.rowcount:
         raise no_conversation(conversation_id)
 
 
 def add(
     connection: Connection, conversation_id: int, recorded: str | None = None, **values: Any
 ) -> int:
-    """Put a message at the end of a conversation; returns its id.
+    """Append a message to a conversation; returns its id.
 
-    ``recorded``: the digest that its file gives one that is imported.
+    ``recorded``: the digest that an imported message brings from its file.
     """
-    # First of all, for it locks the conversation on PostgreSQL: two messages
-    # added at once do not get one position.
+    # First, because it locks the conversation on PostgreSQL: two messages added at the same
+    # time get different positions.
     touch(connection, conversation_id)
     last = connection.execute(
         select(func.max(Message.position)).where(Message.conversation_id == conversation_id)
@@ -111,12 +86,17 @@ def add(
         **values,
     )
     if not Status(values["status"]).is_live:
-        closing.close(connection, message_id, recorded)
+        message_digest.close(connection, message_id, recorded)
     return message_id
 
 
+def set_values(connection: Connection, message_id: int, **values: Any) -> None:
+    """Update columns of one message."""
+    connection.execute(update(Message).where(Message.id == message_id).values(**values))
+
+
 _STATE = (
-    # Locked (on SQLite by the transaction itself), because what follows depends on it.
+    # Locked (on SQLite by the transaction itself), because the writes that follow depend on it.
     select(Message.status, Message.stop_requested)
     .where(Message.id == bindparam("message_id"))
     .with_for_update()
@@ -124,7 +104,7 @@ _STATE = (
 
 
 def state_of(connection: Connection, message_id: int) -> tuple[Status, bool]:
-    """The status of a message, and whether it was asked to stop."""
+    """The stored status of a message, and whether somebody asked to stop it."""
     row = connection.execute(_STATE, {"message_id": message_id}).one_or_none()
     if row is None:
         raise no_message(message_id)
@@ -142,78 +122,64 @@ def require(connection: Connection, message_id: int, *allowed: Status) -> bool:
     return stop
 
 
-def take(connection: Connection, message_id: int) -> str:
-    """Make a live reply this process's own; returns the owner's name."""
+def require_free(connection: Connection, message_id: int) -> None:
+    """Raise unless the reply is live and no other process generates it."""
     require(connection, message_id, Status.QUEUED, Status.RUNNING)
     row = connection.execute(select(*LIFE).where(Message.id == message_id)).one()
-    me = str(this_process())
-    if row.owner not in (None, me) and not is_gone(row):
+    if row.owner not in (None, str(this_process())) and effective_status(row).is_live:
         raise StoreError(
             f"Message {message_id} is being generated by another process ({row.owner}): let it "
             "finish, or stop it first."
         )
-    return me
 
 
-def written_now(connection: Connection, *those: ColumnElement[bool]) -> Sequence[Row[Any]]:
-    """The replies (id, conversation_id, owner) that a living process is generating.
+def refuse_running(connection: Connection, action: str, *conditions: ColumnElement[bool]) -> None:
+    """Raise when a process generates a reply that meets the ``conditions``.
 
-    ``those`` narrow it down. On PostgreSQL nobody can claim or end one of them
-    before this transaction ends.
+    ``action``: "deleted", for example.
     """
-    rows = connection.execute(
-        select(Message.id, Message.conversation_id, *LIFE)
-        .where(Message.status == Status.RUNNING.value, *those)
-        .order_by(Message.id)
-        .with_for_update()
-    ).all()
-    return [row for row in rows if not is_gone(row)]
-
-
-def refuse_written(connection: Connection, doing: str, *those: ColumnElement[bool]) -> None:
-    """Raise when one of ``those`` replies is being generated. ``doing``: "deleted", say."""
-    live = written_now(connection, *those)
-    if live:
+    running = running_replies(connection, *conditions, lock=True).alive
+    if running:
+        reply = running[0]
         raise StoreError(
-            f"Conversation {live[0].conversation_id} cannot be {doing} now: its message "
-            f"{live[0].id} is being generated ({live[0].owner}). Let it finish, or stop it first."
+            f"Conversation {reply.conversation_id} cannot be {action} now: its message "
+            f"{reply.id} is being generated ({reply.owner}). Let it finish, or stop it first."
         )
 
 
 def delete_conversation(connection: Connection, conversation_id: int) -> None:
-    """Delete a conversation with all that hangs on it, unless it is being written."""
-    those = Message.conversation_id == conversation_id
-    refuse_written(connection, "deleted", those)
-    # Messages of a conversation that is gone: what damaged the store left them.
-    gone = select(Conversation.id).where(Conversation.id == conversation_id)
-    if not connection.execute(gone).first():
-        if not connection.execute(delete(Message).where(those)).rowcount:
+    """Delete a conversation with all its rows, unless a process is writing to it."""
+    own = Message.conversation_id == conversation_id
+    refuse_running(connection, "deleted", own)
+    # A damaged store can have messages whose conversation is missing.
+    query = select(Conversation.id).where(Conversation.id == conversation_id)
+    if not connection.execute(query).first():
+        if not connection.execute(delete(Message).where(own)).rowcount:
             raise no_conversation(conversation_id)
         return
-    # From here on, PostgreSQL lets nobody add a reply to it; one may just have been.
+    # From here on, PostgreSQL lets nobody add a reply; one may just have been added.
     touch(connection, conversation_id)
-    refuse_written(connection, "deleted", those)
+    refuse_running(connection, "deleted", own)
     connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
 
 
 def thin_out(connection: Connection, conversation_id: int) -> bool:
-    """Delete a few of the last steps of a conversation, or of its prompts' tokens.
+    """Delete a few of the last steps of a conversation, or tokens of its prompts.
 
     Returns whether there were any. Raises StoreError when a process is writing to it.
     """
-    those = Message.conversation_id == conversation_id
-    refuse_written(connection, "deleted", those)
-    ids = select(Message.id).where(those)
-    steps = select(Step.id).where(Step.message_id.in_(ids)).order_by(Step.id.desc()).limit(_FEW)
-    if connection.execute(delete(Step).where(Step.id.in_(steps))).rowcount:
+    own = Message.conversation_id == conversation_id
+    refuse_running(connection, "deleted", own)
+    ids = select(Message.id).where(own)
+    steps = select(Step.id).where(Step.message_id.in_(ids)).order_by(Step.id.desc())
+    if connection.execute(delete(Step).where(Step.id.in_(steps.limit(_FEW_STEPS)))).rowcount:
         return True
-    (last,) = connection.execute(
-        select(func.max(PromptToken.position)).where(PromptToken.message_id.in_(ids))
-    ).one()
+    of_messages = PromptToken.message_id.in_(ids)
+    last = connection.execute(select(func.max(PromptToken.position)).where(of_messages)).scalar()
     if last is None:
         return False
     tokens = PromptToken.position > last - _FEW_TOKENS
-    connection.execute(delete(PromptToken).where(PromptToken.message_id.in_(ids), tokens))
+    connection.execute(delete(PromptToken).where(of_messages, tokens))
     return True
 
 
@@ -223,7 +189,7 @@ def end(
     status: Status,
     output: str,
     reason: str,
-    seconds: float | None,
+    seconds: float | None = None,
     recorded: str | None = None,
     **values: Any,
 ) -> None:
@@ -234,35 +200,29 @@ def end(
         .values(status=status.value, content=output, reason=reason, seconds=seconds, **values)
         .returning(Message.conversation_id)
     ).scalar_one()
-    closing.close(connection, message_id, recorded)
+    message_digest.close(connection, message_id, recorded)
     touch(connection, conversation_id)
-
-
-def text_so_far(connection: Connection, message_id: int) -> str:
-    """What a reply without a final text has said, from its tokens."""
-    spoken = connection.execute(
-        select(Step.token_bytes)
-        .where(Step.message_id == message_id, Step.is_special.is_(False))
-        .order_by(Step.step_index)
-    ).scalars()
-    return b"".join(spoken).decode("utf-8", errors="replace")
 
 
 def report_worker(
     connection: Connection, state: str, model_id: str | None, detail: str, progress: float | None
 ) -> bool:
-    """Write this process's row among the workers; returns whether it says anything new."""
+    """Write this process's row among the workers; returns whether anything changed."""
     me = this_process()
-    told = {"state": state, "model_id": model_id, "detail": detail, "progress": progress}
-    mine = Worker.owner == str(me)
+    report = {"state": state, "model_id": model_id, "detail": detail, "progress": progress}
+    own = Worker.owner == str(me)
+    # SQLite's own clock counts whole seconds.
+    heartbeat_at: Any = now() if connection.dialect.name == "sqlite" else func.now()
     before = connection.execute(
-        select(Worker.state, Worker.model_id, Worker.detail, Worker.progress).where(mine)
+        select(Worker.state, Worker.model_id, Worker.detail, Worker.progress).where(own)
     ).one_or_none()
     if before is not None:
-        connection.execute(update(Worker).where(mine).values(heartbeat=_time(connection), **told))
-        return bool(before._asdict() != told)
-    for row in connection.execute(select(Worker.id, Worker.owner, Worker.heartbeat, CLOCK)).all():
-        if ended(row.owner, row.heartbeat, row.clock):
+        connection.execute(update(Worker).where(own).values(heartbeat_at=heartbeat_at, **report))
+        return bool(before._asdict() != report)
+    for row in connection.execute(
+        select(Worker.id, Worker.owner, Worker.heartbeat_at, CLOCK)
+    ).all():
+        if has_ended(row.owner, row.heartbeat_at, row.clock):
             connection.execute(delete(Worker).where(Worker.id == row.id))
     new_row(
         connection,
@@ -270,12 +230,7 @@ def report_worker(
         owner=str(me),
         host=me.host,
         pid=me.pid,
-        heartbeat=_time(connection),
-        **told,
+        heartbeat_at=heartbeat_at,
+        **report,
     )
     return True
-
-
-def _time(connection: Connection) -> Any:
-    """Now, by the server's clock where there is one; SQLite's counts whole seconds only."""
-    return now() if connection.dialect.name == "sqlite" else func.now()

@@ -1,15 +1,15 @@
-"""Steps and lenses as rows, and how many rows go in at once.
+"""Steps, lenses and prompts as rows, inserted in bulk.
 
-One step is some five hundred rows. Python lets go of its lock around each call
-into the database, and in a process that decodes at the same time it may wait
-milliseconds to have it back: so all rows of a table go in one statement, not
-in one call a row.
+One step is about five hundred rows. Python releases its lock around each call into the
+database, and in a process that decodes at the same time it may wait milliseconds to
+get it back. So all rows of a table are inserted with one statement.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice, repeat
 from typing import Any
 
@@ -33,12 +33,15 @@ from oki_trace.store.schema.column_types import storable
 
 Row = tuple[Any, ...]
 
-# SQLite takes 32,766 values in a statement, PostgreSQL 65,535.
+# SQLite accepts 32,766 values in a statement, PostgreSQL 65,535.
 _MAX_VALUES = 32_000
 _PROMPT_ROWS = 10_000
 
+_COPIED = ("step_index", "position", "token_id", "token", "token_bytes", "is_special", "rank")
+_MEASURED = ("logit", "prob", "logprob", "entropy", "margin", "sampled_prob", "elapsed_ms")
+
 _INSERT_STEP = insert(models.Step).returning(models.Step.id)
-_SETTLE = (
+_ADD_LENS = (
     update(models.Step)
     .where(models.Step.id == bindparam("of_step"))
     .values(settle_layer=bindparam("layer"), digest=bindparam("whole"))
@@ -46,9 +49,9 @@ _SETTLE = (
 
 
 class Bulk:
-    """Inserts rows, given as tuples in the order of the table's columns but its own id.
+    """Inserts rows: tuples in the order of the table's columns without its own ``id``.
 
-    The values go to the driver as they are: text has to be storable already.
+    The values are passed to the driver as they are, so text must be storable.
     """
 
     def __init__(self, model: type[models.Base], dialect: Dialect) -> None:
@@ -56,13 +59,12 @@ class Bulk:
         assert isinstance(table, Table)
         names = [column.name for column in table.columns if column.name != "id"]
         one = insert(table).values({name: bindparam(name) for name in names})
-        # Inline: nothing is to be given back.
-        single = str(one.inline().compile(dialect=dialect))
+        single = str(one.inline().compile(dialect=dialect))  # inline: without RETURNING
         self._before, _, self._row = single.partition(" VALUES ")
         self._rows_at_once = _MAX_VALUES // len(names)
 
     def insert(self, connection: Connection, rows: Sequence[Row]) -> None:
-        """All or, when it raises, none that the transaction will keep."""
+        """Insert all rows; when it raises, the transaction must be rolled back."""
         for start in range(0, len(rows), self._rows_at_once):
             block = rows[start : start + self._rows_at_once]
             statement = " VALUES ".join((self._before, ", ".join(repeat(self._row, len(block)))))
@@ -70,7 +72,7 @@ class Bulk:
 
 
 class StepRows:
-    """The bulk inserts of everything that hangs on a step or a prompt."""
+    """The bulk inserts of everything that belongs to a step or a prompt."""
 
     def __init__(self, dialect: Dialect) -> None:
         self._topk = Bulk(models.TopkEntry, dialect)
@@ -89,9 +91,9 @@ class StepRows:
         tensors: Sequence[Sequence[EncodedTensor]],
         digests: Mapping[int, tuple[bytes, bytes | None]],
     ) -> dict[int, int]:
-        """Each step with its children and tensors, but for its lens; returns id by step_index.
+        """Insert steps with everything but their lens; returns their ids by step_index.
 
-        ``digests``: of its rows and of its tensors, by step_index.
+        ``digests``: those of the rows and of the tensors, by step_index.
         """
         ids = [
             connection.execute(
@@ -103,13 +105,13 @@ class StepRows:
         self._topk.insert(
             connection, [row for step_id, step in with_ids for row in _topk(step_id, step.topk)]
         )
-        seen = [(step_id, layer) for step_id, step in with_ids for layer in step.attention]
+        attention = [(step_id, one) for step_id, step in with_ids for one in step.attention]
         self._attention_layers.insert(
             connection,
-            [(step_id, one.layer, number(float(one.missing))) for step_id, one in seen],
+            [(step_id, one.layer, number(float(one.missing))) for step_id, one in attention],
         )
         self._attention.insert(
-            connection, [row for step_id, one in seen for row in _attention(step_id, one)]
+            connection, [row for step_id, one in attention for row in _attention(step_id, one)]
         )
         blobs = [
             _tensor(step_id, tensor)
@@ -122,9 +124,9 @@ class StepRows:
     def insert_lenses(
         self, connection: Connection, lenses: Sequence[tuple[int, Lens, bytes | None]]
     ) -> None:
-        """Each lens under the id of its step, which learns where its token settled.
+        """Insert lenses, each with the id of its step and the step's new digest.
 
-        With each comes the digest that its step has from now on.
+        The step also gets its ``settle_layer``.
         """
         if not lenses:
             return
@@ -135,7 +137,7 @@ class StepRows:
             connection, [row for step_id, lens, _ in lenses for row in _lens(step_id, lens)]
         )
         connection.execute(
-            _SETTLE,
+            _ADD_LENS,
             [
                 {"of_step": step_id, "layer": lens.settle_layer, "whole": digest}
                 for step_id, lens, digest in lenses
@@ -148,17 +150,17 @@ class StepRows:
             (message_id, position, token_id, storable(token), segment)
             for position, (token_id, token, segment) in enumerate(tokens)
         )
-        # A prompt may have a million tokens: not all of them as rows at once.
-        while some := list(islice(rows, _PROMPT_ROWS)):
-            self._prompt.insert(connection, some)
+        # A prompt may have a million tokens, too many to be rows at once.
+        while batch := list(islice(rows, _PROMPT_ROWS)):
+            self._prompt.insert(connection, batch)
 
 
 def encode_all(
     step: Step, mode: TensorMode, *, faithful: bool = False
 ) -> tuple[list[EncodedTensor], bytes | None]:
-    """The step's tensors as bytes, or none of them, and the digest of what will be read.
+    """The step's tensors encoded in ``mode``, and the digest of what will be decoded.
 
-    A digest that the step brings with it is kept.
+    A digest that the step brings along is kept.
     """
     if mode == "none":
         return [], step.tensor_digest
@@ -174,21 +176,9 @@ def _step(
     digests: tuple[bytes, bytes | None],
 ) -> dict[str, Any]:
     return {
+        **{name: getattr(step, name) for name in _COPIED},
+        **{name: number(getattr(step, name)) for name in _MEASURED},
         "message_id": message_id,
-        "step_index": step.step_index,
-        "position": step.position,
-        "token_id": step.token_id,
-        "token": step.token,
-        "token_bytes": step.token_bytes,
-        "is_special": step.is_special,
-        "logit": number(step.logit),
-        "prob": number(step.prob),
-        "logprob": number(step.logprob),
-        "entropy": number(step.entropy),
-        "rank": step.rank,
-        "margin": number(step.margin),
-        "sampled_prob": None if step.sampled_prob is None else number(step.sampled_prob),
-        "elapsed_ms": number(step.elapsed_ms),
         "tensor_bytes": sum(len(tensor.data) for tensor in tensors),
         "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
         "decision": documents.to_document(step.decision),
@@ -212,34 +202,27 @@ def _tensor(step_id: int, tensor: EncodedTensor) -> Row:
     )
 
 
-def number(value: float) -> float | None:
-    """``value`` as a column holds it: NULL for what is not a number."""
-    return None if value != value else value
+def number(value: float | None) -> float | None:
+    """``value`` as a column holds it: NULL for NaN."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _numbers(array: FloatArray) -> Sequence[float | None]:
     values = array.ravel().tolist()
-    if np.isnan(array).any():
-        return [None if value != value else value for value in values]
-    return values
+    return list(map(number, values)) if np.isnan(array).any() else values
 
 
 def _topk(step_id: int, topk: Candidates) -> Iterator[Row]:
-    sampled: Iterable[float | None] = repeat(None, len(topk.tokens))
-    if topk.sampled_probs is not None:
-        sampled = _numbers(topk.sampled_probs)
-    noise: Iterable[float | None] = repeat(None, len(topk.tokens))
-    if topk.noise is not None:
-        noise = _numbers(topk.noise)
+    k = len(topk.tokens)
+    drawn = (topk.sampled_probs, topk.noise)
     return zip(
-        repeat(step_id, len(topk.tokens)),
-        range(1, len(topk.tokens) + 1),
+        repeat(step_id, k),
+        range(1, k + 1),
         topk.token_ids.tolist(),
         map(storable, topk.tokens),
         _numbers(topk.logits),
         _numbers(topk.probs),
-        sampled,
-        noise,
+        *(repeat(None, k) if array is None else _numbers(array) for array in drawn),
         strict=True,
     )
 

@@ -1,7 +1,8 @@
 """Writing a store: conversations, replies and their steps.
 
-Each method is one atomic transaction, which also increments the store's version. Steps are
-numbered from 0 without a gap, and only a running reply takes any. Methods are thread-safe.
+Each method is one atomic transaction that also increments the store's version. Steps are
+numbered from 0 without a gap, and only a running reply accepts steps. Methods are
+thread-safe.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy import Connection, func, select, update
 
@@ -35,40 +36,37 @@ from oki_trace.records import (
 from oki_trace.store.db_errors import translate_errors
 from oki_trace.store.digest import PromptDigest, of_step, with_lens
 from oki_trace.store.disk_reserve import Reserve
-from oki_trace.store.file_guard import Presence
-from oki_trace.store.heartbeat import LIFE, Heartbeat, is_gone
-from oki_trace.store.owner import this_process
+from oki_trace.store.file_guard import FileGuard
+from oki_trace.store.liveness import Heartbeat, running_replies, this_process
 from oki_trace.store.reading import documents
+from oki_trace.store.reading.messages import text_so_far
 from oki_trace.store.schema import identity, migrate, models
 from oki_trace.store.schema.engine import set_checkpoint, writer_engine
 from oki_trace.store.schema.identity import Db
-from oki_trace.store.writing import closing, lifecycle
+from oki_trace.store.writing import lifecycle, message_digest
 from oki_trace.store.writing.checkpoint import Checkpointer
 from oki_trace.store.writing.rows import StepRows, encode_all, number
 
-_LIVE = (Status.QUEUED, Status.RUNNING)
-
-_BUMP = update(models.StoreState).values(version=models.StoreState.version + 1)
+_BUMP_VERSION = update(models.StoreState).values(version=models.StoreState.version + 1)
 
 
 @dataclass(slots=True)
 class _Reply:
-    """What this process knows of a reply it writes, so that a step needs no look-up."""
+    """What this process remembers of a reply it writes, so that a step needs no query."""
 
     tensors: TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
-    # Of the steps whose lens has not come yet.
+    # Of the steps whose lens has not been written yet.
     digests: dict[int, bytes | None] = field(default_factory=dict)
 
 
 class TraceWriter:
-    """A store open for writing; made, or brought up to date, when needed.
+    """A store open for writing; it is created or upgraded when needed.
 
-    ``checkpoint=False`` is for a process that submits requests and does not
-    generate. Of those that do, one at a time folds the write-ahead log into the
-    file, whoever else asks to. ``making_room`` is for one that is to throw things
-    away: on a full disk it takes the store's reserve to open the store. Any other
-    sees that there is one, but for a store that is soon thrown away.
+    ``checkpoint=False`` is for a process that submits requests and does not generate.
+    Of those that generate, one at a time checkpoints the write-ahead log.
+    ``making_room`` is for a caller that deletes: on a full disk it uses up the store's
+    reserve to open the store. ``keeps_reserve=False`` is for a temporary store.
     """
 
     def __init__(
@@ -86,7 +84,7 @@ class TraceWriter:
         if making_room and self._reserve.is_low():
             self._reserve.release()
         migrate.ensure(url)
-        self._presence = Presence(identity.file_of(url))
+        self._file_guard = FileGuard(identity.file_of(url))
         self._checkpointer = Checkpointer(identity.file_of(url), wanted=checkpoint)
         self._engine = writer_engine(url, checkpoint=self._checkpointer.elect())
         self._heartbeat = Heartbeat(self._engine)
@@ -105,7 +103,7 @@ class TraceWriter:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back; the last one to close folds the log into the file."""
+        """Close the connection; the last one to close checkpoints the log."""
         self._heartbeat.stop()
         self._engine.dispose()
         self._checkpointer.resign()
@@ -116,7 +114,7 @@ class TraceWriter:
     # ------------------------------------------------------------ conversations
 
     def create_conversation(self, title: str, *, created_at: dt.datetime | None = None) -> int:
-        """Begin a conversation; returns its id."""
+        """Create a conversation; returns its id."""
         now = created_at or lifecycle.now()
         with self.write() as connection:
             return lifecycle.new_row(
@@ -130,8 +128,8 @@ class TraceWriter:
     def delete_conversation(self, conversation_id: int) -> None:
         """Delete it with all its messages, steps and tensors.
 
-        Raises StoreError when a process is writing to it. At once; on a full disk
-        its last steps go first, a few at a time.
+        Raises StoreError when a process is writing to it. One transaction, but on a full
+        disk its last steps are deleted first, a few at a time.
         """
         with self.making_room() as low:
             if low:
@@ -147,7 +145,7 @@ class TraceWriter:
         created_at: dt.datetime | None = None,
         digest: str | None = None,
     ) -> int:
-        """Add a message that is complete as it is; returns its id. ``digest``: see finish_reply."""
+        """Add a complete message; returns its id. ``digest``: see finish_reply."""
         with self.write() as connection:
             return lifecycle.add(
                 connection,
@@ -174,9 +172,9 @@ class TraceWriter:
         created_at: dt.datetime | None = None,
         template: TemplateOptions | None = None,
     ) -> int:
-        """Ask for a reply to the conversation so far; returns its id.
+        """Queue a reply to the conversation so far; returns its id.
 
-        ``claim``: this process will generate it itself, so no worker may take it.
+        ``claim``: this process generates it itself, so no worker may take it.
         """
         if claim:
             self._heartbeat.start()
@@ -186,9 +184,7 @@ class TraceWriter:
                 conversation_id,
                 role=Role.ASSISTANT.value,
                 content="",
-                status=(Status.RUNNING if claim else Status.QUEUED).value,
-                owner=str(this_process()) if claim else None,
-                seen_at=func.now() if claim else None,
+                **(_running() if claim else {"status": Status.QUEUED.value}),
                 model_id=choice.model_id,
                 choice=documents.to_document(choice),
                 sampling=documents.to_document(sampling),
@@ -200,48 +196,41 @@ class TraceWriter:
     def claim_next_reply(self) -> int | None:
         """Take the oldest queued reply for this process; None when there is none."""
         table = models.Message
+        # FOR UPDATE is PostgreSQL's; on SQLite the whole transaction has the lock.
+        oldest = (
+            select(table.id)
+            .where(table.status == Status.QUEUED.value)
+            .order_by(table.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
         with self._transaction() as connection:
-            # FOR UPDATE is PostgreSQL's; on SQLite the whole transaction has the lock.
-            message_id = connection.execute(
-                select(table.id)
-                .where(table.status == Status.QUEUED.value)
-                .order_by(table.id)
-                .limit(1)
-                .with_for_update(skip_locked=True)
-            ).scalar()
+            message_id = connection.execute(oldest).scalar()
             if message_id is None:
                 return None
-            connection.execute(
-                update(table)
-                .where(table.id == message_id)
-                .values(status=Status.RUNNING.value, owner=str(this_process()), seen_at=func.now())
-            )
-            connection.execute(_BUMP)
+            lifecycle.set_values(connection, message_id, **_running())
+            connection.execute(_BUMP_VERSION)
         self._heartbeat.start()
         return message_id
 
     def start_reply(self, message_id: int, start: TurnStart) -> None:
-        """Write what is known before the first token: the prompt and the settings in force."""
+        """Write what is known before the first token: the prompt and the effective settings."""
         self._heartbeat.start()
         prompt = PromptDigest().add(
             start.prompt.token_ids, start.prompt.tokens, start.prompt.segments
         )
         with self.write() as connection:
-            owner = lifecycle.take(connection, message_id)
-            connection.execute(
-                update(models.Message)
-                .where(models.Message.id == message_id)
-                .values(
-                    status=Status.RUNNING.value,
-                    owner=owner,
-                    seen_at=func.now(),
-                    model_id=start.model_id,
-                    prompt_len=len(start.prompt),
-                    generation=documents.to_document(start.generation),
-                    capture=documents.to_document(start.capture),
-                    prompt=start.prompt.text,
-                    digest=prompt.hex(),
-                )
+            lifecycle.require_free(connection, message_id)
+            lifecycle.set_values(
+                connection,
+                message_id,
+                **_running(),
+                model_id=start.model_id,
+                prompt_len=len(start.prompt),
+                generation=documents.to_document(start.generation),
+                capture=documents.to_document(start.capture),
+                prompt=start.prompt.text,
+                digest=prompt.hex(),
             )
             self._rows.insert_prompt(connection, message_id, start.prompt)
         self._replies[message_id] = _Reply(start.capture.policy.tensors)
@@ -256,12 +245,12 @@ class TraceWriter:
     ) -> bool:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
-        A step's own ``lens``, when it has one, is written with it. ``faithful``:
-        tensors are kept in the reply's mode only where every bit comes back. A
-        digest that a step brings with it is what was recorded, and is kept.
+        A step's own ``lens`` is written with it. ``faithful``: tensors are encoded in the
+        reply's mode only where that loses no bit. A digest that a step brings along
+        was computed when the step was recorded, and is kept.
         """
         reply = self._reply(message_id)
-        # Before the transaction: other writers need not wait for the encoding.
+        # Before the transaction, so that other writers do not wait for the encoding.
         encoded = [encode_all(step, reply.tensors, faithful=faithful) for step in steps]
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
         digests = {step.step_index: step.digest or of_step(step) for step in steps}
@@ -273,11 +262,11 @@ class TraceWriter:
         with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
             first = len(reply.step_ids)
-            for number, step in enumerate(steps, start=first):
-                if step.step_index != number:
+            for expected, step in enumerate(steps, start=first):
+                if step.step_index != expected:
                     raise StoreError(
                         f"Step {step.step_index} of message {message_id} is out of order: write "
-                        f"step {number} first."
+                        f"step {expected} first."
                     )
             written = self._rows.insert_steps(
                 connection, message_id, steps, [rows for rows, _ in encoded], both
@@ -311,13 +300,15 @@ class TraceWriter:
     ) -> None:
         """Write how a reply ended; no step follows.
 
-        An imported one may have been pruned before, and brings the ``digest`` that
-        its file gives it, which is kept whether or not it is still true.
+        An imported reply may have been pruned before, and brings the ``digest`` of its
+        file, which is kept even if it does not match.
         """
         if end.status.is_live:
             raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
         with self.write() as connection:
-            lifecycle.require(connection, message_id, *_LIVE)
+            lifecycle.require(connection, message_id, Status.QUEUED, Status.RUNNING)
+            if tensors_pruned_at is not None:
+                lifecycle.set_values(connection, message_id, tensors_pruned_at=tensors_pruned_at)
             lifecycle.end(
                 connection,
                 message_id,
@@ -329,76 +320,51 @@ class TraceWriter:
                 checks=documents.to_document(end.checks),
                 parts=documents.part_documents(end.parts),
             )
-            if tensors_pruned_at is not None:
-                connection.execute(
-                    update(models.Message)
-                    .where(models.Message.id == message_id)
-                    .values(tensors_pruned_at=tensors_pruned_at)
-                )
         self._replies.pop(message_id, None)
         self.become_checkpointer()
 
     def digest_of(self, message_id: int) -> str:
-        """The digest of a message as it is now, whatever was recorded."""
+        """The digest of a message as it is now, whatever digest was recorded."""
         with self._transaction() as connection:
             lifecycle.state_of(connection, message_id)
-            return closing.closing_digest(connection, message_id)
+            return message_digest.compute(connection, message_id)
 
     def request_stop(self, message_id: int) -> None:
-        """Ask whoever generates a reply to stop; one that nobody has begun is stopped at once."""
+        """Ask the process that generates a reply to stop; a queued reply is stopped at once."""
         with self.write() as connection:
             status, _ = lifecycle.state_of(connection, message_id)
             if status is Status.QUEUED:
-                lifecycle.end(
-                    connection, message_id, Status.STOPPED, "", "stopped before it began", None
-                )
+                lifecycle.end(connection, message_id, Status.STOPPED, "", "stopped before it began")
             elif status is Status.RUNNING:
-                connection.execute(
-                    update(models.Message)
-                    .where(models.Message.id == message_id)
-                    .values(stop_requested=True)
-                )
+                lifecycle.set_values(connection, message_id, stop_requested=True)
 
     def stop_requested(self, message_id: int) -> bool:
-        """Whether a stop was asked for. ``append`` tells the same at no further cost."""
+        """Whether a stop was requested. ``append`` returns the same at no further cost."""
         with self._transaction() as connection:
             return lifecycle.state_of(connection, message_id)[1]
 
     def mark_interrupted(self) -> list[int]:
-        """End the running replies whose process is gone; returns their ids."""
-        table = models.Message
+        """End the running replies whose process is dead; returns their ids."""
         with self._transaction() as connection:
-            running = connection.execute(
-                select(table.id, *LIFE)
-                .where(table.status == Status.RUNNING.value)
-                .order_by(table.id)
-                .with_for_update()
-            ).all()
-            dead = [row.id for row in running if is_gone(row)]
+            dead = [row.id for row in running_replies(connection, lock=True).dead]
             for message_id in dead:
-                said = lifecycle.text_so_far(connection, message_id)
-                lifecycle.end(
-                    connection,
-                    message_id,
-                    Status.INTERRUPTED,
-                    said,
-                    lifecycle.PROCESS_ENDED,
-                    None,
-                )
+                text = text_so_far(connection, message_id)
+                reason = lifecycle.PROCESS_ENDED
+                lifecycle.end(connection, message_id, Status.INTERRUPTED, text, reason)
             if dead:
-                connection.execute(_BUMP)
+                connection.execute(_BUMP_VERSION)
         return dead
 
     def end_abandoned(self, message_id: int, status: Status, reason: str) -> bool:
-        """End a reply whose process was ended from outside; its text is what its tokens say.
+        """End a reply whose process was killed; its text is that of its tokens so far.
 
-        Returns whether it was live. Nothing is done to one that has ended.
+        Returns whether it was live. A reply that has ended is left as it is.
         """
         with self.write() as connection:
             if not lifecycle.state_of(connection, message_id)[0].is_live:
                 return False
-            said = lifecycle.text_so_far(connection, message_id)
-            lifecycle.end(connection, message_id, status, said, reason, None)
+            text = text_so_far(connection, message_id)
+            lifecycle.end(connection, message_id, status, text, reason)
         return True
 
     # ------------------------------------------------------------------- worker
@@ -411,28 +377,28 @@ class TraceWriter:
         detail: str = "",
         progress: float | None = None,
     ) -> None:
-        """Say what this process, which owns a model, is doing; also its sign of life.
+        """Report what this process, which owns a model, is doing; also its heartbeat.
 
-        Only a change counts the version up: a viewer need not look at a heartbeat.
+        Only a change increments the version: no viewer needs to read a heartbeat.
         """
         self._heartbeat.start()
         with self._transaction() as connection:
             if lifecycle.report_worker(connection, state, model_id, detail, progress):
-                connection.execute(_BUMP)
+                connection.execute(_BUMP_VERSION)
 
     def become_checkpointer(self) -> None:
-        """Fold the write-ahead log from now on, if no process does; done when a reply ends."""
+        """Checkpoint the write-ahead log from now on, if no process does; see ``finish_reply``."""
         if self._checkpointer.elect():
             with self._transaction() as connection:
                 set_checkpoint(connection)
 
-    # ------------------------------------------------------------------- within
+    # --------------------------------------------------- for the store's modules
 
     @contextmanager
     def making_room(self) -> Iterator[bool]:
-        """What throws things away: True where it is to be done a little at a time.
+        """Around deletions; yields True where they must be done a little at a time.
 
-        On a disk that is nearly full the log has the room of the store's reserve.
+        On a disk that is nearly full, the log gets the space of the store's reserve.
         """
         low = self._reserve.is_low()
         if low:
@@ -441,42 +407,42 @@ class TraceWriter:
             yield low
         finally:
             if low:
-                self.fold()
+                self.truncate_log()
                 self._reserve.restore()
 
-    def fold(self) -> None:
-        """Fold the log into the file, so that it takes no more room than it has."""
+    def truncate_log(self) -> None:
+        """Checkpoint the log and give its space back to the disk."""
         with translate_errors(self._store), self._engine.connect() as connection:
             raw = connection.connection.driver_connection
             if isinstance(raw, sqlite3.Connection):
-                # Waits for readers and writers, so it never meets another checkpoint.
+                # Waits for readers and writers, so two checkpoints never coincide.
                 raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _thin_out(self, conversation_id: int) -> None:
-        """Delete what hangs on a conversation, the last first, and fold the log in between."""
+        """Delete the rows of a conversation, the last first, and truncate the log in between."""
         while True:
             with self.write() as connection:
                 more = lifecycle.thin_out(connection, conversation_id)
-            self.fold()
+            self.truncate_log()
             if not more:
                 return
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One write of the store's own modules: atomic, and counted."""
+        """An atomic write of the store's own modules; it increments the version."""
         with self._transaction() as connection:
             yield connection
             # Last, because on PostgreSQL it holds every other writer until the commit.
-            connection.execute(_BUMP)
+            connection.execute(_BUMP_VERSION)
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        self._presence.require()
+        self._file_guard.require()
         with translate_errors(self._store), self._engine.begin() as connection:
             yield connection
 
     def _reply(self, message_id: int) -> _Reply:
-        """What is known of a reply; read back when another process began it."""
+        """The state of a reply; read from the store when another process began it."""
         if message_id not in self._replies:
             with self._transaction() as connection:
                 capture = connection.execute(
@@ -498,3 +464,12 @@ class TraceWriter:
                 {row.step_index: row.digest for row in steps},
             )
         return self._replies[message_id]
+
+
+def _running() -> dict[str, Any]:
+    """The columns of a reply that this process generates."""
+    return {
+        "status": Status.RUNNING.value,
+        "owner": str(this_process()),
+        "heartbeat_at": func.now(),
+    }

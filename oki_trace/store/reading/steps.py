@@ -1,0 +1,220 @@
+"""Reading steps: rows become the records they were made from.
+
+NULL in a measured column was not a number, and is NaN in the record.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from sqlalchemy import ColumnElement, Connection, Row, Select, select
+
+from oki_trace import records
+from oki_trace.records import Candidates, FloatArray, IntArray, LayerAttention, Lens, StepSummary
+from oki_trace.store.reading import documents
+from oki_trace.store.reading.connection import ReadConnection
+from oki_trace.store.reading.damage import report_damaged_steps
+from oki_trace.store.reading.not_found import no_step
+from oki_trace.store.schema.models import (
+    AttentionEntry,
+    AttentionLayer,
+    Base,
+    LensEntry,
+    LensLayer,
+    Step,
+    TopkEntry,
+)
+
+NAN = float("nan")
+# Steps of a reply that are in memory at once.
+BATCH = 64
+
+# The rows of one step in one table, by column.
+_Rows = Mapping[str, list[Any]]
+_NO_ROWS: _Rows = defaultdict(list)
+_SUMMARY = [Step.__table__.columns[name] for name in StepSummary.__dataclass_fields__]
+
+
+def within(message_id: int, first: int = 0, end: int | None = None) -> list[ColumnElement[bool]]:
+    """The condition: a step of this reply, from ``first`` up to but not ``end``."""
+    upper = [] if end is None else [Step.step_index < end]
+    return [Step.message_id == message_id, Step.step_index >= first, *upper]
+
+
+class StepReads(ReadConnection):
+    """The read methods about the steps of one reply. All but the last raise DamagedSteps."""
+
+    def steps(self, message_id: int, since: int = -1) -> list[StepSummary]:
+        """The steps of a reply after ``since``, without candidates, attention and lens."""
+        query = select(*_SUMMARY).where(*within(message_id, since + 1)).order_by(Step.step_index)
+        with report_damaged_steps(message_id):
+            return [_summary(row) for row in self.rows(query)]
+
+    def step(self, message_id: int, step_index: int) -> records.Step:
+        """One step with its candidates, attention and lens; its tensors are read by name."""
+        with self._read() as connection, report_damaged_steps(message_id):
+            steps = _read_steps(connection, message_id, step_index, step_index + 1)
+        if not steps:
+            raise no_step(message_id, step_index)
+        return steps[0]
+
+    def iter_steps(
+        self, message_id: int, first: int = 0, end: int | None = None
+    ) -> Iterator[records.Step]:
+        """The steps from ``first`` up to ``end``, a batch in memory at a time.
+
+        Each batch is one instant.
+        """
+        while end is None or first < end:
+            until = first + BATCH if end is None else min(first + BATCH, end)
+            with self._read() as connection, report_damaged_steps(message_id):
+                batch = _read_steps(connection, message_id, first, until)
+            yield from batch
+            if len(batch) < until - first:
+                return
+            first = until
+
+    def candidates(self, message_id: int) -> dict[int, Candidates]:
+        """The candidates of each step of a reply, by step_index; nothing else is read."""
+        query = (
+            select(Step.step_index, TopkEntry.__table__)
+            .join(TopkEntry, TopkEntry.step_id == Step.id)
+            .where(Step.message_id == message_id)
+            .order_by(Step.step_index, TopkEntry.rank)
+        )
+        with self._read() as connection, report_damaged_steps(message_id):
+            return {index: _candidates(rows) for index, rows in _grouped(connection, query).items()}
+
+    def step_ids(self, message_id: int, first: int) -> dict[int, int]:
+        """The ids of the next few steps of a reply, from ``first`` on, by step_index."""
+        query = select(Step.step_index, Step.id).where(*within(message_id, first, first + BATCH))
+        return {row.step_index: row.id for row in self.rows(query.order_by(Step.step_index))}
+
+
+def _summary(row: Row[Any]) -> StepSummary:
+    values = row._asdict()
+    for name in ("prob", "logprob", "entropy", "margin"):
+        values[name] = _number(values[name])
+    return StepSummary(**values)
+
+
+def _read_steps(
+    connection: Connection, message_id: int, first: int, end: int
+) -> list[records.Step]:
+    """The steps from ``first`` up to ``end``, with everything but their tensors."""
+    rows = connection.execute(
+        select(Step.__table__).where(*within(message_id, first, end)).order_by(Step.step_index)
+    ).all()
+    ids = [row.id for row in rows]
+
+    def children(model: type[Base]) -> dict[int, _Rows]:
+        """The rows of each step that has any, in the order of their key."""
+        table = model.__table__
+        query = select(table).where(table.c.step_id.in_(ids)).order_by(*table.primary_key)
+        return _grouped(connection, query)
+
+    topk, lens_layers, lens = children(TopkEntry), children(LensLayer), children(LensEntry)
+    attention_layers, attention = children(AttentionLayer), children(AttentionEntry)
+    return [
+        records.Step(
+            step_index=row.step_index,
+            position=row.position,
+            token_id=row.token_id,
+            token=row.token,
+            token_bytes=bytes(row.token_bytes),
+            is_special=row.is_special,
+            logit=_number(row.logit),
+            prob=_number(row.prob),
+            logprob=_number(row.logprob),
+            entropy=_number(row.entropy),
+            rank=row.rank,
+            margin=_number(row.margin),
+            sampled_prob=row.sampled_prob,
+            elapsed_ms=_number(row.elapsed_ms),
+            topk=_candidates(topk.get(row.id, _NO_ROWS)),
+            attention=_attention(
+                attention_layers.get(row.id, _NO_ROWS), attention.get(row.id, _NO_ROWS)
+            ),
+            lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id, _NO_ROWS)),
+            decision=documents.decision(row.decision),
+            digest=row.digest,
+            tensor_digest=row.tensor_digest,
+        )
+        for row in rows
+    ]
+
+
+def _grouped(connection: Connection, query: Select[Any]) -> dict[int, _Rows]:
+    """The rows of a query by its first column, a list per column; they are ordered by it."""
+    result = connection.execute(query)
+    names = list(result.keys())
+    # Column by column: a step has hundreds of rows, and naming each value of each would
+    # take longer than reading it.
+    return {
+        key: dict(zip(names, map(list, zip(*group, strict=True)), strict=True))
+        for key, group in groupby(result.all(), key=itemgetter(0))
+    }
+
+
+def _candidates(rows: _Rows) -> Candidates:
+    return Candidates(
+        token_ids=_ints(rows["token_id"]),
+        tokens=tuple(rows["token"]),
+        logits=_floats(rows["logit"]),
+        probs=_floats(rows["prob"]),
+        sampled_probs=_floats_or_none(rows["sampled_prob"]),
+        noise=_floats_or_none(rows["noise"]),
+    )
+
+
+def _attention(layers: _Rows, entries: _Rows) -> tuple[LayerAttention, ...]:
+    entry_layers = entries["layer"]
+    positions, weights = _ints(entries["position"]), _floats(entries["weight"])
+    attention = []
+    for layer, missing in zip(layers["layer"], layers["missing"], strict=True):
+        # The entries are ordered by layer.
+        own = slice(bisect_left(entry_layers, layer), bisect_right(entry_layers, layer))
+        attention.append(LayerAttention(layer, positions[own], weights[own], _number(missing)))
+    return tuple(attention)
+
+
+def _lens(step_index: int, layers: _Rows | None, entries: _Rows) -> Lens | None:
+    if layers is None:
+        return None
+    count = len(layers["layer"])
+    tokens = entries["token"]
+    k = len(tokens) // count
+    return Lens(
+        step_index=step_index,
+        token_ids=_ints(entries["token_id"]).reshape(count, k),
+        tokens=tuple(tuple(tokens[i * k : (i + 1) * k]) for i in range(count)),
+        logits=_floats(entries["logit"]).reshape(count, k),
+        probs=_floats(entries["prob"]).reshape(count, k),
+        entropy=_floats(layers["entropy"]),
+        chosen_rank=_ints(layers["chosen_rank"]),
+        chosen_prob=_floats(layers["chosen_prob"]),
+        kl=_floats(layers["kl"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    return NAN if value is None else value
+
+
+def _floats(values: list[float | None]) -> FloatArray:
+    # NumPy reads None as NaN.
+    return np.array(values, dtype=np.float32)
+
+
+def _floats_or_none(values: list[float | None]) -> FloatArray | None:
+    return None if all(value is None for value in values) else _floats(values)
+
+
+def _ints(values: list[int]) -> IntArray:
+    return np.array(values, dtype=np.int64)

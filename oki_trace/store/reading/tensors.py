@@ -1,0 +1,91 @@
+"""Reading full tensors. Every tensor is checked as it is decoded; see ``codecs.tensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Row, Select, select
+
+from oki_trace.records import TensorRecord
+from oki_trace.store.codecs.tensors import EncodedTensor, TensorHead, decode
+from oki_trace.store.reading.messages import MessageReads
+from oki_trace.store.reading.not_found import no_tensor
+from oki_trace.store.reading.steps import StepReads, within
+from oki_trace.store.schema.models import Step, Tensor
+
+TENSOR_COLUMNS = [Tensor.__table__.columns[name] for name in EncodedTensor.__dataclass_fields__]
+_HEAD_COLUMNS = [Tensor.__table__.columns[name] for name in TensorHead.__dataclass_fields__]
+
+
+class TensorReads(MessageReads, StepReads):
+    """The read methods about full tensors. Only those that return a TensorRecord read a blob."""
+
+    def tensor(self, message_id: int, step_index: int, name: str) -> TensorRecord:
+        """One full tensor. Raises NotFound with the reason, TensorError for a damaged one."""
+        rows = self.rows(_of_step(message_id, step_index, name, *TENSOR_COLUMNS))
+        if not rows:
+            raise no_tensor(self.message(message_id), step_index, name)
+        return tensor_record(rows[0])
+
+    def tensors(self, message_id: int, name: str, steps: Sequence[int]) -> dict[int, TensorRecord]:
+        """The tensors of those ``steps`` that have one, by step_index, all in memory."""
+        query = _joined(Step.step_index, *TENSOR_COLUMNS).where(
+            *within(message_id), Step.step_index.in_(steps), Tensor.name == name
+        )
+        return {row.step_index: tensor_record(row) for row in self.rows(query)}
+
+    def iter_tensors(
+        self, message_id: int, name: str, first: int = 0, end: int | None = None
+    ) -> Iterator[tuple[int, TensorRecord]]:
+        """(step_index, tensor) of the steps from ``first`` up to ``end`` that have one.
+
+        One at a time, each in a transaction of its own, so the caller may take its time.
+        """
+        query = _joined(Step.step_index).where(*within(message_id, first, end), Tensor.name == name)
+        for index in self.scalars(query.order_by(Step.step_index)):
+            yield index, self.tensor(message_id, index, name)
+
+    def tensor_names(self, message_id: int, step_index: int) -> list[str]:
+        """The names of a step's full tensors."""
+        query = _joined(Tensor.name).where(*within(message_id, step_index, step_index + 1))
+        return self.scalars(query.order_by(Tensor.name))
+
+    def tensor_shape(self, message_id: int, step_index: int, name: str) -> tuple[int, ...] | None:
+        """The shape of a full tensor; None where it was not kept."""
+        shape = self.scalar(_of_step(message_id, step_index, name, Tensor.shape))
+        return None if shape is None else tuple(shape)
+
+    def tensor_heads(self, message_id: int) -> Iterator[tuple[int, TensorHead]]:
+        """(step_index, tensor without its numbers) of all full tensors of a reply, in order."""
+        first = 0
+        while ids := self.step_ids(message_id, first):
+            end = max(ids) + 1
+            query = _joined(Step.step_index, *_HEAD_COLUMNS).where(*within(message_id, first, end))
+            for index, name, dtype, shape, layers, key_offset in self.rows(
+                query.order_by(Step.step_index, Tensor.name)
+            ):
+                yield index, TensorHead(name, dtype, tuple(shape), tuple(layers), key_offset)
+            first = end
+
+    def replies_with(self, name: str) -> set[int]:
+        """The ids of the replies whose first step has this full tensor."""
+        query = _joined(Step.message_id).where(Step.step_index == 0, Tensor.name == name)
+        return set(self.scalars(query))
+
+
+def _joined(*columns: Any) -> Select[Any]:
+    return select(*columns).select_from(Tensor).join(Step, Step.id == Tensor.step_id)
+
+
+def _of_step(message_id: int, step_index: int, name: str, *columns: Any) -> Select[Any]:
+    return _joined(*columns).where(
+        *within(message_id, step_index, step_index + 1), Tensor.name == name
+    )
+
+
+def tensor_record(row: Row[Any]) -> TensorRecord:
+    """Decode a row that has the TENSOR_COLUMNS. Raises TensorError for a damaged one."""
+    values = {name: getattr(row, name) for name in EncodedTensor.__dataclass_fields__}
+    lists = {name: tuple(values[name]) for name in ("shape", "layers")}
+    return decode(EncodedTensor(**values | lists | {"data": bytes(row.data)}))
