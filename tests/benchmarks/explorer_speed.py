@@ -1,4 +1,4 @@
-"""How quick the explorer is in a real browser: ``python tests/benchmarks/explorer_speed.py DB``.
+"""How quick the explorer is in a real browser: ``python -m tests.benchmarks.explorer_speed DB``.
 
 DB is a store, as ``big_store.py`` makes it. Measured from the click to the
 panel with the new token's lens on screen, in the browser's own clock; pages
@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-for folder in ("tests/dashboard", "tests", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+from playwright.sync_api import Locator, Page, sync_playwright
 
-from browsers import launch  # noqa: E402
-from explorers import free_port, start  # noqa: E402
-from playwright.sync_api import Locator, Page, sync_playwright  # noqa: E402
-
-from oki_trace.store.reading.reader import TraceReader  # noqa: E402
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.chromium import launch
+from tests.dashboard.explorer_process import free_port, start
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """

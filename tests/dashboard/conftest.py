@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import streamlit as st
-from browsers import NoBrowser, launch
-from explorers import HOME, ROOT, Explorer, free_port, start
-from stories import Stories, tell
 
 from oki_trace.store.schema import migrate
+from tests.dashboard.chromium import NoBrowser, launch
+from tests.dashboard.explorer_process import HOME, ROOT, Explorer, free_port, start
+from tests.dashboard.sample_stores import SampleStore, build
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-    from screens import Witness
+
+    from tests.dashboard.browser_pages import Witness
 
 BOUNDARY = "dashboard.boundary"
 
@@ -84,9 +85,9 @@ def live(run_explorer: Callable[..., Explorer]) -> Explorer:
 
 
 @pytest.fixture(scope="session")
-def stories(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Stories:
+def samples(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> SampleStore:
     """A store with a real conversation of smollm2, and others that seldom happen."""
-    return tell(str(tmp_path_factory.mktemp("stories") / "store.db"), smollm2_dir.parent)
+    return build(str(tmp_path_factory.mktemp("samples") / "store.db"), smollm2_dir.parent)
 
 
 @pytest.fixture
@@ -108,20 +109,20 @@ def empty_store(tmp_path: Path, open_store: Callable[[str], None]) -> str:
 
 
 @pytest.fixture
-def filled_store(stories: Stories, open_store: Callable[[str], None]) -> Stories:
-    open_store(stories.db)
-    return stories
+def filled_store(samples: SampleStore, open_store: Callable[[str], None]) -> SampleStore:
+    open_store(samples.db)
+    return samples
 
 
 @pytest.fixture(scope="module")
-def told(run_explorer: Callable[..., Explorer], stories: Stories) -> Explorer:
-    """An explorer on the store of ``stories``, to look at."""
-    return run_explorer(stories.db)
+def explorer(run_explorer: Callable[..., Explorer], samples: SampleStore) -> Explorer:
+    """An explorer on the store of ``samples``, to look at."""
+    return run_explorer(samples.db)
 
 
 @pytest.fixture
 def witness() -> Witness:
-    from screens import Witness
+    from tests.dashboard.browser_pages import Witness
 
     return Witness()
 
@@ -133,12 +134,14 @@ def browse(browser: Browser, witness: Witness) -> Iterator[Callable[..., Page]]:
     Whatever a test does there, no request may leave the machine and nothing may
     complain in the browser's console.
     """
+    from tests.dashboard.browser_pages import TIMEOUT_MS
+
     with ExitStack() as contexts:
 
         def open_page(address: str, width: int = 1440, height: int = 1000) -> Page:
             context = browser.new_context(viewport={"width": width, "height": height})
             contexts.callback(context.close)
-            context.set_default_timeout(30_000)
+            context.set_default_timeout(TIMEOUT_MS)
             witness.watch(context)
             page = context.new_page()
             page.goto(address)

@@ -11,9 +11,12 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import (
+
+from dashboard.viewdata import replies
+from oki_trace.records import Status
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.browser_pages import (
     ask,
     chosen,
     place,
@@ -27,13 +30,10 @@ from screens import (
     wait_for_tokens,
     watch_to_the_end,
 )
-from stories import (
+from tests.dashboard.explorer_process import Explorer
+from tests.dashboard.sample_stores import (
     QUESTIONS,
 )
-
-from dashboard.viewdata import replies
-from oki_trace.records import Status
-from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -12,14 +12,14 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import chosen, place
-from stories import QUESTIONS, Stories
 
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.browser_pages import chosen, place
+from tests.dashboard.explorer_process import Explorer
+from tests.dashboard.sample_stores import QUESTIONS, SampleStore
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -28,13 +28,13 @@ Browse = Callable[..., Page]
 
 
 def test_an_export_is_uploaded_and_the_store_verified(
-    run_explorer: Callable[..., Explorer], browse: Browse, stories: Stories, tmp_path: Path
+    run_explorer: Callable[..., Explorer], browse: Browse, samples: SampleStore, tmp_path: Path
 ) -> None:
     explorer = run_explorer()
     file = tmp_path / "paris.json"
-    with TraceReader(stories.db) as reader, file.open("w", encoding="utf-8") as nowhere:
-        steps = reader.conversation(stories.first[0]).tokens
-        export(reader, stories.first[0], Format.JSON, file, nowhere, tensors=True)
+    with TraceReader(samples.db) as reader, file.open("w", encoding="utf-8") as nowhere:
+        steps = reader.conversation(samples.first[0]).tokens
+        export(reader, samples.first[0], Format.JSON, file, nowhere, tensors=True)
     page = browse(explorer.url + "conversations")
     page.get_by_role("button", name="Import").click()
     page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
@@ -54,10 +54,10 @@ def test_an_export_is_uploaded_and_the_store_verified(
 
 
 def test_a_click_in_compare_brings_its_two_steps(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    left, right = stories.first[1], stories.second[1]
-    page = browse(f"{told.url}compare?left={left}&right={right}")
+    left, right = samples.first[1], samples.second[1]
+    page = browse(f"{explorer.url}compare?left={left}&right={right}")
     tokens = page.locator(".root.compare .side").first.locator(".token")
     tokens.nth(2).click()
     numbers = page.locator(".st-key-compare-steps .root.table tr").nth(1).locator("td")

@@ -7,12 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
-from apps import chat, drawn, plainly, shown
-from explorers import ROOT
-from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import data, model_defaults
@@ -30,6 +26,10 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.dashboard.explorer_process import ROOT
+from tests.dashboard.pages import chat, drawn, plainly, shown
+from tests.dashboard.sample_stores import HOSTILE, QUESTIONS, SampleStore
 
 
 def test_chat_on_an_empty_store_asks_for_a_question(empty_store: str) -> None:
@@ -60,14 +60,14 @@ def test_the_store_is_made_when_there_is_none(
     assert db.is_file()
 
 
-def test_every_conversation_can_be_opened(filled_store: Stories) -> None:
+def test_every_conversation_can_be_opened(filled_store: SampleStore) -> None:
     for conversation in range(1, filled_store.first[0] + 1):
         app = chat(conversation=conversation)
         assert not app.exception, conversation
         assert drawn(app), conversation
 
 
-def test_chat_shows_a_step(filled_store: Stories) -> None:
+def test_chat_shows_a_step(filled_store: SampleStore) -> None:
     conversation, message = filled_store.first
     app = chat(conversation=conversation, message=message, step=2)
     assert not app.exception
@@ -83,7 +83,7 @@ def test_chat_shows_a_step(filled_store: Stories) -> None:
     assert not app.exception
 
 
-def test_the_panel_tells_why_the_token_was_chosen(filled_store: Stories) -> None:
+def test_the_panel_tells_why_the_token_was_chosen(filled_store: SampleStore) -> None:
     def told(app: AppTest) -> str:
         return " ".join(plainly(c.value) for c in app.caption)
 
@@ -100,7 +100,7 @@ def test_the_panel_tells_why_the_token_was_chosen(filled_store: Stories) -> None
         shown(app, "effects")
 
 
-def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
+def test_the_lens_is_shown_in_every_way(filled_store: SampleStore) -> None:
     conversation, message = filled_store.first
     app = chat(conversation=conversation, message=message, step=5)
     app.button_group(key="lens_view").set_value("changes").run()
@@ -111,7 +111,7 @@ def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
         assert len(app.get("vega_lite_chart")) + len(app.get("arrow_vega_lite_chart")) == 1
 
 
-def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: Stories) -> None:
+def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: SampleStore) -> None:
     conversation, message = filled_store.first
     app = chat(conversation=conversation, message=message, step=5)
     app.multiselect(key="pins").set_value(["␣the"]).run()
@@ -122,7 +122,7 @@ def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: Stories) ->
     assert app.multiselect(key="pins").value == ["␣the"]
 
 
-def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> None:
+def test_a_head_that_another_reply_lacks_is_let_go(filled_store: SampleStore) -> None:
     """A choice outlives the step it was made at, and what it chose may not be there."""
     conversation, message = filled_store.first
     app = chat(conversation=conversation, message=message, step=2)
@@ -138,13 +138,13 @@ def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> Non
 
 
 @pytest.mark.parametrize("colour", ["surprisal", "entropy", "margin", "settle layer"])
-def test_chat_in_every_colour(filled_store: Stories, colour: str) -> None:
+def test_chat_in_every_colour(filled_store: SampleStore, colour: str) -> None:
     app = chat(conversation=filled_store.first[0])
     app.button_group(key="colour").set_value(colour).run()
     assert not app.exception
 
 
-def test_the_title_as_a_button_is_no_markup(filled_store: Stories) -> None:
+def test_the_title_as_a_button_is_no_markup(filled_store: SampleStore) -> None:
     labels = [button.label for button in chat().sidebar.button]
     assert HOSTILE[0] not in labels
     assert any("script" in label for label in labels)
@@ -308,7 +308,7 @@ def test_a_config_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) ->
     assert model_defaults.read(str(tmp_path), tmp_path) == {}
 
 
-def test_a_conversation_keeps_its_model(filled_store: Stories, no_worker: None) -> None:
+def test_a_conversation_keeps_its_model(filled_store: SampleStore, no_worker: None) -> None:
     conversation, _ = filled_store.without_tensors
     with TraceReader(filled_store.db) as reader:
         last = reader.messages(conversation)[-1]

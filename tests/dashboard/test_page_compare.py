@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from apps import chat, comparing, shown
-from stories import Stories
+
+from tests.dashboard.pages import chat, comparing, shown
+from tests.dashboard.sample_stores import SampleStore
 
 
 def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
@@ -14,7 +15,7 @@ def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
     assert not comparing(1, 2).exception
 
 
-def test_two_replies_are_compared(filled_store: Stories) -> None:
+def test_two_replies_are_compared(filled_store: SampleStore) -> None:
     left, right = filled_store.bare[1], filled_store.without_tensors[1]
     app = comparing(left, right)
     assert not app.exception
@@ -35,7 +36,7 @@ def test_two_replies_are_compared(filled_store: Stories) -> None:
     assert app.query_params["right"] in (str(left), [str(left)])
 
 
-def test_the_distance_is_exact_where_the_logits_were_kept(filled_store: Stories) -> None:
+def test_the_distance_is_exact_where_the_logits_were_kept(filled_store: SampleStore) -> None:
     app = comparing(filled_store.first[1], filled_store.second[1])
     assert not app.exception
     assert any("the least it can be" in caption.value for caption in app.caption)
@@ -44,7 +45,7 @@ def test_the_distance_is_exact_where_the_logits_were_kept(filled_store: Stories)
     assert any("Exact, from the full logits" in caption.value for caption in app.caption)
 
 
-def test_two_steps_are_compared_and_one_that_is_alone(filled_store: Stories) -> None:
+def test_two_steps_are_compared_and_one_that_is_alone(filled_store: SampleStore) -> None:
     app = comparing(filled_store.first[1], filled_store.second[1], pair=0)
     one, two = (
         shown(chat(conversation=conversation, message=message, step=0), "facts")["what"]
@@ -61,7 +62,7 @@ def test_two_steps_are_compared_and_one_that_is_alone(filled_store: Stories) -> 
 
 
 @pytest.mark.parametrize("story", ["hostile", "long", "unknown", "failed"])
-def test_any_two_replies_can_be_compared(filled_store: Stories, story: str) -> None:
+def test_any_two_replies_can_be_compared(filled_store: SampleStore, story: str) -> None:
     left, right = getattr(filled_store, story)[1], filled_store.hostile[1]
     app = comparing(left, right)
     assert not app.exception

@@ -12,8 +12,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from apps import acting, conversations
-from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import data
@@ -27,6 +25,8 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests.dashboard.pages import acting, conversations
+from tests.dashboard.sample_stores import HOSTILE, QUESTIONS, SampleStore
 
 
 def test_conversations_on_an_empty_store_say_so(empty_store: str) -> None:
@@ -35,7 +35,7 @@ def test_conversations_on_an_empty_store_say_so(empty_store: str) -> None:
     assert "No conversations yet" in app.markdown[-1].value
 
 
-def test_conversations_are_listed_and_searched(filled_store: Stories) -> None:
+def test_conversations_are_listed_and_searched(filled_store: SampleStore) -> None:
     app = conversations()
     assert not app.exception
     frame = app.dataframe[0].value
@@ -50,7 +50,7 @@ def test_conversations_are_listed_and_searched(filled_store: Stories) -> None:
     assert "Nothing found" in app.caption[0].value
 
 
-def test_conversations_are_narrowed_by_model_status_and_date(filled_store: Stories) -> None:
+def test_conversations_are_narrowed_by_model_status_and_date(filled_store: SampleStore) -> None:
     def ids(app: AppTest) -> list[int]:
         assert not app.exception
         return list(app.dataframe[0].value["id"]) if app.dataframe else []
@@ -71,7 +71,7 @@ def test_conversations_are_narrowed_by_model_status_and_date(filled_store: Stori
     assert ids(app) == every
 
 
-def test_a_conversation_tells_its_speed_and_size(filled_store: Stories) -> None:
+def test_a_conversation_tells_its_speed_and_size(filled_store: SampleStore) -> None:
     frame = conversations().dataframe[0].value.set_index("id")
     bare, full = frame.loc[filled_store.bare[0]], frame.loc[filled_store.first[0]]
     assert (bare["tokens"], bare["tokens/s"]) == (3, 3.0)
@@ -153,7 +153,7 @@ def test_all_that_is_found_is_saved_not_one_page_of_it(
     assert [row["title"] for row in rows] == [f"'=SUM({n})" for n in range(69, 0, -1)]
 
 
-def test_one_is_chosen_by_its_name(filled_store: Stories) -> None:
+def test_one_is_chosen_by_its_name(filled_store: SampleStore) -> None:
     """Where arrows would open what they come to, and hostile titles are text too."""
     app = conversations()
     by_name = next(box for box in app.selectbox if box.label == "Choose a conversation")
@@ -167,12 +167,12 @@ def test_one_is_chosen_by_its_name(filled_store: Stories) -> None:
 
 
 def test_a_damaged_conversation_is_marked_and_the_others_are_shown(
-    stories: Stories, open_store: Callable[[str], None], tmp_path: Path
+    samples: SampleStore, open_store: Callable[[str], None], tmp_path: Path
 ) -> None:
-    number, message = stories.first
+    number, message = samples.first
     damaged = str(tmp_path / "damaged.db")
     with (
-        closing(sqlite3.connect(stories.db)) as whole,
+        closing(sqlite3.connect(samples.db)) as whole,
         closing(sqlite3.connect(damaged)) as connection,
         connection,
     ):

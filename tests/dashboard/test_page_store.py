@@ -7,11 +7,8 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
-from apps import plainly, shown
-from stories import HOSTILE, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import charts, data
@@ -30,6 +27,9 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.dashboard.pages import plainly, shown
+from tests.dashboard.sample_stores import HOSTILE, SampleStore
 
 Open = Callable[[str], None]
 
@@ -76,7 +76,7 @@ def test_an_empty_store_counts_nothing(empty_store: str) -> None:
     assert app.button(key="verify").disabled
 
 
-def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
+def test_a_store_tells_what_is_in_it(filled_store: SampleStore) -> None:
     app = store()
     assert not app.exception
     with TraceReader(filled_store.db) as reader:
@@ -90,7 +90,7 @@ def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
     assert filled_store.db in app.text[0].value
 
 
-def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) -> None:
+def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: SampleStore) -> None:
     room = shown(store(), "room")
     with TraceReader(filled_store.db) as reader:
         info = reader.info()
@@ -100,7 +100,7 @@ def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) ->
     assert sum(row["share"] for row in room["rows"]) == pytest.approx(1)
 
 
-def test_the_numbers_on_top_are_saved(filled_store: Stories) -> None:
+def test_the_numbers_on_top_are_saved(filled_store: SampleStore) -> None:
     info = data.info()
     names, values = shown(store(), "save-store")["rows"]
     assert dict(zip(names, values, strict=True)) == {

@@ -160,7 +160,7 @@ def in_the_explorer(db: str) -> list[str]:
 
 def as_a_server(db: str) -> list[str]:
     """``oki-trace ui`` as users start it, asked for its first page."""
-    from tests.dashboard.explorers import free_port, start
+    from tests.dashboard.explorer_process import free_port, start
 
     port = free_port()
     output = Path(db).with_name("ui.txt")

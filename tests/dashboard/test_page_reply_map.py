@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from apps import drawn, wide_map
-from stories import LENS_REASON, Stories
 
 from dashboard.viewdata import attention
 from dashboard.views import reply_map
+from tests.dashboard.pages import drawn, wide_map
+from tests.dashboard.sample_stores import LENS_REASON, SampleStore
 
 
 def test_the_map_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
@@ -18,7 +18,7 @@ def test_the_map_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
 
 @pytest.mark.parametrize("story", ["first", "hostile", "long", "bare", "unknown", "failed"])
 @pytest.mark.parametrize("kind", reply_map.KINDS)
-def test_the_map_of_any_reply(filled_store: Stories, story: str, kind: str) -> None:
+def test_the_map_of_any_reply(filled_store: SampleStore, story: str, kind: str) -> None:
     conversation, message = getattr(filled_store, story)
     app = wide_map(conversation=conversation, message=message)
     assert not app.exception
@@ -32,7 +32,7 @@ def test_the_map_of_any_reply(filled_store: Stories, story: str, kind: str) -> N
         assert drawn(app) == 2
 
 
-def test_the_attention_map_of_one_head_needs_its_tensors(filled_store: Stories) -> None:
+def test_the_attention_map_of_one_head_needs_its_tensors(filled_store: SampleStore) -> None:
     conversation, message = filled_store.first
     app = wide_map(conversation=conversation, message=message)
     app.button_group(key="map_kind").set_value("attention").run()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import builders
 import numpy as np
 import pytest
 from test_shapes import summary
@@ -13,6 +12,7 @@ from test_shapes import summary
 from dashboard.viewdata import lens as shapes
 from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
+from tests import builders
 
 LAYERS = 3
 

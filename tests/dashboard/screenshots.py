@@ -1,4 +1,4 @@
-"""The README's pictures, taken anew: ``python tests/dashboard/pictures.py`` (or ``make pictures``).
+"""Takes the README's screenshots: ``python -m tests.dashboard.screenshots`` (``make pictures``).
 
 A new store with the demo's conversation, the explorer as users start it, a real
 Chromium; the pictures go to ``docs/images``, or to the folder given.
@@ -11,12 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-for folder in ("tests/dashboard", "tests", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+from playwright.sync_api import Page, sync_playwright
 
-from browsers import launch  # noqa: E402
-from explorers import ROOT, free_port, start  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
+from tests.dashboard.chromium import launch
+from tests.dashboard.explorer_process import ROOT, free_port, start
 
 # Of the demo's first reply, the step that says " Paris".
 PARIS = "conversation=1&message=2&step=5"

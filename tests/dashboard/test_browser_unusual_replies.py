@@ -10,9 +10,12 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import (
+
+from oki_trace.records import Role, Status
+from oki_trace.sanitize import visible
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.browser_pages import (
     ask,
     of,
     overflow,
@@ -21,18 +24,15 @@ from screens import (
     ready_for_a_message,
     tokens,
 )
-from stories import (
+from tests.dashboard.explorer_process import Explorer
+from tests.dashboard.sample_stores import (
     FAILURE,
     HOSTILE,
     LENS_REASON,
     LONG,
     NO_ATTENTION,
-    Stories,
+    SampleStore,
 )
-
-from oki_trace.records import Role, Status
-from oki_trace.sanitize import visible
-from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -46,8 +46,10 @@ Browse = Callable[..., Page]
 
 
 @pytest.mark.parametrize("width", [1440, 800])
-def test_hostile_text_is_text(told: Explorer, browse: Browse, stories: Stories, width: int) -> None:
-    page = browse(of(told, stories.hostile, 1), width)
+def test_hostile_text_is_text(
+    explorer: Explorer, browse: Browse, samples: SampleStore, width: int
+) -> None:
+    page = browse(of(explorer, samples.hostile, 1), width)
     page.locator(".root.map canvas").wait_for()
     page.locator(".root.lens tr").first.wait_for()
     assert tokens(page) == [*HOSTILE, " end"]
@@ -63,8 +65,8 @@ def test_hostile_text_is_text(told: Explorer, browse: Browse, stories: Stories, 
     assert overflow(page) == []
 
 
-def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) -> None:
-    page = browse(told.url)
+def test_hostile_titles_are_text_in_the_sidebar(explorer: Explorer, browse: Browse) -> None:
+    page = browse(explorer.url)
     buttons = page.locator(".st-key-recent button")
 
     def shown() -> set[str]:
@@ -78,9 +80,9 @@ def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) 
 
 
 def test_a_title_that_is_cut_off_shows_no_marks(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    page = browse(told.url)
+    page = browse(explorer.url)
     button = page.locator(".st-key-recent button").filter(has_text="a a a").first
     button.click()
     page.locator(".root.reply").wait_for(state="detached")
@@ -89,10 +91,10 @@ def test_a_title_that_is_cut_off_shows_no_marks(
 
 
 def test_a_direction_mark_turns_no_other_token_round(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
     """A token that says "from right to left" is to stay between its neighbours."""
-    page = browse(of(told, stories.hostile))
+    page = browse(of(explorer, samples.hostile))
     page.locator(".root.reply .token").last.wait_for()
     boxes = [box for t in page.locator(".root.reply .token").all() if (box := t.bounding_box())]
     assert len(boxes) == len(HOSTILE) + 1
@@ -102,10 +104,10 @@ def test_a_direction_mark_turns_no_other_token_round(
 
 
 def test_numbers_that_are_not_known_are_no_harm(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
     """An imported trace has no logits, and a float16 model may overflow."""
-    page = browse(of(told, stories.unknown, 1))
+    page = browse(of(explorer, samples.unknown, 1))
     page.locator(".root.lens tr").first.wait_for()
     assert tokens(page) == [" the", " cat", " sat"]
     assert "NaN" not in page.locator(".st-key-sides").inner_text()
@@ -115,9 +117,9 @@ def test_numbers_that_are_not_known_are_no_harm(
 
 @pytest.mark.parametrize("width", [1440, 800])
 def test_twenty_thousand_characters_without_a_space_fit(
-    told: Explorer, browse: Browse, stories: Stories, width: int
+    explorer: Explorer, browse: Browse, samples: SampleStore, width: int
 ) -> None:
-    page = browse(of(told, stories.long, 0), width)
+    page = browse(of(explorer, samples.long, 0), width)
     page.locator(".root.lens tr").first.wait_for()
     assert tokens(page) == [LONG, " end"]
     assert page.locator(".root.bubble .said").text_content() == LONG
@@ -134,9 +136,9 @@ def test_twenty_thousand_characters_without_a_space_fit(
 
 
 def test_what_could_not_be_captured_says_why(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    page = browse(of(told, stories.bare, 0))
+    page = browse(of(explorer, samples.bare, 0))
     page.locator(".root.bars .row").first.wait_for()
     side = page.locator(".st-key-panel")
     expect(side).to_contain_text(NO_ATTENTION)
@@ -147,9 +149,9 @@ def test_what_could_not_be_captured_says_why(
 
 
 def test_a_reply_without_tensors_shows_the_rows_and_says_so(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    page = browse(of(told, stories.without_tensors, 0))
+    page = browse(of(explorer, samples.without_tensors, 0))
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".st-key-panel")).to_contain_text("most attended positions.")
     expect(page.locator(".root.evidence .piece").first).to_be_visible()
@@ -157,18 +159,18 @@ def test_a_reply_without_tensors_shows_the_rows_and_says_so(
 
 
 def test_a_failed_reply_shows_its_reason_and_its_tokens(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    page = browse(of(told, stories.failed))
+    page = browse(of(explorer, samples.failed))
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".root.reply .bad")).to_contain_text(FAILURE)
     assert tokens(page) == [" the", " cat", " sat"]
 
 
 def test_a_reply_that_failed_before_its_first_token_shows_its_reason(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: Explorer, browse: Browse, samples: SampleStore
 ) -> None:
-    page = browse(of(told, stories.failed_at_once))
+    page = browse(of(explorer, samples.failed_at_once))
     expect(page.locator(".root.reply .bad")).to_contain_text("There is no model no/such")
     ready_for_a_message(page)
 
@@ -181,7 +183,7 @@ def test_a_model_that_is_not_there_is_a_sentence_in_the_reply(
     box.fill("./no-such-folder")
     box.press("Enter")
     ask(page, "Are you there?")
-    page.locator(".root.reply .bad").wait_for(timeout=90_000)
+    page.locator(".root.reply .bad").wait_for()
     reason = page.locator(".root.reply .bad").inner_text()
     assert "no-such-folder" in reason
     assert "Traceback" not in reason
