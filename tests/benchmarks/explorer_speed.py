@@ -17,8 +17,7 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page, sync_playwright
 
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.chromium import launch
-from tests.dashboard.explorer_process import free_port, start
+from tests.dashboard import chromium, server
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """
@@ -95,10 +94,10 @@ def main() -> None:
     db = parser.parse_args().db
     number = parser.parse_args().conversation
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        port = server.free_port()
         command = ["oki_trace", "ui", "--port", str(port), "--db", db]
-        explorer = start(command, db, port, Path(folder) / "output.txt")
-        browser = launch(playwright)
+        explorer = server.start(command, db, port, Path(folder) / "output.txt")
+        browser = chromium.launch(playwright)
         try:
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
             with TraceReader(db) as reader:

@@ -12,7 +12,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from dashboard.viewdata.replies import figure
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
-from tests.dashboard.explorer_process import Explorer
+from tests.dashboard import server
 from tests.waiting import until
 
 Panel = dict[str, Any]
@@ -195,7 +195,7 @@ def wait_for_panel(page: Page, step: Step, total: int) -> None:
     until(lambda: panel(page) == wanted, f"step {step.step_index + 1} in the panel")
 
 
-def of(explorer: Explorer, reply: tuple[int, int], step: int | None = None) -> str:
+def of(explorer: server.Explorer, reply: tuple[int, int], step: int | None = None) -> str:
     """The address of a reply, or of one step of it."""
     conversation, message = reply
     query = f"?conversation={conversation}&message={message}"

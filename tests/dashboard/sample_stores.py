@@ -60,7 +60,7 @@ FAILURE = "Out of memory while decoding. Shorten the prompt, or load the model i
 
 
 @dataclass(frozen=True)
-class SampleStore:
+class Samples:
     """The store, and by name the conversations in it; a reply is (conversation id, message id)."""
 
     db: str
@@ -75,7 +75,7 @@ class SampleStore:
     failed_at_once: tuple[int, int]
 
 
-def build(db: str, models_dir: Path) -> SampleStore:
+def build(db: str, models_dir: Path) -> Samples:
     """Fill the store ``db``; the last conversation in it is the real one."""
     rng = np.random.default_rng(11)
     with TraceWriter(db) as writer, TraceReader(db) as reader:
@@ -108,7 +108,7 @@ def build(db: str, models_dir: Path) -> SampleStore:
         hostile = _hostile(writer, rng, HOSTILE[0], HOSTILE)
         long = _hostile(writer, rng, LONG, (LONG,))
         first, second = _talk(writer, reader, models_dir)
-    return SampleStore(
+    return Samples(
         db=db,
         first=first,
         second=second,

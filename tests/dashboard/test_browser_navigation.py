@@ -16,22 +16,7 @@ if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
 from playwright.sync_api import Browser, Page, expect
 
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.browser_pages import (
-    Witness,
-    ask,
-    of,
-    place,
-    set_most_new_tokens,
-    wait_for_panel,
-    watch_to_the_end,
-)
-from tests.dashboard.explorer_process import Explorer
-from tests.dashboard.sample_stores import (
-    QUESTIONS,
-    SampleStore,
-    newer,
-    strangers,
-)
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -45,7 +30,7 @@ Browse = Callable[..., Page]
 
 
 def test_a_row_of_the_list_opens_in_chat(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     page = browse(explorer.url)
     page.get_by_role("link", name="Conversations").click()
@@ -53,15 +38,15 @@ def test_a_row_of_the_list_opens_in_chat(
     page.keyboard.press("Enter")
     table = page.get_by_test_id("data-grid-canvas")
     expect(table.locator("tr")).to_have_count(2)  # with its head
-    expect(table).to_contain_text(QUESTIONS[0])
+    expect(table).to_contain_text(sample_stores.QUESTIONS[0])
     # The table is drawn on a canvas: its cells cannot be clicked by name.
     page.get_by_test_id("stDataFrame").click(position={"x": 200, "y": 50})
     expect(page.locator(".root.reply")).to_have_count(2)
-    assert place(page)["conversation"] == samples.first[0]
-    expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
+    assert browser_pages.place(page)["conversation"] == samples.first[0]
+    expect(page.locator(".root.bubble").first).to_have_text(sample_stores.QUESTIONS[0])
 
 
-def test_a_search_that_finds_nothing_says_so(explorer: Explorer, browse: Browse) -> None:
+def test_a_search_that_finds_nothing_says_so(explorer: server.Explorer, browse: Browse) -> None:
     page = browse(explorer.url + "conversations")
     page.get_by_role("textbox", name="Search").fill("no such words")
     page.keyboard.press("Enter")
@@ -69,21 +54,21 @@ def test_a_search_that_finds_nothing_says_so(explorer: Explorer, browse: Browse)
 
 
 def test_recent_conversations_open_from_the_sidebar(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     page = browse(explorer.url)
-    page.locator(".st-key-recent").get_by_text(QUESTIONS[0]).first.click()
+    page.locator(".st-key-recent").get_by_text(sample_stores.QUESTIONS[0]).first.click()
     expect(page.locator(".root.reply")).to_have_count(2)
-    assert place(page) == {"conversation": samples.first[0]}
+    assert browser_pages.place(page) == {"conversation": samples.first[0]}
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator(".root.reply")).to_have_count(0)
-    assert place(page) == {}
+    assert browser_pages.place(page) == {}
 
 
 def test_each_reply_of_a_conversation_can_be_looked_into(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.second))
+    page = browse(browser_pages.of(explorer, samples.second))
     first, second = (page.locator(".root.reply").nth(n) for n in (0, 1))
     with TraceReader(explorer.db) as reader:
         for element, (_, message), index in (
@@ -92,29 +77,29 @@ def test_each_reply_of_a_conversation_can_be_looked_into(
         ):
             steps = reader.steps(message)
             element.locator(".token").nth(index).click()
-            wait_for_panel(page, reader.step(message, index), len(steps))
-            assert place(page) == {
+            browser_pages.wait_for_panel(page, reader.step(message, index), len(steps))
+            assert browser_pages.place(page) == {
                 "conversation": samples.first[0],
                 "message": message,
                 "step": index,
             }
         # What was said before is part of what the second reply saw.
         evidence = page.locator(".root.evidence").text_content() or ""
-    assert QUESTIONS[0] in evidence
-    assert QUESTIONS[1] in evidence
+    assert sample_stores.QUESTIONS[0] in evidence
+    assert sample_stores.QUESTIONS[1] in evidence
 
 
 def test_the_chat_is_found_by_its_name_too(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5).replace("/?", "/chat?"))
+    page = browse(browser_pages.of(explorer, samples.first, 5).replace("/?", "/chat?"))
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".root.facts .where")).to_contain_text("step 6 of")
     expect(page.get_by_text("Page not found")).to_have_count(0)
 
 
 def test_an_address_that_leads_nowhere_does_no_harm(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     first, other = samples.first[0], samples.hostile[1]
     page = browse(explorer.url)
@@ -134,33 +119,33 @@ def test_an_address_that_leads_nowhere_does_no_harm(
 
 @pytest.mark.parametrize("width", [1440, 800])
 def test_with_the_sidebar_shut_nothing_is_covered(
-    explorer: Explorer, browse: Browse, samples: SampleStore, width: int
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, width: int
 ) -> None:
-    page = browse(of(explorer, samples.first, 0), width)
+    page = browse(browser_pages.of(explorer, samples.first, 0), width)
     page.locator(".root.lens tr").first.wait_for()
     page.get_by_test_id("stSidebar").hover()
     page.get_by_test_id("stSidebarCollapseButton").get_by_role("button").click()
     page.get_by_test_id("stExpandSidebarButton").wait_for()
     # A click that something else would get is refused.
-    page.get_by_test_id("stText").filter(has_text=QUESTIONS[0]).click()
+    page.get_by_test_id("stText").filter(has_text=sample_stores.QUESTIONS[0]).click()
     page.get_by_role("radio", name="entropy", exact=True).click()
     expect(page.locator(".root.reply .foot").first).to_contain_text("entropy")
 
 
 def test_a_line_end_can_be_seen_and_clicked(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.without_tensors, 0))
+    page = browse(browser_pages.of(explorer, samples.without_tensors, 0))
     page.locator(".root.lens tr").first.wait_for()
     page.locator(".root.reply .token").nth(1).click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 2 of 3")
 
 
 def test_the_first_token_left_out_is_not_called_unseen(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """It is left out of the picture because it has most of the attention, not none."""
-    page = browse(of(explorer, samples.first, 3))
+    page = browse(browser_pages.of(explorer, samples.first, 3))
     first = page.locator(".root.evidence .piece").first
     first.wait_for()
     assert re.search(r"weight 0\.[0-9]*[1-9].*left out", first.get_attribute("title") or "")
@@ -170,12 +155,14 @@ def test_the_first_token_left_out_is_not_called_unseen(
 # ----------------------------------------------------------------------------------------- privacy
 
 
-def test_nothing_leaves_the_machine(live: Explorer, browse: Browse, witness: Witness) -> None:
+def test_nothing_leaves_the_machine(
+    live: server.Explorer, browse: Browse, witness: browser_pages.Witness
+) -> None:
     """On every page and through a whole reply; ``browse`` looks at what was asked for."""
     page = browse(live.url)
-    set_most_new_tokens(page, 8)
-    ask(page, QUESTIONS[0])
-    watch_to_the_end(page)
+    browser_pages.set_most_new_tokens(page, 8)
+    browser_pages.ask(page, sample_stores.QUESTIONS[0])
+    browser_pages.watch_to_the_end(page)
     page.locator(".root.map canvas").wait_for()
     for name, mark in (
         ("Reply map", "stCaptionContainer"),
@@ -189,7 +176,7 @@ def test_nothing_leaves_the_machine(live: Explorer, browse: Browse, witness: Wit
 
 
 def test_the_witness_sees_what_would_leave(browser: Browser) -> None:
-    witness = Witness()
+    witness = browser_pages.Witness()
     context = browser.new_context()
     witness.watch(context)
     page = context.new_page()
@@ -204,10 +191,10 @@ def test_the_witness_sees_what_would_leave(browser: Browser) -> None:
 
 
 def test_a_click_shows_its_step_within_a_second(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """A loose bound, for a machine that does other things; benchmarks measure."""
-    page = browse(of(explorer, samples.second, 0))
+    page = browse(browser_pages.of(explorer, samples.second, 0))
     page.locator(".root.lens tr").first.wait_for()
     seconds = []
     for index in (3, 1, 5, 2, 4):
@@ -222,9 +209,9 @@ def test_a_click_shows_its_step_within_a_second(
 # -------------------------------------------------------------------------- a store that cannot be
 
 
-@pytest.mark.parametrize("make", [strangers, newer])
+@pytest.mark.parametrize("make", [sample_stores.strangers, sample_stores.newer])
 def test_a_store_that_cannot_be_opened_is_one_sentence(
-    streamlit_run: Callable[[str], Explorer],
+    streamlit_run: Callable[[str], server.Explorer],
     browse: Browse,
     tmp_path: Path,
     make: Callable[[Path], str],

@@ -21,9 +21,7 @@ from dashboard.viewdata import attention
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.browser_pages import chosen, of, overflow, panel, place, wait_for_panel
-from tests.dashboard.explorer_process import Explorer
-from tests.dashboard.sample_stores import HOSTILE, SampleStore
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -55,9 +53,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_reply_and_the_numbers_of_a_step_are_saved(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.second, 2))
+    page = browse(browser_pages.of(explorer, samples.second, 2))
     page.locator(".root.lens tr").first.wait_for()
     with TraceReader(explorer.db) as reader:
         steps = reader.steps(samples.second[1])
@@ -90,9 +88,9 @@ def test_a_reply_and_the_numbers_of_a_step_are_saved(
 
 @pytest.mark.parametrize("address", ["", "map"])
 def test_a_cell_tells_its_layer_and_leads_to_its_step(
-    explorer: Explorer, browse: Browse, samples: SampleStore, address: str
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, address: str
 ) -> None:
-    page = browse(of(explorer, samples.first, 0).replace("/?", f"/{address}?"))
+    page = browse(browser_pages.of(explorer, samples.first, 0).replace("/?", f"/{address}?"))
     with TraceReader(explorer.db) as reader:
         steps = list(reader.iter_steps(samples.first[1]))
     lens = steps[3].lens
@@ -103,18 +101,18 @@ def test_a_cell_tells_its_layer_and_leads_to_its_step(
     expect(tip).to_contain_text(f"layer {layer}, step 4: {visible(lens.tokens[layer][0])}")
     expect(tip).to_contain_text(f"rank {lens.chosen_rank[layer]:,}")
     frame(page).click(position=at(3, 5))
-    until(lambda: place(page).get("step") == 3, "the step in the address")
+    until(lambda: browser_pages.place(page).get("step") == 3, "the step in the address")
     expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
     if address:
         page.get_by_role("button", name="Open in chat").click()
-    wait_for_panel(page, steps[3], len(steps))
-    assert chosen(page) == 3
+    browser_pages.wait_for_panel(page, steps[3], len(steps))
+    assert browser_pages.chosen(page) == 3
 
 
 def test_the_map_is_walked_with_the_keys(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 2))
+    page = browse(browser_pages.of(explorer, samples.first, 2))
     frame(page).focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
@@ -125,9 +123,9 @@ def test_the_map_is_walked_with_the_keys(
 
 
 def test_a_map_tells_in_words_what_it_shows(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 2).replace("/?", "/map?"))
+    page = browse(browser_pages.of(explorer, samples.first, 2).replace("/?", "/map?"))
     with TraceReader(explorer.db) as reader:
         steps = reader.steps(samples.first[1])
         points = reader.attention_points(samples.first[1], 30)
@@ -154,9 +152,9 @@ def description(page: Page) -> str:
 
 
 def test_a_token_of_another_reply_brings_its_map(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 2))
+    page = browse(browser_pages.of(explorer, samples.first, 2))
     frame(page)
     page.locator(".root.reply").nth(1).locator(".token").nth(4).click()
     with TraceReader(explorer.db) as reader:
@@ -169,9 +167,9 @@ def test_a_token_of_another_reply_brings_its_map(
 
 
 def test_what_is_shown_can_be_saved(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     frame(page)
     with TraceReader(explorer.db) as reader:
         steps = list(reader.iter_steps(samples.first[1]))
@@ -202,10 +200,10 @@ def _tops(step: Step) -> list[str]:
 
 
 def test_the_map_can_be_saved_as_a_picture(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """Also with hostile text in it: the picture is well-formed and has it as text."""
-    page = browse(of(explorer, samples.hostile, 0))
+    page = browse(browser_pages.of(explorer, samples.hostile, 0))
     frame(page)
     buttons = page.locator(".root.map .bar")
     with page.expect_download() as png:
@@ -218,9 +216,9 @@ def test_the_map_can_be_saved_as_a_picture(
 
 
 def test_attention_is_mapped_by_layer_and_head(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5).replace("/?", "/map?"))
+    page = browse(browser_pages.of(explorer, samples.first, 5).replace("/?", "/map?"))
     page.get_by_role("radio", name="attention").click()
     label = page.locator(".root.map .frame")
     until(lambda: "positions" in (label.get_attribute("aria-label") or ""), "the attention map")
@@ -228,16 +226,16 @@ def test_attention_is_mapped_by_layer_and_head(
     with TraceReader(explorer.db) as reader:
         points = reader.attention_points(samples.first[1], 30)
     assert [int(row["position"]) for row in found] == points.position.tolist()
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
 # -------------------------------------------------------------------------- the step panel
 
 
 def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     cell = page.locator(".root.lens tbody tr").nth(8).locator(".cell").first
     cell.wait_for()
     label = cell.get_attribute("data-label")
@@ -251,9 +249,9 @@ def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
 
 
 def test_the_lens_is_walked_and_pinned_with_the_keys(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     grid = page.locator(".root.lens table")
     grid.wait_for()
     assert grid.get_attribute("role") == "grid"
@@ -277,9 +275,9 @@ def test_the_lens_is_walked_and_pinned_with_the_keys(
 
 
 def test_a_chart_is_saved_as_rows_and_pictures(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     page.locator(".st-key-picture-trajectory svg.marks").wait_for()
     with TraceReader(explorer.db) as reader:
         lens = reader.step(samples.first[1], 5).lens
@@ -293,9 +291,9 @@ def test_a_chart_is_saved_as_rows_and_pictures(
 
 
 def test_on_a_narrow_page_the_step_can_be_let_down(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.first, 5), width=800)
+    page = browse(browser_pages.of(explorer, samples.first, 5), width=800)
     sheet = page.locator("[data-testid=stColumn]:has(.st-key-panel)")
     page.locator(".root.lens tr").first.wait_for()
     tall = sheet.bounding_box()
@@ -305,17 +303,17 @@ def test_on_a_narrow_page_the_step_can_be_let_down(
     expect(page.locator(".root.facts .where")).to_be_in_viewport()
     page.get_by_role("button", name="Show all of this step").click()
     until(lambda: (sheet.bounding_box() or low)["height"] == tall["height"], "the sheet")
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
 def test_promoted_and_suppressed_tokens_are_shown(
-    explorer: Explorer, browse: Browse, samples: SampleStore
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(explorer, samples.hostile, 1))
+    page = browse(browser_pages.of(explorer, samples.hostile, 1))
     page.get_by_role("radio", name="changes").click()
     table = page.locator(".root.changes table")
     expect(table).to_contain_text("promoted")
     assert table.locator("td.up").count() > 0
     assert page.evaluate("window.pwned") is None
-    assert panel(page)["what"] == visible(HOSTILE[1])
-    assert overflow(page) == []
+    assert browser_pages.panel(page)["what"] == visible(sample_stores.HOSTILE[1])
+    assert browser_pages.overflow(page) == []

@@ -23,7 +23,7 @@ from oki_trace.records import (
     StepSummary,
 )
 from tests import builders
-from tests.dashboard.sample_stores import without_numbers
+from tests.dashboard import sample_stores
 
 LAYERS = 3
 
@@ -328,7 +328,7 @@ def test_numpy_numbers_and_lone_surrogates_can_be_sent(rng: np.random.Generator)
 
 def test_numbers_that_are_not_known_can_be_sent(rng: np.random.Generator) -> None:
     nan = float("nan")
-    step = without_numbers(builders.step(0, rng, with_lens=True))
+    step = sample_stores.without_numbers(builders.step(0, rng, with_lens=True))
     assert sendable(step, summary(0, prob=nan, logprob=nan, entropy=nan, margin=nan))
 
 
