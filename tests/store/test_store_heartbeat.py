@@ -6,13 +6,13 @@ import datetime as dt
 
 import pytest
 from sqlalchemy import func, select, update
-from stores import Store
 
 from oki_trace.errors import StoreError
 from oki_trace.records import Status
 from oki_trace.store import liveness
 from oki_trace.store.liveness import BEAT_SECONDS, SILENCE_SECONDS, this_process
 from oki_trace.store.schema import models
+from tests.store.stores import Store
 from tests.waiting import until
 
 ELSEWHERE = str(this_process()._replace(host="another-host"))
