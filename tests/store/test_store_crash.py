@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import random
 import signal
@@ -13,17 +14,29 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import psutil
 import pytest
+from sqlalchemy import update
 
 from oki_trace.errors import NotFound, StoreError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
+from oki_trace.records import (
+    CapturePolicy,
+    ConversationFilter,
+    ModelChoice,
+    Sampling,
+    Status,
+    TurnEnd,
+)
 from oki_trace.store.liveness import Owner, is_dead, this_process
+from oki_trace.store.maintenance.prune import plan
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import models
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.store import victim
 from tests.store.stores import assert_same
+from tests.waiting import until
 
 VICTIM = Path(__file__).with_name("victim.py")
 KILLS = 10
@@ -212,6 +225,51 @@ def test_a_worker_that_ended_is_gone(file: Path) -> None:
     with TraceReader(file) as reader:
         worker = reader.worker()
     assert worker is not None and worker.state == "gone" and worker.model_id is None
+
+
+@pytest.mark.parametrize("counts_from_boot", [True, False], ids=["linux", "elsewhere"])
+def test_a_killed_process_is_dead_on_every_system(
+    monkeypatch: pytest.MonkeyPatch, counts_from_boot: bool
+) -> None:
+    """Only psutil is asked, and on systems other than Linux a start is a time since 1970."""
+    monkeypatch.setattr(psutil, "LINUX", counts_from_boot)
+    with subprocess.Popen(
+        [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        started = psutil.Process(child.pid).create_time()
+        start = str(round(100 * (started - (psutil.boot_time() if counts_from_boot else 0))))
+        name = str(this_process()._replace(pid=child.pid, start=start))
+        assert not is_dead(name)
+        assert is_dead(str(this_process()._replace(pid=child.pid, start="1")))
+        child.kill()
+        until(lambda: is_dead(name), "the end of a process that nobody has waited for")
+    monkeypatch.setattr(psutil, "POSIX", counts_from_boot)
+    assert is_dead(name), "where processes take no signals, too"
+
+
+def test_a_running_reply_of_a_killed_process_is_interrupted_everywhere(file: Path) -> None:
+    """List, filter, message, counts, prune, delete and the writer agree."""
+    with TraceWriter(file) as writer, TraceReader(file) as reader:
+        conversation = writer.create_conversation("x")
+        message = writer.queue_reply(
+            conversation, ModelChoice("m"), Sampling(), CapturePolicy(), claim=True
+        )
+        with writer.write() as connection:
+            dead = str(this_process()._replace(start="1"))
+            connection.execute(update(models.Message).values(owner=dead))
+        assert reader.message(message).status is Status.INTERRUPTED
+        assert reader.conversation(conversation).status is Status.INTERRUPTED
+        for status, count in ((Status.INTERRUPTED, 1), (Status.RUNNING, 0)):
+            assert reader.conversation_count(by=ConversationFilter(status=status)) == count
+        assert reader.reply_statuses() == {Status.INTERRUPTED: 1}
+        age = dt.timedelta(days=-1)
+        assert plan(reader, older_than=age, tensors_only=False).spared == 0
+        assert writer.mark_interrupted() == [message]
+        writer.delete_conversation(conversation)
 
 
 def test_only_what_is_certain_is_called_dead() -> None:

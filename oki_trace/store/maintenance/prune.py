@@ -192,9 +192,7 @@ def _replies(instant: Snapshot) -> Iterator[tuple[Prunable, int, bool]]:
     """The replies that have tensors, the oldest first, with their steps and whether they run."""
     sizes = (
         select(
-            Step.message_id,
-            func.sum(Step.tensor_bytes).label("bytes"),
-            func.count().label("steps"),
+            Step.message_id, func.sum(Step.tensor_bytes).label("bytes"), func.count().label("steps")
         )
         .where(Step.tensor_bytes > 0)
         .group_by(Step.message_id)

@@ -23,10 +23,7 @@ _NO_SHARED_MEMORY = ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_IOERR", "SQLI
 
 
 def connect_file(
-    path: Path,
-    mode: Mode,
-    more: str = "",
-    factory: type[sqlite3.Connection] = sqlite3.Connection,
+    path: Path, mode: Mode, more: str = "", factory: type[sqlite3.Connection] = sqlite3.Connection
 ) -> sqlite3.Connection:
     """A plain SQLite connection; ``more`` are options of the URI. Never creates the file."""
     # Only with a URI can a file be opened without creating it. The URI is quoted, because a

@@ -16,15 +16,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, Dialect, Table, bindparam, insert, update
 
-from oki_trace.records import (
-    Candidates,
-    FloatArray,
-    LayerAttention,
-    Lens,
-    Prompt,
-    Step,
-    TensorMode,
-)
+from oki_trace.records import Candidates, FloatArray, LayerAttention, Lens, Prompt, Step, TensorMode
 from oki_trace.store.codecs.tensors import EncodedTensor, keep
 from oki_trace.store.digest import of_tensors
 from oki_trace.store.reading import documents
