@@ -1,7 +1,7 @@
-"""How Alembic reaches a store: through the program's own engine, in one transaction.
+"""How Alembic connects to a store: through the program's own engine, in one transaction.
 
-``oki-trace migrate`` hands its connection over; the ``alembic`` command line
-works on the store that ``OKI_TRACE_DB`` names.
+``oki-trace migrate`` passes its connection; the ``alembic`` command line uses the store
+that ``OKI_TRACE_DB`` names.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def run(connection: Connection) -> None:
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
-        # SQLite can undo DDL once the driver no longer begins transactions
-        # itself; Alembic assumes it cannot.
+        # SQLite can roll back DDL when the driver does not begin transactions itself; Alembic
+        # assumes that it cannot.
         transactional_ddl=True,
-        # SQLite changes most things of a table only by building it anew.
+        # SQLite can make most changes of a table only by rebuilding it.
         render_as_batch=sqlite,
         compare_type=True,
     )
@@ -38,8 +38,8 @@ def run(connection: Connection) -> None:
 
 if context.is_offline_mode():
     raise CommandError("A migration needs the store itself: run it without --sql.")
-elif (given := context.config.attributes.get("connection")) is not None:
-    run(given)
+elif (connection := context.config.attributes.get("connection")) is not None:
+    run(connection)
 else:
     db = Settings.from_environment().db
     migrate.prepare(db)

@@ -1,4 +1,4 @@
-"""Parts of a reply, arguments of its chat template, checks of its numbers, digests; heartbeats."""
+"""Parts, template arguments, checks and digests of replies; heartbeats are named alike."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # What a reply consists of: thinking, answer and tool calls, each with its steps. Without it
-    # the next turn would hand thinking back to the model as if it had been the answer.
+    # Thinking, answer and tool calls of a reply, each with its steps. Without them the next turn
+    # would pass the thinking to the model as if it were the answer.
     op.add_column("message", sa.Column("parts", sa.JSON(), nullable=True))
-    # The arguments and tool schemas that the chat template was given: the prompt of a reply
-    # cannot be rendered again without them.
+    # The arguments and tool schemas of the chat template: the prompt of a reply cannot be
+    # rendered again without them.
     op.add_column("message", sa.Column("template", sa.JSON(), nullable=True))
-    # The tool whose answer a message of role "tool" holds.
+    # The tool whose result a message of role "tool" holds.
     op.add_column("message", sa.Column("tool_name", sa.Text(), nullable=True))
-    # How far this reply's own lens and attention agree with the model, measured on its steps: a
-    # model can change after the check at load.
+    # How well the lens and the attention of this reply agree with the model, measured on its
+    # steps: a model can change after the check at load.
     op.add_column("message", sa.Column("checks", sa.JSON(), nullable=True))
-    # Covers the message, its prompt, its settings and the digests of its steps, so that a change
-    # of any of them is found.
+    # Covers the message, its prompt, its settings and the digests of its steps, and reveals a
+    # change of any of them.
     op.add_column("message", sa.Column("digest", sa.String(length=64), nullable=True))
-    # What was recorded before there were digests has none: a missing one is a fault from now on.
+    # Empty for messages recorded without digests: from now on, a missing digest is a fault.
     op.execute("UPDATE message SET digest = ''")
     # Covers the step's rows.
     op.add_column("step", sa.Column("digest", sa.LargeBinary(), nullable=True))
-    # Covers the step's full tensors, by themselves: pruning removes them and keeps the rows.
+    # Covers the step's full tensors separately: pruning removes them and keeps the rows.
     op.add_column("step", sa.Column("tensor_digest", sa.LargeBinary(), nullable=True))
     # A time is named after its event, as in the other tables.
     op.alter_column("message", "seen_at", new_column_name="heartbeat_at")

@@ -1,4 +1,4 @@
-"""The first schema: conversations, messages, steps, and all that is seen at a step."""
+"""The first schema: conversations, messages, steps, and everything captured at a step."""
 
 from __future__ import annotations
 

@@ -226,6 +226,12 @@ class TensorRecord:
     layers: tuple[int, ...] = ()
     key_offset: int = 0
 
+    def to_float32(self) -> FloatArray:
+        """The values as float32, exact for every ``dtype`` but float64."""
+        if self.dtype == "bfloat16":
+            return (self.array.astype(np.uint32) << 16).view(np.float32)
+        return np.ascontiguousarray(self.array, dtype=np.float32)
+
 
 def surprisal_of(logprob: float) -> float:
     """-log prob, in nats; 0 where rounding made the logarithm of a certain token positive."""

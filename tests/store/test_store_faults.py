@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
-from oki_trace.errors import StoreError
+from oki_trace.errors import StoreBusy, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, Step, TurnEnd
+from oki_trace.store.db_errors import translate_errors
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
@@ -191,3 +193,55 @@ def test_what_may_not_be_written_is_told_and_left_as_it_is(tmp_path: Path, which
         assert read == f"{KEPT} steps"
     assert file.read_bytes() == before
     assert_kept(file, message, steps)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence", "kind"),
+    [
+        ("55P03", "another process is using it", StoreBusy),
+        ("53100", "the disk is full", StoreError),
+        ("25006", "it may not be written to", StoreError),
+        ("42P01", "its tables are missing", StoreError),
+        ("08006", "the server does not answer", StoreError),
+        ("57P01", "the server does not answer", StoreError),
+        ("22012", "ein Text in einer anderen Sprache", StoreError),
+    ],
+)
+def test_a_servers_error_is_told_by_its_code(
+    state: str, sentence: str, kind: type[StoreError]
+) -> None:
+    error = Exception("ein Text in einer anderen Sprache")
+    error.sqlstate = state  # type: ignore[attr-defined]
+    with pytest.raises(kind, match=sentence) as caught, translate_errors("x"):
+        raise DBAPIError("SELECT secret", {}, error)
+    assert "secret" not in str(caught.value)
+    assert type(caught.value) is kind
+
+
+def sqlite_error(path: Path, *statements: str) -> sqlite3.Error:
+    """What SQLite raises for the last of these statements."""
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0)
+    with closing(connection), pytest.raises(sqlite3.Error) as caught:
+        for statement in statements:
+            connection.execute(statement)
+    return caught.value
+
+
+def test_sqlites_errors_are_told_by_their_codes(tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.db", tmp_path / "bad.db"
+    bad.write_bytes(b"not a database" * 100)
+    with closing(sqlite3.connect(good, isolation_level=None)) as other:
+        other.execute("CREATE TABLE present (x)")
+        errors = {
+            "its tables are missing": sqlite_error(good, "SELECT * FROM absent"),
+            "it may not be written": sqlite_error(
+                good, "PRAGMA query_only = ON", "DELETE FROM present"
+            ),
+            "not a database": sqlite_error(bad, "SELECT * FROM present"),
+        }
+        other.execute("BEGIN IMMEDIATE")
+        errors["another process is writing"] = sqlite_error(good, "BEGIN IMMEDIATE")
+    for sentence, error in errors.items():
+        with pytest.raises(StoreError, match=sentence) as caught, translate_errors("x"):
+            raise DBAPIError("SELECT secret", {}, error)
+        assert (type(caught.value) is StoreBusy) == ("writing" in sentence)

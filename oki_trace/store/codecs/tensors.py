@@ -141,35 +141,16 @@ def _encode(tensor: TensorRecord, mode: Literal["exact", "half", "compact"]) -> 
         codec, plain = ("zstd" if codec == "raw" else f"{codec}+zstd"), packed
     # The checksum covers the repr of these numbers, which is different for NumPy's integers.
     layers = tuple(int(layer) for layer in tensor.layers)
-    key_offset = int(tensor.key_offset)
-    row = EncodedTensor(
-        name=tensor.name,
-        dtype=tensor.dtype,
-        shape=array.shape,
-        layers=layers,
-        key_offset=key_offset,
-        codec=codec,
-        checksum=_checksum(
-            tensor.name, tensor.dtype, array.shape, layers, key_offset, codec, plain
-        ),
-        raw_bytes=array.nbytes,
-        data=plain,
-    )
-    return Kept(row, content)
+    head = (tensor.name, tensor.dtype, array.shape, layers, int(tensor.key_offset))
+    checksum = _checksum(*head, codec, plain)
+    return Kept(EncodedTensor(*head, codec, checksum, array.nbytes, plain), content)
 
 
 def decode(encoded: EncodedTensor) -> TensorRecord:
     """Decode a row. Raises TensorError, which names the problem, for a row that was changed."""
     where = f"The stored tensor {encoded.name}"
-    checksum = _checksum(
-        encoded.name,
-        encoded.dtype,
-        encoded.shape,
-        encoded.layers,
-        encoded.key_offset,
-        encoded.codec,
-        encoded.data,
-    )
+    head = (encoded.name, encoded.dtype, encoded.shape, encoded.layers, encoded.key_offset)
+    checksum = _checksum(*head, encoded.codec, encoded.data)
     if checksum != encoded.checksum:
         raise TensorError(
             f"{where} is damaged (checksum {checksum}, expected {encoded.checksum}): restore a "
@@ -206,13 +187,9 @@ def decode(encoded: EncodedTensor) -> TensorRecord:
         array = _values(kind, plain, encoded.dtype, size)
     except ValueError as error:
         raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
-    return TensorRecord(
-        name=cast("TensorName", encoded.name),
-        array=array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape),
-        dtype=encoded.dtype,
-        layers=encoded.layers,
-        key_offset=encoded.key_offset,
-    )
+    array = array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape)
+    name = cast("TensorName", encoded.name)
+    return TensorRecord(name, array, encoded.dtype, encoded.layers, encoded.key_offset)
 
 
 def _values(kind: str, plain: bytes, dtype: str, size: int) -> NDArray[Any]:
@@ -226,9 +203,9 @@ def _values(kind: str, plain: bytes, dtype: str, size: int) -> NDArray[Any]:
 
 def _to_compact(tensor: TensorRecord) -> tuple[str, bytes]:
     """The codec and its bytes; no bytes when only mode "exact" can store the array."""
-    floats = _to_float32(tensor)
-    if floats is None:
+    if tensor.dtype == "float64":  # more precise than float32
         return "raw", b""
+    floats = tensor.to_float32()
     codec = _COMPACT[tensor.name]
     if tensor.name == "attentions":
         plain = compact.cumulative(floats)
@@ -255,17 +232,8 @@ def _keeps_probs(
     tensor: TensorRecord, exact: NDArray[np.float32], restored: NDArray[np.float32]
 ) -> bool:
     back = _from_float32(restored, tensor.dtype)
-    as_read = _to_float32(TensorRecord(tensor.name, back, tensor.dtype))
-    return as_read is not None and compact.keeps_probs(exact.ravel(), as_read.ravel())
-
-
-def _to_float32(tensor: TensorRecord) -> NDArray[np.float32] | None:
-    """The exact values; None for a dtype with more precision than float32."""
-    if tensor.dtype == "bfloat16":
-        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
-    if tensor.dtype in ("float32", "float16"):
-        return np.ascontiguousarray(tensor.array, dtype=np.float32)
-    return None
+    as_read = TensorRecord(tensor.name, back, tensor.dtype).to_float32()
+    return compact.keeps_probs(exact.ravel(), as_read.ravel())
 
 
 def _from_float32(array: NDArray[np.float32], dtype: str) -> NDArray[Any]:

@@ -125,7 +125,7 @@ def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[
 def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
     """A full tensor against the rows of its step."""
     kind = codec.removesuffix(_PACKING)
-    values = as_float32(tensor)
+    values = tensor.to_float32()
     if tensor.name == "logits":
         yield from _logits_agree(step, values, kind, _ROUNDED_TO.get(tensor.dtype, 0.0))
     elif tensor.name == "attentions":
@@ -134,13 +134,6 @@ def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str
         shape = (message.capture.layers + 1, message.capture.width)
         if values.shape != shape:
             yield f"its hidden states have the shape {values.shape} instead of {shape}"
-
-
-def as_float32(tensor: TensorRecord) -> NDArray[np.float32]:
-    """The values of a tensor, bfloat16 read from its bits."""
-    if tensor.dtype == "bfloat16":
-        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
-    return np.asarray(tensor.array, dtype=np.float32)
 
 
 def _logits_agree(

@@ -8,20 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    ColumnElement,
-    Connection,
-    Integer,
-    Row,
-    Select,
-    and_,
-    exists,
-    func,
-    or_,
-    select,
-    true,
-)
+import sqlalchemy as sa
 
 from oki_trace import records
 from oki_trace.records import ConversationFilter, ConversationTotals, Status
@@ -32,7 +19,7 @@ from oki_trace.store.reading.messages import TOKEN_COUNT
 from oki_trace.store.reading.not_found import no_conversation
 from oki_trace.store.schema.models import Conversation, Message, Step
 
-_DOCUMENTS = [column for column in Message.__table__.columns if isinstance(column.type, JSON)]
+_DOCUMENTS = [column for column in Message.__table__.columns if isinstance(column.type, sa.JSON)]
 
 
 class ConversationReads(ReadConnection):
@@ -47,7 +34,7 @@ class ConversationReads(ReadConnection):
         offset: int = 0,
     ) -> list[records.Conversation]:
         """The last changed first; ``search`` looks in titles and messages."""
-        query = select(Conversation).order_by(
+        query = sa.select(Conversation).order_by(
             Conversation.updated_at.desc(), Conversation.id.desc()
         )
         with self._read() as connection:
@@ -59,7 +46,7 @@ class ConversationReads(ReadConnection):
         self, search: str | None = None, *, by: ConversationFilter | None = None
     ) -> int:
         """How many conversations match, whatever the limit of a list."""
-        query = select(func.count(Conversation.id))
+        query = sa.select(sa.func.count(Conversation.id))
         with self._read() as connection:
             query = _narrowed(connection, query, by or ConversationFilter(), search)
             return connection.execute(query).scalar_one()
@@ -67,7 +54,7 @@ class ConversationReads(ReadConnection):
     def conversation(self, conversation_id: int) -> records.Conversation:
         with self._read() as connection:
             rows = connection.execute(
-                select(Conversation).where(Conversation.id == conversation_id)
+                sa.select(Conversation).where(Conversation.id == conversation_id)
             ).all()
             if not rows:
                 raise no_conversation(conversation_id)
@@ -77,12 +64,14 @@ class ConversationReads(ReadConnection):
         """What the replies of these conversations took, by id; reads no tensor."""
         own = Message.conversation_id.in_(conversation_ids)
         timed = (
-            select(Message.conversation_id, func.sum(TOKEN_COUNT), func.sum(Message.seconds))
+            sa.select(
+                Message.conversation_id, sa.func.sum(TOKEN_COUNT), sa.func.sum(Message.seconds)
+            )
             .where(own, Message.seconds > 0)
             .group_by(Message.conversation_id)
         )
         sizes = (
-            select(Message.conversation_id, func.sum(Step.tensor_bytes))
+            sa.select(Message.conversation_id, sa.func.sum(Step.tensor_bytes))
             .join(Step, Step.message_id == Message.id)
             .where(own)
             .group_by(Message.conversation_id)
@@ -97,22 +86,22 @@ class ConversationReads(ReadConnection):
 
 
 def _narrowed(
-    connection: Connection, query: Select[Any], by: ConversationFilter, search: str | None
-) -> Select[Any]:
+    connection: sa.Connection, query: sa.Select[Any], by: ConversationFilter, search: str | None
+) -> sa.Select[Any]:
     """``query``, which selects from conversations, limited to those that match."""
     if search:
-        matching = select(Message.conversation_id).where(
+        matching = sa.select(Message.conversation_id).where(
             Message.content.icontains(search, autoescape=True)
         )
         in_title = Conversation.title.icontains(search, autoescape=True)
-        query = query.where(or_(in_title, Conversation.id.in_(matching)))
+        query = query.where(sa.or_(in_title, Conversation.id.in_(matching)))
     if by.since is not None:
         query = query.where(Conversation.updated_at >= by.since)
     if by.until is not None:
         query = query.where(Conversation.updated_at < by.until)
     if by.model_id is not None:
         query = query.where(
-            exists().where(
+            sa.exists().where(
                 Message.conversation_id == Conversation.id, Message.model_id == by.model_id
             )
         )
@@ -121,31 +110,33 @@ def _narrowed(
     return query
 
 
-def _has_status(connection: Connection, status: Status) -> ColumnElement[bool]:
+def _has_status(connection: sa.Connection, status: Status) -> sa.ColumnElement[bool]:
     """A conversation has the status of its last message; an empty one is complete."""
     last = (
-        select(Message.status)
+        sa.select(Message.status)
         .where(Message.conversation_id == Conversation.id)
         .order_by(Message.position.desc())
         .limit(1)
         .scalar_subquery()
     )
-    stored = func.coalesce(last, Status.COMPLETE.value) == status.value
+    stored = sa.func.coalesce(last, Status.COMPLETE.value) == status.value
     if status not in (Status.RUNNING, Status.INTERRUPTED):
         return stored
     # Replies of a dead process are interrupted although they are stored as running.
     dead = Conversation.id.in_([row.conversation_id for row in running_replies(connection).dead])
     if status is Status.RUNNING:
-        return and_(stored, ~dead)
-    return or_(stored, dead & (last == Status.RUNNING.value))
+        return sa.and_(stored, ~dead)
+    return sa.or_(stored, dead & (last == Status.RUNNING.value))
 
 
-def _conversations(connection: Connection, rows: Iterable[Row[Any]]) -> list[records.Conversation]:
+def _conversations(
+    connection: sa.Connection, rows: Iterable[sa.Row[Any]]
+) -> list[records.Conversation]:
     """Conversations with the totals of their messages, in the order of ``rows``."""
     rows = list(rows)
     messages: dict[int, list[Any]] = {row.id: [] for row in rows}
     for message in connection.execute(
-        select(
+        sa.select(
             *(Message.id, Message.conversation_id, Message.role, Message.created_at),
             *(Message.model_id, *LIFE, TOKEN_COUNT.label("tokens")),
             _documents_valid(connection).label("documents_valid"),
@@ -157,16 +148,19 @@ def _conversations(connection: Connection, rows: Iterable[Row[Any]]) -> list[rec
     return [_conversation(row, messages[row.id]) for row in rows]
 
 
-def _documents_valid(connection: Connection) -> ColumnElement[Any]:
+def _documents_valid(connection: sa.Connection) -> sa.ColumnElement[Any]:
     """Whether a message's documents are JSON: SQLite stores any text, PostgreSQL checks it."""
     if connection.dialect.name != "sqlite":
-        return true()
-    return and_(
-        *(or_(one.is_(None), func.json_valid(one, type_=Integer) == 1) for one in _DOCUMENTS)
+        return sa.true()
+    return sa.and_(
+        *(
+            sa.or_(one.is_(None), sa.func.json_valid(one, type_=sa.Integer) == 1)
+            for one in _DOCUMENTS
+        )
     )
 
 
-def _conversation(row: Row[Any], messages: Sequence[Any]) -> records.Conversation:
+def _conversation(row: sa.Row[Any], messages: Sequence[Any]) -> records.Conversation:
     damage = Damage()
     for message in messages:
         of_message = Damage()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from oki_trace.errors import DamagedSteps, OkiTraceError
 from oki_trace.records import Role
@@ -16,6 +16,7 @@ from oki_trace.store.liveness import status_of
 from oki_trace.store.schema.column_types import BrokenDocument, BrokenTime
 
 _T = TypeVar("_T")
+_N = TypeVar("_N", int, float)
 
 # What Python raises for a value of another kind than a record holds.
 _WRONG_KIND = (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError)
@@ -57,27 +58,20 @@ class Damage:
             self.add(f"its {name} is {_quoted(value.stored)}")
         return value
 
-    def part(self, name: str, read: Callable[[Any], _T | None], value: Any) -> _T | None:
-        """The record that ``read`` makes of a document; None where it makes none."""
+    def part(self, name: str, read: Callable[[Any], _T], value: Any) -> _T | None:
+        """The record that ``read`` makes of a document; None if there is none, or no record."""
         try:
             if isinstance(value, BrokenDocument):
                 raise ValueError("no JSON")
-            return read(value)
+            return None if value is None else read(value)
         except (*_WRONG_KIND, OkiTraceError) as error:
             self.add(f"its {name} makes no sense ({type(error).__name__})")
             return None
 
-    def whole(self, name: str, value: Any) -> int | None:
-        """A whole number, or None."""
-        if value is None or isinstance(value, int):
-            return value
-        self.add(f"its {name} is {_quoted(value)}")
-        return None
-
-    def measured(self, name: str, value: Any) -> float | None:
-        """A measured number, or None."""
-        if value is None or isinstance(value, int | float):
-            return value
+    def number(self, name: str, value: Any, kind: type[_N]) -> _N | None:
+        """A number of this kind (an int is a float too), or None."""
+        if value is None or isinstance(value, kind) or (kind is float and isinstance(value, int)):
+            return cast("_N | None", value)
         self.add(f"its {name} is {_quoted(value)}")
         return None
 

@@ -8,23 +8,12 @@ gets its default.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from oki_trace.records import (
-    CapturePolicy,
-    CaptureReport,
-    Contender,
-    Decision,
-    Effect,
-    Generation,
-    ModelChoice,
-    Part,
-    ReplyChecks,
-    Sampling,
-    TemplateOptions,
-)
+from oki_trace import records
 from oki_trace.store.schema.column_types import storable
 
 if TYPE_CHECKING:
@@ -42,7 +31,7 @@ def to_document(record: DataclassInstance | None) -> Document | None:
     return document
 
 
-def part_documents(parts: Sequence[Part]) -> list[Document] | None:
+def part_documents(parts: Sequence[records.Part]) -> list[Document] | None:
     """The parts of a reply; a field that is None is left out."""
     documents = [_plain(asdict(part)) for part in parts]
     return [
@@ -51,79 +40,60 @@ def part_documents(parts: Sequence[Part]) -> list[Document] | None:
     ] or None
 
 
-def choice(document: Document | None) -> ModelChoice | None:
-    return _record(ModelChoice, document)
-
-
-def sampling(document: Document | None) -> Sampling | None:
-    return _record(Sampling, document)
-
-
-def policy(document: Document | None) -> CapturePolicy | None:
-    return _record(CapturePolicy, document)
-
-
-def generation(document: Document | None) -> Generation | None:
-    return _record(Generation, document, "eos_token_ids", "others", "replaced")
-
-
-def checks(document: Document | None) -> ReplyChecks | None:
-    return _record(ReplyChecks, document, "steps", "notes")
-
-
-def parts(documents: Sequence[Document] | None) -> tuple[Part, ...]:
-    made = (_record(Part, document) for document in documents or ())
-    return tuple(part for part in made if part is not None)
-
-
-def template(document: Document | None) -> TemplateOptions | None:
-    if document is None:
-        return None
-    return TemplateOptions(document.get("arguments") or {}, tuple(document.get("tools") or ()))
-
-
-def capture(document: Document | None) -> CaptureReport | None:
-    if document is None:
-        return None
-    layers = tuple(document["attention_layers"])
-    return _record(
-        CaptureReport,
-        {**document, "policy": policy(document["policy"]), "attention_layers": layers},
-    )
-
-
-def decision(document: Document | None) -> Decision | None:
-    if document is None:
-        return None
-    effects = (_record(Effect, _measured(effect)) for effect in document["effects"])
-    return _record(
-        Decision,
-        {
-            **document,
-            "effects": tuple(effect for effect in effects if effect is not None),
-            "greedy": _record(Contender, _measured(document["greedy"])),
-            "runner_up": _record(Contender, _measured(document["runner_up"])),
-        },
-    )
-
-
-def _record(kind: type[_R], document: Document | None, *tuples: str) -> _R | None:
+def _record(kind: type[_R], document: Document, tuples: Sequence[str] = ()) -> _R:
     """The record of a document; the fields named in ``tuples`` are tuples, empty if missing."""
-    if document is None:
-        return None
     known = {field.name for field in fields(kind)}
     values = {name: value for name, value in document.items() if name in known}
     return kind(**values | {name: tuple(document.get(name) or ()) for name in tuples})
 
 
-def _measured(document: Document | None) -> Document | None:
-    """A null in place of a measured number was NaN; ``noise`` may be absent."""
-    if document is None:
-        return None
-    return {
-        name: math.nan if value is None and name != "noise" else value
-        for name, value in document.items()
+_policy = partial(_record, records.CapturePolicy)
+
+
+def parts(documents: Sequence[Document]) -> tuple[records.Part, ...]:
+    return tuple(_record(records.Part, document) for document in documents)
+
+
+def _template(document: Document) -> records.TemplateOptions:
+    return records.TemplateOptions(
+        document.get("arguments") or {}, tuple(document.get("tools") or ())
+    )
+
+
+def _capture(document: Document) -> records.CaptureReport:
+    layers = tuple(document["attention_layers"])
+    nested = {"policy": _policy(document["policy"]), "attention_layers": layers}
+    return _record(records.CaptureReport, document | nested)
+
+
+# Columns of a message, with the function that reads each.
+OF_A_MESSAGE: dict[str, Callable[[Document], Any]] = {
+    "choice": partial(_record, records.ModelChoice),
+    "sampling": partial(_record, records.Sampling),
+    "policy": _policy,
+    "generation": partial(
+        _record, records.Generation, tuples=("eos_token_ids", "others", "replaced")
+    ),
+    "capture": _capture,
+    "checks": partial(_record, records.ReplyChecks, tuples=("steps", "notes")),
+    "template": _template,
+}
+
+
+def decision(document: Document) -> records.Decision:
+    runner_up = document["runner_up"]
+    nested = {
+        "effects": tuple(_measured(records.Effect, effect) for effect in document["effects"]),
+        "greedy": _measured(records.Contender, document["greedy"]),
+        "runner_up": None if runner_up is None else _measured(records.Contender, runner_up),
     }
+    return _record(records.Decision, document | nested)
+
+
+def _measured(kind: type[_R], document: Document) -> _R:
+    """A record of measured numbers: null was NaN, except that ``noise`` may be missing."""
+    nan = {name: math.nan for name, value in document.items() if value is None and name != "noise"}
+    return _record(kind, document | nan)
 
 
 def _plain(value: Any) -> Any:

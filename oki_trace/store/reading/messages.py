@@ -106,25 +106,22 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
     message = records.Message(
         id=row.id,
         conversation_id=row.conversation_id,
-        position=damage.whole("position", row.position) or 0,
+        position=damage.number("position", row.position, int) or 0,
         role=damage.role(row.role),
         content=content,
         status=status,
         created_at=damage.time("created_at", row.created_at),
         model_id=row.model_id,
-        prompt_len=damage.whole("prompt_len", row.prompt_len),
-        choice=damage.part("choice", documents.choice, row.choice),
-        sampling=damage.part("sampling", documents.sampling, row.sampling),
-        policy=damage.part("policy", documents.policy, row.policy),
-        generation=damage.part("generation", documents.generation, row.generation),
-        capture=damage.part("capture", documents.capture, row.capture),
+        prompt_len=damage.number("prompt_len", row.prompt_len, int),
         reason=row.reason,
-        seconds=damage.measured("seconds", row.seconds),
+        seconds=damage.number("seconds", row.seconds, float),
         tokens=row.tokens,
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
-        checks=damage.part("checks", documents.checks, row.checks),
+        **{
+            name: damage.part(name, read, getattr(row, name))
+            for name, read in documents.OF_A_MESSAGE.items()
+        },
         parts=damage.part("parts", documents.parts, row.parts) or (),
-        template=damage.part("template", documents.template, row.template),
         tool_name=row.tool_name,
         # Until the message has ended, the column holds the digest of its prompt.
         digest=None if status_of(row.status).is_live else row.digest,

@@ -38,6 +38,12 @@ BATCH = 64
 # The rows of one step in one table, by column.
 _Rows = Mapping[str, list[Any]]
 _NO_ROWS: _Rows = defaultdict(list)
+# The columns of a step that its record copies, and those where NULL is NaN.
+_COPIED = (
+    *("step_index", "position", "token_id", "token", "is_special", "rank", "sampled_prob"),
+    *("digest", "tensor_digest"),
+)
+_MEASURED = ("logit", "prob", "logprob", "entropy", "margin", "elapsed_ms")
 _SUMMARY = [Step.__table__.columns[name] for name in StepSummary.__dataclass_fields__]
 
 
@@ -123,28 +129,15 @@ def _read_steps(
     attention_layers, attention = children(AttentionLayer), children(AttentionEntry)
     return [
         records.Step(
-            step_index=row.step_index,
-            position=row.position,
-            token_id=row.token_id,
-            token=row.token,
+            **{name: getattr(row, name) for name in _COPIED},
+            **{name: _number(getattr(row, name)) for name in _MEASURED},
             token_bytes=bytes(row.token_bytes),
-            is_special=row.is_special,
-            logit=_number(row.logit),
-            prob=_number(row.prob),
-            logprob=_number(row.logprob),
-            entropy=_number(row.entropy),
-            rank=row.rank,
-            margin=_number(row.margin),
-            sampled_prob=row.sampled_prob,
-            elapsed_ms=_number(row.elapsed_ms),
             topk=_candidates(topk.get(row.id, _NO_ROWS)),
             attention=_attention(
                 attention_layers.get(row.id, _NO_ROWS), attention.get(row.id, _NO_ROWS)
             ),
             lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id, _NO_ROWS)),
-            decision=documents.decision(row.decision),
-            digest=row.digest,
-            tensor_digest=row.tensor_digest,
+            decision=None if row.decision is None else documents.decision(row.decision),
         )
         for row in rows
     ]

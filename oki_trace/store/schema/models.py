@@ -19,21 +19,7 @@ import datetime as dt
 import uuid
 from typing import Any, ClassVar
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    Double,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    MetaData,
-    String,
-    Text,
-    UniqueConstraint,
-)
+import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from oki_trace.store.schema.column_types import BigId, ModelText, UtcTime
@@ -42,7 +28,7 @@ from oki_trace.store.schema.column_types import BigId, ModelText, UtcTime
 class Base(DeclarativeBase):
     """Every constraint has a name, because a migration can drop only a named one."""
 
-    metadata = MetaData(
+    metadata = sa.MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
             "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -52,14 +38,14 @@ class Base(DeclarativeBase):
         }
     )
     type_annotation_map: ClassVar[dict[Any, Any]] = {
-        int: Integer,
-        float: Double,
-        bytes: LargeBinary,
-        bool: Boolean,
+        int: sa.Integer,
+        float: sa.Double,
+        bytes: sa.LargeBinary,
+        bool: sa.Boolean,
         dt.datetime: UtcTime,
-        dict[str, Any]: JSON(none_as_null=True),
-        list[int]: JSON(none_as_null=True),
-        list[dict[str, Any]]: JSON(none_as_null=True),
+        dict[str, Any]: sa.JSON(none_as_null=True),
+        list[int]: sa.JSON(none_as_null=True),
+        list[dict[str, Any]]: sa.JSON(none_as_null=True),
     }
 
 
@@ -67,18 +53,18 @@ _NEVER_REUSED = {"sqlite_autoincrement": True}
 _CLUSTERED = {"sqlite_with_rowid": False}
 
 
-def _child_of(parent: str) -> ForeignKey:
-    return ForeignKey(parent, ondelete="CASCADE")
+def _child_of(parent: str) -> sa.ForeignKey:
+    return sa.ForeignKey(parent, ondelete="CASCADE")
 
 
 class StoreState(Base):
     """One row: the version, which grows with every write, so that viewers poll only it."""
 
     __tablename__ = "store_state"
-    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+    __table_args__ = (sa.CheckConstraint("id = 1", name="one_row"),)
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    version: Mapped[int] = mapped_column(BigInteger)
+    version: Mapped[int] = mapped_column(sa.BigInteger)
 
 
 class Conversation(Base):
@@ -88,13 +74,13 @@ class Conversation(Base):
     """
 
     __tablename__ = "conversation"
-    __table_args__ = (Index(None, "updated_at", "id"), UniqueConstraint("uid"), _NEVER_REUSED)
+    __table_args__ = (sa.Index(None, "updated_at", "id"), sa.UniqueConstraint("uid"), _NEVER_REUSED)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     title: Mapped[str] = mapped_column(ModelText)
     created_at: Mapped[dt.datetime]
     updated_at: Mapped[dt.datetime]
-    uid: Mapped[str] = mapped_column(String(32), default=lambda: uuid.uuid4().hex)
+    uid: Mapped[str] = mapped_column(sa.String(32), default=lambda: uuid.uuid4().hex)
 
 
 class Message(Base):
@@ -109,21 +95,21 @@ class Message(Base):
 
     __tablename__ = "message"
     __table_args__ = (
-        UniqueConstraint("conversation_id", "position"),
+        sa.UniqueConstraint("conversation_id", "position"),
         # A worker looks for queued replies many times per second.
-        Index(None, "status", "id"),
+        sa.Index(None, "status", "id"),
         _NEVER_REUSED,
     )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     conversation_id: Mapped[int] = mapped_column(BigId, _child_of("conversation.id"))
     position: Mapped[int]
-    role: Mapped[str] = mapped_column(String(16))
-    status: Mapped[str] = mapped_column(String(16))
+    role: Mapped[str] = mapped_column(sa.String(16))
+    status: Mapped[str] = mapped_column(sa.String(16))
     created_at: Mapped[dt.datetime]
     model_id: Mapped[str | None] = mapped_column(ModelText)
     prompt_len: Mapped[int | None]
-    owner: Mapped[str | None] = mapped_column(Text)
+    owner: Mapped[str | None] = mapped_column(sa.Text)
     heartbeat_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
     tensors_pruned_at: Mapped[dt.datetime | None]
@@ -140,7 +126,7 @@ class Message(Base):
     template: Mapped[dict[str, Any] | None]
     tool_name: Mapped[str | None] = mapped_column(ModelText)
     checks: Mapped[dict[str, Any] | None]
-    digest: Mapped[str | None] = mapped_column(String(64))
+    digest: Mapped[str | None] = mapped_column(sa.String(64))
 
 
 class PromptToken(Base):
@@ -153,7 +139,7 @@ class PromptToken(Base):
     position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     token_id: Mapped[int]
     token: Mapped[str] = mapped_column(ModelText)
-    segment: Mapped[str] = mapped_column(String(16))
+    segment: Mapped[str] = mapped_column(sa.String(16))
 
 
 class Step(Base):
@@ -167,7 +153,7 @@ class Step(Base):
     """
 
     __tablename__ = "step"
-    __table_args__ = (UniqueConstraint("message_id", "step_index"), _NEVER_REUSED)
+    __table_args__ = (sa.UniqueConstraint("message_id", "step_index"), _NEVER_REUSED)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     message_id: Mapped[int] = mapped_column(BigId, _child_of("message.id"))
@@ -186,14 +172,25 @@ class Step(Base):
     sampled_prob: Mapped[float | None]
     elapsed_ms: Mapped[float | None]
     settle_layer: Mapped[int | None]
-    tensor_bytes: Mapped[int] = mapped_column(BigInteger)
+    tensor_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     greedy_id: Mapped[int | None]
     decision: Mapped[dict[str, Any] | None]
     digest: Mapped[bytes | None]
     tensor_digest: Mapped[bytes | None]
 
 
-class TopkEntry(Base):
+class StepChild(Base):
+    """A table of the rows of steps, clustered by step."""
+
+    __abstract__ = True
+    __table_args__ = _CLUSTERED
+
+    step_id: Mapped[int] = mapped_column(
+        BigId, _child_of("step.id"), primary_key=True, sort_order=-1
+    )
+
+
+class TopkEntry(StepChild):
     """A candidate for the next token.
 
     ``sampled_prob``: the probability after the sampling settings. ``noise``: the Gumbel
@@ -201,9 +198,7 @@ class TopkEntry(Base):
     """
 
     __tablename__ = "topk_entry"
-    __table_args__ = _CLUSTERED
 
-    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     token_id: Mapped[int]
     token: Mapped[str] = mapped_column(ModelText)
@@ -213,37 +208,31 @@ class TopkEntry(Base):
     noise: Mapped[float | None]
 
 
-class AttentionLayer(Base):
+class AttentionLayer(StepChild):
     """The attention of a layer; ``missing`` is 1 minus the sum of all weights."""
 
     __tablename__ = "attention_layer"
-    __table_args__ = _CLUSTERED
 
-    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     missing: Mapped[float | None]
 
 
-class AttentionEntry(Base):
+class AttentionEntry(StepChild):
     """A position that a layer attended to from the newest position, averaged over heads."""
 
     __tablename__ = "attention_entry"
-    __table_args__ = _CLUSTERED
 
-    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     position: Mapped[int]
     weight: Mapped[float | None]
 
 
-class LensLayer(Base):
+class LensLayer(StepChild):
     """The Logit Lens at a layer, over the whole vocabulary."""
 
     __tablename__ = "lens_layer"
-    __table_args__ = _CLUSTERED
 
-    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     entropy: Mapped[float | None]
     chosen_rank: Mapped[int]
@@ -251,13 +240,11 @@ class LensLayer(Base):
     kl: Mapped[float | None]
 
 
-class LensEntry(Base):
+class LensEntry(StepChild):
     """One of the most likely tokens of the Logit Lens at a layer."""
 
     __tablename__ = "lens_entry"
-    __table_args__ = _CLUSTERED
 
-    step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"), primary_key=True)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     token_id: Mapped[int]
@@ -270,18 +257,18 @@ class Tensor(Base):
     """A full tensor, encoded; ``data`` is the last column, because it is long."""
 
     __tablename__ = "tensor"
-    __table_args__ = (UniqueConstraint("step_id", "name"), _NEVER_REUSED)
+    __table_args__ = (sa.UniqueConstraint("step_id", "name"), _NEVER_REUSED)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     step_id: Mapped[int] = mapped_column(BigId, _child_of("step.id"))
-    name: Mapped[str] = mapped_column(String(32))
-    dtype: Mapped[str] = mapped_column(String(16))
+    name: Mapped[str] = mapped_column(sa.String(32))
+    dtype: Mapped[str] = mapped_column(sa.String(16))
     shape: Mapped[list[int]]
     layers: Mapped[list[int]]
     key_offset: Mapped[int]
-    codec: Mapped[str] = mapped_column(String(16))
-    checksum: Mapped[str] = mapped_column(String(32))
-    raw_bytes: Mapped[int] = mapped_column(BigInteger)
+    codec: Mapped[str] = mapped_column(sa.String(16))
+    checksum: Mapped[str] = mapped_column(sa.String(32))
+    raw_bytes: Mapped[int] = mapped_column(sa.BigInteger)
     data: Mapped[bytes]
 
 
@@ -289,13 +276,13 @@ class Worker(Base):
     """A process that owns a model and generates queued replies."""
 
     __tablename__ = "worker"
-    __table_args__ = (UniqueConstraint("owner"), _NEVER_REUSED)
+    __table_args__ = (sa.UniqueConstraint("owner"), _NEVER_REUSED)
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
-    owner: Mapped[str] = mapped_column(Text)
-    host: Mapped[str] = mapped_column(Text)
+    owner: Mapped[str] = mapped_column(sa.Text)
+    host: Mapped[str] = mapped_column(sa.Text)
     pid: Mapped[int]
-    state: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(sa.String(16))
     model_id: Mapped[str | None] = mapped_column(ModelText)
     detail: Mapped[str] = mapped_column(ModelText)
     progress: Mapped[float | None]

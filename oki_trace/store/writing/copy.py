@@ -195,10 +195,13 @@ class _Copier:
             # In the order of the key, in which the rows are stored. A step may have any number.
             for rows in instant.row_batches(query.order_by(*table.primary_key), _ROWS):
                 bulk.insert(connection, [(new_ids[row.step_id], *row[1:]) for row in rows])
+        self._tensors(instant, connection, new_ids)
+
+    def _tensors(self, instant: Snapshot, connection: Connection, new_ids: dict[int, int]) -> None:
+        """One blob after another: each may be large."""
         table = models.Tensor.__table__
         bulk = Bulk(models.Tensor, connection.dialect)
         query = select(table.c.id).where(table.c.step_id.in_(list(new_ids))).order_by(table.c.id)
-        # One blob after another: each may be large.
         for tensor_id in instant.scalars(query):
             (row,) = instant.rows(select(table).where(table.c.id == tensor_id))
             values = {**_values(row), "step_id": new_ids[row.step_id]}

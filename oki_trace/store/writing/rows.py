@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice, repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sqlalchemy import Connection, Dialect, Table, bindparam, insert, update
 
 from oki_trace.records import Candidates, FloatArray, LayerAttention, Lens, Prompt, Step, TensorMode
 from oki_trace.store.codecs.tensors import EncodedTensor, keep
-from oki_trace.store.digest import of_tensors
+from oki_trace.store.digest import of_step, of_tensors
 from oki_trace.store.reading import documents
 from oki_trace.store.schema import models
 from oki_trace.store.schema.column_types import storable
@@ -63,55 +63,46 @@ class Bulk:
             connection.exec_driver_sql(statement, tuple(chain.from_iterable(block)))
 
 
+class EncodedStep(NamedTuple):
+    """A step with its encoded tensors, and the digests of its rows and its tensors."""
+
+    step: Step
+    tensors: Sequence[EncodedTensor]
+    digest: bytes
+    tensor_digest: bytes | None
+
+
 class StepRows:
     """The bulk inserts of everything that belongs to a step or a prompt."""
 
     def __init__(self, dialect: Dialect) -> None:
-        self._topk = Bulk(models.TopkEntry, dialect)
-        self._attention_layers = Bulk(models.AttentionLayer, dialect)
-        self._attention = Bulk(models.AttentionEntry, dialect)
-        self._lens_layers = Bulk(models.LensLayer, dialect)
-        self._lens = Bulk(models.LensEntry, dialect)
-        self._prompt = Bulk(models.PromptToken, dialect)
-        self._tensors = Bulk(models.Tensor, dialect)
+        tables = (*models.STEP_CHILDREN, models.PromptToken, models.Tensor)
+        self._bulk = {model: Bulk(model, dialect) for model in tables}
 
     def insert_steps(
-        self,
-        connection: Connection,
-        message_id: int,
-        steps: Sequence[Step],
-        tensors: Sequence[Sequence[EncodedTensor]],
-        digests: Mapping[int, tuple[bytes, bytes | None]],
+        self, connection: Connection, message_id: int, steps: Sequence[EncodedStep]
     ) -> dict[int, int]:
-        """Insert steps with everything but their lens; returns their ids by step_index.
-
-        ``digests``: those of the rows and of the tensors, by step_index.
-        """
-        ids = [
-            connection.execute(
-                _INSERT_STEP, _step(message_id, step, encoded, digests[step.step_index])
-            ).scalar_one()
-            for step, encoded in zip(steps, tensors, strict=True)
-        ]
-        with_ids = list(zip(ids, steps, strict=True))
-        self._topk.insert(
-            connection, [row for step_id, step in with_ids for row in _topk(step_id, step.topk)]
-        )
-        attention = [(step_id, one) for step_id, step in with_ids for one in step.attention]
-        self._attention_layers.insert(
-            connection,
-            [(step_id, one.layer, number(float(one.missing))) for step_id, one in attention],
-        )
-        self._attention.insert(
-            connection, [row for step_id, one in attention for row in _attention(step_id, one)]
-        )
-        blobs = [
-            _tensor(step_id, tensor)
-            for step_id, encoded in zip(ids, tensors, strict=True)
-            for tensor in encoded
-        ]
-        self._tensors.insert(connection, blobs)
-        return {step.step_index: step_id for step_id, step in with_ids}
+        """Insert steps with everything but their lens; returns their ids by step_index."""
+        ids: dict[int, int] = {}
+        topk: list[Row] = []
+        attention_layers: list[Row] = []
+        attention: list[Row] = []
+        blobs: list[Row] = []
+        for encoded in steps:
+            step = encoded.step
+            step_id = connection.execute(_INSERT_STEP, _step(message_id, encoded)).scalar_one()
+            ids[step.step_index] = step_id
+            topk += _topk(step_id, step.topk)
+            for of_layer in step.attention:
+                missing = number(float(of_layer.missing))
+                attention_layers.append((step_id, of_layer.layer, missing))
+                attention += _attention(step_id, of_layer)
+            blobs += (_tensor(step_id, tensor) for tensor in encoded.tensors)
+        self._bulk[models.TopkEntry].insert(connection, topk)
+        self._bulk[models.AttentionLayer].insert(connection, attention_layers)
+        self._bulk[models.AttentionEntry].insert(connection, attention)
+        self._bulk[models.Tensor].insert(connection, blobs)
+        return ids
 
     def insert_lenses(
         self, connection: Connection, lenses: Sequence[tuple[int, Lens, bytes | None]]
@@ -122,19 +113,16 @@ class StepRows:
         """
         if not lenses:
             return
-        self._lens_layers.insert(
-            connection, [row for step_id, lens, _ in lenses for row in _lens_layers(step_id, lens)]
-        )
-        self._lens.insert(
-            connection, [row for step_id, lens, _ in lenses for row in _lens(step_id, lens)]
-        )
-        connection.execute(
-            _ADD_LENS,
-            [
-                {"of_step": step_id, "layer": lens.settle_layer, "whole": digest}
-                for step_id, lens, digest in lenses
-            ],
-        )
+        layers: list[Row] = []
+        entries: list[Row] = []
+        changes: list[dict[str, Any]] = []
+        for step_id, lens, digest in lenses:
+            layers += _lens_layers(step_id, lens)
+            entries += _lens(step_id, lens)
+            changes.append({"of_step": step_id, "layer": lens.settle_layer, "whole": digest})
+        self._bulk[models.LensLayer].insert(connection, layers)
+        self._bulk[models.LensEntry].insert(connection, entries)
+        connection.execute(_ADD_LENS, changes)
 
     def insert_prompt(self, connection: Connection, message_id: int, prompt: Prompt) -> None:
         tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
@@ -144,54 +132,40 @@ class StepRows:
         )
         # A prompt may have a million tokens, too many to be rows at once.
         while batch := list(islice(rows, _PROMPT_ROWS)):
-            self._prompt.insert(connection, batch)
+            self._bulk[models.PromptToken].insert(connection, batch)
 
 
-def encode_all(
-    step: Step, mode: TensorMode, *, faithful: bool = False
-) -> tuple[list[EncodedTensor], bytes | None]:
-    """The step's tensors encoded in ``mode``, and the digest of what will be decoded.
+def encode(step: Step, mode: TensorMode, *, faithful: bool = False) -> EncodedStep:
+    """Encode a step's tensors in ``mode`` and compute the digests of what will be read.
 
     A digest that the step brings along is kept.
     """
+    digest = step.digest or of_step(step)
     if mode == "none":
-        return [], step.tensor_digest
+        return EncodedStep(step, (), digest, step.tensor_digest)
     kept = [keep(tensor, mode, faithful=faithful) for tensor in step.tensors]
-    digest = step.tensor_digest or of_tensors(one.content for one in kept)
-    return [one.row for one in kept], digest
+    tensor_digest = step.tensor_digest or of_tensors(one.content for one in kept)
+    return EncodedStep(step, [one.row for one in kept], digest, tensor_digest)
 
 
-def _step(
-    message_id: int,
-    step: Step,
-    tensors: Sequence[EncodedTensor],
-    digests: tuple[bytes, bytes | None],
-) -> dict[str, Any]:
+def _step(message_id: int, encoded: EncodedStep) -> dict[str, Any]:
+    step = encoded.step
     return {
         **{name: getattr(step, name) for name in _COPIED},
         **{name: number(getattr(step, name)) for name in _MEASURED},
         "message_id": message_id,
-        "tensor_bytes": sum(len(tensor.data) for tensor in tensors),
+        "tensor_bytes": sum(len(tensor.data) for tensor in encoded.tensors),
         "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
         "decision": documents.to_document(step.decision),
-        "digest": digests[0],
-        "tensor_digest": digests[1],
+        "digest": encoded.digest,
+        "tensor_digest": encoded.tensor_digest,
     }
 
 
 def _tensor(step_id: int, tensor: EncodedTensor) -> Row:
-    return (
-        step_id,
-        tensor.name,
-        tensor.dtype,
-        json.dumps(tensor.shape),
-        json.dumps(tensor.layers),
-        tensor.key_offset,
-        tensor.codec,
-        tensor.checksum,
-        tensor.raw_bytes,
-        tensor.data,
-    )
+    shape, layers = json.dumps(tensor.shape), json.dumps(tensor.layers)
+    head = (step_id, tensor.name, tensor.dtype, shape, layers, tensor.key_offset)
+    return (*head, tensor.codec, tensor.checksum, tensor.raw_bytes, tensor.data)
 
 
 def number(value: float | None) -> float | None:

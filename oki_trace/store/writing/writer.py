@@ -13,28 +13,15 @@ from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from sqlalchemy import Connection, func, select, update
 
+from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
-from oki_trace.records import (
-    CapturePolicy,
-    ChatMessage,
-    Lens,
-    ModelChoice,
-    Role,
-    Sampling,
-    Status,
-    Step,
-    TemplateOptions,
-    TensorMode,
-    TurnEnd,
-    TurnStart,
-)
+from oki_trace.records import Role, Status
 from oki_trace.store.db_errors import translate_errors
-from oki_trace.store.digest import PromptDigest, of_step, with_lens
+from oki_trace.store.digest import PromptDigest, with_lens
 from oki_trace.store.disk_reserve import Reserve
 from oki_trace.store.file_guard import FileGuard
 from oki_trace.store.liveness import Heartbeat, running_replies, this_process
@@ -45,7 +32,7 @@ from oki_trace.store.schema.engine import set_checkpoint, writer_engine
 from oki_trace.store.schema.identity import Db
 from oki_trace.store.writing import lifecycle, message_digest
 from oki_trace.store.writing.checkpoint import Checkpointer
-from oki_trace.store.writing.rows import StepRows, encode_all, number
+from oki_trace.store.writing.rows import StepRows, encode, number
 
 _BUMP_VERSION = update(models.StoreState).values(version=models.StoreState.version + 1)
 
@@ -54,7 +41,7 @@ _BUMP_VERSION = update(models.StoreState).values(version=models.StoreState.versi
 class _Reply:
     """What this process remembers of a reply it writes, so that a step needs no query."""
 
-    tensors: TensorMode
+    tensors: records.TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
     # Of the steps whose lens has not been written yet.
     digests: dict[int, bytes | None] = field(default_factory=dict)
@@ -94,12 +81,7 @@ class TraceWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -140,7 +122,7 @@ class TraceWriter:
     def add_message(
         self,
         conversation_id: int,
-        message: ChatMessage,
+        message: records.ChatMessage,
         *,
         created_at: dt.datetime | None = None,
         digest: str | None = None,
@@ -164,13 +146,13 @@ class TraceWriter:
     def queue_reply(
         self,
         conversation_id: int,
-        choice: ModelChoice,
-        sampling: Sampling,
-        policy: CapturePolicy,
+        choice: records.ModelChoice,
+        sampling: records.Sampling,
+        policy: records.CapturePolicy,
         *,
         claim: bool = False,
         created_at: dt.datetime | None = None,
-        template: TemplateOptions | None = None,
+        template: records.TemplateOptions | None = None,
     ) -> int:
         """Queue a reply to the conversation so far; returns its id.
 
@@ -213,7 +195,7 @@ class TraceWriter:
         self._heartbeat.start()
         return message_id
 
-    def start_reply(self, message_id: int, start: TurnStart) -> None:
+    def start_reply(self, message_id: int, start: records.TurnStart) -> None:
         """Write what is known before the first token: the prompt and the effective settings."""
         self._heartbeat.start()
         prompt = PromptDigest().add(
@@ -238,8 +220,8 @@ class TraceWriter:
     def append(
         self,
         message_id: int,
-        steps: Sequence[Step],
-        lenses: Sequence[Lens] = (),
+        steps: Sequence[records.Step],
+        lenses: Sequence[records.Lens] = (),
         *,
         faithful: bool = False,
     ) -> bool:
@@ -251,14 +233,10 @@ class TraceWriter:
         """
         reply = self._reply(message_id)
         # Before the transaction, so that other writers do not wait for the encoding.
-        encoded = [encode_all(step, reply.tensors, faithful=faithful) for step in steps]
+        encoded = [encode(step, reply.tensors, faithful=faithful) for step in steps]
         ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
-        digests = {step.step_index: step.digest or of_step(step) for step in steps}
-        both = {
-            step.step_index: (digests[step.step_index], tensor_digest)
-            for step, (_, tensor_digest) in zip(steps, encoded, strict=True)
-        }
-        brought = {step.step_index for step in steps if step.digest is not None}
+        digests = {one.step.step_index: one.digest for one in encoded}
+        with_own_digest = {step.step_index for step in steps if step.digest is not None}
         with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
             first = len(reply.step_ids)
@@ -268,9 +246,7 @@ class TraceWriter:
                         f"Step {step.step_index} of message {message_id} is out of order: write "
                         f"step {expected} first."
                     )
-            written = self._rows.insert_steps(
-                connection, message_id, steps, [rows for rows, _ in encoded], both
-            )
+            written = self._rows.insert_steps(connection, message_id, encoded)
             known = ChainMap(written, reply.step_ids)
             of_steps = []
             for lens in ready:
@@ -280,7 +256,7 @@ class TraceWriter:
                         "the step first."
                     )
                 digest = digests.get(lens.step_index) or reply.digests.get(lens.step_index)
-                if digest is not None and lens.step_index not in brought:
+                if digest is not None and lens.step_index not in with_own_digest:
                     digest = with_lens(digest, lens)
                 of_steps.append((known[lens.step_index], lens, digest))
             self._rows.insert_lenses(connection, of_steps)
@@ -293,7 +269,7 @@ class TraceWriter:
     def finish_reply(
         self,
         message_id: int,
-        end: TurnEnd,
+        end: records.TurnEnd,
         *,
         tensors_pruned_at: dt.datetime | None = None,
         digest: str | None = None,
