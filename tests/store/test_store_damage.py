@@ -67,7 +67,7 @@ OF_MESSAGE = {
     "prompt_len = 'x' WHERE id = 4": "its prompt_len is 'x'",
     "position = 'x' WHERE id = 4": "its position is 'x'",
     "content = 7.5 WHERE id = 4": "",
-    "content = x'ff' WHERE id = 4": "its content is no text",
+    "content = x'ff' WHERE id = 4": "its content is not text",
     "owner = 'nobody:knows', status = 'running' WHERE id = 4": "",
 }
 
@@ -169,7 +169,7 @@ def test_messages_whose_conversation_is_gone_can_be_deleted(three: Path) -> None
     damage(three, "DELETE FROM conversation WHERE id = 2")
     with TraceReader(three) as reader:
         assert [c.id for c in reader.conversations()] == [3, 1]
-        assert any("is gone" in str(one) for one in Verification(reader))
+        assert any("is missing" in str(one) for one in Verification(reader))
     with TraceWriter(three) as writer:
         writer.delete_conversation(2)
     with TraceReader(three) as reader:

@@ -319,7 +319,7 @@ CHANGES: dict[str, Callable[[sqlite3.Connection], None]] = {
         f"DELETE FROM step WHERE message_id = {REPLY} AND step_index > 2",
         f"UPDATE message SET status = 'interrupted' WHERE id = {REPLY}",
     ),
-    "said to be pruned": _sql(
+    "although they were pruned": _sql(
         f"UPDATE message SET tensors_pruned_at = '2026-11-01 00:00:00.000000' WHERE id = {REPLY}"
     ),
 }

@@ -116,24 +116,24 @@ BROKEN = [
     (of(models.Step, prob=0.9), "its probability"),
     (of(models.Step, entropy=9.0), "its entropy"),
     (of(models.Step, token_id=77), "its token is 77"),
-    (of(models.Step, token_id=3), "its logits say"),
+    (of(models.Step, token_id=3), "its logits give"),
     (of(models.Step, rank=1), "rank 1 is not the token"),
-    (of(models.Step, settle_layer=1), "it does not settle at layer 1"),
+    (of(models.Step, settle_layer=1), "its lens does not settle at layer 1"),
     (of(models.Step, tensor_bytes=5), "bytes instead of 5"),
-    (without(models.Step), "it follows where step 7 should"),
+    (without(models.Step), "step 7 is missing before it"),
     (without(models.TopkEntry), "it has no candidates"),
     (without(models.TopkEntry, rank=1), "ranks 2 to 10, 9 in all"),
     (without(models.TopkEntry, rank=4), "ranks 1 to 10, 9 in all"),
     (of(models.TopkEntry, logit=1.5), "are not those of the full logits"),
-    (without(models.AttentionLayer, layer=2), "announced were 1, 2, 3"),
+    (without(models.AttentionLayer, layer=2), "of layers 1, 3 instead of 1, 2, 3"),
     (without(models.AttentionEntry, layer=2, rank=1), "attention rows of layer 2 have ranks 2 to"),
-    (of(models.AttentionEntry, position=60), "positions that cannot be"),
+    (of(models.AttentionEntry, position=60), "impossible positions"),
     (of(models.AttentionEntry, weight=0.21), "is not the mean of its heads"),
-    (of(models.AttentionLayer, missing=0.3), "what it misses add up to 1.3"),
+    (of(models.AttentionLayer, missing=0.3), "its missing share add up to 1.3"),
     (without(models.LensLayer), "its lens is missing"),
     (without(models.LensLayer, layer=3), "its rows do not fit together"),
     (of(models.LensEntry, logit=1.0), "is not the model's own distribution"),
-    (of(models.LensLayer, chosen_prob=0.2), "gives its token another probability"),
+    (of(models.LensLayer, chosen_prob=0.2), "has another probability for its token"),
     (of(models.LensLayer, chosen_rank=4), "its token at rank 4"),
     (without(models.Tensor), "it has no attentions and no logits"),
     (without(models.Tensor, name="logits"), "it has no logits"),
@@ -176,7 +176,7 @@ def test_a_changed_prompt_or_order_is_found(store: Store) -> None:
         "digest)",
         f"{where} the tokens of its prompt are at 1 to 5",
         f"{where} its prompt has 5 tokens instead of 6",
-        f"conversation {conversation}, message {message + 1}: it stands at position 4, not 1",
+        f"conversation {conversation}, message {message + 1}: it is at position 4 instead of 1",
     ]
 
 
@@ -187,7 +187,7 @@ def test_an_orphan_is_found(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
         connection.execute("DELETE FROM conversation")
         connection.commit()
     with TraceReader(file) as reader:
-        assert "store: a row of message belongs to a row of conversation that is gone" in [
+        assert "store: a row of message belongs to a row of conversation that is missing" in [
             str(finding) for finding in Verification(reader)
         ]
 

@@ -42,7 +42,7 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
         yield "it has no candidates"
         return
     if message.policy is not None and len(top.tokens) > message.policy.topk_logits:
-        yield f"it has {len(top.tokens)} candidates, more than were asked for"
+        yield f"it has {len(top.tokens)} candidates, more than requested"
     if not _is_falling(top.probs) or not _is_falling(top.logits):
         yield "the candidates are not in the order of their probabilities"
     if step.rank <= len(top.tokens) and not _close(
@@ -52,7 +52,7 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
     if len(top.probs) > 1 and not _close(
         step.margin, float(top.probs[0]) - float(top.probs[1]), _ROUNDING
     ):
-        yield f"its margin is {step.margin:.6g}, its candidates say another"
+        yield f"its margin is {step.margin:.6g}, its candidates give another"
     place = np.flatnonzero(top.token_ids == step.token_id)
     if step.sampled_prob is not None and top.sampled_probs is not None and place.size:
         sampled = float(top.sampled_probs[place[0]])
@@ -64,13 +64,13 @@ def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
     announced = message.capture.attention_layers if message.capture else ()
     layers = tuple(layer.layer for layer in step.attention)
     if layers != announced:
-        yield f"it has attention of layers {_list(layers)}, announced were {_list(announced)}"
+        yield f"it has attention of layers {_list(layers)} instead of {_list(announced)}"
     for layer in step.attention:
         if not _is_falling(layer.weights):
             yield f"the attention of layer {layer.layer} is not in the order of its weights"
         outside = (layer.positions < 0) | (layer.positions >= step.position)
         if outside.any() or len(set(layer.positions.tolist())) != len(layer.positions):
-            yield f"the attention of layer {layer.layer} names positions that cannot be"
+            yield f"the attention of layer {layer.layer} names impossible positions"
         if float(layer.weights.sum()) + layer.missing > 1 + 1e-3:
             yield f"the attention of layer {layer.layer} adds up to more than 1"
 
@@ -85,7 +85,7 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
             yield "its lens is missing"
         return
     if not capture.logit_lens_available:
-        yield "it has a lens, which was announced as not available"
+        yield "it has a lens, although the model has none"
     if len(lens.entropy) != capture.layers + 1:
         yield f"its lens has {len(lens.entropy)} layers instead of {capture.layers + 1}"
     k = min(lens.token_ids.shape[1], len(step.topk.tokens))
@@ -95,7 +95,7 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
     if not np.allclose(last, own, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
         yield "its lens at the last layer is not the model's own distribution"
     if not _close(float(lens.chosen_prob[-1]), step.prob, _ROUNDING):
-        yield "its lens at the last layer gives its token another probability"
+        yield "its lens at the last layer has another probability for its token"
     if lens.chosen_rank[-1] != step.rank:
         yield f"its lens at the last layer has its token at rank {lens.chosen_rank[-1]}"
 
@@ -113,13 +113,13 @@ def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[
         expected = {"logits", *(["attentions"] if capture.attention_layers else [])}
     # Pruning begins with the first step, in the transaction that marks the reply as pruned.
     if names and message.tensors_pruned_at is not None and step_index == 0:
-        yield "its tensors are said to be pruned, and are there"
+        yield "it has tensors, although they were pruned"
     if not names and (message.tensors_pruned_at is not None or capture.tensors_left_out):
         return
     if missing := sorted(expected - names):
-        yield f"it has no {' and no '.join(missing)}, which were to be kept"
+        yield f"it has no {' and no '.join(missing)}, although the settings keep them"
     if capture.policy.tensors == "none" and names:
-        yield f"it has {', '.join(sorted(names))}, which were not to be kept"
+        yield f"it has {', '.join(sorted(names))}, although the settings keep no tensors"
 
 
 def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
@@ -153,16 +153,16 @@ def _logits_agree(
     prob = float(probs[step.token_id])
     tolerance = _ROUNDING if is_exact else compact.PROB_BOUND
     if not _close(step.prob, prob, tolerance, relative=False):
-        yield f"its probability is {step.prob:.6g}, its logits say {prob:.6g}"
+        yield f"its probability is {step.prob:.6g}, its logits give {prob:.6g}"
     present = probs > 0
     entropy = -float((probs[present] * np.log(probs[present])).sum())
     if not _close(step.entropy, entropy, 1e-3 if is_exact else 2e-2):
-        yield f"its entropy is {step.entropy:.6g}, its logits say {entropy:.6g}"
+        yield f"its entropy is {step.entropy:.6g}, its logits give {entropy:.6g}"
     ids, rows = step.topk.token_ids, step.topk.logits.astype(np.float64)
     if not len(ids):
         return
     if ids.min() < 0 or ids.max() >= logits.size:
-        yield "its candidates name tokens that the logits do not have"
+        yield "its candidates name tokens outside the logits"
         return
     size = np.where(np.isfinite(rows), np.abs(rows), 0.0)
     slack = _logit_slack(largest - wide[ids], kind) + _ROUNDING * size
@@ -222,7 +222,7 @@ def _evidence_agrees(
         yield f"the attention of layer {layer.layer} is not the mean of its heads"
     total = float(mean.sum()) + layer.missing
     if abs(total - 1) > error + _ROUNDING:
-        yield f"the attention of layer {layer.layer} and what it misses add up to {total:.5f}"
+        yield f"the attention of layer {layer.layer} and its missing share add up to {total:.5f}"
 
 
 def _is_falling(values: NDArray[Any]) -> bool:

@@ -109,7 +109,7 @@ class Verification:
             if problem != "ok":
                 yield f"the file is damaged ({problem})"
         for row in orphans:
-            yield f"a row of {row[0]} belongs to a row of {row[2]} that is gone"
+            yield f"a row of {row[0]} belongs to a row of {row[2]} that is missing"
 
     def _conversation(self, conversation_id: int) -> Iterator[Finding]:
         try:
@@ -147,7 +147,7 @@ class Verification:
     def _message(self, message: Message, place: int) -> Iterator[str]:
         """A message as a whole, against its place and its digest."""
         if message.position != place:
-            yield f"it stands at position {message.position}, not {place}"
+            yield f"it is at position {message.position} instead of {place}"
         if message.damage is not None:
             yield message.damage
         yield from self._reader.ask(
@@ -162,7 +162,7 @@ class Verification:
             # A reply that no model was asked for was written by hand.
             requested = message.choice is not None
             if message.tokens or (requested and message.status is Status.COMPLETE):
-                yield None, "nothing says how it was generated"
+                yield None, "its capture report or the length of its prompt is missing"
             return
         for problem in self._prompt(message.id, message.prompt_len):
             yield None, problem
@@ -180,7 +180,7 @@ class Verification:
                 for row in rows:
                     problems = lists.get(row.id, [])
                     if row.step_index != expected:
-                        problems.append(f"it follows where step {expected} should")
+                        problems.append(f"step {expected} is missing before it")
                     expected = row.step_index + 1
                     problems.extend(self._step(instant, message, row))
                     for problem in problems:
@@ -209,10 +209,10 @@ class Verification:
             yield f"its rows do not fit together ({error.__cause__ or error})"
             return
         if step.lens is not None and step.lens.settle_layer != row.settle_layer:
-            yield f"it does not settle at layer {row.settle_layer}"
+            yield f"its lens does not settle at layer {row.settle_layer}"
         greedy = None if step.decision is None else step.decision.greedy.token_id
         if greedy != row.greedy_id:
-            yield f"its greedy token is {row.greedy_id}, its decision says {greedy}"
+            yield f"its greedy token is {row.greedy_id}, in its decision it is {greedy}"
         yield from rows_agree(message, step, complete=message.status in _COMPLETE)
         yield from step_changes(message, step)
         yield from self._tensors(instant, message, step, row)

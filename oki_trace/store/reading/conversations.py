@@ -168,7 +168,7 @@ def _conversation(row: sa.Row[Any], messages: Sequence[Any]) -> records.Conversa
         of_message.role(message.role)
         of_message.time("created_at", message.created_at)
         if not message.documents_valid:
-            of_message.add("a document of it is no JSON")
+            of_message.add("one of its documents is not JSON")
         if of_message:
             damage.add(f"message {message.id}: {of_message}")
     return records.Conversation(

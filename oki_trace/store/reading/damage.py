@@ -62,7 +62,7 @@ class Damage:
         """The record that ``read`` makes of a document; None if there is none, or no record."""
         try:
             if isinstance(value, BrokenDocument):
-                raise ValueError("no JSON")
+                raise ValueError("not JSON")
             return None if value is None else read(value)
         except (*_WRONG_KIND, OkiTraceError) as error:
             self.add(f"its {name} makes no sense ({type(error).__name__})")
@@ -79,7 +79,7 @@ class Damage:
         """A text; any other value becomes the text that shows it."""
         if isinstance(value, str):
             return value
-        self.add(f"its {name} is no text")
+        self.add(f"its {name} is not text")
         return "" if value is None else repr(value)[:200]
 
 
