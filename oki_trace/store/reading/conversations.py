@@ -19,7 +19,21 @@ from oki_trace.store.reading.messages import TOKEN_COUNT
 from oki_trace.store.reading.not_found import no_conversation
 from oki_trace.store.schema.models import Conversation, Message, Step
 
-_DOCUMENTS = [column for column in Message.__table__.columns if isinstance(column.type, sa.JSON)]
+_BRIEF = (
+    *(Message.id, Message.conversation_id, Message.role, Message.created_at, Message.model_id),
+    *(*LIFE, TOKEN_COUNT.label("tokens")),
+)
+# Whether the documents of a message are JSON: SQLite stores any text, PostgreSQL checks it.
+_DOCUMENTS_VALID = {
+    "postgresql": sa.true(),
+    "sqlite": sa.and_(
+        *(
+            sa.or_(column.is_(None), sa.func.json_valid(column, type_=sa.Integer) == 1)
+            for column in Message.__table__.columns
+            if isinstance(column.type, sa.JSON)
+        )
+    ),
+}
 
 
 class ConversationReads(ReadConnection):
@@ -136,28 +150,12 @@ def _conversations(
     rows = list(rows)
     messages: dict[int, list[Any]] = {row.id: [] for row in rows}
     for message in connection.execute(
-        sa.select(
-            *(Message.id, Message.conversation_id, Message.role, Message.created_at),
-            *(Message.model_id, *LIFE, TOKEN_COUNT.label("tokens")),
-            _documents_valid(connection).label("documents_valid"),
-        )
+        sa.select(*_BRIEF, _DOCUMENTS_VALID[connection.dialect.name].label("documents_valid"))
         .where(Message.conversation_id.in_(list(messages)))
         .order_by(Message.conversation_id, Message.position)
     ):
         messages[message.conversation_id].append(message)
     return [_conversation(row, messages[row.id]) for row in rows]
-
-
-def _documents_valid(connection: sa.Connection) -> sa.ColumnElement[Any]:
-    """Whether a message's documents are JSON: SQLite stores any text, PostgreSQL checks it."""
-    if connection.dialect.name != "sqlite":
-        return sa.true()
-    return sa.and_(
-        *(
-            sa.or_(one.is_(None), sa.func.json_valid(one, type_=sa.Integer) == 1)
-            for one in _DOCUMENTS
-        )
-    )
 
 
 def _conversation(row: sa.Row[Any], messages: Sequence[Any]) -> records.Conversation:
