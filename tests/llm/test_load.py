@@ -189,7 +189,7 @@ def test_4bit_of_a_quantized_model_falls_back_visibly(broken: Path) -> None:
     four = load(ModelChoice(str(broken), use_4bit=True))
     four.model.save_pretrained(broken / "again")
     write_tokenizer(broken / "again")
-    with pytest.warns(QuantizationFallback, match=r"4-bit was asked for.*quantized already"):
+    with pytest.warns(QuantizationFallback, match=r"4-bit was requested.*quantized already"):
         loaded = load(ModelChoice(str(broken / "again"), use_4bit=True))
     assert loaded.requested.use_4bit
     assert "bitsandbytes" in str(loaded.fallback_reason)

@@ -17,17 +17,21 @@ eager attention is taken (``instrument.py`` compares, once per load):
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.capture.buffers import BufferPool, is_persistent
 from oki_trace.llm.decoding.forward_pass import AttentionCapture, LastQuery
+from oki_trace.llm.transformers_internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_configs,
+    eager_attention,
+)
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +160,7 @@ class OutputAttentionsTap:
     """
 
     def __init__(self, model: Any, layers: Mapping[int, int], *, has_cache: bool) -> None:
-        self._configs = _configs(model)
+        self._configs = attention_configs(model)
         self._layers = layers
         self.splits_prompt = has_cache
 
@@ -166,7 +170,7 @@ class OutputAttentionsTap:
 
     @contextmanager
     def asking(self) -> Iterator[dict[str, Any]]:
-        with _eager(self._configs):
+        with eager_attention(self._configs):
             yield {"output_attentions": True}
 
     def take(self, outputs: Any) -> AttentionCapture:
@@ -182,25 +186,8 @@ def eager(model: Any) -> Iterator[None]:
     The name is read from the config at every call; parts of a model may have
     configs, and names, of their own.
     """
-    with _eager(_configs(model)):
+    with eager_attention(attention_configs(model)):
         yield
-
-
-@contextmanager
-def _eager(configs: Sequence[Any]) -> Iterator[None]:
-    before = [(config, config._attn_implementation_internal) for config in configs]
-    for config, _ in before:
-        config._attn_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
 
 
 def last_rows(outputs: Any, queries: int | None = None) -> list[Tensor | None]:

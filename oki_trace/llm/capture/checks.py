@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.capture.anatomy import Anatomy, probe_tokens
 from oki_trace.llm.capture.attention import (
@@ -35,6 +34,7 @@ from oki_trace.llm.capture.speedups import preallocate
 from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.special_lengths import checkable
 from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.transformers_internals import ALL_ATTENTION_FUNCTIONS, attention_implementation
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -274,7 +274,7 @@ def _adds_tokens(model: Any, ids: Tensor) -> bool:
 
 
 def _watching_tap(model: Any, anatomy: Anatomy) -> KernelTap | HookedTap:
-    implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
+    implementation = attention_implementation(model.config.get_text_config(decoder=True))
     if implementation in ALL_ATTENTION_FUNCTIONS:
         return KernelTap(anatomy.layer_of(), implementation)
     return HookedTap(anatomy.layer_of())

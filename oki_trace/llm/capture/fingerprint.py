@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oki_trace.llm.torch_internals import hooks_of, version_of
+from oki_trace.llm.transformers_internals import attention_name
+
 
 @dataclass(frozen=True)
 class Fingerprint:
@@ -68,8 +71,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
     return (
         id(module),
         module.training,
-        tuple(map(id, module._forward_hooks.values())),
-        tuple(map(id, module._forward_pre_hooks.values())),
+        tuple(map(id, hooks_of(module))),
         # Put there by offloading libraries, and by users who patch.
         id(module.__dict__["forward"]) if "forward" in module.__dict__ else None,
         id(getattr(type(module), "forward", None)),
@@ -82,7 +84,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 def _parameter(tensor: Tensor) -> tuple[Any, ...]:
     try:
-        place, version = tensor.data_ptr(), tensor._version
+        place, version = tensor.data_ptr(), version_of(tensor)
     except RuntimeError:  # quantized tensors have no one place, inference tensors no version
         place, version = 0, 0
     return id(tensor), place, version, *_form(tensor)
@@ -96,7 +98,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 def _config(model: nn.Module) -> str:
     """All settings that a model's code may read, and the names of its attention."""
     configs = {id(config): config for config in _configs(model)}.values()
-    names = [str(getattr(c, "_attn_implementation_internal", None)) for c in configs]
+    names = [attention_name(config) for config in configs]
     return "\n".join([*names, *(_text_of(config) for config in configs)])
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.capture.anatomy import Anatomy, dissect
 from oki_trace.llm.capture.checks import cache_difference, checked_attention, checked_lens
 from oki_trace.llm.capture.fingerprint import Fingerprint, fingerprint, tokenizer_fingerprint
@@ -23,9 +24,10 @@ from oki_trace.llm.capture.probe import Probe
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
 from oki_trace.llm.capture.vocabulary import Vocabulary, is_mistral_common
-from oki_trace.llm.decoding.model_lock import exclusive, uncompiled
+from oki_trace.llm.decoding.model_lock import exclusive
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.llm.loading.model_classes import TEXT_ONLY, takes_more_than_text
+from oki_trace.llm.torch_internals import uncompiled
 from oki_trace.records import CapturePolicy, CaptureReport
 
 
@@ -51,7 +53,7 @@ class Instrument:
     @property
     def moves_weights(self) -> bool:
         """Whether weights are moved to where they are needed, call by call (accelerate's hooks)."""
-        return any(hasattr(module, "_hf_hook") for module in self.model.modules())
+        return moves_weights(self.model)
 
     def draft_for(self, policy: CapturePolicy) -> LensProjection | None:
         """The draft of the lens for one reply, where it may be less than exact."""

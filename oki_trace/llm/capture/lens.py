@@ -18,8 +18,6 @@ lens may be shown at all.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from oki_trace.llm.capture.anatomy import Anatomy, stream_of
 from oki_trace.llm.capture.distribution import log_probs
 from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.torch_internals import children_of, shallow_copy
 
 # Above these the lens is not the model's own head: fp32 rounding stays below
 # 1e-5, 16-bit weights below 5e-2 in log-probability.
@@ -150,11 +149,9 @@ def _with_stream(output: Any, hidden: Tensor) -> Any:
 
 def _stand_in(module: nn.Module, returns: Callable[[], Any]) -> nn.Module:
     """Takes the module's place in the shell; a copy, since others read its other attributes."""
-    copied = copy.copy(module)
-    copied.__dict__["forward"] = lambda *args, **kwargs: returns()
     # The copy is shallow: hooks on the original, our own among them, would run for it.
-    copied._forward_hooks = OrderedDict()
-    copied._forward_pre_hooks = OrderedDict()
+    copied = shallow_copy(module, children=children_of(module), keep_hooks=False)
+    copied.__dict__["forward"] = lambda *args, **kwargs: returns()
     return copied
 
 
@@ -163,13 +160,10 @@ def _shell(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.Modul
 
     All else is shared, so no weight is held twice.
     """
-    copied = copy.copy(module)
-    copied._modules = dict(module._modules)
-    # Offloading libraries put a forward bound to the original onto it.
-    copied.__dict__.pop("forward", None)
-    for name, child in module._modules.items():
+    children = children_of(module)
+    for name, child in children.items():
         if child in stand_ins:
-            copied._modules[name] = stand_ins[child]
+            children[name] = stand_ins[child]
         elif child is not None and any(m in stand_ins for m in child.modules()):
-            copied._modules[name] = _shell(child, stand_ins)
-    return copied
+            children[name] = _shell(child, stand_ins)
+    return shallow_copy(module, children=children, keep_hooks=True)

@@ -8,12 +8,12 @@ space before it, which is then there too).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.tokenizers_internals import decoder_types
 from oki_trace.sanitize import visible
 
 Scheme = Literal["byte-level", "sentencepiece", "bytes", "plain"]
@@ -113,14 +113,12 @@ class Vocabulary:
 
     @cached_property
     def _scheme(self) -> Scheme:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        decoder = getattr(backend, "decoder", None)
-        if decoder is None and self._gives_bytes():
+        kinds = decoder_types(self._tokenizer)
+        if kinds is None and self._gives_bytes():
             return "bytes"
-        if decoder is None:
+        if kinds is None:
             pieces = self._tokenizer.convert_ids_to_tokens(list(range(min(1000, self._size))))
             return "sentencepiece" if any("▁" in str(piece) for piece in pieces) else "plain"
-        kinds = _decoder_kinds(json.loads(decoder.__getstate__()))
         if "ByteLevel" in kinds:
             return "byte-level"
         if kinds & {"ByteFallback", "Metaspace", "Replace"}:
@@ -138,13 +136,6 @@ class Vocabulary:
     @property
     def _size(self) -> int:
         return len(self._tokenizer)
-
-
-def _decoder_kinds(state: dict[str, Any]) -> set[str]:
-    kinds = {str(state.get("type"))}
-    for part in state.get("decoders", ()):
-        kinds |= _decoder_kinds(part)
-    return kinds
 
 
 def must_have_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -> None:

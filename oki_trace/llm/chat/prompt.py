@@ -11,14 +11,13 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from oki_trace.errors import CaptureError
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.chat.markers import format_of, template_text
 from oki_trace.llm.chat.template_arguments import refuse_unknown
 from oki_trace.llm.chat.turns import MARK, Form, Said, Turn, forms, marked, turns
-from oki_trace.llm.loading.activity import Doing, now_doing
+from oki_trace.llm.loading.activity import Activity, report_activity
+from oki_trace.llm.transformers_internals import render_jinja_template
 from oki_trace.records import ChatMessage, Prompt, Role, Segment, TemplateOptions
 
 Span = tuple[int, int, Segment]
@@ -74,7 +73,7 @@ def _encode(
         ids = [int(i) for i in made["input_ids"]]
         return ids, list(made["offset_mapping"]) if fast else [(0, 0)] * len(ids)
 
-    now_doing(Doing.TOKENIZER)
+    report_activity(Activity.TOKENIZER)
     bare, offsets = encoded(False)
     if templated:
         return bare, offsets
@@ -120,7 +119,7 @@ def _templated(
 def _applied(
     tokenizer: Any, messages: Sequence[ChatMessage], options: TemplateOptions, form: Form
 ) -> str:
-    now_doing(Doing.TEMPLATE)
+    report_activity(Activity.TEMPLATE)
     goes_on = bool(messages) and messages[-1].role is Role.ASSISTANT
     around = next(((o, c or "") for o, c in format_of(tokenizer).tool_calls), ("", ""))
     written = turns(messages, template_text(tokenizer), form, around)

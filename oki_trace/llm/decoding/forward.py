@@ -24,6 +24,7 @@ from oki_trace.llm.decoding.forward_pass import (
     Watcher,
 )
 from oki_trace.llm.decoding.special_lengths import BEYOND, special_lengths
+from oki_trace.llm.transformers_internals import counts_tokens_as_usual, next_kwargs, prefill
 
 # From here on both ways are compared again at each power of two, whatever the config says.
 _FIRST_COMPARISON = 512
@@ -71,7 +72,7 @@ class Forward:
         if self._run is not None:
             return self._replay(self._run, input_ids)
         inputs = self._inputs(input_ids)
-        if self._graph is not None and self._steps == 2 and _counts_tokens_as_usual(self._model):
+        if self._graph is not None and self._steps == 2 and counts_tokens_as_usual(self._model):
             run = self._begin(self._graph, inputs)
             if run is not None:
                 same, own = run.matches_model(inputs["input_ids"], lambda: self._step(inputs))
@@ -121,20 +122,18 @@ class Forward:
         if not self._watcher.splits_prompt or input_ids.shape[1] == 1:
             with self._watcher.asking() as extra:
                 arguments = {**self._kwargs, **extra}
-                return self._watched(self._model._prefill(input_ids, self._config, arguments))
+                return self._watched(prefill(self._model, input_ids, self._config, arguments))
         mask = self._kwargs.get("attention_mask")
         shorter = {} if mask is None else {"attention_mask": mask[:, :-1]}
         arguments = {**self._kwargs, **shorter}
-        outputs = self._model._prefill(input_ids[:, :-1], self._config, arguments)
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, arguments)
+        outputs = prefill(self._model, input_ids[:, :-1], self._config, arguments)
+        self._kwargs = next_kwargs(self._model, outputs, arguments)
         del outputs
         return self._step(self._inputs(input_ids))
 
     def _inputs(self, input_ids: Tensor) -> dict[str, Any]:
         if self._uncovered:
-            self._kwargs = self._model._update_model_kwargs_for_generation(
-                {}, self._kwargs, num_new_tokens=self._uncovered
-            )
+            self._kwargs = next_kwargs(self._model, {}, self._kwargs, self._uncovered)
             self._uncovered = 0
         length = 1 if self._kwargs["use_cache"] else None
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
@@ -148,17 +147,11 @@ class Forward:
         return self._watched(outputs)
 
     def _watched(self, outputs: Any) -> ForwardPass:
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
+        self._kwargs = next_kwargs(self._model, outputs, self._kwargs)
         # Copied, as a prompt's logits are many; before anything else runs the model again.
         logits = outputs.logits[0, -1].clone()
         hidden = self._watcher.take_hidden()
         return ForwardPass(logits, hidden, self._watcher.take_attention(outputs))
-
-
-def _counts_tokens_as_usual(model: Any) -> bool:
-    """Whether steps that a graph has run can be added to the keyword arguments afterwards."""
-    own = type(model)._update_model_kwargs_for_generation
-    return own is GenerationMixin._update_model_kwargs_for_generation
 
 
 def _prepares_inputs_itself(model: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 
 # What rendering may take beyond what the process has. A prompt takes megabytes.
 TEMPLATE_BYTES = 1_000_000_000
@@ -18,11 +18,11 @@ TEMPLATE_BYTES = 1_000_000_000
 class MemoryLimit:
     """Told of each phase, it limits the memory of those in ``limited``."""
 
-    def __init__(self, *limited: Doing) -> None:
+    def __init__(self, *limited: Activity) -> None:
         self._limited = limited
         self._before: tuple[int, int] | None = None
 
-    def now_doing(self, what: Doing) -> None:
+    def now_doing(self, what: Activity) -> None:
         self.lift()
         if what in self._limited:
             self._set()

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.torch_internals import compiled_calls_off
 
 
 class _Lock:
@@ -48,46 +49,15 @@ _locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary(
 _making = threading.Lock()
 
 
-def uncompiled(model: Any) -> Any:
-    """The module that ``torch.compile(model)`` wraps; ``model`` itself if it is none of these."""
-    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-        model = original
-    return model
-
-
 @contextmanager
 def exclusive(model: Any) -> Iterator[None]:
     """While this lasts, no other thread traces the model, and none of it runs compiled.
 
-    ``model`` is not wrapped any more (``uncompiled``). Raises CaptureError in a
+    ``model`` is not wrapped any more (``torch_internals.uncompiled``). Raises CaptureError in a
     thread that holds it already.
     """
     with _making:
         # The embeddings are shared by all objects that stand for one model.
         lock = _locks.setdefault(model.get_input_embeddings(), _Lock())
-    with lock.held(), _as_written(model):
+    with lock.held(), compiled_calls_off(model):
         yield
-
-
-@contextmanager
-def _as_written(model: nn.Module) -> Iterator[None]:
-    """Undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``."""
-    calls = [m for m in model.modules() if getattr(m, "_compiled_call_impl", None) is not None]
-    forwards: list[tuple[nn.Module, Any, Any]] = []
-    for module in model.modules():
-        forward: Any = module.__dict__.get("forward")
-        original = getattr(forward, "_torchdynamo_orig_callable", None)
-        if original is not None:
-            forwards.append((module, forward, original))
-    compiled = [(module, module._compiled_call_impl) for module in calls]
-    for module in calls:
-        module._compiled_call_impl = None
-    for module, _, original in forwards:
-        module.__dict__["forward"] = original
-    try:
-        yield
-    finally:
-        for module, call in compiled:
-            module._compiled_call_impl = call
-        for module, forward, _ in forwards:
-            module.__dict__["forward"] = forward

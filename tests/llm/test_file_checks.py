@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from oki_trace.llm.loading.file_checks import sound_folder, sound_gguf, sound_numbers
-from oki_trace.llm.loading.gguf_header import read_header
+from oki_trace.llm.loading.file_checks import check_folder, check_gguf, check_numbers
+from oki_trace.llm.loading.gguf_header import read_gguf_header
 from tests.llm.loading import edit_config, refusal, write_gguf
 
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4
@@ -77,16 +77,16 @@ def test_nested_arrays_are_bounded_too(tmp_path: Path) -> None:
 
 def test_the_header_of_a_whole_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
-    header = read_header(path)
+    header = read_gguf_header(path)
     assert header.tensors == 12
     assert header.numbers["llama.block_count"] == 1
-    assert sound_gguf(path).tensors == 12
+    assert check_gguf(path).tensors == 12
     whole = path.read_bytes()
     # Wherever it ends in its header, it is said to be cut short.
     for length in range(4, 3000, 7):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut short"):
-            read_header(path)
+            read_gguf_header(path)
 
 
 # ---------------------------------------------------------------- safetensors
@@ -156,7 +156,7 @@ def test_numbers_that_no_model_has(broken: Path, changes: dict[str, Any], said: 
 
 
 def test_numbers_of_large_models_are_taken() -> None:
-    sound_numbers(
+    check_numbers(
         {
             "num_hidden_layers": 126,
             "vocab_size": 262_208,
@@ -206,7 +206,7 @@ def test_an_index_that_leads_elsewhere(broken: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_folder_that_is_sound(tiny: Path) -> None:
-    found = sound_folder(tiny)
+    found = check_folder(tiny)
     assert found is not None
     assert found.tensors == 21
     assert found.bytes < (tiny / "model.safetensors").stat().st_size
@@ -219,7 +219,7 @@ def test_a_download_that_goes_on_is_not_refused(tiny: Path, tmp_path: Path) -> N
     for part in parts[1:]:
         part.unlink()
     edit_config(tmp_path, num_hidden_layers=30)
-    assert sound_folder(tmp_path) is None
+    assert check_folder(tmp_path) is None
 
 
 def test_what_else_lies_about_is_nobody_s_business(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_what_else_lies_about_is_nobody_s_business(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
     os.mkfifo(tmp_path / "control")
     os.mkfifo(tmp_path / "other.json")
-    assert sound_gguf(path).tensors == 12
-    assert sound_folder(tmp_path.parent) is None
+    assert check_gguf(path).tensors == 12
+    assert check_folder(tmp_path.parent) is None
     os.mkfifo(tmp_path / "tokenizer_config.json")
     assert "tokenizer_config.json is a named pipe" in refusal(path)

@@ -1,0 +1,148 @@
+"""Everything that is used of torch beyond its documented interface, and TorchScript.
+
+``pyproject.toml`` bounds torch above because of this module, and
+``tests/llm/test_internals.py`` names whatever a version has removed or changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------- modules and tensors
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks that run before and after the module's forward."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's direct children by name, shared ones under each name."""
+    return dict(module._modules)
+
+
+def shallow_copy(
+    module: nn.Module, *, children: dict[str, nn.Module | None], keep_hooks: bool
+) -> nn.Module:
+    """A copy that shares the module's parameters and has other children."""
+    copied = copy.copy(module)
+    copied._modules = dict(children)
+    if not keep_hooks:
+        copied._forward_hooks = OrderedDict()
+        copied._forward_pre_hooks = OrderedDict()
+    # Offloading libraries store a forward there that is bound to the original.
+    copied.__dict__.pop("forward", None)
+    return copied
+
+
+def version_of(tensor: Tensor) -> int:
+    """Grows with every change in place. Raises RuntimeError for an inference tensor."""
+    return tensor._version
+
+
+@contextmanager
+def tensors_replaced(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
+    """Within, ``model`` computes with other parameters and buffers, given by the id of its own."""
+    kinds = ("_parameters", "_buffers")
+    before = [(module, kind, module.__dict__[kind]) for module in model.modules() for kind in kinds]
+    for module, kind, tensors in before:
+        module.__dict__[kind] = {
+            name: replacements.get(id(tensor), tensor) for name, tensor in tensors.items()
+        }
+    try:
+        yield
+    finally:
+        for module, kind, tensors in before:
+            module.__dict__[kind] = tensors
+
+
+# ---------------------------------------------------------------- torch.compile
+
+
+def uncompiled(model: Any) -> Any:
+    """The module that ``torch.compile(model)`` wraps; any other model itself."""
+    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+        model = original
+    return model
+
+
+@contextmanager
+def compiled_calls_off(model: nn.Module) -> Iterator[None]:
+    """Undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``, within."""
+    calls = [
+        (module, call)
+        for module in model.modules()
+        if (call := getattr(module, "_compiled_call_impl", None)) is not None
+    ]
+    forwards: list[tuple[nn.Module, Any]] = []
+    for module, _ in calls:
+        module._compiled_call_impl = None
+    for module in model.modules():
+        forward: Any = module.__dict__.get("forward")
+        original = getattr(forward, "_torchdynamo_orig_callable", None)
+        if original is not None:
+            forwards.append((module, forward))
+            module.__dict__["forward"] = original
+    try:
+        yield
+    finally:
+        for module, call in calls:
+            module._compiled_call_impl = call
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+
+
+# ---------------------------------------------------------------- oneDNN
+
+
+def prepacked(weight: Tensor) -> Tensor:
+    """A copy of a bfloat16 matrix in oneDNN's own layout, for a product with one row."""
+    copied: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    return copied
+
+
+def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear`` for a weight that may be prepacked. Can be scripted."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+# ---------------------------------------------------------------- TorchScript (deprecated)
+
+
+def no_torchscript() -> str | None:
+    """Why TorchScript is not used on this Python; None where it is."""
+    unsupported = sys.version_info >= (3, 14)
+    return "torch does not support TorchScript on Python 3.14" if unsupported else None
+
+
+def traced(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Any, list[Any]]:
+    """``function`` as a graph, and the warnings of where Python branched on a tensor."""
+    tracer_warning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tracer_warning.ignore_lib_warnings()
+        graph: Any = torch.jit.trace(function, example, check_trace=False)
+    # For torch.compile alone; it would keep the model alive.
+    graph.__dict__.pop("_torchdynamo_inline", None)
+    return graph, [warning for warning in caught if issubclass(warning.category, tracer_warning)]
+
+
+def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` compiled by TorchScript, for a call that the tracer does not record."""
+    script: Callable[..., Any] = torch.jit.script(function)
+    return script
+
+
+def without_fusion() -> AbstractContextManager[None]:
+    """Within, a graph's operations run one by one, as the model's do."""
+    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined,no-any-return]
