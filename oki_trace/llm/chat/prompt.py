@@ -137,8 +137,9 @@ def _applied(
     except Exception as error:  # a template is a program, and can raise anything
         has_system = any(message.role is Role.SYSTEM for message in messages)
         fix = "Leave out the system message" if has_system else "Begin a new conversation"
+        reason = first_line(error, 500).rstrip(".")
         raise CaptureError(
-            f"The model's chat template refused the messages: {first_line(error, 500).rstrip('.')}. "
+            f"The model's chat template refused the messages: {reason}. "
             f"{fix}, or mend chat_template.jinja in the model's folder."
         ) from error
 
