@@ -11,13 +11,11 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# ---------------------------------------------------------------- modules and tensors
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -26,16 +24,16 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The module's direct children by name, shared ones under each name."""
+    """The module's direct children by name, a shared one under each of its names."""
     return dict(module._modules)
 
 
 def shallow_copy(
-    module: nn.Module, *, children: dict[str, nn.Module | None], keep_hooks: bool
+    module: nn.Module, children: dict[str, nn.Module | None], *, keep_hooks: bool
 ) -> nn.Module:
     """A copy that shares the module's parameters and has other children."""
     copied = copy.copy(module)
-    copied._modules = dict(children)
+    copied._modules = children
     if not keep_hooks:
         copied._forward_hooks = OrderedDict()
         copied._forward_pre_hooks = OrderedDict()
@@ -55,9 +53,8 @@ def tensors_replaced(model: nn.Module, replacements: Mapping[int, Tensor]) -> It
     kinds = ("_parameters", "_buffers")
     before = [(module, kind, module.__dict__[kind]) for module in model.modules() for kind in kinds]
     for module, kind, tensors in before:
-        module.__dict__[kind] = {
-            name: replacements.get(id(tensor), tensor) for name, tensor in tensors.items()
-        }
+        replaced = {name: replacements.get(id(own), own) for name, own in tensors.items()}
+        module.__dict__[kind] = replaced
     try:
         yield
     finally:
@@ -77,28 +74,20 @@ def uncompiled(model: Any) -> Any:
 
 @contextmanager
 def compiled_calls_off(model: nn.Module) -> Iterator[None]:
-    """Undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``, within."""
-    calls = [
-        (module, call)
-        for module in model.modules()
-        if (call := getattr(module, "_compiled_call_impl", None)) is not None
-    ]
-    forwards: list[tuple[nn.Module, Any]] = []
-    for module, _ in calls:
-        module._compiled_call_impl = None
+    """Within, undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules():
-        forward: Any = module.__dict__.get("forward")
-        original = getattr(forward, "_torchdynamo_orig_callable", None)
-        if original is not None:
-            forwards.append((module, forward))
-            module.__dict__["forward"] = original
+        for name in ("_compiled_call_impl", "forward"):
+            compiled = module.__dict__.get(name)
+            original = getattr(compiled, "_torchdynamo_orig_callable", None)
+            if compiled is not None and (name != "forward" or original is not None):
+                before.append((module.__dict__, name, compiled))
+                module.__dict__[name] = original if name == "forward" else None
     try:
         yield
     finally:
-        for module, call in calls:
-            module._compiled_call_impl = call
-        for module, forward in forwards:
-            module.__dict__["forward"] = forward
+        for attributes, name, compiled in before:
+            attributes[name] = compiled
 
 
 # ---------------------------------------------------------------- oneDNN
@@ -120,13 +109,13 @@ def prepacked_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def no_torchscript() -> str | None:
-    """Why TorchScript is not used on this Python; None where it is."""
+    """Why TorchScript is not used on this Python; None if it is."""
     unsupported = sys.version_info >= (3, 14)
     return "torch does not support TorchScript on Python 3.14" if unsupported else None
 
 
 def traced(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Any, list[Any]]:
-    """``function`` as a graph, and the warnings of where Python branched on a tensor."""
+    """``function`` as a graph, and a warning for each branch of Python on a tensor."""
     tracer_warning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -137,12 +126,11 @@ def traced(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Any,
     return graph, [warning for warning in caught if issubclass(warning.category, tracer_warning)]
 
 
-def scripted(function: Callable[..., Any]) -> Callable[..., Any]:
+def scripted(function: Callable[..., Any]) -> Any:
     """``function`` compiled by TorchScript, for a call that the tracer does not record."""
-    script: Callable[..., Any] = torch.jit.script(function)
-    return script
+    return torch.jit.script(function)
 
 
-def without_fusion() -> AbstractContextManager[None]:
-    """Within, a graph's operations run one by one, as the model's do."""
-    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined,no-any-return]
+def without_fusion() -> Any:
+    """The context in which a graph's operations run one by one, as the model's do."""
+    return torch.jit.optimized_execution(False)  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 __all__ = ["ALL_ATTENTION_FUNCTIONS", "DynamicLayer", "modeling_auto", "render_jinja_template"]
 
-# Their code branches on the number of queries.
+# The sources of the stock attention, which branch on the number of queries.
 ATTENTION_SOURCES = frozenset({masking_utils.__file__, sdpa_attention.__file__})
-
-# ---------------------------------------------------------------- generate()
 
 
 def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
@@ -32,18 +30,10 @@ def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, 
     return model._prefill(input_ids, config, model_kwargs)
 
 
-def next_kwargs(
-    model: Any, outputs: Any, model_kwargs: dict[str, Any], new_tokens: int | None = None
-) -> dict[str, Any]:
-    """The keyword arguments of the step after ``outputs``.
-
-    ``new_tokens``, for several steps at once, needs ``counts_tokens_as_usual``.
-    """
-    count = {} if new_tokens is None else {"num_new_tokens": new_tokens}
-    updated: dict[str, Any] = model._update_model_kwargs_for_generation(
-        outputs, model_kwargs, **count
-    )
-    return updated
+def next_kwargs(model: Any, outputs: Any, kwargs: dict[str, Any], steps: int | None = None) -> Any:
+    """The keyword arguments of the next step; of several at once if ``counts_tokens_as_usual``."""
+    count = {} if steps is None else {"num_new_tokens": steps}
+    return model._update_model_kwargs_for_generation(outputs, kwargs, **count)
 
 
 def counts_tokens_as_usual(model: Any) -> bool:
@@ -52,19 +42,14 @@ def counts_tokens_as_usual(model: Any) -> bool:
     return own is GenerationMixin._update_model_kwargs_for_generation
 
 
-def optimized_for_decoding(model: Any) -> AbstractContextManager[Any]:
+def optimized_for_decoding(model: Any) -> Any:
     """The context in which ``generate()`` runs its decode steps."""
-    context: AbstractContextManager[Any] = model._optimize_model_for_decode()
-    return context
+    return model._optimize_model_for_decode()
 
 
-def default_generation_parameters(config: Any) -> dict[str, Any]:
-    """What ``generate()`` takes for the parameters that a generation config leaves open."""
-    parameters: dict[str, Any] = config._get_default_generation_params()
-    return parameters
-
-
-# ---------------------------------------------------------------- attention
+def default_generation_parameters(config: Any) -> Any:
+    """The values, by name, that ``generate()`` uses where a generation config has none."""
+    return config._get_default_generation_params()
 
 
 def attention_implementation(config: Any) -> str:
@@ -73,7 +58,7 @@ def attention_implementation(config: Any) -> str:
 
 
 def attention_name(config: Any) -> str:
-    """The name stored in a config, which may differ from the key; "None" without any."""
+    """The implementation's name as a config stores it; "None" without one."""
     return str(getattr(config, "_attn_implementation_internal", None))
 
 
@@ -97,16 +82,13 @@ def eager_attention(configs: Sequence[Any]) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
-# ---------------------------------------------------------------- loading and saving
-
-
 def set_model_name(model: Any, name: str) -> None:
-    """Let the model and its config give ``name`` as where they were loaded from."""
+    """Change the name that a model and its config were loaded by."""
     model.name_or_path = model.config._name_or_path = name
 
 
 def forget_quantization(model: Any) -> None:
-    """Let a model from a GGUF file be saved: its weights are plain floats once loaded."""
+    """Let a model from a GGUF file be saved: once loaded, its weights are plain floats."""
     model.config.__dict__.pop("quantization_config", None)
     model.is_quantized, model.hf_quantizer = False, None
 

@@ -150,7 +150,7 @@ def _with_stream(output: Any, hidden: Tensor) -> Any:
 def _stand_in(module: nn.Module, returns: Callable[[], Any]) -> nn.Module:
     """Takes the module's place in the shell; a copy, since others read its other attributes."""
     # The copy is shallow: hooks on the original, our own among them, would run for it.
-    copied = shallow_copy(module, children=children_of(module), keep_hooks=False)
+    copied = shallow_copy(module, children_of(module), keep_hooks=False)
     copied.__dict__["forward"] = lambda *args, **kwargs: returns()
     return copied
 
@@ -166,4 +166,4 @@ def _shell(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.Modul
             children[name] = stand_ins[child]
         elif child is not None and any(m in stand_ins for m in child.modules()):
             children[name] = _shell(child, stand_ins)
-    return shallow_copy(module, children=children, keep_hooks=True)
+    return shallow_copy(module, children, keep_hooks=True)
