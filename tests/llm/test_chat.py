@@ -95,7 +95,7 @@ def test_the_text_begins_with_one_bos(template: str | None) -> None:
     assert prompt.tokens.count("<s>") == (1 if template is None else 2), "a turn begins with it too"
 
 
-def test_a_template_that_refuses_system_messages_says_so_and_what_to_do() -> None:
+def test_a_refused_system_message_has_a_fix() -> None:
     tokenizer = tiny.tokenizer(REFUSING_SYSTEM)
     assert render(tokenizer, [HELLO]).text == "Hello there"
     with pytest.raises(CaptureError) as caught:
@@ -106,7 +106,7 @@ def test_a_template_that_refuses_system_messages_says_so_and_what_to_do() -> Non
     )
 
 
-def test_a_template_that_wants_roles_to_alternate_says_so_and_what_to_do() -> None:
+def test_a_refused_order_of_roles_has_a_fix() -> None:
     with pytest.raises(CaptureError) as caught:
         render(tiny.tokenizer(ALTERNATING), [HELLO, AGAIN])
     assert str(caught.value) == (
@@ -148,7 +148,7 @@ def test_half_a_character_is_refused() -> None:
         render(tiny.tokenizer(), [ChatMessage(Role.USER, "caf\udcff")])
 
 
-def test_a_long_prompt_makes_no_noise_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_long_prompt_prints_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
     """What does not fit is refused with a sentence later; transformers' warning says less."""
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = 8
@@ -195,7 +195,7 @@ def test_a_trimmed_message_is_found() -> None:
     assert said_by(prompt, tokenizer)["user"].strip() == "spaced out"
 
 
-def test_a_rewritten_message_is_found_by_what_comes_after() -> None:
+def test_a_rewritten_message_is_found_by_the_text_after_it() -> None:
     """Templates of reasoning models cut the thoughts out of earlier replies."""
     template = (
         "{% for m in messages %}[{{ m['content'].split('</think>')[-1] | upper }}]\n{% endfor %}:"
@@ -211,13 +211,13 @@ def test_a_rewritten_message_is_found_by_what_comes_after() -> None:
     }
 
 
-def test_what_cannot_be_found_is_not_claimed() -> None:
+def test_text_that_is_not_found_gets_no_segment() -> None:
     """Nothing of the content is left as it was, and no word follows it."""
     prompt = render(tiny.tokenizer("{{ messages[0]['content'] | upper }}"), [HELLO])
     assert prompt.text == "HELLO THERE" and set(prompt.segments) == {"template"}
 
 
-def test_what_a_template_makes_unreadable_is_not_sent() -> None:
+def test_unreadable_text_of_a_template_is_refused() -> None:
     backwards = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
     with pytest.raises(CaptureError, match="leaves out a message of yours"):
         render(tiny.tokenizer(backwards), [HELLO])

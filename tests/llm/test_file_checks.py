@@ -58,7 +58,7 @@ def array(name: str, of: int, length: int, values: bytes = b"") -> bytes:
     ],
     ids=range(11),
 )
-def test_a_gguf_that_declares_what_no_model_has(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_gguf_that_declares_too_much(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     began = time.monotonic()
@@ -101,7 +101,7 @@ def _with_tensor(path: Path, **values: Any) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
-def test_a_tensor_of_holes(broken: Path) -> None:
+def test_a_sparse_file(broken: Path) -> None:
     """A gigabyte that takes no room on the disk takes it in memory."""
     weights = broken / "model.safetensors"
     end = max(
@@ -122,14 +122,14 @@ def _header(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_header_that_fills_the_memory(broken: Path) -> None:
+def test_an_oversized_header(broken: Path) -> None:
     weights = broken / "model.safetensors"
     text = b"{" + b" " * 17_000_000 + b"}"
     weights.write_bytes(struct.pack("<Q", len(text)) + text)
     assert "has a header of 17,000,002 bytes" in refusal(broken)
 
 
-def test_a_config_without_weights_behind_it(broken: Path) -> None:
+def test_a_config_with_more_parameters_than_weights(broken: Path) -> None:
     edit_config(broken, intermediate_size=1 << 19, hidden_size=1024, head_dim=16)
     assert "parameters, and its weights are" in refusal(broken, device="cpu")
 
@@ -155,7 +155,7 @@ def test_numbers_that_no_model_has(broken: Path, changes: dict[str, Any], said: 
     assert time.monotonic() - began < 5
 
 
-def test_numbers_of_large_models_are_taken() -> None:
+def test_numbers_of_large_models_are_accepted() -> None:
     check_numbers(
         {
             "num_hidden_layers": 126,
@@ -190,12 +190,12 @@ def test_a_pipe_as_a_gguf(tmp_path: Path) -> None:
     assert "is neither a file nor a folder" in refusal(tmp_path / "model.gguf")
 
 
-def test_a_text_of_any_size(broken: Path) -> None:
+def test_an_oversized_text(broken: Path) -> None:
     os.truncate(broken / "tokenizer.json", 1 << 34)
     assert "no model needs more than" in refusal(broken)
 
 
-def test_an_index_that_leads_elsewhere(broken: Path, tmp_path: Path) -> None:
+def test_an_index_that_leads_out_of_the_folder(broken: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.safetensors"
     state = load_file(broken / "model.safetensors")
     save_file(state, elsewhere, metadata={"format": "pt"})
@@ -205,14 +205,14 @@ def test_an_index_that_leads_elsewhere(broken: Path, tmp_path: Path) -> None:
     assert "names ../elsewhere.safetensors, which is not in the folder" in refusal(broken)
 
 
-def test_a_model_folder_that_is_sound(tiny: Path) -> None:
+def test_a_valid_model_folder(tiny: Path) -> None:
     found = check_folder(tiny)
     assert found is not None
     assert found.tensors == 21
     assert found.bytes < (tiny / "model.safetensors").stat().st_size
 
 
-def test_a_download_that_goes_on_is_not_refused(tiny: Path, tmp_path: Path) -> None:
+def test_an_incomplete_download_is_not_refused(tiny: Path, tmp_path: Path) -> None:
     """The parts that are here say nothing of those that are not yet."""
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="50KB")
     parts = sorted(tmp_path.glob("*-of-*.safetensors"))
@@ -222,7 +222,7 @@ def test_a_download_that_goes_on_is_not_refused(tiny: Path, tmp_path: Path) -> N
     assert check_folder(tmp_path) is None
 
 
-def test_what_else_lies_about_is_nobody_s_business(tmp_path: Path) -> None:
+def test_unrelated_files_are_ignored(tmp_path: Path) -> None:
     """A GGUF file may lie in any folder; of a model's folder, what a model is read from counts."""
     path = write_gguf(tmp_path / "tiny.gguf")
     os.mkfifo(tmp_path / "control")

