@@ -1,4 +1,4 @@
-"""The prompt is what the model's own template says, and each token is of the message it shows."""
+"""The prompt is written by the model's own template, and each token belongs to its message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALTERNATING = (
 
 
 def with_bos(chat_template: str | None) -> Any:
-    """A tokenizer that puts ``<s>`` before whatever it is given, as Llama's does."""
+    """A tokenizer that puts ``<s>`` before every text, as Llama's does."""
     tokenizer = tiny.tokenizer(chat_template)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -88,7 +88,7 @@ def test_without_a_template_the_plain_form_is_used() -> None:
 
 @pytest.mark.parametrize("template", [None, tiny.CHAT_TEMPLATE])
 def test_the_text_begins_with_one_bos(template: str | None) -> None:
-    """A template writes it itself; the tokenizer adds it where there is none."""
+    """A template writes it itself; without a template, the tokenizer adds it."""
     prompt = render(with_bos(template), [HELLO])
     assert prompt.tokens[:2] != ("<s>", "<s>")
     assert prompt.tokens[0] == "<s>"
@@ -149,7 +149,7 @@ def test_half_a_character_is_refused() -> None:
 
 
 def test_a_long_prompt_prints_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
-    """What does not fit is refused with a sentence later; transformers' warning says less."""
+    """A prompt that is too long is refused later; transformers' warning says less."""
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = 8
     assert len(render(tokenizer, [ChatMessage(Role.USER, "word " * 20)])) > 8
@@ -181,7 +181,7 @@ def test_a_message_is_not_found_inside_the_templates_words(
 
 
 def test_a_default_system_message_is_the_templates(smollm2_dir: Path) -> None:
-    """SmolLM2's template says who it is when nobody else does; "a" occurs in that."""
+    """Without a system message, SmolLM2's template writes its own; "a" occurs in it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_dir)
     prompt = render(tokenizer, [ChatMessage(Role.USER, "a")])
     (at,) = [i for i, of in enumerate(prompt.segments) if of == "user"]
@@ -196,7 +196,7 @@ def test_a_trimmed_message_is_found() -> None:
 
 
 def test_a_rewritten_message_is_found_by_the_text_after_it() -> None:
-    """Templates of reasoning models cut the thoughts out of earlier replies."""
+    """Templates of reasoning models remove the thinking from earlier replies."""
     template = (
         "{% for m in messages %}[{{ m['content'].split('</think>')[-1] | upper }}]\n{% endfor %}:"
     )
@@ -212,7 +212,7 @@ def test_a_rewritten_message_is_found_by_the_text_after_it() -> None:
 
 
 def test_text_that_is_not_found_gets_no_segment() -> None:
-    """Nothing of the content is left as it was, and no word follows it."""
+    """The template changes all of the content and writes nothing after it."""
     prompt = render(tiny.tokenizer("{{ messages[0]['content'] | upper }}"), [HELLO])
     assert prompt.text == "HELLO THERE" and set(prompt.segments) == {"template"}
 
@@ -242,7 +242,7 @@ def test_any_contents_are_found_where_they_are(contents: list[str], plain: bool)
         ids = [
             i for i, of in zip(prompt.token_ids, prompt.segments, strict=True) if of == role.value
         ]
-        # A token may reach over the edge of a message, and then it counts to it:
+        # A token that reaches over the edge of a message belongs to it:
         # a space, or a line end of the template.
         inside = tokenizer.decode(ids)
         at = 0

@@ -1,4 +1,4 @@
-"""The drafted lens against the whole one: what is exact stays exact, the rest within a bound."""
+"""The drafted lens against the full one: exact values stay exact, the others within a bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NONE_WANTED = torch.zeros(0, dtype=torch.long)
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine where it would be too slow to be worth it."""
+    """On every machine, also where it would be too slow to be worthwhile."""
     monkeypatch.setattr(module, "has_native_bfloat16", lambda: True)
 
 
@@ -102,7 +102,7 @@ def test_requested_tokens_are_exact_however_unlikely() -> None:
 
 
 def nearly_one_token(model: Any, streams: torch.Tensor) -> None:
-    """Every token much like every other: the best are closer than bfloat16 can tell."""
+    """All tokens are similar: the best are closer together than bfloat16 can resolve."""
     weight = model.lm_head.weight
     weight.copy_(weight[:1] + 1e-4 * torch.randn_like(weight))
 

@@ -1,4 +1,4 @@
-"""Models made to harm whoever loads them: refused in one line, in seconds and in little memory."""
+"""Harmful model files are refused in one line, within seconds and in little memory."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_header_of_a_whole_gguf(tmp_path: Path) -> None:
     assert header.numbers["llama.block_count"] == 1
     assert check_gguf(path).tensors == 12
     whole = path.read_bytes()
-    # Wherever it ends in its header, it is said to be cut short.
+    # Wherever it is cut within its header, the error says so.
     for length in range(4, 3000, 7):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut short"):
@@ -93,7 +93,7 @@ def test_the_header_of_a_whole_gguf(tmp_path: Path) -> None:
 
 
 def _with_tensor(path: Path, **values: Any) -> None:
-    """Put a tensor more into a safetensors file's header."""
+    """Add a tensor to a safetensors file's header."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length]) | {"more": values}
@@ -102,7 +102,7 @@ def _with_tensor(path: Path, **values: Any) -> None:
 
 
 def test_a_sparse_file(broken: Path) -> None:
-    """A gigabyte that takes no room on the disk takes it in memory."""
+    """A gigabyte of holes takes no disk space, but memory when it is read."""
     weights = broken / "model.safetensors"
     end = max(
         value["data_offsets"][1]
@@ -213,7 +213,7 @@ def test_a_valid_model_folder(tiny: Path) -> None:
 
 
 def test_an_incomplete_download_is_not_refused(tiny: Path, tmp_path: Path) -> None:
-    """The parts that are here say nothing of those that are not yet."""
+    """The parts that have arrived do not describe the missing ones."""
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="50KB")
     parts = sorted(tmp_path.glob("*-of-*.safetensors"))
     for part in parts[1:]:
@@ -223,7 +223,7 @@ def test_an_incomplete_download_is_not_refused(tiny: Path, tmp_path: Path) -> No
 
 
 def test_unrelated_files_are_ignored(tmp_path: Path) -> None:
-    """A GGUF file may lie in any folder; of a model's folder, what a model is read from counts."""
+    """A GGUF file may be in any folder; only the files that belong to a model are checked."""
     path = write_gguf(tmp_path / "tiny.gguf")
     os.mkfifo(tmp_path / "control")
     os.mkfifo(tmp_path / "other.json")

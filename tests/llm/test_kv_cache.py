@@ -1,4 +1,4 @@
-"""The cache that grows in place holds what transformers' own would, and copies nothing."""
+"""The preallocated cache equals transformers' own, and copies nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPARE = 16
 
 
 def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
-    """Transformers' cache and one with room, both holding the same prompt."""
+    """Transformers' cache and a preallocated one, both with the same prompt."""
     caches = DynamicCache(), DynamicCache()
     for cache in caches:
         cache.update(*tokens(length), 0)
@@ -61,7 +61,7 @@ def test_a_step_copies_nothing_within_the_buffers() -> None:
 
 
 def test_keys_of_earlier_steps_do_not_change() -> None:
-    """A row of attention may be worked out later than its step."""
+    """A row of attention may be computed later than its step."""
     own, preallocated = grown(7)
     held, expected = [], []
     for step in range(SPARE + 5):
@@ -141,7 +141,7 @@ def test_a_reply_longer_than_the_buffers_is_captured_exactly(
     steps = list(decode(model, tiny.tokenizer(), found.probe, found.fast, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
     assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
-    # Gemma 2 runs eager attention, whose weights are there anyway.
+    # Gemma 2 runs eager attention, which has the weights already.
     later = [isinstance(seen, LastQuery) for seen in steps[-1].attention.values()]
     assert later == [family != "gemma2"] * len(later)
     model.set_attn_implementation("eager")

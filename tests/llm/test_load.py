@@ -1,4 +1,4 @@
-"""Loading: what is got from each kind of name."""
+"""Loading: the model and tokenizer for each kind of name."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_4bit_on_the_built_in_model(smollm2_dir: Path) -> None:
 
 
 def test_4bit_that_loads_but_cannot_run_falls_back(tmp_path: Path) -> None:
-    """bitsandbytes takes these shapes and, on some CPUs, refuses them at the first token."""
+    """bitsandbytes accepts these shapes and, on some CPUs, refuses them at the first token."""
     config = llama_config(hidden_size=48, intermediate_size=100)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -196,7 +196,7 @@ def test_4bit_of_a_quantized_model_falls_back_visibly(broken: Path) -> None:
 
 
 def test_4bit_without_bitsandbytes_falls_back_visibly(tiny: Path, tmp_path: Path) -> None:
-    """In a process of its own, where importing it fails as on a machine without it."""
+    """In its own process, in which the import fails as on a machine without it."""
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('no such library')")
     code = (
         "import warnings; warnings.simplefilter('always')\n"

@@ -1,4 +1,4 @@
-"""Loading: what is said when a model cannot be had."""
+"""Loading: the error when a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_too_big_for_this_machine(broken: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
 def test_out_of_memory_while_loading(tmp_path: Path) -> None:
-    """In a process of its own, held to an address space that the weights do not fit into."""
+    """In its own process, whose address space is too small for the weights."""
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=1024, n_layer=8, n_head=8)
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints whose tokenizer is mistral-common's: read by transformers' own code, or refused."""
+"""Checkpoints with mistral-common's tokenizer: read by transformers' own code, or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A reply's parts: read from its markers, given back to the template, segments of its prompt."""
+"""A reply's parts: read from its markers, passed to the template, segments of the next prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEATHER = {
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
 }
 
-# Thinking in <think>, cut off from the turns before the last question; calls as JSON.
+# Thinking in <think>, removed from the turns before the last question; calls as JSON.
 THINK = (
     "{%- if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}{% endfor %}"
     '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n{% endif %}'
@@ -77,13 +77,13 @@ BRACKETS = (
     "{% endif %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
     "{% endfor %}</s>{% endif %}{% endfor %}"
 )
-# Contents only as lists, as multimodal templates read them.
+# Reads contents only as lists, as multimodal templates do.
 LISTS = (
     "{% for m in messages %}<s>{{ m.role }}:{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
-# Arguments only as text, and calls only where there is no content.
+# Reads arguments only as text, and calls only without a content.
 TEXT_ARGUMENTS = (
     "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}"
     "{% for c in m.tool_calls %}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
@@ -119,7 +119,7 @@ def brief(parts: Sequence[Part]) -> list[tuple[Any, ...]]:
 
 
 def segments(prompt: Any) -> dict[str, str]:
-    """What stands in the prompt in each segment."""
+    """The text of each segment of the prompt."""
     found: dict[str, str] = {}
     for token, segment in zip(prompt.tokens, prompt.segments, strict=True):
         found[segment] = found.get(segment, "") + token
@@ -224,7 +224,7 @@ def test_a_reply_that_the_template_opens_as_thinking() -> None:
     ]
     cut = read(made, "France", prompt.text)
     assert brief(cut) == [("thinking", "France")]
-    # It has no place for thinking: the turn is empty, and the thinking no answer.
+    # The template has no thinking: the turn is empty, and thinking is not an answer.
     said = ChatMessage(Role.ASSISTANT, "", cut)
     assert "France" not in render(made, [HELLO, said, AGAIN]).text.replace(HELLO.content, "")
 

