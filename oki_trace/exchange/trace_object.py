@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oki_trace.exchange.decision import explain
+from oki_trace.explain import explain
 from oki_trace.records import (
     CaptureReport,
     ChatMessage,

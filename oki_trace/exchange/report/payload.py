@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from oki_trace import __version__
-from oki_trace.exchange.decision import explain, explain_generation
 from oki_trace.exchange.selection import Progress, Selection
+from oki_trace.explain import explain, explain_generation
 from oki_trace.records import CaptureReport, Generation, LayerAttention, Message, Step
 
 # Of a lens layer, of the final layer's attention, and of the other layers'.
