@@ -23,7 +23,7 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         part = Path(name)
-        text = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
+        text: Any = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
         with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()

@@ -133,7 +133,7 @@ class _UpTo:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        return {**handler(source), "max_length": self.most, "fail_fast": True}  # type: ignore
+        return {**handler(source), "max_length": self.most, "fail_fast": True}
 
 
 _ENTRIES = _UpTo(MAX_ENTRIES)
@@ -444,9 +444,9 @@ class Line(TypedDict, total=False):
 
 
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     # The types within it inherit this.
-    kind.__pydantic_config__ = ConfigDict(strict=True, extra="ignore")  # type: ignore[attr-defined]
+    kind.__pydantic_config__ = ConfigDict(strict=True, extra="ignore")
     return TypeAdapter(kind)
 
 
@@ -455,8 +455,9 @@ def read(kind: type[_T], value: Any, where: str) -> _T:
 
     Raises ExchangeError, which names the field within ``where``.
     """
+    hashable: Any = kind
     try:
-        checked: _T = _adapter(kind).validate_python(value)
+        checked: _T = _adapter(hashable).validate_python(value)
     except ValidationError as error:
         raise invalid(where, error) from error
     return checked

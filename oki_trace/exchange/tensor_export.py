@@ -31,8 +31,8 @@ def write_tensors(chosen: Selection, file: BinaryIO) -> int:
             "shape": list(head.shape),
             "data_offsets": [end, end + size],
         }
-        name = _json(f"message-{message_id}/step-{index}/{head.name}")
-        file.write((b"," if count else b"{") + name + b":" + _json(entry))
+        key = _json(f"message-{message_id}/step-{index}/{head.name}")
+        file.write((b"," if count else b"{") + key + b":" + _json(entry))
         end += size
         count += 1
     file.write(b',"__metadata__":{"format":' if count else b'{"__metadata__":{"format":')

@@ -66,7 +66,7 @@ class JsonImport:
         """Read the whole file. Raises ExchangeError."""
         first = self._stream.peek()
         if first not in ("{", "["):
-            raise self._stream.wrong("it is not JSON of oki-trace")
+            raise refused("it is not JSON of oki-trace")
         try:
             self._list() if first == "[" else self._in_export_order()
         except _OutOfOrder as error:

@@ -122,5 +122,6 @@ def _ending(status: int) -> str:
 
 def _error(name: str) -> type[OkiTraceError]:
     error = getattr(errors, name, None)
-    known = isinstance(error, type) and issubclass(error, OkiTraceError)
-    return error if known else ExchangeError
+    if isinstance(error, type) and issubclass(error, OkiTraceError):
+        return error
+    return ExchangeError
