@@ -39,8 +39,8 @@ def write_tensors(chosen: Selection, file: BinaryIO) -> int:
     file.write(_json(FORMAT))
     for name, pairs in (("layers", _layers(chosen)), ("key_offset", _key_offsets(chosen))):
         file.write(b"," + _json(name) + b':"{')
-        for place, (key, value) in enumerate(pairs):
-            text = f"{json.dumps(key)}: {json.dumps(value)}"
+        for place, (path, value) in enumerate(pairs):
+            text = f"{json.dumps(path)}: {json.dumps(value)}"
             # JSON as text in JSON: its quotes are escaped once more.
             file.write(_json(", " + text if place else text)[1:-1])
         file.write(b'}"')
