@@ -124,6 +124,94 @@ Positive = Annotated[float, Field(ge=0), AfterValidator(_float32)]
 Duration = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_positive_zero)]
 
 
+def _up_to(most: int) -> Any:
+    """A list of at most ``most`` entries, validated up to the first that is wrong."""
+    return Field(max_length=most, fail_fast=True)
+
+
+_ENTRIES = 1_000
+MAX_LAYERS = 1_000
+MAX_CELLS = 200_000
+MAX_TEXT = 16_000_000
+MAX_TOKEN = 10_000
+MAX_SPEEDUPS = 20
+YEARS = (1971, 2199)
+
+_INT32 = 2**31 - 1
+_FLOAT32 = 3.4028234e38
+_NAN = float("nan")
+
+_T = TypeVar("_T")
+
+
+def _positive_zero(value: float) -> float:
+    """0 for -0, which not every store can represent."""
+    return value + 0.0
+
+
+def _float32(value: float) -> float:
+    """In the range of 32-bit floats, or infinite: the logit of a token that is ruled out."""
+    if _FLOAT32 < abs(value) < float("inf"):
+        raise PydanticCustomError("too_large", "is too large a number")
+    return _positive_zero(value)
+
+
+def _time(value: Any) -> dt.datetime:
+    """A datetime, or one in ISO 8601; without a time zone it is UTC."""
+    if isinstance(value, str) and len(value) <= 64:
+        try:
+            value = dt.datetime.fromisoformat(value)
+        except ValueError:
+            raise PydanticCustomError("time", "is not a time") from None
+    if not isinstance(value, dt.datetime):
+        raise PydanticCustomError("time", "is not a time")
+    if not YEARS[0] <= value.year <= YEARS[1]:
+        raise PydanticCustomError("time", f"is not within the years {YEARS[0]} to {YEARS[1]}")
+    return (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).astimezone(dt.UTC)
+
+
+def _bytes(value: Any) -> Any:
+    """Hexadecimal in JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return bytes.fromhex(value)
+    except ValueError:
+        raise PydanticCustomError("hex", "is not hexadecimal") from None
+
+
+def _shallow(value: Any) -> Any:
+    """Any JSON that is not nested too deeply for the programs that read it."""
+    if is_too_deep(value):
+        raise PydanticCustomError("deep", "is nested too deeply")
+    return value
+
+
+Link = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=0, le=_INT32)]
+Large = Annotated[int, Field(ge=0, lt=2**53)]
+Rank = Annotated[int, Field(ge=1, le=_INT32)]
+Layer = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+Position = Annotated[int, Field(ge=0, le=MAX_PROMPT + MAX_STEPS)]
+Token = Annotated[str, Field(max_length=MAX_TOKEN)]
+TokenBytes = Annotated[bytes, Field(max_length=4 * MAX_TOKEN), BeforeValidator(_bytes)]
+StepDigest = Annotated[bytes, Field(min_length=16, max_length=16), BeforeValidator(_bytes)]
+MessageDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Label = Annotated[str, Field(max_length=10_000)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Time = Annotated[dt.datetime, BeforeValidator(_time)]
+Number = Annotated[float, AfterValidator(_float32)]
+# Rounding over a large vocabulary can lead this far above 1 or below 0. ``EntryProb`` is of
+# the long lists, whose -0 is removed from all entries at once.
+EntryProb = Annotated[float, Field(ge=0, le=1.001)]
+Prob = Annotated[EntryProb, AfterValidator(_positive_zero)]
+Share = Annotated[float, Field(ge=-0.01, le=1.01), AfterValidator(_positive_zero)]
+LogProb = Annotated[float, Field(le=0.001), AfterValidator(_float32)]
+Nats = Annotated[float, Field(ge=-0.1), AfterValidator(_float32)]
+Positive = Annotated[float, Field(ge=0), AfterValidator(_float32)]
+Duration = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_positive_zero)]
+
+
 @dataclass(frozen=True)
 class _UpTo:
     """A list of at most ``most`` entries, validated up to the first that is wrong."""
@@ -136,9 +224,9 @@ class _UpTo:
         return {**handler(source), "max_length": self.most, "fail_fast": True}
 
 
-_ENTRIES = _UpTo(MAX_ENTRIES)
-_OF_LAYERS = _UpTo(MAX_LAYERS + 1)
-_OF_PROMPT = _UpTo(MAX_PROMPT)
+_ENTRIES = _up_to(MAX_ENTRIES)
+_OF_LAYERS = _up_to(MAX_LAYERS + 1)
+_OF_PROMPT = _up_to(MAX_PROMPT)
 _LIMITS: dict[Any, Any] = {
     int: Large,
     float: Positive,
@@ -226,7 +314,7 @@ Parts = Annotated[list[Part], _ENTRIES]
 Policy = Annotated[records.CapturePolicy, _Record()]
 ReplyChecks = Annotated[
     records.ReplyChecks,
-    _Record({"steps": Annotated[list[Count], _UpTo(MAX_CELLS)]}, {"steps": ()}),
+    _Record({"steps": Annotated[list[Count], _up_to(MAX_CELLS)]}, {"steps": ()}),
 ]
 TemplateOptions = Annotated[
     records.TemplateOptions,
@@ -317,7 +405,7 @@ class Trace(TypedDict, total=False):
     prompt_tokens: Annotated[list[Token], _OF_PROMPT] | None
     prompt_segments: Annotated[list[Segment], _OF_PROMPT] | None
     output: Text | None
-    messages: Annotated[list[EarlierMessage], _UpTo(MAX_MESSAGES)] | None
+    messages: Annotated[list[EarlierMessage], _up_to(MAX_MESSAGES)] | None
     status: Annotated[Status, Field(strict=False)] | None
     reason: Annotated[str, Field(max_length=100_000)] | None
     evidence_provenance: Label | None

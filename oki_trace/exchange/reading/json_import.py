@@ -95,29 +95,15 @@ class JsonImport:
 
     def _in_export_order(self) -> None:
         """A document or a trace, read from start to end. Raises _OutOfOrder for any other."""
-        head: Json = {}
-        done = False
-        for name in self._stream.items():
-            if done and (name in _DOCUMENT or name in _TRACE):
-                raise _OutOfOrder
-            if name == "messages" and "conversation" in head:
-                if "layout" in head or not head.keys() >= _BEFORE["messages"]:
-                    raise _OutOfOrder
-                self._conversation(head)
-                done = True
-            elif name == "steps":
-                if "conversation" in head:
-                    raise _OutOfOrder
-                if not head.keys() >= _BEFORE["steps"]:
-                    raise _TraceOutOfOrder
-                self._use_trace_alone(head, True)
-                done = True
-            elif name in _DOCUMENT or name in _TRACE:
-                head[name] = self._stream.value()
-            else:
-                self._stream.skip()
-        if not done:
+        self._read("the file", _DOCUMENT | _TRACE, None, self._use_file)
+
+    def _use_file(self, head: Json, has_steps: bool) -> None:
+        if "conversation" not in head:
+            self._use_trace_alone(head, has_steps)
+        elif "layout" in head:
             raise _OutOfOrder
+        else:
+            self._conversation(head)
 
     def _in_any_order(self) -> None:
         """A document, lines or a trace, read after the place of each name is known."""
@@ -259,21 +245,26 @@ class JsonImport:
 
     # ------------------------------------------------------------------- objects
 
-    def _read(self, where: str, names: set[str], part: str, use: Use) -> None:
-        """Read the ``names`` of an object and ``use`` them before its long ``part`` is read."""
+    def _read(self, where: str, names: set[str], part: str | None, use: Use) -> None:
+        """Read the ``names`` of an object and ``use`` them before its long ``part`` is read.
+
+        Without a ``part``, that of a document or of a trace.
+        """
         if self._stream.peek() != "{":
             raise refused(f"{where} is not an object")
         head: Json = {}
         used, place = False, None
         for name in self._stream.items():
-            if name == part and not self._in_order:
-                place = self._stream.tell()
-                self._stream.skip()
-            elif name == part:
-                if not head.keys() >= _BEFORE[part]:
-                    raise _OutOfOrder if self._staging.began else _TraceOutOfOrder
-                use(head, True)
-                used = True
+            if name == (part or ("messages" if "conversation" in head else "steps")):
+                if not self._in_order:
+                    place = self._stream.tell()
+                    self._stream.skip()
+                elif not head.keys() >= _BEFORE[name]:
+                    is_trace = not self._staging.began and name == "steps"
+                    raise _TraceOutOfOrder if is_trace else _OutOfOrder
+                else:
+                    use(head, True)
+                    used = True
             elif name not in names:
                 self._stream.skip()
             elif used:
@@ -285,8 +276,8 @@ class JsonImport:
             self._stream.seek(place)
             use(head, True)
             self._stream.seek(end)
-        elif not used and self._in_order and part == "steps":
-            # Each step may be a line, which only the end of the document says.
+        elif not used and self._in_order and part != "trace":
+            # The steps may be lines, which only the end of the document says.
             raise _OutOfOrder
         elif not used:
             use(head, False)
