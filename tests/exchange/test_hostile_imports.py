@@ -235,6 +235,21 @@ def test_steps_without_end_are_given_up_on(
     refused(file, db, "more than 10")
 
 
+def test_traces_of_version_1_have_so_many_steps_in_total(
+    exports: dict[Format, Path], tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a million would take minutes; a document may have as many in each reply."""
+    monkeypatch.setattr(schema, "MAX_STEPS", 3)
+    trace = {"prompt": "", "output": "", "steps": [{"chosen_token": "a"}] * 2}
+    file = tmp_path / "x.json"
+    for text in (json.dumps([trace, trace]), json.dumps([trace, trace]).replace("_", "\\u005f")):
+        file.write_text(text)
+        refused(file, db, "more than 3 steps in total")
+    file.write_text(json.dumps(trace))
+    assert import_path(file, tmp_path / "trace.db").steps == 2
+    assert import_path(exports[Format.JSON], tmp_path / "document.db").steps == 4
+
+
 @pytest.mark.parametrize("format", [Format.JSON, Format.JSONL, Format.TRACE_V1])
 def test_a_file_cut_short_anywhere_is_refused(
     format: Format, exports: dict[Format, Path], tmp_path: Path, db: Path
