@@ -88,7 +88,7 @@ def hold(
     ``in_steps``: a pass over many tokens is known to differ from steps of one.
     """
     made = instrument(model, tiny.tokenizer())
-    found.layers = made.anatomy.layers
+    found.layers = made.structure.layers
     found.graph = made.fast.step_graph is not None
     prompt = list(render(made.tokenizer, MESSAGES).token_ids)
     try:
@@ -137,7 +137,7 @@ def _compare_lens(
     if made.lens is None:
         found.lens_reason = made.lens_reason
         return
-    model, blocks = made.model, made.anatomy.blocks
+    model, blocks = made.model, made.structure.blocks
     streams = truth.block_outputs(model, blocks, ids)[:-1]
     if found.cache_differs:
         # One pass gives other hidden states than decoding did: those of the trace stand in.
@@ -163,7 +163,7 @@ def _compare_attention(
     if not made.attention_layers:
         found.attention_reason = made.provenance.removeprefix("not available: ")
         return
-    found.attention = WAYS[type(made.probe._tap)]
+    found.attention = WAYS[type(made.hooks._tap)]
     found.attention_layers = made.attention_layers
     _assert_true_numbers(made)
     twin = twin(made.model) if twin is truth.eager_twin else twin
@@ -195,6 +195,6 @@ DO_NOT = {"linear_attention", "conv", "moe", "mlp", "recurrent"}
 def _assert_true_numbers(made: Instrument) -> None:
     """Attention is of the layers that the config says attend, where it says so."""
     kinds = getattr(made.model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    if len(kinds) == made.anatomy.layers and set(kinds) <= ATTEND | DO_NOT:
+    if len(kinds) == made.structure.layers and set(kinds) <= ATTEND | DO_NOT:
         said = tuple(layer for layer, kind in enumerate(kinds, 1) if kind in ATTEND)
         assert made.attention_layers == said

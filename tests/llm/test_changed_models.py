@@ -342,26 +342,26 @@ def test_a_reply_checks_its_first_its_last_and_steps_between() -> None:
 def test_weights_that_do_not_add_up_are_not_kept() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     made = instrument(model, tokenizer)
-    take = made.probe.take_attention
+    take = made.hooks.take_attention
 
     def broken(outputs: Any) -> Any:
         return {layer: row * 1.5 for layer, row in module_rows(take(outputs)).items()}
 
-    made.probe.take_attention = broken  # type: ignore[method-assign]
+    made.hooks.take_attention = broken  # type: ignore[method-assign]
     kept = Collector()
     try:
         trace_turn(made, "tiny", MESSAGES, Sampling(6), CapturePolicy(), [kept])
     finally:
-        del made.probe.take_attention
+        del made.hooks.take_attention
     assert kept.ended is not None and kept.ended.checks is not None
     assert "add up to" in str(kept.ended.checks.fault)
     assert all(not step.attention for step in kept.steps)
 
 
 def module_rows(seen: Any) -> dict[int, torch.Tensor]:
-    from oki_trace.llm.capture.attention import rows_of
+    from oki_trace.llm.capture.attention import attention_rows
 
-    return rows_of(seen)
+    return attention_rows(seen)
 
 
 # ------------------------------------------------------------------ threads

@@ -25,11 +25,11 @@ def test_every_lens_comes_once_and_in_order(aside: bool, steps: int) -> None:
         return batch
 
     found: list[Any] = []
-    with LensWorker(compute, aside=aside) as behind:
+    with LensWorker(compute, aside=aside) as lens_worker:
         for step in numbers(0, steps):
-            behind.add(step)
-            found += behind.ready()
-        found += behind.rest()
+            lens_worker.add(step)
+            found += lens_worker.ready()
+        found += lens_worker.rest()
     assert found == numbers(0, steps)
     assert max(sizes, default=0) <= TOGETHER
 
@@ -43,12 +43,12 @@ def test_it_takes_one_core_and_nobody_waits_for_it() -> None:
         assert go_on.wait(10)
         return batch
 
-    with LensWorker(compute, aside=True) as behind:
+    with LensWorker(compute, aside=True) as lens_worker:
         for step in numbers(0, 2 * TOGETHER):
-            behind.add(step)
-            assert behind.ready() == []
+            lens_worker.add(step)
+            assert lens_worker.ready() == []
         go_on.set()
-        assert list(behind.rest()) == numbers(0, 2 * TOGETHER)
+        assert list(lens_worker.rest()) == numbers(0, 2 * TOGETHER)
     assert seen[0] == ("lens_0", 1)
 
 
@@ -60,16 +60,16 @@ def test_a_lens_slower_than_the_decoder_makes_it_wait() -> None:
         assert go_on.wait(10)
         return batch
 
-    with LensWorker(compute, aside=True) as behind:
+    with LensWorker(compute, aside=True) as lens_worker:
         given = 0
         for step in numbers(0, most - 1):
-            behind.add(step)
-            given += len(behind.ready())
+            lens_worker.add(step)
+            given += len(lens_worker.ready())
         assert given == 0
         go_on.set()
-        behind.add(most - 1)
-        assert behind.ready() == numbers(0, TOGETHER)
-        assert len(list(behind.rest())) == most - TOGETHER
+        lens_worker.add(most - 1)
+        assert lens_worker.ready() == numbers(0, TOGETHER)
+        assert len(list(lens_worker.rest())) == most - TOGETHER
 
 
 @pytest.mark.parametrize("aside", [True, False])
@@ -79,9 +79,9 @@ def test_a_fault_of_the_lens_is_raised_where_the_steps_are_taken(aside: bool) ->
 
     with (
         pytest.raises(ZeroDivisionError, match="a fault"),
-        LensWorker(compute, aside=aside) as behind,
+        LensWorker(compute, aside=aside) as lens_worker,
     ):
         for step in numbers(0, TOGETHER):
-            behind.add(step)
-            behind.ready()
-        list(behind.rest())
+            lens_worker.add(step)
+            lens_worker.ready()
+        list(lens_worker.rest())

@@ -247,7 +247,7 @@ def test_a_window_longer_than_the_shortest_check_is_checked_beyond(flash: str) -
         layer.self_attn.forward = _without_window(layer.self_attn)
     model.set_attn_implementation("hiding")
     made = instrument(model, tiny.tokenizer())
-    tap = type(made.probe._tap).__name__
+    tap = type(made.hooks._tap).__name__
     assert tap != "KernelTap", "it would show weights that the kernel does not give"
 
 

@@ -19,7 +19,7 @@ from transformers.generation import (
 from oki_trace.errors import CaptureError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.vocabulary import Vocabulary
-from oki_trace.llm.decoding.sampling import choose, decide, describe
+from oki_trace.llm.decoding.sampling import analyze_choice, choose, describe_processor
 from oki_trace.records import CapturePolicy, ChatMessage, Decision, Role, Sampling, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -77,7 +77,7 @@ def test_the_winner_has_the_largest_log_prob_and_noise() -> None:
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(1, 300, generator=generator) * 2
         choice = choose([TopKLogitsWarper(20)], torch.zeros(1, 1).long(), logits, generator)
-        decided = decide(choice, logits[0], vocabulary)
+        decided = analyze_choice(choice, logits[0], vocabulary)
         assert decided is not None
         noise = decided.noise_of(ids)
         assert noise is not None
@@ -94,7 +94,7 @@ def test_noise_is_gumbel() -> None:
     """Mean Euler's constant, variance pi^2 / 6: independent of the probabilities."""
     generator = torch.Generator().manual_seed(1)
     choice = choose([], torch.zeros(1, 1).long(), torch.randn(1, 200_000), generator)
-    decided = decide(choice, choice.scores, Vocabulary(tiny.tokenizer()))
+    decided = analyze_choice(choice, choice.scores, Vocabulary(tiny.tokenizer()))
     assert decided is not None
     noise = decided.noise_of(torch.arange(200_000))
     assert noise is not None
@@ -193,7 +193,7 @@ def test_what_greedy_would_have_said_does_not_go_through_the_warpers() -> None:
     generator = torch.Generator().manual_seed(0)
     warpers = [TemperatureLogitsWarper(1.1), TypicalLogitsWarper(0.3)]
     choice = choose(warpers, torch.zeros(1, 1).long(), logits, generator)
-    decided = decide(choice, logits[0], Vocabulary(tiny.tokenizer()))
+    decided = analyze_choice(choice, logits[0], Vocabulary(tiny.tokenizer()))
     assert decided is not None
     assert (decided.decision.greedy.token_id, decided.decision.greedy.prob) == (0, 0.0)
 
@@ -208,7 +208,7 @@ def test_a_processor_that_writes_on_its_scores_does_not_write_on_the_models_own(
     before = logits.clone()
     choose(LogitsProcessorList([InPlace()]), torch.zeros(1, 1).long(), logits, None)
     assert torch.equal(logits, before)
-    assert describe(InPlace()) == ("in place", "")
+    assert describe_processor(InPlace()) == ("in place", "")
 
 
 def test_the_real_model_draws_as_generate_does(smollm2: tuple[Any, Any]) -> None:

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary, readable
+from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary, bytes_to_text
 from tests import tiny
 
 TEXTS = (
@@ -121,7 +121,7 @@ def test_every_id_has_the_bytes_it_decodes_to(family: Family) -> None:
         assert raw, token_id
         decoded = family.tokenizer.decode([anchor, token_id])
         assert decoded == "a" + raw.decode("utf-8", errors="replace"), token_id
-        assert vocabulary.text(token_id) == readable(raw), token_id
+        assert vocabulary.text(token_id) == bytes_to_text(raw), token_id
 
 
 def test_special_are_those_that_a_reply_leaves_out(family: Family) -> None:
@@ -168,8 +168,8 @@ def test_half_a_character_reads_as_its_bytes() -> None:
     vocabulary = Vocabulary(family.tokenizer)
     ids = family.encode("🙂")
     assert [vocabulary.text(i) for i in ids] == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
-    assert readable(b"\xc3\x28") == "<0xC3><0x28>"
-    assert readable(b"\x00\x1b[31m") == "\x00\x1b[31m"
+    assert bytes_to_text(b"\xc3\x28") == "<0xC3><0x28>"
+    assert bytes_to_text(b"\x00\x1b[31m") == "\x00\x1b[31m"
 
 
 def test_ids_beyond_the_tokenizer_are_named_and_empty(family: Family) -> None:

@@ -35,7 +35,7 @@ Rows = dict[int, Tensor]
 """(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
 
 
-def rows_of(seen: AttentionCapture) -> Rows:
+def attention_rows(seen: AttentionCapture) -> Rows:
     """The rows, worked out where they are not yet."""
     return {layer: _row(found) for layer, found in seen.items()}
 
@@ -50,10 +50,10 @@ class AttentionTap(Protocol):
     splits_prompt: bool
     """Whether the prompt's last token must go through the model by itself."""
 
-    def attached(self) -> AbstractContextManager[None]:
+    def attach(self) -> AbstractContextManager[None]:
         """Watch the model while this context lasts."""
 
-    def asking(self) -> AbstractContextManager[dict[str, Any]]:
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
         """Around a forward pass whose rows are wanted; yields arguments for it."""
 
     def take(self, outputs: Any) -> AttentionCapture:
@@ -70,7 +70,7 @@ class _Watching:
         self._seen: dict[nn.Module, Tensor | LastQuery] = {}
 
     @contextmanager
-    def asking(self) -> Iterator[dict[str, Any]]:
+    def forward_arguments(self) -> Iterator[dict[str, Any]]:
         yield {}
 
     def take(self, outputs: Any) -> AttentionCapture:
@@ -108,7 +108,7 @@ class KernelTap(_Watching):
         self._pool = BufferPool(0)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attach(self) -> Iterator[None]:
         _wrap(self._implementation)
         self._pool = BufferPool(len(self._layer_of))
         _watched.update(dict.fromkeys(self._layer_of, self))
@@ -131,7 +131,7 @@ class HookedTap(_Watching):
     """Reads the weights that eager attention modules return beside their output."""
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attach(self) -> Iterator[None]:
         handles = [m.register_forward_hook(self._read_output) for m in self._layer_of]
         try:
             yield
@@ -161,11 +161,11 @@ class OutputAttentionsTap:
         self.splits_prompt = has_cache
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attach(self) -> Iterator[None]:
         yield
 
     @contextmanager
-    def asking(self) -> Iterator[dict[str, Any]]:
+    def forward_arguments(self) -> Iterator[dict[str, Any]]:
         with _eager(self._configs):
             yield {"output_attentions": True}
 

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from oki_trace.llm.capture.anatomy import Anatomy, probe_tokens
 from oki_trace.llm.capture.attention import (
     AttentionTap,
     HookedTap,
     KernelTap,
     OutputAttentionsTap,
     Rows,
+    attention_rows,
     eager,
     last_rows,
-    rows_of,
 )
 from oki_trace.llm.capture.distribution import log_probs
+from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.lens import LogitLens
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.model_structure import ModelStructure, dummy_token_ids
 from oki_trace.llm.capture.speedups import preallocate
 from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.special_lengths import checkable
@@ -50,7 +50,7 @@ PROVENANCE = "attention of the newest position, final layer with attention, head
 
 
 @dataclass(frozen=True)
-class LensFound:
+class CheckedLens:
     """The lens, its error, why there is none; ``drafts_from`` the streams to try its draft on."""
 
     lens: LogitLens | None
@@ -60,27 +60,27 @@ class LensFound:
 
 
 @torch.no_grad()
-def checked_lens(model: Any, anatomy: Anatomy, probe: Probe) -> LensFound:
+def check_lens_projection(model: Any, structure: ModelStructure, hooks: ModelHooks) -> CheckedLens:
     """The cheaper of two lenses that agrees with the model; else what is wrong with them."""
-    if anatomy.repeats:
+    if structure.repeats:
         reason = "its blocks run several times for each token, so no layer is one place"
-        return LensFound(None, None, reason)
-    with probe.attached():
-        logits = model(input_ids=anatomy.probe_ids, use_cache=False).logits[0, -1:]
-        hidden = probe.take_hidden()
+        return CheckedLens(None, None, reason)
+    with hooks.attach():
+        logits = model(input_ids=structure.dummy_ids, use_cache=False).logits[0, -1:]
+        hidden = hooks.take_hidden_states()
     checks = []
     for run_trunk in (False, True):
-        lens = LogitLens(anatomy, run_trunk=run_trunk)
+        lens = LogitLens(structure, run_trunk=run_trunk)
         checks.append(lens.check(hidden[-1][None], logits))
         if checks[-1].reason is None:
-            return LensFound(lens, checks[-1].error, None, () if run_trunk else hidden[:-1])
+            return CheckedLens(lens, checks[-1].error, None, () if run_trunk else hidden[:-1])
     # One that ran and gave another answer says more than one that could not run.
     told = next((check for check in checks if check.error is not None), checks[0])
-    return LensFound(None, told.error, told.reason)
+    return CheckedLens(None, told.error, told.reason)
 
 
 @dataclass(frozen=True)
-class AttentionFound:
+class CheckedAttention:
     """The way to the weights, the layers it covers, its error, and what to say of it.
 
     ``full_rows``: each head's weights add up to 1, there is no learned sink.
@@ -93,18 +93,18 @@ class AttentionFound:
     full_rows: bool = True
 
 
-def _no_attention(why: str, error: float | None = None) -> AttentionFound:
-    return AttentionFound(None, (), error, f"not available: {why}")
+def _no_attention(why: str, error: float | None = None) -> CheckedAttention:
+    return CheckedAttention(None, (), error, f"not available: {why}")
 
 
 @torch.no_grad()
-def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
+def check_attention_taps(model: Any, structure: ModelStructure) -> CheckedAttention:
     """The cheapest tap whose rows are the model's own eager ones, in one pass and with a cache.
 
     Layers that answer with something else, as linear attention does with its
     state, are left out.
     """
-    ids = anatomy.probe_ids
+    ids = structure.dummy_ids
     if _adds_tokens(model, ids):
         return _no_attention("it adds a token of its own to the sequence at every step")
     answers = _eager_rows(model, ids)
@@ -115,13 +115,13 @@ def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
         return _no_attention("its keys are not token positions")
     own = list(reference.values())
     full = all(bool(((row.sum(-1) - 1).abs() < FULL_ROW).all()) for row in own)
-    watching = _watching_tap(model, anatomy)
-    with watching.attached():
+    watching = _watching_tap(model, structure)
+    with watching.attach():
         model(input_ids=ids, use_cache=False)
         watching.settle(ids.shape[1])
-        rows = rows_of(watching.take(None))
+        rows = attention_rows(watching.take(None))
     error = _largest_difference(rows, own)
-    long = checkable(model, anatomy.blocks, anatomy.probe_ids.device.type)
+    long = checkable(model, structure.blocks, structure.dummy_ids.device.type)
     if _agrees(model, error):
         error = max(error, _difference_with_cache(model, watching, tuple(reference), ids))
         error = max(error, _difference_in_long(model, watching, tuple(reference), long.length))
@@ -129,10 +129,10 @@ def checked_attention(model: Any, anatomy: Anatomy) -> AttentionFound:
             provenance = PROVENANCE
             if long.left_out is not None:
                 provenance += f", not checked beyond {long.left_out:,} tokens"
-            return AttentionFound(watching, tuple(rows), error, provenance, full)
+            return CheckedAttention(watching, tuple(rows), error, provenance, full)
     if len(rows) == len(own):
         layers = dict(zip(reference, rows, strict=True))
-    elif len(answers) == anatomy.layers:
+    elif len(answers) == structure.layers:
         layers = {place: place + 1 for place in reference}
     else:
         return _no_attention("which layers its attention is of cannot be told")
@@ -150,13 +150,13 @@ def _difference_in_long(
     """
     if length is None:
         return 0.0
-    ids = probe_tokens(model, length)
+    ids = dummy_token_ids(model, length)
     asked = OutputAttentionsTap(model, {place: place for place in places}, has_cache=True)
     try:
         own = _last_by_itself(model, asked, ids)
         cached = _last_by_itself(model, watching, ids)
-        with watching.attached(), watching.asking() as arguments:
-            rows = rows_of(watching.take(model(input_ids=ids, use_cache=False, **arguments)))
+        with watching.attach(), watching.forward_arguments() as arguments:
+            rows = attention_rows(watching.take(model(input_ids=ids, use_cache=False, **arguments)))
     except Exception:  # it needs more than ids for it, as with a short text
         return 0.0
     if own is None or cached is None:
@@ -178,19 +178,19 @@ def _beyond_the_cache(rows: Rows, reference: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def cache_difference(model: Any, anatomy: Anatomy) -> float | None:
+def cache_difference(model: Any, structure: ModelStructure) -> float | None:
     """The largest |Δlogprob| between one pass over a text and its last token upon a cache.
 
     It is the model's own doing, and is what a reply's numbers differ by from those of
     teacher forcing. None where there is no cache, or where it takes more than ids.
     """
     lengths = {
-        anatomy.probe_ids.shape[1],
-        checkable(model, anatomy.blocks, anatomy.probe_ids.device.type).length or 0,
+        structure.dummy_ids.shape[1],
+        checkable(model, structure.blocks, structure.dummy_ids.device.type).length or 0,
     } - {0}
     found = []
     for length in lengths:
-        ids = probe_tokens(model, length)
+        ids = dummy_token_ids(model, length)
         try:
             whole = model(input_ids=ids, use_cache=False).logits[:, -1]
             named = cache_in(model(input_ids=ids[:, :-1], use_cache=True))
@@ -211,15 +211,15 @@ def _agrees(model: Any, error: float) -> bool:
 
 def _asked_attention(
     model: Any, layers: dict[int, int], ids: Tensor, own: list[Tensor]
-) -> AttentionFound:
+) -> CheckedAttention:
     """The last resort, checked in the way it will be used: the last token by itself."""
     try:
         tap = OutputAttentionsTap(model, layers, has_cache=True)
         found = _last_by_itself(model, tap, ids)
         if found is None:
             tap = OutputAttentionsTap(model, layers, has_cache=False)
-            with tap.asking() as arguments:
-                found = rows_of(tap.take(model(input_ids=ids, **arguments)))
+            with tap.forward_arguments() as arguments:
+                found = attention_rows(tap.take(model(input_ids=ids, **arguments)))
         error = _largest_difference(found, own)
     except Exception as failure:  # whatever a model's own code raises, the turn goes on
         return _no_attention(f"asking for it fails ({type(failure).__name__}: {failure})")
@@ -227,7 +227,7 @@ def _asked_attention(
         return _no_attention("with a cache its keys are not those of one pass")
     if not _agrees(model, error):
         return _no_attention(f"with a cache it differs from one pass by {error:.2g}", error)
-    return AttentionFound(tap, tuple(layers.values()), error, PROVENANCE)
+    return CheckedAttention(tap, tuple(layers.values()), error, PROVENANCE)
 
 
 def _difference_with_cache(
@@ -258,9 +258,9 @@ def _last_by_itself(model: Any, tap: AttentionTap, ids: Tensor) -> Rows | None:
         return None
     name, cache = named
     preallocate(cache, 1)
-    with tap.attached(), tap.asking() as arguments:
+    with tap.attach(), tap.forward_arguments() as arguments:
         outputs = model(input_ids=ids[:, -1:], **{name: cache}, **arguments)
-        return rows_of(tap.take(outputs))
+        return attention_rows(tap.take(outputs))
 
 
 def _adds_tokens(model: Any, ids: Tensor) -> bool:
@@ -273,19 +273,19 @@ def _adds_tokens(model: Any, ids: Tensor) -> bool:
     return given is not None and given.shape[1] > ids.shape[1]
 
 
-def _watching_tap(model: Any, anatomy: Anatomy) -> KernelTap | HookedTap:
+def _watching_tap(model: Any, structure: ModelStructure) -> KernelTap | HookedTap:
     implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
     if implementation in ALL_ATTENTION_FUNCTIONS:
-        return KernelTap(anatomy.layer_of(), implementation)
-    return HookedTap(anatomy.layer_of())
+        return KernelTap(structure.layer_of(), implementation)
+    return HookedTap(structure.layer_of())
 
 
-def _eager_rows(model: Any, probe_ids: Tensor) -> list[Tensor | None]:
+def _eager_rows(model: Any, dummy_ids: Tensor) -> list[Tensor | None]:
     """The model's own eager weights of the last position, (heads, keys) an answering layer."""
     try:
         with eager(model):
-            outputs = model(input_ids=probe_ids, use_cache=False, output_attentions=True)
-            return last_rows(outputs, probe_ids.shape[1])
+            outputs = model(input_ids=dummy_ids, use_cache=False, output_attentions=True)
+            return last_rows(outputs, dummy_ids.shape[1])
     except (ValueError, TypeError, AttributeError):
         return []
 

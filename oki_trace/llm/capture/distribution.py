@@ -45,7 +45,7 @@ class Distribution:
 
 
 @torch.no_grad()
-def own_distribution(logits: Tensor) -> ModelDistribution:
+def model_distribution(logits: Tensor) -> ModelDistribution:
     """Of the model's own logits (vocab,) in fp32."""
     shifted = logits - logits.max()
     weights = shifted.exp()

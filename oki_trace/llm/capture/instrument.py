@@ -15,17 +15,21 @@ from importlib.metadata import version
 from typing import Any
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.capture.anatomy import Anatomy, dissect
-from oki_trace.llm.capture.checks import cache_difference, checked_attention, checked_lens
+from oki_trace.llm.capture.checks import (
+    cache_difference,
+    check_attention_taps,
+    check_lens_projection,
+)
 from oki_trace.llm.capture.fingerprint import Fingerprint, fingerprint, tokenizer_fingerprint
+from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.lens import LensProjection, LogitLens
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.model_structure import ModelStructure, find_structure
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
-from oki_trace.llm.capture.vocabulary import Vocabulary, is_mistral_common
-from oki_trace.llm.decoding.model_lock import exclusive, uncompiled
+from oki_trace.llm.capture.vocabulary import Vocabulary
+from oki_trace.llm.decoding.model_lock import lock_model, unwrap_compiled
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
-from oki_trace.llm.loading.model_classes import TEXT_ONLY, takes_more_than_text
+from oki_trace.llm.loading.model_classes import TEXT_ONLY, is_mistral_common, takes_more_than_text
 from oki_trace.records import CapturePolicy, CaptureReport
 
 
@@ -36,8 +40,8 @@ class Instrument:
     model: Any
     tokenizer: Any
     vocabulary: Vocabulary
-    anatomy: Anatomy
-    probe: Probe
+    structure: ModelStructure
+    hooks: ModelHooks
     lens: LogitLens | None
     lens_check: float | None
     lens_reason: str | None
@@ -84,7 +88,7 @@ class Instrument:
         parameter = self.model.get_input_embeddings().weight
         return CaptureReport(
             policy=policy,
-            layers=self.anatomy.layers,
+            layers=self.structure.layers,
             width=int(parameter.shape[-1]),
             dtype=str(computing_dtype(self.model)).removeprefix("torch."),
             device=str(input_device(self.model)),
@@ -129,10 +133,10 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     while another thread traces the model. Raises CaptureError for a model that
     cannot be traced.
     """
-    model = uncompiled(model)
+    model = unwrap_compiled(model)
     _refuse_prompt_tuning(model)
     _refuse_mistral_common(tokenizer)
-    with exclusive(model):
+    with lock_model(model):
         found = _checked.get(model)
         of_tokenizer = tokenizer_fingerprint(tokenizer)
         if found is None or found.is_stale(model):
@@ -149,27 +153,27 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
 
 def forget(model: Any) -> None:
     """Check the model anew before its next reply: its numbers were not what they should be."""
-    _checked.pop(uncompiled(model), None)
+    _checked.pop(unwrap_compiled(model), None)
 
 
 def _parts(model: Any) -> dict[str, Any]:
-    anatomy = dissect(model)
-    attention = checked_attention(model, anatomy)
-    probe = Probe(anatomy, attention.tap)
-    lens = checked_lens(model, anatomy, probe)
+    structure = find_structure(model)
+    attention = check_attention_taps(model, structure)
+    hooks = ModelHooks(structure, attention.tap)
+    lens = check_lens_projection(model, structure, hooks)
     drafted = lens.lens if lens.drafts_from else None
     return {
-        "anatomy": anatomy,
-        "probe": probe,
+        "structure": structure,
+        "hooks": hooks,
         "lens": lens.lens,
         "lens_check": lens.error,
         "lens_reason": lens.reason,
-        "fast": speedups(model, anatomy, probe, drafted, lens.drafts_from),
+        "fast": speedups(model, structure, hooks, drafted, lens.drafts_from),
         "attention_layers": attention.layers,
         "attention_check": attention.error,
         "full_rows": attention.full_rows,
         "provenance": attention.provenance,
-        "cache_check": cache_difference(model, anatomy),
+        "cache_check": cache_difference(model, structure),
     }
 
 

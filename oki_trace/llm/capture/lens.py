@@ -3,7 +3,7 @@
 Logit Lens: nostalgebraist, "interpreting GPT: the logit lens" (2020). The
 hidden state of every layer goes through *the model's own* final norm and head,
 whatever they are called and whatever comes after them (softcap, scale, bias):
-the tail found by ``anatomy.py`` is replayed on it, and the model's own outer
+the tail found by ``model_structure.py`` is replayed on it, and the model's own outer
 forward does the rest, on a shell of the model in which a stand-in returns that
 result in the trunk's place. The shell shares every weight, and the model itself
 is not touched: it may decode at the same time.
@@ -27,8 +27,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from oki_trace.llm.capture.anatomy import Anatomy, stream_of
 from oki_trace.llm.capture.distribution import log_probs
+from oki_trace.llm.capture.model_structure import ModelStructure, residual_stream
 from oki_trace.llm.loading.hardware import computing_dtype
 
 # Above these the lens is not the model's own head: fp32 rounding stays below
@@ -40,9 +40,9 @@ DRAFT_TOLERANCE = 1e-3
 
 
 class LensProjection(Protocol):
-    """Projects the hidden states of several steps to logits; see ``LogitLens.each``."""
+    """Projects the hidden states of several steps to logits; see ``LogitLens.project_steps``."""
 
-    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+    def project_steps(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
         """Each step's logits (layers, vocab)."""
 
 
@@ -60,20 +60,20 @@ class LogitLens:
     It may be used while the model runs in another thread, but from one thread.
     """
 
-    def __init__(self, anatomy: Anatomy, *, run_trunk: bool = False) -> None:
+    def __init__(self, structure: ModelStructure, *, run_trunk: bool = False) -> None:
         """With ``run_trunk`` the blocks are replaced, else the trunk that holds them."""
-        self._axis = anatomy.position_axis
-        self._computing = computing_dtype(anatomy.model)
-        self._tail = () if run_trunk else anatomy.tail
-        self._output = anatomy.block_output if run_trunk else anatomy.trunk_output
-        self._ids = anatomy.probe_ids[:, :1]
+        self._axis = structure.position_axis
+        self._computing = computing_dtype(structure.model)
+        self._tail = () if run_trunk else structure.tail
+        self._output = structure.block_output if run_trunk else structure.trunk_output
+        self._ids = structure.dummy_ids[:, :1]
         self._returned: Any = None
         self._shell: Any = None
-        trunk = () if anatomy.trunk is None else (anatomy.trunk,)
-        replaced = anatomy.blocks if run_trunk else trunk
+        trunk = () if structure.trunk is None else (structure.trunk,)
+        replaced = structure.blocks if run_trunk else trunk
         if replaced:
             stand_ins = {m: _stand_in(m, lambda: self._returned) for m in replaced}
-            self._shell = _shell(anatomy.model, stand_ins)
+            self._shell = _shell(structure.model, stand_ins)
 
     @torch.no_grad()
     def project(self, hidden: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class LogitLens:
         self._returned = None
         return logits.float()
 
-    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+    def project_steps(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
         """Hidden states of several steps, their layers in turn, to each step's logits.
 
         Of these the k largest of each row and the tokens ``wanted`` of a step are
@@ -93,7 +93,7 @@ class LogitLens:
         return iter(self.project(hidden).split(len(hidden) // len(wanted)))
 
     @torch.no_grad()
-    def states(self, hidden: Tensor) -> Tensor:
+    def normed_states(self, hidden: Tensor) -> Tensor:
         """Hidden states (rows, width) as the head takes them, after the final norm."""
         return self._through_tail(hidden)[0]
 
@@ -101,7 +101,7 @@ class LogitLens:
         batch = self._axis - 1
         rows = hidden.movedim(0, batch).unsqueeze(batch)
         for module in self._tail:
-            rows = stream_of(module(rows))
+            rows = residual_stream(module(rows))
         return rows
 
     def check(self, last_block: Tensor, logits: Tensor) -> LensCheck:

@@ -12,11 +12,11 @@ from contextlib import closing
 
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.lens_worker import LensWorker
-from oki_trace.llm.capture.reduce import PendingLens, lenses_of, step_of
+from oki_trace.llm.capture.reduce import PendingLens, compute_lenses, make_step
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.decoding.decode import RawStep, decode
-from oki_trace.llm.decoding.decoder_thread import ahead
-from oki_trace.llm.decoding.thread_state import carried
+from oki_trace.llm.decoding.decoder_thread import iterate_in_thread
+from oki_trace.llm.decoding.thread_state import with_thread_state
 from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, ReplyChecks, Step
 
 
@@ -42,12 +42,12 @@ def capture(
     def compute(steps: list[PendingLens]) -> list[Lens]:
         if lens is None or not checker.lens_holds:
             return []
-        return lenses_of(steps, lens, draft, checker, instrument.vocabulary, policy.topk_lens)
+        return compute_lenses(steps, lens, draft, checker, instrument.vocabulary, policy.topk_lens)
 
     steps = decode(
         instrument.model,
         instrument.tokenizer,
-        instrument.probe,
+        instrument.hooks,
         instrument.fast,
         prompt.token_ids,
         generation,
@@ -56,33 +56,33 @@ def capture(
     )
     # Weights that come and go with each call cannot serve two threads.
     alone = instrument.moves_weights
-    with LensWorker(carried(compute), aside=not alone) as behind:
+    with LensWorker(with_thread_state(compute), aside=not alone) as lens_worker:
         try:
-            with closing(steps) if alone else ahead(steps) as taken:
-                yield from _follow(taken, behind, instrument, policy, checker, should_stop)
+            with closing(steps) if alone else iterate_in_thread(steps) as taken:
+                yield from _follow(taken, lens_worker, instrument, policy, checker, should_stop)
         except Exception:
-            yield from behind.rest()
+            yield from lens_worker.rest()
             yield checker.report()
             raise
-        yield from behind.rest()
+        yield from lens_worker.rest()
         yield checker.report()
 
 
 def _follow(
     steps: Iterator[RawStep],
-    behind: LensWorker,
+    lens_worker: LensWorker,
     instrument: Instrument,
     policy: CapturePolicy,
     checker: ReplyChecker,
     should_stop: Callable[[], bool],
 ) -> Iterator[tuple[Step, str | None] | Lens]:
     for raw in steps:
-        stopped = raw.finished is None and should_stop()
-        last = stopped or raw.finished is not None
-        step, pending = step_of(raw, instrument.vocabulary, policy, checker, last=last)
+        stopped = raw.stop_reason is None and should_stop()
+        last = stopped or raw.stop_reason is not None
+        step, pending = make_step(raw, instrument.vocabulary, policy, checker, last=last)
         # Only now: a lens is of a step that was handed over.
-        behind.add(pending)
-        yield step, "stopped" if stopped else raw.finished
-        yield from behind.ready()
+        lens_worker.add(pending)
+        yield step, "stopped" if stopped else raw.stop_reason
+        yield from lens_worker.ready()
         if stopped:
             return

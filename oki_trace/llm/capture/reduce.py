@@ -13,18 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oki_trace.llm.capture.attention import Rows, rows_of
+from oki_trace.llm.capture.attention import Rows, attention_rows
 from oki_trace.llm.capture.distribution import (
     Distribution,
     ModelDistribution,
-    own_distribution,
+    model_distribution,
     summarize,
 )
 from oki_trace.llm.capture.lens import LensProjection, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
-from oki_trace.llm.decoding.sampling import decide
+from oki_trace.llm.decoding.sampling import analyze_choice
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step
 from oki_trace.records import Tensor as TensorRecord
 
@@ -33,19 +33,19 @@ from oki_trace.records import Tensor as TensorRecord
 class PendingLens:
     """What the lens of a step still needs, and no more: these wait for each other.
 
-    ``hidden`` are L+1 rows (width,), ``last`` is its layer L, the model's own;
+    ``hidden_states`` are L+1 rows (width,), ``last`` is its layer L, the model's own;
     ``logits`` (vocab,) fp32, of a step whose lens is to be checked by them.
     """
 
     step_index: int
     token_id: int
-    hidden: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
     own: ModelDistribution
     last: Distribution
     logits: Tensor | None
 
 
-def step_of(
+def make_step(
     raw: RawStep,
     vocabulary: Vocabulary,
     policy: CapturePolicy,
@@ -58,23 +58,23 @@ def step_of(
     ``last``: no step follows.
     """
     logits = raw.logits.float()
-    own = own_distribution(logits)
+    own = model_distribution(logits)
     most = max(policy.topk_logits, policy.topk_lens, 2)
     row = summarize(logits[None], own, raw.token_id, most)
     due = checker.is_due(raw.step_index, last=last)
-    rows = _at_positions(rows_of(raw.attention), raw.position)
+    rows = _at_positions(attention_rows(raw.attention), raw.position)
     if due:
         checker.check_attention(raw.step_index, rows)
     if not checker.attention_holds:
         rows = {}
     pending = PendingLens(
-        raw.step_index, raw.token_id, raw.hidden, own, row, logits if due else None
+        raw.step_index, raw.token_id, raw.hidden_states, own, row, logits if due else None
     )
     return _step(raw, rows, row, vocabulary, policy), pending
 
 
 @torch.no_grad()
-def lenses_of(
+def compute_lenses(
     steps: Sequence[PendingLens],
     lens: LogitLens,
     draft: LensProjection | None,
@@ -89,14 +89,14 @@ def lenses_of(
     held = [seen for seen in steps if _holds(seen, lens, checker)]
     if not held:
         return []
-    layers = len(held[0].hidden) - 1
-    device = held[0].hidden[-1].device
-    streams = torch.stack([h.to(device) for seen in held for h in seen.hidden[:layers]])
+    layers = len(held[0].hidden_states) - 1
+    device = held[0].hidden_states[-1].device
+    streams = torch.stack([h.to(device) for seen in held for h in seen.hidden_states[:layers]])
     wanted = [torch.tensor([*seen.last.token_ids[0], seen.token_id]) for seen in held]
     use = draft if draft is not None and checker.draft_holds else lens
     found = []
     for seen, rows, of_step in zip(
-        held, use.each(streams, wanted, k), streams.split(layers), strict=True
+        held, use.project_steps(streams, wanted, k), streams.split(layers), strict=True
     ):
         if use is draft and checker.compares_draft(seen.step_index):
             whole = lens.project(of_step)
@@ -110,7 +110,7 @@ def lenses_of(
 
 def _holds(seen: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
     if seen.logits is not None and checker.lens_holds:
-        checker.check_lens(seen.step_index, lens, seen.hidden[-1], seen.logits)
+        checker.check_lens(seen.step_index, lens, seen.hidden_states[-1], seen.logits)
     return checker.lens_holds
 
 
@@ -138,7 +138,7 @@ def _step(
 ) -> Step:
     probs = row.probs[0]
     logit = float(raw.logits[raw.token_id])
-    decided = decide(raw.choice, raw.logits, vocabulary)
+    decided = analyze_choice(raw.choice, raw.logits, vocabulary)
     kept = policy.topk_logits
     ids = row.token_ids[0, :kept]
     return Step(
@@ -190,9 +190,10 @@ def _attention(position: int, attention: Rows, k: int) -> tuple[LayerAttention, 
 
 def _tensors(raw: RawStep, attention: Rows) -> Iterator[TensorRecord]:
     yield _record("logits", raw.logits)
-    if raw.hidden:
+    if raw.hidden_states:
         yield _record(
-            "hidden_states", torch.stack([h.to(raw.hidden[0].device) for h in raw.hidden])
+            "hidden_states",
+            torch.stack([h.to(raw.hidden_states[0].device) for h in raw.hidden_states]),
         )
     if attention:
         yield _attentions(raw.position, attention)

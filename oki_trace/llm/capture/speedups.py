@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from oki_trace.llm.capture.anatomy import Anatomy
+from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.lens import LensProjection, LogitLens
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.decoding.forward_pass import DecodeGraph
 from oki_trace.settings import Settings
 
@@ -54,8 +54,8 @@ class Speedups:
 
 def speedups(
     model: Any,
-    anatomy: Anatomy,
-    probe: Probe,
+    structure: ModelStructure,
+    hooks: ModelHooks,
     lens: LogitLens | None,
     hidden: Sequence[Tensor],
 ) -> Speedups:
@@ -72,14 +72,14 @@ def speedups(
 
     graph = draft = None
     try:
-        graph = torchscript.trace_step(model, anatomy, probe)
+        graph = torchscript.trace_step(model, structure, hooks)
         no_graph, not_prepacked = None, graph.not_prepacked
     except torchscript.NotTraceable as reason:
         no_graph, not_prepacked = str(reason), "needs a step graph"
     try:
         if lens is None:
             raise draft_lens.NoDraft("the lens runs the whole model, or there is none")
-        draft, no_draft = draft_lens.draft_lens(lens, anatomy, hidden), None
+        draft, no_draft = draft_lens.draft_lens(lens, structure, hidden), None
     except draft_lens.NoDraft as reason:
         no_draft = str(reason)
     return Speedups(

@@ -34,17 +34,12 @@ def byte_level_alphabet() -> dict[str, int]:
     return alphabet
 
 
-def readable(raw: bytes) -> str:
+def bytes_to_text(raw: bytes) -> str:
     """The text of these bytes; where they are not whole UTF-8, each byte as ``<0xE2>``."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
         return "".join(f"<0x{byte:02X}>" for byte in raw)
-
-
-def is_mistral_common(tokenizer: Any) -> bool:
-    """Whether a tokenizer is mistral-common's, which does not tell a token's own text."""
-    return any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__)
 
 
 class Vocabulary:
@@ -82,7 +77,7 @@ class Vocabulary:
     def _read(self, token_id: int) -> str:
         if self._piece(token_id) is None:
             return f"<unused {token_id}>"
-        return readable(self.token_bytes(token_id))
+        return bytes_to_text(self.token_bytes(token_id))
 
     def _piece(self, token_id: int) -> str | None:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
@@ -147,7 +142,7 @@ def _decoder_kinds(state: dict[str, Any]) -> set[str]:
     return kinds
 
 
-def must_have_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -> None:
+def require_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -> None:
     """Raise CaptureError where the tokenizer gives ids that the model has no embedding for."""
     try:
         rows = int(model.get_input_embeddings().weight.shape[0])

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from oki_trace.errors import CaptureError
 from oki_trace.llm.decoding.forward import Forward
-from oki_trace.llm.decoding.forward_pass import AttentionCapture, FastPaths, Watcher
-from oki_trace.llm.decoding.generation import arguments_of, generate_of, stop_reason
+from oki_trace.llm.decoding.forward_pass import AttentionCapture, FastPaths, ForwardHooks
+from oki_trace.llm.decoding.generation import find_stop_reason, generate_arguments, generate_method
 from oki_trace.llm.decoding.sampling import Choice, choose
 from oki_trace.llm.loading.hardware import input_device
 from oki_trace.records import Generation
@@ -34,9 +34,9 @@ class RawStep:
     """One decoded token and the tensors of its forward pass, still on their devices.
 
     ``logits`` (vocab,) the model's own, in its dtype; ``choice`` what the
-    sampling settings made of them; ``hidden`` L+1 rows (width,), before the
-    final norm; ``attention`` by layer, ``rows_of`` it are (heads, keys).
-    ``finished`` names the stop this token met, or is None.
+    sampling settings made of them; ``hidden_states`` L+1 rows (width,), before the
+    final norm; ``attention`` by layer, ``attention_rows`` it are (heads, keys).
+    ``stop_reason`` names the stop this token met, or is None.
     """
 
     step_index: int
@@ -44,16 +44,16 @@ class RawStep:
     token_id: int
     logits: Tensor
     choice: Choice
-    hidden: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
     attention: AttentionCapture
     elapsed_ms: float
-    finished: str | None
+    stop_reason: str | None
 
 
 def decode(
     model: Any,
     tokenizer: Any,
-    watcher: Watcher,
+    hooks: ForwardHooks,
     fast: FastPaths,
     prompt_ids: tuple[int, ...],
     generation: Generation,
@@ -67,16 +67,16 @@ def decode(
     settings leave no token. ``forced``: the tokens to say, whatever would be chosen.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
-    steps: Generator[RawStep] = generate_of(model)(
+    steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
-        watcher=watcher,
+        hooks=hooks,
         fast=fast,
         seed=generation.seed,
         note=note,
         forced=forced,
-        **arguments_of(generation, model, tokenizer),
+        **generate_arguments(generation, model, tokenizer),
     )
     return steps
 
@@ -98,7 +98,7 @@ def _loop(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    watcher: Watcher,
+    hooks: ForwardHooks,
     fast: FastPaths,
     seed: int | None,
     note: Callable[[str], None],
@@ -112,8 +112,8 @@ def _loop(
         if seed is not None:
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
-    forward = Forward(model, watcher, fast, generation_config, model_kwargs, new_tokens, note)
-    with watcher.attached(), model._optimize_model_for_decode():
+    forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
+    with hooks.attach(), model._optimize_model_for_decode():
         for step_index in range(new_tokens):
             started = time.perf_counter()
             # 1. the model's own forward pass, watched. Before the processors: there are
@@ -138,10 +138,10 @@ def _loop(
                 token_id=token_id,
                 logits=forward_pass.logits,
                 choice=choice,
-                hidden=forward_pass.hidden,
+                hidden_states=forward_pass.hidden_states,
                 attention=forward_pass.attention,
                 elapsed_ms=elapsed_ms,
-                finished=stop_reason(token_id, input_ids.shape[1], generation_config)
+                stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
                 if done
                 else None,
             )

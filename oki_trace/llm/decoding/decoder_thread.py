@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import torch
 
-from oki_trace.llm.decoding.thread_state import carried
+from oki_trace.llm.decoding.thread_state import with_thread_state
 
 Item = TypeVar("Item")
 
@@ -26,7 +26,7 @@ STEPS_AHEAD = 8
 
 
 @contextmanager
-def ahead(items: Generator[Item]) -> Iterator[Iterator[Item]]:
+def iterate_in_thread(items: Generator[Item]) -> Iterator[Iterator[Item]]:
     """Within, ``items`` are generated in another thread; an exception of theirs is raised here.
 
     The first, which takes the whole prompt, is generated here and now: it is
@@ -63,7 +63,7 @@ class _Decoder(Iterator[Item]):
         self._closing = threading.Event()
         self._ended = False
         self._thread = threading.Thread(
-            target=carried(self._run), args=(items, cores), name="decoder", daemon=True
+            target=with_thread_state(self._run), args=(items, cores), name="decoder", daemon=True
         )
         self._thread.start()
 

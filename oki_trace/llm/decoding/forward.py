@@ -19,9 +19,9 @@ from oki_trace.llm.decoding.forward_pass import (
     CACHE_NAMES,
     DecodeGraph,
     FastPaths,
+    ForwardHooks,
     ForwardPass,
     StepRun,
-    Watcher,
 )
 from oki_trace.llm.decoding.special_lengths import BEYOND, special_lengths
 
@@ -38,7 +38,7 @@ class Forward:
     def __init__(
         self,
         model: Any,
-        watcher: Watcher,
+        hooks: ForwardHooks,
         fast: FastPaths,
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -46,7 +46,7 @@ class Forward:
         note: Callable[[str], None],
     ) -> None:
         self._model = model
-        self._watcher = watcher
+        self._hooks = hooks
         self._graph = fast.step_graph
         self._config = generation_config
         self._kwargs = model_kwargs
@@ -118,8 +118,8 @@ class Forward:
     def _prompt(self, input_ids: Tensor) -> ForwardPass:
         if self._graph is not None:
             self._graph.release_copies(input_ids.shape[1])
-        if not self._watcher.splits_prompt or input_ids.shape[1] == 1:
-            with self._watcher.asking() as extra:
+        if not self._hooks.splits_prompt or input_ids.shape[1] == 1:
+            with self._hooks.forward_arguments() as extra:
                 arguments = {**self._kwargs, **extra}
                 return self._watched(self._model._prefill(input_ids, self._config, arguments))
         mask = self._kwargs.get("attention_mask")
@@ -143,7 +143,7 @@ class Forward:
         return inputs
 
     def _step(self, inputs: dict[str, Any]) -> ForwardPass:
-        with self._watcher.asking() as extra:
+        with self._hooks.forward_arguments() as extra:
             outputs = self._model(**{**inputs, **extra}, return_dict=True)
         return self._watched(outputs)
 
@@ -151,8 +151,8 @@ class Forward:
         self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
         # Copied, as a prompt's logits are many; before anything else runs the model again.
         logits = outputs.logits[0, -1].clone()
-        hidden = self._watcher.take_hidden()
-        return ForwardPass(logits, hidden, self._watcher.take_attention(outputs))
+        hidden = self._hooks.take_hidden_states()
+        return ForwardPass(logits, hidden, self._hooks.take_attention(outputs))
 
 
 def _counts_tokens_as_usual(model: Any) -> bool:

@@ -1,6 +1,6 @@
-"""What one forward pass leaves behind, and who watches it.
+"""What one forward pass computes, and the interfaces the decoding loop needs.
 
-The decoding loop knows its watcher (``capture/probe.py``) and the optional step
+The decoding loop knows its hooks (``capture/hooks.py``) and the optional step
 graph (``fast/step_graph.py``) by the protocols here alone.
 """
 
@@ -54,33 +54,33 @@ AttentionCapture = dict[int, Tensor | LastQuery]
 class ForwardPass:
     """The tensors of one forward pass at its last position, still on their devices.
 
-    ``logits`` (vocab,) in the model's dtype; ``hidden`` L+1 rows (width,), before
+    ``logits`` (vocab,) in the model's dtype; ``hidden_states`` L+1 rows (width,), before
     the final norm; ``attention`` by layer.
     """
 
     logits: Tensor
-    hidden: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
     attention: AttentionCapture
 
 
-class Watcher(Protocol):
+class ForwardHooks(Protocol):
     """Reads hidden states and attention while the model runs."""
 
     @property
     def splits_prompt(self) -> bool:
         """Whether the prompt's last token must run through the model by itself."""
 
-    def attached(self) -> AbstractContextManager[None]:
+    def attach(self) -> AbstractContextManager[None]:
         """Watch the model while this context lasts."""
 
-    def asking(self) -> AbstractContextManager[dict[str, Any]]:
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
         """Around the forward pass of one step; yields extra arguments for the model."""
 
-    def take_hidden(self) -> tuple[Tensor, ...]:
-        """The hidden states of the last pass; empties the watcher."""
+    def take_hidden_states(self) -> tuple[Tensor, ...]:
+        """The hidden states of the last pass; empties the hooks."""
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """The attention of the pass that returned ``outputs``; empties the watcher."""
+        """The attention of the pass that returned ``outputs``; empties the hooks."""
 
 
 class StepRun(Protocol):

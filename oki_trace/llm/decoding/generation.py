@@ -51,7 +51,7 @@ _OTHERS = (
 _OTHERS_SAMPLED = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
+def resolve_generation(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
     """The settings in force for this model: what was asked, else its generation config.
 
     A reply that samples without a seed gets one, so that it can be had again.
@@ -111,7 +111,7 @@ def has_own_generate(model: Any) -> bool:
     return True
 
 
-def generate_of(model: Any) -> Callable[..., Any]:
+def generate_method(model: Any) -> Callable[..., Any]:
     """The ``generate()`` that prepares a reply. Raises CaptureError for a model without one."""
     if has_own_generate(model):
         return partial(GenerationMixin.generate, model)
@@ -146,7 +146,7 @@ def _stretched(config: Any) -> int:
     return max(lengths)
 
 
-def arguments_of(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:
+def generate_arguments(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What ``model.generate()`` is given so that it prepares these settings."""
     own = (
         ("temperature", generation.temperature),
@@ -168,7 +168,7 @@ def arguments_of(generation: Generation, model: Any, tokenizer: Any) -> dict[str
     }
 
 
-def stop_reason(token_id: int, length: int, generation_config: Any) -> str:
+def find_stop_reason(token_id: int, length: int, generation_config: Any) -> str:
     """Which stop a token met; ``length`` is that of prompt and reply, the token included."""
     eos = generation_config.eos_token_id
     if token_id in (eos if isinstance(eos, list) else [eos]):

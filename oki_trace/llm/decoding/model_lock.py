@@ -48,7 +48,7 @@ _locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary(
 _making = threading.Lock()
 
 
-def uncompiled(model: Any) -> Any:
+def unwrap_compiled(model: Any) -> Any:
     """The module that ``torch.compile(model)`` wraps; ``model`` itself if it is none of these."""
     while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
         model = original
@@ -56,7 +56,7 @@ def uncompiled(model: Any) -> Any:
 
 
 @contextmanager
-def exclusive(model: Any) -> Iterator[None]:
+def lock_model(model: Any) -> Iterator[None]:
     """While this lasts, no other thread traces the model, and none of it runs compiled.
 
     ``model`` is not wrapped any more (``uncompiled``). Raises CaptureError in a

@@ -8,7 +8,7 @@ log p + noise with noise = -log q (Gumbel noise; the "Gumbel-max trick", Gumbel,
 1954). Same generator, same calls, same token.
 
 ``choose`` is all that the decoding thread does; what is to be told of a choice
-is worked out by ``decide``, elsewhere.
+is worked out by ``analyze_choice``, elsewhere.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _impossible(stages: list[tuple[Any, Tensor]]) -> str:
     """Which setting left nothing to choose from."""
     for processor, scores in stages:
         if not bool(scores.max().isfinite()):
-            words = " ".join(describe(processor)).strip()
+            words = " ".join(describe_processor(processor)).strip()
             return (
                 f"The sampling setting {words} left no token to choose. "
                 "Change it, or mend generation_config.json in the model's folder."
@@ -103,7 +103,7 @@ def _impossible(stages: list[tuple[Any, Tensor]]) -> str:
 
 
 @dataclass(frozen=True)
-class Decided:
+class ChoiceAnalysis:
     """The decision as a record, and the final distribution to look candidates up in."""
 
     decision: Decision
@@ -125,7 +125,7 @@ class Decided:
 
 
 @torch.no_grad()
-def decide(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> Decided | None:
+def analyze_choice(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> ChoiceAnalysis | None:
     """What is to be told of a choice from logits (vocab,); None when it was plainly greedy."""
     if not choice.stages and not choice.sampled:
         return None
@@ -139,7 +139,7 @@ def decide(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> Decided | 
         if after is not before:
             probs = after.softmax(-1)
         before = after
-        name, setting = describe(processor)
+        name, setting = describe_processor(processor)
         effects.append(Effect(name, setting, int(gone.sum()), removed_mass, float(probs[chosen])))
     # Never 0, so that what is kept is finite.
     noise = None if choice.race is None else -choice.race.clamp_min(1e-38).log()
@@ -165,7 +165,7 @@ def decide(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> Decided | 
         greedy=contender(_greedy_id(choice, logits)),
         runner_up=runner_up,
     )
-    return Decided(decision, float(probs[chosen]), probs, noise)
+    return ChoiceAnalysis(decision, float(probs[chosen]), probs, noise)
 
 
 def _greedy_id(choice: Choice, logits: Tensor) -> int:
@@ -235,7 +235,7 @@ def _ids(value: Any) -> str:
     return ", ".join(str(int(i)) for i in torch.as_tensor(value).ravel().tolist())
 
 
-def describe(processor: Any) -> tuple[str, str]:
+def describe_processor(processor: Any) -> tuple[str, str]:
     """A processor's name and its setting, as a user would say them."""
     kind = type(processor).__name__
     name, setting = _WORDS.get(kind, (None, None))

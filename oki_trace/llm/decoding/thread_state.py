@@ -37,7 +37,7 @@ class ThreadState:
             yield
 
 
-def carried(function: Callable[P, R]) -> Callable[P, R]:
+def with_thread_state(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, to be called in another thread with the state of this one."""
     state = ThreadState()
 

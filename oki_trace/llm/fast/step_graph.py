@@ -228,4 +228,4 @@ def _tensors(forward_pass: ForwardPass) -> list[Tensor]:
     rows = (
         row.query if isinstance(row, LastQuery) else row for row in forward_pass.attention.values()
     )
-    return [forward_pass.logits, *forward_pass.hidden, *rows]
+    return [forward_pass.logits, *forward_pass.hidden_states, *rows]

@@ -26,9 +26,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations import sdpa_attention
 
 from oki_trace.llm.capture import attention
-from oki_trace.llm.capture.anatomy import Anatomy
 from oki_trace.llm.capture.buffers import mark_persistent
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.hooks import ModelHooks
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.decoding.forward_pass import ForwardPass, LastQuery, cache_in
 from oki_trace.llm.fast.kv_cache import preallocate, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights, multiplying_with, prepackable
@@ -50,7 +50,7 @@ class NotTraceable(Exception):
     """A decode step cannot be replayed; the message says why."""
 
 
-def trace_step(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def trace_step(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """The graph of one decode step. Takes as long as a dozen steps.
 
     Raises NotTraceable where a step is not the same operations each time, or where
@@ -61,44 +61,44 @@ def trace_step(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
     if not is_plain(model):
         raise NotTraceable("the model has hooks, adapters or weights outside the CPU's memory")
     try:
-        with torch.no_grad(), probe.attached(pooled=False):
-            return _checked(model, anatomy, probe)
+        with torch.no_grad(), hooks.attach(pooled=False):
+            return _checked(model, structure, hooks)
     except NotTraceable:
         raise
     except Exception as error:  # a model's own code can raise anything
         raise NotTraceable(f"tracing a step fails ({type(error).__name__}: {error})") from error
 
 
-def _checked(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def _checked(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """Trace a step, and compare it and the one after it with the model's own."""
-    ids = anatomy.probe_ids
+    ids = structure.dummy_ids
     outputs = model(input_ids=ids[:, :-2], use_cache=True, return_dict=True)
-    probe.take_hidden()
-    probe.take_attention(outputs)
+    hooks.take_hidden_states()
+    hooks.take_attention(outputs)
     named: tuple[str, Any] = cache_in(outputs) or ("", None)
     name, cache = named
     preallocate(cache, 2)
     if not preallocated_layers(cache):
         raise NotTraceable("its cache holds more than growing keys and values")
-    graph = _step_graph(model, probe, ids[:, -2:-1], name, cache)
+    graph = _step_graph(model, hooks, ids[:, -2:-1], name, cache)
     for token in ids[:, -2:].split(1, 1):
         inputs = {"input_ids": token, name: cache, "use_cache": True}
         if graph.takes_positions:
             inputs["position_ids"] = torch.tensor([[cache.get_seq_length()]])
         run = graph.begin(inputs, 0)
-        if run is None or not run.matches_model(token, partial(_own, model, probe, inputs))[0]:
+        if run is None or not run.matches_model(token, partial(_own, model, hooks, inputs))[0]:
             raise NotTraceable("a traced step gives different numbers")
     return graph
 
 
-def _own(model: Any, probe: Probe, inputs: Mapping[str, Any]) -> ForwardPass:
+def _own(model: Any, hooks: ModelHooks, inputs: Mapping[str, Any]) -> ForwardPass:
     outputs = model(**inputs, return_dict=True)
     logits = outputs.logits[0, -1]
-    return ForwardPass(logits, probe.take_hidden(), probe.take_attention(outputs))
+    return ForwardPass(logits, hooks.take_hidden_states(), hooks.take_attention(outputs))
 
 
 def _step_graph(
-    model: Any, probe: Probe, token: Tensor, cache_name: str, cache: DynamicCache
+    model: Any, hooks: ModelHooks, token: Tensor, cache_name: str, cache: DynamicCache
 ) -> StepGraph:
     length = cache.get_seq_length()
     buffers = [buffer for layer in preallocated_layers(cache) for buffer in layer.buffers(1)]
@@ -122,9 +122,9 @@ def _step_graph(
         by_name = dict(zip(weights, values, strict=True))
         factor_of = {id(by_name[n]): factor for n, factor in zip(products, factors, strict=True)}
         with _weights_replaced(model, by_name), multiplying_with(model, factor_of):
-            own = _own(model, probe, inputs)
+            own = _own(model, hooks, inputs)
         passes.append(own)
-        return (own.logits, *own.hidden, *(q.query for q in _queries(own)))
+        return (own.logits, *own.hidden_states, *(q.query for q in _queries(own)))
 
     values = [*weights.values(), *(weights[name] for name in products)]
     function = _traced(step, (token, *position_after(length), buffers, values))
@@ -139,7 +139,7 @@ def _step_graph(
         not_prepacked=packing.reason,
         implementation=model.config._attn_implementation,
         takes_positions=takes_positions,
-        hidden=len(traced.hidden),
+        hidden=len(traced.hidden_states),
         attending=tuple(
             AttendingLayer(layer, _cache_layer(last.key, buffers[::2], length + 1), last.scaling)
             for layer, last in zip(traced.attention, _queries(traced), strict=True)

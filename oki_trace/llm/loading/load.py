@@ -27,7 +27,6 @@ from transformers import (
 )
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.capture.vocabulary import is_mistral_common
 from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing
 from oki_trace.llm.loading.diagnose import explain
 from oki_trace.llm.loading.file_checks import Weights, sound_folder, sound_gguf, sound_numbers
@@ -40,7 +39,7 @@ from oki_trace.llm.loading.hardware import (
 )
 from oki_trace.llm.loading.load_progress import Progress, bars, silent
 from oki_trace.llm.loading.locate import Source, find, snapshot
-from oki_trace.llm.loading.model_classes import TEXT_ONLY, Kind, kind_of
+from oki_trace.llm.loading.model_classes import TEXT_ONLY, Kind, is_mistral_common, kind_of
 from oki_trace.llm.loading.quantization import (
     NF4,
     QuantizationFallback,

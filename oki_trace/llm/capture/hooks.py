@@ -12,23 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
-from oki_trace.llm.capture.anatomy import Anatomy, stream_of
 from oki_trace.llm.capture.attention import AttentionTap
 from oki_trace.llm.capture.buffers import BufferPool
+from oki_trace.llm.capture.model_structure import ModelStructure, residual_stream
 from oki_trace.llm.decoding.forward_pass import AttentionCapture
 
 
-class Probe:
+class ModelHooks:
     """Collects one forward pass at a time; ``take_*`` empties it."""
 
-    def __init__(self, anatomy: Anatomy, tap: AttentionTap | None) -> None:
-        self._blocks = anatomy.blocks
-        self._axis = anatomy.position_axis
+    def __init__(self, structure: ModelStructure, tap: AttentionTap | None) -> None:
+        self._blocks = structure.blocks
+        self._axis = structure.position_axis
         self._tap = tap
         self._hidden: dict[int, Tensor] = {}
         self._pool = BufferPool(0)
 
-    def take_hidden(self) -> tuple[Tensor, ...]:
+    def take_hidden_states(self) -> tuple[Tensor, ...]:
         """L+1 rows (width,): the input of block 1, then what each block put out.
 
         Where a model carries several residual streams, (streams, width).
@@ -46,13 +46,13 @@ class Probe:
         return self._tap is not None and self._tap.splits_prompt
 
     @contextmanager
-    def asking(self) -> Iterator[dict[str, Any]]:
+    def forward_arguments(self) -> Iterator[dict[str, Any]]:
         """Around a forward pass of one step; yields arguments for it."""
-        with self._tap.asking() if self._tap else nullcontext({}) as arguments:
+        with self._tap.forward_arguments() if self._tap else nullcontext({}) as arguments:
             yield arguments
 
     @contextmanager
-    def attached(self, *, pooled: bool = True) -> Iterator[None]:
+    def attach(self, *, pooled: bool = True) -> Iterator[None]:
         """Watch the model while this context lasts.
 
         With ``pooled``, the buffers for the first pass are allocated together.
@@ -66,7 +66,7 @@ class Probe:
             ),
         ]
         try:
-            with self._tap.attached() if self._tap else nullcontext():
+            with self._tap.attach() if self._tap else nullcontext():
                 yield
         finally:
             for handle in handles:
@@ -79,7 +79,7 @@ class Probe:
 
     def _keeper(self, layer: int) -> Any:
         def keep(module: Any, args: Any, output: Any) -> None:
-            self._hidden[layer] = self._newest(stream_of(output))
+            self._hidden[layer] = self._newest(residual_stream(output))
 
         return keep
 

@@ -24,12 +24,12 @@ from oki_trace.llm.loading.hardware import input_device
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """The parts of one model. ``trunk`` is None when the model calls its blocks itself.
 
     ``position_axis`` is where a block's output counts positions: 1, or 2 where
     several residual streams come before the batch. ``repeats`` says that blocks
-    run more than once in one pass. The outputs are those of the probe. The model
+    run more than once in one pass. The outputs are those of the hooks. The model
     itself is not kept alive by it.
     """
 
@@ -41,7 +41,7 @@ class Anatomy:
     repeats: bool
     trunk_output: Any = field(repr=False)
     block_output: Any = field(repr=False)
-    probe_ids: torch.Tensor = field(repr=False)
+    dummy_ids: torch.Tensor = field(repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -74,7 +74,7 @@ class _Call:
     ended: int = -1
 
 
-def dissect(model: Any) -> Anatomy:
+def find_structure(model: Any) -> ModelStructure:
     """Run the model once on a few tokens and name its parts.
 
     Raises CaptureError when no list of blocks can be told apart, or when the
@@ -84,35 +84,35 @@ def dissect(model: Any) -> Anatomy:
         raise CaptureError(
             f"{type(model).__name__} is an encoder-decoder. Choose a model that only decodes."
         )
-    probe_ids = probe_tokens(model)
+    dummy_ids = dummy_token_ids(model)
     with _watching(model) as calls, torch.no_grad():
-        model(input_ids=probe_ids, use_cache=False)
+        model(input_ids=dummy_ids, use_cache=False)
     blocks = _blocks(model, calls)
     holders = {m for m in model.modules() if set(blocks) <= set(m.modules())}
     outer = [c for c in calls if c.module in holders and c.module is not model]
     trunk = outer[0] if outer else None
     last = next(c for c in reversed(calls) if c.module is blocks[-1])
     after = [c for c in calls[last.ended :] if c.parent in holders and c.parent is not model]
-    return Anatomy(
+    return ModelStructure(
         reference=weakref.ref(model),
         blocks=blocks,
         trunk=trunk.module if trunk else None,
         tail=_tail(last, after, trunk),
-        position_axis=_position_axis(stream_of(last.output), probe_ids.shape[1]),
+        position_axis=_position_axis(residual_stream(last.output), dummy_ids.shape[1]),
         repeats=sum(c.module is last.module for c in calls) > 1,
         trunk_output=trunk.output if trunk else None,
         block_output=last.output,
-        probe_ids=probe_ids,
+        dummy_ids=dummy_ids,
     )
 
 
-def stream_of(output: Any) -> torch.Tensor:
+def residual_stream(output: Any) -> torch.Tensor:
     """The residual stream in what a block, a norm or a trunk puts out: all of it, or its first."""
     found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return found
 
 
-def probe_tokens(model: Any, length: int = 11) -> torch.Tensor:
+def dummy_token_ids(model: Any, length: int = 11) -> torch.Tensor:
     """A few valid token ids, shape (1, length), on the device of the embeddings.
 
     The length is one that no size of a model is likely to have, so that an axis
@@ -144,11 +144,14 @@ def _blocks(model: Any, calls: list[_Call]) -> tuple[nn.Module, ...]:
 
 def _tail(last: _Call, after: list[_Call], trunk: _Call | None) -> tuple[nn.Module, ...]:
     """The modules from the last block to what the trunk returns; a pooler beside it is left out."""
-    returned = None if trunk is None else stream_of(trunk.output)
-    if stream_of(last.output) is returned:
+    returned = None if trunk is None else residual_stream(trunk.output)
+    if residual_stream(last.output) is returned:
         return ()
     for count, call in enumerate(after, 1):
-        if isinstance(call.output, (torch.Tensor, tuple)) and stream_of(call.output) is returned:
+        if (
+            isinstance(call.output, (torch.Tensor, tuple))
+            and residual_stream(call.output) is returned
+        ):
             return tuple(c.module for c in after[:count])
     return tuple(c.module for c in after)
 
