@@ -148,10 +148,8 @@ def _tail(last: _Call, after: list[_Call], trunk: _Call | None) -> tuple[nn.Modu
     if residual_stream(last.output) is returned:
         return ()
     for count, call in enumerate(after, 1):
-        if (
-            isinstance(call.output, (torch.Tensor, tuple))
-            and residual_stream(call.output) is returned
-        ):
+        is_stream = isinstance(call.output, (torch.Tensor, tuple))
+        if is_stream and residual_stream(call.output) is returned:
             return tuple(c.module for c in after[:count])
     return tuple(c.module for c in after)
 
