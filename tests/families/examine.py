@@ -134,8 +134,8 @@ def _compare_lens(
     found: Outcome, made: Instrument, turn: Collector, own: truth.Generated, ids: list[int]
 ) -> None:
     """Every layer of every step, all tokens, against the model's own code after the blocks."""
-    if made.lens is None:
-        found.lens_reason = made.lens_reason
+    if made.lens.projection is None:
+        found.lens_reason = made.lens.reason
         return
     model, blocks = made.model, made.structure.blocks
     streams = truth.block_outputs(model, blocks, ids)[:-1]
@@ -160,11 +160,11 @@ def _compare_attention(
     found: Outcome, made: Instrument, turn: Collector, ids: list[int], twin: Any
 ) -> None:
     """Every head of every layer of every step against the model's own eager weights."""
-    if not made.attention_layers:
-        found.attention_reason = made.provenance.removeprefix("not available: ")
+    if not made.attention.layers:
+        found.attention_reason = made.attention.provenance.removeprefix("not available: ")
         return
     found.attention = WAYS[type(made.hooks._tap)]
-    found.attention_layers = made.attention_layers
+    found.attention_layers = made.attention.layers
     _assert_true_numbers(made)
     twin = twin(made.model) if twin is truth.eager_twin else twin
     if found.cache_differs:
@@ -178,7 +178,7 @@ def _compare_attention(
     worst = 0.0
     for step, layers in zip(turn.steps, expected, strict=True):
         record = _tensor(step, "attentions")
-        assert record.layers == made.attention_layers
+        assert record.layers == made.attention.layers
         # Head by head: a layer that attends twice has the heads of both.
         heads = [row for rows in record.array for row in rows]
         for row, own in zip(heads, (head for rows in layers for head in rows), strict=True):
@@ -197,4 +197,4 @@ def _assert_true_numbers(made: Instrument) -> None:
     kinds = getattr(made.model.config.get_text_config(decoder=True), "layer_types", None) or ()
     if len(kinds) == made.structure.layers and set(kinds) <= ATTEND | DO_NOT:
         said = tuple(layer for layer, kind in enumerate(kinds, 1) if kind in ATTEND)
-        assert made.attention_layers == said
+        assert made.attention.layers == said

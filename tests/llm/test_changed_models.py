@@ -249,8 +249,8 @@ def test_the_checks_run_once_for_a_model_that_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checked: list[Any] = []
-    parts = module._parts
-    monkeypatch.setattr(module, "_parts", lambda model: checked.append(0) or parts(model))
+    check = module._check
+    monkeypatch.setattr(module, "_check", lambda model: checked.append(0) or check(model))
     for family in tiny.FAMILIES:
         model = tiny.model(family)
         for _ in range(3):

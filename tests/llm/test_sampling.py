@@ -17,9 +17,10 @@ from transformers.generation import (
 )
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.capture.choice_analysis import analyze_choice
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.vocabulary import Vocabulary
-from oki_trace.llm.decoding.sampling import analyze_choice, choose, describe_processor
+from oki_trace.llm.decoding.sampling import choose, describe_processor
 from oki_trace.records import CapturePolicy, ChatMessage, Decision, Role, Sampling, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -79,9 +80,9 @@ def test_the_winner_has_the_largest_log_prob_and_noise() -> None:
         choice = choose([TopKLogitsWarper(20)], torch.zeros(1, 1).long(), logits, generator)
         decided = analyze_choice(choice, logits[0], vocabulary)
         assert decided is not None
-        noise = decided.noise_of(ids)
+        noise = decided.noise(ids)
         assert noise is not None
-        score = torch.tensor(decided.probs_of(ids)).log() + torch.tensor(noise)
+        score = torch.tensor(decided.sampled_probs(ids)).log() + torch.tensor(noise)
         first, second = score.topk(2).indices.tolist()
         assert first == int(choice.token)
         runner_up = decided.decision.runner_up
@@ -96,7 +97,7 @@ def test_noise_is_gumbel() -> None:
     choice = choose([], torch.zeros(1, 1).long(), torch.randn(1, 200_000), generator)
     decided = analyze_choice(choice, choice.scores, Vocabulary(tiny.tokenizer()))
     assert decided is not None
-    noise = decided.noise_of(torch.arange(200_000))
+    noise = decided.noise(torch.arange(200_000))
     assert noise is not None
     assert noise.mean() == pytest.approx(0.5772, abs=0.01)
     assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)

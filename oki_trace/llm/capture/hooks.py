@@ -1,13 +1,13 @@
-"""The hooks on a model: the residual stream at every layer, and the attention.
+"""The forward hooks on a model: the residual stream at every layer, and the attention.
 
-Only the newest position is kept, copied out at once, so that a long prompt's
-activations are freed as they are in a plain run.
+Only the newest position is kept, copied at once, so that the activations of a long
+prompt are freed as they are in a plain run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -19,41 +19,40 @@ from oki_trace.llm.decoding.forward_pass import AttentionCapture
 
 
 class ModelHooks:
-    """Collects one forward pass at a time; ``take_*`` empties it."""
+    """Collects the tensors of one forward pass at a time; ``take_*`` empties it."""
 
     def __init__(self, structure: ModelStructure, tap: AttentionTap | None) -> None:
+        """``tap`` captures the attention; None where the model has none."""
         self._blocks = structure.blocks
         self._axis = structure.position_axis
         self._tap = tap
-        self._hidden: dict[int, Tensor] = {}
+        self._hidden_states: dict[int, Tensor] = {}
         self._pool = BufferPool(0)
 
     def take_hidden_states(self) -> tuple[Tensor, ...]:
-        """L+1 rows (width,): the input of block 1, then what each block put out.
+        """L+1 rows (width,): the input of block 1, then the output of each block.
 
-        Where a model carries several residual streams, (streams, width).
+        (streams, width) where the model carries several residual streams.
         """
-        hidden, self._hidden = self._hidden, {}
-        return tuple(hidden[layer] for layer in sorted(hidden))
+        hidden_states, self._hidden_states = self._hidden_states, {}
+        return tuple(hidden_states[layer] for layer in sorted(hidden_states))
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """By layer, of the pass that gave ``outputs``; empty when it has none."""
+        """By layer, of the pass that returned ``outputs``; empty without a tap."""
         return self._tap.take(outputs) if self._tap else {}
 
     @property
     def splits_prompt(self) -> bool:
-        """Whether the prompt's last token must go through the model by itself."""
+        """Whether the prompt's last token must run through the model by itself."""
         return self._tap is not None and self._tap.splits_prompt
 
-    @contextmanager
-    def forward_arguments(self) -> Iterator[dict[str, Any]]:
-        """Around a forward pass of one step; yields arguments for it."""
-        with self._tap.forward_arguments() if self._tap else nullcontext({}) as arguments:
-            yield arguments
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
+        """Around the forward pass of one step; yields extra arguments for the model."""
+        return self._tap.forward_arguments() if self._tap else nullcontext({})
 
     @contextmanager
     def attach(self, *, pooled: bool = True) -> Iterator[None]:
-        """Watch the model while this context lasts.
+        """Hook the model while this context lasts.
 
         With ``pooled``, the buffers for the first pass are allocated together.
         """
@@ -61,7 +60,7 @@ class ModelHooks:
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
             *(
-                block.register_forward_hook(self._keeper(layer))
+                block.register_forward_hook(self._output_hook(layer))
                 for layer, block in enumerate(self._blocks, 1)
             ),
         ]
@@ -71,21 +70,21 @@ class ModelHooks:
         finally:
             for handle in handles:
                 handle.remove()
-            self._hidden.clear()
+            self._hidden_states.clear()
 
     def _keep_input(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        self._hidden[0] = self._newest(stream)
+        self._hidden_states[0] = self._newest(stream)
 
-    def _keeper(self, layer: int) -> Any:
-        def keep(module: Any, args: Any, output: Any) -> None:
-            self._hidden[layer] = self._newest(residual_stream(output))
+    def _output_hook(self, layer: int) -> Any:
+        def keep_output(module: Any, args: Any, output: Any) -> None:
+            self._hidden_states[layer] = self._newest(residual_stream(output))
 
-        return keep
+        return keep_output
 
     def _newest(self, stream: Tensor) -> Tensor:
-        """The last position of a residual stream, copied: (width,).
+        """A copy of a residual stream's last position: (width,).
 
-        The axis before that of the positions is the batch of one.
+        The axis before that of the positions is a batch of one.
         """
         return self._pool.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))
