@@ -1,4 +1,4 @@
-"""One model type, traced and held against the model itself."""
+"""One model type, traced and compared with the model itself."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WAYS = {KernelTap: "beside", HookedTap: "hooked", OutputAttentionsTap: "asked"}
 
 @dataclass
 class Outcome:
-    """What was found of one model type; errors are the largest seen, None where there is none.
+    """The findings for one model type; errors are the largest ones, None if not applicable.
 
     ``lens_error`` in log-probability, over every layer, step and token;
     ``attention_error`` in weight, over every layer, head, step and key.

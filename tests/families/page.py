@@ -1,4 +1,4 @@
-"""docs/architectures.md: a row for each model type, written from what was examined."""
+"""docs/architectures.md: a row for each model type, from the findings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTES = {
     "xlm": "predicts at a mask that it appends",
     "xlnet": "predicts at a dummy token that it appends",
 }
-"""What cannot be measured, and explains what was."""
+"""Remarks that explain the measurements."""
 
 
 def write(outcomes: Iterable[Outcome]) -> str:

@@ -1,4 +1,4 @@
-"""The drafted lens against the whole one: what is exact stays exact, the rest within a bound."""
+"""The drafted lens against the full one: exact values stay exact, the others within a bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NONE_WANTED = torch.zeros(0, dtype=torch.long)
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine where it would be too slow to be worth it."""
+    """On every machine, also where it would be too slow to be worthwhile."""
     monkeypatch.setattr(module, "has_native_bfloat16", lambda: True)
 
 
@@ -84,7 +84,7 @@ def test_a_real_reply_with_and_without_a_draft(
             assert (getattr(one, name)[-1] == getattr(other, name)[-1]).all(), name
 
 
-def test_tokens_asked_for_are_exact_however_unlikely() -> None:
+def test_requested_tokens_are_exact_however_unlikely() -> None:
     torch.manual_seed(0)
     model = large()
     drafter = found(model)
@@ -102,7 +102,7 @@ def test_tokens_asked_for_are_exact_however_unlikely() -> None:
 
 
 def nearly_one_token(model: Any, streams: torch.Tensor) -> None:
-    """Every token much like every other: the best are closer than bfloat16 can tell."""
+    """All tokens are similar: the best are closer together than bfloat16 can resolve."""
     weight = model.lm_head.weight
     weight.copy_(weight[:1] + 1e-4 * torch.randn_like(weight))
 
@@ -113,7 +113,7 @@ def not_finite(model: Any, streams: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("spoil", [nearly_one_token, not_finite])
 @torch.no_grad()
-def test_a_layer_that_a_draft_cannot_tell_is_computed_whole(
+def test_a_layer_with_an_unsure_draft_is_computed_in_full(
     spoil: Callable[[Any, torch.Tensor], None],
 ) -> None:
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def test_a_head_that_is_more_than_a_large_float32_matrix_is_not_drafted(
     assert found(large()) is not None
 
 
-def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
+def test_no_draft_for_exact_tensors_or_many_tokens() -> None:
     made = instrument(large(), tiny.tokenizer())
     assert made.fast.draft_lens is not None
     for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MAX_TOP_K + 1)):
@@ -172,13 +172,13 @@ def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
     assert made.report(CapturePolicy()).lens_draft == made.fast.draft_lens.error
 
 
-def test_a_reply_holds_its_draft_against_the_whole_lens() -> None:
+def test_a_reply_compares_its_draft_with_the_full_lens() -> None:
     checks = checked(large())
     assert checks.draft is not None and 0 < checks.draft <= DRAFT_TOLERANCE
     assert checks.fault is None and checks.notes == ()
 
 
-def test_a_draft_that_is_off_is_given_up_in_the_same_reply(
+def test_an_inaccurate_draft_is_dropped_within_the_reply(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = large()

@@ -17,17 +17,21 @@ attention, once per load, and takes the first that agrees:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.capture.buffers import BufferPool, is_persistent
 from oki_trace.llm.decoding.forward_pass import AttentionCapture, LastQuery
+from oki_trace.llm.transformers_internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_configs,
+    eager_attention,
+)
 
 log = logging.getLogger(__name__)
 
@@ -166,32 +170,13 @@ class OutputAttentionsTap:
 
     @contextmanager
     def forward_arguments(self) -> Iterator[dict[str, Any]]:
-        with eager(self._configs):
+        with eager_attention(self._configs):
             yield {"output_attentions": True}
 
     def take(self, outputs: Any) -> AttentionCapture:
         rows = last_rows(outputs)
         by_layer = ((layer, rows[index]) for index, layer in self._layers.items())
         return {layer: row for layer, row in by_layer if row is not None}
-
-
-@contextmanager
-def eager(configs: Sequence[Any]) -> Iterator[None]:
-    """Let the model of these configs run its own eager attention while this context lasts."""
-    before = [(config, config._attn_implementation_internal) for config in configs]
-    for config, _ in before:
-        config._attn_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        for config, implementation in before:
-            config._attn_implementation_internal = implementation
-
-
-def attention_configs(model: nn.Module) -> list[Any]:
-    """The configs of the model's parts, from which attention reads its implementation."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in configs if hasattr(c, "_attn_implementation_internal")}.values())
 
 
 def last_rows(outputs: Any, queries: int | None = None) -> list[Tensor | None]:

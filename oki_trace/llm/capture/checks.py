@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.capture.attention import (
     AttentionRows,
@@ -24,9 +23,7 @@ from oki_trace.llm.capture.attention import (
     HookedTap,
     KernelTap,
     OutputAttentionsTap,
-    attention_configs,
     attention_rows,
-    eager,
     last_rows,
 )
 from oki_trace.llm.capture.distribution import log_probs
@@ -37,6 +34,12 @@ from oki_trace.llm.capture.speedups import preallocate
 from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
 from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.transformers_internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_configs,
+    attention_implementation,
+    eager_attention,
+)
 
 # Softmax weights in fp32 differ from eager ones by rounding alone. In 16 bits
 # the two kernels round every layer's input differently, and single weights of a
@@ -262,7 +265,7 @@ def _adds_tokens(model: Any, ids: Tensor) -> bool:
 
 
 def _module_tap(model: Any, structure: ModelStructure) -> KernelTap | HookedTap:
-    implementation = str(model.config.get_text_config(decoder=True)._attn_implementation)
+    implementation = attention_implementation(model.config.get_text_config(decoder=True))
     if implementation in ALL_ATTENTION_FUNCTIONS:
         return KernelTap(structure.layer_of(), implementation)
     return HookedTap(structure.layer_of())
@@ -271,7 +274,7 @@ def _module_tap(model: Any, structure: ModelStructure) -> KernelTap | HookedTap:
 def _eager_rows(model: Any, ids: Tensor) -> list[Tensor | None]:
     """The model's own eager weights of the last position, (heads, keys), by index."""
     try:
-        with eager(attention_configs(model)):
+        with eager_attention(attention_configs(model)):
             outputs = model(input_ids=ids, use_cache=False, output_attentions=True)
             return last_rows(outputs, ids.shape[1])
     except (ValueError, TypeError, AttributeError):

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from oki_trace.llm.decoding.decoder_thread import autocast_state
+from oki_trace.llm.torch_internals import hooks_of, version_of
+from oki_trace.llm.transformers_internals import attention_name
 
 Fingerprint = tuple[Any, ...]
 """Equal to another where nothing was changed. It keeps no module or tensor alive."""
@@ -48,8 +50,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
     return (
         id(module),
         module.training,
-        tuple(map(id, module._forward_hooks.values())),
-        tuple(map(id, module._forward_pre_hooks.values())),
+        tuple(map(id, hooks_of(module))),
         # Set by offloading libraries, and by users who patch.
         id(module.__dict__["forward"]) if "forward" in module.__dict__ else None,
         id(getattr(type(module), "forward", None)),
@@ -62,7 +63,7 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 def _parameter(tensor: Tensor) -> tuple[Any, ...]:
     try:
-        address, version = tensor.data_ptr(), tensor._version
+        address, version = tensor.data_ptr(), version_of(tensor)
     except RuntimeError:  # a quantized tensor may have no address, an inference tensor no version
         address, version = 0, 0
     return id(tensor), address, version, *_metadata(tensor)
@@ -76,8 +77,7 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 def _config(model: nn.Module) -> str:
     """All settings that a model's code may read, and its attention implementations."""
     configs = {id(config): config for config in _configs(model)}.values()
-    names = [str(getattr(c, "_attn_implementation_internal", None)) for c in configs]
-    return "\n".join([*names, *(_text_of(config) for config in configs)])
+    return "\n".join([*map(attention_name, configs), *map(_text_of, configs)])
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.capture.checks import (
     SelectedAttention,
     SelectedLens,
@@ -29,9 +30,10 @@ from oki_trace.llm.capture.model_structure import ModelStructure, find_structure
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
 from oki_trace.llm.capture.vocabulary import Vocabulary
-from oki_trace.llm.decoding.model_lock import lock_model, unwrap_compiled
+from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.llm.loading.model_classes import TEXT_ONLY, is_mistral_common, takes_more_than_text
+from oki_trace.llm.torch_internals import uncompiled
 from oki_trace.records import CapturePolicy, CaptureReport
 
 
@@ -58,7 +60,7 @@ class Instrument(CheckedModel):
     @property
     def moves_weights(self) -> bool:
         """Whether accelerate's hooks move weights to where they are needed, call by call."""
-        return any(hasattr(module, "_hf_hook") for module in self.model.modules())
+        return moves_weights(self.model)
 
     def draft_for(self, policy: CapturePolicy) -> LensProjection | None:
         """The draft of the lens for one reply; None where the reply needs an exact lens."""
@@ -133,7 +135,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     while another thread traces the model. Raises CaptureError for a model that
     cannot be traced.
     """
-    model = unwrap_compiled(model)
+    model = uncompiled(model)
     _refuse_prompt_tuning(model)
     _refuse_mistral_common(tokenizer)
     with lock_model(model):
@@ -157,7 +159,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
 
 def forget(model: Any) -> None:
     """Check the model again before its next reply, as a reply's own checks failed."""
-    _cache.pop(unwrap_compiled(model), None)
+    _cache.pop(uncompiled(model), None)
 
 
 def _check(model: Any) -> CheckedModel:

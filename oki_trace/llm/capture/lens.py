@@ -18,8 +18,6 @@ shown at all.
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from oki_trace.llm.capture.distribution import log_probs
 from oki_trace.llm.capture.model_structure import ModelStructure, residual_stream
 from oki_trace.llm.loading.hardware import computing_dtype
+from oki_trace.llm.torch_internals import children_of, shallow_copy
 
 # Above these the lens is not the model's own head: fp32 rounding stays below
 # 1e-5, 16-bit weights below 5e-2 in log-probability.
@@ -154,11 +153,9 @@ def _with_stream(output: Any, stream: Tensor) -> Any:
 
 def _stand_in(module: nn.Module, output: Callable[[], Any]) -> nn.Module:
     """A module that returns ``output()``; a copy, since others read its other attributes."""
-    stand_in = copy.copy(module)
+    # Hooks on the original, ours included, must not run for the copy.
+    stand_in = shallow_copy(module, children_of(module), keep_hooks=False)
     stand_in.__dict__["forward"] = lambda *args, **kwargs: output()
-    # The copy is shallow: hooks on the original, ours included, would run for it.
-    stand_in._forward_hooks = OrderedDict()
-    stand_in._forward_pre_hooks = OrderedDict()
     return stand_in
 
 
@@ -167,13 +164,10 @@ def _shell(module: nn.Module, stand_ins: dict[nn.Module, nn.Module]) -> nn.Modul
 
     Everything else is shared, so no weight is held twice.
     """
-    shell = copy.copy(module)
-    shell._modules = dict(module._modules)
-    # Offloading libraries set a forward that is bound to the original.
-    shell.__dict__.pop("forward", None)
-    for name, child in module._modules.items():
+    children = children_of(module)
+    for name, child in children.items():
         if child in stand_ins:
-            shell._modules[name] = stand_ins[child]
+            children[name] = stand_ins[child]
         elif child is not None and any(m in stand_ins for m in child.modules()):
-            shell._modules[name] = _shell(child, stand_ins)
-    return shell
+            children[name] = _shell(child, stand_ins)
+    return shallow_copy(module, children, keep_hooks=True)

@@ -8,12 +8,12 @@ before it).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.tokenizers_internals import decoder_types
 from oki_trace.sanitize import visible
 
 Scheme = Literal["byte-level", "sentencepiece", "bytes", "plain"]
@@ -103,18 +103,16 @@ class Vocabulary:
 
     @cached_property
     def _scheme(self) -> Scheme:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        decoder = getattr(backend, "decoder", None)
-        if decoder is None and self._has_byte_tokens():
+        decoders = decoder_types(self._tokenizer)
+        if decoders is None and self._has_byte_tokens():
             return "bytes"
-        if decoder is None:
+        if decoders is None:
             first_ids = list(range(min(1000, len(self._tokenizer))))
             pieces = self._tokenizer.convert_ids_to_tokens(first_ids)
             return "sentencepiece" if any("▁" in str(piece) for piece in pieces) else "plain"
-        kinds = _decoder_kinds(json.loads(decoder.__getstate__()))
-        if "ByteLevel" in kinds:
+        if "ByteLevel" in decoders:
             return "byte-level"
-        if kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        if decoders & {"ByteFallback", "Metaspace", "Replace"}:
             return "sentencepiece"
         return "plain"
 
@@ -125,13 +123,6 @@ class Vocabulary:
         except Exception:  # a tokenizer's own code can raise anything
             return False
         return list(pieces) == [chr(byte) for byte in _BYTE_TOKENS_SAMPLE.encode()]
-
-
-def _decoder_kinds(state: dict[str, Any]) -> set[str]:
-    kinds = {str(state.get("type"))}
-    for part in state.get("decoders", ()):
-        kinds |= _decoder_kinds(part)
-    return kinds
 
 
 def require_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -> None:

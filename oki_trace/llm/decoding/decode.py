@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.decoding.forward import Forward
 from oki_trace.llm.decoding.forward_pass import FastPaths, ForwardHooks, ForwardPass
 from oki_trace.llm.decoding.generation import (
@@ -27,6 +28,7 @@ from oki_trace.llm.decoding.generation import (
 )
 from oki_trace.llm.decoding.sampling import Choice, choose
 from oki_trace.llm.loading.hardware import input_device
+from oki_trace.llm.transformers_internals import optimized_for_decoding
 from oki_trace.records import Generation
 
 log = logging.getLogger(__name__)
@@ -87,8 +89,7 @@ def _grad_mode(model: Any) -> Any:
     trained any more, and weights that are moved in it would be such tensors.
     """
     known = type(model).__module__.startswith("transformers.")
-    moved = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return torch.inference_mode() if known and not moved else torch.no_grad()
+    return torch.inference_mode() if known and not moves_weights(model) else torch.no_grad()
 
 
 def _loop(
@@ -112,7 +113,7 @@ def _loop(
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
     forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
-    with hooks.attach(), model._optimize_model_for_decode():
+    with hooks.attach(), optimized_for_decoding(model):
         for step_index in range(new_tokens):
             started = time.perf_counter()
             # 1. The model's forward pass. Its tensors are taken before the processors run:

@@ -24,6 +24,7 @@ from oki_trace.llm.decoding.forward_pass import (
     StepRun,
 )
 from oki_trace.llm.decoding.special_lengths import MARGIN, special_lengths
+from oki_trace.llm.transformers_internals import counts_tokens_as_usual, next_kwargs, prefill
 
 # From this length on, both ways are compared again at each power of two.
 _FIRST_COMPARISON = 512
@@ -56,7 +57,7 @@ class Forward:
         self._run: StepRun | None = None
         # Tokens that the graph has run and that are not in the keyword arguments yet.
         self._pending_tokens = 0
-        self._prepares_inputs_itself = _overrides(model, "prepare_inputs_for_generation")
+        self._prepares_inputs_itself = _prepares_inputs_itself(model)
         self._compared_lengths = {
             length + i for length in special_lengths(model) for i in range(MARGIN)
         }
@@ -80,7 +81,7 @@ class Forward:
         return self._step(inputs)
 
     def _begin(self, graph: DecodeGraph, inputs: dict[str, Any]) -> StepRun | None:
-        if _overrides(self._model, "_update_model_kwargs_for_generation"):
+        if not counts_tokens_as_usual(self._model):
             return None  # the steps of a graph could not be added to the arguments afterwards
         try:
             return graph.begin(inputs, self._new_tokens - 1)
@@ -123,20 +124,18 @@ class Forward:
         if not self._hooks.splits_prompt or input_ids.shape[1] == 1:
             with self._hooks.forward_arguments() as extra:
                 arguments = {**self._kwargs, **extra}
-                return self._captured(self._model._prefill(input_ids, self._config, arguments))
+                return self._captured(prefill(self._model, input_ids, self._config, arguments))
         arguments = dict(self._kwargs)
         if arguments.get("attention_mask") is not None:
             arguments["attention_mask"] = arguments["attention_mask"][:, :-1]
-        outputs = self._model._prefill(input_ids[:, :-1], self._config, arguments)
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, arguments)
+        outputs = prefill(self._model, input_ids[:, :-1], self._config, arguments)
+        self._kwargs = next_kwargs(self._model, outputs, arguments)
         del outputs
         return self._step(self._inputs(input_ids))
 
     def _inputs(self, input_ids: Tensor) -> dict[str, Any]:
         if self._pending_tokens:
-            self._kwargs = self._model._update_model_kwargs_for_generation(
-                {}, self._kwargs, num_new_tokens=self._pending_tokens
-            )
+            self._kwargs = next_kwargs(self._model, {}, self._kwargs, self._pending_tokens)
             self._pending_tokens = 0
         length = 1 if self._kwargs["use_cache"] else None
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
@@ -150,14 +149,17 @@ class Forward:
         return self._captured(outputs)
 
     def _captured(self, outputs: Any) -> ForwardPass:
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
+        self._kwargs = next_kwargs(self._model, outputs, self._kwargs)
         # A copy, so that the logits of a whole prompt are freed.
         logits = outputs.logits[0, -1].clone()
         hidden_states = self._hooks.take_hidden_states()
         return ForwardPass(logits, hidden_states, self._hooks.take_attention(outputs))
 
 
-def _overrides(model: Any, method: str) -> bool:
-    """Whether the model has its own version of a method of GenerationMixin."""
-    own = getattr(type(model), method)
-    return own is not getattr(GenerationMixin, method) or method in vars(model)
+def _prepares_inputs_itself(model: Any) -> bool:
+    """Whether the model prepares its inputs by its own code, which may handle a special case."""
+    own = type(model).prepare_inputs_for_generation
+    return (
+        own is not GenerationMixin.prepare_inputs_for_generation
+        or "prepare_inputs_for_generation" in vars(model)
+    )

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.transformers_internals import default_generation_parameters
 from oki_trace.records import Generation, Sampling
 
 # By field of GenerationConfig: the value that switches it off, and its name.
@@ -60,7 +61,7 @@ def resolve_generation(model: Any, sampling: Sampling, prompt_len: int) -> Gener
             f"The prompt has {prompt_len:,} tokens, but the model's context holds "
             f"{context:,}. Shorten the prompt or start a new conversation."
         )
-    defaults = model.generation_config._get_default_generation_params()
+    defaults = default_generation_parameters(model.generation_config)
     own = model.generation_config.to_dict()
     config = {**defaults, **{name: value for name, value in own.items() if value is not None}}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 
 # The memory that rendering may add to the process's own. A prompt takes megabytes.
 TEMPLATE_BYTES = 1_000_000_000
@@ -18,11 +18,11 @@ TEMPLATE_BYTES = 1_000_000_000
 class MemoryLimit:
     """Notified of each phase, it limits the memory of those in ``limited``."""
 
-    def __init__(self, *limited: Doing) -> None:
+    def __init__(self, *limited: Activity) -> None:
         self._limited = limited
         self._before: tuple[int, int] | None = None
 
-    def now_doing(self, what: Doing) -> None:
+    def now_doing(self, what: Activity) -> None:
         """The phase ``what`` begins, and any other ends."""
         self.lift()
         if what in self._limited:

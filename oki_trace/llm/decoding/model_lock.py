@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.torch_internals import compiled_calls_off
 
 
 class _Lock:
@@ -48,43 +49,15 @@ _locks: weakref.WeakKeyDictionary[nn.Module, _Lock] = weakref.WeakKeyDictionary(
 _locks_lock = threading.Lock()
 
 
-def unwrap_compiled(model: Any) -> Any:
-    """The module that ``torch.compile(model)`` wraps; ``model`` itself if it is not compiled."""
-    while isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-        model = original
-    return model
-
-
 @contextmanager
 def lock_model(model: Any) -> Iterator[None]:
     """While this lasts, no other thread traces the model, and none of it runs compiled.
 
-    ``model`` is unwrapped (``unwrap_compiled``). Raises CaptureError in a thread that
+    ``model`` is unwrapped (``torch_internals.uncompiled``). Raises CaptureError in a thread that
     holds the lock already.
     """
     with _locks_lock:
         # The embeddings are shared by all objects that stand for one model.
         lock = _locks.setdefault(model.get_input_embeddings(), _Lock())
-    with lock.hold(), _uncompiled(model):
+    with lock.hold(), compiled_calls_off(model):
         yield
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
-    """Undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``."""
-    compiled: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        call = getattr(module, "_compiled_call_impl", None)
-        forward: Any = module.__dict__.get("forward")
-        original = getattr(forward, "_torchdynamo_orig_callable", None)
-        if call is not None:
-            compiled.append((module, "_compiled_call_impl", call))
-            module._compiled_call_impl = None
-        if original is not None:
-            compiled.append((module, "forward", forward))
-            module.__dict__["forward"] = original
-    try:
-        yield
-    finally:
-        for module, name, value in compiled:
-            module.__dict__[name] = value
