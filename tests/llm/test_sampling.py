@@ -78,26 +78,24 @@ def test_the_winner_has_the_largest_log_prob_and_noise() -> None:
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(1, 300, generator=generator) * 2
         choice = choose([TopKLogitsWarper(20)], torch.zeros(1, 1).long(), logits, generator)
-        decided = analyze_choice(choice, logits[0], vocabulary)
-        assert decided is not None
-        noise = decided.noise(ids)
-        assert noise is not None
-        score = torch.tensor(decided.sampled_probs(ids)).log() + torch.tensor(noise)
+        analysis = analyze_choice(choice, logits[0], ids, vocabulary)
+        noise, decision = analysis.noise, analysis.decision
+        assert noise is not None and decision is not None
+        score = torch.tensor(analysis.sampled_probs).log() + torch.tensor(noise)
         first, second = score.topk(2).indices.tolist()
         assert first == int(choice.token)
-        runner_up = decided.decision.runner_up
+        runner_up = decision.runner_up
         assert runner_up is not None and runner_up.token_id == second
         assert runner_up.noise == pytest.approx(float(noise[second]))
-        assert decided.decision.candidates == 20
+        assert decision.candidates == 20
 
 
 def test_noise_is_gumbel() -> None:
     """Mean Euler's constant, variance pi^2 / 6: independent of the probabilities."""
     generator = torch.Generator().manual_seed(1)
     choice = choose([], torch.zeros(1, 1).long(), torch.randn(1, 200_000), generator)
-    decided = analyze_choice(choice, choice.scores, Vocabulary(tiny.tokenizer()))
-    assert decided is not None
-    noise = decided.noise(torch.arange(200_000))
+    ids = torch.arange(200_000)
+    noise = analyze_choice(choice, choice.scores, ids, Vocabulary(tiny.tokenizer())).noise
     assert noise is not None
     assert noise.mean() == pytest.approx(0.5772, abs=0.01)
     assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)
@@ -194,9 +192,10 @@ def test_what_greedy_would_have_said_does_not_go_through_the_warpers() -> None:
     generator = torch.Generator().manual_seed(0)
     warpers = [TemperatureLogitsWarper(1.1), TypicalLogitsWarper(0.3)]
     choice = choose(warpers, torch.zeros(1, 1).long(), logits, generator)
-    decided = analyze_choice(choice, logits[0], Vocabulary(tiny.tokenizer()))
-    assert decided is not None
-    assert (decided.decision.greedy.token_id, decided.decision.greedy.prob) == (0, 0.0)
+    ids = torch.arange(5)
+    decision = analyze_choice(choice, logits[0], ids, Vocabulary(tiny.tokenizer())).decision
+    assert decision is not None
+    assert (decision.greedy.token_id, decision.greedy.prob) == (0, 0.0)
 
 
 def test_a_processor_that_writes_on_its_scores_does_not_write_on_the_models_own() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -74,9 +74,8 @@ class _ModuleTap:
         self._layer_of = dict(layer_of)
         self._captured: dict[nn.Module, Tensor | LastQuery] = {}
 
-    @contextmanager
-    def forward_arguments(self) -> Iterator[dict[str, Any]]:
-        yield {}
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
+        return nullcontext({})
 
     def take(self, outputs: Any) -> AttentionCapture:
         captured, self._captured = self._captured, {}
@@ -164,9 +163,8 @@ class OutputAttentionsTap:
         self._layers = layers
         self.splits_prompt = has_cache
 
-    @contextmanager
-    def attach(self) -> Iterator[None]:
-        yield
+    def attach(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
     def forward_arguments(self) -> Iterator[dict[str, Any]]:

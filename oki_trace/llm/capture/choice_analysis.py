@@ -18,31 +18,25 @@ from oki_trace.records import Contender, Decision, Effect, FloatArray
 
 @dataclass(frozen=True)
 class ChoiceAnalysis:
-    """The decision as a record, and the final distribution (vocab,) to look candidates up in."""
+    """The decision as a record, and the final distribution of the chosen token and candidates.
 
-    decision: Decision
-    chosen_prob: float
-    _probs: Tensor
-    _noise: Tensor | None
+    ``sampled_probs`` (k,) are 0 where a setting removed the candidate; ``noise`` (k,) is the
+    Gumbel noise, None without a draw. All None for greedy decoding without processors.
+    """
 
-    def sampled_probs(self, ids: Tensor) -> FloatArray:
-        """The candidates' probabilities in the final distribution, 0 where removed."""
-        probs: FloatArray = self._probs[ids.to(self._probs.device)].cpu().numpy()
-        return probs
-
-    def noise(self, ids: Tensor) -> FloatArray | None:
-        """The candidates' Gumbel noise; None without a draw."""
-        if self._noise is None:
-            return None
-        noise: FloatArray = self._noise[ids.to(self._noise.device)].cpu().numpy()
-        return noise
+    decision: Decision | None = None
+    chosen_prob: float | None = None
+    sampled_probs: FloatArray | None = None
+    noise: FloatArray | None = None
 
 
 @torch.no_grad()
-def analyze_choice(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> ChoiceAnalysis | None:
-    """Analyze a choice from logits (vocab,); None for greedy decoding without processors."""
+def analyze_choice(
+    choice: Choice, logits: Tensor, candidate_ids: Tensor, vocabulary: Vocabulary
+) -> ChoiceAnalysis:
+    """Analyze a choice from logits (vocab,), with candidates (k,)."""
     if not choice.stages and not choice.sampled:
-        return None
+        return ChoiceAnalysis()
     chosen = int(choice.token)
     before = logits.to(choice.scores.device, torch.float32)
     probs = before.softmax(-1)
@@ -80,7 +74,13 @@ def analyze_choice(choice: Choice, logits: Tensor, vocabulary: Vocabulary) -> Ch
         greedy=contender(_greedy_id(choice, logits)),
         runner_up=runner_up,
     )
-    return ChoiceAnalysis(decision, float(probs[chosen]), probs, noise)
+    candidate_ids = candidate_ids.to(probs.device)
+    return ChoiceAnalysis(
+        decision=decision,
+        chosen_prob=float(probs[chosen]),
+        sampled_probs=probs[candidate_ids].cpu().numpy(),
+        noise=None if noise is None else noise[candidate_ids].cpu().numpy(),
+    )
 
 
 def _greedy_id(choice: Choice, logits: Tensor) -> int:

@@ -136,8 +136,7 @@ def instrument(model: Any, tokenizer: Any) -> Instrument:
     cannot be traced.
     """
     model = uncompiled(model)
-    _refuse_prompt_tuning(model)
-    _refuse_mistral_common(tokenizer)
+    _require_traceable(model, tokenizer)
     with lock_model(model):
         entry = _cache.get(model)
         of_tokenizer = tokenizer_fingerprint(tokenizer)
@@ -173,16 +172,13 @@ def _check(model: Any) -> CheckedModel:
     return CheckedModel(structure, hooks, lens, attention, fast, cache_difference(model, structure))
 
 
-def _refuse_prompt_tuning(model: Any) -> None:
+def _require_traceable(model: Any, tokenizer: Any) -> None:
     adapter = getattr(model, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise CaptureError(
             "The model has a prompt-tuning or prefix-tuning adapter, whose virtual tokens have "
             "no text to show. Trace its base model, or one with a LoRA adapter."
         )
-
-
-def _refuse_mistral_common(tokenizer: Any) -> None:
     if is_mistral_common(tokenizer):
         raise CaptureError(
             "The tokenizer is mistral-common's, which does not give the text of one token. Load "

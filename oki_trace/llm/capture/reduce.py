@@ -143,9 +143,9 @@ def _step(
 ) -> Step:
     probs = summary.probs[0]
     logit = float(raw.logits[raw.token_id])
-    choice = analyze_choice(raw.choice, raw.logits, vocabulary)
     k = policy.topk_logits
     ids = summary.token_ids[0, :k]
+    choice = analyze_choice(raw.choice, raw.logits, ids, vocabulary)
     return Step(
         step_index=raw.step_index,
         position=raw.position,
@@ -159,17 +159,17 @@ def _step(
         entropy=float(summary.entropy[0]),
         rank=int(summary.chosen_rank[0]),
         margin=float(probs[0] - probs[1]) if len(probs) > 1 else 1.0,
-        sampled_prob=None if choice is None else choice.chosen_prob,
+        sampled_prob=choice.chosen_prob,
         elapsed_ms=raw.elapsed_ms,
         topk=Candidates(
             token_ids=ids.numpy(),
             tokens=_texts(vocabulary, ids),
             logits=summary.logits[0, :k].numpy(),
             probs=probs[:k].numpy(),
-            sampled_probs=None if choice is None else choice.sampled_probs(ids),
-            noise=None if choice is None else choice.noise(ids),
+            sampled_probs=choice.sampled_probs,
+            noise=choice.noise,
         ),
-        decision=None if choice is None else choice.decision,
+        decision=choice.decision,
         attention=_attention(raw.position, attention, policy.topk_evidence),
         tensors=() if policy.tensors == "none" else tuple(_tensors(raw, attention)),
     )
