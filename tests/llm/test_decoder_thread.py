@@ -1,4 +1,4 @@
-"""Decoding ahead: everything once and in order, bounded, and polite with the cores."""
+"""The decoder thread yields every item once and in order, within bounds, on its own cores."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_decoder_waits_when_nobody_takes_what_it_made() -> None:
 
     with iterate_in_thread(many()) as items:
         assert full.wait(10)
-        # The first, those that fit, and one that waits to be put in.
+        # The first, those in the queue, and one that waits for a free slot.
         assert len(made) == 1 + STEPS_AHEAD + 1
         assert list(items) == list(range(100))
 

@@ -1,4 +1,4 @@
-"""What is kept of rows of logits, against plain numpy over the whole vocabulary."""
+"""Summaries of rows of logits compared with plain NumPy over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from oki_trace.llm.capture.distribution import BLOCK, model_distribution, summarize, top_k
 
-# Fewer than the blocks are worth, a whole number of blocks, and some tokens over.
+# Too few for blocks, a whole number of blocks, and a partial block at the end.
 SIZES = (7, BLOCK * 40, BLOCK * 40 + 13)
 
 

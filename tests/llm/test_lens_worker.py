@@ -53,7 +53,7 @@ def test_it_takes_one_core_and_nobody_waits_for_it() -> None:
 
 
 def test_a_lens_slower_than_the_decoder_makes_it_wait() -> None:
-    """Steps hold their tensors: not more than a bounded number of them."""
+    """Steps keep their tensors in memory, so their number is bounded."""
     most, go_on = MAX_WAITING + BATCH_STEPS, threading.Event()
 
     def compute(batch: list[Any]) -> list[Any]:

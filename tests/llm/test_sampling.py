@@ -1,4 +1,4 @@
-"""Every choice is generate()'s own, and what is told of it is what happened."""
+"""Every choice is that of generate(), and its record describes what happened."""
 
 from __future__ import annotations
 
@@ -321,7 +321,7 @@ def test_a_generation_config_means_what_it_means_in_generate(name: str, sampled:
             **asked,
         )
     assert [s.token_id for s in collector.steps] == expected[0, ids.shape[1] :].tolist()
-    # And the trace of it is whole.
+    # And its trace is complete.
     assert len(collector.lenses) == len(collector.steps)
     for step, lens in zip(collector.steps, collector.lenses, strict=True):
         assert lens.chosen_prob[-1] == pytest.approx(step.prob, rel=1e-4)
@@ -355,7 +355,7 @@ def test_the_settings_in_force_are_recorded() -> None:
     sampled = trace(model, Sampling(1, temperature=0.5)).started
     assert sampled is not None
     generation = sampled.generation
-    # 50 is what generate() takes when nobody says otherwise.
+    # 50 is the default of generate().
     assert (generation.top_k, generation.top_p, generation.repetition_penalty) == (50, 1.0, 1.0)
     assert set(generation.others) == {
         "min_p 0.05",
