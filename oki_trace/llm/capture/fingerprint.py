@@ -10,7 +10,6 @@ numbers (``reply_checks.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -76,16 +75,10 @@ def _metadata(tensor: Tensor) -> tuple[Any, ...]:
 
 def _config(model: nn.Module) -> str:
     """All settings that a model's code may read, and its attention implementations."""
-    configs = {id(config): config for config in _configs(model)}.values()
-    return "\n".join([*map(attention_name, configs), *map(_text_of, configs)])
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            config = module.__dict__.get(name)
-            if config is not None:
-                yield config
+    names = ("config", "generation_config")
+    configs = [module.__dict__.get(name) for module in model.modules() for name in names]
+    distinct = {id(config): config for config in configs if config is not None}.values()
+    return "\n".join([*map(attention_name, distinct), *map(_text_of, distinct)])
 
 
 def _text_of(config: Any) -> str:

@@ -68,15 +68,10 @@ def make_step(
         checker.check_attention(raw.step_index, attention)
     if not checker.attention_holds:
         attention = {}
-    pending = PendingLens(
-        step_index=raw.step_index,
-        token_id=raw.token_id,
-        hidden_states=raw.hidden_states,
-        model=model,
-        last_layer=summary,
-        logits=logits if is_checked else None,
+    checked_logits = logits if is_checked else None
+    return _step(raw, attention, summary, vocabulary, policy), PendingLens(
+        raw.step_index, raw.token_id, raw.hidden_states, model, summary, checked_logits
     )
-    return _step(raw, attention, summary, vocabulary, policy), pending
 
 
 @torch.no_grad()
