@@ -76,7 +76,8 @@ def _checked_graph(model: Any, structure: ModelStructure, hooks: ModelHooks) -> 
     outputs = model(input_ids=ids[:, :-2], use_cache=True, return_dict=True)
     hooks.take_hidden_states()
     hooks.take_attention(outputs)
-    name, cache = cache_in(outputs) or ("", None)
+    named: tuple[str, Any] = cache_in(outputs) or ("", None)
+    name, cache = named
     preallocate(cache, 2)
     if not preallocated_layers(cache):
         raise NotTraceable("its cache holds more than growing keys and values")

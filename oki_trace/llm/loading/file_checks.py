@@ -153,7 +153,9 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader | None:
                     f"{path} has a header of {length:,} bytes, and no model needs more than "
                     f"{_MAX_HEADER_BYTES:,}. {_FIX}"
                 )
-            header = json.loads(stream.read(length)) if length <= size else None
+            if length > size:
+                return None
+            header = json.loads(stream.read(length))
         ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
     except (*_UNREADABLE, struct.error, LookupError, TypeError, AttributeError):
         return None
