@@ -29,7 +29,7 @@ POLICY = CapturePolicy(
     topk_lens=configs.VOCABULARY,
     tensors="exact",
 )
-WAYS = {KernelTap: "beside", HookedTap: "hooked", OutputAttentionsTap: "asked"}
+WAYS = {KernelTap: "kernel", HookedTap: "hooks", OutputAttentionsTap: "output_attentions"}
 
 
 @dataclass
