@@ -188,7 +188,7 @@ def _difference_from_eager(
     eager_tap = OutputAttentionsTap(model, {index: index for index in indices}, has_cache=True)
     try:
         cached, eager_rows = (_last_token_rows(model, t, ids) for t in (tap, eager_tap))
-        whole = _one_pass_rows(model, tap, ids) if one_pass else None
+        one_pass_rows = _one_pass_rows(model, tap, ids) if one_pass else None
     except Exception:  # whatever a model's own code raises, the turn goes on
         return 0.0
     if cached is None or eager_rows is None:
@@ -197,11 +197,11 @@ def _difference_from_eager(
     if any(row.shape[1] > ids.shape[1] for row in cached.values()):
         return float("inf")
     error = _largest_difference(cached.values(), reference)
-    if whole is None:
+    if one_pass_rows is None:
         return error
-    if len(whole) != len(reference):
+    if len(one_pass_rows) != len(reference):
         return float("inf")
-    for row, eager_row in zip(whole.values(), reference, strict=True):
+    for row, eager_row in zip(one_pass_rows.values(), reference, strict=True):
         # Keys that a cache has dropped must have no weight in one pass either.
         dropped, kept = row[:, : -eager_row.shape[1]], row[:, -eager_row.shape[1] :]
         error = max(error, float(dropped.abs().sum(-1).max()))
