@@ -17,11 +17,11 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.vocabulary import must_have_embeddings
+from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.records import (
@@ -115,11 +115,11 @@ def trace_turn(
     until then has been handed over.
     """
     turn = _Turn(made.tokenizer, sinks, on_text)
-    with _ending(turn.end), exclusive(made.model):
+    with _ending(turn.end), lock_model(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary, template)
-        must_have_embeddings(made.model, prompt.token_ids, made.vocabulary)
+        require_embeddings(made.model, prompt.token_ids, made.vocabulary)
         turn.replies_to(prompt, template)
-        generation = generation_of(made.model, sampling, len(prompt))
+        generation = resolve_generation(made.model, sampling, len(prompt))
         report_activity(Activity.DECODING)
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
         turn.follow(capture(made, prompt, generation, policy, should_stop))
