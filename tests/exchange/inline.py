@@ -1,6 +1,6 @@
-"""Importing without the process around it: the same reading, checking and copying, much quicker.
+"""Importing without a separate process: the same reading, checking and copying, much faster.
 
-What the process adds is tested in ``test_import_process.py``.
+The process itself is tested in ``test_import_process.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from oki_trace.store.writing.copy import copy
 
 
 def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> Imported:
-    """As ``import_path``, in this process and without a limit of memory."""
+    """As ``import_path``, in this process and without a memory limit."""
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "staging.db"
         request = Request(str(path), str(staging), staging_bytes, 0)
