@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,9 +28,8 @@ def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> 
             kind, sentence = read.error
             raise getattr(errors, kind)(sentence)
         new = [one.new_id for one in copy(staging, db)]
-    tensors_from = Path(read.tensors_from) if read.tensors_from else None
     ids = tuple(number for number in new if number is not None)
-    return Imported(ids, read.messages, read.steps, tensors_from, read.changed, read.without_digest)
+    return Imported(**asdict(read), conversations=ids)
 
 
 def import_bytes(stream: BinaryIO, db: Db) -> Imported:
