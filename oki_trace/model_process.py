@@ -24,7 +24,8 @@ from typing import Any, TextIO
 
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
 from oki_trace.llm.decoding.memory_limit import MemoryLimit
-from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, told_to, why
+from oki_trace.llm.failures import INTERRUPTIONS, summary
+from oki_trace.llm.loading.activity import Activity, report_activity, reporting_to
 from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 from oki_trace.settings import Settings
 from oki_trace.store.reading.reader import TraceReader
@@ -70,7 +71,7 @@ class ModelProcess:
         self._loaded: Any = None
         self._stop = threading.Event()
         # The tokenizer's code ends the process when it gets none; the worker says so.
-        self._memory = MemoryLimit(Doing.TEMPLATE, Doing.TOKENIZER)
+        self._memory = MemoryLimit(Activity.TEMPLATE, Activity.TOKENIZER)
 
     def close(self) -> None:
         self._reader.close()
@@ -99,7 +100,7 @@ class ModelProcess:
 
     def _serve(self, reply: Message) -> None:
         assert reply.choice is not None
-        with told_to(self._now_doing):
+        with reporting_to(self._now_doing):
             try:
                 loaded = self._load(reply.choice)
                 # Imported here: it begins at once, and torch takes seconds.
@@ -116,19 +117,19 @@ class ModelProcess:
                 raise
             except BaseException as error:
                 log.exception("a fault of oki-trace")
-                self._fail(reply, f"This is a fault of oki-trace ({why(error)}).")
+                self._fail(reply, f"This is a fault of oki-trace ({summary(error)}).")
             finally:
                 self._memory.lift()
                 self._say_loaded("idle")
 
-    def _now_doing(self, what: Doing) -> None:
+    def _now_doing(self, what: Activity) -> None:
         self._channel.say(doing=what.name)
         self._memory.now_doing(what)
 
     def _load(self, choice: ModelChoice) -> Any:
         if self._loaded is None or self._loaded.requested != choice:
             self._loaded = None  # two models at once may not fit
-            now_doing(Doing.LOADING)
+            report_activity(Activity.LOADING)
             self._say_loading(choice, f"Loading {choice.model_id}", None)
             from oki_trace.llm.loading.load import load
 

@@ -20,7 +20,7 @@ from typing import IO, Any
 import psutil
 
 from oki_trace.child_process import command
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +40,19 @@ class Limit:
 
 
 LIMITS = {
-    Doing.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
-    Doing.LOADING: Limit(None, 3600.0, "Look at the disk and the network, or choose another model"),
-    Doing.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
-    Doing.TEMPLATE: Limit(
+    Activity.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
+    Activity.LOADING: Limit(
+        None, 3600.0, "Look at the disk and the network, or choose another model"
+    ),
+    Activity.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.TEMPLATE: Limit(
         30.0, 300.0, "Mend chat_template.jinja in the model's folder, or choose another model"
     ),
-    Doing.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
-    Doing.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
+    Activity.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
 }
 # How long a stop is waited for. A step of a large model takes its time.
-STOP_SECONDS = dict.fromkeys(Doing, 3.0) | {Doing.DECODING: 20.0}
+STOP_SECONDS = dict.fromkeys(Activity, 3.0) | {Activity.DECODING: 20.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Watched:
         self.reply: int | None = None
         self._ended = False
         self._stopped_at: float | None = None
-        self._doing = Doing.LOADING
+        self._doing = Activity.LOADING
         self._latest = time.monotonic()
         self._computed = 0.0
 
@@ -122,13 +124,13 @@ class Watched:
         if "ready" in told:
             self.has_begun = True
         if "doing" in told:
-            self._doing = Doing[told["doing"]]
+            self._doing = Activity[told["doing"]]
             self._computed = self._processor_seconds()
         if "again" in told or "done" in told or told.get("reply", 0) is None:
             self.is_asked, self.reply, self._stopped_at = False, None, None
         elif "reply" in told:
             self.reply = told["reply"]
-            self._doing = Doing.LOADING
+            self._doing = Activity.LOADING
         return told
 
     @property
@@ -194,7 +196,7 @@ class Watched:
                 continue
 
 
-def _told_limit(doing: Doing, seconds: float, fix: str) -> str:
+def _told_limit(doing: Activity, seconds: float, fix: str) -> str:
     return f"Given up after {seconds:.0f} s while {doing}. {fix}."
 
 

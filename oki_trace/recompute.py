@@ -16,8 +16,8 @@ from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.loading.load import LoadedModel, load
 from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Status, Step
 from oki_trace.store.reading.reader import TraceReader
@@ -178,9 +178,9 @@ def _decoded_again(
     policy = replace(
         kept, topk_logits=min(kept.topk_logits + _MORE, 1000), topk_evidence=1, tensors="none"
     )
-    asked = message.generation or generation_of(loaded.model, Sampling(), len(prompt))
+    asked = message.generation or resolve_generation(loaded.model, Sampling(), len(prompt))
     generation = replace(asked, max_new_tokens=len(chosen))
-    with exclusive(loaded.model):
+    with lock_model(loaded.model):
         for event in capture(made, prompt, generation, policy, lambda: False, chosen):
             if isinstance(event, Lens):
                 yield event

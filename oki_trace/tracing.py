@@ -8,7 +8,6 @@ no reply is left open.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,12 +17,13 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.vocabulary import must_have_embeddings
+from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
-from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, why
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
+from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
+from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -89,7 +89,7 @@ def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
         for sink in sinks:
             sink.end(TurnEnd(status, "", reason, 0.0))
 
-    now_doing(Doing.CHECKING)
+    report_activity(Activity.CHECKING)
     with _ending(end):
         return instrument(model, tokenizer)
 
@@ -115,12 +115,12 @@ def trace_turn(
     until then has been handed over.
     """
     turn = _Turn(made.tokenizer, sinks, on_text)
-    with _ending(turn.end), exclusive(made.model):
+    with _ending(turn.end), lock_model(made.model):
         prompt = render(made.tokenizer, messages, made.vocabulary, template)
-        must_have_embeddings(made.model, prompt.token_ids, made.vocabulary)
+        require_embeddings(made.model, prompt.token_ids, made.vocabulary)
         turn.replies_to(prompt, template)
-        generation = generation_of(made.model, sampling, len(prompt))
-        now_doing(Doing.DECODING)
+        generation = resolve_generation(made.model, sampling, len(prompt))
+        report_activity(Activity.DECODING)
         turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
         turn.follow(capture(made, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
@@ -149,17 +149,14 @@ def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str:
-    """One line for what a model's own code raised while decoding."""
-    lines = str(error).strip().splitlines() or [""]
-    # torch says it in these words, on the CPU as a plain RuntimeError.
-    said = f"{type(error).__name__}: {lines[0]}"
-    full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
-    if isinstance(error, MemoryError) or full:
+    """One line for an exception that a model's own code raised while decoding."""
+    if is_out_of_memory(error):
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
     if not isinstance(error, Exception):  # a panic of the tokenizer's Rust code
-        return f"The model's tokenizer failed ({why(error)}). Change the message, or the model."
+        return f"The model's tokenizer failed ({summary(error)}). Change the message, or the model."
     return (
-        f"The model failed ({why(error)}). Run it with --debug to see where, or try another model."
+        f"The model failed ({summary(error)}). "
+        "Run it with --debug to see where, or try another model."
     )
 
 

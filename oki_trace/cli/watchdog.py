@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from oki_trace.llm.decoding.memory_limit import MemoryLimit
-from oki_trace.llm.loading.activity import Doing, told_to
+from oki_trace.llm.loading.activity import Activity, reporting_to
 
 # How long a signal is waited for, where it is not the model's files that do not listen: a
 # step of a large model takes its time, as does cleaning up.
 _SECONDS = 2.0
-_LONGER = {Doing.DECODING: 20.0, None: 10.0}
+_LONGER = {Activity.DECODING: 20.0, None: 10.0}
 _LOOK_SECONDS = 0.1
 # For the store, which another process may hold.
 _SECONDS_TO_TELL = 5.0
@@ -35,11 +35,11 @@ class Watchdog:
     """``tell`` is called with what was being done, to end the reply in the store."""
 
     tell: Callable[[str], object] | None = None
-    doing: Doing | None = None
+    doing: Activity | None = None
     obeyed: threading.Event = field(default_factory=threading.Event)
-    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Doing.TEMPLATE))
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Activity.TEMPLATE))
 
-    def now_doing(self, what: Doing) -> None:
+    def now_doing(self, what: Activity) -> None:
         self.doing = what
         self.memory.now_doing(what)
 
@@ -80,7 +80,7 @@ def watchdog() -> Iterator[Watchdog]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reading, dog), daemon=True).start()
     try:
-        with told_to(dog.now_doing):
+        with reporting_to(dog.now_doing):
             yield dog
     finally:
         dog.obeyed.set()
