@@ -22,7 +22,7 @@ from oki_trace.exchange.tables import SUFFIX, TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import decision_object, part_objects, plain
 from oki_trace.records import Message, Step
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.reading.reader import Reader
 
 # Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.
 _STEPS_AT_ONCE = 16
@@ -33,7 +33,7 @@ _PLAIN = {"data"}
 
 
 def write_tables(
-    reader: TraceReader,
+    reader: Reader,
     conversation_id: int,
     folder: Path,
     message_id: int | None = None,
@@ -99,7 +99,7 @@ class _Table:
 class _StepIds:
     """The ids of a reply's steps by index, some of them in memory at a time."""
 
-    def __init__(self, reader: TraceReader, message_id: int) -> None:
+    def __init__(self, reader: Reader, message_id: int) -> None:
         self._reader = reader
         self._message_id = message_id
         self._known: dict[int, int] = {}

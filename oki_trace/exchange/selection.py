@@ -11,7 +11,7 @@ from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role, Step
-from oki_trace.store.reading.reader import Reader, TraceReader
+from oki_trace.store.reading.reader import Reader
 
 Progress = Callable[[int, int], None]  # steps done, of all
 
@@ -75,7 +75,7 @@ class Selection:
 
 @contextmanager
 def selected(
-    reader: TraceReader,
+    reader: Reader,
     conversation_id: int,
     message_id: int | None = None,
     progress: Progress | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from oki_trace.errors import DamagedSteps, OkiTraceError
 from oki_trace.records import Role
@@ -71,7 +71,8 @@ class Damage:
     def number(self, name: str, value: Any, kind: type[_N]) -> _N | None:
         """A number of this kind (an int is a float too), or None."""
         if value is None or isinstance(value, kind) or (kind is float and isinstance(value, int)):
-            return cast("_N | None", value)
+            number: _N | None = value
+            return number
         self.add(f"its {name} is {_quoted(value)}")
         return None
 

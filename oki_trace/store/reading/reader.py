@@ -34,6 +34,12 @@ from oki_trace.store.schema.identity import Db
 class Reader(ConversationReads, TensorReads, BulkReads, StoreReads):
     """All read methods."""
 
+    @contextmanager
+    def snapshot(self) -> Iterator[Snapshot]:
+        """The store at this instant. Keep it short, and in one thread."""
+        with self._read() as connection:
+            yield Snapshot(self._url, connection)
+
 
 class Snapshot(Reader):
     """The store at one instant: every call reads through the one connection it owns."""
@@ -80,12 +86,6 @@ class TraceReader(Reader):
     def close(self) -> None:
         self._engine.dispose()
         self._reserve.restore()
-
-    @contextmanager
-    def snapshot(self) -> Iterator[Snapshot]:
-        """The store at this instant. Keep it short, and in one thread."""
-        with self._read() as connection:
-            yield Snapshot(self._url, connection)
 
     @contextmanager
     def _read(self) -> Iterator[Connection]:

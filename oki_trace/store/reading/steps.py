@@ -132,8 +132,7 @@ def _read_steps(
     attention_layers, attention = children(AttentionLayer), children(AttentionEntry)
     return [
         records.Step(
-            **{name: getattr(row, name) for name in _COPIED},
-            **{name: _number(getattr(row, name)) for name in _MEASURED},
+            **_values(row),
             token_bytes=bytes(row.token_bytes),
             topk=_candidates(topk.get(row.id, _NO_ROWS)),
             attention=_attention(
@@ -144,6 +143,12 @@ def _read_steps(
         )
         for row in rows
     ]
+
+
+def _values(row: Row[Any]) -> dict[str, Any]:
+    """The fields of a step that are columns."""
+    values = {name: getattr(row, name) for name in _COPIED}
+    return values | {name: _number(getattr(row, name)) for name in _MEASURED}
 
 
 def _grouped(connection: Connection, query: Select[Any]) -> dict[int, _Rows]:

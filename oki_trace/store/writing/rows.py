@@ -76,6 +76,7 @@ class StepRows:
     """The bulk inserts of everything that belongs to a step or a prompt."""
 
     def __init__(self, dialect: Dialect) -> None:
+        tables: tuple[type[models.Base], ...]
         tables = (*models.STEP_CHILDREN, models.PromptToken, models.Tensor)
         self._bulk = {model: Bulk(model, dialect) for model in tables}
 
