@@ -13,7 +13,7 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.identity import Db
 
 
-class CatchUp:
+class BackgroundSync:
     """How far the cache of one store is behind it, asked by any thread."""
 
     def __init__(self, db: Db, reader: TraceReader) -> None:

@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oki_trace.analysis import engine
-from oki_trace.analysis.arrow_tables import Tables, reply_tables, schema, to_arrow
+from oki_trace.analysis.arrow_tables import Tables, reply_tables, to_arrow
 from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, folder_of
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import DamagedSteps
 from oki_trace.store.reading.columnar import MessageMark
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema.arrow import ROW_GROUP, ParquetTable
 from oki_trace.store.schema.identity import Db
 
 log = logging.getLogger(__name__)
@@ -40,8 +41,6 @@ CACHED = tuple(name for name in BY_NAME if name != "conversation")
 _TIERS = (512, 4_096, 32_768)
 FULL_STEPS = _TIERS[-1]
 _FAN = 8
-# What DuckDB gives to one thread at a time.
-ROW_GROUP = 122_880
 
 Progress = Callable[[int, int], None]  # messages written, of all
 
@@ -96,7 +95,7 @@ class Cache:
             stay = {
                 number: mark
                 for number, mark in marks.items()
-                if number in there and mark == _mark(there[number])
+                if number in there and mark == _identity(there[number])
             }
             written |= stay.keys()
             if len(stay) == len(marks):
@@ -116,22 +115,22 @@ class Cache:
         ordered = sorted(new, key=lambda mark: (mark.conversation_id, mark.id))
         done = 0
         while done < len(ordered):
-            with self.folder.new_part() as made, _Writers(made) as writers:
+            with self.folder.new_part() as part:
                 marks: dict[str, str] = {}
-                for _, group in groupby(ordered[done:], key=lambda mark: mark.conversation_id):
-                    of_conversation = list(group)
-                    writers.add({"message": message_table(reader, of_conversation)})
-                    for mark in of_conversation:
-                        for tables in _readable(reader, mark.id):
-                            writers.add(tables)
-                        marks[str(mark.id)] = _mark(mark)
-                        if progress is not None:
-                            progress(done + len(marks), len(ordered))
-                    if writers.steps >= FULL_STEPS:
-                        break
-                writers.close()
+                with _Files(part) as files:
+                    for _, group in groupby(ordered[done:], key=lambda mark: mark.conversation_id):
+                        of_conversation = list(group)
+                        files.add({"message": message_table(reader, of_conversation)})
+                        for mark in of_conversation:
+                            for tables in _readable(reader, mark.id):
+                                files.add(tables)
+                            marks[str(mark.id)] = _identity(mark)
+                            if progress is not None:
+                                progress(done + len(marks), len(ordered))
+                        if files.steps >= FULL_STEPS:
+                            break
                 done += len(marks)
-                yield made.keep(writers.steps, marks)
+                yield part.keep(files.steps, marks)
 
     def _compact(self, parts: list[Part]) -> list[Part]:
         """Join the parts of a tier as long as there are enough of them."""
@@ -172,50 +171,29 @@ class Cache:
             return made.keep(steps, marks)
 
 
-class _Writers:
-    """A Parquet file a table; rows are collected until they are a row group."""
+class _Files:
+    """The Parquet files of a new part."""
 
     def __init__(self, part: NewPart) -> None:
         self.steps = 0
-        self._waiting: dict[str, list[pa.Table]] = {name: [] for name in CACHED}
-        self._files = {
-            name: pq.ParquetWriter(
-                part.file(name),
-                schema(BY_NAME[name]),
-                compression="zstd",
-                # Measured numbers seldom repeat.
-                use_dictionary=[
-                    c.name for c in BY_NAME[name].columns if c.kind not in ("DOUBLE", "FLOAT")
-                ],
-            )
-            for name in CACHED
-        }
+        self._files = {name: ParquetTable(part.file(name), BY_NAME[name].schema) for name in CACHED}
 
-    def __enter__(self) -> _Writers:
+    def __enter__(self) -> _Files:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         for file in self._files.values():
+            if raised[0] is None:
+                file.flush()
             file.close()
 
     def add(self, tables: Tables) -> None:
         for name, rows in tables.items():
             if name == "step":
                 self.steps += len(rows)
-            self._waiting[name].append(rows)
-            if sum(map(len, self._waiting[name])) >= ROW_GROUP:
-                self._flush(name)
-
-    def close(self) -> None:
-        for name, file in self._files.items():
-            self._flush(name)
-            file.close()
-
-    def _flush(self, name: str) -> None:
-        if self._waiting[name]:
-            rows = pa.concat_tables(self._waiting[name])
-            self._files[name].write_table(rows, row_group_size=ROW_GROUP)
-            self._waiting[name].clear()
+            self._files[name].add(rows)
+            if self._files[name].rows >= ROW_GROUP:
+                self._files[name].flush()
 
 
 def _readable(reader: TraceReader, message_id: int) -> Iterator[Tables]:
@@ -230,7 +208,7 @@ def live_tables(reader: TraceReader) -> Tables:
     """What the cache does not hold: the messages still running, and all conversations."""
     marks = [mark for mark in reader.message_marks() if mark.status.is_live]
     found: dict[str, list[pa.Table]] = {
-        name: [schema(table).empty_table()] for name, table in BY_NAME.items()
+        name: [table.schema.empty_table()] for name, table in BY_NAME.items()
     }
     found["conversation"].append(_conversations(reader))
     for _, group in groupby(
@@ -254,7 +232,7 @@ def _conversations(reader: TraceReader) -> pa.Table:
     return to_arrow("conversation", {**columns, **times})
 
 
-def _mark(mark: MessageMark) -> str:
+def _identity(mark: MessageMark) -> str:
     """Ids are not given twice in a store; but another store can lie at its address one day."""
     return f"{mark.conversation_id} {mark.status} {mark.created_at.isoformat()}"
 

@@ -39,7 +39,7 @@ class QuerySession:
         self._db = str(identity.file_of(url) or url.render_as_string(hide_password=False))
         self._cache = Cache(db)
         self._progress = progress
-        # One, or none. Let go of before the program ends, whoever still holds the trove:
+        # One, or none. Let go of before the program ends, whoever still holds the session:
         # DuckDB complains of what outlives it.
         self._open: list[duckdb.DuckDBPyConnection] = []
         weakref.finalize(self, _close, self._open)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from oki_trace.analysis import catalog, results
 from oki_trace.analysis.engine import Rows
-from oki_trace.analysis.questions import Answer, Column
+from oki_trace.analysis.question import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.cli.output import complain, console, inert, print_json, table, token
 from oki_trace.errors import ExchangeError
@@ -63,10 +63,10 @@ def print_tables(*, as_json: bool) -> None:
     console().print("\nFunctions that read the full tensors; NULL where there are none:\n")
     for function in FUNCTIONS:
         told = Text(function.name, style="bold").append(
-            f"({', '.join(function.takes)}): {function.meaning}", style="not bold"
+            f"({', '.join(function.parameters)}): {function.meaning}", style="not bold"
         )
         console().print(told, soft_wrap=True)
-        console().print(Text("  " + function.gives, style="dim"), soft_wrap=True)
+        console().print(Text("  " + function.returns, style="dim"), soft_wrap=True)
 
 
 def print_answer(answer: Answer, format: str) -> None:
@@ -78,7 +78,7 @@ def print_answer(answer: Answer, format: str) -> None:
                 "question": answer.question,
                 "by": answer.view,
                 "about": answer.about,
-                "columns": [{"name": c.name, "meaning": c.meaning} for c in answer.columns],
+                "columns": [{"name": c.name, "meaning": c.description} for c in answer.columns],
                 "rows": results.objects(names, answer.rows),
                 "sql": answer.sql,
             }
@@ -121,7 +121,7 @@ def _drawn(answer: Answer) -> dict[str, float]:
     """The column that has bars (one, or the line gets too long), and what a full bar is."""
     found: dict[str, float] = {}
     for column in answer.columns:
-        if column.name in answer.picture.y[:1]:
+        if column.name == answer.bar:
             values = [v for v in answer.column(column.name) if isinstance(v, int | float)]
             largest = max(map(abs, values), default=0.0)
             found[column.name] = (

@@ -56,10 +56,10 @@ def ask(
     ] = None,
     message: Annotated[int | None, typer.Option("--message", help="Only this reply.")] = None,
     since: Annotated[
-        str | None, typer.Option("--since", help="From this day or moment on.")
+        str | None, typer.Option("--since", help="From this day or parse_time on.")
     ] = None,
     until: Annotated[
-        str | None, typer.Option("--until", help="Up to this day, included, or moment.")
+        str | None, typer.Option("--until", help="Up to this day, included, or parse_time.")
     ] = None,
     role: Annotated[
         Role | None, typer.Option("--role", help="Only after a message of this role; see --text.")
@@ -82,6 +82,10 @@ def ask(
             help="How many steps' full tensors are read: 64 for heads, 640 for two models.",
         ),
     ] = None,
+    set_option: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the question."),
+    ] = None,
     format: Annotated[
         AnswerFormat, typer.Option("--format", "-f", help="How it is printed.")
     ] = AnswerFormat.TABLE,
@@ -102,7 +106,7 @@ def ask(
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")
     from oki_trace.analysis import catalog
-    from oki_trace.analysis.scope import Scope, moment
+    from oki_trace.analysis.scope import Scope, parse_time
     from oki_trace.cli import answers
 
     format = AnswerFormat.JSON if json else format
@@ -113,21 +117,16 @@ def ask(
         model,
         conversation,
         message,
-        moment(since) if since else None,
-        moment(until, end=True) if until else None,
+        parse_time(since) if since else None,
+        parse_time(until, end=True) if until else None,
         role,
         text,
     )
     given = {"top": top, "least": least, "sample": sample}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen |= catalog.parse_options(question, set_option or ())
     with _trove(db) as trove:
-        found = catalog.answer(
-            trove,
-            question,
-            tuple(what or ()),
-            scope=scope,
-            view=by,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        found = catalog.answer(trove, question, tuple(what or ()), scope=scope, view=by, **chosen)
     if show_sql:
         print(found.sql)
     else:

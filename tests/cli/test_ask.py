@@ -18,7 +18,7 @@ from oki_trace.analysis.tables import TABLES
 from tests.cli.commands import ACTIVE, ROOT, Oki, command
 from tests.cli.conftest import Demo
 
-QUESTIONS = ("settle", "uncertainty", "layers", "rivals", "attention", "heads", "again")
+QUESTIONS = ("settle", "uncertainty", "layers", "rivals", "attention", "heads", "reproducibility")
 
 
 def test_all_questions_are_listed(oki: Oki) -> None:
@@ -33,7 +33,7 @@ def test_each_is_answered_with_a_picture(oki: Oki, demo: Demo, name: str) -> Non
     done = oki("ask", name, "--db", demo.db)
     assert (done.status, done.err) == (0, "")
     assert not ACTIVE.search(done.out)
-    if name != "again":
+    if name != "reproducibility":
         assert "█" in done.out
 
 
@@ -58,7 +58,7 @@ def test_its_sql_is_the_users_own(oki: Oki, demo: Demo) -> None:
 def test_two_steps_and_two_replies(oki: Oki, demo: Demo) -> None:
     done = oki("ask", "compare", "2:5", "4:0", "--db", demo.db)
     assert "from full logits" in done.out and "␣Paris" in done.out
-    assert "tokens alike" in oki("ask", "compare", "2", "4", "--db", demo.db).out
+    assert "tokens are the same" in oki("ask", "compare", "2", "4", "--db", demo.db).out
 
 
 @pytest.mark.parametrize("asked", [("heads",), ("compare", "2:5", "4:0"), ("compare", "2", "4")])
@@ -97,8 +97,8 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "nothing"), 2, "There is no question nothing"),
         (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
         (("ask", "settle", "2"), 2, "takes no 2"),
-        (("ask", "compare", "2"), 2, "two of a kind"),
-        (("ask", "compare", "2:5", "2"), 2, "two of a kind"),
+        (("ask", "compare", "2"), 2, "compare takes two steps"),
+        (("ask", "compare", "2:5", "2"), 2, "compare takes two steps"),
         (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
         (("ask", "compare", "1", "2"), 1, "Message 1 has no steps to compare"),

@@ -36,12 +36,12 @@ SAFE_CALLS |= {"verdict", "absence", "notes", "_cut"}
 # Words of ours that are looked up: names and meanings that stand in our own sources.
 OUR_WORDS = {
     # Our tables, their columns and our functions.
-    "sql.py": {"table.name", "table.meaning", "function.name", "function.gives"}
+    "sql.py": {"table.name", "table.meaning", "function.name", "function.returns"}
     | {"function.meaning[:1].upper()", "function.meaning[1:]", "sql_table.column_list(table)"},
     # Our questions, their groups, options and columns.
-    "questions.py": {"group", "title", "question.reading", "_without(question.meaning, group)"}
-    | {"column.meaning[:1].upper()", "column.meaning[1:]", "note"},
-    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
+    "questions.py": {"group", "question.group", "question.title", "question.meaning"}
+    | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
+    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label"},
     "store.py": {"name"},
     # Its callers are looked at.
     "empty_state.py": {"why"},

@@ -126,9 +126,9 @@ def _questions(db: str) -> None:
     from oki_trace.analysis.background_sync import CatchUp
     from oki_trace.analysis.query_session import QuerySession
 
-    with QuerySession(db) as trove:
-        trove.sql("SELECT count(*) FROM step")
-        trove.rebuild()
+    with QuerySession(db) as session:
+        session.sql("SELECT count(*) FROM step")
+        session.rebuild()
     with TraceReader(db) as reader:
         assert CatchUp(db, reader).behind(60) is None
 
