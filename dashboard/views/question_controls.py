@@ -82,41 +82,35 @@ def _options(state: QuestionState, question: Question, followed: bool) -> Questi
 # ------------------------------------------------------------------------- the scope
 
 
+def _choice(
+    label: str, offered: Sequence[Any], key: str, width: int, *, hint: str = "any", **more: Any
+) -> Any:
+    """A select box that may be empty; what the session holds under ``key`` is offered too."""
+    held = st.session_state[key]
+    options = [*offered] if held is None or held in offered else [held, *offered]
+    return st.selectbox(label, options, index=None, key=key, placeholder=hint, width=width, **more)
+
+
 def _scope(state: QuestionState, followed: bool) -> QuestionState:
+    def seed(name: str) -> str:
+        return _seed(f"ask-{name}", getattr(state, name), followed)
+
     with st.container(horizontal=True, vertical_alignment="bottom", key="ask-scope"):
-        models = list(dict.fromkeys([*filter(None, [state.model]), *data.models_used()]))
-        model = st.selectbox(
-            "Model",
-            models,
-            index=None,
-            key=_seed("ask-model", state.model, followed),
-            placeholder="any",
-            accept_new_options=True,
-            width=170,
-        )
+        models = data.models_used()
+        model = _choice("Model", models, seed("model"), 170, accept_new_options=True)
         conversation = _conversation(state, followed)
         message = _reply(state, conversation, followed)
-        since = st.date_input(
-            "From", None, key=_seed("ask-since", state.since, followed), width=130
-        )
-        until = st.date_input("To", None, key=_seed("ask-until", state.until, followed), width=130)
+        since = st.date_input("From", None, key=seed("since"), width=130)
+        until = st.date_input("To", None, key=seed("until"), width=130)
         text = st.text_input(
             "Text",
-            key=_seed("ask-text", state.text, followed),
+            key=seed("text"),
             placeholder="any",
             help="Only replies with this text in a message up to and including the reply.",
             width=170,
         )
-        role = st.selectbox(
-            "Role",
-            list(Role),
-            index=None,
-            key=_seed("ask-role", state.role, followed),
-            placeholder="any",
-            format_func=str,
-            help="The role of the message that contains the text.",
-            width=125,
-        )
+        role_help = "The role of the message that contains the text."
+        role = _choice("Role", list(Role), seed("role"), 125, format_func=str, help=role_help)
     return replace(
         state,
         model=model,
@@ -132,16 +126,14 @@ def _scope(state: QuestionState, followed: bool) -> QuestionState:
 def _conversation(state: QuestionState, followed: bool) -> int | None:
     titles = {str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent(50) if c.tokens}
     now = None if state.conversation is None else str(state.conversation)
-    chosen = st.selectbox(
+    chosen: str | None = _choice(
         "Conversation",
-        list(dict.fromkeys([*filter(None, [now]), *titles])),
-        index=None,
-        key=_seed("ask-conversation", now, followed),
+        list(titles),
+        _seed("ask-conversation", now, followed),
+        230,
         format_func=lambda number: titles.get(number, number),
-        placeholder="any",
         accept_new_options=True,
         help="One of the latest, or any by its number.",
-        width=230,
     )
     number = parse_step((chosen or "").strip())
     return number and number[0]
@@ -156,14 +148,9 @@ def _reply(state: QuestionState, conversation: int | None, followed: bool) -> in
     now = state.message if state.message in ids else None
     if len(ids) < 2:
         return now
-    chosen: int | None = st.selectbox(
-        "Reply",
-        ids,
-        index=None,
-        key=_seed(f"ask-message-{conversation}", now, followed),
-        format_func=lambda number: f"message {number}",
-        placeholder="any",
-        width=130,
+    key = _seed(f"ask-message-{conversation}", now, followed)
+    chosen: int | None = _choice(
+        "Reply", ids, key, 130, format_func=lambda number: f"message {number}"
     )
     return chosen
 
@@ -192,14 +179,13 @@ def _subjects(state: QuestionState, subject: str, followed: bool) -> QuestionSta
 def _models(state: QuestionState, followed: bool) -> Sequence[str]:
     used = data.models_used()
     chosen = [
-        st.selectbox(
+        _choice(
             name,
-            list(dict.fromkeys([*filter(None, [now]), *used])),
-            index=None,
-            key=_seed(f"ask-{name}", now or None, followed),
-            placeholder="Choose a model",
+            used,
+            _seed(f"ask-{name}", now or None, followed),
+            260,
+            hint="Choose a model",
             accept_new_options=True,
-            width=260,
         )
         for name, now in (("First model", state.first), ("Second model", state.second))
     ]
@@ -214,20 +200,17 @@ def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequen
     subjects = []
     for name, now in (("First", state.first), ("Second", state.second)):
         message, step = parse_step(now) or (None, None)
-        chosen = st.selectbox(
+        chosen = _choice(
             f"{name} reply",
-            list(dict.fromkeys([*([] if message is None else [message]), *names])),
-            index=None,
-            key=_seed(f"ask-{name}-reply", message, followed),
+            list(names),
+            _seed(f"ask-{name}-reply", message, followed),
+            330,
+            hint="Choose a reply",
             format_func=lambda number: names.get(number, f"message {number}"),
-            placeholder="Choose a reply",
-            width=330,
         )
-        if chosen is None or not with_step:
-            subjects.append("" if chosen is None else str(chosen))
-            continue
-        step = st.number_input(
-            "Step", 0, None, key=_seed(f"ask-{name}-step", step or 0, followed), width=110
-        )
-        subjects.append(f"{chosen}:{step}")
+        subject = "" if chosen is None else str(chosen)
+        if chosen is not None and with_step:
+            key = _seed(f"ask-{name}-step", step or 0, followed)
+            subject = f"{chosen}:{st.number_input('Step', 0, None, key=key, width=110)}"
+        subjects.append(subject)
     return subjects

@@ -1,4 +1,4 @@
-"""``ask compare``, the explorer's Compare page and NumPy tell one distance for one pair of steps."""
+"""``ask compare``, the Compare page and NumPy give one distance for one pair of steps."""
 
 from __future__ import annotations
 

@@ -328,7 +328,7 @@ def test_a_link_runs_its_question(filled: Stories) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("SELEC 1", "cannot be read"),
+        ("SELEC 1", "cannot be parsed"),
         ("SELECT nope FROM step", "cannot be answered"),
         ("DELETE FROM step", "one SELECT statement"),
         ("SELECT * FROM '/etc/passwd'", "is not allowed"),

@@ -27,7 +27,7 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-OURS = {"first_trace"}
+OURS = {"first_trace", "_choice"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"plain", "sentence", "counted", "size", "figure", "check", "_time", "len", "told"}
@@ -41,7 +41,7 @@ OUR_WORDS = {
     # Our questions, their groups, options and columns.
     "questions.py": {"group", "question.group", "question.title", "question.meaning"}
     | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
-    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label"},
+    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"},
     "store.py": {"name"},
     # Its callers are looked at.
     "empty_state.py": {"why"},

@@ -23,18 +23,10 @@ _DISTANCES = (
     Column("kl", "number", "KL(first ‖ second)", "nats", "KL"),
     Column("kl_reverse", "number", "KL(second ‖ first)", "nats"),
     Column("js", "number", "Jensen-Shannon divergence: at most 0.693", "nats", "JS"),
-    Column(
-        "tv",
-        "share",
-        "total variation: half the sum of absolute differences; from candidates, the least it can "
-        "be",
-        label="total variation",
-    ),
-    Column("tv_most", "share", "the most the total variation can be; tv where it is exact"),
+    Column("tv", "share", "total variation: exact, or the least it can be", "", "total variation"),
+    Column("tv_most", "share", "the most that the total variation can be"),
 )
-_BASIS = Column(
-    "basis", "name", "full logits: exact; top-k: from the candidates, an estimate that errs low"
-)
+_BASIS = Column("basis", "name", "full logits: exact; top-k: from candidates, an estimate")
 
 # The steps of both replies side by side, up to the end of the shorter one. A token's text tells
 # the tokens of two vocabularies apart; pieces of a character all look alike, so there the id does.
@@ -269,12 +261,7 @@ COMPARE = Question(
             (
                 Column("token", "token", "a candidate"),
                 Column("prob", "share", "its probability in the first", label="probability"),
-                Column(
-                    "other_prob",
-                    "share",
-                    "its probability in the second",
-                    label="probability in the second",
-                ),
+                Column("other_prob", "share", "its probability in the second"),
                 Column("rank", "number", "its rank in the first"),
                 Column("other_rank", "number", "its rank in the second"),
                 Column("rank_gain", "number", "ranks gained from the first to the second"),

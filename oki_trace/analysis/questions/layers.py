@@ -27,9 +27,7 @@ ORDER BY model, layer
 """,
             (
                 Column("model", "name", "the model"),
-                Column(
-                    "layer", "number", "0: the embedding; the last: the model's own distribution"
-                ),
+                Column("layer", "number", "0: the embedding; the last: the model's output"),
                 Column("steps", "number", "steps"),
                 Column("agreement", "share", "steps whose token is the layer's most likely one"),
                 Column("chosen_prob", "share", "mean probability of the token at the layer"),

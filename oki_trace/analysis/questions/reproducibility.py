@@ -97,11 +97,7 @@ LIMIT $top
                 Column("temperatures", "number", "different temperatures; greedy is 0"),
                 Column("seeds", "number", "different seeds"),
                 Column("common_prefix", "number", "tokens with which all replies begin"),
-                Column(
-                    "prob_spread",
-                    "number",
-                    "standard deviation of a token's probability in this prefix, mean over tokens",
-                ),
+                Column("prob_spread", "number", "mean spread of a token's probability in it"),
                 *_SPREADS[:4],
             ),
             {

@@ -35,12 +35,7 @@ ORDER BY rival_prob DESC, step.id
                 Column("step", "name", "the step"),
                 Column("layer", "number", "the layer that is most confident of the rival"),
                 Column("rival", "token", "the most likely token at that layer"),
-                Column(
-                    "rival_prob",
-                    "share",
-                    "its probability at that layer",
-                    label="probability at the layer",
-                ),
+                Column("rival_prob", "share", "its probability at that layer"),
                 Column("chosen", "token", "the chosen token"),
                 Column("prob", "share", "its probability in the end", label="probability"),
                 Column("layers", "number", "how many layers have such a rival"),
@@ -72,9 +67,7 @@ ORDER BY model, layer
     },
     {
         "least": Option(0.5, "Least probability", "the least probability of the rival"),
-        "from_layer": Option(
-            2, "From layer", "the first layer: the embedding mostly repeats its input", least=0
-        ),
+        "from_layer": Option(2, "From layer", "the first layer: 0 mostly repeats its input", 0),
         "top": Option(20, "Rows", "how many steps"),
     },
 )

@@ -9,18 +9,8 @@ _MEANS = (
     Column("settled", "share", "steps whose token stays on top in the end: 1 for greedy decoding"),
     Column("layer", "number", "mean layer from which the token stays on top"),
     Column("depth", "share", "the same layer as a share of the model's depth"),
-    Column(
-        "in_last_layer",
-        "share",
-        "steps that settle only in the last layer",
-        label="settled only in the last layer",
-    ),
-    Column(
-        "prob_at_layer",
-        "share",
-        "mean probability of the token at that layer",
-        label="probability there",
-    ),
+    Column("in_last_layer", "share", "steps that settle only in the last layer"),
+    Column("prob_at_layer", "share", "mean probability of the token at that layer"),
     Column("prob", "share", "mean probability of the token in the end", label="probability"),
 )
 
@@ -68,24 +58,15 @@ ORDER BY model, layer NULLS LAST
 """,
             (
                 Column("model", "name", "the model"),
-                Column(
-                    "layer", "number", "first layer from which the token stays on top; none: never"
-                ),
+                Column("layer", "number", "first layer at which the token stays on top, if any"),
                 Column("steps", "number", "steps"),
                 Column("share", "share", "share of the model's steps", label="settles here"),
-                Column(
-                    "cumulative_share",
-                    "share",
-                    "share of the model's steps that have settled by this layer",
-                    label="has settled by here",
-                ),
+                Column("cumulative_share", "share", "share that has settled by this layer"),
                 _MEANS[5],
             ),
             {
-                "share of the steps": Drawing(
-                    "columns", ("layer",), ("share",), line="cumulative_share"
-                ),
-                "probability there": Drawing("lines", ("layer",), ("prob_at_layer",)),
+                "steps": Drawing("columns", ("layer",), ("share",), line="cumulative_share"),
+                "probability": Drawing("lines", ("layer",), ("prob_at_layer",)),
             },
         ),
         "model": View(
@@ -104,10 +85,7 @@ ORDER BY model, layer NULLS LAST
                 "from_step",
                 "from_step",
             ),
-            (
-                Column("from_step", "number", "steps from this one up to the next row's"),
-                *_MEANS,
-            ),
+            (Column("from_step", "number", "steps from this one up to the next row's"), *_MEANS),
             {
                 "depth": Drawing("lines", ("from_step",), ("depth", "in_last_layer")),
                 "probability": Drawing("lines", ("from_step",), ("prob", "prob_at_layer")),

@@ -85,13 +85,7 @@ LIMIT $top
                 Column("step", "name", "the least certain step"),
                 Column("chosen", "token", "the token chosen at that step"),
                 Column("prob", "share", "its probability", label="probability"),
-                Column(
-                    "max_entropy",
-                    "number",
-                    "the entropy at that step",
-                    "nats",
-                    "at the least certain step",
-                ),
+                Column("max_entropy", "number", "the entropy at that step", "nats"),
             ),
             {
                 "entropy": Drawing("ranked", ("message", "model"), ("max_entropy", "entropy")),
