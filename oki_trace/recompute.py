@@ -15,10 +15,11 @@ from typing import Any
 from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
+from oki_trace.llm.chat.reply_text import ReplyText
 from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.decoding.model_lock import exclusive
 from oki_trace.llm.loading.load import LoadedModel, load
-from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Step
+from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Status, Step
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.trace_differences import Differences
 
@@ -38,9 +39,10 @@ class Recomputed:
     their candidates, ``entropy_difference`` the largest |Δentropy| (nats),
     ``lens_difference`` the largest |Δprob| in its lens; ``top1_differences``
     counts the steps whose most likely token is another, ``not_numbers`` the
-    values that are NaN where the model gives a number. All None when the reply
-    could not be recomputed, and ``reason`` says why. ``agrees`` is False when a
-    difference is more than rounding explains.
+    values that are NaN where the model gives a number, ``text_differences`` the
+    tokens, and the reply itself, whose text is not what the tokenizer makes of the
+    token ids. All None when the reply could not be recomputed, and ``reason`` says
+    why. ``agrees`` is False when a text differs, or a number by more than rounding.
     """
 
     conversation_id: int
@@ -54,6 +56,7 @@ class Recomputed:
     entropy_difference: float | None = None
     lens_difference: float | None = None
     not_numbers: int | None = None
+    text_differences: int | None = None
 
 
 def recompute(
@@ -125,6 +128,8 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     dtype = message.capture.dtype if message.capture else ""
     found = Differences(complete=dtype != "unknown")
     recorded = reader.iter_steps(message.id)
+    text = ReplyText(loaded.tokenizer)
+    text.replies_to(prompt.text, message.template.tools if message.template else ())
     waiting: dict[int, tuple[Step, Step]] = {}
     try:
         for event in _decoded_again(message, prompt, chosen, loaded):
@@ -134,9 +139,14 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
             elif isinstance(event, Step):
                 before = next(recorded)
                 found.add(before, event)
+                text.push(event)
                 waiting[event.step_index] = (before, event)
     except (RuntimeError, ValueError, IndexError, TypeError, OkiTraceError) as error:
         return _not_done(message, f"the model cannot be run on it ({error})".splitlines()[0])
+    # An older trace has no parts, and an interrupted one has the text it had got to.
+    ended = message.status in (Status.COMPLETE, Status.STOPPED)
+    other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
+    text_differences = found.other_texts + other_text
     return Recomputed(
         conversation_id=message.conversation_id,
         message_id=message.id,
@@ -145,10 +155,11 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
         logprob_difference=found.logprob,
         top1_differences=found.other_tops,
         reason=None,
-        agrees=found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT)),
+        agrees=not text_differences and found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT)),
         entropy_difference=found.entropy,
         lens_difference=found.lens,
         not_numbers=found.not_numbers,
+        text_differences=text_differences,
     )
 
 

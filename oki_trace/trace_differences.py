@@ -29,7 +29,7 @@ class Differences:
     def __init__(self, *, complete: bool = True) -> None:
         self._complete = complete
         self.logprob = self.entropy = self.lens = 0.0
-        self.other_tops = self.not_numbers = 0
+        self.other_tops = self.not_numbers = self.other_texts = 0
 
     def explained(self, nats: float) -> bool:
         """Whether rounding explains all of them, which makes so many nats of a logprob."""
@@ -42,6 +42,8 @@ class Differences:
 
     def add(self, recorded: Step, again: Step) -> None:
         """A step without its lens."""
+        texts = (recorded.token, recorded.token_bytes), (again.token, again.token_bytes)
+        self.other_texts += texts[0] != texts[1]
         told, now = recorded.topk, again.topk
         if len(told.token_ids) and len(now.token_ids):
             self.other_tops += int(told.token_ids[0] != now.token_ids[0])

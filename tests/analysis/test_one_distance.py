@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 import streamlit as st
@@ -16,6 +15,7 @@ from oki_trace.analysis import catalog
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.records import Candidates, Step
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.analysis import made
 
 STEPS = 12

@@ -1,4 +1,6 @@
-"""How long the built-in questions take: bench_questions.py FOLDER 1000 10000 100000
+"""How long the built-in questions take.
+
+``python -m tests.benchmarks.bench_questions FOLDER 1000 10000 100000``
 
 For each size a store is built in FOLDER through the public writer (or found
 there from an earlier run), the cache is written anew, and every view of every
@@ -6,7 +8,7 @@ question is asked over everything and over one conversation: the median of
 five. A process of its own each, so that its peak memory is its own. Prints
 Markdown; one size alone prints JSON, and ``report FILE…`` makes a table of such.
 
-``bench_questions.py FOLDER tensors`` measures the questions that read full
+``… FOLDER tensors`` measures the questions that read full
 tensors, on 4,000 steps that have them: two models that never part.
 """
 
@@ -21,14 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import synthetic
-
 from oki_trace.analysis import catalog
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions.compare import SAMPLE
 from oki_trace.analysis.scope import Scope
 from oki_trace.store.writing.writer import TraceWriter
+from tests.benchmarks import synthetic
 
 TIMES = 5
 PROMPTS = 20
@@ -155,7 +156,7 @@ def main() -> None:
         return
     found = []
     for size in sizes:
-        command = [sys.executable, __file__, str(folder), str(size)]
+        command = [sys.executable, "-m", "tests.benchmarks.bench_questions", str(folder), str(size)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     print(report(found))

@@ -1,6 +1,6 @@
 """What eight polling readers cost a writer, and how soon they see a step.
 
-``python tests/benchmarks/store_load.py``, on a machine with nothing else to do.
+``python -m tests.benchmarks.store_load``, on a machine with nothing else to do.
 Steps are as large as SmolLM2's, with full tensors. First at full speed, with
 readers and without, in turn; then at the pace of a model, through the recorder;
 then with SmolLM2 itself, from the moment a token is decoded until another
@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-for folder in ("tests/store", "tests"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
-
-import crowd  # noqa: E402
-
-from oki_trace.records import Status, Step, TurnEnd  # noqa: E402
-from oki_trace.store.writing.recorder import Recorder  # noqa: E402
-from oki_trace.store.writing.writer import TraceWriter  # noqa: E402
+from oki_trace.records import Status, Step, TurnEnd
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
+from tests.store import crowd
 
 DONE = TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0)
 

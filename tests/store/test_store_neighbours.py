@@ -15,17 +15,17 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 
-import neighbours
 import pytest
 
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests.store import neighbours
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="killed as Linux kills")
 
 # Each process is forked from one that has imported everything and has no store open.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["neighbours"])
+_context.set_forkserver_preload(["tests.store.neighbours"])
 
 
 @dataclass
