@@ -280,7 +280,7 @@ def _distances(
     db: str, left: int, right: int, steps: tuple[tuple[int, int], ...], tokens: tuple[int, int]
 ) -> list[Distance | None]:
     found = step_distances(_reader(db), [(left, one, right, other) for one, other in steps])
-    return [one and one.distance for one in found]
+    return [None if one is None else one.distance for one in found]
 
 
 def replies(limit: int = 25) -> list[tuple[Conversation, Message]]:

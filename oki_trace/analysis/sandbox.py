@@ -263,5 +263,6 @@ def _out_of_memory(limits: Limits) -> QuestionError:
 
 def _error(kind: str) -> type[OkiTraceError]:
     named = getattr(errors, kind, None)
-    is_ours = isinstance(named, type) and issubclass(named, OkiTraceError)
-    return named if is_ours else QuestionError
+    if isinstance(named, type) and issubclass(named, OkiTraceError):
+        return named
+    return QuestionError

@@ -152,11 +152,11 @@ def _add_step(tables: dict[str, _RowTable], step_id: int, message_id: int, step:
         strict=True,
     )
     tables["topk_entry"].extend((step_id, *row) for row in rows)
-    for layer in step.attention:
-        tables["attention_layer"].extend([(step_id, layer.layer, _number(layer.missing))])
-        pairs = zip(layer.positions.tolist(), _numbers(layer.weights), strict=True)
+    for one in step.attention:
+        tables["attention_layer"].extend([(step_id, one.layer, _number(one.missing))])
+        pairs = zip(one.positions.tolist(), _numbers(one.weights), strict=True)
         tables["attention_entry"].extend(
-            (step_id, layer.layer, rank, *pair) for rank, pair in enumerate(pairs, start=1)
+            (step_id, one.layer, rank, *pair) for rank, pair in enumerate(pairs, start=1)
         )
     if step.lens is None:
         return

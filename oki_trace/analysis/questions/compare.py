@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from oki_trace.analysis.distance import Distance
-from oki_trace.analysis.pairs import one_vocabulary, step_distances
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import Answer, Column, Drawing, Option, Question, Request, View
+from oki_trace.analysis.step_distance import one_vocabulary, step_distances
 from oki_trace.errors import QuestionError
 
 # Steps of two models that are read: what half a second is enough for.
@@ -214,7 +214,7 @@ def _mean(answer: Answer, weights: Any) -> Distance | None:
         return None
     values = np.array([row[:5] for row in known])
     means = np.average(values, axis=0, weights=[row[-1] for row in known]).tolist()
-    return Distance(*means, basis=" and ".join(sorted({row[5] for row in known})))
+    return Distance(*means, " and ".join(sorted({row[5] for row in known})))
 
 
 def _sentence(d: Distance | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,7 +67,7 @@ class ParquetTable:
         texts = [f.name for f in schema if f.name != "data" and not pa.types.is_floating(f.type)]
         self._file = pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=texts)
 
-    def __enter__(self) -> ParquetTable:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
