@@ -238,13 +238,7 @@ def _stacked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: 
         .mark_bar()
         .encode(
             x=_ordered(rows, _along(drawing)),
-            y=alt.Y(
-                "y:Q",
-                title="share of 1",
-                stack="zero",
-                scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(tickCount=5, domain=False),
-            ),
+            y=_value(answer, drawing, rows, alt.Y, stack=True),
             color=_colour(names, list(parts.values()), columns=8),
             order=alt.Order("order:Q"),
             tooltip=[alt.Tooltip("what:N", title="part"), *_tooltip(answer)],

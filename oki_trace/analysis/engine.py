@@ -103,34 +103,23 @@ _UNREADABLE = "A file of the cache cannot be read: rebuild it with `oki-trace sq
 
 @contextmanager
 def translate_errors(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
-    """Turn DuckDB's errors into a QuestionError of one sentence that names the fix."""
+    """Turn DuckDB's errors into a QuestionError of one sentence that names the fix.
+
+    While Arrow reads a result, it raises DuckDB's messages as its own errors.
+    """
     try:
         yield
-    except duckdb.InterruptException as error:
-        raise QuestionError("The question was interrupted: ask it again.") from error
-    except duckdb.OutOfMemoryException as error:
-        raise out_of_memory(memory_bytes) from error
-    except duckdb.PermissionException as error:
-        raise QuestionError(_OUTSIDE) from error
-    except duckdb.IOException as error:
-        raise QuestionError(_UNREADABLE) from error
-    except duckdb.Error as error:
-        raise _in_one_line(str(error)) from error
-
-
-@contextmanager
-def translate_stream_errors(memory_bytes: int) -> Iterator[None]:
-    """The same while Arrow reads the result: it raises DuckDB's messages as its own errors."""
-    try:
-        with translate_errors(memory_bytes):
-            yield
-    except (pa.ArrowException, OSError) as error:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
         message = str(error)
-        if isinstance(error, MemoryError) or "Out of Memory Error" in message:
+        if isinstance(error, duckdb.InterruptException):
+            raise QuestionError("The question was interrupted: ask it again.") from error
+        if isinstance(error, duckdb.OutOfMemoryException | MemoryError):
             raise out_of_memory(memory_bytes) from error
-        if message.startswith("Permission Error"):
+        if "Out of Memory Error" in message:
+            raise out_of_memory(memory_bytes) from error
+        if isinstance(error, duckdb.PermissionException) or message.startswith("Permission Error"):
             raise QuestionError(_OUTSIDE) from error
-        if message.startswith("IO Error"):
+        if isinstance(error, duckdb.IOException) or message.startswith("IO Error"):
             raise QuestionError(_UNREADABLE) from error
         raise _in_one_line(message) from error
 

@@ -108,10 +108,6 @@ class Server:
         assert self._connection is not None
         with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
             sql_guard.check(cursor, sql)
-        with (
-            engine.translate_stream_errors(self._memory_bytes),
-            self._connection.cursor() as cursor,
-        ):
             relation = cursor.sql(sql)
             names, types = relation.columns, relation.types
             if len(names) > _MOST_COLUMNS:

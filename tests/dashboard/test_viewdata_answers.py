@@ -160,7 +160,7 @@ def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out()
     table = answers.table(found)
     assert table["chosen"] == [visible(HOSTILE), "b"]
     assert table["prob"] == [None, 0.1]
-    assert table["others"] == [visible(HOSTILE), None]
+    assert table["alternatives"] == [visible(HOSTILE), None]
     json.dumps(question_charts.chart(found, drawing, [mark], clickable=True).to_dict())
     assert "\x1b" not in json.dumps(table, ensure_ascii=False)
 

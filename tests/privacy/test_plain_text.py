@@ -32,7 +32,7 @@ OURS = {"first_trace", "_choice"}
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"plain", "sentence", "counted", "size", "figure", "check", "_time", "len", "told"}
 # Of these modules each sentence is made of words of ours and of numbers.
-SAFE_CALLS |= {"verdict", "absence", "notes", "_cut"}
+SAFE_CALLS |= {"in_words", "verdict", "absence", "notes", "_cut"}
 # Words of ours that are looked up: names and meanings that stand in our own sources.
 OUR_WORDS = {
     # Our tables, their columns and our functions.

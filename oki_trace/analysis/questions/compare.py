@@ -31,7 +31,7 @@ _BASIS = Column("basis", "name", "full logits: exact; top-k: from candidates, an
 # The steps of both replies side by side, up to the end of the shorter one. A token's text tells
 # the tokens of two vocabularies apart; pieces of a character all look alike, so there the id does.
 _ALIGNED = """\
-both AS (
+paired AS (
   SELECT pair.first, pair.second, one.step_index AS step, one.token AS chosen, two.token AS other,
     one.token = two.token
       AND (one.token_id = two.token_id OR NOT contains(one.token, chr(65533))) AS same
@@ -39,8 +39,8 @@ both AS (
   JOIN step AS two ON two.message_id = pair.second AND two.step_index = one.step_index
 ),
 aligned AS (
-  SELECT both.*, pair.same_prompt AND coalesce(bool_and(same) OVER before, true) AS same_before
-  FROM both JOIN pair USING (first, second)
+  SELECT paired.*, pair.same_prompt AND coalesce(bool_and(same) OVER before, true) AS same_before
+  FROM paired JOIN pair USING (first, second)
   WINDOW before AS (
     PARTITION BY first, second ORDER BY step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
   )
