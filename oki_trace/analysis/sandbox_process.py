@@ -108,6 +108,8 @@ class Server:
         assert self._connection is not None
         with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
             sql_guard.check(cursor, sql)
+        # The check's cursor has an unfinished result.
+        with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
             relation = cursor.sql(sql)
             names, types = relation.columns, relation.types
             if len(names) > _MOST_COLUMNS:
