@@ -66,14 +66,9 @@ def align(left: Steps, right: Steps) -> list[Pair]:
         blocks = [*SequenceMatcher(None, *rest, autojunk=False).get_opcodes()]
     for kind, a, a_end, b, b_end in blocks:
         for k in range(max(a_end - a, b_end - b)):
-            i, j = a + k, b + k
-            pairs.append(
-                Pair(
-                    i + shared if i < a_end else None,
-                    j + shared if j < b_end else None,
-                    kind == "equal",
-                )
-            )
+            left_step = shared + a + k if a + k < a_end else None
+            right_step = shared + b + k if b + k < b_end else None
+            pairs.append(Pair(left_step, right_step, kind == "equal"))
     return pairs
 
 
@@ -175,26 +170,20 @@ def sheet(
     pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps
 ) -> list[list[Any]]:
     """Both replies as rows of a CSV: the tokens of each place, and the total variation."""
-    names = [
-        *("place", "left_step", "left_token", "right_step", "right_token", "same"),
-        *("least_total_variation", "most_total_variation"),
+    table: list[list[Any]] = [
+        [
+            *("place", "left_step", "left_token", "right_step", "right_token", "same"),
+            *("least_total_variation", "most_total_variation"),
+        ]
     ]
-    return [
-        names,
-        *(
-            [
-                number,
-                pair.left,
-                None if pair.left is None else visible(left[pair.left].token),
-                pair.right,
-                None if pair.right is None else visible(right[pair.right].token),
-                int(pair.same),
-                None if distance is None else distance.tv,
-                None if distance is None else distance.tv_most,
-            ]
-            for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True), start=1)
-        ),
-    ]
+    for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True), start=1):
+        tokens = [
+            None if at is None else visible(steps[at].token)
+            for at, steps in ((pair.left, left), (pair.right, right))
+        ]
+        bounds = [None, None] if distance is None else [distance.tv, distance.tv_most]
+        table.append([number, pair.left, tokens[0], pair.right, tokens[1], int(pair.same), *bounds])
+    return table
 
 
 def rows(pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps) -> list[Json]:
@@ -259,13 +248,11 @@ def _numbers(step: Step | None) -> tuple[str, ...]:
 def _settings(message: Message) -> dict[str, str]:
     generation, capture = message.generation, message.capture
 
-    def of(record: object, name: str, nothing: str = "–") -> str:
+    def of(record: object, name: str, default: str = "–") -> str:
         value: Any = getattr(record, name, None)
-        return (
-            nothing if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
-        )
+        return default if value is None else f"{value:g}" if type(value) is float else str(value)
 
-    sampled = generation is not None and generation.do_sample
+    sampled = generation if generation is not None and generation.do_sample else None
     speed = message.tokens / message.seconds if message.seconds else math.nan
     return {
         "model": message.model_id or "–",
@@ -273,11 +260,11 @@ def _settings(message: Message) -> dict[str, str]:
         "quantization": of(capture, "quantization", "none"),
         "device": of(capture, "device"),
         "decoding": "–" if generation is None else "sampled" if sampled else "greedy",
-        "temperature": of(generation, "temperature") if sampled else "–",
-        "top-k": of(generation, "top_k") if sampled else "–",
-        "top-p": of(generation, "top_p") if sampled else "–",
+        "temperature": of(sampled, "temperature"),
+        "top-k": of(sampled, "top_k"),
+        "top-p": of(sampled, "top_p"),
         "repetition penalty": of(generation, "repetition_penalty"),
-        "seed": of(generation, "seed") if sampled else "–",
+        "seed": of(sampled, "seed"),
         "prompt tokens": of(message, "prompt_len"),
         "tokens": f"{message.tokens:,}",
         "tokens/s": figure(speed, 1),

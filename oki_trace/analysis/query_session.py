@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import duckdb
 
@@ -26,8 +25,6 @@ from oki_trace.store.schema.identity import Db
 
 ROW_LIMIT = 10_000
 TIME_LIMIT_S = 30.0
-
-_T = TypeVar("_T")
 
 
 class QuerySession:
@@ -51,12 +48,7 @@ class QuerySession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -65,8 +57,15 @@ class QuerySession:
         self.reader.close()
 
     def ask(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Rows:
-        """The result of a trusted statement."""
-        return self._with_connection(lambda c: engine.run(c, sql, parameters))
+        """The result of a trusted statement. Raises QuestionError."""
+        with self._one_at_a_time:
+            try:
+                return engine.run(self._current(), sql, parameters)
+            except QuestionError:
+                if self._files_exist():
+                    raise
+            self._forget()
+            return engine.run(self._current(), sql, parameters)
 
     def sql(self, sql: str, *, limit: int = ROW_LIMIT, **limits: Any) -> Rows:
         """The result of the user's own SQL, read-only; limits and errors as for ``sql_result``."""
@@ -96,7 +95,6 @@ class QuerySession:
         except QuestionError:
             if self._files_exist():
                 raise
-        # Another process has joined or dropped parts since they were listed.
         with self._one_at_a_time:
             self._forget()
         self._sandbox.close()
@@ -109,19 +107,8 @@ class QuerySession:
             self._cache.clear()
             self._cache.sync(self.reader, self._progress)
 
-    def _with_connection(self, ask: Callable[[duckdb.DuckDBPyConnection], _T]) -> _T:
-        with self._one_at_a_time:
-            connection = self._current()
-            try:
-                return ask(connection)
-            except QuestionError:
-                if self._files_exist():
-                    raise
-            # Another process has joined or dropped parts since they were listed.
-            self._forget()
-            return ask(self._current())
-
     def _files_exist(self) -> bool:
+        """Whether no other process has joined or dropped parts since they were listed."""
         now = self._now
         return now is None or all(
             Path(file).exists() for of_table in now.files.values() for file in of_table
