@@ -42,7 +42,8 @@ class Recomputed:
     values that are NaN where the model gives a number, ``text_differences`` the
     tokens, and the reply itself, whose text is not what the tokenizer makes of the
     token ids. All None when the reply could not be recomputed, and ``reason`` says
-    why. ``agrees`` is False when a text differs, or a number by more than rounding.
+    why. ``numbers_agree`` is False when a number differs by more than rounding,
+    ``agrees`` when a text differs too.
     """
 
     conversation_id: int
@@ -57,6 +58,7 @@ class Recomputed:
     lens_difference: float | None = None
     not_numbers: int | None = None
     text_differences: int | None = None
+    numbers_agree: bool = True
 
 
 def recompute(
@@ -147,6 +149,7 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     ended = message.status in (Status.COMPLETE, Status.STOPPED)
     other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
     text_differences = found.other_texts + other_text
+    numbers_agree = found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT))
     return Recomputed(
         conversation_id=message.conversation_id,
         message_id=message.id,
@@ -155,11 +158,12 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
         logprob_difference=found.logprob,
         top1_differences=found.other_tops,
         reason=None,
-        agrees=not text_differences and found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT)),
+        agrees=numbers_agree and not text_differences,
         entropy_difference=found.entropy,
         lens_difference=found.lens,
         not_numbers=found.not_numbers,
         text_differences=text_differences,
+        numbers_agree=numbers_agree,
     )
 
 

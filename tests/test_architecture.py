@@ -33,6 +33,7 @@ ORDER = (
     },
     {"store"},
     {"chat_messages", "template_options"},
+    {"explain"},
     {"records", "settings", "errors", "sanitize", "child_process", "input_text"},
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}

@@ -11,7 +11,7 @@ from rich.text import Text
 from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, table, token
 from oki_trace.errors import NotFound, StoreError
-from oki_trace.exchange.decision import (
+from oki_trace.explain import (
     call_line,
     effects_table,
     explain,

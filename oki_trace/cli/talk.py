@@ -18,8 +18,8 @@ from oki_trace.cli import options
 from oki_trace.cli.output import complain, console, inert, print_json, size
 from oki_trace.cli.watchdog import watchdog
 from oki_trace.errors import UsageError
-from oki_trace.exchange.decision import explain_generation
 from oki_trace.exchange.trace_object import part_objects
+from oki_trace.explain import explain_generation
 from oki_trace.input_text import checked
 from oki_trace.records import Message, ModelChoice, PartKind, Role, Status, TurnEnd
 

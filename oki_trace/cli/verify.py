@@ -94,9 +94,9 @@ def _line(one: Recomputed) -> str:
     where = f"conversation {one.conversation_id}, message {one.message_id}"
     if one.reason is not None:
         return f"{where}: not recomputed with {one.model_id}: {one.reason}"
-    verdict = "" if one.agrees else ", more than rounding explains"
+    verdict = "" if one.numbers_agree else ", more than rounding explains"
     if one.text_differences:
-        verdict = f", {counted(one.text_differences, 'text')} other than the tokens'"
+        verdict += f"; {counted(one.text_differences, 'text')} not what the token ids make"
     if one.not_numbers:
         verdict = f", {counted(one.not_numbers, 'value')} not a number{verdict}"
     return (

@@ -1,8 +1,7 @@
-"""Importing: a file is read in a process of its own, checked whole, and then kept or not at all.
+"""Importing: a separate process reads and checks a whole file before the store is touched.
 
-A file may be anyone's. What it can take of memory, of the disk and of time is
-bounded by limits of the reading process, which ends with this one; and no check
-is left for after the first row has reached the store.
+A file may come from anyone. The reading process limits the memory, disk and
+time that it takes, and ends with this process.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from oki_trace.exchange.scratch import scratch_folder
 if TYPE_CHECKING:
     from oki_trace.store.schema.identity import Db
 
-# What reading may take of memory beyond the program itself.
+# The memory that reading may take beyond the program itself.
 MEMORY_BYTES = 400_000_000
-# The staging store may have this many times the size of the file, and half of the free disk.
+# The staging store may grow to this many times the size of the file, and half of the free disk.
 MAX_STAGED_RATIO = 50
 MAX_STAGED_FLOOR = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """The conversations as the store now has them.
+    """The new conversations, and how many messages and steps they have.
 
-    ``changed`` of the messages are not what they were when they were recorded;
-    ``without_digest`` came without what tells, so a change would not be seen.
+    ``changed`` messages differ from what was recorded, by their digests;
+    ``without_digest`` have none, so a change would not be noticed.
     """
 
     conversations: tuple[int, ...]
@@ -54,7 +53,7 @@ def import_path(
 ) -> Imported:
     """Import a file or a folder; its conversations get new ids.
 
-    Raises ExchangeError for what cannot be imported, StoreError when the store fails.
+    Raises ExchangeError if it cannot be imported, StoreError when the store fails.
     """
     with started() as reader, _scratch(db) as folder:
         return _import(reader, path, folder, db, progress, memory_bytes)
@@ -63,7 +62,7 @@ def import_path(
 def import_stream(
     stream: BinaryIO, db: Db, progress: Tick | None = None, *, memory_bytes: int = MEMORY_BYTES
 ) -> Imported:
-    """Import what comes from a pipe: a file of any format, a zip too."""
+    """Import a file of any format from a pipe."""
     with started() as reader, _scratch(db) as folder:
         path = folder / "standard-input"
         _spool(stream, path, progress)
@@ -71,7 +70,7 @@ def import_stream(
 
 
 def import_files(files: Mapping[str, BinaryIO], db: Db, progress: Tick | None = None) -> Imported:
-    """Import an upload: a file, and perhaps its safetensors, by their suffix."""
+    """Import an upload: a file, with its safetensors if it has any, by their suffixes."""
     with started() as reader, _scratch(db) as folder:
         for suffix, source in files.items():
             with (folder / f"upload{suffix}").open("wb") as file:
@@ -82,7 +81,7 @@ def import_files(files: Mapping[str, BinaryIO], db: Db, progress: Tick | None = 
 
 @contextmanager
 def _scratch(db: Db) -> Iterator[Path]:
-    """A folder beside the store, which has room for what it is to hold; else a temporary one."""
+    """A folder beside the store, on a disk meant for such sizes; else a temporary one."""
     from oki_trace.store.schema import identity
 
     store = identity.file_of(identity.address(db))
@@ -93,8 +92,8 @@ def _scratch(db: Db) -> Iterator[Path]:
             yield folder
     except OSError as error:
         raise StoreError(
-            f"Nothing can be staged in {parent}: {error.strerror or error}. Free some space, or "
-            "set TMPDIR."
+            f"Cannot write to {parent}: {error.strerror or error}. Free some disk space, or set "
+            "TMPDIR."
         ) from error
 
 
@@ -107,16 +106,16 @@ def _import(
     limit = _most_staged(path, folder)
     request = Request(str(path.absolute()), str(staging), limit, memory_bytes)
     read = reader.serve(request, progress or (lambda done, total: None))
-    new = [one.new_id for one in copy(staging, db, None, progress)]
-    if None in new:
+    copied = [conversation.new_id for conversation in copy(staging, db, None, progress)]
+    ids = tuple(number for number in copied if number is not None)
+    if len(ids) < len(copied):
         raise StoreError("A conversation could not be copied from the import: import it again.")
-    ids = tuple(number for number in new if number is not None)
     tensors_from = None if read.tensors_from is None else Path(read.tensors_from)
     return Imported(ids, read.messages, read.steps, tensors_from, read.changed, read.without_digest)
 
 
 def _spool(stream: BinaryIO, path: Path, progress: Tick | None) -> None:
-    """A pipe into a file, as far as half of the free disk."""
+    """Write a pipe into a file of at most half of the free disk."""
     most = shutil.disk_usage(path.parent).free // 2
     start = b""
     with path.open("wb") as file:
@@ -127,20 +126,20 @@ def _spool(stream: BinaryIO, path: Path, progress: Tick | None) -> None:
                     refuse_unreadable(start[:CHUNK])
             most -= len(chunk)
             if most < 0:
-                raise refused("what comes from the pipe takes more than half of the free disk")
+                raise refused("the pipe would fill more than half of the free disk")
             file.write(chunk)
             if progress is not None:
                 progress(0, 0)
 
 
 def _most_staged(path: Path, folder: Path) -> int:
-    """From what the files take on their disk: a file with holes says it is larger."""
+    """The limit for the staging store, from the disk space of the files: a sparse one has less."""
     files = [path, path.with_suffix(".safetensors")]
     with suppress(OSError):
         files.extend(path.iterdir() if path.is_dir() else ())
     size = 0
     for file in files:
         with suppress(OSError):
-            told = file.stat()
-            size += min(told.st_size, getattr(told, "st_blocks", told.st_size) * 512)
+            info = file.stat()
+            size += min(info.st_size, getattr(info, "st_blocks", info.st_size) * 512)
     return min(MAX_STAGED_FLOOR + MAX_STAGED_RATIO * size, shutil.disk_usage(folder).free // 2)

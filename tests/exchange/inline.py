@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from oki_trace import errors
 from oki_trace.exchange.importing import Imported
-from oki_trace.exchange.reading.process import News, Request, serve
+from oki_trace.exchange.reading.process import Progress, Request, serve
 from oki_trace.store.schema.identity import Db
 from oki_trace.store.writing.copy import copy
 
@@ -22,7 +22,7 @@ def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> 
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "staging.db"
         request = Request(str(path), str(staging), staging_bytes, 0)
-        read = serve(request, News(io.StringIO()), lambda more: None)
+        read = serve(request, Progress(io.StringIO()), lambda more: None)
         if read.error is not None:
             kind, sentence = read.error
             raise getattr(errors, kind)(sentence)

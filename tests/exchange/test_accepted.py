@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oki_trace import records
 from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
@@ -156,7 +157,7 @@ SAME: dict[str, tuple[Callable[[Json], object], str, Callable[[Json], object], s
     "attention of a layer that was not announced": (
         lambda d: d["messages"][1]["trace"]["capture"].update(attention_layers=[1, 2]),
         *("message", in_document("capture", attention_layers=[1, 2])),
-        "attention is of layers that were not announced",
+        "attention is of layers that capture does not name",
     ),
     "another step": (
         lambda d: the_step(d).update(step=1),
@@ -256,12 +257,12 @@ def test_every_name_that_is_written_is_read(exported: Path) -> None:
         (document["conversation"], schema.Conversation, set()),
         (message, schema.Message, {"trace"}),
         (trace, schema.Trace, {"steps"}),
-        (trace["generation"], schema.Generation, set()),
-        (trace["capture"], schema.Capture, set()),
+        (trace["generation"], records.Generation, set()),
+        (trace["capture"], records.CaptureReport, set()),
         (step, schema.Step, set()),
         (step["decision"], schema.Decision, {"text", "differs_from_greedy"}),
         (step["decision"]["greedy"], schema.Contender, set()),
-        (step["decision"]["processors"][0], schema.Effect, set()),
+        (step["decision"]["processors"][0], records.Effect, set()),
         (step["logits_topk"][0], schema.Candidate, set()),
         (step["evidence"][0], schema.Evidence, {"token_id", "in_prompt"}),
         (step["attention"][0], schema.AttentionLayer, set()),

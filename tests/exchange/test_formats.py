@@ -20,9 +20,9 @@ from oki_trace.errors import ExchangeError, NotFound, UsageError
 from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
+from oki_trace.exchange.json_export import V1_CANDIDATE, V1_EVIDENCE, V1_STEP, V1_TRACE
 from oki_trace.exchange.reading import json_stream, table_cursor
 from oki_trace.exchange.tables import FILES, TABLES
-from oki_trace.exchange.v1 import CANDIDATE, EVIDENCE, STEP, TRACE
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
@@ -96,7 +96,7 @@ def test_tables_take_the_place_of_an_older_export_and_of_nothing_else(
     with pytest.raises(ExchangeError, match=r"no export, such as mine\.txt"):
         write(db, Format.PARQUET, tmp_path / "t")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ExchangeError, match="is no folder"):
+    with pytest.raises(ExchangeError, match="is not a folder"):
         write(db, Format.PARQUET, tmp_path / "file")
     with pytest.raises(NotFound), TraceReader(db) as reader:
         export(reader, 99, Format.PARQUET, tmp_path / "new", sys.stdout)
@@ -148,11 +148,11 @@ def test_version_1_has_its_names_and_no_other(db: Path) -> None:
     out = io.StringIO()
     write(db, Format.TRACE_V1, None, out, message_id=3)
     trace = json.loads(out.getvalue())
-    assert set(trace) == {*TRACE, "steps"}
+    assert set(trace) == {*V1_TRACE, "steps"}
     for step in trace["steps"]:
-        assert set(step) == {*STEP, "logits_topk", "evidence", "logit_lens"}
-        assert all(set(entry) == set(CANDIDATE) for entry in step["logits_topk"])
-        assert all(set(entry) == set(EVIDENCE) for entry in step["evidence"])
+        assert set(step) == {*V1_STEP, "logits_topk", "evidence", "logit_lens"}
+        assert all(set(entry) == set(V1_CANDIDATE) for entry in step["logits_topk"])
+        assert all(set(entry) == set(V1_EVIDENCE) for entry in step["evidence"])
         assert all(set(row) == {"layer", "topk"} for row in step["logit_lens"])
     out = io.StringIO()
     write(db, Format.TRACE_V1, None, out)

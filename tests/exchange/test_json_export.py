@@ -19,6 +19,7 @@ import pytest
 from oki_trace.errors import ExchangeError, NotFound
 from oki_trace.exchange.files import replacing
 from oki_trace.exchange.json_export import write_conversation
+from oki_trace.exchange.selection import selected
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -65,7 +66,8 @@ class Story:
 
     def export(self, message: int | None = None, conversation: int | None = None) -> Any:
         file = io.StringIO()
-        write_conversation(self.reader, conversation or self.conversation, file, message)
+        with selected(self.reader, conversation or self.conversation, message) as chosen:
+            write_conversation(chosen, file)
         text = file.getvalue()
         assert text.isascii(), "the same in every encoding, and inert in a terminal"
         assert "\x1b" not in text and text.endswith("}\n")

@@ -1,4 +1,4 @@
-"""What a path holds is found out and read into a staging store."""
+"""Finds out what a path holds, and reads it into a staging store."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ def read(
 ) -> Path | None:
     """Read a file or a folder of tables into ``staging``; returns the file of its tensors.
 
-    ``loaded`` is called before the first byte of it is parsed, ``pulse`` with
-    every piece of it. Raises ExchangeError, and MemoryError.
+    ``loaded`` is called once all libraries are loaded, before the first byte is
+    parsed; ``pulse`` with every piece. Raises ExchangeError, and MemoryError.
     """
-    if path.is_dir():
-        import_tables = _table_reader()
-        loaded()
-        import_tables(path, staging, pulse)
-        return None
     with ExitStack() as closing:
-        file = closing.enter_context(opened(path, follow=True))
-        start = file.read(CHUNK)
-        file.seek(0)
-        refuse_unreadable(start)
-        if is_zip(start):
+        folder: Path | None = path if path.is_dir() else None
+        if folder is None:
+            file = closing.enter_context(opened(path, follow=True))
+            start = file.read(CHUNK)
+            file.seek(0)
+            refuse_unreadable(start)
+            folder = staging.path.parent / "unpacked" if is_zip(start) else None
+        if folder is not None:
+            # Here, because pyarrow takes a while to import.
+            from oki_trace.exchange.reading.parquet_import import import_tables
             from oki_trace.exchange.tables import FILES
 
-            import_tables = _table_reader()
             loaded()
-            folder = staging.path.parent / "unpacked"
-            folder.mkdir()
-            unpack(file, folder, FILES, pulse)
+            if folder != path:
+                folder.mkdir()
+                unpack(file, folder, FILES, pulse)
             import_tables(folder, staging, pulse)
             return None
         loaded()
@@ -47,12 +46,5 @@ def read(
         tensors = None
         if beside != path and os.path.lexists(beside):
             tensors = closing.enter_context(TensorFile(beside))
-        JsonImport(JsonStream(file, path.name, pulse), staging, tensors).run()
+        JsonImport(JsonStream(file, pulse), staging, tensors).run()
         return beside if tensors is not None else None
-
-
-def _table_reader() -> Callable[[Path, Staging, Callable[[], None]], None]:
-    # Here, because pyarrow takes a while to import.
-    from oki_trace.exchange.reading.parquet_import import import_tables
-
-    return import_tables
