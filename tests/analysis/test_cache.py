@@ -363,5 +363,5 @@ def test_heads_are_found_where_few_replies_kept_their_tensors(tmp_path: Path) ->
         made.whole(writer, steps=400)
         found = catalog.answer(session, "heads", sample=2)
         assert found.about.startswith("1 of 1 steps read")
-        with pytest.raises(QuestionError, match="No attention tensors are kept"):
+        with pytest.raises(QuestionError, match="No attention tensors are stored"):
             catalog.answer(session, "heads", scope=Scope(conversation=conversation + 1))

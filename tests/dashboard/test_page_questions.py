@@ -202,7 +202,7 @@ def test_an_address_that_makes_no_sense_is_the_first_question(
 def test_replies_that_kept_no_tensors_have_no_heads(filled: sample_stores.Samples) -> None:
     app = questions(question="heads", conversation=filled.without_tensors[0])
     assert not app.exception
-    assert "No attention tensors are kept" in app.warning[0].value
+    assert "No attention tensors are stored" in app.warning[0].value
     assert [b for b in app.button if b.label == "Ask about all replies"]
 
 
