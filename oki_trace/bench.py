@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from oki_trace.errors import UsageError
-from oki_trace.generate import answer
+from oki_trace.generate import generate_reply
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.loading.hardware import input_device
 from oki_trace.llm.loading.load import LoadedModel
-from oki_trace.queueing import Ask, submit
+from oki_trace.queueing import ReplyRequest, new_messages, submit
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
@@ -109,9 +109,10 @@ def _traced(
     reader: TraceReader,
 ) -> float:
     instrument(loaded.model, loaded.tokenizer)  # the checks at load are no part of a reply
-    ask = Ask(PROMPT, loaded.requested, Sampling(max_new_tokens=tokens), policy)
-    _, reply_id = submit(writer, ask, claim=True)
+    sampling = Sampling(max_new_tokens=tokens)
+    request = ReplyRequest(new_messages(PROMPT), loaded.requested, sampling, policy)
+    _, reply_id = submit(writer, request, claim=True)
     began = time.perf_counter()
-    answer(writer, reader, reader.message(reply_id), loaded)
+    generate_reply(writer, reader, reader.message(reply_id), loaded)
     seconds = time.perf_counter() - began
     return reader.message(reply_id).tokens / seconds

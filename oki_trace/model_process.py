@@ -103,10 +103,12 @@ class ModelProcess:
             try:
                 loaded = self._load(reply.choice)
                 # Imported here: it begins at once, and torch takes seconds.
-                from oki_trace.generate import answer
+                from oki_trace.generate import generate_reply
 
                 self._say_loaded("decoding")
-                answer(self._writer, self._reader, reply, loaded, should_stop=self._should_stop)
+                generate_reply(
+                    self._writer, self._reader, reply, loaded, should_stop=self._should_stop
+                )
             except OkiTraceError as error:
                 self._fail(reply, str(error))
             except StopAsked:

@@ -51,14 +51,14 @@ def read_tools(path: Path) -> list[Any]:
     try:
         if path.stat().st_size > MAX_TOOLS_BYTES:
             raise UsageError(f"{path} is too large for tool schemas ({MAX_TOOLS_BYTES:,} bytes).")
-        return parsed_tools(path.read_text(encoding="utf-8-sig"), str(path))
+        return parse_tools(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8.") from error
 
 
-def parsed_tools(text: str, where: str) -> list[Any]:
+def parse_tools(text: str, where: str) -> list[Any]:
     """The tool schemas in a JSON text. Raises UsageError, which names ``where``."""
     try:
         found = json.loads(text)

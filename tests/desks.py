@@ -31,13 +31,13 @@ class Desk:
 
     def ask(self, model: Path | str, tokens: int = 4, text: str = "the fox") -> int:
         """Queue a reply in a conversation of its own; returns its id."""
-        ask = queueing.Ask(
-            text,
+        request = queueing.ReplyRequest(
+            queueing.new_messages(text),
             ModelChoice(str(model)),
             Sampling(max_new_tokens=tokens),
             CapturePolicy(tensors="none"),
         )
-        return queueing.submit(self.writer, ask)[1]
+        return queueing.submit(self.writer, request)[1]
 
     def ended(self, reply: int) -> Message:
         """The reply once it has ended."""

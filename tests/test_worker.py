@@ -110,7 +110,8 @@ def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(served: Desk, small
 
 def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: Desk, small: Path) -> None:
     choice = ModelChoice(str(small))
-    _, bad = queueing.submit(served.writer, queueing.Ask("word " * 200, choice))
+    request = queueing.ReplyRequest(queueing.new_messages("word " * 200), choice)
+    _, bad = queueing.submit(served.writer, request)
     failed = served.ended(bad)
     assert failed.reason is not None and "context holds 128" in failed.reason
     assert served.ended(served.ask(small)).status is Status.COMPLETE
@@ -289,7 +290,9 @@ from oki_trace.store.writing.writer import TraceWriter
 
 db, model = sys.argv[1:]
 with TraceWriter(db, checkpoint=False) as writer:
-    queueing.submit(writer, queueing.Ask("the fox", ModelChoice(model), Sampling(max_new_tokens=4)))
+    messages = queueing.new_messages("the fox")
+    request = queueing.ReplyRequest(messages, ModelChoice(model), Sampling(max_new_tokens=4))
+    queueing.submit(writer, request)
 worker.ensure_running(db)
 """
 

@@ -47,7 +47,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
-    from oki_trace.cli.output import complain
+    from oki_trace.cli.output import print_error
     from oki_trace.errors import OkiTraceError, UsageError
     from oki_trace.input_text import checked
 
@@ -64,13 +64,13 @@ def _run(arguments: list[str]) -> None:
     except OkiTraceError as error:
         if debug:
             raise
-        complain(str(error))
+        print_error(str(error))
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except Exception as error:
         if debug:
             raise
         what = f"{type(error).__name__}: {error}".splitlines()[0]
-        complain(f"This is a fault of oki-trace ({what}). Report it, with what --debug shows.")
+        print_error(f"This is a fault of oki-trace ({what}). Report it, with what --debug shows.")
         raise SystemExit(1) from None
 
 

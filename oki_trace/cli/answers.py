@@ -13,7 +13,7 @@ from oki_trace.analysis import catalog, results
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.questions import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
-from oki_trace.cli.output import complain, console, inert, print_json, table, token
+from oki_trace.cli.output import console, inert, print_error, print_json, table, token
 from oki_trace.errors import ExchangeError
 
 _BAR = 20
@@ -199,7 +199,7 @@ def _write(text: str, output: Path | None) -> None:
 
     with replacing(output) as file:
         file.write(text)
-    complain(f"wrote {output}")
+    print_error(f"wrote {output}")
 
 
 def write_parquet(found: Any, output: Path | None) -> None:
@@ -214,7 +214,7 @@ def write_parquet(found: Any, output: Path | None) -> None:
         raise ExchangeError(
             f"Cannot write {output}: {error.strerror or error}. Choose another --output."
         ) from error
-    complain(f"wrote {output}")
+    print_error(f"wrote {output}")
 
 
 class Upkeep:
@@ -226,4 +226,4 @@ class Upkeep:
     def __call__(self, done: int, of_all: int) -> None:
         if of_all >= 200 and (done == of_all or done - self._told >= 200):
             self._told = done
-            complain(f"Reading what is new in the store: {done:,} of {of_all:,} messages.")
+            print_error(f"Reading what is new in the store: {done:,} of {of_all:,} messages.")

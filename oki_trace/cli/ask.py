@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import complain
+from oki_trace.cli.output import print_error
 from oki_trace.errors import UsageError
 from oki_trace.records import Role
 
@@ -186,7 +186,7 @@ def sql(
         if rebuild:
             trove.rebuild()
         if query is None:
-            complain("The cache is written anew.")
+            print_error("The cache is written anew.")
             return
         if format is Format.PARQUET:
             result = trove.sql_result(
@@ -199,7 +199,7 @@ def sql(
             answers.print_rows(found, format, output)
             cut = found.cut
     if cut:
-        complain(f"There are more rows than {limit:,}: give a higher --limit to see them.")
+        print_error(f"There are more rows than {limit:,}: give a higher --limit to see them.")
 
 
 def _trove(db: str | None) -> QuerySession:

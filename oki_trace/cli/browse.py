@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import complain, console, inert, print_json, table, token
+from oki_trace.cli.output import console, inert, print_error, print_json, table, token
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.exchange.decision import (
     call_line,
@@ -69,7 +69,7 @@ def list_conversations(
         )
     for c in found:
         if c.damage:
-            complain(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
+            print_error(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
     console().print(rows)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import complain, console
+from oki_trace.cli.output import console, print_error
 
 
 def register(app: typer.Typer) -> None:
@@ -70,7 +70,7 @@ def open_explorer(
     chosen = free_port(port, host)
     url = url_of(chosen, query, host)
     if not is_loopback(host):
-        complain(
+        print_error(
             f"Whoever can reach {host} on port {chosen} can read, change and delete every "
             "conversation in this store, and use the model. Nothing is encrypted."
         )

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import bar, complain
+from oki_trace.cli.output import bar, print_error
 from oki_trace.exchange.formats import Format
 
 
@@ -79,7 +79,7 @@ def export(
             tensors=tensors,
             # Bar and text would meet on one terminal.
             progress=None if target is None and sys.stdout.isatty() else progress,
-            tell=complain,
+            tell=print_error,
         )
     for path in written:
-        complain(f"wrote {path}")
+        print_error(f"wrote {path}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import bar, complain, console, counted, print_json
+from oki_trace.cli.output import bar, console, counted, print_error, print_json
 
 
 def register(app: typer.Typer) -> None:
@@ -62,17 +62,17 @@ def import_(
         )
         return
     if done.tensors_from is not None:
-        complain(f"with the tensors of {done.tensors_from}")
+        print_error(f"with the tensors of {done.tensors_from}")
     what = f"{counted(done.messages, 'message')}, {counted(done.steps, 'step')}"
     numbers = ", ".join(map(str, done.conversations))
     noun = "conversation" if len(done.conversations) == 1 else "conversations"
     if done.changed:
-        complain(
+        print_error(
             f"{counted(done.changed, 'message')} changed since recorded: oki-trace verify "
             f"{done.conversations[0]} says where"
         )
     if done.without_digest:
-        complain(
+        print_error(
             f"{counted(done.without_digest, 'message')} without a digest: whether they were "
             "changed since recorded cannot be told"
         )

@@ -35,7 +35,7 @@ class _Console(Console):
         raise BrokenPipeError
 
 
-def complain(sentence: str) -> None:
+def print_error(sentence: str) -> None:
     """One line on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"[bold red]oki-trace:[/] {escape(inert(sentence, keep=''))}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,11 @@ def load(
     models_dir: Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    check_tokenizer: Callable[[PreTrainedTokenizerBase], None] | None = None,
 ) -> LoadedModel:
     """Load what ``choice`` names; ``models_dir`` is where the built-in model is kept.
+
+    ``check_tokenizer`` is called before the weights are read, and may raise a ModelError.
 
     ``dtype`` "auto" is the checkpoint's own where the hardware computes it
     natively, else float16 on a GPU and float32 on a CPU. ``device`` "auto"
@@ -153,6 +157,8 @@ def load(
             kind = kind_of(config, source.model_id, trust_remote_code)
             dtype = dtype or native_dtype(checkpoint_dtype(config), device)
             tokenizer = _tokenizer(source, common)
+            if check_tokenizer is not None:
+                check_tokenizer(tokenizer)
             now_doing(Doing.LOADING)
             report(f"Loading {source.model_id}", None)
             reason = impossible(config, source.gguf is not None) if choice.use_4bit else None
