@@ -42,6 +42,7 @@ from oki_trace.records import (
     Tensor,
     WorkerState,
 )
+from oki_trace.reporting import Progress
 from oki_trace.settings import Settings
 from oki_trace.store.maintenance import growth, prune, vacuum
 from oki_trace.store.maintenance.verify import Verification
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
     from oki_trace.analysis.questions import Answer, Question
     from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
-
-Progress = Callable[[int, int], None]  # done, of all
 
 
 def store_name() -> str:

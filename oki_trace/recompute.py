@@ -19,10 +19,9 @@ from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.decoding.model_lock import exclusive
 from oki_trace.llm.loading.load import LoadedModel, load
 from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Step
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.trace_differences import Differences
-
-Progress = Callable[[int, int], None]  # replies done, of all
 
 # The largest |Δlogprob| that another order of the same additions explains.
 _EXPLAINED = {"float32": 1e-2, "float64": 1e-2}

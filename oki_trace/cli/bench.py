@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, size
+from oki_trace.cli.output import console, inert, print_json
 from oki_trace.cli.watchdog import watchdog
+from oki_trace.reporting import size
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import bar, console, counted, print_json
+from oki_trace.cli.output import bar, console, print_json
+from oki_trace.reporting import counted
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import bar, console, counted, print_error, print_json
+from oki_trace.cli.output import bar, console, print_error, print_json
+from oki_trace.reporting import counted
 
 
 def register(app: typer.Typer) -> None:

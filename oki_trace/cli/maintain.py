@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import bar, console, counted, inert, print_json, size, table
+from oki_trace.cli.output import bar, console, inert, print_json, table
 from oki_trace.errors import UsageError
+from oki_trace.reporting import counted, size
 
 if TYPE_CHECKING:
     from oki_trace.store.maintenance.prune import PrunePlan

@@ -60,22 +60,6 @@ def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
     return made
 
 
-def size(count: int) -> str:
-    """A number of bytes for people: ``2.1 MB``."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 reply``, ``2,000 replies``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
 @contextmanager
 def bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
     """A callback (done, of all) that draws a progress bar; None where there is no terminal."""

@@ -8,7 +8,8 @@ import typer
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, size, table
+from oki_trace.cli.output import console, inert, print_json, table
+from oki_trace.reporting import size
 
 
 def register(app: typer.Typer) -> None:

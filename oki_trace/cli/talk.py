@@ -15,7 +15,7 @@ import typer
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_error, print_json, size
+from oki_trace.cli.output import console, inert, print_error, print_json
 from oki_trace.cli.watchdog import Watchdog, watchdog
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
@@ -28,6 +28,7 @@ from oki_trace.records import (
     Status,
     TurnEnd,
 )
+from oki_trace.reporting import size
 
 if TYPE_CHECKING:
     from oki_trace.llm.loading.load import LoadedModel

@@ -9,8 +9,9 @@ import typer
 from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import bar, console, counted, inert, print_json
+from oki_trace.cli.output import bar, console, inert, print_json
 from oki_trace.cli.watchdog import watchdog
+from oki_trace.reporting import counted
 
 if TYPE_CHECKING:
     from oki_trace.recompute import Recomputed

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from typing import Any, TextIO
 
 from oki_trace.errors import NotFound
-from oki_trace.exchange.selection import Progress, Selection, is_traced, selected
+from oki_trace.exchange.selection import Selection, is_traced, selected
 from oki_trace.exchange.trace_object import (
     FORMAT,
     VERSION,
@@ -28,6 +28,7 @@ from oki_trace.exchange.trace_object import (
 )
 from oki_trace.exchange.v1 import v1_head, v1_steps
 from oki_trace.records import Message
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 
 JSONL = "jsonl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,8 +11,6 @@ from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role
 from oki_trace.store.reading.reader import TraceReader
-
-Progress = Callable[[int, int], None]  # steps done, of all
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from oki_trace.exchange.selection import Progress, Selection
+from oki_trace.exchange.selection import Selection
 from oki_trace.exchange.tensor_file import CODES, FORMAT, ITEMS
+from oki_trace.reporting import Progress
 from oki_trace.store.codecs.tensors import TensorHead
 
 

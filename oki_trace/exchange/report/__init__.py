@@ -16,7 +16,8 @@ from importlib.resources import files
 from typing import TextIO
 
 from oki_trace.exchange.report.payload import payload
-from oki_trace.exchange.selection import Progress, selected
+from oki_trace.exchange.selection import selected
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from oki_trace import __version__
 from oki_trace.exchange.decision import explain, explain_generation
-from oki_trace.exchange.selection import Progress, Selection
+from oki_trace.exchange.selection import Selection
 from oki_trace.records import CaptureReport, Generation, LayerAttention, Message, Step
+from oki_trace.reporting import Progress
 
 # Of a lens layer, of the final layer's attention, and of the other layers'.
 _LENS, _EVIDENCE, _ATTENTION = 5, 10, 5
