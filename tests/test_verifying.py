@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
-import tiny
 import torch
 
 from oki_trace.api import run_traced
@@ -19,6 +17,7 @@ from oki_trace.recompute import Recomputed, recompute
 from oki_trace.records import ModelChoice
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.trace_differences import Differences
+from tests import builders, tiny
 
 
 def again(db: Path, model: Any, tokenizer: Any) -> Recomputed:
@@ -91,7 +90,7 @@ def _measured(change: Callable[[Any], Any]) -> Differences:
     found = Differences()
     found.add(change(step), step)
     assert step.lens is not None
-    found.add_lens(change(step), step, step.lens)
+    found.add_lens(change(step), step.lens)
     return found
 
 

@@ -223,13 +223,13 @@ def test_a_long_vacuum_does_not_end_it(
         until(desk.reader.worker, "its first sign of life")
         with closing(sqlite3.connect(desk.db, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            until(lambda: "not told" in caplog.text, "a sign of life that was not written")
+            until(lambda: "not written" in caplog.text, "a sign of life that was not written")
             # Let it see that something has changed; it looks for work, and waits for the store.
             connection.execute("UPDATE store_state SET version = version + 1")
             connection.execute("COMMIT")
             connection.execute("BEGIN IMMEDIATE")
             caplog.clear()
-            until(lambda: "not told" in caplog.text, "another sign of life that was not written")
+            until(lambda: "not written" in caplog.text, "another sign of life that was not written")
             connection.execute("ROLLBACK")
         reply = desk.ask("no/such-model")
         ended = desk.ended(reply)

@@ -76,7 +76,7 @@ def test_an_endless_template_ends_at_its_limit(
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     assert failed(desk, hostile, small) == (
         "Given up after 1 s while its chat template was rendered. "
-        "Mend chat_template.jinja in the model's folder, or choose another model."
+        "Fix chat_template.jinja in the model's folder, or choose another model."
     )
 
 
@@ -154,7 +154,7 @@ def test_a_process_that_is_killed(desk: Desk, small: Path, endless: Path) -> Non
     ended: Message = desk.reader.message(reply.id)
     assert ended.status is Status.FAILED
     assert ended.reason is not None
-    assert ended.reason.startswith("The process that held the model ended by signal 9")
+    assert ended.reason.startswith("The model process ended by signal 9")
     assert ended.tokens >= reply.tokens
     spoken = [s.token_bytes for s in desk.reader.iter_steps(reply.id) if not s.is_special]
     assert ended.content == b"".join(spoken).decode(errors="replace").replace("\0", "␀")

@@ -149,10 +149,10 @@ def test_slips_are_one_line(tmp_path: Path, oki: Oki) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text("{")
     for arguments, words in (
-        (["--template-arg", "enable_thinking"], "is no KEY=VALUE"),
+        (["--template-arg", "enable_thinking"], "is not KEY=VALUE"),
         (["--template-arg", "tokenize=true"], "tokenize is no argument of a chat template"),
         (["--template-arg", "enable_thinkng=true"], "has no argument enable_thinkng"),
-        (["--tools", bad], "holds no JSON list of tool schemas"),
+        (["--tools", bad], "is not a JSON list of tool schemas"),
         (["--tools", tmp_path / "none.json"], "cannot be read"),
         (["--tool-result", "f"], "Name it with --conversation"),
     ):
