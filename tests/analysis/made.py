@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import builders
 import numpy as np
 
 from oki_trace.records import (
@@ -18,6 +17,7 @@ from oki_trace.records import (
     TurnEnd,
 )
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 
 def begin(

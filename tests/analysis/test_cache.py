@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import builders
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +25,7 @@ from oki_trace.exchange.importing import import_path
 from oki_trace.store.maintenance.prune import prune_tensors
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.analysis import made
 
 

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
 
@@ -19,6 +18,7 @@ from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.tables import FUNCTIONS
 from oki_trace.errors import QuestionError
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.analysis import made
 
 STEPS = 40  # more than are read at once

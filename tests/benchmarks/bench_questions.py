@@ -21,13 +21,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import synthetic
-
 from oki_trace.analysis import catalog, compare
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
 from oki_trace.store.writing.writer import TraceWriter
+from tests.benchmarks import synthetic
 
 TIMES = 5
 PROMPTS = 20

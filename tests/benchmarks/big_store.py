@@ -16,9 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import builders
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from oki_trace.records import (
     CapturePolicy,
@@ -32,6 +30,7 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 LAYERS = 30
 PROMPT = 40

@@ -15,14 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
-for folder in ("tests/dashboard", "tests", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from browsers import launch  # noqa: E402
-from explorers import free_port, start  # noqa: E402
-from playwright.sync_api import Locator, Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Locator, Page, sync_playwright
 
-from oki_trace.store.reading.reader import TraceReader  # noqa: E402
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.browsers import launch
+from tests.dashboard.explorers import free_port, start
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """

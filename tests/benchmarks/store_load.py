@@ -19,14 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-for folder in ("tests/store", "tests"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import crowd  # noqa: E402
-
-from oki_trace.records import Status, Step, TurnEnd  # noqa: E402
-from oki_trace.store.writing.recorder import Recorder  # noqa: E402
-from oki_trace.store.writing.writer import TraceWriter  # noqa: E402
+from oki_trace.records import Status, Step, TurnEnd
+from oki_trace.store.writing.recorder import Recorder
+from oki_trace.store.writing.writer import TraceWriter
+from tests.store import crowd
 
 DONE = TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0)
 

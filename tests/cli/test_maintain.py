@@ -9,13 +9,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
 
 from oki_trace.records import Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.cli.commands import Done, Oki, start
 from tests.store.stores import Store
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from explorers import HOME
 from streamlit.testing.v1 import AppTest
+
+from tests.dashboard.explorers import HOME
 
 
 def shown(app: AppTest, key: str) -> dict[str, Any]:

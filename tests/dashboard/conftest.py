@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import streamlit as st
-from browsers import NoBrowser, launch
-from explorers import HOME, ROOT, Explorer, free_port, start
-from stories import Stories, tell
 
 from oki_trace.store.schema import migrate
+from tests.dashboard.browsers import NoBrowser, launch
+from tests.dashboard.explorers import HOME, ROOT, Explorer, free_port, start
+from tests.dashboard.stories import Stories, tell
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
-    from screens import Witness
+
+    from tests.dashboard.screens import Witness
 
 BOUNDARY = "dashboard.boundary"
 
@@ -121,7 +122,7 @@ def told(run_explorer: Callable[..., Explorer], stories: Stories) -> Explorer:
 
 @pytest.fixture
 def witness() -> Witness:
-    from screens import Witness
+    from tests.dashboard.screens import Witness
 
     return Witness()
 

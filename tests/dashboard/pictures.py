@@ -11,12 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-for folder in ("tests/dashboard", "tests", "."):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from browsers import launch  # noqa: E402
-from explorers import ROOT, free_port, start  # noqa: E402
-from playwright.sync_api import Page, sync_playwright  # noqa: E402
+from playwright.sync_api import Page, sync_playwright
+
+from tests.dashboard.browsers import launch
+from tests.dashboard.explorers import ROOT, free_port, start
 
 # Of the demo's first reply, the step that says " Paris".
 PARIS = "conversation=1&message=2&step=5"

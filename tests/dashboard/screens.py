@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from explorers import Explorer
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
 from dashboard.viewdata.replies import figure
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
+from tests.dashboard.explorers import Explorer
 from tests.waiting import until
 
 Panel = dict[str, Any]

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import builders
 import numpy as np
 
 from oki_trace import queueing
@@ -32,6 +31,7 @@ from oki_trace.records import (
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 QUESTIONS = ("What is the capital of France?", "And what river flows through it?")
 

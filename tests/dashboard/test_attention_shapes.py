@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_shapes import summary
 
 from dashboard.viewdata import attention as shapes
 from oki_trace.records import AttentionPoints, Prompt, StepSummary, Tensor
+from tests.dashboard.test_shapes import summary
 
 
 @pytest.fixture

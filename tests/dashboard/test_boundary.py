@@ -9,10 +9,8 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
-from apps import plainly
 from streamlit.testing.v1 import AppTest
 
 from dashboard import boundary, data
@@ -27,6 +25,8 @@ from oki_trace.records import (
     TurnEnd,
 )
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.dashboard.apps import plainly
 
 PAGES = ("chat", "reply_map", "conversations", "compare", "questions", "sql", "store")
 SECRET = "www.evil.test/?q=secret [x](http://evil.test)"

@@ -11,9 +11,13 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import (
+
+from dashboard.viewdata import replies
+from oki_trace.records import Status
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import (
     ask,
     chosen,
     place,
@@ -27,13 +31,9 @@ from screens import (
     wait_for_tokens,
     watch_to_the_end,
 )
-from stories import (
+from tests.dashboard.stories import (
     QUESTIONS,
 )
-
-from dashboard.viewdata import replies
-from oki_trace.records import Status
-from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -11,12 +11,12 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import of, place, wait_for_panel
-from stories import QUESTIONS, Stories
 
 from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import of, place, wait_for_panel
+from tests.dashboard.stories import QUESTIONS, Stories
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -15,15 +15,15 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Locator, Page, expect
-from screens import chosen, of, overflow, panel, place, wait_for_panel
-from stories import HOSTILE, Stories
 
 from dashboard.viewdata import attention
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
 from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import chosen, of, overflow, panel, place, wait_for_panel
+from tests.dashboard.stories import HOSTILE, Stories
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -16,14 +16,14 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Locator, Page, expect
-from screens import overflow, place
-from stories import Stories
 
 from oki_trace.analysis import catalog
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import overflow, place
+from tests.dashboard.stories import Stories
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -17,12 +17,12 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import ROOT, Explorer, free_port, start
 from playwright.sync_api import Browser, Page, expect
-from screens import of
-from stories import HOSTILE, Stories
 
 from oki_trace.sanitize import inert
+from tests.dashboard.explorers import ROOT, Explorer, free_port, start
+from tests.dashboard.screens import of
+from tests.dashboard.stories import HOSTILE, Stories
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -10,9 +10,13 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import (
+
+from oki_trace.records import Role, Status
+from oki_trace.sanitize import visible
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import (
     ask,
     of,
     overflow,
@@ -21,7 +25,7 @@ from screens import (
     ready_for_a_message,
     tokens,
 )
-from stories import (
+from tests.dashboard.stories import (
     FAILURE,
     HOSTILE,
     LENS_REASON,
@@ -29,10 +33,6 @@ from stories import (
     NO_ATTENTION,
     Stories,
 )
-
-from oki_trace.records import Role, Status
-from oki_trace.sanitize import visible
-from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

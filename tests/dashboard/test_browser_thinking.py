@@ -11,9 +11,7 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Page, expect
-from screens import of, overflow, panel
 
 from oki_trace.llm.chat.prompt import render
 from oki_trace.records import (
@@ -29,6 +27,8 @@ from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import prepare, trace_turn
 from tests import scripted
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import of, overflow, panel
 from tests.llm.test_parts import THINK, WEATHER, tokenizer
 from tests.waiting import until
 

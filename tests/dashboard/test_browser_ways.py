@@ -13,9 +13,11 @@ import pytest
 if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
     pytest.importorskip("playwright", reason="pip install playwright")
 
-from explorers import Explorer
 from playwright.sync_api import Browser, Page, expect
-from screens import (
+
+from oki_trace.store.reading.reader import TraceReader
+from tests.dashboard.explorers import Explorer
+from tests.dashboard.screens import (
     Witness,
     ask,
     of,
@@ -24,14 +26,12 @@ from screens import (
     wait_for_panel,
     watch_to_the_end,
 )
-from stories import (
+from tests.dashboard.stories import (
     QUESTIONS,
     Stories,
     newer,
     strangers,
 )
-
-from oki_trace.store.reading.reader import TraceReader
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-import builders
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from dashboard.viewdata import comparison
 from dashboard.viewdata.comparison import Pair, align, between, divergence, exactly
 from oki_trace.records import Candidates, StepSummary, Tensor
+from tests import builders
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from explorers import Explorer, free_port, start
 
 from dashboard import guard
 from oki_trace.errors import UsageError
 from oki_trace.launcher import checked_name, command
+from tests.dashboard.explorers import Explorer, free_port, start
 
 PATHS = ("/", "/sql?sql=SELECT+1", "/_stcore/health", "/_stcore/host-config", "/media/x", "/no")
 HOSTILE_HOSTS = ("evil.test", "127.0.0.1.evil.test", "localhost.evil.test", "evil.test:{port}")
@@ -63,7 +63,7 @@ def served(
     if request.param == "oki-trace ui":
         yield run_explorer()
         return
-    from explorers import HOME
+    from tests.dashboard.explorers import HOME
 
     folder, port = tmp_path_factory.mktemp("streamlit-run"), free_port()
     run = ["streamlit", "run", str(HOME), "--server.port", str(port)]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import builders
 import numpy as np
 import pytest
-from test_shapes import summary
 
 from dashboard.viewdata import lens as shapes
 from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
+from tests import builders
+from tests.dashboard.test_shapes import summary
 
 LAYERS = 3
 

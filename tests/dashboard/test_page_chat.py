@@ -7,12 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
-from apps import chat, drawn, plainly, shown
-from explorers import ROOT
-from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import data, model_defaults
@@ -30,6 +26,10 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.dashboard.apps import chat, drawn, plainly, shown
+from tests.dashboard.explorers import ROOT
+from tests.dashboard.stories import HOSTILE, QUESTIONS, Stories
 
 
 def test_chat_on_an_empty_store_asks_for_a_question(empty_store: str) -> None:

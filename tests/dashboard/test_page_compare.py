@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from apps import chat, comparing, shown
-from stories import Stories
+
+from tests.dashboard.apps import chat, comparing, shown
+from tests.dashboard.stories import Stories
 
 
 def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:

@@ -12,8 +12,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from apps import acting, conversations
-from stories import HOSTILE, QUESTIONS, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import data
@@ -27,6 +25,8 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests.dashboard.apps import acting, conversations
+from tests.dashboard.stories import HOSTILE, QUESTIONS, Stories
 
 
 def test_conversations_on_an_empty_store_say_so(empty_store: str) -> None:

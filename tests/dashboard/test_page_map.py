@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from apps import drawn, wide_map
-from stories import LENS_REASON, Stories
 
 from dashboard.viewdata import attention
 from dashboard.views import reply_map
+from tests.dashboard.apps import drawn, wide_map
+from tests.dashboard.stories import LENS_REASON, Stories
 
 
 def test_the_map_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:

@@ -7,11 +7,8 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
-from apps import plainly, shown
-from stories import HOSTILE, Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard import charts, data
@@ -30,6 +27,9 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.dashboard.apps import plainly, shown
+from tests.dashboard.stories import HOSTILE, Stories
 
 Open = Callable[[str], None]
 

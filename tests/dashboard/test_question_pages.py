@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apps import plainly
-from stories import QUESTIONS as PROMPTS
-from stories import Stories
 from streamlit.testing.v1 import AppTest
 
 from dashboard.viewdata import sql_table
@@ -20,6 +17,9 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
+from tests.dashboard.apps import plainly
+from tests.dashboard.stories import QUESTIONS as PROMPTS
+from tests.dashboard.stories import Stories
 
 
 @pytest.fixture

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
-from stories import without_numbers
 
 from dashboard.viewdata import lens, replies
 from oki_trace.records import (
@@ -24,6 +22,8 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
+from tests import builders
+from tests.dashboard.stories import without_numbers
 
 LAYERS = 3
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from explorers import HOME, ROOT, Explorer, free_port, start
-from stories import another_database, newer, strangers
+
+from tests.dashboard.explorers import HOME, ROOT, Explorer, free_port, start
+from tests.dashboard.stories import another_database, newer, strangers
 
 CONFIGS = (ROOT / ".streamlit" / "config.toml", HOME.parent / ".streamlit" / "config.toml")
 

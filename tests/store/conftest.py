@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sqlalchemy import create_engine, text
-from stores import Store
 
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests.store.stores import Store
 
 
 @pytest.fixture(scope="session")

@@ -18,13 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import builders
 import numpy as np
 
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Step
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 LAYERS = 30
 PROMPT = 100
@@ -181,5 +181,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     main()

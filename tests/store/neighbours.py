@@ -16,7 +16,6 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import builders
 import numpy as np
 
 from oki_trace.errors import NotFound, StoreBusy, StoreError
@@ -35,6 +34,7 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 KEPT = "kept"
 # Between two things that a thread of an explorer does: the processor is for all.

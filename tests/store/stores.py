@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import builders
 import numpy as np
 
 from oki_trace.records import (
@@ -20,6 +19,7 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 

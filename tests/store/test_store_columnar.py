@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import builders
 import numpy as np
-from stores import Store
 
 from oki_trace.records import Status
+from tests import builders
+from tests.store.stores import Store
 
 
 def test_columns_are_the_rows_of_the_steps(store: Store, rng: np.random.Generator) -> None:

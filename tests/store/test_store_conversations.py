@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import update
-from stores import DONE, Store
 
 from oki_trace.errors import NotFound
 from oki_trace.records import (
@@ -24,6 +22,8 @@ from oki_trace.records import (
 )
 from oki_trace.store.owner import this_process
 from oki_trace.store.schema.models import Message as MessageRow
+from tests import builders
+from tests.store.stores import DONE, Store
 
 
 def test_a_list_shows_the_last_changed_first(store: Store, rng: np.random.Generator) -> None:

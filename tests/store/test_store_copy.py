@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import select, update
-from stores import Store
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import ChatMessage, Role, Status, TurnEnd
@@ -20,6 +18,8 @@ from oki_trace.store.schema import models
 from oki_trace.store.writing import copy as copying
 from oki_trace.store.writing.copy import Copied, Fate, copy
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import Store
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 

@@ -13,10 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import builders
 import pytest
-import victim
-from stores import assert_same
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
@@ -24,6 +21,9 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.owner import Owner, is_dead, this_process
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store import victim
+from tests.store.stores import assert_same
 
 VICTIM = Path(__file__).with_name("victim.py")
 KILLS = 10

@@ -7,7 +7,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 
@@ -27,6 +26,7 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.copy import Fate, copy
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 
 @pytest.fixture

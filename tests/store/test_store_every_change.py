@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import JSON, Boolean, Float, Integer, LargeBinary
@@ -34,6 +33,7 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
 from oki_trace.store.schema.column_types import UtcTime
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 STEPS = 5
 REPLY, STEP = 2, 3

@@ -11,12 +11,9 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import text
-from stores import plain
-from waiting import until
 
 from oki_trace.errors import StoreError
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, Step, TurnEnd
@@ -24,6 +21,9 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import plain
+from tests.waiting import until
 
 DONE = TurnEnd(Status.COMPLETE, " the" * 3, "end of turn", 0.5)
 KEPT = 12

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 
@@ -29,6 +28,7 @@ from oki_trace.records import (
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.cli.commands import start
 
 _MB = 1024 * 1024

@@ -6,7 +6,6 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity, migrate
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.store.golden import build
 
 REBUILD = (

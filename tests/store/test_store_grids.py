@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import builders
 import numpy as np
-from stores import Store
 
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
+from tests import builders
+from tests.store.stores import Store
 
 STEPS = 7
 

@@ -6,7 +6,6 @@ import datetime as dt
 
 import pytest
 from sqlalchemy import func, select, update
-from stores import Store
 
 from oki_trace.errors import StoreError
 from oki_trace.records import Status
@@ -14,6 +13,7 @@ from oki_trace.store import heartbeat
 from oki_trace.store.heartbeat import BEAT_SECONDS, SILENCE_SECONDS
 from oki_trace.store.owner import this_process
 from oki_trace.store.schema import models
+from tests.store.stores import Store
 from tests.waiting import until
 
 ELSEWHERE = str(this_process()._replace(host="another-host"))

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import crowd
 import pytest
 
 from oki_trace.records import Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
+from tests.store import crowd
 
 READERS = 8
 

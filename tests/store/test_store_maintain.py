@@ -12,10 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import builders
 import numpy as np
 import pytest
-from stores import Store
 
 from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.records import Status, TurnEnd
@@ -24,6 +22,8 @@ from oki_trace.store.maintenance.prune import plan, prune, prune_tensors
 from oki_trace.store.maintenance.vacuum import vacuum
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import Store
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 DAY = dt.timedelta(days=1)

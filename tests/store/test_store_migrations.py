@@ -9,7 +9,6 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -23,6 +22,7 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity, migrate
 from oki_trace.store.schema.models import Base
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 NEXT = """
 revision = "next00000000"

@@ -15,11 +15,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import ModuleType
 
-import neighbours
 import pytest
 
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests.store import neighbours
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="killed as Linux kills")
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import create_engine, text
-from stores import DONE, Store, plain
 
 from oki_trace.errors import StoreError
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import DONE, Store, plain
 
 pytestmark = pytest.mark.postgresql
 

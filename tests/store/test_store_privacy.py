@@ -7,13 +7,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy.engine import URL
-from stores import Store
 
 from oki_trace.cli import options
 from oki_trace.errors import OkiTraceError
@@ -24,7 +22,9 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity, migrate
 from oki_trace.store.writing.copy import copy
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 from tests.store.golden import build
+from tests.store.stores import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "s3cr3tW0rd"

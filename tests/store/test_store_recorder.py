@@ -6,7 +6,6 @@ import dataclasses
 import threading
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, Turn
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 DONE = TurnEnd(Status.COMPLETE, "said", "end of sequence", 0.5)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 
-import builders
 import numpy as np
 import pytest
-from stores import DONE, Store
 
 from oki_trace.errors import StoreError
 from oki_trace.records import (
@@ -20,6 +18,8 @@ from oki_trace.records import (
     Status,
 )
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import DONE, Store
 
 
 def test_every_write_counts_the_version_up(store: Store, rng: np.random.Generator) -> None:

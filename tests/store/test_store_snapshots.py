@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 
-import builders
 import numpy as np
-from stores import Store
 
 from oki_trace.store.reading.reader import TraceReader
+from tests import builders
+from tests.store.stores import Store
 
 
 def test_a_step_is_never_seen_without_its_children(store: Store, rng: np.random.Generator) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-import builders
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from stores import Store, assert_same, plain
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import (
@@ -18,6 +16,8 @@ from oki_trace.records import (
     Role,
 )
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import Store, assert_same, plain
 
 
 def test_a_step_reads_back_as_it_was(store: Store, rng: np.random.Generator) -> None:

@@ -8,11 +8,9 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import builders
 import numpy as np
 import pytest
 from sqlalchemy import delete, update
-from stores import Store
 
 from oki_trace.errors import NotFound
 from oki_trace.records import ChatMessage, Role, Status, TensorMode, TurnEnd
@@ -22,6 +20,8 @@ from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.store.stores import Store
 
 DONE = TurnEnd(Status.COMPLETE, " the end", "end of sequence", 1.5)
 STEPS = 20

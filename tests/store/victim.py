@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import builders
 import numpy as np
 
 from oki_trace.records import (
@@ -23,6 +22,7 @@ from oki_trace.records import (
     TurnEnd,
 )
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 # The lens comes so many steps after its step, as it may in a traced turn.
 TRAILS = 2

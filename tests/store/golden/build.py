@@ -37,8 +37,8 @@ WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 def fill(path: Path) -> None:
     """A conversation with a reply in each tensor mode, one cut short, and an empty one."""
-    sys.path.insert(0, str(FOLDER.parents[1]))
-    import builders
+    sys.path.insert(0, str(FOLDER.parents[2]))
+    from tests import builders
 
     rng = np.random.default_rng(11)
     with TraceWriter(path) as writer:
