@@ -37,4 +37,4 @@ bench:
 	$(BIN)/oki-trace bench
 
 pictures:
-	$(BIN)/python tests/dashboard/pictures.py
+	$(BIN)/python -m tests.dashboard.screenshots

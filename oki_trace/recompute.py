@@ -14,6 +14,7 @@ from typing import Any
 from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
+from oki_trace.llm.chat.reply_text import ReplyText
 from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.decoding.model_lock import exclusive
 from oki_trace.llm.loading.load import LoadedModel, load
@@ -25,6 +26,7 @@ from oki_trace.records import (
     Prompt,
     Role,
     Sampling,
+    Status,
     Step,
 )
 from oki_trace.reporting import Progress
@@ -45,9 +47,10 @@ class Recomputed:
     ``logprob_difference`` is the largest |Δlogprob| (nats) over tokens and candidates,
     ``entropy_difference`` the largest |Δentropy| (nats), ``lens_difference`` the largest
     |Δprob| in the lens; ``top1_differences`` counts steps with another most likely token,
-    ``not_numbers`` stored NaNs where the model gives a number. All are None when the reply
-    could not be recomputed; ``reason`` says why. ``agrees`` is False for a difference that
-    rounding does not explain.
+    ``not_numbers`` stored NaNs where the model gives a number, ``text_differences`` tokens
+    (and the reply itself) whose text is not what the tokenizer makes of the token ids. All
+    are None when the reply could not be recomputed; ``reason`` says why. ``agrees`` is False
+    for another text, and for a difference that rounding does not explain.
     """
 
     conversation_id: int
@@ -61,6 +64,7 @@ class Recomputed:
     entropy_difference: float | None = None
     lens_difference: float | None = None
     not_numbers: int | None = None
+    text_differences: int | None = None
 
 
 def recompute(
@@ -131,6 +135,8 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     dtype = message.capture.dtype if message.capture else ""
     differences = Differences(complete=dtype != "unknown")
     stored_steps = reader.iter_steps(message.id)
+    text = ReplyText(loaded.tokenizer)
+    text.replies_to(prompt.text, message.template.tools if message.template else ())
     without_lens: dict[int, Step] = {}
     try:
         for event in _decode_again(message, prompt, chosen, loaded):
@@ -139,8 +145,14 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
             else:
                 stored = without_lens[event.step_index] = next(stored_steps)
                 differences.add(stored, event)
+                text.push(event)
     except (RuntimeError, ValueError, IndexError, TypeError, OkiTraceError) as error:
         return _not_recomputed(message, f"the model cannot be run on it ({error})".splitlines()[0])
+    # An older trace has no parts, and an interrupted one has its text so far.
+    ended = message.status in (Status.COMPLETE, Status.STOPPED)
+    other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
+    text_differences = differences.other_texts + other_text
+    explained = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
     return Recomputed(
         conversation_id=message.conversation_id,
         message_id=message.id,
@@ -149,10 +161,11 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
         logprob_difference=differences.logprob,
         top1_differences=differences.other_tops,
         reason=None,
-        agrees=differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT)),
+        agrees=explained and not text_differences,
         entropy_difference=differences.entropy,
         lens_difference=differences.lens,
         not_numbers=differences.not_numbers,
+        text_differences=text_differences,
     )
 
 

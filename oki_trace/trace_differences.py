@@ -28,7 +28,7 @@ class Differences:
     def __init__(self, *, complete: bool = True) -> None:
         self._complete = complete
         self.logprob = self.entropy = self.lens = 0.0
-        self.other_tops = self.not_numbers = 0
+        self.other_tops = self.not_numbers = self.other_texts = 0
 
     def explained(self, nats: float) -> bool:
         """Whether rounding of a logprob by up to ``nats`` explains all differences."""
@@ -40,6 +40,10 @@ class Differences:
 
     def add(self, recorded: Step, again: Step) -> None:
         """Compare a step, without its lens."""
+        self.other_texts += (recorded.token, recorded.token_bytes) != (
+            again.token,
+            again.token_bytes,
+        )
         old, new = recorded.topk, again.topk
         if len(old.token_ids) and len(new.token_ids):
             self.other_tops += int(old.token_ids[0] != new.token_ids[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from oki_trace.records import (
@@ -16,6 +18,7 @@ from oki_trace.records import (
     Lens,
     Prompt,
     Step,
+    StepSummary,
     Tensor,
     TensorMode,
     TurnStart,
@@ -261,3 +264,23 @@ def coherent_step(
         ),
         tensors=full,
     )
+
+
+def summary(index: int = 0, token: str = " the", **values: Any) -> StepSummary:
+    """A step without its details, as the reader lists it."""
+    given: dict[str, Any] = {
+        "id": index + 1,
+        "step_index": index,
+        "position": 6 + index,
+        "token_id": 40 + index,
+        "token": token,
+        "token_bytes": token.encode(errors="surrogatepass"),
+        "is_special": False,
+        "prob": 0.5,
+        "logprob": float(np.log(0.5)),
+        "entropy": 1.5,
+        "rank": 1,
+        "margin": 0.25,
+        "settle_layer": 2,
+    }
+    return StepSummary(**{**given, **values})

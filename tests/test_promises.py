@@ -75,7 +75,7 @@ PROOFS = {
     ],
     "how the model arrived at a token, layer by layer": [
         "dashboard/test_page_chat.py::test_the_lens_is_shown_in_every_way",
-        "dashboard/test_browser_map.py::test_a_cell_tells_its_layer_and_leads_to_its_step",
+        "dashboard/test_browser_reply_map.py::test_a_cell_tells_its_layer_and_leads_to_its_step",
     ],
     "the model and 4-bit are chosen in the sidebar": [
         "test_promises.py::test_the_model_and_4bit_are_chosen_in_the_sidebar",
@@ -83,7 +83,7 @@ PROOFS = {
     "everything runs locally; no telemetry, no cloud": [
         "privacy/test_cut_off.py::test_a_whole_turn_and_every_page_with_the_network_cut_off",
         "privacy/test_rules.py::test_nothing_here_speaks_to_another_machine",
-        "dashboard/test_start.py::test_ui_listens_here_alone_and_ends_with_what_it_started",
+        "dashboard/test_launch.py::test_ui_listens_here_alone_and_ends_with_what_it_started",
     ],
     "its trace files open here, and ours there": [
         "exchange/test_import_v1.py::test_every_view_shows_it",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,7 @@ def test_a_faithful_trace_agrees(family: str, dtype: torch.dtype, tmp_path: Path
         found = again(db, model, tokenizer)
         assert found.reason is None and found.agrees, found
         assert found.logprob_difference == 0 and found.top1_differences == 0
-        assert found.not_numbers == 0
+        assert found.not_numbers == 0 and found.text_differences == 0
         assert found.lens_difference is not None and found.lens_difference < 1e-4
 
 
@@ -75,6 +77,25 @@ def test_smollm2_agrees_with_its_own_traces(
     found = again(db, model, tokenizer)
     assert found.reason is None and found.agrees and found.steps == 8, found
     assert found.logprob_difference is not None and found.logprob_difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE message SET content = 'fox' WHERE role = 'assistant'",
+        "UPDATE step SET token = 'fox' WHERE step_index = 2",
+        "UPDATE step SET token_bytes = x'666f78' WHERE step_index = 2",
+    ],
+)
+def test_a_text_that_is_not_the_tokens_does_not_agree(change: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny.model("llama"), tiny.tokenizer()
+    db = tmp_path / "store.db"
+    run_traced(model=model, tokenizer=tokenizer, prompt="the quick fox", max_new_tokens=6, db=db)
+    with closing(sqlite3.connect(db)) as connection, connection:
+        assert connection.execute(change).rowcount == 1
+    found = again(db, model, tokenizer)
+    assert found.text_differences == 1 and not found.agrees
+    assert found.logprob_difference == 0
 
 
 def test_another_model_does_not_agree(tmp_path: Path) -> None:

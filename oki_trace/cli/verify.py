@@ -96,6 +96,8 @@ def _line(one: Recomputed) -> str:
     if one.reason is not None:
         return f"{where}: not recomputed with {one.model_id}: {one.reason}"
     verdict = "" if one.agrees else ", more than rounding explains"
+    if one.text_differences:
+        verdict = f", {counted(one.text_differences, 'text')} other than the tokens'"
     if one.not_numbers:
         verdict = f", {counted(one.not_numbers, 'value')} not a number{verdict}"
     return (

@@ -1,4 +1,6 @@
-"""How long the built-in questions take: bench_questions.py FOLDER 1000 10000 100000
+"""How long the built-in questions take.
+
+``python -m tests.benchmarks.bench_questions FOLDER 1000 10000 100000``
 
 For each size a store is built in FOLDER through the public writer (or found
 there from an earlier run), the cache is written anew, and every view of every
@@ -6,7 +8,7 @@ question is asked over everything and over one conversation: the median of
 five. A process of its own each, so that its peak memory is its own. Prints
 Markdown; one size alone prints JSON, and ``report FILE…`` makes a table of such.
 
-``bench_questions.py FOLDER tensors`` measures the questions that read full
+``… FOLDER tensors`` measures the questions that read full
 tensors, on 4,000 steps that have them: two models that never part.
 """
 
@@ -152,7 +154,7 @@ def main() -> None:
         return
     found = []
     for size in sizes:
-        command = [sys.executable, __file__, str(folder), str(size)]
+        command = [sys.executable, "-m", "tests.benchmarks.bench_questions", str(folder), str(size)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         found.append(json.loads(done.stdout.splitlines()[-1]))
     print(report(found))

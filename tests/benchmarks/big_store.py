@@ -1,4 +1,4 @@
-"""A large store to measure the explorer on: ``python tests/benchmarks/big_store.py PATH``.
+"""A large store to measure the explorer on: ``python -m tests.benchmarks.big_store PATH``.
 
 Written through the public writer, with the rows of a model as large as SmolLM2
 (30 layers, the top 5 of each for the lens, 10 attended positions each), and no
@@ -8,15 +8,11 @@ real words. Run again, it goes on where it stopped; ``--seconds`` ends it early.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from oki_trace.records import (
     CapturePolicy,

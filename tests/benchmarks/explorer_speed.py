@@ -1,4 +1,4 @@
-"""How quick the explorer is in a real browser: ``python tests/benchmarks/explorer_speed.py DB``.
+"""How quick the explorer is in a real browser: ``python -m tests.benchmarks.explorer_speed DB``.
 
 DB is a store, as ``big_store.py`` makes it. Measured from the click to the
 panel with the new token's lens on screen, in the browser's own clock; pages
@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from playwright.sync_api import Locator, Page, sync_playwright
 
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.browsers import launch
-from tests.dashboard.explorers import free_port, start
+from tests.dashboard import chromium, server
 
 # From the click until the panel's head and its lens are those of another step.
 CLICK = """
@@ -98,10 +94,10 @@ def main() -> None:
     db = parser.parse_args().db
     number = parser.parse_args().conversation
     with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        port = free_port()
+        port = server.free_port()
         command = ["oki_trace", "ui", "--port", str(port), "--db", db]
-        explorer = start(command, db, port, Path(folder) / "output.txt")
-        browser = launch(playwright)
+        explorer = server.start(command, db, port, Path(folder) / "output.txt")
+        browser = chromium.launch(playwright)
         try:
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
             with TraceReader(db) as reader:

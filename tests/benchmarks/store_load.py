@@ -1,6 +1,6 @@
 """What eight polling readers cost a writer, and how soon they see a step.
 
-``python tests/benchmarks/store_load.py``, on a machine with nothing else to do.
+``python -m tests.benchmarks.store_load``, on a machine with nothing else to do.
 Steps are as large as SmolLM2's, with full tensors. First at full speed, with
 readers and without, in turn; then at the pace of a model, through the recorder;
 then with SmolLM2 itself, from the moment a token is decoded until another
@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from oki_trace.records import Status, Step, TurnEnd
 from oki_trace.store.writing.recorder import Recorder
@@ -72,10 +69,10 @@ def at_a_pace(
 
 def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tuple[list[float], int]:
     """(milliseconds from the decode of each token until seen, faults): SmolLM2 in float32."""
-    from oki_trace.generate import generate_reply
+    from oki_trace.generate import answer
     from oki_trace.llm.capture import pipeline
     from oki_trace.llm.loading.load import load
-    from oki_trace.queueing import ReplyRequest, new_messages, submit
+    from oki_trace.queueing import Ask, submit
     from oki_trace.records import CapturePolicy, ModelChoice, Sampling
     from oki_trace.store.reading.reader import TraceReader
 
@@ -91,15 +88,14 @@ def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         db = str(Path(folder) / "store.db")
         with TraceWriter(db) as writer, TraceReader(db) as reader:
-            messages = new_messages("Write a story.")
-            request = ReplyRequest(messages, loaded.requested, Sampling(tokens), CapturePolicy())
+            ask = Ask("Write a story.", loaded.requested, Sampling(tokens), CapturePolicy())
             for look in (False, True):
-                _, message = submit(writer, request, claim=True)
+                _, message = submit(writer, ask, claim=True)
                 count = readers if look else 0
                 with crowd.readers(count, db, message, tokens, pause, **watching) as looking:
                     decoded.clear()
                     pipeline.decode = timed  # type: ignore[assignment]
-                    generate_reply(writer, reader, reader.message(message), loaded)
+                    answer(writer, reader, reader.message(message), loaded)
                     seen = [crowd.told(process) for process in looking]
     # The lens follows its step, so a step read at once may be without it.
     wrong = [fault for one in seen for fault in one.wrong if "no whole lens" not in fault]

@@ -13,19 +13,17 @@ import pytest
 import streamlit as st
 
 from oki_trace.store.schema import migrate
-from tests.dashboard.browsers import NoBrowser, launch
-from tests.dashboard.explorers import HOME, ROOT, Explorer, free_port, start
-from tests.dashboard.stories import Stories, tell
+from tests.dashboard import chromium, sample_stores, server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-    from tests.dashboard.screens import Witness
+    from tests.dashboard import browser_pages
 
 BOUNDARY = "dashboard.boundary"
 
 # As Home.py does: an installed wheel has the pages elsewhere.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(server.ROOT))
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +46,8 @@ def browser() -> Iterator[Browser]:
         _no_browser("Playwright is not installed: run `pip install playwright`.")
     with sync_playwright() as playwright:
         try:
-            browser = launch(playwright)
-        except NoBrowser as error:
+            browser = chromium.launch(playwright)
+        except chromium.NoBrowser as error:
             _no_browser(str(error))
         yield browser
         browser.close()
@@ -62,16 +60,18 @@ def _no_browser(why: str) -> NoReturn:
 
 
 @pytest.fixture(scope="module")
-def run_explorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Explorer]]:
+def run_explorer(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., server.Explorer]]:
     """Starts ``oki-trace ui`` on a store; a new and empty one when none is given."""
     with ExitStack() as running:
 
-        def run(db: str | None = None) -> Explorer:
+        def run(db: str | None = None) -> server.Explorer:
             folder = tmp_path_factory.mktemp("explorer")
             db = db or str(folder / "store.db")
-            port = free_port()
+            port = server.free_port()
             command = ["oki_trace", "ui", "--port", str(port), "--db", db]
-            explorer = start(command, db, port, folder / "output.txt")
+            explorer = server.start(command, db, port, folder / "output.txt")
             running.callback(explorer.close)
             return explorer
 
@@ -79,15 +79,17 @@ def run_explorer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 
 @pytest.fixture(scope="module")
-def live(run_explorer: Callable[..., Explorer]) -> Explorer:
+def live(run_explorer: Callable[..., server.Explorer]) -> server.Explorer:
     """An explorer on a store that starts empty, to chat in."""
     return run_explorer()
 
 
 @pytest.fixture(scope="session")
-def stories(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> Stories:
+def samples(tmp_path_factory: pytest.TempPathFactory, smollm2_dir: Path) -> sample_stores.Samples:
     """A store with a real conversation of smollm2, and others that seldom happen."""
-    return tell(str(tmp_path_factory.mktemp("stories") / "store.db"), smollm2_dir.parent)
+    return sample_stores.build(
+        str(tmp_path_factory.mktemp("samples") / "store.db"), smollm2_dir.parent
+    )
 
 
 @pytest.fixture
@@ -109,37 +111,43 @@ def empty_store(tmp_path: Path, open_store: Callable[[str], None]) -> str:
 
 
 @pytest.fixture
-def filled_store(stories: Stories, open_store: Callable[[str], None]) -> Stories:
-    open_store(stories.db)
-    return stories
+def filled_store(
+    samples: sample_stores.Samples, open_store: Callable[[str], None]
+) -> sample_stores.Samples:
+    open_store(samples.db)
+    return samples
 
 
 @pytest.fixture(scope="module")
-def told(run_explorer: Callable[..., Explorer], stories: Stories) -> Explorer:
-    """An explorer on the store of ``stories``, to look at."""
-    return run_explorer(stories.db)
+def explorer(
+    run_explorer: Callable[..., server.Explorer], samples: sample_stores.Samples
+) -> server.Explorer:
+    """An explorer on the store of ``samples``, to look at."""
+    return run_explorer(samples.db)
 
 
 @pytest.fixture
-def witness() -> Witness:
-    from tests.dashboard.screens import Witness
+def witness() -> browser_pages.Witness:
+    from tests.dashboard import browser_pages
 
-    return Witness()
+    return browser_pages.Witness()
 
 
 @pytest.fixture
-def browse(browser: Browser, witness: Witness) -> Iterator[Callable[..., Page]]:
+def browse(browser: Browser, witness: browser_pages.Witness) -> Iterator[Callable[..., Page]]:
     """Opens an address in a window of its own.
 
     Whatever a test does there, no request may leave the machine and nothing may
     complain in the browser's console.
     """
+    from tests.dashboard import browser_pages
+
     with ExitStack() as contexts:
 
         def open_page(address: str, width: int = 1440, height: int = 1000) -> Page:
             context = browser.new_context(viewport={"width": width, "height": height})
             contexts.callback(context.close)
-            context.set_default_timeout(30_000)
+            context.set_default_timeout(browser_pages.TIMEOUT_MS)
             witness.watch(context)
             page = context.new_page()
             page.goto(address)
@@ -152,16 +160,16 @@ def browse(browser: Browser, witness: Witness) -> Iterator[Callable[..., Page]]:
 
 
 @pytest.fixture
-def streamlit_run(tmp_path: Path) -> Iterator[Callable[[str], Explorer]]:
+def streamlit_run(tmp_path: Path) -> Iterator[Callable[[str], server.Explorer]]:
     """Starts ``streamlit run dashboard/Home.py``, by its path, from a folder that is not ours."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     with ExitStack() as running:
 
-        def run(db: str) -> Explorer:
-            port = free_port()
-            command = ["streamlit", "run", str(HOME), "--server.port", str(port)]
-            explorer = start(command, db, port, tmp_path / "output.txt", elsewhere)
+        def run(db: str) -> server.Explorer:
+            port = server.free_port()
+            command = ["streamlit", "run", str(server.HOME), "--server.port", str(port)]
+            explorer = server.start(command, db, port, tmp_path / "output.txt", elsewhere)
             running.callback(explorer.close)
             return explorer
 

@@ -26,7 +26,7 @@ from oki_trace.records import (
 )
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
-from tests.dashboard.apps import plainly
+from tests.dashboard import app_pages
 
 PAGES = ("chat", "reply_map", "conversations", "compare", "questions", "sql", "store")
 SECRET = "www.evil.test/?q=secret [x](http://evil.test)"
@@ -52,7 +52,7 @@ def broken(app: AppTest, sentence: str) -> None:
     """The page has this one sentence, the button, and no traceback."""
     assert not app.exception
     (error,) = app.error
-    assert sentence in plainly(error.value)
+    assert sentence in app_pages.plainly(error.value)
     assert "\n" not in error.value
     assert [one.label for one in app.button].count("Try again") == 1
     assert "Traceback" not in error.value

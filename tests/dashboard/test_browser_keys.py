@@ -14,9 +14,7 @@ if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
 from playwright.sync_api import Page, expect
 
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import of, place, wait_for_panel
-from tests.dashboard.stories import QUESTIONS, Stories
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -81,9 +79,9 @@ def walk(page: Page) -> list[Stop]:
 
 
 def test_the_tab_key_leads_through_the_whole_panel(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 3))
+    page = browse(browser_pages.of(explorer, samples.first, 3))
     page.locator(".root.lens tr").first.wait_for()
     page.locator(".st-key-picture-trajectory svg.marks").wait_for()
     page.locator(".root.map canvas").wait_for()
@@ -118,27 +116,26 @@ def test_the_tab_key_leads_through_the_whole_panel(
 
 
 def test_the_keys_do_all_that_a_click_does(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 3))
-    with TraceReader(told.db) as reader:
-        steps = [reader.step(stories.first[1], n) for n in range(6)]
-        total = len(reader.steps(stories.first[1]))
-    wait_for_panel(page, steps[3], total)
+    page = browse(browser_pages.of(explorer, samples.first, 3))
+    with TraceReader(explorer.db) as reader:
+        steps = [reader.step(samples.first[1], n) for n in range(6)]
+        total = len(reader.steps(samples.first[1]))
+    browser_pages.wait_for_panel(page, steps[3], total)
 
     tab_to(page, "option", steps[3].token.strip())
     page.keyboard.press("ArrowRight")
-    wait_for_panel(page, steps[4], total)
-    assert place(page)["step"] == 4
+    browser_pages.wait_for_panel(page, steps[4], total)
+    assert browser_pages.place(page)["step"] == 4
     page.keyboard.press("ArrowLeft")
-    wait_for_panel(page, steps[3], total)
+    browser_pages.wait_for_panel(page, steps[3], total)
     tab_to(page, "button", "Next token")
     page.keyboard.press("Enter")
-    wait_for_panel(page, steps[4], total)
+    browser_pages.wait_for_panel(page, steps[4], total)
     until(
         lambda: (focused(page) or Stop("", "", False)).name.startswith("Next token"),
         "the keys",
-        seconds=15,
     )
 
     painted = page.locator(".root.evidence .text")
@@ -148,7 +145,7 @@ def test_the_keys_do_all_that_a_click_does(
     page.get_by_role("option", name="layer 29").wait_for()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    until(lambda: painted.inner_html() != before, "another layer's evidence", seconds=15)
+    until(lambda: painted.inner_html() != before, "another layer's evidence")
     before = painted.inner_html()
     tab_to(page, "combobox", "Head")
     page.keyboard.press("ArrowDown")
@@ -156,11 +153,11 @@ def test_the_keys_do_all_that_a_click_does(
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    until(lambda: painted.inner_html() != before, "another head's evidence", seconds=15)
+    until(lambda: painted.inner_html() != before, "another head's evidence")
     before = painted.inner_html()
     tab_to(page, "switch", "Leave out")
     page.keyboard.press("Space")
-    until(lambda: painted.inner_html() != before, "the first token's weight", seconds=15)
+    until(lambda: painted.inner_html() != before, "the first token's weight")
 
     tab_to(page, "gridcell", "layer 30, rank 1")
     page.keyboard.press("ArrowDown")
@@ -172,32 +169,32 @@ def test_the_keys_do_all_that_a_click_does(
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     expect(page.get_by_role("radio", name="probability")).to_be_checked()
-    assert place(page)["step"] == 4, "the arrows were the control's"
+    assert browser_pages.place(page)["step"] == 4, "the arrows were the control's"
 
 
 def test_a_conversation_is_chosen_and_opened_by_the_keys(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(told.url + "conversations")
+    page = browse(explorer.url + "conversations")
     page.get_by_test_id("data-grid-canvas").wait_for()
     tab_to(page, "combobox", "Choose a conversation")
-    page.keyboard.type(QUESTIONS[0][:20])
-    page.get_by_role("option", name=QUESTIONS[0]).wait_for()
+    page.keyboard.type(sample_stores.QUESTIONS[0][:20])
+    page.get_by_role("option", name=sample_stores.QUESTIONS[0]).wait_for()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.get_by_role("button", name="Rename")).to_be_visible()
     tab_to(page, "button", "open_in_new", "Shift+Tab")  # the icon's name, then the button's
     page.keyboard.press("Enter")
     expect(page.locator(".root.reply")).to_have_count(2)
-    assert place(page)["conversation"] == stories.first[0]
+    assert browser_pages.place(page)["conversation"] == samples.first[0]
 
 
 def test_a_row_of_an_answer_is_chosen_by_the_keys(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    conversation = stories.first[0]
+    conversation = samples.first[0]
     page = browse(
-        f"{told.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
+        f"{explorer.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
     )
     page.get_by_test_id("data-grid-canvas").wait_for()
     tab_to(page, "combobox", "Open a row")
@@ -207,7 +204,7 @@ def test_a_row_of_an_answer_is_chosen_by_the_keys(
     step = int(option.inner_text().partition("step ")[2].split()[0])
     page.keyboard.press("Enter")
     page.locator(".root.reply").first.wait_for()
-    until(lambda: place(page).get("step") == step, "the row's step", seconds=15)
+    until(lambda: browser_pages.place(page).get("step") == step, "the row's step")
     page.go_back()
     page.get_by_test_id("data-grid-canvas").wait_for()
     expect(page.get_by_role("combobox", name="Open a row")).to_have_value("")

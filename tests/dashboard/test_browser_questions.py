@@ -21,9 +21,7 @@ from playwright.sync_api import Locator, Page, expect
 from oki_trace.analysis import catalog
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import overflow, place
-from tests.dashboard.stories import Stories
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -33,7 +31,7 @@ Browse = Callable[..., Page]
 
 def picture(page: Page, within: str = "st-key-picture-0") -> Locator:
     found = page.locator(f".{within} svg.marks")
-    found.first.wait_for(timeout=60_000)
+    found.first.wait_for()
     return found.first
 
 
@@ -54,12 +52,12 @@ def saved(page: Page, label: str) -> Path:
 
 
 def test_a_bar_and_a_row_lead_to_their_step(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    conversation = stories.first[0]
-    link = f"{told.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
+    conversation = samples.first[0]
+    link = f"{explorer.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
     page = browse(link)
-    with QuerySession(told.db) as trove:
+    with QuerySession(explorer.db) as trove:
         scope = Scope(conversation=conversation)
         answer = catalog.answer(trove, "uncertainty", view="entropy", scope=scope)
     steps = [
@@ -74,7 +72,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     bars.nth(3).click()
     where = page.locator(".root.facts .where")
     expect(where).to_contain_text(f"step {steps[3]['step'] + 1} of")
-    assert place(page) == steps[3]
+    assert browser_pages.place(page) == steps[3]
 
     page.goto(link)
     picture(page)
@@ -83,13 +81,13 @@ def test_a_bar_and_a_row_lead_to_their_step(
     expect(table(page)).to_contain_text(answer.column("chosen")[1].strip())
     page.get_by_test_id("stDataFrame").click(position={"x": 60, "y": 35 + 35 + 15})
     expect(where).to_contain_text(f"step {steps[1]['step'] + 1} of")
-    assert place(page) == steps[1]
+    assert browser_pages.place(page) == steps[1]
 
 
 def test_the_way_back_leads_to_the_question(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(told.url + "questions")
+    page = browse(explorer.url + "questions")
     picture(page)
     page.get_by_role("button", name="Least certain steps").click()
     expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
@@ -102,9 +100,9 @@ def test_the_way_back_leads_to_the_question(
 
 
 def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
-    told: Explorer, browse: Browse
+    explorer: server.Explorer, browse: Browse
 ) -> None:
-    page = browse(told.url + "questions")
+    page = browse(explorer.url + "questions")
     picture(page)
     page.get_by_role("button", name="Parts of the text").click()
     expect(page.get_by_role("heading", name="What it looked at")).to_be_visible()
@@ -118,15 +116,15 @@ def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
     other = browse(address, width=800)
     picture(other)
     expect(other.get_by_label("Text said", exact=True)).to_have_value("capital")
-    assert overflow(other) == []
+    assert browser_pages.overflow(other) == []
 
 
 def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
-    told: Explorer, browse: Browse
+    explorer: server.Explorer, browse: Browse
 ) -> None:
-    page = browse(told.url + "questions?question=uncertainty&view=token&least=0")
+    page = browse(explorer.url + "questions?question=uncertainty&view=token&least=0")
     picture(page)
-    with QuerySession(told.db) as trove:
+    with QuerySession(explorer.db) as trove:
         answer = catalog.answer(trove, "uncertainty", view="token", least=0.0)
     found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
@@ -147,9 +145,9 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     expect(page.get_by_label("Your question")).to_have_value(answer.sql)
 
 
-def test_sql_is_run_drawn_and_saved(told: Explorer, browse: Browse) -> None:
+def test_sql_is_run_drawn_and_saved(explorer: server.Explorer, browse: Browse) -> None:
     """Text from outside stays text: no address in it is asked for."""
-    page = browse(told.url + "sql")
+    page = browse(explorer.url + "sql")
     table(page)
     editor = page.get_by_label("Your question")
     bad = "http://evil.test/x.png"
@@ -174,11 +172,11 @@ def test_sql_is_run_drawn_and_saved(told: Explorer, browse: Browse) -> None:
 
 
 @pytest.mark.parametrize("width", [1440, 800])
-def test_sql_fits_and_a_link_runs_it(told: Explorer, browse: Browse, width: int) -> None:
-    page = browse(told.url + "sql?sql=" + quote("SELECT 6 * 7 AS answer"), width=width)
+def test_sql_fits_and_a_link_runs_it(explorer: server.Explorer, browse: Browse, width: int) -> None:
+    page = browse(explorer.url + "sql?sql=" + quote("SELECT 6 * 7 AS answer"), width=width)
     page.get_by_role("button", name="Run it").click()
     expect(page.get_by_text("1 row in")).to_be_visible()
     table(page)
     expect(page.get_by_text("the token's text")).to_be_visible()
     # The handle to widen a table with reaches a little over the table's edge.
-    assert [wide for wide in overflow(page) if not wide.startswith("column")] == []
+    assert [wide for wide in browser_pages.overflow(page) if not wide.startswith("column")] == []

@@ -20,9 +20,7 @@ if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
 from playwright.sync_api import Browser, Page, expect
 
 from oki_trace.sanitize import inert
-from tests.dashboard.explorers import ROOT, Explorer, free_port, start
-from tests.dashboard.screens import of
-from tests.dashboard.stories import HOSTILE, Stories
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -48,7 +46,7 @@ ATTACK = """<!doctype html><title>elsewhere</title>
 
 
 @contextmanager
-def another_page(explorer: Explorer) -> Iterator[str]:
+def another_page(explorer: server.Explorer) -> Iterator[str]:
     """A page of somebody else, served from another port of this machine."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,11 +67,11 @@ def another_page(explorer: Explorer) -> Iterator[str]:
 
 
 def test_a_page_of_others_neither_frames_nor_reaches_the_explorer(
-    told: Explorer, browser: Browser
+    explorer: server.Explorer, browser: Browser
 ) -> None:
     context = browser.new_context()
     refused: list[str] = []
-    with another_page(told) as address:
+    with another_page(explorer) as address:
         page = context.new_page()
         page.on("console", lambda message: refused.append(message.text))
         page.goto(address)
@@ -87,9 +85,9 @@ def test_a_page_of_others_neither_frames_nor_reaches_the_explorer(
 # ------------------------------------------------------------------------------------- links
 
 
-def pages(stories: Stories) -> dict[str, str]:
+def pages(samples: sample_stores.Samples) -> dict[str, str]:
     """Every page, where it shows what is hostile; each with something to wait for."""
-    conversation, message = stories.hostile
+    conversation, message = samples.hostile
     place = f"conversation={conversation}&message={message}"
     return {
         "": ".st-key-recent button",
@@ -97,7 +95,7 @@ def pages(stories: Stories) -> dict[str, str]:
         "map": ".st-key-recent button",
         f"map?{place}&step=1": ".root.map canvas",
         "conversations": "[data-testid=stDataFrame] canvas",
-        f"compare?left={message}&right={stories.long[1]}": ".root.compare",
+        f"compare?left={message}&right={samples.long[1]}": ".root.compare",
         f"questions?question=uncertainty&view=token&conversation={conversation}": "[data-testid="
         "stDataFrame] canvas",
         f"questions?question=compare&view=step&first={message}:1&second={message}:2": "[data-"
@@ -108,22 +106,26 @@ def pages(stories: Stories) -> dict[str, str]:
     }
 
 
-def test_no_text_is_a_link_on_any_page(told: Explorer, browse: Browse, stories: Stories) -> None:
-    page = browse(told.url)
-    for path, shown in pages(stories).items():
-        page.goto(told.url + path)
+def test_no_text_is_a_link_on_any_page(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
+) -> None:
+    page = browse(explorer.url)
+    for path, shown in pages(samples).items():
+        page.goto(explorer.url + path)
         if path.startswith("sql"):
             page.get_by_role("button", name="Run it").click()
         page.locator(shown).first.wait_for()
         expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
         hrefs = page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
-        assert {href for href in hrefs if not href.startswith(told.url)} <= OURS, path
+        assert {href for href in hrefs if not href.startswith(explorer.url)} <= OURS, path
         assert page.locator("img[src*='example'], img[src*='evil']").count() == 0, path
 
 
-def test_such_texts_are_shown_as_they_are(told: Explorer, browse: Browse, stories: Stories) -> None:
+def test_such_texts_are_shown_as_they_are(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
+) -> None:
     """In the sidebar, where a title and a model's id stand in places that read Markdown."""
-    page = browse(of(told, stories.hostile, 1))
+    page = browse(browser_pages.of(explorer, samples.hostile, 1))
     card = page.locator(".st-key-model-card")
     card.wait_for()
     assert "www.example.test/" in card.inner_text().replace("\u2060", "")
@@ -132,14 +134,14 @@ def test_such_texts_are_shown_as_they_are(told: Explorer, browse: Browse, storie
     def shown() -> list[str]:
         return [title.replace("\u2060", "") for title in titles.all_text_contents()]
 
-    until(lambda: HOSTILE[1] in shown(), "the title, as it is")
+    until(lambda: sample_stores.HOSTILE[1] in shown(), "the title, as it is")
 
 
 def test_tables_offer_no_download_of_their_own(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """It would hold formulas as they are; our own button guards them."""
-    page = browse(told.url + "sql?sql=SELECT+'=1+1'+AS+formula")
+    page = browse(explorer.url + "sql?sql=SELECT+'=1+1'+AS+formula")
     page.get_by_role("button", name="Run it").click()
     table = page.get_by_test_id("stDataFrame")
     table.locator("canvas").first.wait_for()
@@ -186,16 +188,16 @@ else:
 
 @pytest.fixture(scope="module")
 def faulty(
-    stories: Stories, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Explorer, Path]]:
+    samples: sample_stores.Samples, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[server.Explorer, Path]]:
     """An explorer with faults: on the Store page; in the worker's card while a file is there."""
     folder = tmp_path_factory.mktemp("faulty")
-    flag, port = folder / "fail", free_port()
+    flag, port = folder / "fail", server.free_port()
     script = folder / "Faulty.py"
-    script.write_text(FAULTY.format(root=str(ROOT), flag=str(flag)), encoding="utf-8")
-    shutil.copytree(ROOT / "dashboard" / ".streamlit", folder / ".streamlit")
+    script.write_text(FAULTY.format(root=str(server.ROOT), flag=str(flag)), encoding="utf-8")
+    shutil.copytree(server.ROOT / "dashboard" / ".streamlit", folder / ".streamlit")
     run = ["streamlit", "run", str(script), "--server.port", str(port)]
-    explorer = start(run, stories.db, port, folder / "output.txt", folder)
+    explorer = server.start(run, samples.db, port, folder / "output.txt", folder)
     yield explorer, flag
     family = explorer.family()
     for process in family:
@@ -211,7 +213,9 @@ def box(page: Page) -> str:
     return alert.inner_text().replace("\u2060", "")
 
 
-def test_an_unexpected_error_is_ours_to_tell(faulty: tuple[Explorer, Path], browse: Browse) -> None:
+def test_an_unexpected_error_is_ours_to_tell(
+    faulty: tuple[server.Explorer, Path], browse: Browse
+) -> None:
     explorer, _ = faulty
     page = browse(explorer.url + "store")
     assert "KeyError" in box(page) and "secret" not in box(page)
@@ -231,10 +235,10 @@ def test_an_unexpected_error_is_ours_to_tell(faulty: tuple[Explorer, Path], brow
 
 
 def test_a_part_that_fails_later_is_told_in_its_place(
-    faulty: tuple[Explorer, Path], browse: Browse, stories: Stories
+    faulty: tuple[server.Explorer, Path], browse: Browse, samples: sample_stores.Samples
 ) -> None:
     explorer, flag = faulty
-    page = browse(of(explorer, stories.first, 1))
+    page = browse(browser_pages.of(explorer, samples.first, 1))
     page.locator(".root.lens tr").first.wait_for()
     try:
         flag.touch()
@@ -249,7 +253,7 @@ def test_a_part_that_fails_later_is_told_in_its_place(
 
 
 def test_what_fails_outside_of_any_view_offers_no_search(
-    faulty: tuple[Explorer, Path], browse: Browse
+    faulty: tuple[server.Explorer, Path], browse: Browse
 ) -> None:
     explorer, _ = faulty
     page = browse(explorer.url)
@@ -264,12 +268,15 @@ def test_what_fails_outside_of_any_view_offers_no_search(
 
 
 def test_a_store_that_goes_is_a_sentence_and_comes_back(
-    run_explorer: Callable[..., Explorer], browse: Browse, stories: Stories, tmp_path: Path
+    run_explorer: Callable[..., server.Explorer],
+    browse: Browse,
+    samples: sample_stores.Samples,
+    tmp_path: Path,
 ) -> None:
     db = tmp_path / "copy.db"
-    shutil.copy(stories.db, db)
+    shutil.copy(samples.db, db)
     explorer = run_explorer(str(db))
-    page = browse(of(explorer, stories.hostile, 1))
+    page = browse(browser_pages.of(explorer, samples.hostile, 1))
     page.locator(".root.lens tr").first.wait_for()
     aside = db.with_name("aside")
     db.rename(aside)
@@ -311,7 +318,7 @@ for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):
         st.progress(0.5, shown)
 """
 TEXTS = (
-    *HOSTILE[:6],
+    *sample_stores.HOSTILE[:6],
     "WWW.Example.test http:x https://example.test mailto:me@example.test xmpp:me@example.test",
     "<https://example.test> [a]: https://example.test [a] ![i](https://example.test/i.png)",
     ":smile: :+1: :material/home: :red[x] :red-background[y] :streamlit: :blue-badge[z]",
@@ -335,13 +342,15 @@ MARKUP = "em, strong, del, code, h1, li, blockquote, td, .katex, [data-testid=st
 
 
 def test_plain_text_is_plain_wherever_markdown_is_read(browser: Browser, tmp_path: Path) -> None:
-    texts, script, port = tmp_path / "texts.json", tmp_path / "places.py", free_port()
+    texts, script, port = tmp_path / "texts.json", tmp_path / "places.py", server.free_port()
     texts.write_text(json.dumps(TEXTS), encoding="utf-8")
-    script.write_text(PLACES.format(root=str(ROOT), texts=str(texts)), encoding="utf-8")
+    script.write_text(PLACES.format(root=str(server.ROOT), texts=str(texts)), encoding="utf-8")
     options = ["--server.port", str(port), "--server.address", "127.0.0.1"]
     options += ["--server.headless", "true", "--browser.gatherUsageStats", "false"]
     run = ["streamlit", "run", str(script), *options]
-    explorer = start(run, str(tmp_path / "store.db"), port, tmp_path / "output.txt", tmp_path)
+    explorer = server.start(
+        run, str(tmp_path / "store.db"), port, tmp_path / "output.txt", tmp_path
+    )
     context = browser.new_context()
     # What the raw texts ask for is not fetched.
     context.route(lambda address: f":{port}/" not in address, lambda route: route.abort())

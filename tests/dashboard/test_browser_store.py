@@ -17,9 +17,7 @@ from playwright.sync_api import Page, expect
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import chosen, place
-from tests.dashboard.stories import QUESTIONS, Stories
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -28,13 +26,16 @@ Browse = Callable[..., Page]
 
 
 def test_an_export_is_uploaded_and_the_store_verified(
-    run_explorer: Callable[..., Explorer], browse: Browse, stories: Stories, tmp_path: Path
+    run_explorer: Callable[..., server.Explorer],
+    browse: Browse,
+    samples: sample_stores.Samples,
+    tmp_path: Path,
 ) -> None:
     explorer = run_explorer()
     file = tmp_path / "paris.json"
-    with TraceReader(stories.db) as reader, file.open("w", encoding="utf-8") as nowhere:
-        steps = reader.conversation(stories.first[0]).tokens
-        export(reader, stories.first[0], Format.JSON, file, nowhere, tensors=True)
+    with TraceReader(samples.db) as reader, file.open("w", encoding="utf-8") as nowhere:
+        steps = reader.conversation(samples.first[0]).tokens
+        export(reader, samples.first[0], Format.JSON, file, nowhere, tensors=True)
     page = browse(explorer.url + "conversations")
     page.get_by_role("button", name="Import").click()
     page.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(
@@ -44,7 +45,7 @@ def test_an_export_is_uploaded_and_the_store_verified(
     expect(page.get_by_test_id("stAlert")).to_contain_text(f"{steps} steps")
     # What was brought in can be looked into as if it had been said here.
     page.goto(explorer.url + "?conversation=1")
-    expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
+    expect(page.locator(".root.bubble").first).to_have_text(sample_stores.QUESTIONS[0])
     page.goto(explorer.url + "store")
     page.get_by_role("button", name="Verify").click()
     expect(page.get_by_test_id("stAlert")).to_contain_text("No problems found")
@@ -54,16 +55,16 @@ def test_an_export_is_uploaded_and_the_store_verified(
 
 
 def test_a_click_in_compare_brings_its_two_steps(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    left, right = stories.first[1], stories.second[1]
-    page = browse(f"{told.url}compare?left={left}&right={right}")
+    left, right = samples.first[1], samples.second[1]
+    page = browse(f"{explorer.url}compare?left={left}&right={right}")
     tokens = page.locator(".root.compare .side").first.locator(".token")
     tokens.nth(2).click()
     numbers = page.locator(".st-key-compare-steps .root.table tr").nth(1).locator("td")
     expect(numbers.nth(1)).to_have_text("3")
     pair = int(tokens.nth(2).get_attribute("data-pair") or "")
-    until(lambda: place(page).get("pair") == pair, "the pair in the address")
+    until(lambda: browser_pages.place(page).get("pair") == pair, "the pair in the address")
     expect(page.locator(".root.compare .token.chosen").first).to_have_attribute(
         "data-pair", str(pair)
     )
@@ -80,4 +81,4 @@ def test_a_click_in_compare_brings_its_two_steps(
     page.locator(".st-key-open-left button").click()
     page.wait_for_url(re.compile(r"step=2"))
     page.locator(".root.reply .token.chosen").wait_for()
-    assert chosen(page) == 2
+    assert browser_pages.chosen(page) == 2

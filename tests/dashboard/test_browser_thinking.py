@@ -27,8 +27,7 @@ from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
 from oki_trace.tracing import prepare, trace_turn
 from tests import scripted
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import of, overflow, panel
+from tests.dashboard import browser_pages, server
 from tests.llm.test_parts import THINK, WEATHER, tokenizer
 from tests.waiting import until
 
@@ -72,14 +71,14 @@ def thinking(tmp_path: Path) -> tuple[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("width", [1440, 390])
 def test_thinking_is_folded_and_a_tool_is_answered(
-    run_explorer: Callable[..., Explorer],
+    run_explorer: Callable[..., server.Explorer],
     browse: Callable[..., Page],
     thinking: tuple[str, tuple[int, int]],
     width: int,
 ) -> None:
     db, kept = thinking
     explorer = run_explorer(db)
-    page = browse(of(explorer, kept), width)
+    page = browse(browser_pages.of(explorer, kept), width)
     reply = page.locator(".root.reply").first
     fold = reply.locator(".fold")
     expect(fold).to_contain_text("Thinking")
@@ -90,9 +89,9 @@ def test_thinking_is_folded_and_a_tool_is_answered(
     fold.click()
     expect(hidden).to_be_visible()
     hidden.click()
-    until(lambda: panel(page)["what"] == "<", "the step of the thinking token")
+    until(lambda: browser_pages.panel(page)["what"] == "<", "the step of the thinking token")
     # On a narrow screen the sidebar is folded away, and narrower than what is in it.
-    assert [wide for wide in overflow(page) if not wide.startswith("sidebar")] == []
+    assert [wide for wide in browser_pages.overflow(page) if not wide.startswith("sidebar")] == []
     page.get_by_label("Answer of the tool").fill("18 degrees")
     page.get_by_role("button", name="Send answer").click()
 

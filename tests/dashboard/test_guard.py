@@ -14,7 +14,7 @@ import pytest
 from dashboard import guard
 from oki_trace.errors import UsageError
 from oki_trace.launcher import checked_name, command
-from tests.dashboard.explorers import Explorer, free_port, start
+from tests.dashboard import server
 
 PATHS = ("/", "/sql?sql=SELECT+1", "/_stcore/health", "/_stcore/host-config", "/media/x", "/no")
 HOSTILE_HOSTS = ("evil.test", "127.0.0.1.evil.test", "localhost.evil.test", "evil.test:{port}")
@@ -57,22 +57,22 @@ def upgraded(port: int, host: str, origin: str | None = None) -> int:
 def served(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    run_explorer: Callable[..., Explorer],
-) -> Iterator[Explorer]:
+    run_explorer: Callable[..., server.Explorer],
+) -> Iterator[server.Explorer]:
     """The explorer, started both ways."""
     if request.param == "oki-trace ui":
         yield run_explorer()
         return
-    from tests.dashboard.explorers import HOME
+    from tests.dashboard import server
 
-    folder, port = tmp_path_factory.mktemp("streamlit-run"), free_port()
-    run = ["streamlit", "run", str(HOME), "--server.port", str(port)]
-    explorer = start(run, str(folder / "store.db"), port, folder / "output.txt", folder)
+    folder, port = tmp_path_factory.mktemp("streamlit-run"), server.free_port()
+    run = ["streamlit", "run", str(server.HOME), "--server.port", str(port)]
+    explorer = server.start(run, str(folder / "store.db"), port, folder / "output.txt", folder)
     yield explorer
     explorer.close()
 
 
-def test_a_name_that_is_not_ours_is_refused_everywhere(served: Explorer) -> None:
+def test_a_name_that_is_not_ours_is_refused_everywhere(served: server.Explorer) -> None:
     for path in PATHS:
         for host in HOSTILE_HOSTS:
             answer = asked(served.port, path, host.format(port=served.port))
@@ -85,7 +85,7 @@ def test_a_name_that_is_not_ours_is_refused_everywhere(served: Explorer) -> None
     assert asked(served.port, "/", None).status in (400, 403)
 
 
-def test_our_own_names_are_answered(served: Explorer) -> None:
+def test_our_own_names_are_answered(served: server.Explorer) -> None:
     for host in OWN:
         host = host.format(port=served.port)
         assert asked(served.port, "/", host).status == 200, host
@@ -96,21 +96,21 @@ def test_our_own_names_are_answered(served: Explorer) -> None:
     "origin",
     ["http://127.0.0.1:9", "http://localhost:{port}", "https://evil.test", "null", "", "file://"],
 )
-def test_a_page_of_another_origin_is_refused(served: Explorer, origin: str) -> None:
+def test_a_page_of_another_origin_is_refused(served: server.Explorer, origin: str) -> None:
     host, origin = f"127.0.0.1:{served.port}", origin.format(port=served.port)
     assert upgraded(served.port, host, origin) == 403
     for path in PATHS:
         assert asked(served.port, path, host, Origin=origin).status == 403, path
 
 
-def test_the_same_origin_has_the_same_port(served: Explorer) -> None:
+def test_the_same_origin_has_the_same_port(served: server.Explorer) -> None:
     """LensWorker a forwarded port the browser says that port in both."""
     assert upgraded(served.port, "localhost:9000", "http://localhost:9000") == 101
     assert upgraded(served.port, "localhost:9000", "http://localhost:9001") == 403
     assert upgraded(served.port, "localhost", "http://localhost:80") == 101
 
 
-def test_every_answer_forbids_frames_and_guessing(served: Explorer) -> None:
+def test_every_answer_forbids_frames_and_guessing(served: server.Explorer) -> None:
     for path in PATHS:
         answer = asked(served.port, path, f"127.0.0.1:{served.port}")
         policy = answer.getheader("Content-Security-Policy") or ""
@@ -124,9 +124,11 @@ def test_every_answer_forbids_frames_and_guessing(served: Explorer) -> None:
 
 def test_who_opens_it_to_others_names_what_it_is_called(tmp_path: Path) -> None:
     """Any address leads to it, this machine's own name, and those that were given; no others."""
-    db, port = str(tmp_path / "store.db"), free_port()
+    db, port = str(tmp_path / "store.db"), server.free_port()
     ui = ["oki_trace", "ui", "--host", "0.0.0.0", "--public", "--port", str(port), "--db", db]
-    explorer = start([*ui, "--allow-host", "traces.example"], db, port, tmp_path / "output.txt")
+    explorer = server.start(
+        [*ui, "--allow-host", "traces.example"], db, port, tmp_path / "output.txt"
+    )
     try:
         own = socket.gethostname().lower()
         for host in ("192.0.2.7", "127.0.0.1", "localhost", "traces.example", own):
@@ -143,7 +145,7 @@ def test_who_opens_it_to_others_names_what_it_is_called(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["*", "*.example", "a b", "host:80", "http://x", "", "a/b", "é"])
 def test_a_name_to_be_allowed_is_a_name(name: str) -> None:
-    with pytest.raises(UsageError, match="is not a host name"):
+    with pytest.raises(UsageError, match="is no name of a machine"):
         checked_name(name)
 
 

@@ -27,13 +27,11 @@ from oki_trace.records import (
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
-from tests.dashboard.apps import chat, drawn, plainly, shown
-from tests.dashboard.explorers import ROOT
-from tests.dashboard.stories import HOSTILE, QUESTIONS, Stories
+from tests.dashboard import app_pages, sample_stores, server
 
 
 def test_chat_on_an_empty_store_asks_for_a_question(empty_store: str) -> None:
-    app = chat()
+    app = app_pages.chat()
     assert not app.exception
     assert len(app.chat_input) == 1
     assert not app.chat_input[0].disabled
@@ -44,7 +42,7 @@ def test_the_first_message_is_told_of_the_fetch_only_where_it_fetches(
     empty_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, smollm2_dir: Path
 ) -> None:
     def told() -> bool:
-        return any("93 MB" in caption.value for caption in chat().main.caption)
+        return any("93 MB" in caption.value for caption in app_pages.chat().main.caption)
 
     assert not told()
     monkeypatch.chdir(tmp_path)
@@ -56,22 +54,22 @@ def test_the_store_is_made_when_there_is_none(
 ) -> None:
     db = tmp_path / "new folder" / "store.db"
     open_store(str(db))
-    assert not chat().exception
+    assert not app_pages.chat().exception
     assert db.is_file()
 
 
-def test_every_conversation_can_be_opened(filled_store: Stories) -> None:
+def test_every_conversation_can_be_opened(filled_store: sample_stores.Samples) -> None:
     for conversation in range(1, filled_store.first[0] + 1):
-        app = chat(conversation=conversation)
+        app = app_pages.chat(conversation=conversation)
         assert not app.exception, conversation
-        assert drawn(app), conversation
+        assert app_pages.drawn(app), conversation
 
 
-def test_chat_shows_a_step(filled_store: Stories) -> None:
+def test_chat_shows_a_step(filled_store: sample_stores.Samples) -> None:
     conversation, message = filled_store.first
-    app = chat(conversation=conversation, message=message, step=2)
+    app = app_pages.chat(conversation=conversation, message=message, step=2)
     assert not app.exception
-    assert app.text[0].value == QUESTIONS[0]
+    assert app.text[0].value == sample_stores.QUESTIONS[0]
     with_evidence = app.selectbox(key="evidence_head")
     assert with_evidence.value == attention.MEAN
     for head in attention.heads(9):
@@ -83,26 +81,26 @@ def test_chat_shows_a_step(filled_store: Stories) -> None:
     assert not app.exception
 
 
-def test_the_panel_tells_why_the_token_was_chosen(filled_store: Stories) -> None:
+def test_the_panel_tells_why_the_token_was_chosen(filled_store: sample_stores.Samples) -> None:
     def told(app: AppTest) -> str:
-        return " ".join(plainly(c.value) for c in app.caption)
+        return " ".join(app_pages.plainly(c.value) for c in app.caption)
 
     conversation, message = filled_store.without_tensors
-    app = chat(conversation=conversation, message=message, step=1)
+    app = app_pages.chat(conversation=conversation, message=message, step=1)
     assert not app.exception
     assert "Greedy would have said “␣greedy”." in told(app)
-    rows = shown(app, "effects")["rows"]
+    rows = app_pages.shown(app, "effects")["rows"]
     assert [row[0] for row in rows] == ["the model itself", "temperature 0.7", "top-p 0.9"]
     conversation, message = filled_store.first
-    app = chat(conversation=conversation, message=message, step=1)
+    app = app_pages.chat(conversation=conversation, message=message, step=1)
     assert "Greedy: the model's most likely token" in told(app)
     with pytest.raises(StopIteration):  # no setting was applied
-        shown(app, "effects")
+        app_pages.shown(app, "effects")
 
 
-def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
+def test_the_lens_is_shown_in_every_way(filled_store: sample_stores.Samples) -> None:
     conversation, message = filled_store.first
-    app = chat(conversation=conversation, message=message, step=5)
+    app = app_pages.chat(conversation=conversation, message=message, step=5)
     app.button_group(key="lens_view").set_value("changes").run()
     assert not app.exception
     for curve in lens.CURVES:
@@ -111,9 +109,9 @@ def test_the_lens_is_shown_in_every_way(filled_store: Stories) -> None:
         assert len(app.get("vega_lite_chart")) + len(app.get("arrow_vega_lite_chart")) == 1
 
 
-def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: Stories) -> None:
+def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: sample_stores.Samples) -> None:
     conversation, message = filled_store.first
-    app = chat(conversation=conversation, message=message, step=5)
+    app = app_pages.chat(conversation=conversation, message=message, step=5)
     app.multiselect(key="pins").set_value(["␣the"]).run()
     assert not app.exception
     app.query_params["step"] = "2"
@@ -122,10 +120,10 @@ def test_a_pinned_token_stays_pinned_from_step_to_step(filled_store: Stories) ->
     assert app.multiselect(key="pins").value == ["␣the"]
 
 
-def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> None:
+def test_a_head_that_another_reply_lacks_is_let_go(filled_store: sample_stores.Samples) -> None:
     """A choice outlives the step it was made at, and what it chose may not be there."""
     conversation, message = filled_store.first
-    app = chat(conversation=conversation, message=message, step=2)
+    app = app_pages.chat(conversation=conversation, message=message, step=2)
     app.selectbox(key="evidence_head").set_value("head 3").run()
     app.selectbox(key="evidence_layer").set_value(30).run()
     other, reply = filled_store.without_tensors
@@ -138,15 +136,15 @@ def test_a_head_that_another_reply_lacks_is_let_go(filled_store: Stories) -> Non
 
 
 @pytest.mark.parametrize("colour", ["surprisal", "entropy", "margin", "settle layer"])
-def test_chat_in_every_colour(filled_store: Stories, colour: str) -> None:
-    app = chat(conversation=filled_store.first[0])
+def test_chat_in_every_colour(filled_store: sample_stores.Samples, colour: str) -> None:
+    app = app_pages.chat(conversation=filled_store.first[0])
     app.button_group(key="colour").set_value(colour).run()
     assert not app.exception
 
 
-def test_the_title_as_a_button_is_no_markup(filled_store: Stories) -> None:
-    labels = [button.label for button in chat().sidebar.button]
-    assert HOSTILE[0] not in labels
+def test_the_title_as_a_button_is_no_markup(filled_store: sample_stores.Samples) -> None:
+    labels = [button.label for button in app_pages.chat().sidebar.button]
+    assert sample_stores.HOSTILE[0] not in labels
     assert any("script" in label for label in labels)
 
 
@@ -156,7 +154,7 @@ def test_what_comes_in_from_elsewhere_is_seen(
     """The command line writes into the same store while the explorer is open."""
     db = str(tmp_path / "store.db")
     open_store(db)
-    app = chat()
+    app = app_pages.chat()
     assert not [b for b in app.sidebar.button if b.label == "From a terminal"]
     with TraceWriter(db, checkpoint=False) as writer:
         writer.create_conversation("From a terminal")
@@ -182,7 +180,7 @@ def test_a_live_reply_is_shown_as_far_as_it_is(
         running = writer.claim_next_reply()
         assert running is not None and running < reply
         writer.start_reply(running, builders.turn_start("half"))
-        app = chat(conversation=conversation)
+        app = app_pages.chat(conversation=conversation)
         assert not app.exception
         assert "Reading the prompt…" in [c.value for c in app.caption]
         writer.append(running, [builders.step(i, rng, with_lens=i < 2) for i in range(4)])
@@ -215,7 +213,7 @@ def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str
         writer.start_reply(reply, builders.turn_start("none"))
         writer.append(reply, steps)
         writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "end of turn", 1.0))
-    app = chat(conversation=conversation, message=reply, step=600)
+    app = app_pages.chat(conversation=conversation, message=reply, step=600)
     assert not app.exception
     (window,) = [box for box in app.selectbox if (box.key or "").startswith("map_window")]
     assert window.value == 512
@@ -227,8 +225,10 @@ def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str
 
 def test_the_sidebar_begins_with_the_defaults(empty_store: str) -> None:
     """The same as those of the command line and of Python."""
-    app = chat()
-    assert "greedy · up to 256 tokens · half tensors" in plainly(app.sidebar.caption[0].value)
+    app = app_pages.chat()
+    assert "greedy · up to 256 tokens · half tensors" in app_pages.plainly(
+        app.sidebar.caption[0].value
+    )
     app = open_settings(app)
     assert app.selectbox(key="tensors").value == CapturePolicy().tensors
     assert app.number_input(key="max_new_tokens").value == Sampling().max_new_tokens
@@ -237,7 +237,7 @@ def test_the_sidebar_begins_with_the_defaults(empty_store: str) -> None:
 
 def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
     """What the sidebar offers is within what the model can be asked for."""
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     app.slider(key="temperature").set_value(app.slider(key="temperature").max).run()
     for key in ("penalty", "top_p", "top_k"):
         for value in (app.number_input(key=key).min, app.number_input(key=key).max, None):
@@ -264,19 +264,19 @@ def queued(app: AppTest, db: str, text: str = "Go on.") -> Message:
 
 def test_sampling_that_is_not_set_is_left_to_the_model(empty_store: str, no_worker: None) -> None:
     """As `run` does: its own generation config holds, not what the sidebar begins with."""
-    reply = queued(chat(), empty_store)
+    reply = queued(app_pages.chat(), empty_store)
     assert reply.sampling == Sampling()
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     app.slider(key="temperature").set_value(0.7).run()
     assert queued(app, empty_store).sampling == Sampling(temperature=0.7)
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     app.slider(key="temperature").set_value(0.7).run()
     app.number_input(key="top_p").set_value(0.9).run()
     app.number_input(key="penalty").set_value(1.1).run()
     sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
     assert queued(app, empty_store).sampling == sampling
     # Emptied again.
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     app.number_input(key="penalty").set_value(1.1).run()
     app.number_input(key="penalty").set_value(None).run()
     assert queued(app, empty_store).sampling == Sampling()
@@ -293,10 +293,10 @@ def test_an_empty_setting_shows_the_models_own(
         '{"top_p": 0.8, "top_k": 20, "repetition_penalty": "<b>", "temperature": 0.1}'
     )
     monkeypatch.setenv("OKI_TRACE_MODEL", str(tmp_path))
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     assert usual(app) == ["the model's own, 0.8", "the model's own, 20", "the model's own"]
     monkeypatch.setenv("OKI_TRACE_MODEL", "no/such-model")
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     assert usual(app) == ["the model's own"] * 3
 
 
@@ -308,12 +308,14 @@ def test_a_config_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) ->
     assert model_defaults.read(str(tmp_path), tmp_path) == {}
 
 
-def test_a_conversation_keeps_its_model(filled_store: Stories, no_worker: None) -> None:
+def test_a_conversation_keeps_its_model(
+    filled_store: sample_stores.Samples, no_worker: None
+) -> None:
     conversation, _ = filled_store.without_tensors
     with TraceReader(filled_store.db) as reader:
         last = reader.messages(conversation)[-1]
     assert last.choice is not None and last.choice.model_id != "smollm2"
-    app = chat(conversation=conversation)
+    app = app_pages.chat(conversation=conversation)
     assert app.selectbox(key="model").value == last.choice.model_id
     # Another one is opened in the same window, and with it its model.
     app.query_params["conversation"] = str(filled_store.first[0])
@@ -323,7 +325,9 @@ def test_a_conversation_keeps_its_model(filled_store: Stories, no_worker: None) 
     assert asked_for(filled_store.first[0]) == ModelChoice("smollm2", dtype="float32", device="cpu")
     # What is chosen by hand holds, and the page says who answered before.
     app.selectbox(key="model").set_value("tiny/model").run()
-    assert any("last reply here is by smollm2" in plainly(c.value) for c in app.sidebar.caption)
+    assert any(
+        "last reply here is by smollm2" in app_pages.plainly(c.value) for c in app.sidebar.caption
+    )
     app.run()
     assert app.selectbox(key="model").value == "tiny/model"
 
@@ -353,10 +357,9 @@ def test_the_next_message_goes_to_the_conversations_own_model(
     open_store(db)
     choice = ModelChoice("other/model", use_4bit=True, dtype="float32", device="cpu")
     with TraceWriter(db) as writer:
-        request = queueing.ReplyRequest(queueing.new_messages("Hello."), choice)
-        conversation, reply = queueing.submit(writer, request, claim=True)
+        conversation, reply = queueing.submit(writer, queueing.Ask("Hello.", choice), claim=True)
         queueing.fail(writer, reply, "There is no model other/model: check the name.")
-    app = chat(conversation=conversation)
+    app = app_pages.chat(conversation=conversation)
     assert app.selectbox(key="model").value == "other/model"
     assert queued(app, db).choice == choice
 
@@ -366,7 +369,7 @@ def test_no_model_answers_where_none_is_named(
 ) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
-    app = chat()
+    app = app_pages.chat()
     app.selectbox(key="model").set_value(None).run()
     assert not app.exception
     assert app.chat_input[0].disabled
@@ -374,14 +377,14 @@ def test_no_model_answers_where_none_is_named(
 
 
 def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     app.slider(key="temperature").set_value(0.7).run()
     app.number_input(key="max_new_tokens").set_value(9).run()
     app.session_state["sampling"] = False
     app.run()
     assert not app.exception
     assert not app.slider
-    assert "temperature 0.7 · up to 9 tokens" in plainly(app.sidebar.caption[0].value)
+    assert "temperature 0.7 · up to 9 tokens" in app_pages.plainly(app.sidebar.caption[0].value)
     app = open_settings(app)
     assert app.slider(key="temperature").value == 0.7
     assert app.number_input(key="max_new_tokens").value == 9
@@ -404,11 +407,11 @@ def test_a_model_that_is_loading_shows_how_far_it_is(
         writer.set_worker_state(
             "loading", model_id="tiny/model", detail="Downloading 3 of 9 MB", progress=1 / 3
         )
-        app = chat(conversation=conversation)
+        app = app_pages.chat(conversation=conversation)
         assert not app.exception
         (bar,) = app.main.get("progress")
         assert bar.value == 33
-        assert plainly(bar.text) == "Downloading 3 of 9 MB"
+        assert app_pages.plainly(bar.text) == "Downloading 3 of 9 MB"
 
 
 def test_pages_load_neither_torch_nor_transformers() -> None:
@@ -424,7 +427,7 @@ def test_pages_load_neither_torch_nor_transformers() -> None:
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=server.ROOT, check=True
     )
     assert done.stdout.strip() == "[]"
 
@@ -437,7 +440,7 @@ def test_arguments_of_the_models_own_template_have_a_field(
     (model / "chat_template.jinja").write_text("{% if enable_thinking %}<think>{% endif %}")
     assert model_defaults.switches(str(model), tmp_path) == ("enable_thinking",)
     monkeypatch.setenv("OKI_TRACE_MODEL", str(model))
-    app = open_settings(chat())
+    app = open_settings(app_pages.chat())
     assert not app.exception
     app.text_area(key="template_args").set_value("reasoning=high").run()
     app.selectbox(key="enable_thinking").set_value("false").run()

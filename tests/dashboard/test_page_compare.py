@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dashboard.apps import chat, comparing, shown
-from tests.dashboard.stories import Stories
+from tests.dashboard import app_pages, sample_stores
 
 
 def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
-    app = comparing()
+    app = app_pages.comparing()
     assert not app.exception
     assert "begin a conversation in Chat" in app.markdown[-1].value
-    assert not comparing(1, 2).exception
+    assert not app_pages.comparing(1, 2).exception
 
 
-def test_two_replies_are_compared(filled_store: Stories) -> None:
+def test_two_replies_are_compared(filled_store: sample_stores.Samples) -> None:
     left, right = filled_store.bare[1], filled_store.without_tensors[1]
-    app = comparing(left, right)
+    app = app_pages.comparing(left, right)
     assert not app.exception
     assert [box.value for box in app.selectbox] == [left, right]
     assert app.markdown[0].value.startswith("They part at token 1;")
     assert app.toggle(key="exact").disabled
-    assert shown(app, "compare-replies")["chosen"] == 0
-    table = shown(app, "settings")
+    assert app_pages.shown(app, "compare-replies")["chosen"] == 0
+    table = app_pages.shown(app, "settings")
     settings = {name: values for name, *values in table["rows"]}
     assert settings["model"][0] == "tiny/model"
     assert settings["temperature"][1] == "0.7"
@@ -36,8 +35,10 @@ def test_two_replies_are_compared(filled_store: Stories) -> None:
     assert app.query_params["right"] in (str(left), [str(left)])
 
 
-def test_the_distance_is_exact_where_the_logits_were_kept(filled_store: Stories) -> None:
-    app = comparing(filled_store.first[1], filled_store.second[1])
+def test_the_distance_is_exact_where_the_logits_were_kept(
+    filled_store: sample_stores.Samples,
+) -> None:
+    app = app_pages.comparing(filled_store.first[1], filled_store.second[1])
     assert not app.exception
     assert any("the least it can be" in caption.value for caption in app.caption)
     app.toggle(key="exact").set_value(True).run()
@@ -45,28 +46,30 @@ def test_the_distance_is_exact_where_the_logits_were_kept(filled_store: Stories)
     assert any("Exact, from the full logits" in caption.value for caption in app.caption)
 
 
-def test_two_steps_are_compared_and_one_that_is_alone(filled_store: Stories) -> None:
-    app = comparing(filled_store.first[1], filled_store.second[1], pair=0)
+def test_two_steps_are_compared_and_one_that_is_alone(filled_store: sample_stores.Samples) -> None:
+    app = app_pages.comparing(filled_store.first[1], filled_store.second[1], pair=0)
     one, two = (
-        shown(chat(conversation=conversation, message=message, step=0), "facts")["what"]
+        app_pages.shown(
+            app_pages.chat(conversation=conversation, message=message, step=0), "facts"
+        )["what"]
         for conversation, message in (filled_store.first, filled_store.second)
     )
-    assert [row[1] for row in shown(app, "compare-steps")["rows"]] == [one, two]
-    assert shown(app, "lens-left")["pins"] is False
-    assert shown(app, "bars-right")["rows"]
-    last = len(shown(app, "compare-replies")["sides"][1]["tokens"])
-    alone = comparing(filled_store.bare[1], filled_store.second[1], pair=last - 1)
+    assert [row[1] for row in app_pages.shown(app, "compare-steps")["rows"]] == [one, two]
+    assert app_pages.shown(app, "lens-left")["pins"] is False
+    assert app_pages.shown(app, "bars-right")["rows"]
+    last = len(app_pages.shown(app, "compare-replies")["sides"][1]["tokens"])
+    alone = app_pages.comparing(filled_store.bare[1], filled_store.second[1], pair=last - 1)
     assert not alone.exception
-    assert shown(alone, "compare-steps")["rows"][0][1] == "–"
+    assert app_pages.shown(alone, "compare-steps")["rows"][0][1] == "–"
     assert any("left reply has no step here" in caption.value for caption in alone.caption)
 
 
 @pytest.mark.parametrize("story", ["hostile", "long", "unknown", "failed"])
-def test_any_two_replies_can_be_compared(filled_store: Stories, story: str) -> None:
+def test_any_two_replies_can_be_compared(filled_store: sample_stores.Samples, story: str) -> None:
     left, right = getattr(filled_store, story)[1], filled_store.hostile[1]
-    app = comparing(left, right)
+    app = app_pages.comparing(left, right)
     assert not app.exception
-    sides = shown(app, "compare-replies")["sides"]
+    sides = app_pages.shown(app, "compare-replies")["sides"]
     assert [side["message"] for side in sides] == [left, right]
-    assert {row[0] for row in shown(app, "compare-steps")["rows"]} == {"left", "right"}
-    assert not comparing(filled_store.failed_at_once[1], 10**9).exception
+    assert {row[0] for row in app_pages.shown(app, "compare-steps")["rows"]} == {"left", "right"}
+    assert not app_pages.comparing(filled_store.failed_at_once[1], 10**9).exception

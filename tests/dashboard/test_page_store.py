@@ -28,8 +28,7 @@ from oki_trace.records import (
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
-from tests.dashboard.apps import plainly, shown
-from tests.dashboard.stories import HOSTILE, Stories
+from tests.dashboard import app_pages, sample_stores
 
 Open = Callable[[str], None]
 
@@ -48,7 +47,7 @@ def tiles(app: AppTest) -> dict[str, str]:
 
 
 def health(app: AppTest) -> dict[str, str]:
-    return dict(shown(app, "health")["rows"])
+    return dict(app_pages.shown(app, "health")["rows"])
 
 
 def fill(db: str, titles: tuple[str, ...], *, live: bool = False) -> None:
@@ -76,7 +75,7 @@ def test_an_empty_store_counts_nothing(empty_store: str) -> None:
     assert app.button(key="verify").disabled
 
 
-def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
+def test_a_store_tells_what_is_in_it(filled_store: sample_stores.Samples) -> None:
     app = store()
     assert not app.exception
     with TraceReader(filled_store.db) as reader:
@@ -90,8 +89,8 @@ def test_a_store_tells_what_is_in_it(filled_store: Stories) -> None:
     assert filled_store.db in app.text[0].value
 
 
-def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) -> None:
-    room = shown(store(), "room")
+def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: sample_stores.Samples) -> None:
+    room = app_pages.shown(store(), "room")
     with TraceReader(filled_store.db) as reader:
         info = reader.info()
     sizes = {row["what"]: row["bytes"] for row in room["rows"]}
@@ -100,9 +99,9 @@ def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: Stories) ->
     assert sum(row["share"] for row in room["rows"]) == pytest.approx(1)
 
 
-def test_the_numbers_on_top_are_saved(filled_store: Stories) -> None:
+def test_the_numbers_on_top_are_saved(filled_store: sample_stores.Samples) -> None:
     info = data.info()
-    names, values = shown(store(), "save-store")["rows"]
+    names, values = app_pages.shown(store(), "save-store")["rows"]
     assert dict(zip(names, values, strict=True)) == {
         "bytes": info.bytes,
         "bytes_per_token": info.bytes_per_token,
@@ -123,7 +122,7 @@ def test_a_store_is_verified(tmp_path: Path, open_store: Open) -> None:
         writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
     app = store().button(key="verify").click().run()
     assert not app.exception
-    told = plainly(app.success[0].value)
+    told = app_pages.plainly(app.success[0].value)
     assert "Checked 1 message, 0 steps, 0 tensors" in told
     assert told.endswith("No problems found.")
 
@@ -143,7 +142,7 @@ def test_what_is_wrong_is_listed(tmp_path: Path, open_store: Open) -> None:
 def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: Open) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
-    fill(db, HOSTILE, live=True)
+    fill(db, sample_stores.HOSTILE, live=True)
     app = store()
     assert not app.exception
     assert "1 running" in health(app)["Replies"]
@@ -151,16 +150,18 @@ def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: 
     assert not app.exception
     plan = app.dataframe[0].value
     # What is being written stays, and titles are shown as text.
-    assert len(plan) == len(HOSTILE) - 1
-    assert HOSTILE[0] in list(plan["title"])
-    assert any("1 reply being written stays" in plainly(text.value) for text in app.markdown)
+    assert len(plan) == len(sample_stores.HOSTILE) - 1
+    assert sample_stores.HOSTILE[0] in list(plan["title"])
+    assert any(
+        "1 reply being written stays" in app_pages.plainly(text.value) for text in app.markdown
+    )
     app.button(key="prune").click().run()
     assert not app.exception
     assert "Freed" in app.success[0].value
     with TraceReader(db) as reader:
         assert reader.info().tensor_steps == 3
     app.button(key="vacuum").click().run()
-    assert "cannot be vacuumed now" in plainly(app.error[0].value)
+    assert "cannot be vacuumed now" in app_pages.plainly(app.error[0].value)
 
 
 def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) -> None:
@@ -217,7 +218,7 @@ def test_what_is_exported_can_be_uploaded(
 ) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
-    fill(db, HOSTILE[:1])
+    fill(db, sample_stores.HOSTILE[:1])
     exported = data.exported(1, format)
     seen: list[tuple[int, int]] = []
     done = data.bring_in({suffix: io.BytesIO(exported)}, lambda *progress: seen.append(progress))
@@ -225,7 +226,7 @@ def test_what_is_exported_can_be_uploaded(
     assert seen
     with TraceReader(db) as reader:
         (number,) = done.conversations
-        assert reader.conversation(number).title == HOSTILE[0]
+        assert reader.conversation(number).title == sample_stores.HOSTILE[0]
 
 
 def test_an_upload_that_is_none_leaves_nothing(empty_store: str) -> None:

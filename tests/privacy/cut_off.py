@@ -160,11 +160,11 @@ def in_the_explorer(db: str) -> list[str]:
 
 def as_a_server(db: str) -> list[str]:
     """``oki-trace ui`` as users start it, asked for its first page."""
-    from tests.dashboard.explorers import free_port, start
+    from tests.dashboard import server
 
-    port = free_port()
+    port = server.free_port()
     output = Path(db).with_name("ui.txt")
-    explorer = start(["oki_trace", "ui", "--port", str(port), "--db", db], db, port, output)
+    explorer = server.start(["oki_trace", "ui", "--port", str(port), "--db", db], db, port, output)
     try:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/")

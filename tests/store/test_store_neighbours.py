@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="killed as Linux
 
 # Each process is forked from one that has imported everything and has no store open.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["neighbours"])
+_context.set_forkserver_preload(["tests.store.neighbours"])
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import gzip
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from oki_trace.records import (
 from oki_trace.store.maintenance.vacuum import vacuum
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
 
 FOLDER = Path(__file__).resolve().parent
 MODES: tuple[TensorMode, ...] = ("exact", "half", "compact", "none")
@@ -37,9 +37,6 @@ WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 def fill(path: Path) -> None:
     """A conversation with a reply in each tensor mode, one cut short, and an empty one."""
-    sys.path.insert(0, str(FOLDER.parents[2]))
-    from tests import builders
-
     rng = np.random.default_rng(11)
     with TraceWriter(path) as writer:
         conversation = writer.create_conversation("What is gold? 🙂", created_at=WHEN)

@@ -15,24 +15,7 @@ from playwright.sync_api import Page, expect
 from oki_trace.records import Role, Status
 from oki_trace.sanitize import visible
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import (
-    ask,
-    of,
-    overflow,
-    panel,
-    place,
-    ready_for_a_message,
-    tokens,
-)
-from tests.dashboard.stories import (
-    FAILURE,
-    HOSTILE,
-    LENS_REASON,
-    LONG,
-    NO_ATTENTION,
-    Stories,
-)
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -46,25 +29,31 @@ Browse = Callable[..., Page]
 
 
 @pytest.mark.parametrize("width", [1440, 800])
-def test_hostile_text_is_text(told: Explorer, browse: Browse, stories: Stories, width: int) -> None:
-    page = browse(of(told, stories.hostile, 1), width)
+def test_hostile_text_is_text(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, width: int
+) -> None:
+    page = browse(browser_pages.of(explorer, samples.hostile, 1), width)
     page.locator(".root.map canvas").wait_for()
     page.locator(".root.lens tr").first.wait_for()
-    assert tokens(page) == [*HOSTILE, " end"]
+    assert browser_pages.tokens(page) == [*sample_stores.HOSTILE, " end"]
     bubbles = page.locator(".root.bubble .said").all_text_contents()
-    assert bubbles == list(HOSTILE)
-    assert (page.locator(".root.evidence .text").text_content() or "").startswith("".join(HOSTILE))
-    shown = panel(page)
-    assert shown["what"] == visible(HOSTILE[1])
-    assert [name for name, _ in shown["considered"]][:-1] == [visible(t) for t in HOSTILE]
-    assert page.get_by_test_id("stText").filter(has_text=HOSTILE[0]).count() == 1
+    assert bubbles == list(sample_stores.HOSTILE)
+    assert (page.locator(".root.evidence .text").text_content() or "").startswith(
+        "".join(sample_stores.HOSTILE)
+    )
+    shown = browser_pages.panel(page)
+    assert shown["what"] == visible(sample_stores.HOSTILE[1])
+    assert [name for name, _ in shown["considered"]][:-1] == [
+        visible(t) for t in sample_stores.HOSTILE
+    ]
+    assert page.get_by_test_id("stText").filter(has_text=sample_stores.HOSTILE[0]).count() == 1
     assert page.evaluate("window.pwned") is None
     assert page.locator("img[src^='/x'], img[src*='evil'], a[href^='javascript']").count() == 0
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
-def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) -> None:
-    page = browse(told.url)
+def test_hostile_titles_are_text_in_the_sidebar(explorer: server.Explorer, browse: Browse) -> None:
+    page = browse(explorer.url)
     buttons = page.locator(".st-key-recent button")
 
     def shown() -> set[str]:
@@ -72,15 +61,15 @@ def test_hostile_titles_are_text_in_the_sidebar(told: Explorer, browse: Browse) 
         texts = buttons.locator("p").all_text_contents()
         return {text.replace("\u2060", "") for text in texts}
 
-    until(lambda: set(HOSTILE[:4]) <= shown(), "the titles, as text")
+    until(lambda: set(sample_stores.HOSTILE[:4]) <= shown(), "the titles, as text")
     assert page.evaluate("window.pwned") is None
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
 def test_a_title_that_is_cut_off_shows_no_marks(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(told.url)
+    page = browse(explorer.url)
     button = page.locator(".st-key-recent button").filter(has_text="a a a").first
     button.click()
     page.locator(".root.reply").wait_for(state="detached")
@@ -89,25 +78,25 @@ def test_a_title_that_is_cut_off_shows_no_marks(
 
 
 def test_a_direction_mark_turns_no_other_token_round(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """A token that says "from right to left" is to stay between its neighbours."""
-    page = browse(of(told, stories.hostile))
+    page = browse(browser_pages.of(explorer, samples.hostile))
     page.locator(".root.reply .token").last.wait_for()
     boxes = [box for t in page.locator(".root.reply .token").all() if (box := t.bounding_box())]
-    assert len(boxes) == len(HOSTILE) + 1
+    assert len(boxes) == len(sample_stores.HOSTILE) + 1
     for before, after in zip(boxes[-3:], boxes[-2:], strict=False):
         same_line = before["y"] == after["y"]
         assert not same_line or before["x"] < after["x"]
 
 
 def test_numbers_that_are_not_known_are_no_harm(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """An imported trace has no logits, and a float16 model may overflow."""
-    page = browse(of(told, stories.unknown, 1))
+    page = browse(browser_pages.of(explorer, samples.unknown, 1))
     page.locator(".root.lens tr").first.wait_for()
-    assert tokens(page) == [" the", " cat", " sat"]
+    assert browser_pages.tokens(page) == [" the", " cat", " sat"]
     assert "NaN" not in page.locator(".st-key-sides").inner_text()
     page.locator(".root.reply .token").last.click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 3 of 3")
@@ -115,13 +104,13 @@ def test_numbers_that_are_not_known_are_no_harm(
 
 @pytest.mark.parametrize("width", [1440, 800])
 def test_twenty_thousand_characters_without_a_space_fit(
-    told: Explorer, browse: Browse, stories: Stories, width: int
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, width: int
 ) -> None:
-    page = browse(of(told, stories.long, 0), width)
+    page = browse(browser_pages.of(explorer, samples.long, 0), width)
     page.locator(".root.lens tr").first.wait_for()
-    assert tokens(page) == [LONG, " end"]
-    assert page.locator(".root.bubble .said").text_content() == LONG
-    assert overflow(page) == []
+    assert browser_pages.tokens(page) == [sample_stores.LONG, " end"]
+    assert page.locator(".root.bubble .said").text_content() == sample_stores.LONG
+    assert browser_pages.overflow(page) == []
     title = page.get_by_test_id("stText").filter(has_text="WWWW").first.bounding_box()
     assert title is not None
     assert title["height"] < 200, "a long title leaves room for the conversation"
@@ -134,22 +123,22 @@ def test_twenty_thousand_characters_without_a_space_fit(
 
 
 def test_what_could_not_be_captured_says_why(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.bare, 0))
+    page = browse(browser_pages.of(explorer, samples.bare, 0))
     page.locator(".root.bars .row").first.wait_for()
     side = page.locator(".st-key-panel")
-    expect(side).to_contain_text(NO_ATTENTION)
-    expect(side).to_contain_text(LENS_REASON)
+    expect(side).to_contain_text(sample_stores.NO_ATTENTION)
+    expect(side).to_contain_text(sample_stores.LENS_REASON)
     expect(page.locator(".root.lens, .root.evidence")).to_have_count(0)
-    expect(page.locator(".st-key-map")).to_contain_text(LENS_REASON)
+    expect(page.locator(".st-key-map")).to_contain_text(sample_stores.LENS_REASON)
     expect(page.locator(".root.map")).to_have_count(0)
 
 
 def test_a_reply_without_tensors_shows_the_rows_and_says_so(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.without_tensors, 0))
+    page = browse(browser_pages.of(explorer, samples.without_tensors, 0))
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".st-key-panel")).to_contain_text("most attended positions.")
     expect(page.locator(".root.evidence .piece").first).to_be_visible()
@@ -157,34 +146,34 @@ def test_a_reply_without_tensors_shows_the_rows_and_says_so(
 
 
 def test_a_failed_reply_shows_its_reason_and_its_tokens(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.failed))
+    page = browse(browser_pages.of(explorer, samples.failed))
     page.locator(".root.lens tr").first.wait_for()
-    expect(page.locator(".root.reply .bad")).to_contain_text(FAILURE)
-    assert tokens(page) == [" the", " cat", " sat"]
+    expect(page.locator(".root.reply .bad")).to_contain_text(sample_stores.FAILURE)
+    assert browser_pages.tokens(page) == [" the", " cat", " sat"]
 
 
 def test_a_reply_that_failed_before_its_first_token_shows_its_reason(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.failed_at_once))
+    page = browse(browser_pages.of(explorer, samples.failed_at_once))
     expect(page.locator(".root.reply .bad")).to_contain_text("There is no model no/such")
-    ready_for_a_message(page)
+    browser_pages.ready_for_a_message(page)
 
 
 def test_a_model_that_is_not_there_is_a_sentence_in_the_reply(
-    live: Explorer, browse: Browse
+    live: server.Explorer, browse: Browse
 ) -> None:
     page = browse(live.url)
     box = page.get_by_label("Model", exact=True)
     box.fill("./no-such-folder")
     box.press("Enter")
-    ask(page, "Are you there?")
-    page.locator(".root.reply .bad").wait_for(timeout=90_000)
+    browser_pages.ask(page, "Are you there?")
+    page.locator(".root.reply .bad").wait_for()
     reason = page.locator(".root.reply .bad").inner_text()
     assert "no-such-folder" in reason
     assert "Traceback" not in reason
     with TraceReader(live.db) as reader:
-        reply = reader.messages(place(page)["conversation"])[-1]
+        reply = reader.messages(browser_pages.place(page)["conversation"])[-1]
     assert (reply.role, reply.status) == (Role.ASSISTANT, Status.FAILED)

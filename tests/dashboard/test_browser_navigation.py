@@ -16,22 +16,7 @@ if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
 from playwright.sync_api import Browser, Page, expect
 
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import (
-    Witness,
-    ask,
-    of,
-    place,
-    set_most_new_tokens,
-    wait_for_panel,
-    watch_to_the_end,
-)
-from tests.dashboard.stories import (
-    QUESTIONS,
-    Stories,
-    newer,
-    strangers,
-)
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -44,78 +29,80 @@ Browse = Callable[..., Page]
 # --------------------------------------------------------------------------------- finding the way
 
 
-def test_a_row_of_the_list_opens_in_chat(told: Explorer, browse: Browse, stories: Stories) -> None:
-    page = browse(told.url)
+def test_a_row_of_the_list_opens_in_chat(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
+) -> None:
+    page = browse(explorer.url)
     page.get_by_role("link", name="Conversations").click()
     page.get_by_role("textbox", name="Search").fill("capital of France")
     page.keyboard.press("Enter")
     table = page.get_by_test_id("data-grid-canvas")
     expect(table.locator("tr")).to_have_count(2)  # with its head
-    expect(table).to_contain_text(QUESTIONS[0])
+    expect(table).to_contain_text(sample_stores.QUESTIONS[0])
     # The table is drawn on a canvas: its cells cannot be clicked by name.
     page.get_by_test_id("stDataFrame").click(position={"x": 200, "y": 50})
     expect(page.locator(".root.reply")).to_have_count(2)
-    assert place(page)["conversation"] == stories.first[0]
-    expect(page.locator(".root.bubble").first).to_have_text(QUESTIONS[0])
+    assert browser_pages.place(page)["conversation"] == samples.first[0]
+    expect(page.locator(".root.bubble").first).to_have_text(sample_stores.QUESTIONS[0])
 
 
-def test_a_search_that_finds_nothing_says_so(told: Explorer, browse: Browse) -> None:
-    page = browse(told.url + "conversations")
+def test_a_search_that_finds_nothing_says_so(explorer: server.Explorer, browse: Browse) -> None:
+    page = browse(explorer.url + "conversations")
     page.get_by_role("textbox", name="Search").fill("no such words")
     page.keyboard.press("Enter")
     expect(page.get_by_text("Nothing found.")).to_be_visible()
 
 
 def test_recent_conversations_open_from_the_sidebar(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(told.url)
-    page.locator(".st-key-recent").get_by_text(QUESTIONS[0]).first.click()
+    page = browse(explorer.url)
+    page.locator(".st-key-recent").get_by_text(sample_stores.QUESTIONS[0]).first.click()
     expect(page.locator(".root.reply")).to_have_count(2)
-    assert place(page) == {"conversation": stories.first[0]}
+    assert browser_pages.place(page) == {"conversation": samples.first[0]}
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator(".root.reply")).to_have_count(0)
-    assert place(page) == {}
+    assert browser_pages.place(page) == {}
 
 
 def test_each_reply_of_a_conversation_can_be_looked_into(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.second))
+    page = browse(browser_pages.of(explorer, samples.second))
     first, second = (page.locator(".root.reply").nth(n) for n in (0, 1))
-    with TraceReader(told.db) as reader:
+    with TraceReader(explorer.db) as reader:
         for element, (_, message), index in (
-            (first, stories.first, 2),
-            (second, stories.second, 4),
+            (first, samples.first, 2),
+            (second, samples.second, 4),
         ):
             steps = reader.steps(message)
             element.locator(".token").nth(index).click()
-            wait_for_panel(page, reader.step(message, index), len(steps))
-            assert place(page) == {
-                "conversation": stories.first[0],
+            browser_pages.wait_for_panel(page, reader.step(message, index), len(steps))
+            assert browser_pages.place(page) == {
+                "conversation": samples.first[0],
                 "message": message,
                 "step": index,
             }
         # What was said before is part of what the second reply saw.
         evidence = page.locator(".root.evidence").text_content() or ""
-    assert QUESTIONS[0] in evidence
-    assert QUESTIONS[1] in evidence
+    assert sample_stores.QUESTIONS[0] in evidence
+    assert sample_stores.QUESTIONS[1] in evidence
 
 
 def test_the_chat_is_found_by_its_name_too(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5).replace("/?", "/chat?"))
+    page = browse(browser_pages.of(explorer, samples.first, 5).replace("/?", "/chat?"))
     page.locator(".root.lens tr").first.wait_for()
     expect(page.locator(".root.facts .where")).to_contain_text("step 6 of")
     expect(page.get_by_text("Page not found")).to_have_count(0)
 
 
 def test_an_address_that_leads_nowhere_does_no_harm(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    first, other = stories.first[0], stories.hostile[1]
-    page = browse(told.url)
+    first, other = samples.first[0], samples.hostile[1]
+    page = browse(explorer.url)
     for query in (
         "conversation=999999",
         "conversation=zero",
@@ -125,40 +112,40 @@ def test_an_address_that_leads_nowhere_does_no_harm(
         f"conversation={first}&step=99",
         f"conversation={first}&message={other}&step=0",
     ):
-        page.goto(f"{told.url}?{query}")
+        page.goto(f"{explorer.url}?{query}")
         expect(page.get_by_test_id("stChatInputTextArea")).to_be_visible()
         expect(page.get_by_test_id("stException")).to_have_count(0)
 
 
 @pytest.mark.parametrize("width", [1440, 800])
 def test_with_the_sidebar_shut_nothing_is_covered(
-    told: Explorer, browse: Browse, stories: Stories, width: int
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, width: int
 ) -> None:
-    page = browse(of(told, stories.first, 0), width)
+    page = browse(browser_pages.of(explorer, samples.first, 0), width)
     page.locator(".root.lens tr").first.wait_for()
     page.get_by_test_id("stSidebar").hover()
     page.get_by_test_id("stSidebarCollapseButton").get_by_role("button").click()
     page.get_by_test_id("stExpandSidebarButton").wait_for()
     # A click that something else would get is refused.
-    page.get_by_test_id("stText").filter(has_text=QUESTIONS[0]).click(timeout=5_000)
-    page.get_by_role("radio", name="entropy", exact=True).click(timeout=5_000)
+    page.get_by_test_id("stText").filter(has_text=sample_stores.QUESTIONS[0]).click()
+    page.get_by_role("radio", name="entropy", exact=True).click()
     expect(page.locator(".root.reply .foot").first).to_contain_text("entropy")
 
 
 def test_a_line_end_can_be_seen_and_clicked(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.without_tensors, 0))
+    page = browse(browser_pages.of(explorer, samples.without_tensors, 0))
     page.locator(".root.lens tr").first.wait_for()
-    page.locator(".root.reply .token").nth(1).click(timeout=5_000)
+    page.locator(".root.reply .token").nth(1).click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 2 of 3")
 
 
 def test_the_first_token_left_out_is_not_called_unseen(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """It is left out of the picture because it has most of the attention, not none."""
-    page = browse(of(told, stories.first, 3))
+    page = browse(browser_pages.of(explorer, samples.first, 3))
     first = page.locator(".root.evidence .piece").first
     first.wait_for()
     assert re.search(r"weight 0\.[0-9]*[1-9].*left out", first.get_attribute("title") or "")
@@ -168,12 +155,14 @@ def test_the_first_token_left_out_is_not_called_unseen(
 # ----------------------------------------------------------------------------------------- privacy
 
 
-def test_nothing_leaves_the_machine(live: Explorer, browse: Browse, witness: Witness) -> None:
+def test_nothing_leaves_the_machine(
+    live: server.Explorer, browse: Browse, witness: browser_pages.Witness
+) -> None:
     """On every page and through a whole reply; ``browse`` looks at what was asked for."""
     page = browse(live.url)
-    set_most_new_tokens(page, 8)
-    ask(page, QUESTIONS[0])
-    watch_to_the_end(page)
+    browser_pages.set_most_new_tokens(page, 8)
+    browser_pages.ask(page, sample_stores.QUESTIONS[0])
+    browser_pages.watch_to_the_end(page)
     page.locator(".root.map canvas").wait_for()
     for name, mark in (
         ("Reply map", "stCaptionContainer"),
@@ -187,7 +176,7 @@ def test_nothing_leaves_the_machine(live: Explorer, browse: Browse, witness: Wit
 
 
 def test_the_witness_sees_what_would_leave(browser: Browser) -> None:
-    witness = Witness()
+    witness = browser_pages.Witness()
     context = browser.new_context()
     witness.watch(context)
     page = context.new_page()
@@ -202,10 +191,10 @@ def test_the_witness_sees_what_would_leave(browser: Browser) -> None:
 
 
 def test_a_click_shows_its_step_within_a_second(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """A loose bound, for a machine that does other things; benchmarks measure."""
-    page = browse(of(told, stories.second, 0))
+    page = browse(browser_pages.of(explorer, samples.second, 0))
     page.locator(".root.lens tr").first.wait_for()
     seconds = []
     for index in (3, 1, 5, 2, 4):
@@ -220,9 +209,9 @@ def test_a_click_shows_its_step_within_a_second(
 # -------------------------------------------------------------------------- a store that cannot be
 
 
-@pytest.mark.parametrize("make", [strangers, newer])
+@pytest.mark.parametrize("make", [sample_stores.strangers, sample_stores.newer])
 def test_a_store_that_cannot_be_opened_is_one_sentence(
-    streamlit_run: Callable[[str], Explorer],
+    streamlit_run: Callable[[str], server.Explorer],
     browse: Browse,
     tmp_path: Path,
     make: Callable[[Path], str],

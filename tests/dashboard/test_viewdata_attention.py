@@ -10,7 +10,7 @@ import pytest
 
 from dashboard.viewdata import attention as shapes
 from oki_trace.records import AttentionPoints, Prompt, StepSummary, Tensor
-from tests.dashboard.test_shapes import summary
+from tests import builders
 
 
 @pytest.fixture
@@ -29,7 +29,10 @@ def prompt() -> Prompt:
 
 def said() -> list[StepSummary]:
     """A reply to ``prompt()``: its first token stands at position 4."""
-    return [summary(i, text, position=4 + i) for i, text in enumerate((" one", " two", " three"))]
+    return [
+        builders.summary(i, text, position=4 + i)
+        for i, text in enumerate((" one", " two", " three"))
+    ]
 
 
 def pieces(position: int, weights: dict[int, float], without: Sequence[int] = ()) -> list:
@@ -99,7 +102,7 @@ def test_without_full_tensors_there_is_no_head_to_choose() -> None:
 
 
 def test_parked_are_the_first_the_template_and_special_tokens() -> None:
-    steps = [*said(), summary(3, "<|im_end|>", position=7, is_special=True)]
+    steps = [*said(), builders.summary(3, "<|im_end|>", position=7, is_special=True)]
     assert shapes.parked(prompt(), steps) == {0, 1, 3, 7}
 
 

@@ -17,19 +17,19 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
-from tests.dashboard.apps import plainly
-from tests.dashboard.stories import QUESTIONS as PROMPTS
-from tests.dashboard.stories import Stories
+from tests.dashboard import app_pages, sample_stores
 
 
 @pytest.fixture
-def filled(stories: Stories, open_store: Callable[[str], None]) -> Stories:
-    open_store(stories.db)
+def filled(
+    samples: sample_stores.Samples, open_store: Callable[[str], None]
+) -> sample_stores.Samples:
+    open_store(samples.db)
     # What it takes to write the cache is no part of what is tested.
     from dashboard import data
 
     assert data.behind(60.0) is None
-    return stories
+    return samples
 
 
 def page(name: str, **query: Any) -> AppTest:
@@ -127,7 +127,7 @@ def test_a_cache_being_written_shows_how_far_it_is(
     ],
 )
 def test_every_view_has_a_picture_a_table_and_its_sql(
-    filled: Stories, question: str, view: str
+    filled: sample_stores.Samples, question: str, view: str
 ) -> None:
     """Over a store that holds hostile texts, tokens without numbers and replies without lens."""
     app = questions(question=question, view=view)
@@ -141,7 +141,7 @@ def test_every_view_has_a_picture_a_table_and_its_sql(
     assert address(app) == {"question": question, "view": view} or not view
 
 
-def test_a_question_can_be_narrowed_and_the_address_says_how(filled: Stories) -> None:
+def test_a_question_can_be_narrowed_and_the_address_says_how(filled: sample_stores.Samples) -> None:
     conversation, message = filled.first
     app = questions(question="uncertainty", view="reply")
     every = len(app.dataframe[0].value)
@@ -161,13 +161,13 @@ def test_a_question_can_be_narrowed_and_the_address_says_how(filled: Stories) ->
     assert app.text_input(key="ask-text").value == ""
 
 
-def test_text_and_who_said_it(filled: Stories) -> None:
-    asked = {"question": "uncertainty", "view": "reply", "text": PROMPTS[0].upper()}
+def test_text_and_who_said_it(filled: sample_stores.Samples) -> None:
+    asked = {"question": "uncertainty", "view": "reply", "text": sample_stores.QUESTIONS[0].upper()}
     assert len(questions(**asked, role="user").dataframe[0].value) == 2
     assert not questions(**asked, role="system").dataframe
 
 
-def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None:
+def test_a_link_opens_the_same_and_another_link_another(filled: sample_stores.Samples) -> None:
     app = questions(question="uncertainty", view="token", least="0.2", top="3", model="smollm2")
     assert not app.exception
     assert app.number_input(key="ask-least-uncertainty").value == 0.2
@@ -183,7 +183,7 @@ def test_a_link_opens_the_same_and_another_link_another(filled: Stories) -> None
     assert "settle_layer" in app.code[0].value
 
 
-def test_another_question_is_asked_about_the_same_replies(filled: Stories) -> None:
+def test_another_question_is_asked_about_the_same_replies(filled: sample_stores.Samples) -> None:
     app = questions(question="settle", view="class", conversation=filled.first[0])
     app.button(key="ask-attention").click().run()
     assert not app.exception
@@ -191,13 +191,15 @@ def test_another_question_is_asked_about_the_same_replies(filled: Stories) -> No
     assert str(filled.first[0]) in app.code[0].value
 
 
-def test_an_address_that_makes_no_sense_is_the_first_question(filled: Stories) -> None:
+def test_an_address_that_makes_no_sense_is_the_first_question(
+    filled: sample_stores.Samples,
+) -> None:
     app = questions(question="<b>", view="x", conversation="-1", top="many", since="yesterday")
     assert not app.exception
     assert len(app.dataframe[0].value)
 
 
-def test_replies_that_kept_no_tensors_have_no_heads(filled: Stories) -> None:
+def test_replies_that_kept_no_tensors_have_no_heads(filled: sample_stores.Samples) -> None:
     app = questions(question="heads", conversation=filled.without_tensors[0])
     assert not app.exception
     assert "No attention tensors are kept" in app.warning[0].value
@@ -208,7 +210,9 @@ def test_replies_that_kept_no_tensors_have_no_heads(filled: Stories) -> None:
 @pytest.mark.parametrize(
     "question", ["settle", "uncertainty", "layers", "rivals", "attention", "again"]
 )
-def test_any_conversation_can_be_asked_about(filled: Stories, story: str, question: str) -> None:
+def test_any_conversation_can_be_asked_about(
+    filled: sample_stores.Samples, story: str, question: str
+) -> None:
     app = questions(question=question, conversation=getattr(filled, story)[0])
     assert not app.exception
     assert not app.error
@@ -243,7 +247,7 @@ def test_several_models_are_told_apart(tmp_path: Path, open_store: Callable[[str
 # ---------------------------------------------------------------------- two of a kind
 
 
-def test_two_are_chosen_before_they_are_compared(filled: Stories) -> None:
+def test_two_are_chosen_before_they_are_compared(filled: sample_stores.Samples) -> None:
     app = questions(question="compare")
     assert not app.exception
     assert app.main.caption[-1].value.startswith("Choose two")
@@ -260,7 +264,7 @@ def test_two_are_chosen_before_they_are_compared(filled: Stories) -> None:
     assert charts(app) == 1
 
 
-def test_two_steps_and_two_models_are_compared(filled: Stories) -> None:
+def test_two_steps_and_two_models_are_compared(filled: sample_stores.Samples) -> None:
     steps = {"first": f"{filled.first[1]}:1", "second": f"{filled.second[1]}:2"}
     app = questions(question="compare", view="step", **steps)
     assert not app.exception
@@ -271,13 +275,13 @@ def test_two_steps_and_two_models_are_compared(filled: Stories) -> None:
     assert not app.exception
     assert "first" not in address(app)
     app = questions(question="compare", view="model", first="smollm2", second="tiny/model")
-    assert "No prompt was put to both" in plainly(app.warning[0].value)
+    assert "No prompt was put to both" in app_pages.plainly(app.warning[0].value)
     app = questions(question="compare", view="step", first="1:999999", second="nothing")
     assert not app.exception
 
 
 @pytest.mark.parametrize("story", ["hostile", "long", "unknown", "bare", "failed"])
-def test_any_two_replies_can_be_compared(filled: Stories, story: str) -> None:
+def test_any_two_replies_can_be_compared(filled: sample_stores.Samples, story: str) -> None:
     pair = {"first": getattr(filled, story)[1], "second": filled.first[1]}
     app = questions(question="compare", view="reply", **pair)
     assert not app.exception
@@ -287,7 +291,7 @@ def test_any_two_replies_can_be_compared(filled: Stories, story: str) -> None:
 # -------------------------------------------------------------------------------- SQL
 
 
-def test_sql_begins_with_an_answer(filled: Stories) -> None:
+def test_sql_begins_with_an_answer(filled: sample_stores.Samples) -> None:
     app = sql()
     assert not app.exception
     assert app.text_area(key="sql-text").value == next(iter(sql_table.EXAMPLES.values()))
@@ -298,21 +302,23 @@ def test_sql_begins_with_an_answer(filled: Stories) -> None:
 
 
 @pytest.mark.parametrize("example", sql_table.EXAMPLES)
-def test_every_example_has_an_answer_and_a_chart(filled: Stories, example: str) -> None:
+def test_every_example_has_an_answer_and_a_chart(
+    filled: sample_stores.Samples, example: str
+) -> None:
     app = sql()
     app.selectbox(key="sql-example").set_value(example).run()
     assert not app.exception and not app.error
     assert app.text_area(key="sql-text").value == sql_table.EXAMPLES[example]
     first = next(iter(sql_table.EXAMPLES.values()))
     assert address(app).get("sql", first) == sql_table.EXAMPLES[example]
-    # What was drawn with a seed is in none of the stories.
+    # What was drawn with a seed is in none of the samples.
     if "greedy_id" not in sql_table.EXAMPLES[example]:
         app.button_group(key="sql-show").set_value("chart").run()
         assert not app.exception
         assert charts(app) == 1
 
 
-def test_a_link_runs_its_question(filled: Stories) -> None:
+def test_a_link_runs_its_question(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT 6 * 7 AS x, 'a' AS x")
     assert not app.exception
     assert list(app.dataframe[0].value.columns) == ["x", "x_2"]
@@ -335,19 +341,21 @@ def test_a_link_runs_its_question(filled: Stories) -> None:
         ("SELECT sum(a.i * b.i) FROM range(10000000) a(i), range(10000000) b(i)", "than 1 s"),
     ],
 )
-def test_what_cannot_be_answered_is_told_in_a_line(filled: Stories, text: str, told: str) -> None:
+def test_what_cannot_be_answered_is_told_in_a_line(
+    filled: sample_stores.Samples, text: str, told: str
+) -> None:
     app = sql()
     app.number_input(key="sql-seconds").set_value(1)
     app.text_area(key="sql-text").set_value(text).run()
     assert not app.exception
     (error,) = app.error
-    assert told in plainly(error.value)
+    assert told in app_pages.plainly(error.value)
     assert "\n" not in error.value
     assert not app.dataframe
 
 
 def test_sql_from_a_link_waits_for_a_click(
-    filled: Stories, monkeypatch: pytest.MonkeyPatch
+    filled: sample_stores.Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dashboard import data
 
@@ -381,7 +389,7 @@ def test_sql_from_a_link_waits_for_a_click(
     "query", [{"question": "heads"}, {"question": "heads", "sample": 5000, "message": 999_999}]
 )
 def test_full_tensors_wait_for_a_click_where_a_link_asks(
-    filled: Stories, query: dict[str, Any]
+    filled: sample_stores.Samples, query: dict[str, Any]
 ) -> None:
     app = page("questions", **query)
     assert not app.exception and not app.dataframe
@@ -395,7 +403,7 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
     assert not [button for button in app.button if button.key == "ask-link"]
 
 
-def test_more_rows_than_the_limit_are_told_of(filled: Stories) -> None:
+def test_more_rows_than_the_limit_are_told_of(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT * FROM range(5000)")
     assert len(app.dataframe[0].value) == 1000
     assert any("there are more" in caption.value for caption in app.caption)
@@ -404,14 +412,14 @@ def test_more_rows_than_the_limit_are_told_of(filled: Stories) -> None:
     assert not any("there are more" in caption.value for caption in app.caption)
 
 
-def test_a_result_without_numbers_has_no_chart(filled: Stories) -> None:
+def test_a_result_without_numbers_has_no_chart(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT content FROM message")
     app.button_group(key="sql-show").set_value("chart").run()
     assert not app.exception
     assert any("needs a column of numbers" in caption.value for caption in app.caption)
 
 
-def test_the_explorer_changes_nothing_by_asking(filled: Stories) -> None:
+def test_the_explorer_changes_nothing_by_asking(filled: sample_stores.Samples) -> None:
     with TraceReader(filled.db) as reader:
         before = reader.stamp()
         questions()

@@ -21,9 +21,7 @@ from dashboard.viewdata import attention
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
 from oki_trace.store.reading.reader import TraceReader
-from tests.dashboard.explorers import Explorer
-from tests.dashboard.screens import chosen, of, overflow, panel, place, wait_for_panel
-from tests.dashboard.stories import HOSTILE, Stories
+from tests.dashboard import browser_pages, sample_stores, server
 from tests.waiting import until
 
 pytestmark = pytest.mark.browser
@@ -55,12 +53,12 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_a_reply_and_the_numbers_of_a_step_are_saved(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.second, 2))
+    page = browse(browser_pages.of(explorer, samples.second, 2))
     page.locator(".root.lens tr").first.wait_for()
-    with TraceReader(told.db) as reader:
-        steps = reader.steps(stories.second[1])
+    with TraceReader(explorer.db) as reader:
+        steps = reader.steps(samples.second[1])
     wanted = [
         {
             "step": s.step_index,
@@ -76,7 +74,7 @@ def test_a_reply_and_the_numbers_of_a_step_are_saved(
         }
         for s in steps
     ]
-    found = rows(saved(page, f"Save reply-{stories.second[1]}"))
+    found = rows(saved(page, f"Save reply-{samples.second[1]}"))
     assert len(found) == len(steps) > 5
     for one, two in zip(found, wanted, strict=True):
         assert one.keys() == two.keys()
@@ -90,11 +88,11 @@ def test_a_reply_and_the_numbers_of_a_step_are_saved(
 
 @pytest.mark.parametrize("address", ["", "map"])
 def test_a_cell_tells_its_layer_and_leads_to_its_step(
-    told: Explorer, browse: Browse, stories: Stories, address: str
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples, address: str
 ) -> None:
-    page = browse(of(told, stories.first, 0).replace("/?", f"/{address}?"))
-    with TraceReader(told.db) as reader:
-        steps = list(reader.iter_steps(stories.first[1]))
+    page = browse(browser_pages.of(explorer, samples.first, 0).replace("/?", f"/{address}?"))
+    with TraceReader(explorer.db) as reader:
+        steps = list(reader.iter_steps(samples.first[1]))
     lens = steps[3].lens
     assert lens is not None
     layer = len(lens.tokens) - 6
@@ -103,16 +101,18 @@ def test_a_cell_tells_its_layer_and_leads_to_its_step(
     expect(tip).to_contain_text(f"layer {layer}, step 4: {visible(lens.tokens[layer][0])}")
     expect(tip).to_contain_text(f"rank {lens.chosen_rank[layer]:,}")
     frame(page).click(position=at(3, 5))
-    until(lambda: place(page).get("step") == 3, "the step in the address")
+    until(lambda: browser_pages.place(page).get("step") == 3, "the step in the address")
     expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
     if address:
         page.get_by_role("button", name="Open in chat").click()
-    wait_for_panel(page, steps[3], len(steps))
-    assert chosen(page) == 3
+    browser_pages.wait_for_panel(page, steps[3], len(steps))
+    assert browser_pages.chosen(page) == 3
 
 
-def test_the_map_is_walked_with_the_keys(told: Explorer, browse: Browse, stories: Stories) -> None:
-    page = browse(of(told, stories.first, 2))
+def test_the_map_is_walked_with_the_keys(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
+) -> None:
+    page = browse(browser_pages.of(explorer, samples.first, 2))
     frame(page).focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
@@ -123,19 +123,19 @@ def test_the_map_is_walked_with_the_keys(told: Explorer, browse: Browse, stories
 
 
 def test_a_map_tells_in_words_what_it_shows(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 2).replace("/?", "/map?"))
-    with TraceReader(told.db) as reader:
-        steps = reader.steps(stories.first[1])
-        points = reader.attention_points(stories.first[1], 30)
+    page = browse(browser_pages.of(explorer, samples.first, 2).replace("/?", "/map?"))
+    with TraceReader(explorer.db) as reader:
+        steps = reader.steps(samples.first[1])
+        points = reader.attention_points(samples.first[1], 30)
     settled = sorted(s.settle_layer for s in steps if s.settle_layer is not None)
     told_of = f"Settled: {len(settled)} of {len(steps)} steps, at layers {settled[0]} to"
     assert told_of in description(page)
     page.get_by_role("radio", name="attention").click()
     until(lambda: "Most attended" in description(page), "the words on the attention map")
-    with TraceReader(told.db) as reader:
-        prompt = reader.prompt(stories.first[1])
+    with TraceReader(explorer.db) as reader:
+        prompt = reader.prompt(samples.first[1])
     parked = attention.parked(prompt, steps)
     sums: dict[int, float] = {}
     for at, weight in zip(points.position.tolist(), points.weight.tolist(), strict=True):
@@ -152,13 +152,13 @@ def description(page: Page) -> str:
 
 
 def test_a_token_of_another_reply_brings_its_map(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 2))
+    page = browse(browser_pages.of(explorer, samples.first, 2))
     frame(page)
     page.locator(".root.reply").nth(1).locator(".token").nth(4).click()
-    with TraceReader(told.db) as reader:
-        count = len(reader.steps(stories.second[1]))
+    with TraceReader(explorer.db) as reader:
+        count = len(reader.steps(samples.second[1]))
     label = f"{count} steps"
     until(
         lambda: label in (page.locator(".root.map .frame").get_attribute("aria-label") or ""),
@@ -166,11 +166,13 @@ def test_a_token_of_another_reply_brings_its_map(
     )
 
 
-def test_what_is_shown_can_be_saved(told: Explorer, browse: Browse, stories: Stories) -> None:
-    page = browse(of(told, stories.first, 5))
+def test_what_is_shown_can_be_saved(
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
+) -> None:
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     frame(page)
-    with TraceReader(told.db) as reader:
-        steps = list(reader.iter_steps(stories.first[1]))
+    with TraceReader(explorer.db) as reader:
+        steps = list(reader.iter_steps(samples.first[1]))
     step = steps[5]
     assert step.lens is not None
     page.locator(".root.lens tbody tr").first.wait_for()
@@ -198,10 +200,10 @@ def _tops(step: Step) -> list[str]:
 
 
 def test_the_map_can_be_saved_as_a_picture(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     """Also with hostile text in it: the picture is well-formed and has it as text."""
-    page = browse(of(told, stories.hostile, 0))
+    page = browse(browser_pages.of(explorer, samples.hostile, 0))
     frame(page)
     buttons = page.locator(".root.map .bar")
     with page.expect_download() as png:
@@ -214,26 +216,26 @@ def test_the_map_can_be_saved_as_a_picture(
 
 
 def test_attention_is_mapped_by_layer_and_head(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5).replace("/?", "/map?"))
+    page = browse(browser_pages.of(explorer, samples.first, 5).replace("/?", "/map?"))
     page.get_by_role("radio", name="attention").click()
     label = page.locator(".root.map .frame")
     until(lambda: "positions" in (label.get_attribute("aria-label") or ""), "the attention map")
     found = rows(saved(page, "Save attention-layer-30-mean"))
-    with TraceReader(told.db) as reader:
-        points = reader.attention_points(stories.first[1], 30)
+    with TraceReader(explorer.db) as reader:
+        points = reader.attention_points(samples.first[1], 30)
     assert [int(row["position"]) for row in found] == points.position.tolist()
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
 # -------------------------------------------------------------------------- the step panel
 
 
 def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     cell = page.locator(".root.lens tbody tr").nth(8).locator(".cell").first
     cell.wait_for()
     label = cell.get_attribute("data-label")
@@ -247,9 +249,9 @@ def test_a_token_is_pinned_by_a_click_and_let_go_by_another(
 
 
 def test_the_lens_is_walked_and_pinned_with_the_keys(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     grid = page.locator(".root.lens table")
     grid.wait_for()
     assert grid.get_attribute("role") == "grid"
@@ -273,12 +275,12 @@ def test_the_lens_is_walked_and_pinned_with_the_keys(
 
 
 def test_a_chart_is_saved_as_rows_and_pictures(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5))
+    page = browse(browser_pages.of(explorer, samples.first, 5))
     page.locator(".st-key-picture-trajectory svg.marks").wait_for()
-    with TraceReader(told.db) as reader:
-        lens = reader.step(stories.first[1], 5).lens
+    with TraceReader(explorer.db) as reader:
+        lens = reader.step(samples.first[1], 5).lens
     assert lens is not None
     found = [r for r in rows(saved(page, "Save curves-step-6")) if r["kind"] == "chosen"]
     assert [int(row["rank"]) for row in found] == lens.chosen_rank.tolist()
@@ -289,9 +291,9 @@ def test_a_chart_is_saved_as_rows_and_pictures(
 
 
 def test_on_a_narrow_page_the_step_can_be_let_down(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.first, 5), width=800)
+    page = browse(browser_pages.of(explorer, samples.first, 5), width=800)
     sheet = page.locator("[data-testid=stColumn]:has(.st-key-panel)")
     page.locator(".root.lens tr").first.wait_for()
     tall = sheet.bounding_box()
@@ -301,17 +303,17 @@ def test_on_a_narrow_page_the_step_can_be_let_down(
     expect(page.locator(".root.facts .where")).to_be_in_viewport()
     page.get_by_role("button", name="Show all of this step").click()
     until(lambda: (sheet.bounding_box() or low)["height"] == tall["height"], "the sheet")
-    assert overflow(page) == []
+    assert browser_pages.overflow(page) == []
 
 
 def test_promoted_and_suppressed_tokens_are_shown(
-    told: Explorer, browse: Browse, stories: Stories
+    explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
-    page = browse(of(told, stories.hostile, 1))
+    page = browse(browser_pages.of(explorer, samples.hostile, 1))
     page.get_by_role("radio", name="changes").click()
     table = page.locator(".root.changes table")
     expect(table).to_contain_text("promoted")
     assert table.locator("td.up").count() > 0
     assert page.evaluate("window.pwned") is None
-    assert panel(page)["what"] == visible(HOSTILE[1])
-    assert overflow(page) == []
+    assert browser_pages.panel(page)["what"] == visible(sample_stores.HOSTILE[1])
+    assert browser_pages.overflow(page) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 from streamlit.testing.v1 import AppTest
 
-from tests.dashboard.explorers import HOME
+from tests.dashboard import server
 
 
 def shown(app: AppTest, key: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def plainly(text: str) -> str:
 
 
 def chat(**query: int) -> AppTest:
-    app = AppTest.from_file(str(HOME), default_timeout=60)
+    app = AppTest.from_file(str(server.HOME), default_timeout=60)
     for name, value in query.items():
         app.query_params[name] = str(value)
     return app.run()

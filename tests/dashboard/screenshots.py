@@ -1,4 +1,4 @@
-"""The README's pictures, taken anew: ``python tests/dashboard/pictures.py`` (or ``make pictures``).
+"""Takes the README's screenshots: ``make pictures``.
 
 A new store with the demo's conversation, the explorer as users start it, a real
 Chromium; the pictures go to ``docs/images``, or to the folder given.
@@ -11,12 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from playwright.sync_api import Page, sync_playwright
 
-from tests.dashboard.browsers import launch
-from tests.dashboard.explorers import ROOT, free_port, start
+from tests.dashboard import chromium, server
 
 # Of the demo's first reply, the step that says " Paris".
 PARIS = "conversation=1&message=2&step=5"
@@ -36,13 +33,13 @@ def take(to: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         db = str(Path(scratch) / "store.db")
         demo = [sys.executable, "-m", "oki_trace", "demo", "--no-ui", "--db", db]
-        subprocess.run(demo, cwd=ROOT, check=True)
-        port = free_port()
+        subprocess.run(demo, cwd=server.ROOT, check=True)
+        port = server.free_port()
         command = ["oki_trace", "ui", "--port", str(port), "--db", db]
-        explorer = start(command, db, port, Path(scratch) / "output.txt")
+        explorer = server.start(command, db, port, Path(scratch) / "output.txt")
         try:
             with sync_playwright() as playwright:
-                browser = launch(playwright)
+                browser = chromium.launch(playwright)
                 for name, query, mark, scheme in (
                     ("chat-light", f"?{PARIS}", ".root.lens tr", "light"),
                     ("map-dark", f"map?{PARIS}", ".root.map canvas", "dark"),
@@ -60,4 +57,4 @@ def take(to: Path) -> None:
 
 
 if __name__ == "__main__":
-    take(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "docs" / "images")
+    take(Path(sys.argv[1]) if len(sys.argv) > 1 else server.ROOT / "docs" / "images")

@@ -12,7 +12,7 @@ from playwright.sync_api import BrowserContext, Locator, Page, expect
 from dashboard.viewdata.replies import figure
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
-from tests.dashboard.explorers import Explorer
+from tests.dashboard import server
 from tests.waiting import until
 
 Panel = dict[str, Any]
@@ -21,8 +21,9 @@ LOCAL = {"data", "blob", "about"}
 # On a page below the root Streamlit asks there for its server first.
 PROBES = ("/_stcore/health", "/_stcore/host-config")
 
-# What a page has to show is waited for, also on a machine with other work.
-expect.set_options(timeout=30_000)
+# Long enough for a machine whose cores are shared: a box stays disabled while a model loads.
+TIMEOUT_MS = 90_000
+expect.set_options(timeout=TIMEOUT_MS)
 
 
 @dataclass
@@ -82,14 +83,14 @@ def progress(page: Page) -> tuple[int, bool]:
 
 def wait_for_tokens(page: Page, at_least: int) -> int:
     """Wait until the last reply has so many tokens; returns how many it then has."""
-    page.locator(".root.reply .token").first.wait_for(timeout=90_000)
+    page.locator(".root.reply .token").first.wait_for()
     return until(lambda: n if (n := progress(page)[0]) >= at_least else 0, f"{at_least} tokens")
 
 
 def watch_to_the_end(page: Page) -> list[int]:
     """The numbers of tokens seen beside the cursor, until it is gone."""
     seen: list[int] = []
-    page.locator(".root.reply .cursor").wait_for(timeout=30_000)
+    page.locator(".root.reply .cursor").wait_for()
 
     def ended() -> bool:
         count, live = progress(page)
@@ -191,10 +192,10 @@ def wait_for_panel(page: Page, step: Step, total: int) -> None:
     """Wait until the panel shows this step; its parts come one after another."""
     wanted = expected_panel(step, total)
     page.locator(".root.lens tr").first.wait_for()
-    until(lambda: panel(page) == wanted, f"step {step.step_index + 1} in the panel", seconds=20)
+    until(lambda: panel(page) == wanted, f"step {step.step_index + 1} in the panel")
 
 
-def of(explorer: Explorer, reply: tuple[int, int], step: int | None = None) -> str:
+def of(explorer: server.Explorer, reply: tuple[int, int], step: int | None = None) -> str:
     """The address of a reply, or of one step of it."""
     conversation, message = reply
     query = f"?conversation={conversation}&message={message}"

@@ -15,12 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.dashboard.explorers import HOME, ROOT, Explorer, free_port, start
-from tests.dashboard.stories import another_database, newer, strangers
+from tests.dashboard import sample_stores, server
 
-CONFIGS = (ROOT / ".streamlit" / "config.toml", HOME.parent / ".streamlit" / "config.toml")
+CONFIGS = (
+    server.ROOT / ".streamlit" / "config.toml",
+    server.HOME.parent / ".streamlit" / "config.toml",
+)
 
-Serve = Callable[[str], Explorer]
+Serve = Callable[[str], server.Explorer]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.parent.parent.name)
@@ -49,9 +51,9 @@ def test_streamlit_run_from_another_folder_listens_here_alone(
 
 def test_ui_listens_here_alone_and_ends_with_what_it_started(tmp_path: Path) -> None:
     """Told to end as a service manager does it, too."""
-    db, port = str(tmp_path / "store.db"), free_port()
+    db, port = str(tmp_path / "store.db"), server.free_port()
     command = ["oki_trace", "ui", "--port", str(port), "--db", db]
-    explorer = start(command, db, port, tmp_path / "output.txt")
+    explorer = server.start(command, db, port, tmp_path / "output.txt")
     family = explorer.family()
     try:
         assert explorer.listens_on() == {"127.0.0.1"}
@@ -72,7 +74,7 @@ def test_ui_listens_here_alone_and_ends_with_what_it_started(tmp_path: Path) -> 
 
 
 def test_ui_opens_to_others_only_when_that_is_meant(tmp_path: Path) -> None:
-    db, port = str(tmp_path / "store.db"), free_port()
+    db, port = str(tmp_path / "store.db"), server.free_port()
     refused = _ui(Path(db), "--host", "0.0.0.0")
     assert refused.returncode == 2
     assert "--public" in refused.stderr
@@ -81,7 +83,7 @@ def test_ui_opens_to_others_only_when_that_is_meant(tmp_path: Path) -> None:
     assert nowhere.returncode == 2
     assert "no address of this machine" in nowhere.stderr
     command = ["oki_trace", "ui", "--host", "0.0.0.0", "--public", "--port", str(port), "--db", db]
-    explorer = start(command, db, port, tmp_path / "output.txt")
+    explorer = server.start(command, db, port, tmp_path / "output.txt")
     try:
         assert explorer.listens_on() == {"0.0.0.0"}
         said = (tmp_path / "output.txt").read_text(encoding="utf-8")
@@ -126,7 +128,9 @@ def _other_addresses() -> list[str]:
 # ------------------------------------------------------------ a store that cannot be
 
 
-@pytest.mark.parametrize("make", [strangers, newer, another_database])
+@pytest.mark.parametrize(
+    "make", [sample_stores.strangers, sample_stores.newer, sample_stores.another_database]
+)
 def test_ui_refuses_a_store_in_a_sentence(tmp_path: Path, make: Callable[[Path], str]) -> None:
     path = tmp_path / "store.db"
     sentence = make(path)

@@ -23,7 +23,7 @@ from oki_trace.records import (
     StepSummary,
 )
 from tests import builders
-from tests.dashboard.stories import without_numbers
+from tests.dashboard import sample_stores
 
 LAYERS = 3
 
@@ -31,25 +31,6 @@ LAYERS = 3
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(5)
-
-
-def summary(index: int = 0, token: str = " the", **values: Any) -> StepSummary:
-    given: dict[str, Any] = {
-        "id": index + 1,
-        "step_index": index,
-        "position": 6 + index,
-        "token_id": 40 + index,
-        "token": token,
-        "token_bytes": token.encode(errors="surrogatepass"),
-        "is_special": False,
-        "prob": 0.5,
-        "logprob": float(np.log(0.5)),
-        "entropy": 1.5,
-        "rank": 1,
-        "margin": 0.25,
-        "settle_layer": 2,
-    }
-    return StepSummary(**{**given, **values})
 
 
 def reply(steps: Sequence[StepSummary], **values: Any) -> replies.Json:
@@ -70,7 +51,7 @@ def reply(steps: Sequence[StepSummary], **values: Any) -> replies.Json:
 
 def bytewise(*parts: bytes) -> list[StepSummary]:
     return [
-        summary(i, part.decode("utf-8", "replace"), token_bytes=part)
+        builders.summary(i, part.decode("utf-8", "replace"), token_bytes=part)
         for i, part in enumerate(parts)
     ]
 
@@ -98,35 +79,50 @@ def test_running_text_is_the_text_of_the_reply() -> None:
 
 
 def test_surprisal_is_shaded_against_the_most_surprising_token() -> None:
-    steps = [summary(0, logprob=-0.5), summary(1, logprob=-2.0), summary(2, logprob=0.0)]
+    steps = [
+        builders.summary(0, logprob=-0.5),
+        builders.summary(1, logprob=-2.0),
+        builders.summary(2, logprob=0.0),
+    ]
     assert replies.scale(steps, "surprisal", LAYERS) == ([0.25, 1.0, 0.0], "0", "2.0 nats")
 
 
 def test_entropy_has_its_own_scale() -> None:
-    steps = [summary(0, entropy=1.0), summary(1, entropy=4.0)]
+    steps = [builders.summary(0, entropy=1.0), builders.summary(1, entropy=4.0)]
     assert replies.scale(steps, "entropy", LAYERS) == ([0.25, 1.0], "0", "4.0 nats")
 
 
 @pytest.mark.parametrize("colour", ["surprisal", "entropy"])
 def test_small_differences_are_not_blown_up(colour: replies.Colour) -> None:
     """A reply without doubt stays pale: the scale ends at 1 nat at the least."""
-    steps = [summary(0, logprob=-0.01, entropy=0.01), summary(1, logprob=-0.02, entropy=0.02)]
+    steps = [
+        builders.summary(0, logprob=-0.01, entropy=0.01),
+        builders.summary(1, logprob=-0.02, entropy=0.02),
+    ]
     shades, _, high = replies.scale(steps, colour, LAYERS)
     assert shades == pytest.approx([0.01, 0.02])
     assert high == "1.0 nats"
 
 
 def test_margin_is_darkest_at_a_tie() -> None:
-    steps = [summary(0, margin=1.0), summary(1, margin=0.0), summary(2, margin=0.75)]
+    steps = [
+        builders.summary(0, margin=1.0),
+        builders.summary(1, margin=0.0),
+        builders.summary(2, margin=0.75),
+    ]
     shades, low, high = replies.scale(steps, "margin", LAYERS)
     assert shades == [0.0, 1.0, 0.25]
     assert (low, high) == ("1", "0 (a near tie)")
 
 
 def test_settle_layer_is_shaded_from_the_replys_own_lowest() -> None:
-    steps = [summary(0, settle_layer=1), summary(1, settle_layer=3), summary(2, settle_layer=None)]
+    steps = [
+        builders.summary(0, settle_layer=1),
+        builders.summary(1, settle_layer=3),
+        builders.summary(2, settle_layer=None),
+    ]
     assert replies.scale(steps, "settle layer", LAYERS) == ([0.0, 1.0, None], "layer 1", "3")
-    alike = [summary(0, settle_layer=3), summary(1, settle_layer=3)]
+    alike = [builders.summary(0, settle_layer=3), builders.summary(1, settle_layer=3)]
     assert replies.scale(alike, "settle layer", LAYERS)[0] == [0.0, 0.0]
 
 
@@ -134,7 +130,7 @@ def test_settle_layer_is_shaded_from_the_replys_own_lowest() -> None:
 def test_every_colour_stays_within_its_scale(colour: replies.Colour) -> None:
     rng = np.random.default_rng(3)
     steps = [
-        summary(
+        builders.summary(
             i,
             logprob=-float(rng.exponential(3)),
             entropy=float(rng.exponential(3)),
@@ -156,7 +152,10 @@ def test_no_steps_have_no_shades(colour: replies.Colour) -> None:
 
 
 def test_reply_gives_each_token_its_text_shade_and_numbers() -> None:
-    steps = [summary(0, "The", logprob=-1.0), summary(1, " cat", logprob=-2.0, rank=7)]
+    steps = [
+        builders.summary(0, "The", logprob=-1.0),
+        builders.summary(1, " cat", logprob=-2.0, rank=7),
+    ]
     data = reply(steps, live=True, status="running")
     assert [t["text"] for t in data["tokens"]] == ["The", " cat"]
     assert [t["value"] for t in data["tokens"]] == [0.5, 1.0]
@@ -171,9 +170,9 @@ def test_reply_gives_each_token_its_text_shade_and_numbers() -> None:
 def test_reply_marks_what_is_no_text() -> None:
     half = "é".encode()[:1]
     steps = [
-        summary(0, "<|im_end|>", is_special=True),
-        summary(1, "\ufffd", token_bytes=half),
-        summary(2, "", token_bytes=b""),
+        builders.summary(0, "<|im_end|>", is_special=True),
+        builders.summary(1, "\ufffd", token_bytes=half),
+        builders.summary(2, "", token_bytes=b""),
     ]
     tokens = reply(steps)["tokens"]
     assert [t["mark"] for t in tokens] == [True, True, True]
@@ -184,7 +183,7 @@ def test_reply_marks_what_is_no_text() -> None:
 def test_a_line_end_is_something_to_click() -> None:
     """It stays a line end, and has a mark: alone it would be no wider than nothing."""
     for token in ("\n", "\n\n", " \n"):
-        text = reply([summary(0, token)])["tokens"][0]["text"]
+        text = reply([builders.summary(0, token)])["tokens"][0]["text"]
         assert text.strip()
         assert text.count("\n") == token.count("\n")
 
@@ -196,7 +195,11 @@ def test_an_empty_reply_has_no_legend() -> None:
 
 
 def test_most_surprising_is_the_least_likely_token() -> None:
-    steps = [summary(0, logprob=-0.1), summary(1, logprob=-3.0), summary(2, logprob=-0.2)]
+    steps = [
+        builders.summary(0, logprob=-0.1),
+        builders.summary(1, logprob=-3.0),
+        builders.summary(2, logprob=-0.2),
+    ]
     assert replies.most_surprising(steps) == 1
     assert replies.most_surprising([]) is None
 
@@ -207,7 +210,7 @@ def test_most_surprising_is_the_least_likely_token() -> None:
 def test_facts_are_the_numbers_of_the_step(rng: np.random.Generator) -> None:
     step = builders.step(2, rng, token="\n")
     step = replace(step, prob=0.125, logprob=-2.0794, entropy=2.5, rank=3, sampled_prob=None)
-    data = replies.facts_data(step, summary(2, settle_layer=1), 9)
+    data = replies.facts_data(step, builders.summary(2, settle_layer=1), 9)
     assert data["where"] == "step 3 of 9 · position 8"
     assert data["what"] == "⏎"
     assert {f["name"]: f["value"] for f in data["facts"]} == {
@@ -222,7 +225,7 @@ def test_facts_are_the_numbers_of_the_step(rng: np.random.Generator) -> None:
 
 def test_facts_show_what_sampling_did_beside_the_models_own(rng: np.random.Generator) -> None:
     step = replace(builders.step(0, rng), prob=0.25, sampled_prob=0.75)
-    facts = replies.facts_data(step, summary(0, settle_layer=None), 1)["facts"]
+    facts = replies.facts_data(step, builders.summary(0, settle_layer=None), 1)["facts"]
     assert [(f["name"], f["value"]) for f in facts[:2]] == [("prob", "0.250"), ("sampled", "0.750")]
     assert facts[-1]["value"] == "–"
 
@@ -261,7 +264,7 @@ def test_a_figure_is_never_nought_for_what_is_not(value: float, shown: str) -> N
 
 
 def test_the_newest_step_is_the_last_with_a_lens() -> None:
-    steps = [summary(0), summary(1), summary(2, settle_layer=None)]
+    steps = [builders.summary(0), builders.summary(1), builders.summary(2, settle_layer=None)]
     assert replies.newest(steps) == 1
     assert replies.newest(steps[2:]) == 2
     assert replies.newest([]) is None
@@ -323,18 +326,22 @@ def sendable(step: Step, shown: StepSummary) -> bool:
 
 def test_numpy_numbers_and_lone_surrogates_can_be_sent(rng: np.random.Generator) -> None:
     step = builders.step(0, rng, token="\ud800", with_lens=True)
-    assert sendable(step, summary(0, "\ud800"))
+    assert sendable(step, builders.summary(0, "\ud800"))
 
 
 def test_numbers_that_are_not_known_can_be_sent(rng: np.random.Generator) -> None:
     nan = float("nan")
-    step = without_numbers(builders.step(0, rng, with_lens=True))
-    assert sendable(step, summary(0, prob=nan, logprob=nan, entropy=nan, margin=nan))
+    step = sample_stores.without_numbers(builders.step(0, rng, with_lens=True))
+    assert sendable(step, builders.summary(0, prob=nan, logprob=nan, entropy=nan, margin=nan))
 
 
 def test_a_token_of_unknown_surprisal_leaves_the_others_theirs() -> None:
     nan = float("nan")
-    steps = [summary(0, logprob=nan), summary(1, logprob=-2.0), summary(2, logprob=-1.0)]
+    steps = [
+        builders.summary(0, logprob=nan),
+        builders.summary(1, logprob=-2.0),
+        builders.summary(2, logprob=-1.0),
+    ]
     assert replies.scale(steps, "surprisal", LAYERS) == ([None, 1.0, 0.5], "0", "2.0 nats")
     assert replies.most_surprising(steps) == 1
 
@@ -383,7 +390,9 @@ def replied(**values: Any) -> Message:
 
 
 def test_thinking_is_folded_and_stays_its_steps() -> None:
-    steps = [summary(i, token) for i, token in enumerate(("<think>", "Hm", "</think>", "Paris"))]
+    steps = [
+        builders.summary(i, token) for i, token in enumerate(("<think>", "Hm", "</think>", "Paris"))
+    ]
     parts = (Part("thinking", "Hm", 0, 3), Part("answer", "Paris", 3, 4))
     data = reply(steps, parts=parts)
     assert [token.get("part") for token in data["tokens"]] == ["thinking"] * 3 + [None]

@@ -60,7 +60,7 @@ FAILURE = "Out of memory while decoding. Shorten the prompt, or load the model i
 
 
 @dataclass(frozen=True)
-class Stories:
+class Samples:
     """The store, and by name the conversations in it; a reply is (conversation id, message id)."""
 
     db: str
@@ -75,7 +75,7 @@ class Stories:
     failed_at_once: tuple[int, int]
 
 
-def tell(db: str, models_dir: Path) -> Stories:
+def build(db: str, models_dir: Path) -> Samples:
     """Fill the store ``db``; the last conversation in it is the real one."""
     rng = np.random.default_rng(11)
     with TraceWriter(db) as writer, TraceReader(db) as reader:
@@ -109,7 +109,7 @@ def tell(db: str, models_dir: Path) -> Stories:
         hostile = _hostile(writer, rng, HOSTILE[0], HOSTILE)
         long = _hostile(writer, rng, LONG, (LONG,))
         first, second = _talk(writer, reader, models_dir)
-    return Stories(
+    return Samples(
         db=db,
         first=first,
         second=second,

@@ -12,7 +12,6 @@ from dashboard.viewdata import lens as shapes
 from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
 from tests import builders
-from tests.dashboard.test_shapes import summary
 
 LAYERS = 3
 
@@ -160,7 +159,7 @@ def test_the_map_has_a_column_a_step_and_a_row_a_layer() -> None:
         chosen_prob=np.zeros((2, 2), np.float32),
         kl=np.zeros((2, 2), np.float32),
     )
-    steps = [summary(i, f" {i}", settle_layer=None if i == 2 else 1) for i in range(4)]
+    steps = [builders.summary(i, f" {i}", settle_layer=None if i == 2 else 1) for i in range(4)]
     data = shapes.lens_map(grid, steps)
     assert [s["index"] for s in data["steps"]] == [1, 2]
     assert data["layers"] == 2
