@@ -49,7 +49,7 @@ def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
     from oki_trace.cli.output import print_error
     from oki_trace.errors import OkiTraceError, UsageError
-    from oki_trace.input_text import checked
+    from oki_trace.input_text import require_storable
 
     given, debug = _without_debug(arguments)
     _take_any_text()
@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> None:
             os.environ.setdefault(name, "error")
     try:
         for argument in given:
-            checked(argument, "An argument")
+            require_storable(argument, "An argument")
         app(given, prog_name="oki-trace")
     except OkiTraceError as error:
         if debug:
