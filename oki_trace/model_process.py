@@ -114,8 +114,8 @@ class ModelProcess:
             except INTERRUPTIONS:
                 raise
             except BaseException as error:
-                log.exception("a fault of oki-trace")
-                self._fail(reply, f"This is a fault of oki-trace ({why(error)}).")
+                log.exception("a bug in oki-trace")
+                self._fail(reply, f"This is a bug in oki-trace ({why(error)}).")
             finally:
                 self._memory.lift()
                 self._send_state("idle")

@@ -1,4 +1,4 @@
-"""The options that several commands share, each with one meaning."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -41,16 +41,19 @@ Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
 System = Annotated[str | None, typer.Option("--system", help="The system message.")]
 MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=0, help="The most tokens of one reply.")
+    int, typer.Option("--max-new-tokens", min=0, help="The most tokens in a reply.")
 ]
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="Sample; without it the reply is greedy.")
+    float | None,
+    typer.Option("--temperature", help="Sample; without it, decoding is greedy."),
 ]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Nucleus sampling.")]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample among the k most likely.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed, the same tokens.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Nucleus sampling: the probability to keep.")
+]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the k most likely tokens.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same tokens.")]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1 repeats less.")
+    float | None, typer.Option("--repetition-penalty", help="Above 1, repetition is less likely.")
 ]
 
 
@@ -65,22 +68,23 @@ NoFast = Annotated[
     typer.Option(
         "--no-fast",
         callback=_switch_fast_paths_off,
-        help="Without the optional fast paths: the same numbers, slower.",
+        help="Turn the optional fast paths off: the same numbers, slower.",
     ),
 ]
 Tensors = Annotated[
-    str, typer.Option("--tensors", help=f"Full tensors kept: {', '.join(get_args(TensorMode))}.")
+    str,
+    typer.Option("--tensors", help=f"Storage of full tensors: {', '.join(get_args(TensorMode))}."),
 ]
 ConversationId = Annotated[
     int | None,
-    typer.Option("--conversation", "-c", help="Go on with this conversation, and its model."),
+    typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
 ]
 TemplateArg = Annotated[
     list[str] | None,
     typer.Option(
         "--template-arg",
         metavar="KEY=VALUE",
-        help="For the chat template, such as enable_thinking=false. Kept for the next turns.",
+        help="For the chat template, such as enable_thinking=false; also for later turns.",
     ),
 ]
 Tools = Annotated[
@@ -91,11 +95,11 @@ Tools = Annotated[
 ]
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", show_default="standard output", help="File to write."),
+    typer.Option("--output", "-o", show_default="standard output", help="The file to write."),
 ]
 
 DEFAULT_TOKENS = 256
-# What SQLite keeps beside the store's name.
+# Suffixes of the files of an SQLite store.
 _STORE_FILES = ("", "-wal", "-shm")
 
 
@@ -105,22 +109,19 @@ def store_of(db: str | None) -> str:
 
 
 def not_the_store(path: Path, db: str) -> Path:
-    """``path``, unless it is a file of the store: to read or replace that would damage it.
-
-    Raises UsageError then.
-    """
+    """Return ``path``. Raises UsageError if it is a file of the store, which it would damage."""
     from oki_trace.store.schema import identity
 
     file = identity.file_of(identity.address(db))
     files = [] if file is None else [file.with_name(file.name + end) for end in _STORE_FILES]
     if any(one.exists() and path.exists() and path.samefile(one) for one in files):
-        raise UsageError(f"{path} is the store itself: give another path.")
+        raise UsageError(f"{path} is the store itself. Give another path.")
     return path
 
 
 def shown(db: str) -> str:
-    """The store's name for the terminal: without its password, and inert."""
-    from oki_trace.cli.output import inert
+    """The store's name for the terminal, without a password."""
+    from oki_trace.sanitize import inert
     from oki_trace.store.schema import identity
 
     url = identity.address(db)
@@ -128,18 +129,18 @@ def shown(db: str) -> str:
 
 
 def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> ModelChoice:
-    """Which model a command loads, and how."""
+    """The model that a command loads, and how."""
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
 def policy_of(tensors: str) -> CapturePolicy:
-    """What a command keeps of each step. Raises UsageError for an unknown mode."""
+    """What a command stores of each step. Raises UsageError for an unknown mode."""
     return CapturePolicy(tensors=tensors)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What ``run`` and ``chat`` have in common: the model, the conversation, the sampling."""
+    """The options of ``run`` and ``chat``: the model, the conversation, the sampling."""
 
     model: Model = None
     conversation: ConversationId = None
@@ -160,7 +161,7 @@ class Turns:
     db: Db = None
 
     def choice(self, last: ModelChoice | None) -> ModelChoice:
-        """Which model; without ``--model`` the conversation's ``last``, loaded as it was then."""
+        """The model; without ``--model`` the conversation's ``last``, loaded as it was then."""
         if self.model is not None or last is None:
             return choice_of(self.model, self.four_bit, self.dtype, self.device)
         return ModelChoice(
@@ -171,14 +172,14 @@ class Turns:
         )
 
     def template(self) -> TemplateOptions:
-        """Raises UsageError for what cannot be read."""
+        """The options for the chat template. Raises UsageError for invalid ones."""
         from oki_trace.template_options import options_from, read_tools
 
         schemas = read_tools(self.tools) if self.tools is not None else ()
         return options_from(self.template_arg or (), schemas)
 
     def sampling(self) -> Sampling:
-        """Raises UsageError for values out of range."""
+        """The sampling settings. Raises UsageError for values out of range."""
         return Sampling(
             self.max_new_tokens,
             self.temperature,
@@ -190,7 +191,7 @@ class Turns:
 
 
 def with_turns(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its parameter ``turns`` given as options, a field of ``Turns`` each."""
+    """Replace the parameter ``turns`` of a command by one option per field of ``Turns``."""
     own = inspect.signature(command, eval_str=True).parameters
     hints = get_type_hints(Turns, include_extras=True)
     grouped = {
@@ -204,9 +205,9 @@ def with_turns(command: Callable[..., None]) -> Callable[..., None]:
     }
 
     @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        turns = Turns(**{name: given.pop(name) for name in grouped})
-        command(turns=turns, **given)
+    def wrapped(**values: Any) -> None:
+        turns = Turns(**{name: values.pop(name) for name in grouped})
+        command(turns=turns, **values)
 
     parameters: list[inspect.Parameter] = []
     for name, parameter in own.items():

@@ -107,7 +107,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
         (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
         (("sql", "SELECT wrong FROM step"), 1, "wrong"),
-        (("sql",), 2, "There is no question"),
+        (("sql",), 2, "There is no query"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -159,7 +159,7 @@ def test_a_csv_moves_no_terminal_and_computes_nothing(demo: Demo) -> None:
 
 def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:
     done = oki("sql", "SELECT layer FROM lens_layer", "--limit", 3, "--json", "--db", demo.db)
-    assert len(json.loads(done.out)) == 3 and "more rows than 3" in done.err
+    assert len(json.loads(done.out)) == 3 and "more than 3 rows" in done.err
 
 
 def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path) -> None:
