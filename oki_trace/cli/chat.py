@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import print_error, print_json
+from oki_trace.cli.output import print_error, print_json, print_text
 from oki_trace.cli.session import Turn, open_session
 from oki_trace.errors import UsageError
 from oki_trace.exchange.decision import explain_generation
