@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from typer.models import OptionInfo
 
@@ -76,10 +76,11 @@ def _rows(command: Callable[..., None]) -> Iterator[str]:
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
         kind, declared = get_args(parameter.annotation)
         if isinstance(declared, OptionInfo):
-            # In an annotation, ``default`` holds the first name.
-            names = ", ".join(
-                f"`{name}`" for name in (declared.default, *(declared.param_decls or ()))
-            )
+            # In an annotation, ``default`` holds the first name, if there is any.
+            first = declared.default
+            if first is ...:
+                first = f"--{parameter.name.replace('_', '-')}"
+            names = ", ".join(f"`{name}`" for name in (first, *(declared.param_decls or ())))
         else:
             name = (declared.metavar or parameter.name.strip("_")).strip("[]{}").upper()
             names = f"`{name}{'...' if 'list[' in str(kind) else ''}`"
@@ -89,13 +90,16 @@ def _rows(command: Callable[..., None]) -> Iterator[str]:
 
 def _takes(kind: Any, declared: Any) -> str:
     """The kind of value; nothing for a switch."""
-    (kind, *_) = [one for one in get_args(kind) if one is not type(None)] or [kind]
+    if get_origin(kind) is not Literal:
+        (kind, *_) = [one for one in get_args(kind) if one is not type(None)] or [kind]
     if kind is bool:
         return ""
     if declared.metavar and isinstance(declared, OptionInfo):
         return str(declared.metavar).lower().replace("_or_", " or ").replace("url", "URL")
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return ", ".join(f"`{choice.value}`" for choice in kind)
+        kind = Literal[tuple(choice.value for choice in kind)]
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
     return {int: "number", float: "number", Path: "path"}.get(kind, "text")
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -17,22 +16,9 @@ from oki_trace.records import Role
 if TYPE_CHECKING:
     from oki_trace.analysis.query_session import QuerySession
 
-
-class AnswerFormat(StrEnum):
-    """The output formats of an answer."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-
-
-class Format(StrEnum):
-    """The output formats of an SQL result."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-    PARQUET = "parquet"
+AnswerFormat = Literal["table", "json", "csv"]
+ResultFormat = Literal["table", "json", "csv", "parquet"]
+_FORMAT = typer.Option("--format", "-f", help="The output format.")
 
 
 def ask(
@@ -43,41 +29,33 @@ def ask(
         list[str] | None,
         typer.Argument(help="For compare: two steps (2:5 4:5), two replies (2 4) or two models."),
     ] = None,
-    by: Annotated[str | None, typer.Option("--by", help="The view of the question.")] = None,
+    by: Annotated[str | None, typer.Option(help="The view of the question.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Only this model.")] = None,
     conversation: Annotated[
         int | None, typer.Option("--conversation", "-c", help="Only this conversation.")
     ] = None,
-    message: Annotated[int | None, typer.Option("--message", help="Only this reply.")] = None,
-    since: Annotated[str | None, typer.Option("--since", help="From this date or time on.")] = None,
+    message: Annotated[int | None, typer.Option(help="Only this reply.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this date or time on.")] = None,
     until: Annotated[
-        str | None, typer.Option("--until", help="Up to this time, or to the end of this date.")
+        str | None, typer.Option(help="Up to this time, or to the end of this date.")
     ] = None,
     role: Annotated[
-        Role | None,
-        typer.Option("--role", help="Only after a message of this role; see --text."),
+        Role | None, typer.Option(help="Only after a message of this role; see --text.")
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option("--text", help="Only where the reply or a message before it has this text."),
+        str | None, typer.Option(help="Only where the reply or a message before it has this text.")
     ] = None,
     top: Annotated[
         int | None, typer.Option("--top", "-n", min=1, help="At most this many rows.")
     ] = None,
-    least: Annotated[
-        float | None, typer.Option("--least", help="The lowest probability that counts.")
-    ] = None,
+    least: Annotated[float | None, typer.Option(help="The lowest probability that counts.")] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample",
-            min=1,
-            help="The number of steps whose tensors are read: 64 for heads, 640 for two models.",
+            min=1, help="How many steps' tensors to read: 64 for heads, 640 for two models."
         ),
     ] = None,
-    format: Annotated[
-        AnswerFormat, typer.Option("--format", "-f", help="The output format.")
-    ] = AnswerFormat.TABLE,
+    format: Annotated[AnswerFormat, _FORMAT] = "table",
     show_sql: Annotated[
         bool, typer.Option("--sql", help="Print the question's SQL instead.")
     ] = False,
@@ -100,28 +78,18 @@ def ask(
     from oki_trace.analysis.scope import Scope, moment
     from oki_trace.cli import answers
 
-    format = AnswerFormat.JSON if json else format
+    format = "json" if json else format
     if question is None:
-        answers.print_questions(as_json=format is AnswerFormat.JSON)
+        answers.print_questions(as_json=format == "json")
         return
-    scope = Scope(
-        model,
-        conversation,
-        message,
-        moment(since) if since else None,
-        moment(until, end=True) if until else None,
-        role,
-        text,
-    )
+    first = moment(since) if since else None
+    last = moment(until, end=True) if until else None
+    scope = Scope(model, conversation, message, first, last, role, text)
     limits = {"top": top, "least": least, "sample": sample}
+    limits = {name: value for name, value in limits.items() if value is not None}
     with _session(db) as session:
         answer = catalog.answer(
-            session,
-            question,
-            tuple(what or ()),
-            scope=scope,
-            view=by,
-            **{name: value for name, value in limits.items() if value is not None},
+            session, question, tuple(what or ()), scope=scope, view=by, **limits
         )
     if show_sql:
         print(answer.sql)
@@ -134,15 +102,13 @@ def sql(
         str | None, typer.Argument(metavar="SELECT", help="One SELECT statement, in quotes.")
     ] = None,
     tables: Annotated[bool, typer.Option("--tables", help="List the tables and columns.")] = False,
-    format: Annotated[Format, typer.Option("--format", "-f", help="The output format.")] = (
-        Format.TABLE
-    ),
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")] = (
-        1000
-    ),
-    timeout: Annotated[float, typer.Option("--timeout", help="At most this many seconds.")] = 30.0,
+    format: Annotated[ResultFormat, _FORMAT] = "table",
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")
+    ] = 1000,
+    timeout: Annotated[float, typer.Option(help="At most this many seconds.")] = 30.0,
     memory: Annotated[
-        str, typer.Option("--memory", help="The most memory that the statement may use.")
+        str, typer.Option(help="The most memory that the statement may use.")
     ] = "512MB",
     output: options.Output = None,
     rebuild: Annotated[
@@ -162,18 +128,18 @@ def sql(
     from oki_trace.analysis.sandbox import LEAST_MEMORY_BYTES
     from oki_trace.cli import answers
 
-    format = Format.JSON if json else format
+    format = "json" if json else format
     if not 0 < timeout < math.inf:
         raise UsageError(f"--timeout {timeout} is not a time. Give seconds, such as 30.")
     memory_bytes = quantities.size(memory)
     if memory_bytes < LEAST_MEMORY_BYTES:
         raise UsageError(f"--memory {memory} is too little for DuckDB. Give 200MB or more.")
     if tables:
-        answers.print_tables(as_json=format is Format.JSON)
+        answers.print_tables(as_json=format == "json")
         return
     if query is None and not rebuild:
         raise UsageError("There is no query. Give a SELECT statement, --tables or --rebuild.")
-    if format is Format.PARQUET and output is None and sys.stdout.isatty():
+    if format == "parquet" and output is None and sys.stdout.isatty():
         raise UsageError("Parquet cannot be printed on a terminal. Give --output PATH.")
     if output is not None:
         options.not_the_store(output, options.store_of(db))
@@ -184,7 +150,7 @@ def sql(
         if query is None:
             print_error("The cache is rebuilt.")
             return
-        if format is Format.PARQUET:
+        if format == "parquet":
             result = session.sql_result(query, **limits)
             answers.write_parquet(result.table, output)
             cut = result.cut

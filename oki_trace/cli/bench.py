@@ -15,8 +15,8 @@ from oki_trace.reporting import size
 
 def bench(
     model: options.Model = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="New tokens per run.")] = 128,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Pairs of runs.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per run.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
     four_bit: options.FourBit = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",

@@ -76,11 +76,9 @@ def list_(
 
 
 def show(
-    conversation: Annotated[int, typer.Argument(help="The number, as in: oki-trace list")],
-    message: Annotated[int | None, typer.Option("--message", help="Only this message.")] = None,
-    step: Annotated[
-        int | None, typer.Option("--step", help="One step of the reply, in detail.")
-    ] = None,
+    conversation: options.Number,
+    message: options.MessageId = None,
+    step: Annotated[int | None, typer.Option(help="One step of the reply, in detail.")] = None,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:

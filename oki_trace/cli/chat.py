@@ -35,7 +35,6 @@ def run(
     tool_result: Annotated[
         str | None,
         typer.Option(
-            "--tool-result",
             metavar="NAME",
             help="PROMPT is the result of this tool, which the last reply called.",
         ),
@@ -103,7 +102,7 @@ def chat(turns: options.Turns) -> None:
 
 def demo(
     no_ui: Annotated[bool, typer.Option("--no-ui", help="Do not open the explorer.")] = False,
-    port: Annotated[int | None, typer.Option("--port", help="The explorer's port.")] = None,
+    port: Annotated[int | None, typer.Option(help="The explorer's port.")] = None,
     db: options.Db = None,
 ) -> None:
     """Trace a short conversation with the built-in model, then open the explorer on it.

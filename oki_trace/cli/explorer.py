@@ -13,10 +13,10 @@ from oki_trace.cli.output import console, print_error
 
 
 def ui(
-    port: Annotated[int | None, typer.Option("--port", help="The port to serve on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to serve on.")] = None,
     host: Annotated[
         str,
-        typer.Option("--host", help="The address; only this machine can reach the default."),
+        typer.Option(help="The address; only this machine can reach the default."),
     ] = "127.0.0.1",
     public: Annotated[
         bool,
@@ -27,7 +27,6 @@ def ui(
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-host",
             metavar="NAME",
             help="A host name that browsers may use, as behind a proxy. Repeatable.",
         ),

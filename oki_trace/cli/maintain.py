@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import (
-    cell,
-    console,
-    print_json,
-    print_text,
-    progress_bar,
-    table,
-)
+from oki_trace.cli.output import cell, console, print_json, print_text, progress_bar, table
 from oki_trace.errors import UsageError
 from oki_trace.reporting import counted, size
 
@@ -29,7 +22,7 @@ LISTED = 20
 
 
 def rename(
-    conversation: Annotated[int, typer.Argument(help="The number, as in: oki-trace list")],
+    conversation: options.Number,
     title: Annotated[str, typer.Argument(help="The new title.")],
     db: options.Db = None,
 ) -> None:
@@ -81,11 +74,11 @@ def delete(
 
 def prune(
     older_than: Annotated[
-        str | None, typer.Option("--older-than", metavar="AGE", help="Such as 12h, 30d, 8w or 1y.")
+        str | None, typer.Option(metavar="AGE", help="Such as 12h, 30d, 8w or 1y.")
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option("--max-size", metavar="SIZE", help="Prune until the data fits, as in 10GB."),
+        typer.Option(metavar="SIZE", help="Prune until the data fits, as in 10GB."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete whole conversations, not only full tensors.")

@@ -6,27 +6,34 @@ import functools
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args
 
 import typer
 
 from oki_trace.errors import UsageError
-from oki_trace.records import (
-    CapturePolicy,
-    ModelChoice,
-    Sampling,
-    TemplateOptions,
-    TensorMode,
-)
+from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TemplateOptions, TensorMode
 from oki_trace.settings import Settings
+
+
+def _switch_fast_paths_off(value: bool) -> bool:
+    if value:
+        os.environ["OKI_TRACE_FAST"] = "0"
+    return value
+
 
 Db = Annotated[
     str | None,
-    typer.Option("--db", metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
+    typer.Option(metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Number = Annotated[int, typer.Argument(help="The number, as in: oki-trace list")]
+MessageId = Annotated[int | None, typer.Option("--message", help="Only this message.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", show_default="standard output", help="The file to write."),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -37,32 +44,11 @@ Model = Annotated[
     ),
 ]
 FourBit = Annotated[bool, typer.Option("--4bit", help="Load the weights in 4-bit.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
-System = Annotated[str | None, typer.Option("--system", help="The system message.")]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", min=0, help="The most tokens in a reply.")
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Tensors = Annotated[
+    str, typer.Option(help=f"How full tensors are stored: {', '.join(get_args(TensorMode))}.")
 ]
-Temperature = Annotated[
-    float | None,
-    typer.Option("--temperature", help="Sample; without it, decoding is greedy."),
-]
-TopP = Annotated[
-    float | None, typer.Option("--top-p", help="Nucleus sampling: the probability to keep.")
-]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Sample from the k most likely tokens.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same tokens.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option("--repetition-penalty", help="Above 1, repetition is less likely.")
-]
-
-
-def _switch_fast_paths_off(value: bool) -> bool:
-    if value:
-        os.environ["OKI_TRACE_FAST"] = "0"
-    return value
-
-
 NoFast = Annotated[
     bool,
     typer.Option(
@@ -71,34 +57,6 @@ NoFast = Annotated[
         help="Turn the optional fast paths off: the same numbers, slower.",
     ),
 ]
-Tensors = Annotated[
-    str,
-    typer.Option("--tensors", help=f"Storage of full tensors: {', '.join(get_args(TensorMode))}."),
-]
-ConversationId = Annotated[
-    int | None,
-    typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
-]
-TemplateArg = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--template-arg",
-        metavar="KEY=VALUE",
-        help="For the chat template, such as enable_thinking=false; also for later turns.",
-    ),
-]
-Tools = Annotated[
-    Path | None,
-    typer.Option(
-        "--tools", metavar="FILE", help="Tool schemas in JSON; calls are shown, never executed."
-    ),
-]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", show_default="standard output", help="The file to write."),
-]
-
-DEFAULT_TOKENS = 256
 # Suffixes of the files of an SQLite store.
 _STORE_FILES = ("", "-wal", "-shm")
 
@@ -120,12 +78,11 @@ def not_the_store(path: Path, db: str) -> Path:
 
 
 def shown(db: str) -> str:
-    """The store's name for the terminal, without a password."""
-    from oki_trace.sanitize import inert
+    """The store's name without a password."""
     from oki_trace.store.schema import identity
 
     url = identity.address(db)
-    return inert(db if identity.file_of(url) else identity.shown(url), keep="")
+    return db if identity.file_of(url) else identity.shown(url)
 
 
 def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> ModelChoice:
@@ -143,20 +100,38 @@ class Turns:
     """The options of ``run`` and ``chat``: the model, the conversation, the sampling."""
 
     model: Model = None
-    conversation: ConversationId = None
-    system: System = None
-    max_new_tokens: MaxNewTokens = DEFAULT_TOKENS
-    temperature: Temperature = None
-    top_p: TopP = None
-    top_k: TopK = None
-    repetition_penalty: RepetitionPenalty = None
-    seed: Seed = None
+    conversation: Annotated[
+        int | None,
+        typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
+    ] = None
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="The most tokens in a reply.")] = 256
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample; without it, decoding is greedy.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Nucleus sampling: the probability to keep.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, repetition is less likely.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None
     four_bit: FourBit = False
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
-    template_arg: TemplateArg = None
-    tools: Tools = None
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="For the chat template, such as enable_thinking=false; also for later turns.",
+        ),
+    ] = None
+    tools: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Tool schemas in JSON; calls are shown, never executed."),
+    ] = None
     no_fast: NoFast = False
     db: Db = None
 
@@ -180,39 +155,23 @@ class Turns:
 
     def sampling(self) -> Sampling:
         """The sampling settings. Raises UsageError for values out of range."""
-        return Sampling(
-            self.max_new_tokens,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            self.repetition_penalty,
-            self.seed,
-        )
+        limits = (self.temperature, self.top_p, self.top_k, self.repetition_penalty)
+        return Sampling(self.max_new_tokens, *limits, self.seed)
 
 
 def with_turns(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter ``turns`` of a command by one option per field of ``Turns``."""
-    own = inspect.signature(command, eval_str=True).parameters
-    hints = get_type_hints(Turns, include_extras=True)
-    grouped = {
-        field.name: inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(Turns)
-    }
+    fields = inspect.signature(Turns, eval_str=True).parameters
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        parameters += fields.values() if name == "turns" else [parameter]
 
     @functools.wraps(command)
     def wrapped(**values: Any) -> None:
-        turns = Turns(**{name: values.pop(name) for name in grouped})
-        command(turns=turns, **values)
+        command(turns=Turns(**{name: values.pop(name) for name in fields}), **values)
 
-    parameters: list[inspect.Parameter] = []
-    for name, parameter in own.items():
-        expanded = grouped.values() if name == "turns" else [parameter]
-        parameters += [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in expanded]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    signature = inspect.Signature([p.replace(kind=keyword) for p in parameters])
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return wrapped

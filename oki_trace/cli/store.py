@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import (
-    cell,
-    console,
-    print_json,
-    print_text,
-    progress_bar,
-    table,
-)
+from oki_trace.cli.output import cell, console, print_json, print_text, progress_bar, table
 from oki_trace.cli.watchdog import watchdog
 from oki_trace.reporting import counted, size
 

@@ -27,9 +27,7 @@ def export(
             "trace-v1: for viewers of that format.",
         ),
     ] = Format.JSON,
-    message: Annotated[
-        int | None, typer.Option("--message", help="Export the trace of this message only.")
-    ] = None,
+    message: options.MessageId = None,
     tensors: Annotated[
         bool,
         typer.Option("--tensors", help="Write the full tensors too, as safetensors beside json."),
@@ -86,7 +84,7 @@ def import_(
         Path, typer.Argument(help="A file, a folder or a zip of tables; - is standard input.")
     ],
     memory: Annotated[
-        str, typer.Option("--memory", help="The most memory that reading the file may use.")
+        str, typer.Option(help="The most memory that reading the file may use.")
     ] = "400MB",
     db: options.Db = None,
     json: options.Json = False,
@@ -136,7 +134,7 @@ def import_(
 
 
 def copy(
-    to: Annotated[str, typer.Option("--to", metavar="PATH_OR_URL", help="The target store.")],
+    to: Annotated[str, typer.Option(metavar="PATH_OR_URL", help="The target store.")],
     conversations: Annotated[
         list[int] | None,
         typer.Argument(help="Numbers, as in: oki-trace list", show_default="all"),
