@@ -59,33 +59,22 @@ class Channel:
 
 
 class ModelProcess:
-    """Generates replies of one store on command, with one model at a time."""
+    """Generates replies of one store on command, with one model at a time.
 
-    def __init__(self, db: str, channel: Channel) -> None:
-        self._writer = TraceWriter(db)
-        self._reader = TraceReader(db)
-        self._channel = channel
+    ``stop`` ends the current reply after its next step, or earlier if it has none yet.
+    """
+
+    def __init__(self, writer: TraceWriter, reader: TraceReader, channel: Channel) -> None:
+        self.stop = threading.Event()
+        self._writer, self._reader, self._channel = writer, reader, channel
         self._loaded: Any = None
-        self._stop = threading.Event()
         # The tokenizer aborts the process when it runs out of memory; the worker reports that.
         self._memory = MemoryLimit(Doing.TEMPLATE, Doing.TOKENIZER)
-
-    def close(self) -> None:
-        self._reader.close()
-        self._writer.close()
-
-    def stop(self) -> None:
-        """End the current reply after its next step, or earlier if it has none yet."""
-        self._stop.set()
-
-    def clear_stop(self) -> None:
-        """Forget an earlier stop: it was for another reply."""
-        self._stop.clear()
 
     def serve_next(self) -> None:
         """Claim the oldest queued reply and generate it; report if there is none."""
         try:
-            reply_id = None if self._stop.is_set() else self._writer.claim_next_reply()
+            reply_id = None if self.stop.is_set() else self._writer.claim_next_reply()
         except StoreBusy as error:
             log.warning("will claim again: %s", error)
             self._channel.send(again=True)
@@ -108,14 +97,14 @@ class ModelProcess:
                     self._writer, self._reader, reply, loaded, should_stop=self._should_stop
                 )
             except OkiTraceError as error:
-                self._fail(reply, str(error))
+                self._end(reply, Status.FAILED, str(error))
             except StopRequested:
                 self._end(reply, Status.STOPPED, "stopped before the first token")
             except INTERRUPTIONS:
                 raise
             except BaseException as error:
                 log.exception("a bug in oki-trace")
-                self._fail(reply, f"This is a bug in oki-trace ({why(error)}).")
+                self._end(reply, Status.FAILED, f"This is a bug in oki-trace ({why(error)}).")
             finally:
                 self._memory.lift()
                 self._send_state("idle")
@@ -132,7 +121,7 @@ class ModelProcess:
             from oki_trace.llm.loading.load import load
 
             def report(text: str, fraction: float | None) -> None:
-                if self._stop.is_set():
+                if self.stop.is_set():
                     raise StopRequested
                 self._send_loading(choice, text, fraction)
 
@@ -141,7 +130,7 @@ class ModelProcess:
 
     def _should_stop(self) -> bool:
         self._channel.pulse(alive=True)
-        return self._stop.is_set()
+        return self.stop.is_set()
 
     def _send_loading(self, choice: ModelChoice, text: str, fraction: float | None) -> None:
         send = self._channel.send if fraction in (None, 1.0) else self._channel.pulse
@@ -154,11 +143,9 @@ class ModelProcess:
             worker |= {"model_id": self._loaded.model_id, "detail": self._loaded.description}
         self._channel.send(worker=worker)
 
-    def _fail(self, reply: Message, reason: str) -> None:
-        log.error("message %d failed: %s", reply.id, reason)
-        self._end(reply, Status.FAILED, reason)
-
     def _end(self, reply: Message, status: Status, reason: str) -> None:
+        if status is Status.FAILED:
+            log.error("message %d failed: %s", reply.id, reason)
         # The reply may have been deleted, which may also be the reason.
         with suppress(NotFound):
             if self._reader.message(reply.id).status.is_live:
@@ -169,11 +156,11 @@ def _listen(commands: queue.Queue[bool], process: ModelProcess) -> None:
     """Read the worker's commands; False ends the queue when the input is closed."""
     for line in sys.stdin:
         if line.strip() == "stop":
-            process.stop()
+            process.stop.set()
         else:
-            process.clear_stop()
+            process.stop.clear()  # an earlier stop was for another reply
             commands.put(True)
-    process.stop()
+    process.stop.set()
     commands.put(False)
     time.sleep(_EXIT_SECONDS)
     os._exit(1)
@@ -201,12 +188,11 @@ def main() -> None:
     channel = Channel(os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8"))
     # Output of libraries must not mix with the events.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    process = ModelProcess(Settings.from_environment().db, channel)
-    try:
+    db = Settings.from_environment().db
+    with TraceWriter(db) as writer, TraceReader(db) as reader:
+        process = ModelProcess(writer, reader, channel)
         channel.send(ready=True)
         commands: queue.Queue[bool] = queue.Queue()
         threading.Thread(target=_listen, args=(commands, process), daemon=True).start()
         while commands.get():
             process.serve_next()
-    finally:
-        process.close()

@@ -19,7 +19,6 @@ from oki_trace.llm.decoding.generation import generation_of
 from oki_trace.llm.decoding.model_lock import exclusive
 from oki_trace.llm.loading.load import LoadedModel, load
 from oki_trace.records import (
-    Conversation,
     Lens,
     Message,
     ModelChoice,
@@ -57,10 +56,10 @@ class Recomputed:
     message_id: int
     model_id: str
     steps: int
-    logprob_difference: float | None
-    top1_differences: int | None
-    reason: str | None
-    agrees: bool
+    reason: str | None = None
+    agrees: bool = True
+    logprob_difference: float | None = None
+    top1_differences: int | None = None
     entropy_difference: float | None = None
     lens_difference: float | None = None
     not_numbers: int | None = None
@@ -84,15 +83,13 @@ def recompute(
         by_model.setdefault(choice, []).append(message)
     done = 0
     for choice, messages in by_model.items():
-        loaded: LoadedModel | None = None
-        reason = None
         try:
-            loaded = loader(choice)
+            loaded: LoadedModel | ModelError = loader(choice)
         except ModelError as error:
-            reason = str(error)
+            loaded = error
         for message in messages:
-            if loaded is None:
-                yield _not_recomputed(message, reason or "")
+            if isinstance(loaded, ModelError):
+                yield replace(_result(message), reason=str(loaded))
             else:
                 yield _recompute(reader, message, loaded)
             done += 1
@@ -102,10 +99,7 @@ def recompute(
 
 def _replies(reader: TraceReader, conversation_id: int | None) -> Iterator[Message]:
     """The replies that have tokens, of one conversation or all."""
-    if conversation_id is not None:
-        ids = [conversation_id]
-    else:
-        ids = sorted(conversation.id for conversation in _conversations(reader))
+    ids = [conversation_id] if conversation_id is not None else sorted(_conversation_ids(reader))
     for number in ids:
         try:
             messages = reader.messages(number)
@@ -118,11 +112,16 @@ def _replies(reader: TraceReader, conversation_id: int | None) -> Iterator[Messa
                 yield message
 
 
-def _conversations(reader: TraceReader) -> Iterator[Conversation]:
+def _conversation_ids(reader: TraceReader) -> Iterator[int]:
     offset = 0
     while page := reader.conversations(limit=200, offset=offset):
-        yield from page
+        yield from (conversation.id for conversation in page)
         offset += len(page)
+
+
+def _result(message: Message) -> Recomputed:
+    ids = (message.conversation_id, message.id)
+    return Recomputed(*ids, message.model_id or "", message.tokens)
 
 
 def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Recomputed:
@@ -131,7 +130,8 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     embeddings: Any = loaded.model.get_input_embeddings()
     size = int(embeddings.weight.shape[0])
     if min(*chosen, *prompt.token_ids, 0) < 0 or max(*chosen, *prompt.token_ids, 0) >= size:
-        return _not_recomputed(message, f"it has token ids outside the model's 0 to {size - 1}")
+        reason = f"it has token ids outside the model's 0 to {size - 1}"
+        return replace(_result(message), reason=reason)
     dtype = message.capture.dtype if message.capture else ""
     differences = Differences(complete=dtype != "unknown")
     stored_steps = reader.iter_steps(message.id)
@@ -147,21 +147,19 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
                 differences.add(stored, event)
                 text.push(event)
     except (RuntimeError, ValueError, IndexError, TypeError, OkiTraceError) as error:
-        return _not_recomputed(message, f"the model cannot be run on it ({error})".splitlines()[0])
+        reason = f"the model cannot be run on it ({error})".splitlines()[0]
+        return replace(_result(message), reason=reason)
     # An older trace has no parts, and an interrupted one has its text so far.
     ended = message.status in (Status.COMPLETE, Status.STOPPED)
     other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
     text_differences = differences.other_texts + other_text
     explained = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
-    return Recomputed(
-        conversation_id=message.conversation_id,
-        message_id=message.id,
-        model_id=message.model_id or "",
+    return replace(
+        _result(message),
         steps=len(chosen),
+        agrees=explained and not text_differences,
         logprob_difference=differences.logprob,
         top1_differences=differences.other_tops,
-        reason=None,
-        agrees=explained and not text_differences,
         entropy_difference=differences.entropy,
         lens_difference=differences.lens,
         not_numbers=differences.not_numbers,
@@ -186,16 +184,3 @@ def _decode_again(
                 yield event
             elif isinstance(event, tuple):
                 yield event[0]
-
-
-def _not_recomputed(message: Message, reason: str) -> Recomputed:
-    return Recomputed(
-        conversation_id=message.conversation_id,
-        message_id=message.id,
-        model_id=message.model_id or "",
-        steps=message.tokens,
-        logprob_difference=None,
-        top1_differences=None,
-        reason=reason,
-        agrees=True,
-    )
