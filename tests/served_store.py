@@ -1,4 +1,4 @@
-"""A store with both ends open, as the explorer has it, and the workers that serve it."""
+"""A store with a writer and a reader, as the explorer has it, and the workers that serve it."""
 
 from __future__ import annotations
 

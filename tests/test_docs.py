@@ -1,4 +1,4 @@
-"""What the pages say is there, is there: files, modules, links and examples."""
+"""Files, modules, links and examples that the documents name exist."""
 
 from __future__ import annotations
 

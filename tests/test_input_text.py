@@ -1,4 +1,4 @@
-"""What cannot be kept as it is given is refused in one line, whoever gives it."""
+"""Text that cannot be stored unchanged is refused in one line, whoever enters it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that were replaced by the field's own terms stay replaced."""
+"""Names that were replaced by standard terms do not come back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sdist and the wheel: whole, and used from another folder as those use them who have them."""
+"""The sdist and the wheel are complete, and the wheel works away from the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reply is asked for, and what the model is given for it."""
+"""Queueing a reply: what is stored, and which messages the model gets."""
 
 from __future__ import annotations
 

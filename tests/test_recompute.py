@@ -1,4 +1,4 @@
-"""A reply decoded again as it was made: a faithful trace agrees, whatever it was made in."""
+"""Recomputing a reply: a faithful trace agrees in every dtype, a changed one does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker as a real process: asked through the store, watched through the store."""
+"""The worker as a real process, commanded and watched through the store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that were made to disable a worker: their reply fails truthfully, the next is served."""
+"""Models made to disable a worker: their replies fail with the reason, the next is served."""
 
 from __future__ import annotations
 

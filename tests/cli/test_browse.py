@@ -1,4 +1,4 @@
-"""``list``, ``show``, ``info``, ``export``, ``migrate``: what the store holds, shown inert."""
+"""``list``, ``show``, ``info``, ``export`` and ``migrate``, with hostile text too."""
 
 from __future__ import annotations
 

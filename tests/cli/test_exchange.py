@@ -1,4 +1,4 @@
-"""``export`` and ``import`` as they are typed."""
+"""``export`` and ``import`` as a user types them."""
 
 from __future__ import annotations
 

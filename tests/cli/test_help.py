@@ -1,4 +1,4 @@
-"""Every command says what it does, and shows it."""
+"""Every command has help and an example, and docs/commands.md matches it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that think and call tools, from the command line: kept in parts, and given back so."""
+"""Models that think and call tools, from the command line: parts are stored and used again."""
 
 from __future__ import annotations
 
