@@ -78,16 +78,9 @@ def run_traced(
     if db is not None:
         _store(os.fspath(db), request, loaded, collector)
     else:
-        instrument = prepare(model, tokenizer, [collector])
-        trace_turn(
-            instrument,
-            loaded.model_id,
-            request.messages,
-            request.sampling,
-            policy,
-            [collector],
-            template=request.template,
-        )
+        handle = prepare(model, tokenizer, [collector])
+        rest: Any = (request.messages, request.sampling, policy, [collector])
+        trace_turn(handle, loaded.model_id, *rest, template=request.template)
     return _result(collector, request)
 
 
@@ -118,15 +111,8 @@ def _store(db: str, request: ReplyRequest, loaded: _Loaded, collector: Collector
     from oki_trace.store.writing.writer import TraceWriter
 
     with TraceWriter(db) as writer, TraceReader(db) as reader:
-        _, reply_id = submit(writer, request, claim=True)
-        generate_reply(
-            writer,
-            reader,
-            reader.message(reply_id),
-            loaded,
-            messages=request.messages,
-            sinks=[collector],
-        )
+        reply = reader.message(submit(writer, request, claim=True)[1])
+        generate_reply(writer, reader, reply, loaded, messages=request.messages, sinks=[collector])
 
 
 def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str, Any]]:

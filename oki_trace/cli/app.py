@@ -27,7 +27,9 @@ class _Commands(TyperGroup):
             try:
                 return super().invoke(ctx)
             except _UsageError as error:
-                error.message += _dash_advice(error.message, arguments, _command_of(error))
+                name = getattr(error.ctx, "info_name", None)
+                command = name if name in ("chat", "ask", "sql") else "run"
+                error.message += _dash_advice(error.message, arguments, command)
                 raise
             finally:
                 sys.stdout.flush()
@@ -35,12 +37,6 @@ class _Commands(TyperGroup):
             # Discard the buffered output, so that Python does not complain at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-
-
-def _command_of(error: Any) -> str:
-    """The command whose arguments are wrong."""
-    name = getattr(error.ctx, "info_name", None)
-    return name if name in ("chat", "ask", "sql") else "run"
 
 
 def _dash_advice(message: str, arguments: list[str], command: str) -> str:
