@@ -48,8 +48,8 @@ class Recomputed:
     |Δprob| in the lens; ``top1_differences`` counts steps with another most likely token,
     ``not_numbers`` stored NaNs where the model gives a number, ``text_differences`` tokens
     (and the reply itself) whose text is not what the tokenizer makes of the token ids. All
-    are None when the reply could not be recomputed; ``reason`` says why. ``agrees`` is False
-    for another text, and for a difference that rounding does not explain.
+    are None when the reply could not be recomputed; ``reason`` says why. ``numbers_agree``
+    is False for a difference that rounding does not explain, ``agrees`` also for another text.
     """
 
     conversation_id: int
@@ -58,6 +58,7 @@ class Recomputed:
     steps: int
     reason: str | None = None
     agrees: bool = True
+    numbers_agree: bool = True
     logprob_difference: float | None = None
     top1_differences: int | None = None
     entropy_difference: float | None = None
@@ -153,11 +154,12 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     ended = message.status in (Status.COMPLETE, Status.STOPPED)
     other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
     text_differences = differences.other_texts + other_text
-    explained = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
+    numbers_agree = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
     return replace(
         _result(message),
         steps=len(chosen),
-        agrees=explained and not text_differences,
+        agrees=numbers_agree and not text_differences,
+        numbers_agree=numbers_agree,
         logprob_difference=differences.logprob,
         top1_differences=differences.other_tops,
         entropy_difference=differences.entropy,

@@ -151,9 +151,9 @@ def _line(one: Recomputed) -> str:
     ]
     if one.not_numbers:
         parts.append(f"{counted(one.not_numbers, 'value')} not a number")
-    if one.text_differences:
-        parts.append(f"{counted(one.text_differences, 'text')} other than the tokens'")
-    elif not one.agrees:
+    if not one.numbers_agree:
         parts.append("more than rounding explains")
+    if one.text_differences:
+        parts.append(f"{counted(one.text_differences, 'text')} not what the token ids make")
     steps = counted(one.steps, "token")
     return f"{message}: {steps} recomputed with {one.model_id}: {', '.join(parts)}"
