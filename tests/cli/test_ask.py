@@ -177,7 +177,7 @@ def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path)
     ("options", "status", "said"),
     [
         (("SELECT range(200000) FROM range(1000)",), 1, "more than 512 MB of memory"),
-        (("SELECT 1", "--memory", "1MB"), 2, "give 200MB or more"),
+        (("SELECT 1", "--memory", "1MB"), 2, "Give 200MB or more"),
         (("SELECT sleep_ms(60000)", "--timeout", "0.5"), 1, "took longer than 0.5 s"),
         (("SELECT '" + "x" * 100_000 + "' AS \ud800",), 2, "not UTF-8"),
     ],

@@ -178,6 +178,7 @@ def test_a_refused_template_option_stores_nothing_and_reads_no_weights(
 ) -> None:
     folder, db = folder_of(tmp_path, tokenizer(template), "Paris."), tmp_path / "s.db"
     (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    oki("info", "--db", db)  # what saving the model printed is not the commands'
     monkeypatch.setattr(load, "_model", lambda *_: pytest.fail("the weights were read"))
     monkeypatch.chdir(tmp_path)
     done = oki("run", "Capital?", "--model", folder, "--db", db, *arguments)
