@@ -22,7 +22,8 @@ from typing import Any, TextIO
 
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
 from oki_trace.llm.decoding.memory_limit import MemoryLimit
-from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, told_to, why
+from oki_trace.llm.failures import INTERRUPTIONS, summary
+from oki_trace.llm.loading.activity import Activity, report_activity, reporting_to
 from oki_trace.records import Message, ModelChoice, Status, TurnEnd
 from oki_trace.settings import Settings
 from oki_trace.store.reading.reader import TraceReader
@@ -69,7 +70,7 @@ class ModelProcess:
         self._writer, self._reader, self._channel = writer, reader, channel
         self._loaded: Any = None
         # The tokenizer aborts the process when it runs out of memory; the worker reports that.
-        self._memory = MemoryLimit(Doing.TEMPLATE, Doing.TOKENIZER)
+        self._memory = MemoryLimit(Activity.TEMPLATE, Activity.TOKENIZER)
 
     def serve_next(self) -> None:
         """Claim the oldest queued reply and generate it; report if there is none."""
@@ -86,7 +87,7 @@ class ModelProcess:
 
     def _serve(self, reply: Message) -> None:
         assert reply.choice is not None
-        with told_to(self._now_doing):
+        with reporting_to(self._now_doing):
             try:
                 loaded = self._load(reply.choice)
                 # Imported here, because torch takes seconds and the process is to start at once.
@@ -104,19 +105,19 @@ class ModelProcess:
                 raise
             except BaseException as error:
                 log.exception("a bug in oki-trace")
-                self._end(reply, Status.FAILED, f"This is a bug in oki-trace ({why(error)}).")
+                self._end(reply, Status.FAILED, f"This is a bug in oki-trace ({summary(error)}).")
             finally:
                 self._memory.lift()
                 self._send_state("idle")
 
-    def _now_doing(self, what: Doing) -> None:
+    def _now_doing(self, what: Activity) -> None:
         self._channel.send(doing=what.name)
         self._memory.now_doing(what)
 
     def _load(self, choice: ModelChoice) -> Any:
         if self._loaded is None or self._loaded.requested != choice:
             self._loaded = None  # two models at once may not fit
-            now_doing(Doing.LOADING)
+            report_activity(Activity.LOADING)
             self._send_loading(choice, f"Loading {choice.model_id}", None)
             from oki_trace.llm.loading.load import load
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 import psutil
 
 from oki_trace.child_process import command
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,19 @@ class Limit:
 
 
 LIMITS = {
-    Doing.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
-    Doing.LOADING: Limit(None, 3600.0, "Look at the disk and the network, or choose another model"),
-    Doing.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
-    Doing.TEMPLATE: Limit(
+    Activity.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
+    Activity.LOADING: Limit(
+        None, 3600.0, "Check the disk and the network, or choose another model"
+    ),
+    Activity.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.TEMPLATE: Limit(
         30.0, 300.0, "Fix chat_template.jinja in the model's folder, or choose another model"
     ),
-    Doing.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
-    Doing.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
+    Activity.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
 }
 # How long a phase may take to obey a stop. One step of a large model takes seconds.
-STOP_SECONDS = dict.fromkeys(Doing, 3.0) | {Doing.DECODING: 20.0}
+STOP_SECONDS = dict.fromkeys(Activity, 3.0) | {Activity.DECODING: 20.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class ModelSupervisor:
         self.is_serving = False
         self.reply: int | None = None
         self._stopped_at: float | None = None
-        self._doing = Doing.LOADING
+        self._doing = Activity.LOADING
         self._last_event_at = time.monotonic()
         self._processor_before = 0.0
 
@@ -120,13 +122,13 @@ class ModelSupervisor:
         if "ready" in event:
             self.has_begun = True
         if "doing" in event:
-            self._doing = Doing[event["doing"]]
+            self._doing = Activity[event["doing"]]
             self._processor_before = self._processor_seconds()
         if "again" in event or "done" in event or event.get("reply", 0) is None:
             self.is_serving, self.reply, self._stopped_at = False, None, None
         elif "reply" in event:
             self.reply = event["reply"]
-            self._doing = Doing.LOADING
+            self._doing = Activity.LOADING
         return event
 
     def overdue(self) -> Overdue | None:

@@ -15,8 +15,8 @@ from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.loading.load import LoadedModel, load
 from oki_trace.records import (
     Lens,
@@ -178,9 +178,9 @@ def _decode_again(
     policy = message.capture.policy
     candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
     policy = replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none")
-    generation = message.generation or generation_of(loaded.model, Sampling(), len(prompt))
+    generation = message.generation or resolve_generation(loaded.model, Sampling(), len(prompt))
     generation = replace(generation, max_new_tokens=len(chosen))
-    with exclusive(loaded.model):
+    with lock_model(loaded.model):
         for event in capture(handle, prompt, generation, policy, lambda: False, chosen):
             if isinstance(event, Lens):
                 yield event

@@ -6,7 +6,6 @@ starts also ends in all its sinks, with the reason if it fails.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,13 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.vocabulary import must_have_embeddings
+from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
-from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, why
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
+from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
+from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -83,7 +83,7 @@ def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
         for sink in sinks:
             sink.end(TurnEnd(status, "", reason, 0.0))
 
-    now_doing(Doing.CHECKING)
+    report_activity(Activity.CHECKING)
     with _ending(end):
         return instrument(model, tokenizer)
 
@@ -109,12 +109,12 @@ def trace_turn(
     end with its reason.
     """
     turn = _Turn(handle.tokenizer, sinks, on_text)
-    with _ending(turn.end), exclusive(handle.model):
+    with _ending(turn.end), lock_model(handle.model):
         prompt = render(handle.tokenizer, messages, handle.vocabulary, template)
-        must_have_embeddings(handle.model, prompt.token_ids, handle.vocabulary)
+        require_embeddings(handle.model, prompt.token_ids, handle.vocabulary)
         turn.text.replies_to(prompt.text, template.tools if template else ())
-        generation = generation_of(handle.model, sampling, len(prompt))
-        now_doing(Doing.DECODING)
+        generation = resolve_generation(handle.model, sampling, len(prompt))
+        report_activity(Activity.DECODING)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, handle.report(policy)))
         turn.follow(capture(handle, prompt, generation, policy, should_stop))
@@ -145,14 +145,13 @@ def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
 
 def _explain(error: BaseException) -> str:
     """One line for an error that a model's own code raised while decoding."""
-    # On a CPU, torch raises a plain RuntimeError with one of these phrases.
-    phrases = "out ?of ?memory|not enough memory|allocate memory"
-    if isinstance(error, MemoryError) or re.search(phrases, why(error), re.IGNORECASE):
+    if is_out_of_memory(error):
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
     if not isinstance(error, Exception):  # a panic in the tokenizer's Rust code
-        return f"The model's tokenizer failed ({why(error)}). Change the message, or the model."
+        return f"The model's tokenizer failed ({summary(error)}). Change the message, or the model."
     return (
-        f"The model failed ({why(error)}). Run it with --debug to see where, or try another model."
+        f"The model failed ({summary(error)}). "
+        "Run it with --debug to see where, or try another model."
     )
 
 

@@ -23,7 +23,7 @@ ORDER = (
     *("__main__", "cli", "bench", "dashboard", "launcher", "worker", "model_supervisor"),
     *("model_process", "recompute", "trace_differences", "analysis", "api", "generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
-    *("settings", "input_text", "records", "errors", "sanitize", "reporting"),
+    *("explain", "settings", "input_text", "records", "errors", "sanitize", "reporting"),
     "child_process",
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}

@@ -68,6 +68,13 @@ def test_every_link_within_leads_somewhere(page: Path) -> None:
             assert anchor in [head.replace(" ", "-") for head in heads], target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_path_in_a_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:oki_trace|dashboard|migrations|scripts|tests)/[\w/]+\.py)\b", text)
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
 def test_every_page_can_be_reached_from_the_readme() -> None:
     seen: set[Path] = set()
     waiting = [ROOT / "README.md"]

@@ -12,7 +12,7 @@ from oki_trace.cli import quantities
 from oki_trace.errors import CaptureError, ModelError, UsageError
 from oki_trace.input_text import require_storable
 from oki_trace.llm.capture.vocabulary import Vocabulary
-from oki_trace.llm.loading import locate
+from oki_trace.llm.loading.locate import locate
 from oki_trace.queueing import ReplyRequest, new_messages
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
 from oki_trace.records.trace import surprisal_of
@@ -136,7 +136,7 @@ def test_a_part_of_a_gguf_file_names_the_fix(tmp_path: Any) -> None:
     part.write_bytes(b"GGUF")
     fix = r"one of 3 parts .* --merge big-00001-of-00003\.gguf big\.gguf"
     with pytest.raises(ModelError, match=fix):
-        locate.find(str(part))
+        locate(str(part))
     whole = tmp_path / "small-00001-of-00001.gguf"
     whole.write_bytes(b"GGUF")
-    assert locate.find(str(whole)).gguf == whole.name
+    assert locate(str(whole)).gguf == whole.name

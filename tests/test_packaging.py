@@ -184,7 +184,7 @@ def test_the_minimum_is_what_is_declared() -> None:
     """constraints-minimum.txt, with which the declared bounds can be tried, has them all."""
     lines = (ROOT / "constraints-minimum.txt").read_text(encoding="utf-8").splitlines()
     pins = {line for line in lines if line and not line.startswith("#")}
-    asked = [line.partition(";")[0].strip() for line in PROJECT["dependencies"]]
+    asked = [re.split("[;,]", line)[0].strip() for line in PROJECT["dependencies"]]
     assert pins == {line.replace(">=", "==") for line in asked}
 
 

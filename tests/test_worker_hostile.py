@@ -16,7 +16,7 @@ from tokenizers.normalizers import Replace, Sequence
 from tokenizers.pre_tokenizers import Split
 
 from oki_trace import model_supervisor
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 from oki_trace.records import Message, Status
 from tests import models, tiny
 from tests.llm.loading import edit_config
@@ -69,9 +69,9 @@ def failed(store: ServedStore, model: Path, small: Path, text: str = "the fox") 
 def test_an_endless_template_ends_at_its_limit(
     store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = model_supervisor.LIMITS[Doing.TEMPLATE]
+    limit = model_supervisor.LIMITS[Activity.TEMPLATE]
     monkeypatch.setitem(
-        model_supervisor.LIMITS, Doing.TEMPLATE, model_supervisor.Limit(1.0, 300.0, limit.fix)
+        model_supervisor.LIMITS, Activity.TEMPLATE, model_supervisor.Limit(1.0, 300.0, limit.fix)
     )
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     assert failed(store, hostile, small) == (
@@ -83,7 +83,7 @@ def test_an_endless_template_ends_at_its_limit(
 def test_a_stop_ends_an_endless_template(
     store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Activity.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     reply = store.ask(hostile)
     until(lambda: store.state().state == "decoding", "the template's beginning")
@@ -102,7 +102,7 @@ def test_asked_to_leave_it_ends_an_endless_template(
     tmp_path: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SIGTERM asks: the worker is gone in seconds, and the reply says why it ended."""
-    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Activity.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     with store_at(tmp_path) as leaving:
         with serving(leaving):
@@ -128,9 +128,9 @@ def test_a_template_that_asks_for_all_the_memory(
 def test_a_tokenizer_that_never_ends(
     store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = model_supervisor.LIMITS[Doing.TOKENIZER]
+    limit = model_supervisor.LIMITS[Activity.TOKENIZER]
     monkeypatch.setitem(
-        model_supervisor.LIMITS, Doing.TOKENIZER, model_supervisor.Limit(1.0, 300.0, limit.fix)
+        model_supervisor.LIMITS, Activity.TOKENIZER, model_supervisor.Limit(1.0, 300.0, limit.fix)
     )
     # "x" doubles with each rule; the text tried at loading has none.
     doubling = Sequence([Replace("x", "xx")] * 28)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
+from oki_trace.explain import effects_table, explain, explain_generation, quoted
 from oki_trace.records import (
     CapturePolicy,
     CaptureReport,

@@ -15,7 +15,7 @@ from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import replies, storage
 from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.errors import OkiTraceError
-from oki_trace.exchange.decision import call_line
+from oki_trace.explain import call_line
 from oki_trace.queueing import ReplyRequest, last_template, new_messages, unanswered_calls
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 

@@ -20,7 +20,7 @@ from oki_trace.cli.output import (
     token,
 )
 from oki_trace.errors import NotFound, StoreError
-from oki_trace.exchange.decision import (
+from oki_trace.explain import (
     call_line,
     effects_table,
     explain,

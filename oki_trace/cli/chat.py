@@ -12,8 +12,8 @@ from oki_trace.cli import options
 from oki_trace.cli.output import print_error, print_json, print_text
 from oki_trace.cli.session import Turn, open_session
 from oki_trace.errors import UsageError
-from oki_trace.exchange.decision import explain_generation
 from oki_trace.exchange.trace_object import part_objects
+from oki_trace.explain import explain_generation
 from oki_trace.input_text import require_storable
 from oki_trace.reporting import size
 

@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from oki_trace.llm.decoding.memory_limit import MemoryLimit
-from oki_trace.llm.loading.activity import Doing, told_to
+from oki_trace.llm.loading.activity import Activity, reporting_to
 
 # How long a command may take to obey. A step of a large model takes longer, and so does
 # cleaning up.
 _SECONDS = 2.0
-_LONGER = {Doing.DECODING: 20.0, None: 10.0}
+_LONGER = {Activity.DECODING: 20.0, None: 10.0}
 _POLL_SECONDS = 0.1
 # The store may be locked by another process.
 _STORE_SECONDS = 5.0
@@ -35,11 +35,11 @@ class Watchdog:
     """``end_reply`` is called with the reason, to end the reply in the store."""
 
     end_reply: Callable[[str], object] | None = None
-    doing: Doing | None = None
+    doing: Activity | None = None
     obeyed: threading.Event = field(default_factory=threading.Event)
-    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Doing.TEMPLATE))
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Activity.TEMPLATE))
 
-    def now_doing(self, what: Doing) -> None:
+    def now_doing(self, what: Activity) -> None:
         self.doing = what
         self.memory.now_doing(what)
 
@@ -77,7 +77,7 @@ def watchdog() -> Iterator[Watchdog]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reading, dog), daemon=True).start()
     try:
-        with told_to(dog.now_doing):
+        with reporting_to(dog.now_doing):
             yield dog
     finally:
         dog.obeyed.set()

@@ -1,4 +1,4 @@
-"""What was recorded is known again after it has been a file; what was changed there is named."""
+"""Digests survive export and import, and every change to an exported file is reported."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oki_trace.exchange.decision import effects_table, explain, explain_generation
+from oki_trace.explain import effects_table, explain, explain_generation
 from oki_trace.records import Contender, Effect, Step
 from tests import builders
 
