@@ -208,9 +208,9 @@ def write_parquet(rows: Any, output: Path | None) -> None:
     if output is None:
         sys.stdout.buffer.write(data)
         return
-    from oki_trace.exchange.files import replacing_bytes
+    from oki_trace.exchange.files import replacing
 
-    with replacing_bytes(output) as file:
+    with replacing(output, "wb") as file:
         file.write(data)
     print_error(f"wrote {output}")
 

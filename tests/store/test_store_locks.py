@@ -128,7 +128,7 @@ def _import_path(db: str, folder: Path) -> None:
 def _import_stream(db: str, folder: Path) -> None:
     from oki_trace.exchange.importing import import_stream
 
-    path, _ = _export(db, folder, "jsonl", "html")
+    path = _export(db, folder, "jsonl", "html")[0]
     with path.open("rb") as stream:
         import_stream(stream, db)
 
