@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import duckdb
@@ -25,6 +25,7 @@ from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, fo
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import DamagedSteps
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.columnar import MessageMark
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.arrow import ROW_GROUP, ParquetTable
@@ -39,8 +40,6 @@ CACHED = tuple(name for name in BY_NAME if name != "conversation")
 _TIERS = (512, 4_096, 32_768)
 FULL_STEPS = _TIERS[-1]
 _FAN = 8
-
-Progress = Callable[[int, int], None]  # messages written, of all
 
 
 class Cache:

@@ -1,4 +1,4 @@
-"""``demo``, ``run`` and ``chat``: what a user types, sees, and finds in the store afterwards."""
+"""``demo``, ``run`` and ``chat``: input, output, and the store afterwards."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_4bit_that_could_not_be_had_is_said_in_a_line(oki: Oki, small: Path) -> 
         assert done.err == ""
     else:
         (line,) = done.err.splitlines()
-        assert line.startswith(f"oki-trace: {small}: 4-bit was asked for, float32 was loaded")
+        assert line.startswith(f"oki-trace: {small}: 4-bit was requested, float32 was loaded")
 
 
 def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models made to harm whoever loads them: refused in one line, in seconds and in little memory."""
+"""Harmful model files are refused in one line, within seconds and in little memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from oki_trace.llm.loading.file_checks import sound_folder, sound_gguf, sound_numbers
-from oki_trace.llm.loading.gguf_header import read_header
+from oki_trace.llm.loading.file_checks import check_folder, check_gguf, check_numbers
+from oki_trace.llm.loading.gguf_header import read_gguf_header
 from tests.llm.loading import edit_config, refusal, write_gguf
 
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4
@@ -58,7 +58,7 @@ def array(name: str, of: int, length: int, values: bytes = b"") -> bytes:
     ],
     ids=range(11),
 )
-def test_a_gguf_that_declares_what_no_model_has(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_gguf_that_declares_too_much(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
     began = time.monotonic()
@@ -77,23 +77,23 @@ def test_nested_arrays_are_bounded_too(tmp_path: Path) -> None:
 
 def test_the_header_of_a_whole_gguf(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
-    header = read_header(path)
+    header = read_gguf_header(path)
     assert header.tensors == 12
     assert header.numbers["llama.block_count"] == 1
-    assert sound_gguf(path).tensors == 12
+    assert check_gguf(path).tensors == 12
     whole = path.read_bytes()
-    # Wherever it ends in its header, it is said to be cut short.
+    # Wherever it is cut within its header, the error says so.
     for length in range(4, 3000, 7):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="cut short"):
-            read_header(path)
+            read_gguf_header(path)
 
 
 # ---------------------------------------------------------------- safetensors
 
 
 def _with_tensor(path: Path, **values: Any) -> None:
-    """Put a tensor more into a safetensors file's header."""
+    """Add a tensor to a safetensors file's header."""
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length]) | {"more": values}
@@ -101,8 +101,8 @@ def _with_tensor(path: Path, **values: Any) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
 
 
-def test_a_tensor_of_holes(broken: Path) -> None:
-    """A gigabyte that takes no room on the disk takes it in memory."""
+def test_a_sparse_file(broken: Path) -> None:
+    """A gigabyte of holes takes no disk space, but memory when it is read."""
     weights = broken / "model.safetensors"
     end = max(
         value["data_offsets"][1]
@@ -122,14 +122,14 @@ def _header(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_header_that_fills_the_memory(broken: Path) -> None:
+def test_an_oversized_header(broken: Path) -> None:
     weights = broken / "model.safetensors"
     text = b"{" + b" " * 17_000_000 + b"}"
     weights.write_bytes(struct.pack("<Q", len(text)) + text)
     assert "has a header of 17,000,002 bytes" in refusal(broken)
 
 
-def test_a_config_without_weights_behind_it(broken: Path) -> None:
+def test_a_config_with_more_parameters_than_weights(broken: Path) -> None:
     edit_config(broken, intermediate_size=1 << 19, hidden_size=1024, head_dim=16)
     assert "parameters, and its weights are" in refusal(broken, device="cpu")
 
@@ -155,8 +155,8 @@ def test_numbers_that_no_model_has(broken: Path, changes: dict[str, Any], said: 
     assert time.monotonic() - began < 5
 
 
-def test_numbers_of_large_models_are_taken() -> None:
-    sound_numbers(
+def test_numbers_of_large_models_are_accepted() -> None:
+    check_numbers(
         {
             "num_hidden_layers": 126,
             "vocab_size": 262_208,
@@ -190,12 +190,12 @@ def test_a_pipe_as_a_gguf(tmp_path: Path) -> None:
     assert "is neither a file nor a folder" in refusal(tmp_path / "model.gguf")
 
 
-def test_a_text_of_any_size(broken: Path) -> None:
+def test_an_oversized_text(broken: Path) -> None:
     os.truncate(broken / "tokenizer.json", 1 << 34)
     assert "no model needs more than" in refusal(broken)
 
 
-def test_an_index_that_leads_elsewhere(broken: Path, tmp_path: Path) -> None:
+def test_an_index_that_leads_out_of_the_folder(broken: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.safetensors"
     state = load_file(broken / "model.safetensors")
     save_file(state, elsewhere, metadata={"format": "pt"})
@@ -205,29 +205,29 @@ def test_an_index_that_leads_elsewhere(broken: Path, tmp_path: Path) -> None:
     assert "names ../elsewhere.safetensors, which is not in the folder" in refusal(broken)
 
 
-def test_a_model_folder_that_is_sound(tiny: Path) -> None:
-    found = sound_folder(tiny)
+def test_a_valid_model_folder(tiny: Path) -> None:
+    found = check_folder(tiny)
     assert found is not None
     assert found.tensors == 21
     assert found.bytes < (tiny / "model.safetensors").stat().st_size
 
 
-def test_a_download_that_goes_on_is_not_refused(tiny: Path, tmp_path: Path) -> None:
-    """The parts that are here say nothing of those that are not yet."""
+def test_an_incomplete_download_is_not_refused(tiny: Path, tmp_path: Path) -> None:
+    """The parts that have arrived do not describe the missing ones."""
     LlamaForCausalLM.from_pretrained(tiny).save_pretrained(tmp_path, max_shard_size="50KB")
     parts = sorted(tmp_path.glob("*-of-*.safetensors"))
     for part in parts[1:]:
         part.unlink()
     edit_config(tmp_path, num_hidden_layers=30)
-    assert sound_folder(tmp_path) is None
+    assert check_folder(tmp_path) is None
 
 
-def test_what_else_lies_about_is_nobody_s_business(tmp_path: Path) -> None:
-    """A GGUF file may lie in any folder; of a model's folder, what a model is read from counts."""
+def test_unrelated_files_are_ignored(tmp_path: Path) -> None:
+    """A GGUF file may be in any folder; only the files that belong to a model are checked."""
     path = write_gguf(tmp_path / "tiny.gguf")
     os.mkfifo(tmp_path / "control")
     os.mkfifo(tmp_path / "other.json")
-    assert sound_gguf(path).tensors == 12
-    assert sound_folder(tmp_path.parent) is None
+    assert check_gguf(path).tensors == 12
+    assert check_folder(tmp_path.parent) is None
     os.mkfifo(tmp_path / "tokenizer_config.json")
     assert "tokenizer_config.json is a named pipe" in refusal(path)
