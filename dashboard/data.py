@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, TextIO
 import streamlit as st
 
 from dashboard import model_defaults as model_defaults_of
-from dashboard.viewdata import attention
-from dashboard.viewdata.comparison import Pair
+from dashboard.viewdata import attention, comparison
 from oki_trace import queueing, worker
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.step_distance import step_distances
@@ -264,7 +263,9 @@ def _full_attention(
     return attention.full_points(tensors, layer, head)
 
 
-def distances(left: Message, right: Message, pairs: Sequence[Pair]) -> list[Distance | None]:
+def distances(
+    left: Message, right: Message, pairs: Sequence[comparison.Pair]
+) -> list[Distance | None]:
     """The distance of each pair's distributions; None where a reply has no step or no numbers."""
     steps = [(p.left, p.right) for p in pairs if p.left is not None and p.right is not None]
     tokens = (left.tokens, right.tokens)

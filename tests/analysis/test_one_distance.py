@@ -72,7 +72,8 @@ def test_the_page_the_command_line_and_numpy_agree(db: str, topk: int, tensors: 
         about = catalog.answer(session, "compare", (f"{a}:3", f"{b}:3")).about
     from dashboard import data
 
-    left, right = data.message(a), data.message(b)
+    left = data.message(a)
+    right = data.message(b)
     assert left is not None and right is not None
     pairs = comparison.align(data.steps(left), data.steps(right))
     page = data.distances(left, right, pairs)
