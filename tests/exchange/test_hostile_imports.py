@@ -191,10 +191,6 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         "not within the years",
     ),
     "messages that are none": (lambda d: d.update(messages=[1]), "not an object|not JSON of"),
-    "too many messages": (
-        lambda d: d.update(messages=[{"role": "user", "content": ""}] * 10_001),
-        "more than 10,000 messages",
-    ),
 }
 
 
@@ -204,6 +200,18 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     change, why = EDITS[name]
     refused(edited(exports, change, tmp_path / "x.json"), db, why)
+
+
+def test_too_many_messages_are_refused(
+    exports: dict[Format, Path], tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert schema.MAX_MESSAGES == 10_000
+    monkeypatch.setattr(schema, "MAX_MESSAGES", 100)
+
+    def add(document: Any) -> None:
+        document.update(messages=[{"role": "user", "content": ""}] * 101)
+
+    refused(edited(exports, add, tmp_path / "x.json"), db, "more than 100 messages")
 
 
 def test_a_store_that_is_there_is_left_as_it_was(

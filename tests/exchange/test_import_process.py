@@ -403,5 +403,5 @@ def test_memory_is_given_as_a_size(tmp_path: Path, db: Path) -> None:
     from tests.cli.commands import start
 
     done = start("import", tmp_path / "x.json", "--memory", "much", "--db", db)
-    assert done.status == 2 and "is no size" in done.err
+    assert done.status == 2 and "is not a size" in done.err
     assert issubclass(UsageError, ValueError) and os.name == "posix"

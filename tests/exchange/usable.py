@@ -141,7 +141,7 @@ def ask_all(db: Path, oki: Oki) -> None:
         what = ("1:0", "1:0") if name == "compare" else ()
         done = oki("ask", name, *what, "--format", "json", "--db", db)
         assert done.status in (0, 1), done.err
-        assert "fault of oki-trace" not in done.err, done.err
+        assert "bug in oki-trace" not in done.err, done.err
 
 
 def outcome(path: Path, db: Path) -> str | None:

@@ -10,21 +10,20 @@ store reuses it.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sqlalchemy import DDL, Connection, delete, func, select, update
 
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
+from oki_trace.reporting import Progress
 from oki_trace.store.liveness import LIFE, effective_status, running_replies
 from oki_trace.store.reading.reader import Snapshot, TraceReader
 from oki_trace.store.schema.column_types import BrokenTime
 from oki_trace.store.schema.models import Base, Conversation, Message, Step, Tensor
 from oki_trace.store.writing import lifecycle
 from oki_trace.store.writing.writer import TraceWriter
-
-Progress = Callable[[int, int], None]  # done, of all
 
 # The tensors of one transaction: tens of megabytes, some milliseconds.
 _STEPS_AT_ONCE = 128

@@ -8,7 +8,7 @@ instant, so a reply may go on meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import Row, func, select, text
 
 from oki_trace.errors import NotFound, StoreError, TensorError
 from oki_trace.records import Message, Role, Status, Step, TensorRecord
+from oki_trace.reporting import Progress
 from oki_trace.store.digest import BEFORE_DIGESTS, step_changes, tensor_changes
 from oki_trace.store.maintenance.invariants import names_agree, rows_agree, tensor_agrees
 from oki_trace.store.maintenance.list_checks import broken_lists
@@ -25,8 +26,6 @@ from oki_trace.store.reading.tensors import TENSOR_COLUMNS, tensor_record
 from oki_trace.store.schema import models
 from oki_trace.store.schema.column_types import BrokenTime
 from oki_trace.store.writing import message_digest
-
-Progress = Callable[[int, int], None]  # steps done, of all
 
 _BATCH = 16
 # A process that is killed loses the lens of its last steps.
