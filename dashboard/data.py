@@ -24,7 +24,7 @@ from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
-from oki_trace.input_text import checked
+from oki_trace.input_text import require_storable
 from oki_trace.records import (
     AttentionPoints,
     Candidates,
@@ -42,6 +42,7 @@ from oki_trace.records import (
     Tensor,
     WorkerState,
 )
+from oki_trace.reporting import Progress
 from oki_trace.settings import Settings
 from oki_trace.store.maintenance import growth, prune, vacuum
 from oki_trace.store.maintenance.verify import Verification
@@ -56,8 +57,6 @@ if TYPE_CHECKING:
     from oki_trace.analysis.questions import Answer, Question
     from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
-
-Progress = Callable[[int, int], None]  # done, of all
 
 
 def store_name() -> str:
@@ -129,7 +128,7 @@ def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
 
 def rename(conversation_id: int, title: str) -> None:
     """Give a conversation another title."""
-    _writer(store_name()).rename_conversation(conversation_id, checked(title, "The title"))
+    _writer(store_name()).rename_conversation(conversation_id, require_storable(title, "The title"))
 
 
 def delete(conversation_id: int) -> None:
@@ -389,7 +388,7 @@ def models_used() -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def ask(request: queueing.Ask, conversation_id: int | None) -> int:
+def ask(request: queueing.ReplyRequest, conversation_id: int | None) -> int:
     """Queue a reply; returns the conversation's id. ``see_to_worker`` finds who answers."""
     conversation, _ = queueing.submit(_writer(store_name()), request, conversation_id)
     return conversation
@@ -397,7 +396,7 @@ def ask(request: queueing.Ask, conversation_id: int | None) -> int:
 
 def answer_for_tool(conversation_id: int, tool: str, content: str) -> None:
     """Add a tool's answer while others are still awaited."""
-    queueing.add_answer(_writer(store_name()), conversation_id, tool, content)
+    queueing.add_tool_result(_writer(store_name()), conversation_id, tool, content)
 
 
 def waiting() -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import duckdb
@@ -27,6 +27,7 @@ from oki_trace.analysis.folder import EMPTY, Folder, Manifest, NewPart, Part, fo
 from oki_trace.analysis.messages import message_table
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import DamagedSteps
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.columnar import MessageMark
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.identity import Db
@@ -42,8 +43,6 @@ FULL_STEPS = _TIERS[-1]
 _FAN = 8
 # What DuckDB gives to one thread at a time.
 ROW_GROUP = 122_880
-
-Progress = Callable[[int, int], None]  # messages written, of all
 
 
 class Cache:

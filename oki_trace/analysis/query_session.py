@@ -16,10 +16,11 @@ from typing import Any, Self, TypeVar
 import duckdb
 
 from oki_trace.analysis import engine, values
-from oki_trace.analysis.cache import CACHED, Cache, Progress, live_tables
+from oki_trace.analysis.cache import CACHED, Cache, live_tables
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.sandbox import MEMORY_BYTES, Contents, Limits, Result, Sandbox, Tick
 from oki_trace.errors import QuestionError
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity
 from oki_trace.store.schema.identity import Db

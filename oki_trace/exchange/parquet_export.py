@@ -17,11 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oki_trace.exchange.selection import Progress, Selection, selected
+from oki_trace.exchange.selection import Selection, selected
 from oki_trace.exchange.tables import SUFFIX, TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import decision_object, part_objects, plain
 from oki_trace.records import Message, Step
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 
 # Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.

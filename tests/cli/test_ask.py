@@ -107,7 +107,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
         (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
         (("sql", "SELECT wrong FROM step"), 1, "wrong"),
-        (("sql",), 2, "There is no question"),
+        (("sql",), 2, "There is no query"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -159,7 +159,7 @@ def test_a_csv_moves_no_terminal_and_computes_nothing(demo: Demo) -> None:
 
 def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:
     done = oki("sql", "SELECT layer FROM lens_layer", "--limit", 3, "--json", "--db", demo.db)
-    assert len(json.loads(done.out)) == 3 and "more rows than 3" in done.err
+    assert len(json.loads(done.out)) == 3 and "more than 3 rows" in done.err
 
 
 def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path)
     ("options", "status", "said"),
     [
         (("SELECT range(200000) FROM range(1000)",), 1, "more than 512 MB of memory"),
-        (("SELECT 1", "--memory", "1MB"), 2, "give 200MB or more"),
+        (("SELECT 1", "--memory", "1MB"), 2, "Give 200MB or more"),
         (("SELECT sleep_ms(60000)", "--timeout", "0.5"), 1, "took longer than 0.5 s"),
         (("SELECT '" + "x" * 100_000 + "' AS \ud800",), 2, "not UTF-8"),
     ],

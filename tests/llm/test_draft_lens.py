@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.llm.capture.anatomy import dissect
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LogitLens
+from oki_trace.llm.capture.model_structure import find_structure
 from oki_trace.llm.fast import draft_lens as module
 from oki_trace.llm.fast.draft_lens import MAX_TOP_K, DraftLens, DraftProjection, NoDraft, draft_lens
 from oki_trace.records import CapturePolicy, ChatMessage, Lens, ReplyChecks, Role, Sampling
@@ -35,10 +35,10 @@ def large(model_type: str = "llama", **changes: Any) -> Any:
 
 
 def found(model: Any, streams: torch.Tensor | None = None) -> DraftLens | None:
-    anatomy = dissect(model)
+    structure = find_structure(model)
     hidden = torch.randn(LAYERS, 64, dtype=model.dtype) if streams is None else streams
     try:
-        return draft_lens(LogitLens(anatomy), anatomy, list(hidden))
+        return draft_lens(LogitLens(structure), structure, list(hidden))
     except NoDraft:
         return None
 
@@ -57,7 +57,7 @@ def lenses(made: Instrument, policy: CapturePolicy, sampling: Sampling) -> list[
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(32), Sampling(32, temperature=1.3, seed=5)], ids=["greedy", "sampled"]
+    "sampling", [Sampling(12), Sampling(12, temperature=1.3, seed=5)], ids=["greedy", "sampled"]
 )
 def test_a_real_reply_with_and_without_a_draft(
     smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
@@ -68,7 +68,7 @@ def test_a_real_reply_with_and_without_a_draft(
     forget(model)
     drafted = lenses(made, CapturePolicy(), sampling)
     whole = lenses(made, CapturePolicy(tensors="exact"), sampling)
-    assert len(drafted) == len(whole) == 32
+    assert len(drafted) == len(whole) == 12
     for one, other in zip(drafted, whole, strict=True):
         assert (one.token_ids == other.token_ids).all()
         assert one.settle_layer == other.settle_layer
@@ -91,8 +91,8 @@ def test_requested_tokens_are_exact_however_unlikely() -> None:
     assert drafter is not None
     streams = torch.randn(2 * LAYERS, 64)
     wanted = [torch.tensor([7, 4_001]), torch.tensor([9])]
-    drafted = list(drafter.projection().each(streams, wanted, MAX_TOP_K))
-    whole = LogitLens(dissect(model)).project(streams).split(LAYERS)
+    drafted = list(drafter.projection().project_steps(streams, wanted, MAX_TOP_K))
+    whole = LogitLens(find_structure(model)).project(streams).split(LAYERS)
     for logits, true, ids in zip(drafted, whole, wanted, strict=True):
         assert logits[:, ids].numpy() == pytest.approx(true[:, ids].numpy(), abs=1e-5)
         best, at = true.topk(MAX_TOP_K)
@@ -122,8 +122,8 @@ def test_a_layer_with_an_unsure_draft_is_computed_in_full(
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     spoil(model, streams)
-    (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
-    whole = LogitLens(dissect(model)).project(streams)
+    (logits,) = drafter.projection().project_steps(streams, [NONE_WANTED], 5)
+    whole = LogitLens(find_structure(model)).project(streams)
     torch.testing.assert_close(logits, whole, rtol=0, atol=0, equal_nan=True)
 
 
@@ -135,8 +135,8 @@ def test_weights_that_changed_between_two_replies() -> None:
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     for _ in range(2):
-        (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
-        whole = LogitLens(dissect(model)).project(streams)
+        (logits,) = drafter.projection().project_steps(streams, [NONE_WANTED], 5)
+        whole = LogitLens(find_structure(model)).project(streams)
         assert float((logits.softmax(-1) - whole.softmax(-1)).abs().max()) <= DRAFT_TOLERANCE
         model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
-from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.attention import attention_rows
 from oki_trace.llm.capture.buffers import is_persistent
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.decoding.decode import decode
 from oki_trace.llm.decoding.forward_pass import LastQuery
-from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.fast import kv_cache
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocate
 from oki_trace.records import Sampling
@@ -137,8 +137,8 @@ def test_a_reply_longer_than_the_buffers_is_captured_exactly(
     found = instrument(model, tiny.tokenizer())
     prompt = (5, 6, 7, 8)
     count = 2 * SPARE + 12
-    generation = generation_of(model, Sampling(count), len(prompt))
-    steps = list(decode(model, tiny.tokenizer(), found.probe, found.fast, prompt, generation))
+    generation = resolve_generation(model, Sampling(count), len(prompt))
+    steps = list(decode(model, tiny.tokenizer(), found.hooks, found.fast, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
     assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
     # Gemma 2 runs eager attention, which has the weights already.
@@ -148,6 +148,6 @@ def test_a_reply_longer_than_the_buffers_is_captured_exactly(
     with torch.no_grad():
         whole = model(made[None, :-1], output_attentions=True).attentions
     for step in steps:
-        for layer, row in rows_of(step.attention).items():
+        for layer, row in attention_rows(step.attention).items():
             own = whole[layer - 1][0, :, step.position - 1, : step.position]
             torch.testing.assert_close(row, own[:, -row.shape[1] :], atol=1e-5, rtol=0)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.attention import attention_rows
 from oki_trace.llm.capture.instrument import Instrument, instrument
 from oki_trace.llm.decoding import forward_pass
 from oki_trace.llm.decoding.decode import RawStep, decode
-from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.fast import kv_cache, prepacked
 from oki_trace.llm.fast import step_graph as module
 from oki_trace.llm.fast.step_graph import GraphRun, StepGraph
@@ -64,10 +64,10 @@ def decoded(
     prompt: tuple[int, ...] = PROMPT,
     tokenizer: Any = None,
 ) -> list[RawStep]:
-    generation = generation_of(made.model, sampling or Sampling(STEPS), len(prompt))
+    generation = resolve_generation(made.model, sampling or Sampling(STEPS), len(prompt))
     tokenizer = tokenizer or tiny.tokenizer()
     fast = replace(made.fast, step_graph=graph)
-    return list(decode(made.model, tokenizer, made.probe, fast, prompt, generation))
+    return list(decode(made.model, tokenizer, made.hooks, fast, prompt, generation))
 
 
 def ids(steps: list[RawStep]) -> list[int]:
@@ -84,8 +84,8 @@ def assert_same(steps: list[RawStep], others: list[RawStep]) -> None:
     assert ids(steps) == ids(others)
     for step, other in zip(steps, others, strict=True):
         assert torch.equal(step.logits, other.logits)
-        assert all(map(torch.equal, step.hidden, other.hidden))
-        rows, other_rows = rows_of(step.attention), rows_of(other.attention)
+        assert all(map(torch.equal, step.hidden_states, other.hidden_states))
+        rows, other_rows = attention_rows(step.attention), attention_rows(other.attention)
         assert rows.keys() == other_rows.keys()
         assert all(torch.equal(rows[layer], other_rows[layer]) for layer in rows)
 
@@ -134,13 +134,13 @@ def test_attention_computed_later_is_that_of_its_step() -> None:
     """The keys of a step are a view of a buffer that later steps extend."""
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     at_once = []
-    generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
+    generation = resolve_generation(made.model, Sampling(STEPS), len(PROMPT))
     steps = []
-    for step in decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation):
-        at_once.append(rows_of(step.attention))
+    for step in decode(made.model, tiny.tokenizer(), made.hooks, made.fast, PROMPT, generation):
+        at_once.append(attention_rows(step.attention))
         steps.append(step)
     for rows, step in zip(at_once, steps, strict=True):
-        later = rows_of(step.attention)
+        later = attention_rows(step.attention)
         assert all(torch.equal(later[layer], row) for layer, row in rows.items())
         assert {row.shape[1] for row in rows.values()} == {step.position}
 
@@ -297,8 +297,8 @@ def test_a_failing_graph_is_not_used(wrong: str, ran: list[int]) -> None:
 
 def test_an_aborted_reply_does_not_affect_the_next(ran: list[int]) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
-    generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
-    steps = decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation)
+    generation = resolve_generation(made.model, Sampling(STEPS), len(PROMPT))
+    steps = decode(made.model, tiny.tokenizer(), made.hooks, made.fast, PROMPT, generation)
     for _ in range(5):
         next(steps)
     steps.close()

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from oki_trace.llm.accelerate_internals import has_hook
-from oki_trace.llm.capture.anatomy import Anatomy
 from oki_trace.llm.capture.distribution import top_k
 from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, TOLERANCE, LogitLens
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.loading.hardware import has_native_bfloat16
 
 # Tokens of each layer that are computed again: several times the number that is kept.
@@ -67,11 +67,11 @@ class DraftProjection:
         self._rounded: Tensor | None = None
 
     @torch.no_grad()
-    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
-        """As ``LogitLens.each``, for k up to ``MAX_TOP_K``."""
+    def project_steps(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+        """As ``LogitLens.project_steps``, for k up to ``MAX_TOP_K``."""
         if self._rounded is None:
             self._rounded = self._round()
-        states = self._lens.states(hidden)
+        states = self._lens.normed_states(hidden)
         upper = states.bfloat16()
         lower = (states - upper)[:, self._split].bfloat16()
         drafts = linear(torch.cat([upper, lower], 1), self._rounded)
@@ -105,22 +105,24 @@ class DraftProjection:
 
 
 @torch.no_grad()
-def draft_lens(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> DraftLens:
+def draft_lens(lens: LogitLens, structure: ModelStructure, hidden: Sequence[Tensor]) -> DraftLens:
     """The draft of this model's lens, compared with the lens itself on streams (width,).
 
     Raises NoDraft if it does not apply, or if its numbers differ too much.
     """
-    head = _plain_head(anatomy.model)
-    if hidden[0].ndim != 1 or anatomy.position_axis != 1:
+    head = _plain_head(structure.model)
+    if hidden[0].ndim != 1 or structure.position_axis != 1:
         raise NoDraft("the model has several residual streams")
     streams = torch.stack([h.to(head.weight.device) for h in hidden])
-    weight, states = head.weight.detach(), lens.states(streams)
+    weight, states = head.weight.detach(), lens.normed_states(streams)
     if states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
         raise NoDraft("the head takes other states than the last norm returns")
     lost = (states - states.bfloat16()).square().mean(0) * weight.square().mean(0)
     split = lost.topk(weight.shape[1] // 8).indices
     none_wanted = torch.zeros(0, dtype=torch.long)
-    drafted = next(DraftProjection(lens, head, split).each(streams, [none_wanted], MAX_TOP_K))
+    drafted = next(
+        DraftProjection(lens, head, split).project_steps(streams, [none_wanted], MAX_TOP_K)
+    )
     whole = lens.project(streams)
     if drafted.shape != whole.shape:
         raise NoDraft("the head is more than one matrix")

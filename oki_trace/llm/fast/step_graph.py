@@ -232,4 +232,4 @@ def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 def _tensors(forward_pass: ForwardPass) -> list[Tensor]:
     rows = forward_pass.attention.values()
     queries = (row.query if isinstance(row, LastQuery) else row for row in rows)
-    return [forward_pass.logits, *forward_pass.hidden, *queries]
+    return [forward_pass.logits, *forward_pass.hidden_states, *queries]

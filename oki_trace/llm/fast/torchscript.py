@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from oki_trace.llm.capture import attention
-from oki_trace.llm.capture.anatomy import Anatomy
 from oki_trace.llm.capture.buffers import mark_persistent
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.hooks import ModelHooks
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.decoding.forward_pass import ForwardPass, LastQuery, cache_in
 from oki_trace.llm.fast.kv_cache import preallocate, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights, multiplying_with, prepackable
@@ -51,7 +51,7 @@ class NotTraceable(Exception):
     """A decode step cannot be replayed; the message says why."""
 
 
-def trace_step(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def trace_step(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """The graph of one decode step. Takes as long as a dozen steps.
 
     Raises NotTraceable if a step is not the same operations each time, or if
@@ -62,44 +62,46 @@ def trace_step(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
     if not is_plain(model):
         raise NotTraceable("the model has hooks, adapters or weights outside the CPU's memory")
     try:
-        with torch.no_grad(), probe.attached(pooled=False):
-            return _checked_graph(model, anatomy, probe)
+        with torch.no_grad(), hooks.attach(pooled=False):
+            return _checked_graph(model, structure, hooks)
     except NotTraceable:
         raise
     except Exception as error:  # a model's own code can raise anything
         raise NotTraceable(f"tracing a step fails ({type(error).__name__}: {error})") from error
 
 
-def _checked_graph(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def _checked_graph(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """Trace a step, and compare it and the one after it with the model's own."""
-    ids = anatomy.probe_ids
+    ids = structure.dummy_ids
     outputs = model(input_ids=ids[:, :-2], use_cache=True, return_dict=True)
-    probe.take_hidden()
-    probe.take_attention(outputs)
+    hooks.take_hidden_states()
+    hooks.take_attention(outputs)
     named: tuple[str, Any] = cache_in(outputs) or ("", None)
     name, cache = named
     preallocate(cache, 2)
     if not preallocated_layers(cache):
         raise NotTraceable("its cache holds more than growing keys and values")
-    graph = _step_graph(model, probe, ids[:, -2:-1], name, cache)
+    graph = _step_graph(model, hooks, ids[:, -2:-1], name, cache)
     for token in ids[:, -2:].split(1, 1):
         inputs = {"input_ids": token, name: cache, "use_cache": True}
         if graph.takes_positions:
             inputs["position_ids"] = torch.tensor([[cache.get_seq_length()]])
         run = graph.begin(inputs, 0)
-        own = partial(_own_pass, model, probe, inputs)
+        own = partial(_own_pass, model, hooks, inputs)
         if run is None or not run.matches_model(token, own)[0]:
             raise NotTraceable("a traced step gives different numbers")
     return graph
 
 
-def _own_pass(model: Any, probe: Probe, inputs: Mapping[str, Any]) -> ForwardPass:
+def _own_pass(model: Any, hooks: ModelHooks, inputs: Mapping[str, Any]) -> ForwardPass:
     outputs = model(**inputs, return_dict=True)
-    return ForwardPass(outputs.logits[0, -1], probe.take_hidden(), probe.take_attention(outputs))
+    return ForwardPass(
+        outputs.logits[0, -1], hooks.take_hidden_states(), hooks.take_attention(outputs)
+    )
 
 
 def _step_graph(
-    model: Any, probe: Probe, token: Tensor, cache_name: str, cache: DynamicCache
+    model: Any, hooks: ModelHooks, token: Tensor, cache_name: str, cache: DynamicCache
 ) -> StepGraph:
     length = cache.get_seq_length()
     buffers = [buffer for layer in preallocated_layers(cache) for buffer in layer.buffers(1)]
@@ -125,9 +127,9 @@ def _step_graph(
         factors = zip(products, values[len(weights) :], strict=True)
         factor_of = {id(weights[name]): factor for name, factor in factors}
         with tensors_replaced(model, replacements), multiplying_with(model, factor_of):
-            own = _own_pass(model, probe, inputs)
+            own = _own_pass(model, hooks, inputs)
         passes.append(own)
-        return (own.logits, *own.hidden, *(last.query for last in _queries(own)))
+        return (own.logits, *own.hidden_states, *(last.query for last in _queries(own)))
 
     weights = [tensor.detach() for tensor in own_weights.values()]
     factors = [own_weights[name].detach() for name in products]
@@ -144,7 +146,7 @@ def _step_graph(
         not_prepacked=packing.reason,
         implementation=attention_implementation(model.config),
         takes_positions=takes_positions,
-        hidden=len(own.hidden),
+        hidden=len(own.hidden_states),
         attending=tuple(
             AttendingLayer(layer, _cache_layer(last.key, buffers[::2], length + 1), last.scaling)
             for layer, last in zip(own.attention, _queries(own), strict=True)

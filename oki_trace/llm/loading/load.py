@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.capture.vocabulary import is_mistral_common
 from oki_trace.llm.failures import INTERRUPTIONS, first_line
 from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.llm.loading.diagnose import explain
@@ -42,7 +41,12 @@ from oki_trace.llm.loading.hardware import (
 )
 from oki_trace.llm.loading.load_progress import Progress, no_progress, progress_bars
 from oki_trace.llm.loading.locate import Source, locate, snapshot
-from oki_trace.llm.loading.model_classes import TEXT_ONLY, ModelClass, model_class
+from oki_trace.llm.loading.model_classes import (
+    TEXT_ONLY,
+    ModelClass,
+    is_mistral_common,
+    model_class,
+)
 from oki_trace.llm.loading.quantization import (
     NF4,
     QuantizationFallback,

@@ -70,6 +70,11 @@ def takes_more_than_text(config: Any) -> bool:
     return any(getattr(config, part, None) is not None for part in _OTHER_INPUTS)
 
 
+def is_mistral_common(tokenizer: Any) -> bool:
+    """Whether a tokenizer is mistral-common's, which does not give the text of one token."""
+    return any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__)
+
+
 def _is_encoder_decoder(config: Any) -> bool:
     text = config.get_text_config(decoder=True)
     return any(getattr(part, "is_encoder_decoder", False) for part in (config, text))
