@@ -12,7 +12,7 @@ from rich.text import Text
 
 from oki_trace.analysis import catalog, results
 from oki_trace.analysis.engine import Rows
-from oki_trace.analysis.questions import Answer, Column
+from oki_trace.analysis.question import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.cli.output import (
     bar,
@@ -75,9 +75,9 @@ def print_tables(*, as_json: bool) -> None:
     print_text("Functions that read the full tensors, and return NULL without them:")
     print_text()
     for function in FUNCTIONS:
-        rest = f"({', '.join(function.takes)}): {function.meaning}"
+        rest = f"({', '.join(function.parameters)}): {function.meaning}"
         console().print(_titled(function.name, rest), soft_wrap=True)
-        print_text("  " + function.gives, "dim")
+        print_text("  " + function.returns, "dim")
 
 
 def _titled(name: str, rest: str) -> Text:
@@ -93,7 +93,7 @@ def print_answer(answer: Answer, format: str) -> None:
                 "question": answer.question,
                 "by": answer.view,
                 "about": answer.about,
-                "columns": [{"name": c.name, "meaning": c.meaning} for c in answer.columns],
+                "columns": [{"name": c.name, "meaning": c.description} for c in answer.columns],
                 "rows": results.objects(names, answer.rows),
                 "sql": answer.sql,
             }
@@ -134,7 +134,7 @@ def print_answer(answer: Answer, format: str) -> None:
 def _charted(answer: Answer) -> tuple[str | None, float]:
     """The column that gets bars (one at most, to fit the line), and the value of a full bar."""
     for column in answer.columns:
-        if column.name in answer.picture.y[:1]:
+        if column.name == answer.bar:
             values = [abs(v) for v in answer.column(column.name) if isinstance(v, int | float)]
             largest = max(values, default=0.0)
             is_wide_share = column.shown == "share" and largest > 0.4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import select
 import shlex
 import sys
 from typing import Annotated, Any
@@ -34,9 +35,21 @@ class _Commands(TyperGroup):
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
+            if not _reader_is_gone():
+                # Another pipe broke, such as that of a child process: the command has failed.
+                raise
             # Discard the buffered output, so that Python does not complain at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as far as the system can tell."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _dash_advice(message: str, arguments: list[str], command: str) -> str:

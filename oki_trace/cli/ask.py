@@ -55,6 +55,10 @@ def ask(
             min=1, help="How many steps' tensors to read: 64 for heads, 640 for two models."
         ),
     ] = None,
+    set_option: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the question."),
+    ] = None,
     format: Annotated[AnswerFormat, _FORMAT] = "table",
     show_sql: Annotated[
         bool, typer.Option("--sql", help="Print the question's SQL instead.")
@@ -75,21 +79,22 @@ def ask(
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is not a probability. Give a number from 0 to 1.")
     from oki_trace.analysis import catalog
-    from oki_trace.analysis.scope import Scope, moment
+    from oki_trace.analysis.scope import Scope, parse_time
     from oki_trace.cli import answers
 
     format = "json" if json else format
     if question is None:
         answers.print_questions(as_json=format == "json")
         return
-    first = moment(since) if since else None
-    last = moment(until, end=True) if until else None
+    first = parse_time(since) if since else None
+    last = parse_time(until, end=True) if until else None
     scope = Scope(model, conversation, message, first, last, role, text)
-    limits = {"top": top, "least": least, "sample": sample}
-    limits = {name: value for name, value in limits.items() if value is not None}
+    given = {"top": top, "least": least, "sample": sample}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen |= catalog.parse_options(question, set_option or ())
     with _session(db) as session:
         answer = catalog.answer(
-            session, question, tuple(what or ()), scope=scope, view=by, **limits
+            session, question, tuple(what or ()), scope=scope, view=by, **chosen
         )
     if show_sql:
         print(answer.sql)

@@ -142,14 +142,14 @@ def _import_files(db: str, folder: Path) -> None:
 
 
 def _questions(db: str) -> None:
-    from oki_trace.analysis.background_sync import CatchUp
+    from oki_trace.analysis.background_sync import BackgroundSync
     from oki_trace.analysis.query_session import QuerySession
 
-    with QuerySession(db) as trove:
-        trove.sql("SELECT count(*) FROM step")
-        trove.rebuild()
+    with QuerySession(db) as session:
+        session.sql("SELECT count(*) FROM step")
+        session.rebuild()
     with TraceReader(db) as reader:
-        assert CatchUp(db, reader).behind(60) is None
+        assert BackgroundSync(db, reader).behind(60) is None
 
 
 # By the place where the function is: a public one that takes a store's address.
@@ -174,7 +174,7 @@ ENTRIES: dict[str, Callable[[str, Path], object]] = {
     "oki_trace.analysis.query_session.QuerySession": lambda db, _: _questions(db),
     "oki_trace.analysis.folder.folder_of": lambda db, _: _questions(db),
     "oki_trace.analysis.cache.Cache": lambda db, _: _questions(db),
-    "oki_trace.analysis.background_sync.CatchUp": lambda db, _: _questions(db),
+    "oki_trace.analysis.background_sync.BackgroundSync": lambda db, _: _questions(db),
 }
 
 
