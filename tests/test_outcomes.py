@@ -1,4 +1,4 @@
-"""However a turn ends, the store says how, and keeps all that was decoded until then."""
+"""However a turn ends, the store has the reason and every decoded step."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
+from oki_trace.reporting import counted as counted
 from oki_trace.sanitize import inert, visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]
@@ -314,12 +315,6 @@ def sheet(rows: Sequence[Json]) -> list[list[Any]]:
         [v.isoformat() if isinstance(v, dt.datetime) else v for v in row.values()] for row in rows
     ]
     return [list(rows[0]), *values]
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 reply``, ``2,000 replies``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def absence(message: Message) -> str:

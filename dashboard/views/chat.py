@@ -16,7 +16,7 @@ from dashboard.viewdata import replies, storage
 from dashboard.views import reply_map, sidebar, step_panel
 from oki_trace.errors import OkiTraceError
 from oki_trace.explain import call_line
-from oki_trace.queueing import Ask, last_template, unanswered_calls
+from oki_trace.queueing import ReplyRequest, last_template, new_messages, unanswered_calls
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
@@ -90,9 +90,10 @@ def _send(
         if tool is not None and conversation is not None and len(waiting) > 1:
             data.answer_for_tool(conversation, tool, said)
         else:
-            role = Role.USER if tool is None else Role.TOOL
-            ask = Ask(said, choice, sampling, policy, system, template, role, tool)
-            conversation = data.ask(ask, conversation)
+            system = system if conversation is None else None
+            messages = new_messages(said, system=system, tool=tool)
+            request = ReplyRequest(messages, choice, sampling, policy, template)
+            conversation = data.ask(request, conversation)
     except OkiTraceError as error:
         st.error(replies.sentence(str(error)))
         return

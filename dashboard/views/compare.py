@@ -1,4 +1,4 @@
-"""Compare: two replies side by side, where they part, and how far apart they are at each step."""
+"""Compare: two replies side by side, and the distance of their distributions at each step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import streamlit as st
 from dashboard import boundary, charts, components, data, url_state
 from dashboard.viewdata import comparison, lens, replies
 from dashboard.views import chart_panel, empty_state
+from oki_trace.analysis.distance import Distance
 from oki_trace.records import Message
 from oki_trace.sanitize import inert
 
@@ -87,34 +88,21 @@ def _replies(left: Message, right: Message) -> None:
     pairs = comparison.align(*steps)
     first = comparison.divergence(pairs)
     st.write(comparison.verdict(pairs))
-    one_model = left.model_id == right.model_id
-    full = all(data.has_logits(message) for message in (left, right))
-    exact = st.toggle(
-        "Exact distances, from the full logits",
-        key="exact",
-        disabled=not (full and one_model),
-        help=None
-        if full and one_model
-        else "Two models' vocabularies need not agree."
-        if full
-        else "One of the replies has no full logits: they were not kept, or were pruned.",
-    )
-    if exact and full and one_model:
-        found = data.exact_distances(left, right, pairs)
-    else:
-        exact = False
-        found = comparison.distances(
-            pairs, data.candidates(left), data.candidates(right), by_id=one_model
-        )
+    distances = data.distances(left, right, pairs)
     number = _chosen(pairs)
     components.compare(
-        data=comparison.replies_data((left, right), steps, pairs, found, number),
+        data=comparison.replies_data((left, right), steps, pairs, distances, number),
         key="compare-replies",
         on_pick_change=_pick,
     )
-    _apart(comparison.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
+    _distance_chart(
+        comparison.rows(pairs, distances, *steps),
+        first,
+        exact=comparison.is_exact(distances),
+        one_model=left.model_id == right.model_id,
+    )
     if number is not None:
-        _steps((left, right), pairs[number], found[number])
+        _steps((left, right), pairs[number], distances[number])
 
 
 def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
@@ -122,7 +110,7 @@ def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
     wanted = _in_address("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
-    return comparison.first_to_see(pairs)
+    return comparison.first_shown(pairs)
 
 
 def _pick() -> None:
@@ -134,13 +122,13 @@ def _pick() -> None:
 def _steps(
     messages: tuple[Message, Message],
     pair: comparison.Pair,
-    distance: comparison.Distance | None,
+    distance: Distance | None,
 ) -> None:
     """The two steps of a pair: their numbers, what was considered, what the layers would say."""
     st.markdown("#### Two steps")
     st.caption(
-        "Of the place that is outlined above: click a token there for another. Their total "
-        f"variation is {comparison.told(distance)}."
+        "At the place outlined above; click a token to choose another. Their total "
+        f"variation is {comparison.in_words(distance)}."
     )
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
@@ -166,26 +154,27 @@ def _steps(
                 st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
 
 
-def _apart(rows: list[replies.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+def _distance_chart(
+    rows: list[replies.Json], first: int | None, *, exact: bool, one_model: bool
+) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("Nothing is known of it: no two steps with probabilities lie side by side.")
+        st.caption("No two steps with probabilities lie side by side.")
         return
     drawn = charts.apart(rows, None if first is None else first + 1)
     chart_panel.chart(drawn, rows, "apart", "distances")
-    how = (
-        "Exact, from the full logits."
-        if exact
-        else "From the likeliest tokens that were kept: the full bar is the least it can be, the "
-        "pale one the most."
-    )
-    if not by_id:
-        how += " Two models' tokens are held to be the same when their texts are."
-    st.caption(
-        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common. "
-        f"{how} LensWorker the dashed line the replies have parted, so the models went on from "
-        "different texts."
-        if first is not None
-        else "Total variation of the models' own probabilities: 0 is the same, 1 nothing in "
-        f"common. {how}"
-    )
+    notes = [
+        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common."
+    ]
+    if exact:
+        notes.append("Exact, from the full logits.")
+    else:
+        notes.append(
+            "Where the full logits of a step are missing, the full bar is the least that the "
+            "recorded candidates allow, the pale bar the most."
+        )
+    if not one_model:
+        notes.append("Tokens of two vocabularies are matched by their texts.")
+    if first is not None:
+        notes.append("After the dashed line the models continue different texts.")
+    st.caption(" ".join(notes))

@@ -102,8 +102,8 @@ def _tables() -> None:
     for function in data.functions():
         with st.expander(f"**{function.name}**"):
             st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
-            st.code(f"{function.name}({', '.join(function.takes)})", language="sql")
-            st.caption(f"Gives `{function.gives}`; NULL where there is nothing to read.")
+            st.code(f"{function.name}({', '.join(function.parameters)})", language="sql")
+            st.caption(f"Returns `{function.returns}`; NULL where there is nothing to read.")
 
 
 def _editor() -> tuple[Asked, bool]:

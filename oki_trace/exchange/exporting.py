@@ -12,9 +12,10 @@ from oki_trace.errors import UsageError
 from oki_trace.exchange import json_export
 from oki_trace.exchange.files import replacing, replacing_folder
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.selection import Progress, Selection, selected
+from oki_trace.exchange.selection import Selection, selected
 from oki_trace.exchange.tensor_export import write_tensors
 from oki_trace.exchange.tensor_file import SUFFIX
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 
 _WITH_TENSORS = (Format.JSON, Format.JSONL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,9 +11,8 @@ from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role, Step
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
-
-Progress = Callable[[int, int], None]  # steps done, of all
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Whatever a file holds: it is imported whole, or one line says why not and nothing is."""
+"""Whatever a file holds, it is imported whole, or refused in one line and not at all."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ def db(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, db: Path, why: str = "") -> None:
-    """One line, and no store is made of it."""
+    """The file is refused in one line, and no store is created."""
     with pytest.raises(OkiTraceError) as caught:
         import_path(path, db)
-    said = str(caught.value)
-    assert re.search(why, said), said
-    assert "\n" not in said and len(said) < 400
+    sentence = str(caught.value)
+    assert re.search(why, sentence), sentence
+    assert "\n" not in sentence and len(sentence) < 400
     assert not db.exists()
 
 
 def whole_or_nothing(path: Path, db: Path) -> None:
-    """Any outcome but half of it, and no error but ours."""
+    """The file is imported whole or not at all, and every error is one of ours."""
     db.unlink(missing_ok=True)
     try:
         imported = import_path(path, db)
@@ -191,10 +191,6 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         "not within the years",
     ),
     "messages that are none": (lambda d: d.update(messages=[1]), "not an object|not JSON of"),
-    "too many messages": (
-        lambda d: d.update(messages=[{"role": "user", "content": ""}] * 10_001),
-        "more than 10,000 messages",
-    ),
 }
 
 
@@ -204,6 +200,18 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     change, why = EDITS[name]
     refused(edited(exports, change, tmp_path / "x.json"), db, why)
+
+
+def test_too_many_messages_are_refused(
+    exports: dict[Format, Path], tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert schema.MAX_MESSAGES == 10_000
+    monkeypatch.setattr(schema, "MAX_MESSAGES", 100)
+
+    def add(document: Any) -> None:
+        document.update(messages=[{"role": "user", "content": ""}] * 101)
+
+    refused(edited(exports, add, tmp_path / "x.json"), db, "more than 100 messages")
 
 
 def test_a_store_that_is_there_is_left_as_it_was(
@@ -311,7 +319,7 @@ def test_a_zip_cannot_name_a_place(name: str, tmp_path: Path, db: Path) -> None:
 
 
 def test_a_zip_whose_members_are_damaged_is_refused(tmp_path: Path, db: Path) -> None:
-    """The packed data, whose beginning alone says how to read on, and the way it is packed."""
+    """Damage to the compressed data, and to the compression method."""
     whole = packed(tmp_path / "x.zip", {"step.parquet": bytes(range(256)) * 50}).read_bytes()
     start = 30 + len("step.parquet")
     (tmp_path / "x.zip").write_bytes(whole[:start] + b"\0\0\0\0" + whole[start + 4 :])
@@ -337,7 +345,7 @@ def test_zips_of_links_doubles_and_bombs_are_refused(
     bomb = packed(tmp_path / "bomb.zip", {"step.parquet": bytes(50_000_000)})
     assert bomb.stat().st_size < 60_000
     refused(bomb, db, "far more than an export")
-    # What it says of its own size is not believed.
+    # The size that it states is not trusted.
     data = bytearray(bomb.read_bytes())
     central = data.rindex(b"PK\x01\x02")
     struct.pack_into("<I", data, central + 24, 10)
@@ -505,7 +513,7 @@ def header_of(exports: dict[Format, Path]) -> dict[str, Any]:
 
 
 def with_header(text: str, exports: dict[Format, Path], folder: Path) -> Path:
-    """The export with its tensors, of which another header tells."""
+    """The export with its tensors, under another header."""
     full = exports[Format.JSON].parent / "full.json"
     data = full.with_suffix(".safetensors").read_bytes()
     arrays = data[8 + struct.unpack("<Q", data[:8])[0] :]

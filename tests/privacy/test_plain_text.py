@@ -27,21 +27,21 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-OURS = {"first_trace"}
+OURS = {"first_trace", "_choice"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"plain", "sentence", "counted", "size", "figure", "check", "_time", "len", "told"}
 # Of these modules each sentence is made of words of ours and of numbers.
-SAFE_CALLS |= {"verdict", "absence", "notes", "_cut"}
+SAFE_CALLS |= {"in_words", "verdict", "absence", "notes", "_cut"}
 # Words of ours that are looked up: names and meanings that stand in our own sources.
 OUR_WORDS = {
     # Our tables, their columns and our functions.
-    "sql.py": {"table.name", "table.meaning", "function.name", "function.gives"}
+    "sql.py": {"table.name", "table.meaning", "function.name", "function.returns"}
     | {"function.meaning[:1].upper()", "function.meaning[1:]", "sql_table.column_list(table)"},
     # Our questions, their groups, options and columns.
-    "questions.py": {"group", "title", "question.reading", "_without(question.meaning, group)"}
-    | {"column.meaning[:1].upper()", "column.meaning[1:]", "note"},
-    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
+    "questions.py": {"group", "question.group", "question.title", "question.meaning"}
+    | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
+    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"},
     "store.py": {"name"},
     # Its callers are looked at.
     "empty_state.py": {"why"},

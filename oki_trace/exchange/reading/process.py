@@ -14,14 +14,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
 from oki_trace.child_process import limit_memory
 from oki_trace.errors import OkiTraceError
+from oki_trace.exchange.reading.source import CHUNK, is_zip, opened, refuse_unreadable, unpack
 from oki_trace.exchange.refusal import refused
 
 _PROGRESS_SECONDS = 0.1
@@ -40,9 +41,14 @@ class Request:
     memory_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
-    """What was read, as in ``Imported``; or ``error``, its class and its sentence."""
+    """What was read. ``tensors_from``: the file of its tensors.
+
+    ``changed`` messages differ from what was recorded, by their digests;
+    ``without_digest`` have none, so a change would not be noticed. ``error``: the
+    class and the sentence of the error that refuses the file.
+    """
 
     messages: int = 0
     steps: int = 0
@@ -84,7 +90,7 @@ def main() -> None:
     # Anything that a library prints must not get into the channel.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     # Libraries are loaded while the parent prepares the request.
-    import_module("oki_trace.exchange.reading.dispatch")
+    import_module("oki_trace.exchange.reading.json_import")
     request = Request(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     progress = Progress(channel)
@@ -117,20 +123,47 @@ def serve(request: Request, progress: Progress, limit: Callable[[int], None]) ->
 
 
 def _read(request: Request, progress: Progress, limit: Callable[[int], None]) -> Outcome:
-    from oki_trace.exchange.reading.dispatch import read
+    """Find out what the path holds, and read it into the staging store."""
+    from oki_trace.exchange.reading.json_import import JsonImport
+    from oki_trace.exchange.reading.json_stream import JsonStream
     from oki_trace.exchange.reading.staging import Staging
+    from oki_trace.exchange.tensor_file import SUFFIX, TensorFile
 
-    staging = Staging(Path(request.staging), request.staging_bytes, progress.step)
-    try:
-        # Memory is limited once libraries are loaded: theirs is not the file's.
-        loaded = partial(limit, request.memory_bytes)
-        tensors_from = read(Path(request.path), staging, progress.pulse, loaded)
-    finally:
-        staging.close()
+    path = Path(request.path)
+    tensors_from = None
+    with ExitStack() as closing:
+        staging = Staging(Path(request.staging), request.staging_bytes, progress.step)
+        closing.callback(staging.close)
+        folder: Path | None = path if path.is_dir() else None
+        if folder is None:
+            file = closing.enter_context(opened(path, follow=True))
+            start = file.read(CHUNK)
+            file.seek(0)
+            refuse_unreadable(start)
+            folder = staging.path.parent / "unpacked" if is_zip(start) else None
+        if folder is not None:
+            # Here, because pyarrow takes a while to import.
+            from oki_trace.exchange.reading.parquet_import import import_tables
+            from oki_trace.exchange.tables import FILES
+
+            # Memory is limited once libraries are loaded: theirs is not the file's.
+            limit(request.memory_bytes)
+            if folder != path:
+                folder.mkdir()
+                unpack(file, folder, FILES, progress.pulse)
+            import_tables(folder, staging, progress.pulse)
+        else:
+            limit(request.memory_bytes)
+            beside = path.with_suffix(SUFFIX)
+            tensors = None
+            if beside != path and os.path.lexists(beside):
+                tensors = closing.enter_context(TensorFile(beside))
+                tensors_from = str(beside)
+            JsonImport(JsonStream(file, progress.pulse), staging, tensors).run()
     if not staging.began:
         raise refused("there is no conversation in it")
-    path = None if tensors_from is None else str(tensors_from)
-    return Outcome(staging.messages, staging.steps, path, staging.changed, staging.without_digest)
+    counts = (staging.messages, staging.steps, tensors_from)
+    return Outcome(*counts, staging.changed, staging.without_digest)
 
 
 if __name__ == "__main__":

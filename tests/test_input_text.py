@@ -1,4 +1,4 @@
-"""What cannot be kept as it is given is refused in one line, whoever gives it."""
+"""Text that cannot be stored unchanged is refused in one line, whoever enters it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from oki_trace import run_traced
 from oki_trace.cli import quantities
 from oki_trace.errors import CaptureError, ModelError, UsageError
-from oki_trace.input_text import checked
+from oki_trace.input_text import require_storable
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.loading.locate import locate
-from oki_trace.queueing import Ask
+from oki_trace.queueing import ReplyRequest, new_messages
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling
 from oki_trace.records.trace import surprisal_of
 from oki_trace.settings import Settings
@@ -22,7 +22,7 @@ from tests import tiny
 
 @pytest.mark.parametrize("text", ["", "plain", "é\n\t\r🙂", "\x01\x7f\ufeff", "a" * 10_000])
 def test_text_is_given_back_as_it_is(text: str) -> None:
-    assert checked(text, "It") is text
+    assert require_storable(text, "It") is text
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_text_is_given_back_as_it_is(text: str) -> None:
 )
 def test_what_cannot_be_kept_is_named_with_its_place(text: str, place: str) -> None:
     with pytest.raises(UsageError) as refused:
-        checked(text, "The prompt")
+        require_storable(text, "The prompt")
     said = str(refused.value)
     assert said.startswith("The prompt holds") and place in said and len(said) < 200
     assert len(said.splitlines()) == 1 and said.isprintable()
@@ -49,8 +49,8 @@ BAD = ["a\0b", "caf\udce9"]
 @pytest.mark.parametrize("text", BAD)
 def test_no_way_in_changes_it_silently(text: str) -> None:
     ways: list[Callable[[], Any]] = [
-        lambda: Ask(text, ModelChoice("tiny")),
-        lambda: Ask("Hello", ModelChoice("tiny"), system=text),
+        lambda: ReplyRequest(new_messages(text), ModelChoice("tiny")),
+        lambda: ReplyRequest(new_messages("Hello", system=text), ModelChoice("tiny")),
         lambda: run_traced(text, model=None, tokenizer=None),
         lambda: run_traced(messages=[{"role": "system", "content": text}]),
         lambda: Settings.from_environment({"OKI_TRACE_DB": text}),

@@ -1,4 +1,4 @@
-"""Writes the tables of the store into ``docs/store.md``, from the models: run it after a change."""
+"""Writes the tables in ``docs/store.md`` from the SQLAlchemy models. Run it after a change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, Boolean, Column, Double, Integer, Large
 from oki_trace.store.schema.column_types import UtcTime
 from oki_trace.store.schema.models import Base
 
-PAGE = Path(__file__).with_name("store.md")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "store.md"
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 _TYPES = (
@@ -24,15 +24,15 @@ _TYPES = (
 
 
 def schema() -> str:
-    """Every table with what its docstring says and a row a column, as Markdown."""
+    """Every table with its docstring and one row per column, as Markdown."""
     return "\n".join(
         _table(mapper.class_.__doc__ or "", mapper.local_table)
         for mapper in sorted(Base.registry.mappers, key=lambda m: m.local_table.name)
     )
 
 
-def _table(told: str, table: Table) -> str:
-    paragraph = " ".join(told.replace("``", "`").split())
+def _table(docstring: str, table: Table) -> str:
+    paragraph = " ".join(docstring.replace("``", "`").split())
     rows = "\n".join(_row(column) for column in table.columns)
     return (
         f"### `{table.name}`\n\n{paragraph}\n\n| column | type | |\n| --- | --- | --- |\n{rows}\n"

@@ -1,4 +1,4 @@
-"""A reply decoded again as it was made: a faithful trace agrees, whatever it was made in."""
+"""Recomputing a reply: a faithful trace agrees in every dtype, a changed one does not."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _measured(change: Callable[[Any], Any]) -> Differences:
     found = Differences()
     found.add(change(step), step)
     assert step.lens is not None
-    found.add_lens(change(step), step, step.lens)
+    found.add_lens(change(step), step.lens)
     return found
 
 

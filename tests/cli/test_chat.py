@@ -1,4 +1,4 @@
-"""``demo``, ``run`` and ``chat``: what a user types, sees, and finds in the store afterwards."""
+"""``demo``, ``run`` and ``chat``: input, output, and the store afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reply is asked for, and what the model is given for it."""
+"""Queueing a reply: what is stored, and which messages the model gets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import pytest
 
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.queueing import (
-    Ask,
+    ReplyRequest,
     fail,
     history,
-    refuse_unasked_answer,
+    new_messages,
+    require_call,
     submit,
     title_of,
     unanswered_calls,
@@ -96,7 +97,7 @@ def test_calls_wait_for_their_answers() -> None:
     answer = replace(messages[0], id=2, position=2, role=Role.TOOL, tool_name="f")
     assert unanswered_calls([*messages, answer]) == [calls[1]]
     with pytest.raises(UsageError, match=r"did not call 'h'\. It called g\."):
-        refuse_unasked_answer([*messages, answer], "h")
+        require_call([*messages, answer], "h")
 
 
 def test_what_comes_after_a_reply_is_not_of_it() -> None:
@@ -126,9 +127,10 @@ def test_what_is_asked_is_kept_with_the_reply(store: tuple[TraceWriter, TraceRea
     choice = ModelChoice("m", use_4bit=True, dtype="bfloat16", device="cpu")
     sampling = Sampling(7, 0.5, 0.9, 40, 1.1, 3)
     policy = CapturePolicy(3, 4, 2, "exact")
-    ask = Ask("one", choice, sampling, policy, system="be brief")
-    conversation_id, reply_id = submit(writer, ask)
-    assert submit(writer, ask, conversation_id)[0] == conversation_id
+    first = ReplyRequest(new_messages("one", system="be brief"), choice, sampling, policy)
+    conversation_id, reply_id = submit(writer, first)
+    second = ReplyRequest(new_messages("one"), choice, sampling, policy)
+    assert submit(writer, second, conversation_id)[0] == conversation_id
     messages = reader.messages(conversation_id)
     assert [(str(m.role), m.content, str(m.status)) for m in messages] == [
         ("system", "be brief", "complete"),
@@ -140,12 +142,12 @@ def test_what_is_asked_is_kept_with_the_reply(store: tuple[TraceWriter, TraceRea
     reply = reader.message(reply_id)
     assert (reply.choice, reply.sampling, reply.policy) == (choice, sampling, policy)
     with pytest.raises(NotFound, match="no conversation 99"):
-        submit(writer, ask, 99)
+        submit(writer, second, 99)
 
 
 def test_a_claimed_reply_is_no_workers(store: tuple[TraceWriter, TraceReader]) -> None:
     writer, reader = store
-    _, reply_id = submit(writer, Ask("one", ModelChoice("m")), claim=True)
+    _, reply_id = submit(writer, ReplyRequest(new_messages("one"), ModelChoice("m")), claim=True)
     assert reader.message(reply_id).status is Status.RUNNING
     assert writer.claim_next_reply() is None
     fail(writer, reply_id, "No such model.")

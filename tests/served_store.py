@@ -1,4 +1,4 @@
-"""A store with both ends open, as the explorer has it, and the workers that serve it."""
+"""A store with a writer and a reader, as the explorer has it, and the workers that serve it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOREVER = 1_000_000
 
 
 @dataclass(frozen=True)
-class Desk:
+class ServedStore:
     """A store with both ends open, as the explorer has it."""
 
     db: str
@@ -31,13 +31,13 @@ class Desk:
 
     def ask(self, model: Path | str, tokens: int = 4, text: str = "the fox") -> int:
         """Queue a reply in a conversation of its own; returns its id."""
-        ask = queueing.Ask(
-            text,
+        request = queueing.ReplyRequest(
+            queueing.new_messages(text),
             ModelChoice(str(model)),
             Sampling(max_new_tokens=tokens),
             CapturePolicy(tensors="none"),
         )
-        return queueing.submit(self.writer, ask)[1]
+        return queueing.submit(self.writer, request)[1]
 
     def ended(self, reply: int) -> Message:
         """The reply once it has ended."""
@@ -81,29 +81,29 @@ class Desk:
 
 
 @contextmanager
-def desk_at(folder: Path) -> Iterator[Desk]:
-    """A desk whose workers are gone afterwards, whatever happened."""
+def store_at(folder: Path) -> Iterator[ServedStore]:
+    """A store whose workers are gone afterwards, whatever happened."""
     db = str(folder / "store.db")
     with TraceWriter(db, checkpoint=False) as writer, TraceReader(db) as reader:
-        desk = Desk(db, writer, reader)
+        store = ServedStore(db, writer, reader)
         try:
-            yield desk
+            yield store
         finally:
-            left = desk.workers()
+            left = store.workers()
             for process in left:
                 process.kill()
             psutil.wait_procs(left, timeout=30)
             mine = worker._started.pop(worker.lock_path(db), None)
             if mine is not None:
                 mine.wait()  # else Python complains of it when it ends
-    assert desk.workers() == []
-    until(lambda: not desk.workers("oki_trace.model_process"), "their models to be gone")
+    assert store.workers() == []
+    until(lambda: not store.workers("oki_trace.model_process"), "their models to be gone")
 
 
 @contextmanager
-def serving(desk: Desk) -> Iterator[threading.Thread]:
+def serving(store: ServedStore) -> Iterator[threading.Thread]:
     """A worker in this process, whose limits a test can set; its model is in another."""
-    here = worker.Worker(desk.db, None)
+    here = worker.Worker(store.db, None)
     thread = threading.Thread(target=here.run)
     thread.start()
     try:

@@ -1,4 +1,4 @@
-"""What a model wrote is shown for what it is, and does nothing."""
+"""Text from a model is shown completely and has no effect on the display."""
 
 from __future__ import annotations
 

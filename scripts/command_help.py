@@ -1,4 +1,4 @@
-"""Writes ``docs/commands.md`` from the commands' own help: run it after a change."""
+"""Writes ``docs/commands.md`` from the help of the commands. Run it after a change."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import re
 from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from typer.models import OptionInfo
 
 from oki_trace.cli.app import app
 
-PAGE = Path(__file__).with_name("commands.md")
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 EXAMPLE = "Example: "
 
 _HEAD = """\
 # Commands
 
-What `oki-trace COMMAND --help` says, on one page. Written by `python docs/command_help.py`.
+The output of `oki-trace COMMAND --help` on one page. Written by `python scripts/command_help.py`.
 
 Every command takes `--debug`, which shows tracebacks. Exit status: 0 done, 1 the work failed \
 (one line on standard error names the fix), 2 wrong usage, 130 ended by Ctrl-C. Output to a pipe \
-has no colours and no progress bars. `oki-trace --install-completion` teaches bash, zsh, fish or \
-PowerShell to complete commands and options.
+has no colours and no progress bars. `oki-trace --install-completion` sets up completion for \
+bash, zsh, fish and PowerShell.
 """
 
 
@@ -38,13 +38,13 @@ def commands() -> dict[str, Callable[..., None]]:
 
 
 def paragraphs(command: Callable[..., None]) -> list[str]:
-    """The help text, a line a paragraph."""
+    """The help text, one line per paragraph."""
     text = inspect.getdoc(command) or ""
     return [" ".join(part.split()) for part in text.split("\n\n")]
 
 
 def examples(command: Callable[..., None]) -> list[str]:
-    """The command lines that its help shows."""
+    """The command lines in its help."""
     return [p.removeprefix(EXAMPLE) for p in paragraphs(command) if p.startswith(EXAMPLE)]
 
 
@@ -61,46 +61,52 @@ def page() -> str:
 
 
 def _section(name: str, command: Callable[..., None]) -> str:
-    told = [_escaped(p) for p in paragraphs(command) if not p.startswith(EXAMPLE)]
+    body = [_escaped(p) for p in paragraphs(command) if not p.startswith(EXAMPLE)]
     shown = "\n".join(examples(command))
     rows = "\n".join(_rows(command))
     return (
         f"## oki-trace {name}\n\n"
-        + "\n\n".join(told)
+        + "\n\n".join(body)
         + f"\n\n```sh\n{shown}\n```\n\n| | | |\n| --- | --- | --- |\n{rows}\n"
     )
 
 
 def _rows(command: Callable[..., None]) -> Iterator[str]:
-    """A row an argument and an option: its names, what it takes, what it is for."""
+    """One row per argument and option: its names, the kind of value, its help."""
     for parameter in inspect.signature(command, eval_str=True).parameters.values():
-        kind, told = get_args(parameter.annotation)
-        if isinstance(told, OptionInfo):
-            # In an annotation, what stands where a default would is the first name.
-            names = ", ".join(f"`{name}`" for name in (told.default, *(told.param_decls or ())))
+        kind, declared = get_args(parameter.annotation)
+        if isinstance(declared, OptionInfo):
+            # In an annotation, ``default`` holds the first name, if there is any.
+            first = declared.default
+            if first is ...:
+                first = f"--{parameter.name.replace('_', '-')}"
+            names = ", ".join(f"`{name}`" for name in (first, *(declared.param_decls or ())))
         else:
-            name = (told.metavar or parameter.name.strip("_")).strip("[]{}").upper()
+            name = (declared.metavar or parameter.name.strip("_")).strip("[]{}").upper()
             names = f"`{name}{'...' if 'list[' in str(kind) else ''}`"
-        meaning = _escaped(" ".join((told.help or "").split()))
-        yield f"| {names} | {_takes(kind, told)} | {meaning}{_default(parameter, told)} |"
+        meaning = _escaped(" ".join((declared.help or "").split()))
+        yield f"| {names} | {_takes(kind, declared)} | {meaning}{_default(parameter, declared)} |"
 
 
-def _takes(kind: Any, told: Any) -> str:
+def _takes(kind: Any, declared: Any) -> str:
     """The kind of value; nothing for a switch."""
-    (kind, *_) = [one for one in get_args(kind) if one is not type(None)] or [kind]
+    if get_origin(kind) is not Literal:
+        (kind, *_) = [one for one in get_args(kind) if one is not type(None)] or [kind]
     if kind is bool:
         return ""
-    if told.metavar and isinstance(told, OptionInfo):
-        return str(told.metavar).lower().replace("_or_", " or ").replace("url", "URL")
+    if declared.metavar and isinstance(declared, OptionInfo):
+        return str(declared.metavar).lower().replace("_or_", " or ").replace("url", "URL")
     if isinstance(kind, type) and issubclass(kind, Enum):
-        return ", ".join(f"`{choice.value}`" for choice in kind)
+        kind = Literal[tuple(choice.value for choice in kind)]
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
     return {int: "number", float: "number", Path: "path"}.get(kind, "text")
 
 
-def _default(parameter: inspect.Parameter, told: Any) -> str:
+def _default(parameter: inspect.Parameter, declared: Any) -> str:
     if parameter.default is inspect.Parameter.empty:
-        return " Required." if isinstance(told, OptionInfo) else ""
-    shown = told.show_default
+        return " Required." if isinstance(declared, OptionInfo) else ""
+    shown = declared.show_default
     if isinstance(shown, str):
         return f" Default: {f'`{shown}`' if shown.startswith('$') else shown}."
     if parameter.default is None or isinstance(parameter.default, bool):
