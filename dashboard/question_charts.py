@@ -15,7 +15,7 @@ import pandas as pd
 
 from dashboard.viewdata import answers
 from dashboard.viewdata.answers import NEVER, SHARES, Drawing
-from dashboard.viewdata.replies import Json
+from dashboard.viewdata.wording import Json
 
 if TYPE_CHECKING:
     from oki_trace.analysis.questions import Answer

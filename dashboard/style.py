@@ -1,4 +1,4 @@
-"""The page's own style, beside the theme in ``.streamlit/config.toml``."""
+"""The CSS of the pages, on top of the theme in ``.streamlit/config.toml``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import streamlit as st
 
 from oki_trace.launcher import is_loopback
 
-# Static text of ours; nothing a model or a user wrote comes here.
+# Static text of ours; no text of a model or a user is inserted.
 _STYLE = """
 <style>
   :root {
@@ -17,11 +17,11 @@ _STYLE = """
   }
   .block-container { padding: 2.6rem var(--oki-side) 1rem; max-width: 1700px; }
   .block-container h4 { font-size: 1.12rem; padding: 0.8rem 0 0.5rem; }
-  /* With the sidebar shut the header is no longer empty: nothing may lie below it. */
+  /* With the sidebar closed the header has a button: nothing may lie below it. */
   [data-testid="stApp"]:has([data-testid="stExpandSidebarButton"]) .block-container {
     padding-top: 4.4rem;
   }
-  /* Whoever goes by keyboard sees where they are. */
+  /* Keyboard focus is visible. */
   [data-testid="stCheckbox"] label:has(input:focus-visible),
   a:focus-visible, button:focus-visible, summary:focus-visible, canvas:focus-visible,
   [data-testid="stSelectbox"]:has(input:focus-visible) [role="group"],
@@ -42,14 +42,14 @@ _STYLE = """
   .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"]) {
     align-items: flex-start;
   }
-  /* However long the conversation, the box to write into is in sight. */
+  /* The message box stays in sight, however long the conversation. */
   .st-key-say {
     position: sticky; bottom: 0; z-index: 3; padding: 0.5rem 0 0.7rem;
     background: linear-gradient(transparent, var(--oki-back) 0.5rem);
   }
   .st-key-welcome .st-key-say { position: static; }
   @media (max-width: 1150px) {
-    /* One column: the conversation and the map, and the step as a sheet over their foot. */
+    /* One column: conversation and map, and the step as a sheet at the bottom. */
     .st-key-sides [data-testid="stHorizontalBlock"]:has(> [data-testid="stColumn"] .st-key-panel) {
       flex-direction: column; gap: 0;
     }
@@ -63,7 +63,7 @@ _STYLE = """
       margin: 0 calc(-1 * var(--oki-side)); box-sizing: content-box;
       width: 100% !important;
     }
-    /* Let down to the token and its numbers. */
+    /* Folded to the token and its numbers. */
     .oki-folded [data-testid="stColumn"]:has(.st-key-panel) {
       max-height: 6.6rem; overflow: hidden;
     }
@@ -137,13 +137,13 @@ _STYLE = """
 
 
 def logo() -> None:
-    """The name as a picture, in the ink of the theme in force."""
+    """The logo in the colours of the current theme."""
     st.logo(Path(__file__).with_name(f"logo-{_theme()}.svg"), size="large")
 
 
 def apply() -> None:
-    """Put the style onto the page."""
-    # Outside the page's own elements Streamlit's colours have no name in CSS.
+    """Add the CSS to the page."""
+    # Streamlit defines CSS variables for its colours only inside components.
     back, line, focus = (
         str(st.get_option(f"theme.{_theme()}.{name}") or fallback)
         for name, fallback in (
@@ -155,13 +155,13 @@ def apply() -> None:
     st.html(_STYLE.replace("BACK", back).replace("LINE", line).replace("FOCUS", focus))
 
 
-def warn_of_strangers() -> None:
-    """Say on every page that others may be here too, where the explorer is open to them."""
+def warn_if_public() -> None:
+    """Warn on every page if other machines can reach the explorer."""
     address = st.get_option("server.address")
     if address is None or not is_loopback(str(address)):
         st.warning(
-            "Other machines can reach this explorer, and it has no password: whoever finds it "
-            "reads and deletes every conversation.",
+            "Other machines can reach this explorer, and it has no password: anyone who finds it "
+            "can read and delete every conversation.",
             icon=":material/public:",
         )
 

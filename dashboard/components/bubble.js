@@ -1,4 +1,4 @@
-// A message that was typed by a person. data: {pieces: [{text, mark}], label}
+// A message of a user, the system or a tool. data: {pieces: [{text, mark}], label}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const said = make("div", "said");

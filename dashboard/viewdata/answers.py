@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dashboard.viewdata.replies import Json, clipped
+from dashboard.viewdata.wording import Json, shorten
 from oki_trace.sanitize import inert, visible
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     seen: Counter[str] = Counter()
     labels = []
     for row in rows:
-        label = clipped(_label(row, named, of, "step" in drawing.x), 46)
+        label = shorten(_label(row, named, of, "step" in drawing.x), 46)
         seen[label] += 1
         labels.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
     return labels
@@ -215,7 +215,7 @@ def _label(row: Json, named: Sequence[str], of: Mapping[str, Column], is_step: b
             text = f"{row['message']}:{row['step']}"
         elif name in _NUMBERED:
             text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"
-        parts.append(clipped(text, longest))
+        parts.append(shorten(text, longest))
     if named[:2] == ["held", "chosen"]:
         parts[:2] = [f"{parts[0]} → {parts[1]}"]
     return " · ".join(parts)

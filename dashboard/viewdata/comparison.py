@@ -17,16 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dashboard.viewdata.attention import values
-from dashboard.viewdata.replies import (
+from dashboard.viewdata.attention import as_float32
+from dashboard.viewdata.replies import token_texts, token_tooltip
+from dashboard.viewdata.wording import (
     Column,
     Json,
-    clickable,
-    clipped,
     counted,
-    figure,
-    hover,
-    running_text,
+    format_number,
+    mark_line_ends,
+    shorten,
     table_data,
 )
 from oki_trace.records import Candidates, Message, Step, StepSummary, Tensor
@@ -161,7 +160,7 @@ def exactly(left: Tensor, right: Tensor) -> Distance | None:
 
 
 def _softmax(logits: Tensor) -> NDArray[np.float64]:
-    raw = values(logits).astype(np.float64)
+    raw = as_float32(logits).astype(np.float64)
     raised = np.exp(raw - raw.max())
     return np.asarray(raised / raised.sum())
 
@@ -199,7 +198,7 @@ def replies_data(
     first = divergence(pairs)
     sides = []
     for message, of_it, side in zip(messages, steps, ("left", "right"), strict=True):
-        texts = running_text(of_it)
+        texts = token_texts(of_it)
         tokens: list[Json] = []
         for number, (pair, distance) in enumerate(zip(pairs, found, strict=True)):
             index = getattr(pair, side)
@@ -208,13 +207,15 @@ def replies_data(
             step, text = of_it[index], texts[index]
             tokens.append(
                 {
-                    "text": visible(step.token) if step.is_special else (clickable(text) or "◌"),
+                    "text": visible(step.token)
+                    if step.is_special
+                    else (mark_line_ends(text) or "◌"),
                     "mark": step.is_special or not text.strip("\n"),
                     "pair": number,
                     "same": pair.same,
                     "first": number == first,
                     "step": index,
-                    "title": f"{hover(step)}\ntotal variation {told(distance)}"
+                    "title": f"{token_tooltip(step)}\ntotal variation {told(distance)}"
                     + ("\nhere they part" if number == first else ""),
                 }
             )
@@ -263,8 +264,8 @@ def told(distance: Distance | None) -> str:
     if distance is None:
         return "not known"
     if distance.high - distance.low < 5e-4:
-        return figure(distance.low, 3)
-    return f"{figure(distance.low, 3)} to {figure(distance.high, 3)}"
+        return format_number(distance.low, 3)
+    return f"{format_number(distance.low, 3)} to {format_number(distance.high, 3)}"
 
 
 def rows(
@@ -279,8 +280,8 @@ def rows(
             "place": number + 1,
             "low": distance.low,
             "high": distance.high,
-            "left": clipped(visible(left[pair.left].token)),
-            "right": clipped(visible(right[pair.right].token)),
+            "left": shorten(visible(left[pair.left].token)),
+            "right": shorten(visible(right[pair.right].token)),
             "token": "the same token" if pair.same else "different tokens",
         }
         for number, (pair, distance) in enumerate(zip(pairs, found, strict=True))
@@ -302,7 +303,7 @@ def settings(left: Message, right: Message) -> Json:
 STEPS = (
     Column(""),
     Column("token"),
-    Column("step", "Counted from 1 in its own reply", True),
+    Column("step", "In its own reply, counted from 0", True),
     Column("prob", "The model's own probability, before any sampling setting", True),
     Column("rank", "Among all tokens of the vocabulary; 1 is the most likely", True),
     Column("surprisal", "-log prob of the chosen token, in nats", True),
@@ -321,13 +322,13 @@ def _numbers(step: Step | None) -> tuple[str, ...]:
     if step is None:
         return ("–",) * (len(STEPS) - 1)
     return (
-        clipped(visible(step.token)),
-        str(step.step_index + 1),
-        figure(step.prob, 3),
+        shorten(visible(step.token)),
+        str(step.step_index),
+        format_number(step.prob, 3),
         f"{step.rank:,}",
-        figure(step.surprisal, 2),
-        figure(step.entropy, 2),
-        figure(step.margin, 3),
+        format_number(step.surprisal, 2),
+        format_number(step.entropy, 2),
+        format_number(step.margin, 3),
     )
 
 
@@ -355,6 +356,6 @@ def _settings(message: Message) -> dict[str, str]:
         "seed": of(generation, "seed") if sampled else "–",
         "prompt tokens": of(message, "prompt_len"),
         "tokens": f"{message.tokens:,}",
-        "tokens/s": figure(speed, 1),
+        "tokens/s": format_number(speed, 1),
         "status": str(message.status),
     }

@@ -1,4 +1,4 @@
-"""A chart, and the buttons that save it: as CSV, PNG and SVG."""
+"""A chart with buttons that save it as CSV, PNG and SVG."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import altair as alt
 import streamlit as st
 
 from dashboard import components
-from dashboard.viewdata import replies
+from dashboard.viewdata import wording
 
 
 def chart(
-    drawn: alt.Chart | alt.LayerChart, rows: Sequence[replies.Json], key: str, name: str
+    drawn: alt.Chart | alt.LayerChart, rows: Sequence[wording.Json], key: str, name: str
 ) -> None:
-    """Draw it; ``rows`` are what it was made of, ``name`` is what its files are called."""
+    """Draw ``drawn``, which was made from ``rows``; ``name`` is the name of its files."""
     within = f"picture-{key}"
     components.picture(
-        data={"within": f"st-key-{within}", "name": name, "rows": replies.sheet(rows)},
+        data={"within": f"st-key-{within}", "name": name, "rows": wording.csv_rows(rows)},
         key=f"save-{key}",
     )
     with st.container(key=within):

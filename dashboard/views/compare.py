@@ -1,4 +1,4 @@
-"""Compare: two replies side by side, where they part, and how far apart they are at each step."""
+"""Compare: two replies side by side, their divergence, and the distance at each step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from dashboard import boundary, charts, components, data, url_state
-from dashboard.viewdata import comparison, lens, replies
+from dashboard.viewdata import comparison, lens, replies, wording
 from dashboard.views import chart_panel, empty_state
 from oki_trace.records import Message
 from oki_trace.sanitize import inert
@@ -18,53 +18,56 @@ SIDES = ("left", "right")
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    url_state.keep("compare", (*SIDES, "pair"))
+    url_state.restore("compare", (*SIDES, "pair"))
     st.title("Compare")
     offered = _offered()
     if not offered:
-        empty_state.first_trace("No replies yet: begin a conversation in Chat.")
+        empty_state.first_trace("replies", "compare it with another one")
         return
     with st.container(horizontal=True, key="compare-choice"):
         chosen = [_choice(side, offered) for side in SIDES]
     left, right = (data.message(one) if one is not None else None for one in chosen)
     if left is None or right is None:
-        st.caption("Choose two replies: of two models, two temperatures, two questions.")
+        st.caption("Choose two replies to compare them here.")
         return
     boundary.part(_replies)(left, right)
     st.markdown("#### Settings")
     components.table(data=comparison.settings(left, right), key="settings")
-    st.caption("In bold is what differs.")
+    st.caption("Settings that differ are bold.")
 
 
 def _offered() -> dict[int, str]:
-    """The replies to choose from, and how they are called: the address's, and the latest."""
-    found = {message.id: _name(title.title, message) for title, message in data.replies()}
+    """The replies to choose from, by id with their label: the latest, and those of the URL."""
+    offered = {
+        message.id: _label(conversation.title, message)
+        for conversation, message in data.recent_replies()
+    }
     for side in SIDES:
-        wanted = _in_address(side)
-        message = data.message(wanted) if wanted is not None and wanted not in found else None
+        wanted = _in_url(side)
+        message = data.message(wanted) if wanted is not None and wanted not in offered else None
         opened = data.conversation(message.conversation_id) if message is not None else None
         if message is not None and opened is not None and message.tokens:
-            found[message.id] = _name(opened[0].title, message)
-    return found
+            offered[message.id] = _label(opened[0].title, message)
+    return offered
 
 
-def _name(title: str, message: Message) -> str:
+def _label(title: str, message: Message) -> str:
     sampling = message.generation
     how = (
         f"temperature {sampling.temperature:g}"
         if (sampling is not None and sampling.do_sample and sampling.temperature is not None)
         else "greedy"
     )
-    short = replies.clipped(inert(title, keep="").strip() or "Untitled", 40)
+    short = wording.shorten(inert(title, keep="").strip() or "Untitled", 40)
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
     return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
 
 def _choice(side: str, offered: Mapping[int, str]) -> int | None:
-    wanted = _in_address(side)
+    wanted = _in_url(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
-        f"{replies.plain(side.capitalize())} reply",
+        f"{wording.escape(side.capitalize())} reply",
         ids,
         index=ids.index(wanted) if wanted is not None and wanted in offered else None,
         format_func=offered.__getitem__,
@@ -77,7 +80,7 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
     return picked
 
 
-def _in_address(side: str) -> int | None:
+def _in_url(side: str) -> int | None:
     value = st.query_params.get(side, "")
     return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
 
@@ -95,7 +98,7 @@ def _replies(left: Message, right: Message) -> None:
         disabled=not (full and one_model),
         help=None
         if full and one_model
-        else "Two models' vocabularies need not agree."
+        else "The vocabularies of two models may differ."
         if full
         else "One of the replies has no full logits: they were not kept, or were pruned.",
     )
@@ -118,8 +121,8 @@ def _replies(left: Message, right: Message) -> None:
 
 
 def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
-    """The pair that is looked at: the address's, else where the replies part."""
-    wanted = _in_address("pair")
+    """The selected pair: that of the URL, else the one where the replies diverge."""
+    wanted = _in_url("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
     return comparison.first_to_see(pairs)
@@ -136,56 +139,50 @@ def _steps(
     pair: comparison.Pair,
     distance: comparison.Distance | None,
 ) -> None:
-    """The two steps of a pair: their numbers, what was considered, what the layers would say."""
+    """The two steps of a pair: numbers, candidates and lens."""
     st.markdown("#### Two steps")
     st.caption(
-        "Of the place that is outlined above: click a token there for another. Their total "
-        f"variation is {comparison.told(distance)}."
+        "Click a token above to select another pair. The total variation of this one is "
+        f"{comparison.told(distance)}."
     )
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
-    found = (left, right)
     components.table(data=comparison.steps_table(left, right), key="compare-steps")
     with st.container(key="two-steps"):
         columns = st.columns(2, gap="medium")
-    for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
+    for side, column, message, step in zip(SIDES, columns, messages, (left, right), strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
-                st.caption(f"The {replies.plain(side)} reply has no step here.")
+                st.caption(f"The {wording.escape(side)} reply has no step here.")
                 continue
-            components.bars(data=replies.bars_data(step), key=f"bars-{side}")
+            components.bars(data=replies.candidates_data(step), key=f"bars-{side}")
             if step.lens is None:
                 st.caption("This step has no lens.")
             else:
                 shown = lens.lens_data(step, step.lens, None)
                 components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
-            place = url_state.Place(message.conversation_id, message.id, step.step_index)
+            place = url_state.Location(message.conversation_id, message.id, step.step_index)
             if st.button(
                 "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
             ):
                 st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
 
 
-def _apart(rows: list[replies.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+def _apart(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("Nothing is known of it: no two steps with probabilities lie side by side.")
+        st.caption("Not available: no pair has candidates on both sides.")
         return
-    drawn = charts.apart(rows, None if first is None else first + 1)
+    drawn = charts.distance_chart(rows, None if first is None else first + 1)
     chart_panel.chart(drawn, rows, "apart", "distances")
-    how = (
+    notes = [
+        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common.",
         "Exact, from the full logits."
         if exact
-        else "From the likeliest tokens that were kept: the full bar is the least it can be, the "
-        "pale one the most."
-    )
+        else "From the kept candidates: the solid bar is the lower bound, the pale one the upper.",
+    ]
     if not by_id:
-        how += " Two models' tokens are held to be the same when their texts are."
-    st.caption(
-        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common. "
-        f"{how} LensWorker the dashed line the replies have parted, so the models went on from "
-        "different texts."
-        if first is not None
-        else "Total variation of the models' own probabilities: 0 is the same, 1 nothing in "
-        f"common. {how}"
-    )
+        notes.append("Tokens of two models count as the same if their texts are.")
+    if first is not None:
+        notes.append("After the dashed line the models continued from different texts.")
+    st.caption(" ".join(notes))

@@ -11,7 +11,7 @@ import streamlit as st
 from dashboard import data
 from dashboard import question_state as asking
 from dashboard.question_state import Asked
-from dashboard.viewdata import replies
+from dashboard.viewdata import wording
 from oki_trace.records import Role
 from oki_trace.sanitize import inert
 
@@ -147,7 +147,9 @@ def _scope(asked: Asked, followed: bool) -> Asked:
 
 
 def _conversation(asked: Asked, followed: bool) -> int | None:
-    titles = {str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent(50) if c.tokens}
+    titles = {
+        str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent_conversations(50) if c.tokens
+    }
     now = None if asked.conversation is None else str(asked.conversation)
     chosen = st.selectbox(
         "Conversation",
@@ -187,7 +189,7 @@ def _reply(asked: Asked, conversation: int | None, followed: bool) -> int | None
 
 
 def _title(text: str) -> str:
-    return replies.clipped(inert(" ".join(text.split()), keep="") or "Untitled", 40)
+    return wording.shorten(inert(" ".join(text.split()), keep="") or "Untitled", 40)
 
 
 # ---------------------------------------------------------------------- two of a kind
@@ -225,7 +227,7 @@ def _models(asked: Asked, followed: bool) -> Sequence[str]:
 def _replies(asked: Asked, followed: bool) -> Sequence[str]:
     names = {
         m.id: f"{m.id} · {_title(c.title)} · {_title(m.model_id or 'unknown model')}"
-        for c, m in data.replies()
+        for c, m in data.recent_replies()
     }
     sides = []
     for name, now in (("First", asked.first), ("Second", asked.second)):

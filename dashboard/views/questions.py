@@ -18,7 +18,7 @@ import streamlit as st
 from dashboard import boundary, components, data, question_charts, url_state
 from dashboard import question_state as asking
 from dashboard.question_state import Asked
-from dashboard.viewdata import answers, replies
+from dashboard.viewdata import answers, wording
 from dashboard.views import cache_progress, question_controls, sql
 from oki_trace.errors import OkiTraceError
 
@@ -37,7 +37,7 @@ ALLOWED = "asked-allowed"
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
-    url_state.keep("questions", asking.PARAMETERS)
+    url_state.restore("questions", asking.PARAMETERS)
     asked = asking.read(st.query_params.to_dict(), questions)
     question = questions[asked.question]
     _list(asked)
@@ -62,9 +62,9 @@ def page() -> None:
         return
     try:
         with st.spinner("Asking…"):
-            answer = data.answer(chosen)
+            answer = data.answer_question(chosen)
     except OkiTraceError as error:
-        st.warning(replies.sentence(str(error)), icon=":material/info:")
+        st.warning(wording.sentence(str(error)), icon=":material/info:")
         _offer_everything(chosen)
         return
     _answer(chosen, question, answer)
@@ -121,7 +121,7 @@ def _offer_everything(asked: Asked) -> None:
 
 def _answer(asked: Asked, question: Question, answer: Answer) -> None:
     if answer.about:
-        st.markdown(replies.sentence(answer.about))
+        st.markdown(wording.sentence(answer.about))
     if not answer.rows:
         st.write("No steps there.")
         _offer_everything(asked)
@@ -172,7 +172,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
     notes = [_cut(answer, drawing)]
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
-            st.caption(replies.plain(model))
+            st.caption(wording.escape(model))
         if number:  # the first one's stands above
             name = f"{answer.question}-{answer.view}-{number + 1}"
             components.picture(
@@ -186,8 +186,8 @@ def _pictures(asked: Asked, answer: Answer) -> None:
 
 
 def _by_model(
-    answer: Answer, drawing: Drawing, rows: Sequence[replies.Json]
-) -> list[tuple[str, list[replies.Json]]]:
+    answer: Answer, drawing: Drawing, rows: Sequence[wording.Json]
+) -> list[tuple[str, list[wording.Json]]]:
     """Shares that add up to 1 have a picture for each model; all else is in one."""
     models = answers.models(answer)[: answers.MOST_MODELS]
     if len(models) < 2:
@@ -208,7 +208,7 @@ def _chart(
     asked: Asked,
     answer: Answer,
     drawing: Drawing,
-    rows: Sequence[replies.Json],
+    rows: Sequence[wording.Json],
     places: Sequence[dict[str, int] | None],
     number: int,
 ) -> None:

@@ -97,7 +97,7 @@ def test_tokens_come_one_after_another_and_stop_keeps_them(
         steps = reader.steps(reply.id)
     assert reply.status is Status.STOPPED
     assert counts[-1] <= len(steps) < 256
-    assert browser_pages.said(page) == "".join(replies.running_text(steps)) == reply.content
+    assert browser_pages.said(page) == "".join(replies.token_texts(steps)) == reply.content
     browser_pages.ready_for_a_message(page)
 
 

@@ -113,7 +113,7 @@ def test_no_text_is_a_link_on_any_page(
     for path, shown in pages(samples).items():
         page.goto(explorer.url + path)
         if path.startswith("sql"):
-            page.get_by_role("button", name="Run it").click()
+            page.get_by_role("button", name="Run query").click()
         page.locator(shown).first.wait_for()
         expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
         hrefs = page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
@@ -142,7 +142,7 @@ def test_tables_offer_no_download_of_their_own(
 ) -> None:
     """It would hold formulas as they are; our own button guards them."""
     page = browse(explorer.url + "sql?sql=SELECT+'=1+1'+AS+formula")
-    page.get_by_role("button", name="Run it").click()
+    page.get_by_role("button", name="Run query").click()
     table = page.get_by_test_id("stDataFrame")
     table.locator("canvas").first.wait_for()
     table.hover()

@@ -92,8 +92,8 @@ def test_thinking_is_folded_and_a_tool_is_answered(
     until(lambda: browser_pages.panel(page)["what"] == "<", "the step of the thinking token")
     # On a narrow screen the sidebar is folded away, and narrower than what is in it.
     assert [wide for wide in browser_pages.overflow(page) if not wide.startswith("sidebar")] == []
-    page.get_by_label("Answer of the tool").fill("18 degrees")
-    page.get_by_role("button", name="Send answer").click()
+    page.get_by_label("Tool result").fill("18 degrees")
+    page.get_by_role("button", name="Send result").click()
 
     def answered() -> bool:
         with TraceReader(db) as reader:

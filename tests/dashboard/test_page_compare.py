@@ -10,7 +10,7 @@ from tests.dashboard import app_pages, sample_stores
 def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
     app = app_pages.comparing()
     assert not app.exception
-    assert "begin a conversation in Chat" in app.markdown[-1].value
+    assert "No replies yet. Start a chat" in app.markdown[-1].value
     assert not app_pages.comparing(1, 2).exception
 
 
@@ -40,7 +40,7 @@ def test_the_distance_is_exact_where_the_logits_were_kept(
 ) -> None:
     app = app_pages.comparing(filled_store.first[1], filled_store.second[1])
     assert not app.exception
-    assert any("the least it can be" in caption.value for caption in app.caption)
+    assert any("the lower bound" in caption.value for caption in app.caption)
     app.toggle(key="exact").set_value(True).run()
     assert not app.exception
     assert any("Exact, from the full logits" in caption.value for caption in app.caption)

@@ -111,7 +111,7 @@ def test_curves_have_gaps_where_nothing_was_kept(rng: np.random.Generator) -> No
     lens = two_layers([[1, 2], [2, 3]], [[0.6, 0.3], [0.8, 0.1]], [0.3, 0.8])
     step = chose(rng, 2)
     step = replace(step, topk=replace(step.topk, token_ids=np.array([2, 3]), tokens=(" t2", " t3")))
-    rows = shapes.curves(step, lens, ["␣t1", "␣nowhere"])
+    rows = shapes.curve_rows(step, lens, ["␣t1", "␣nowhere"])
     found = {(r["token"], r["layer"]): (r["kind"], r["rank"], r["prob"]) for r in rows}
     assert found["␣t2", 0] == ("chosen", 2, pytest.approx(0.3))
     assert found["␣t3", 0] == ("runner-up", None, None)
@@ -124,18 +124,18 @@ def test_curves_have_gaps_where_nothing_was_kept(rng: np.random.Generator) -> No
 def test_a_pin_that_is_shown_already_is_shown_once(rng: np.random.Generator) -> None:
     lens = two_layers([[1, 2], [2, 1]], [[0.6, 0.3], [0.8, 0.1]], [0.3, 0.8])
     step = chose(rng, 2)
-    runner_up = shapes.label(step.topk.tokens[1])
-    rows = shapes.curves(step, lens, ["␣t2", runner_up])
+    runner_up = shapes.short_label(step.topk.tokens[1])
+    rows = shapes.curve_rows(step, lens, ["␣t2", runner_up])
     assert len(rows) == len({(r["token"], r["layer"]) for r in rows})
 
 
 def test_labels_are_short_whatever_the_token(rng: np.random.Generator) -> None:
-    assert len(shapes.label("W" * 20_000)) == shapes.LABEL_LENGTH
+    assert len(shapes.short_label("W" * 20_000)) == shapes.LABEL_LENGTH
     step = builders.step(0, rng, with_lens=True)
     assert step.lens is not None
-    offered = shapes.pinnable(step, step.lens)
+    offered = shapes.pinnable_tokens(step, step.lens)
     assert len(offered) == len(set(offered))
-    assert shapes.label(step.token) not in offered
+    assert shapes.short_label(step.token) not in offered
 
 
 # --------------------------------------------------------------------------------- map
