@@ -150,7 +150,8 @@ def test_all_that_is_found_is_saved_not_one_page_of_it(
     with TraceWriter(db) as writer:
         for number in range(70):
             writer.create_conversation(f"=SUM({number})" if number else "Zero")
-    assert [button.label for button in app_pages.conversations().get("download_button")] == ["Export CSV"]
+    buttons = app_pages.conversations().get("download_button")
+    assert [button.label for button in buttons] == ["Export CSV"]
     found = conversations_view._csv("SUM", ConversationFilter(), 69)
     rows = list(csv.DictReader(io.StringIO(found)))
     assert [row["title"] for row in rows] == [f"'=SUM({n})" for n in range(69, 0, -1)]
