@@ -7,7 +7,6 @@ the worker decodes it in a process of its own.
 from __future__ import annotations
 
 import datetime as dt
-import functools
 import gc
 import io
 import shutil
@@ -194,10 +193,9 @@ def _cached(
             return read(db, message_id, *args, **kwargs)
 
         once.__qualname__ = read.__qualname__  # Streamlit's name of the cache
-        cached = st.cache_data(once, max_entries=max_entries, show_spinner=False)
+        cached = st.cache_data(max_entries=max_entries, show_spinner=False)(once)
 
-        @functools.wraps(read)
-        def of_message(message: Message, *args: P.args, **kwargs: P.kwargs) -> T:
+        def of_message(message: Message, /, *args: P.args, **kwargs: P.kwargs) -> T:
             return cached(store_name(), message.id, message.tokens, *args, **kwargs)
 
         return of_message
