@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from dashboard import boundary, data
-from dashboard.views import empty_state
+from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 
 # A shorter sync is not shown; a longer one shows its progress.
@@ -15,7 +15,7 @@ WAIT_S = 0.5
 def ready() -> bool:
     """Whether the cache is up to date; if not, the page shows why. Raises StoreError."""
     if not any(c.tokens for c in data.recent_conversations(50)):
-        empty_state.first_trace("replies", "query it")
+        layout.empty_state("replies", "query it")
         return False
     backlog = data.cache_backlog(WAIT_S)
     if backlog is not None:

@@ -13,14 +13,13 @@ import streamlit as st
 
 from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import replies, storage, wording
-from dashboard.views import reply_map, sidebar, step_panel
+from dashboard.views import layout, reply_map, sidebar, step_panel
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.decision import call_line
 from oki_trace.queueing import Ask, last_template, unanswered_calls
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
-TITLE_LENGTH = 200
 
 FIRST_QUESTIONS = (
     "What is the capital of France, and what is it famous for?",
@@ -144,7 +143,8 @@ def _finished(conversation_id: int, end: int | None) -> None:
     opened = data.conversation(conversation_id)
     if opened is None:
         return
-    _heading(opened[0].title)
+    with layout.title_row(opened[0].title):
+        layout.choice("Colour the tokens by", replies.COLOURS, "colour")
     for message in opened[1][:end]:
         _message(message, opened[1])
 
@@ -156,24 +156,6 @@ def _live(conversation_id: int, first: int, live: int) -> None:
         st.rerun()
     for message in opened[1][first:]:
         _message(message, opened[1])
-
-
-def _heading(title: str) -> None:
-    with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute",
-        vertical_alignment="center",
-        key="heading",
-    ):
-        st.text(title[:TITLE_LENGTH])
-        st.segmented_control(
-            "Colour the tokens by",
-            replies.COLOURS,
-            default="surprisal",
-            required=True,
-            key="colour",
-            label_visibility="collapsed",
-        )
 
 
 def _prompt_with(message: Message, messages: Sequence[Message]) -> Prompt | None:

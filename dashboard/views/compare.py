@@ -8,7 +8,7 @@ import streamlit as st
 
 from dashboard import boundary, charts, components, data, url_state
 from dashboard.viewdata import comparison, lens, replies, wording
-from dashboard.views import chart_panel, empty_state
+from dashboard.views import layout
 from oki_trace.records import Message
 from oki_trace.sanitize import inert
 
@@ -22,7 +22,7 @@ def page() -> None:
     st.title("Compare")
     offered = _offered()
     if not offered:
-        empty_state.first_trace("replies", "compare it with another one")
+        layout.empty_state("replies", "compare it with another one")
         return
     with st.container(horizontal=True, key="compare-choice"):
         chosen = [_choice(side, offered) for side in SIDES]
@@ -165,7 +165,7 @@ def _steps(
             if st.button(
                 "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
             ):
-                st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
+                layout.open_page("chat", place.query())
 
 
 def _apart(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
@@ -174,7 +174,7 @@ def _apart(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: b
         st.caption("Not available: no pair has candidates on both sides.")
         return
     drawn = charts.distance_chart(rows, None if first is None else first + 1)
-    chart_panel.chart(drawn, rows, "apart", "distances")
+    layout.chart(drawn, rows, "apart", "distances")
     notes = [
         "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common.",
         "Exact, from the full logits."

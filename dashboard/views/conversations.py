@@ -12,7 +12,7 @@ import streamlit as st
 
 from dashboard import boundary, data
 from dashboard.viewdata import wording
-from dashboard.views import empty_state
+from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
 from oki_trace.records import Conversation, ConversationFilter, Status
@@ -37,10 +37,7 @@ UPLOADS = ("json", "jsonl", "zip", "safetensors")
 def page() -> None:
     """Draw the page."""
     with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute",
-        vertical_alignment="center",
-        key="conversations-title",
+        horizontal=True, horizontal_alignment="distribute", key="conversations-title"
     ):
         st.title("Conversations", width="content")
         with st.popover("Import", icon=":material/upload:"):
@@ -52,7 +49,7 @@ def page() -> None:
         if search or by != ConversationFilter():
             st.caption("No conversation matches. Clear the search or the filters.")
         else:
-            empty_state.first_trace("conversations", "find it")
+            layout.empty_state("conversations", "find it")
         return
     pages = -(-total // PAGE_SIZE)
     with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-head"):
@@ -187,7 +184,7 @@ def _table(conversations: Sequence[Conversation]) -> list[Conversation]:
     )
     cells = table.selection.cells
     if cells:
-        _open("chat", conversation=conversations[cells[0][0]].id)
+        layout.open_page("chat", {"conversation": conversations[cells[0][0]].id})
     return [conversations[row] for row in table.selection.rows]
 
 
@@ -203,7 +200,7 @@ def actions(chosen: Sequence[Conversation]) -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="conversations-actions"):
         if len(chosen) == 1:
             if st.button("Open", icon=":material/open_in_new:", key="open"):
-                _open("chat", conversation=one.id)
+                layout.open_page("chat", {"conversation": one.id})
             _rename(one)
             _export(one)
         if len(chosen) == 2:
@@ -220,7 +217,7 @@ def _compare(chosen: Sequence[Conversation]) -> None:
         disabled=None in replies,
         help="One of them has no reply." if None in replies else "Their last replies, side by side",
     ):
-        _open("compare", left=replies[0] or 0, right=replies[1] or 0)
+        layout.open_page("compare", {"left": replies[0], "right": replies[1]})
 
 
 def _export(one: Conversation) -> None:
@@ -316,8 +313,3 @@ def _do(*actions: partial[None]) -> None:
         st.error(wording.sentence(str(error)))
         return
     st.rerun()
-
-
-def _open(name: str, **query: int) -> None:
-    pages = st.session_state["pages"]
-    st.switch_page(pages[name], query_params={key: str(value) for key, value in query.items()})

@@ -12,7 +12,7 @@ import streamlit as st
 
 from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import attention, lens, replies, wording
-from dashboard.views import empty_state, step_panel
+from dashboard.views import layout, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
 KINDS = ("layers", "attention")
@@ -30,17 +30,9 @@ def page() -> None:
     if opened is None:
         _choose()
         return
-    with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute",
-        vertical_alignment="center",
-        key="heading",
-    ):
-        st.text(opened[0].title[:200])
+    with layout.title_row(opened[0].title):
         if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
-            st.switch_page(
-                st.session_state["pages"]["chat"], query_params=url_state.current().query()
-            )
+            layout.open_page("chat", url_state.current().query())
     boundary.part(_step)(opened[0].id)
     boundary.part(section)(opened[0].id, wide=True)
 
@@ -50,7 +42,7 @@ def _choose() -> None:
     st.title("Reply map")
     conversations = [c for c in data.recent_conversations() if c.tokens]
     if not conversations:
-        empty_state.first_trace("replies", "see its map")
+        layout.empty_state("replies", "see its map")
         return
     st.caption("Choose a conversation to see the map of its last reply:")
     with st.container(key="recent", gap=None):
@@ -84,16 +76,8 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
             st.caption("No tokens yet. Send a message in Chat, then see the map of its reply here.")
         return
     message, steps, index = selected
-    with st.container(horizontal=True, vertical_alignment="center", key="map-head"):
-        st.markdown("#### Reply map", width="content")
-        kind = st.segmented_control(
-            "What to map",
-            KINDS,
-            default="layers",
-            required=True,
-            key="map_kind",
-            label_visibility="collapsed",
-        )
+    with layout.section_row("Reply map", "map-head"):
+        kind = layout.choice("Map", KINDS, "map_kind")
         layer, head = None, attention.MEAN
         if kind == "attention" and capture.attention_layers:
             layer = step_panel.layer_select(capture.attention_layers, key="map_layer")
@@ -133,7 +117,7 @@ def _layers(
     if not capture.logit_lens_available:
         st.caption(wording.sentence(f"Lens not available: {capture.lens_reason}"))
         return
-    step_panel.show_check_warning(message)
+    layout.check_warning(message)
     grid = data.lens_grid(message, first, end)
     if not len(grid.step_index):
         st.caption("The lens of these steps is not computed yet.")

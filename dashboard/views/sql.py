@@ -11,7 +11,7 @@ import streamlit as st
 
 from dashboard import boundary, components, data
 from dashboard.viewdata import sql_table, wording
-from dashboard.views import cache_progress
+from dashboard.views import cache_progress, layout
 from oki_trace.errors import OkiTraceError
 
 ROWS, MOST_ROWS = 1_000, 100_000
@@ -179,14 +179,7 @@ def _result(result: Result) -> None:
         return
     table = result.table
     with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
-        show = st.segmented_control(
-            "Show",
-            ("table", "chart"),
-            default="table",
-            required=True,
-            key="sql-show",
-            label_visibility="collapsed",
-        )
+        show = layout.choice("Show", ("table", "chart"), "sql-show")
         count = wording.counted(table.num_rows, "row")
         more = " There are more: raise the limit to see them." if result.cut else ""
         st.caption(f"{count} in {_time(result.took_s)}.{more}", width="stretch")

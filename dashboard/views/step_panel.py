@@ -12,6 +12,7 @@ import streamlit as st
 
 from dashboard import components, data, url_state
 from dashboard.viewdata import attention, lens, replies, wording
+from dashboard.views import layout
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
 SelectedStep = tuple[Message, list[StepSummary], int]
@@ -65,16 +66,9 @@ def show(conversation_id: int) -> None:
     effects = replies.effects_data(step)
     if effects:
         components.table(data=effects, key="effects")
-    show_check_warning(message)
+    layout.check_warning(message)
     _evidence(message, capture, steps, step)
     _lens(message, capture, step)
-
-
-def show_check_warning(message: Message) -> None:
-    """Warn if the reply's own checks failed."""
-    warning = replies.check_warning(message)
-    if warning:
-        st.warning(wording.escape(warning), icon=":material/warning:")
 
 
 def draw_head(shown: wording.Json) -> None:
@@ -100,13 +94,11 @@ def _evidence(
 ) -> None:
     prompt = data.prompt(message)
     if step.evidence is None or prompt is None:
-        with st.container(key="evidence-head"):
-            st.markdown("#### Evidence", width="content")
+        layout.section_row("Evidence", "evidence-head")
         st.caption(wording.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     count = data.head_count(message, step.step_index)
-    with st.container(horizontal=True, vertical_alignment="center", key="evidence-head"):
-        st.markdown("#### Evidence", width="content")
+    with layout.section_row("Evidence", "evidence-head"):
         layer = layer_select([one.layer for one in step.attention])
         head = head_select(message, count)
     hide_sinks = sink_toggle()
@@ -178,19 +170,8 @@ def sink_toggle(key: str = "no_sink") -> bool:
 
 
 def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
-    with st.container(horizontal=True, vertical_alignment="center", key="lens-head"):
-        st.markdown("#### Logit Lens", width="content")
-        if step.lens is None:
-            view = None
-        else:
-            view = st.segmented_control(
-                "Show",
-                TABLES,
-                default="tokens",
-                required=True,
-                key="lens_view",
-                label_visibility="collapsed",
-            )
+    with layout.section_row("Logit Lens", "lens-head"):
+        view = None if step.lens is None else layout.choice("Show", TABLES, "lens_view")
     if step.lens is None:
         if not capture.logit_lens_available:
             st.caption(wording.sentence(f"Not available: {capture.lens_reason}"))
@@ -234,25 +215,16 @@ def _pin() -> None:
 
 
 def _curves(step: Step) -> None:
-    # Imported here so that a chat without charts does not wait for Altair.
+    # Imported here: a chat without charts does not wait for Altair.
     from dashboard import charts
-    from dashboard.views import chart_panel
 
     assert step.lens is not None
-    with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
-        st.markdown("#### Through the layers", width="content")
-        curve = st.segmented_control(
-            "Curve",
-            lens.CURVES,
-            default="rank",
-            required=True,
-            key="curve",
-            label_visibility="collapsed",
-        )
+    with layout.section_row("By layer", "curves-head"):
+        curve = layout.choice("Curve", lens.CURVES, "curve")
     if curve == "entropy and KL":
         rows = lens.layer_rows(step.lens)
         name = f"layers-step-{step.step_index}"
-        chart_panel.chart(charts.entropy_and_kl(rows), rows, "by_layer", name)
+        layout.chart(charts.entropy_and_kl(rows), rows, "by_layer", name)
         st.caption("In nats. KL is the divergence of the layer's prediction from the final one.")
         return
     kept: list[str] = st.session_state.get("pins") or []
@@ -266,7 +238,7 @@ def _curves(step: Step) -> None:
     )
     rows = lens.curve_rows(step, step.lens, pinned)
     drawn = charts.layer_curves(rows, "rank" if curve == "rank" else "prob")
-    chart_panel.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index}")
+    layout.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index}")
     k = step.lens.probs.shape[1]
     st.caption(
         f"Of each layer the {k:d} likeliest tokens were kept: a gap means that a token was not "

@@ -17,7 +17,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from dashboard import boundary, charts, components, data
 from dashboard.viewdata import storage, wording
-from dashboard.views import chart_panel, empty_state
+from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
 
@@ -52,9 +52,9 @@ def _disk_usage(info: StoreInfo) -> None:
     grown = storage.growth_rows(data.reply_sizes(), info.row_bytes_per_token)
     st.markdown("#### Growth")
     if not grown:
-        empty_state.first_trace("replies", "see how the store grows")
+        layout.empty_state("replies", "see how the store grows")
         return
-    chart_panel.chart(charts.growth_chart(grown), grown, "growth", "store-growth")
+    layout.chart(charts.growth_chart(grown), grown, "growth", "store-growth")
     st.caption(
         "The data in the store now, by the time of its replies. The size of a reply's rows is "
         "estimated from its tokens."

@@ -27,7 +27,7 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-OURS = {"first_trace"}
+OURS = {"empty_state", "section_row", "choice"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"escape", "sentence", "counted", "size", "format_number"}
@@ -49,7 +49,7 @@ OUR_WORDS = {
     "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
     "store.py": {"name"},
     # Its callers are looked at.
-    "empty_state.py": {"nothing", "then"},
+    "layout.py": {"nothing", "then", "title", "label"},
     # The engine's writer of CSV, and no element of a page.
     "data.py": {"[column.name for column in answer.columns]"},
 }
