@@ -14,8 +14,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def tree() -> str:
-    """The annotated file tree of the README."""
-    return "\n" + README.partition("## How it is built")[2].split("```")[1]
+    """The annotated file tree of the developer guide."""
+    page = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
+    return "\n" + page.partition("## Source tree")[2].split("```")[1]
 
 
 def test_every_file_the_tree_names_is_there() -> None:

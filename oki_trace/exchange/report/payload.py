@@ -115,7 +115,7 @@ def _facts(
     ]
     if message.seconds and math.isfinite(message.seconds):
         speed = f"{count / message.seconds:.1f} tokens/s"
-        facts.insert(4, ("took", f"{message.seconds:.1f} s, {speed}"))
+        facts.insert(4, ("duration", f"{message.seconds:.1f} s, {speed}"))
     return [[name, value] for name, value in facts]
 
 
@@ -134,8 +134,8 @@ def _sampling(generation: Generation) -> str:
 
 def _check(value: float | None, unit: str) -> str:
     if value is None:
-        return "not made"
-    return f"off by at most {value:.0e} {unit}".strip() if value else "no difference"
+        return "not run"
+    return f"at most {value:.0e} {unit}".strip() if value else "no difference"
 
 
 def _step(step: Step, tokens: _Tokens) -> Json:

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the report from the data in the page. What a model or a user wrote is only ever set as
-// text: as textContent, as a title, or onto the canvas.
+// Draws the report from the data in the page. Text from models and users is only set as
+// textContent, as a title, or drawn on the canvas.
 const trace = JSON.parse(document.getElementById("data").textContent);
 const at = { reply: -1, step: 0, colour: "surprisal", layer: null };
 const SHORT = { " ": "␣", "\n": "⏎", "\t": "⇥" };
@@ -19,14 +19,14 @@ function fill(node, ...children) {
   return node;
 }
 
-// A token that stands alone: spaces, line ends and what cannot be seen are shown as signs.
+// A token by itself: spaces, line ends and invisible characters become visible signs.
 function visible(text) {
   return text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Zs}\p{Zl}\p{Zp}]/gu, (c) =>
     SHORT[c] ?? `<U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`) || "∅";
 }
 
 const tokenText = (number) => visible(trace.tokens[number][1]);
-// A zero has no sign, from whichever side it was rounded.
+// A negative number that is rounded to zero loses its sign.
 const unsigned = (text) => Number(text) === 0 ? text.replace("-", "") : text;
 const figure = (value, digits, unit = "") => value === null ? "–" : unsigned(value.toFixed(digits)) + unit;
 const running = (text) => text.replaceAll("\n", "⏎\n");
@@ -39,9 +39,9 @@ function drawTalk() {
   const models = [...new Set(trace.replies.map((r) => r.facts[0][1]))];
   const steps = trace.replies.reduce((sum, r) => sum + r.steps.length, 0);
   byId("about").textContent = [...models, trace.created, `${steps.toLocaleString("en")} tokens traced`].join(" · ");
-  byId("foot").textContent = `Written by oki-trace ${trace.version}. This file holds all it shows and asks for nothing. ` +
+  byId("foot").textContent = `Written by oki-trace ${trace.version}. This file contains all of its data and makes no requests. ` +
     "prob is the model's own probability, before any sampling setting; surprisal and entropy are in nats. " +
-    "A lens asks what would be said if a layer were the last, which the model was not trained for; attention shows where it looked, not why.";
+    "The lens reads each layer as if it were the last, which the model was not trained for. Attention shows where the model looked, not why.";
   const nodes = trace.messages.map((message) => {
     if (message.reply !== undefined) return drawReply(trace.replies[message.reply], message.reply);
     const bubble = make("div", `bubble ${message.role}`);
@@ -95,7 +95,7 @@ function drawReply(reply, index) {
   return root;
 }
 
-// Shades from 0 to 1, and what the two ends stand for.
+// A shade from 0 to 1 for each step, and the label of the upper end.
 function shades(reply) {
   if (at.colour === "settle layer") {
     const top = Math.max(reply.layers, 1);
@@ -117,7 +117,7 @@ function paint() {
   }
 }
 
-// Thinking is folded away: hidden, not removed, so that the n-th token stays the n-th step.
+// Folded thinking is hidden, not removed, so that the n-th token stays the n-th step.
 function folding(words, count) {
   const button = make("button", "fold");
   button.type = "button";
@@ -147,7 +147,7 @@ function choose(reply, step, { focus = false } = {}) {
   node.tabIndex = 0;
   if (node.classList.contains("thinking")) node.parentElement.unfold?.(true);
   if (focus) node.focus();
-  history.replaceState(null, "", `#${reply + 1}.${step + 1}`);
+  history.replaceState(null, "", `#${reply + 1}.${step}`);
   drawPanel();
   layMap(other);
 }
@@ -224,7 +224,7 @@ function drawEvidence(reply, step) {
     head.append(pick);
   }
   const weights = new Map(entry[1].map((position, n) => [position, entry[2][n] ?? 0]));
-  // The first token takes attention that has no other use: its share is told, not shown.
+  // The first token is an attention sink: the note states its share, the shading omits it.
   const sink = weights.size > 1 ? weights.get(0) ?? 0 : 0;
   const top = Math.max(1, ...[...weights].filter(([p]) => p || weights.size === 1).map(([, w]) => w));
   const seen = make("div", "seen");
@@ -241,8 +241,8 @@ function drawEvidence(reply, step) {
     piece.title = `position ${position} · ${kind} · weight ${(weight / 1000).toFixed(3)}`;
     seen.append(piece);
   });
-  const left = sink ? `The first token, with ${(sink / 10).toFixed(0)} % of the attention, is left out. ` : "";
-  return [head, seen, make("p", "note", `${left}The ${weights.size} most attended positions; attention shows where the model looked, not why.`)];
+  const left = sink ? `The first token, with ${(sink / 10).toFixed(0)} % of the attention, is not shown. ` : "";
+  return [head, seen, make("p", "note", `${left}Shows the ${weights.size} most attended positions. Attention shows where the model looked, not why.`)];
 }
 
 function drawLens(reply, step) {
@@ -271,7 +271,7 @@ function drawLens(reply, step) {
     body.append(row);
   }
   table.append(columns, body);
-  return [make("h2", "", "Logit Lens"), table, make("p", "note", "#n: rank of the chosen token at that layer. The line marks where it settled."),
+  return [make("h2", "", "Logit Lens"), table, make("p", "note", "#n is the rank of the chosen token at that layer. The line marks the layer where it settled."),
     ...drawRanks(step)];
 }
 
@@ -288,7 +288,7 @@ function drawRanks(step) {
   line.setAttribute("points", points.join(" "));
   svg.append(line);
   const ends = make("div", "ends");
-  ends.append(make("span", "", "layer 0"), make("span", "", `rank 1 on top, ${Math.max(...ranks).toLocaleString("en")} at the lowest (log)`), make("span", "", `layer ${ranks.length - 1}`));
+  ends.append(make("span", "", "layer 0"), make("span", "", `log scale: rank 1 at the top, ${Math.max(...ranks).toLocaleString("en")} at the bottom`), make("span", "", `layer ${ranks.length - 1}`));
   return [make("h2", "", "Rank of the chosen token through the layers"), svg, ends];
 }
 
@@ -313,16 +313,16 @@ function layMap(scroll) {
   const left = at.step * columnWidth;
   if (paper) frame.scrollLeft = Math.min(at.step - Math.floor(columns / 2), reply.steps.length - columns) * columnWidth;
   else if (scroll || left < frame.scrollLeft || left + columnWidth > frame.scrollLeft + room) frame.scrollLeft = left - room / 2;
-  canvas.setAttribute("aria-label", `The likeliest token of ${layers} layers at ${reply.steps.length} steps; the table beside it has the chosen step's.`);
+  canvas.setAttribute("aria-label", `The most likely token of ${layers} layers at ${reply.steps.length} steps; the Logit Lens table has those of the selected step.`);
   drawMap();
 }
 
-// Only what is in view is drawn, so a long reply costs no more than a short one.
+// Draws only the visible columns, so a long reply takes no longer than a short one.
 function drawMap() {
   const reply = trace.replies[at.reply];
   if (!reply?.rows) return;
   const width = Math.min(frame.clientWidth, GUTTER + columnWidth * reply.steps.length), height = HEAD + ROW * reply.rows;
-  // Paper has more dots than a screen.
+  // Printers have a higher resolution than screens.
   const scale = Math.max(window.devicePixelRatio || 1, matchMedia("print").matches ? 4 : 1);
   canvas.width = Math.round(width * scale);
   canvas.height = Math.round(height * scale);
@@ -337,7 +337,7 @@ function drawMap() {
   pen.textBaseline = "middle";
   const first = Math.max(0, Math.floor(frame.scrollLeft / columnWidth));
   const last = Math.min(reply.steps.length, Math.ceil((frame.scrollLeft + width) / columnWidth));
-  // Those that are seen whole.
+  // The columns that are fully visible.
   const from = Math.ceil(frame.scrollLeft / columnWidth - 0.05) + 1, to = Math.floor((frame.scrollLeft + width - GUTTER) / columnWidth + 0.05);
   byId("range").textContent = to - from + 1 < reply.steps.length ? `steps ${from} to ${to} of ${reply.steps.length}` : "";
   for (let n = first; n < last; n += 1) {
@@ -402,7 +402,7 @@ canvas.onmousemove = (event) => {
   const [number, layer] = cellAt(event) ?? [];
   const step = trace.replies[at.reply].steps[number];
   const row = step?.lens?.[layer];
-  canvas.title = row ? `layer ${layer}, step ${number + 1}: ${tokenText(row[0])} ${((step.lensProb[layer][0] ?? 0) / 1000).toFixed(3)}\n` +
+  canvas.title = row ? `layer ${layer}, step ${number}: ${tokenText(row[0])} ${((step.lensProb[layer][0] ?? 0) / 1000).toFixed(3)}\n` +
     `chosen ${tokenText(step.token)}: rank ${rankText(step.lensRank[layer])}` : step ? tokenText(step.token) : "";
 };
 frame.onscroll = drawMap;
@@ -421,10 +421,10 @@ document.addEventListener("keydown", (event) => {
 
 function open() {
   const [, reply, step] = /^#(\d+)\.(\d+)$/.exec(location.hash) ?? [];
-  if (trace.replies[reply - 1]?.steps[step - 1]) return choose(reply - 1, step - 1);
+  if (trace.replies[reply - 1]?.steps[step]) return choose(reply - 1, Number(step));
   const first = trace.replies.findIndex((r) => r.steps.length);
   if (first < 0) return fill(byId("panel"), make("p", "dim", "No reply of this conversation has traced tokens."));
-  // The least likely token outside of thinking: where to look first.
+  // Select the least likely token outside of thinking.
   const { steps, parts } = trace.replies[first];
   const hidden = (n) => parts.some(([kind, from, to]) => kind === "thinking" && n >= from && n < to);
   const rated = steps.map((s, n) => (hidden(n) ? -2 : s.surprisal ?? -1));
@@ -438,5 +438,5 @@ new ResizeObserver(() => at.reply >= 0 && layMap(false)).observe(frame);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawMap);
 matchMedia("print").addEventListener("change", () => at.reply >= 0 && layMap(false));
 window.addEventListener("hashchange", open);
-// On paper nothing can be opened: how a reply was made is part of it.
+// Print includes the details of each reply, which cannot be opened on paper.
 window.addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((one) => { one.open = true; }));
