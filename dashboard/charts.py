@@ -24,59 +24,65 @@ def layer_curves(rows: Sequence[Json], field: str) -> alt.Chart:
     """
     frame = pd.DataFrame(rows)
     names = list(dict.fromkeys(frame["token"]))
-    known = frame.dropna(subset=[field])
-    base = alt.Chart(frame).encode(
-        x=_layers(),
-        y=_ranks(known) if field == "rank" else _probs(),
-        color=alt.Color(
-            "token:N",
-            sort=names,
-            scale=alt.Scale(domain=names),
-            title=None,
-            legend=alt.Legend(**LEGEND, labelLimit=170, columns=3),
-        ),
-        tooltip=[
+    what = "Rank" if field == "rank" else "Probability"
+    return _lines(
+        frame,
+        _ranks(frame["rank"].dropna()) if field == "rank" else _probs(),
+        "token",
+        names,
+        [
             alt.Tooltip("token:N"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("rank:Q", format=","),
             alt.Tooltip("prob:Q", format=".4f", title="probability"),
         ],
+        f"{what} by layer of {', '.join(names)}",
     )
-    line: alt.Chart = base.mark_line(
-        point=alt.OverlayMarkDef(size=26, filled=True), strokeWidth=2, clip=False
-    )
-    what = "Rank" if field == "rank" else "Probability"
-    return _finished(line, HEIGHT, f"{what} by layer of {', '.join(names)}")
 
 
 def entropy_and_kl(rows: Sequence[Json]) -> alt.Chart:
     """Entropy of each layer's distribution, and its KL divergence from the final one, in nats."""
     names = {"entropy": "entropy", "kl": "KL to the final layer"}
-    frame = pd.DataFrame(
-        [
-            {"layer": row["layer"], "what": name, "nats": row[key]}
-            for key, name in names.items()
-            for row in rows
-        ]
+    frame = (
+        pd.DataFrame(rows).rename(columns=names).melt("layer", var_name="what", value_name="nats")
     )
-    base = alt.Chart(frame).encode(
-        x=_layers(),
-        y=alt.Y("nats:Q", title="nats", axis=alt.Axis(tickCount=5)),
-        color=alt.Color(
-            "what:N",
-            sort=list(names.values()),
-            scale=alt.Scale(domain=list(names.values())),
-            title=None,
-            legend=alt.Legend(**LEGEND, labelLimit=170),
-        ),
-        tooltip=[
+    return _lines(
+        frame,
+        alt.Y("nats:Q", title="nats", axis=alt.Axis(tickCount=5)),
+        "what",
+        list(names.values()),
+        [
             alt.Tooltip("what:N", title="measure"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("nats:Q", format=".3f"),
         ],
+        "Entropy and KL to the final layer by layer, in nats",
     )
-    line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
-    return _finished(line, HEIGHT, "Entropy and KL to the final layer by layer, in nats")
+
+
+def _lines(
+    frame: pd.DataFrame,
+    y: alt.Y,
+    by: str,
+    names: Sequence[str],
+    tooltip: Sequence[alt.Tooltip],
+    description: str,
+) -> alt.Chart:
+    """A line over the layers for each of ``names``, the values of the column ``by``."""
+    colour = alt.Color(
+        f"{by}:N",
+        sort=names,
+        scale=alt.Scale(domain=names),
+        title=None,
+        legend=alt.Legend(**LEGEND, labelLimit=170, columns=3),
+    )
+    x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
+    line: alt.Chart = (
+        alt.Chart(frame)
+        .mark_line(point=alt.OverlayMarkDef(size=24, filled=True), strokeWidth=2, clip=False)
+        .encode(x=x, y=y, color=colour, tooltip=tooltip)
+    )
+    return _finished(line, HEIGHT, description)
 
 
 def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
@@ -197,12 +203,8 @@ def _finished(chart: Drawn, height: int, description: str) -> Drawn:
 _SAMENESS = alt.Scale(domain=["different tokens", "the same token"])
 
 
-def _layers() -> alt.X:
-    return alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
-
-
-def _ranks(known: pd.DataFrame) -> alt.Y:
-    worst = max([10, *known["rank"].astype(int)])
+def _ranks(ranks: pd.Series[Any]) -> alt.Y:
+    worst = max([10, *ranks.astype(int)])
     return alt.Y(
         "rank:Q",
         title="rank",

@@ -56,14 +56,12 @@ def page() -> None:
         st.caption(
             f"{wording.counted(total, 'conversation')}, sorted by last change", width="stretch"
         )
-        st.download_button(
-            "Export CSV",
+        layout.export_button(
+            "CSV",
             partial(_csv, search, by, total),
             "conversations.csv",
-            "text/csv",
-            key="conversations-csv",
-            icon=":material/download:",
-            on_click="ignore",
+            "conversations-csv",
+            mime="text/csv",
             help="All matching conversations, not only this page",
         )
         number = _page_number(pages)

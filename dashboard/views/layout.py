@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
@@ -75,6 +75,21 @@ def chart(
     )
     with st.container(key=within):
         st.altair_chart(drawn, key=key)
+
+
+def export_button(
+    name: str, make: Callable[[], str | bytes], file: str, key: str, **more: Any
+) -> None:
+    """A button that saves what ``make`` returns, which is called on a click."""
+    st.download_button(
+        f"Export {name}",
+        make,
+        file,
+        key=key,
+        icon=":material/download:",
+        on_click="ignore",
+        **more,
+    )
 
 
 def check_warning(message: Message) -> None:

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import streamlit as st
 
 from dashboard import data, url_state
-from dashboard.model_defaults import SETTINGS
 from dashboard.viewdata import replies, wording
 from oki_trace import queueing
 from oki_trace import settings as environment
@@ -179,39 +178,21 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 decodes greedily."
     )
     off = temperature == 0
-    usual = {n: f"the model's own, {own[n]:g}" if n in own else "the model's own" for n in SETTINGS}
-    st.number_input(
-        "Top-p",
-        0.01,
-        1.0,
-        None,
-        0.05,
-        key=_seeded("top_p"),
-        disabled=off,
-        placeholder=usual["top_p"],
-        help="Empty: as in the model's generation config.",
-    )
-    st.number_input(
-        "Top-k",
-        0,
-        1000,
-        None,
-        key=_seeded("top_k"),
-        disabled=off,
-        placeholder=usual["top_k"],
-        help="0 keeps every token. Empty: as in the model's generation config.",
-    )
-    st.number_input("Seed", 0, None, None, key=_seeded("seed"), disabled=off, placeholder="any")
-    st.number_input(
-        "Repetition penalty",
-        0.01,
-        10.0,
-        None,
-        0.05,
-        key=_seeded("penalty"),
-        placeholder=usual["repetition_penalty"],
-        help="1 is off. Empty: as in the model's generation config.",
-    )
+
+    def optional(
+        field: str, key: str, low: float, high: float | None, step: float, **more: Any
+    ) -> None:
+        """A number that may stay empty: the generation config's setting applies then."""
+        setting = "repetition_penalty" if key == "penalty" else key
+        value = f", {own[setting]:g}" if setting in own else ""
+        more.setdefault("placeholder", f"the model's own{value}")
+        st.number_input(field, low, high, None, step, key=_seeded(key), **more)
+
+    empty = "Empty: as in the model's generation config."
+    optional("Top-p", "top_p", 0.01, 1.0, 0.05, disabled=off, help=empty)
+    optional("Top-k", "top_k", 0, 1000, 1, disabled=off, help=f"0 keeps every token. {empty}")
+    optional("Seed", "seed", 0, None, 1, disabled=off, placeholder="any")
+    optional("Repetition penalty", "penalty", 0.01, 10.0, 0.05, help=f"1 is off. {empty}")
     st.number_input("Maximum new tokens", 1, 8192, key=_seeded("max_new_tokens"))
     st.selectbox(
         "Full tensors",

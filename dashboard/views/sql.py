@@ -188,15 +188,8 @@ def _result(result: Result) -> None:
             ("JSON", sql_table.as_json, "application/json"),
             ("Parquet", sql_table.as_parquet, "application/vnd.apache.parquet"),
         ):
-            st.download_button(
-                f"Export {name}",
-                partial(make, table),
-                f"answer.{name.lower()}",
-                mime,
-                key=f"sql-{name.lower()}",
-                icon=":material/download:",
-                on_click="ignore",
-            )
+            file, key = f"answer.{name.lower()}", f"sql-{name.lower()}"
+            layout.export_button(name, partial(make, table), file, key, mime=mime)
     rows = sql_table.frame(table)
     if show == "chart":
         _chart(rows)

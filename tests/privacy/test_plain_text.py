@@ -27,7 +27,8 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-OURS = {"empty_state", "section_row", "choice"}
+LABELS |= {"section_row", "choice", "export_button"}
+OURS = {"empty_state"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"escape", "sentence", "counted", "size", "format_number"}
@@ -48,8 +49,9 @@ OUR_WORDS = {
     | {"column.meaning[:1].upper()", "column.meaning[1:]", "note"},
     "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
     "store.py": {"name"},
+    "sidebar.py": {"field"},
     # Its callers are looked at.
-    "layout.py": {"nothing", "then", "title", "label"},
+    "layout.py": {"nothing", "then", "title", "label", "name"},
     # The engine's writer of CSV, and no element of a page.
     "data.py": {"[column.name for column in answer.columns]"},
 }
