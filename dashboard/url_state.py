@@ -30,7 +30,7 @@ class Location:
 
 def current() -> Location:
     """The location in the URL; a parameter that is no number counts as absent."""
-    return Location(_number("conversation"), _number("message"), _number("step"))
+    return Location(number("conversation"), number("message"), number("step"))
 
 
 def navigate(location: Location) -> None:
@@ -52,6 +52,7 @@ def restore(page: str, own: Collection[str]) -> None:
         st.query_params.from_dict(st.session_state.get(key, {}))
 
 
-def _number(name: str) -> int | None:
+def number(name: str) -> int | None:
+    """The parameter ``name`` of the URL; None if it is absent or no number."""
     value = st.query_params.get(name, "")
-    return int(value) if value.isdecimal() and len(value) < 18 else None
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 18 else None

@@ -173,7 +173,7 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
         if message.tool_name:
             label += f" {message.tool_name}"
         shown = replies.bubble_data(message.content, label, _prompt_with(message, messages))
-        components.bubble(data=shown, key=f"said-{message.id}")
+        components.bubble(data=shown, key=f"message-{message.id}")
         return
     steps = data.steps(message)
     live = message.status.is_live

@@ -43,7 +43,7 @@ def _offered() -> dict[int, str]:
         for conversation, message in data.recent_replies()
     }
     for side in SIDES:
-        wanted = _in_url(side)
+        wanted = url_state.number(side)
         message = data.message(wanted) if wanted is not None and wanted not in offered else None
         opened = data.conversation(message.conversation_id) if message is not None else None
         if message is not None and opened is not None and message.tokens:
@@ -64,7 +64,7 @@ def _label(title: str, message: Message) -> str:
 
 
 def _choice(side: str, offered: Mapping[int, str]) -> int | None:
-    wanted = _in_url(side)
+    wanted = url_state.number(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
         f"{wording.escape(side.capitalize())} reply",
@@ -78,11 +78,6 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
         st.query_params[side] = str(picked)
         st.query_params.pop("pair", None)
     return picked
-
-
-def _in_url(side: str) -> int | None:
-    value = st.query_params.get(side, "")
-    return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
 
 
 def _replies(left: Message, right: Message) -> None:
@@ -103,26 +98,26 @@ def _replies(left: Message, right: Message) -> None:
         else "One of the replies has no full logits: they were not kept, or were pruned.",
     )
     if exact and full and one_model:
-        found = data.exact_distances(left, right, pairs)
+        distances = data.exact_distances(left, right, pairs)
     else:
         exact = False
-        found = comparison.distances(
+        distances = comparison.distances(
             pairs, data.candidates(left), data.candidates(right), by_id=one_model
         )
     number = _chosen(pairs)
     components.compare(
-        data=comparison.replies_data((left, right), steps, pairs, found, number),
+        data=comparison.replies_data((left, right), steps, pairs, distances, number),
         key="compare-replies",
         on_pick_change=_pick,
     )
-    _apart(comparison.rows(pairs, found, *steps), first, exact=exact, by_id=one_model)
+    _distances(comparison.rows(pairs, distances, *steps), first, exact=exact, by_id=one_model)
     if number is not None:
-        _steps((left, right), pairs[number], found[number])
+        _steps((left, right), pairs[number], distances[number])
 
 
 def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
     """The selected pair: that of the URL, else the one where the replies diverge."""
-    wanted = _in_url("pair")
+    wanted = url_state.number("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
     return comparison.first_to_see(pairs)
@@ -168,7 +163,7 @@ def _steps(
                 layout.open_page("chat", place.query())
 
 
-def _apart(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+def _distances(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
         st.caption("Not available: no pair has candidates on both sides.")

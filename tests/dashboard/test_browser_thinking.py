@@ -101,4 +101,4 @@ def test_thinking_is_folded_and_a_tool_is_answered(
         return [(m.content, m.tool_name) for m in said] == [("18 degrees", "get_weather")]
 
     until(answered, "the tool's answer in the store")
-    expect(page.locator(".root.bubble .who")).to_have_text("tool get_weather")
+    expect(page.locator(".root.bubble .role")).to_have_text("tool get_weather")
