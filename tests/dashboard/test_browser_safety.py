@@ -301,9 +301,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import streamlit as st
 
-from dashboard.viewdata import replies as shapes
+from dashboard.viewdata import replies as viewdata
 
-made = shapes.plain if st.query_params.get("as") == "plain" else str
+made = viewdata.plain if st.query_params.get("as") == "plain" else str
 for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):
     shown = made(text)
     with st.container(key=f"text-{{number}}"):

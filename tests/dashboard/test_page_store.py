@@ -176,7 +176,7 @@ def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) 
     assert any(caption.value == "And 5 more." for caption in app.caption)
 
 
-# ------------------------------------------------------------------------- shapes
+# --- viewdata
 
 
 def test_growth_ends_with_all_there_is() -> None:
