@@ -36,7 +36,7 @@ def load() -> None:
         import_module(name)
     logger.setLevel(level)
     charts = import_module("dashboard.charts")
-    charts.by_layer([{"layer": 0, "entropy": 0.0, "kl": 0.0}]).to_dict()
+    charts.entropy_and_kl([{"layer": 0, "entropy": 0.0, "kl": 0.0}]).to_dict()
     # Before the first page does: see data.open_store.
     gc.collect()
     gc.freeze()

@@ -33,6 +33,6 @@ def _progress() -> None:
     done, of_all = backlog
     st.progress(
         done / of_all if of_all else 0.0,
-        text=f"Reading new messages of the store: {done:,} of {of_all:,}.",
+        text=f"Reading the store: {done:,} of {of_all:,} messages.",
     )
     st.caption("Each message is read once. Reading continues when you leave this page.")

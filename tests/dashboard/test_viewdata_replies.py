@@ -291,7 +291,7 @@ def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
 def test_a_decision_that_is_not_recorded_is_not_made_up(rng: np.random.Generator) -> None:
     step = replace(builders.step(0, rng), decision=None, sampled_prob=0.25)
     told = replies.decision_text(step, builders.generation())
-    assert told == "Drawn: it had 0.250; how the settings came to that is not recorded."
+    assert told == "Drawn with probability 0.250; the effect of each setting was not recorded."
     greedy = replace(builders.generation(), do_sample=False)
     assert replies.decision_text(step, greedy).startswith("Greedy")
     assert replies.decision_text(step, None).startswith("Greedy")
