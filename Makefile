@@ -28,6 +28,7 @@ lowest:
 	.venv-lowest/bin/python -m pytest -W default --ignore tests/dashboard
 
 lint:
+	$(BIN)/codespell
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

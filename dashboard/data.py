@@ -20,14 +20,15 @@ import streamlit as st
 from dashboard import model_defaults as model_defaults_of
 from dashboard.viewdata import attention, comparison
 from oki_trace import queueing, worker
+from oki_trace.analysis.distance import Distance
+from oki_trace.analysis.step_distance import step_distances
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import Imported, import_files
-from oki_trace.input_text import checked
+from oki_trace.input_text import require_storable
 from oki_trace.records import (
     AttentionPoints,
-    Candidates,
     Conversation,
     ConversationFilter,
     ConversationTotals,
@@ -42,6 +43,7 @@ from oki_trace.records import (
     Tensor,
     WorkerState,
 )
+from oki_trace.reporting import Progress
 from oki_trace.settings import Settings
 from oki_trace.store.maintenance import growth, prune, vacuum
 from oki_trace.store.maintenance.verify import Verification
@@ -50,14 +52,12 @@ from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
 
 if TYPE_CHECKING:
-    from dashboard.question_state import Asked
-    from oki_trace.analysis.background_sync import CatchUp
+    from dashboard.question_state import QuestionState
+    from oki_trace.analysis.background_sync import BackgroundSync
     from oki_trace.analysis.query_session import QuerySession
-    from oki_trace.analysis.questions import Answer, Question
+    from oki_trace.analysis.question import Answer, Question
     from oki_trace.analysis.sandbox import Result
     from oki_trace.analysis.tables import Function, Table
-
-Progress = Callable[[int, int], None]  # done, of all
 
 
 def store_name() -> str:
@@ -131,7 +131,7 @@ def conversation_totals(of: Sequence[Conversation]) -> dict[int, ConversationTot
 
 def rename_conversation(conversation_id: int, title: str) -> None:
     """Change the title of a conversation."""
-    _writer(store_name()).rename_conversation(conversation_id, checked(title, "The title"))
+    _writer(store_name()).rename_conversation(conversation_id, require_storable(title, "The title"))
 
 
 def delete_conversation(conversation_id: int) -> None:
@@ -267,41 +267,24 @@ def full_attention(
     return attention.full_attention_points(tensors, layer, head)
 
 
-@_cached(8)
-def candidates(db: str, message_id: int) -> dict[int, Candidates]:
-    """The kept candidates of each step, by its number."""
-    return _reader(db).candidates(message_id)
-
-
-def has_logits(message: Message) -> bool:
-    """Whether the reply's first step has its full logits; reads no tensor."""
-    return _store().tensor_shape(message.id, 0, "logits") is not None
-
-
-@st.cache_data(max_entries=8, show_spinner="Reading the full logits…")
-def _exact_distances(
-    db: str, left: int, right: int, pairs: tuple[tuple[int, int], ...]
-) -> list[comparison.Distance | None]:
-    reader = _reader(db)
-    found: list[comparison.Distance | None] = []
-    for one, two in pairs:
-        try:
-            a, b = reader.tensor(left, one, "logits"), reader.tensor(right, two, "logits")
-            found.append(comparison.exactly(a, b))
-        except NotFound:
-            found.append(None)
-    return found
-
-
-def exact_distances(
+def distances(
     left: Message, right: Message, pairs: Sequence[comparison.Pair]
-) -> list[comparison.Distance | None]:
-    """How far the distributions of each pair are apart, from the full logits."""
-    both = [(p.left, p.right) for p in pairs if p.left is not None and p.right is not None]
+) -> list[Distance | None]:
+    """The distance of each pair's distributions; None where a reply has no step or no numbers."""
+    steps = [(p.left, p.right) for p in pairs if p.left is not None and p.right is not None]
+    tokens = (left.tokens, right.tokens)
     known = dict(
-        zip(both, _exact_distances(store_name(), left.id, right.id, tuple(both)), strict=True)
+        zip(steps, _distances(store_name(), left.id, right.id, tuple(steps), tokens), strict=True)
     )
     return [None if p.left is None or p.right is None else known[p.left, p.right] for p in pairs]
+
+
+@st.cache_data(max_entries=8, show_spinner="Comparing…")
+def _distances(
+    db: str, left: int, right: int, steps: tuple[tuple[int, int], ...], tokens: tuple[int, int]
+) -> list[Distance | None]:
+    measured = step_distances(_reader(db), [(left, one, right, other) for one, other in steps])
+    return [None if one is None else one.distance for one in measured]
 
 
 def recent_replies(limit: int = 25) -> list[tuple[Conversation, Message]]:
@@ -390,15 +373,15 @@ def models_used() -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def submit_message(request: queueing.Ask, conversation_id: int | None) -> int:
+def submit_message(request: queueing.ReplyRequest, conversation_id: int | None) -> int:
     """Queue a reply; returns the conversation's id. ``ensure_worker`` starts the worker for it."""
     conversation, _ = queueing.submit(_writer(store_name()), request, conversation_id)
     return conversation
 
 
-def add_tool_answer(conversation_id: int, tool: str, content: str) -> None:
+def add_tool_result(conversation_id: int, tool: str, content: str) -> None:
     """Add the result of a tool while the results of others are still missing."""
-    queueing.add_answer(_writer(store_name()), conversation_id, tool, content)
+    queueing.add_tool_result(_writer(store_name()), conversation_id, tool, content)
 
 
 def waiting_replies() -> list[int]:
@@ -427,10 +410,10 @@ def _query_session(db: str) -> QuerySession:
 
 
 @st.cache_resource
-def _background_sync(db: str) -> CatchUp:
-    from oki_trace.analysis.background_sync import CatchUp
+def _background_sync(db: str) -> BackgroundSync:
+    from oki_trace.analysis.background_sync import BackgroundSync
 
-    return CatchUp(db, _reader(db))
+    return BackgroundSync(db, _reader(db))
 
 
 def questions() -> Mapping[str, Question]:
@@ -448,24 +431,23 @@ def cache_backlog(wait_s: float) -> tuple[int, int] | None:
     return _background_sync(store_name()).behind(wait_s)
 
 
-def answer_question(asked: Asked) -> Answer:
+def answer_question(state: QuestionState) -> Answer:
     """The answer to a built-in question. Raises UsageError, QuestionError or NotFound."""
-    return _answer(store_name(), _store().stamp(), asked)
+    return _answer(store_name(), _store().stamp(), state)
 
 
 @st.cache_data(max_entries=32, show_spinner=False)
-def _answer(db: str, stamp: str, asked: Asked) -> Answer:
+def _answer(db: str, stamp: str, state: QuestionState) -> Answer:
     from oki_trace.analysis import catalog
 
-    what = tuple(one for one in (asked.first, asked.second) if one)
-    question = catalog.QUESTIONS[asked.question]
+    subjects = (state.first, state.second)
     return catalog.answer(
         _query_session(db),
-        asked.question,
-        what if question is catalog.COMPARE else (),
-        scope=asked.scope(),
-        view=asked.view or None,
-        **asked.options(question),
+        state.question,
+        subjects if catalog.QUESTIONS[state.question].compares else (),
+        scope=state.scope(),
+        view=state.view,
+        **dict(state.options),
     )
 
 

@@ -1,55 +1,43 @@
-"""Pictures of answers as pure functions: marks in, an Altair chart out.
+"""Charts of answers as pure functions: marks in, an Altair chart out.
 
-Colours are the ones of Okabe and Ito, toned to the theme: they stay apart for
-every kind of colour vision, on light and on dark ground. Several lines have
-marks of several shapes besides.
+The colours are those of Okabe and Ito, toned to the theme: they stay distinct for every kind of
+colour vision, on light and dark backgrounds. Several lines also have marks of several shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from itertools import cycle
+from typing import Any
 
 import altair as alt
 import pandas as pd
 
 from dashboard.viewdata import answers
-from dashboard.viewdata.answers import NEVER, SHARES, Drawing
+from dashboard.viewdata.answers import NEVER
 from dashboard.viewdata.wording import Json
+from oki_trace.analysis.question import Answer, Drawing
 
-if TYPE_CHECKING:
-    from oki_trace.analysis.questions import Answer
+Chart = alt.Chart | alt.LayerChart
 
 COLOURS = ("#cf6a37", "#3f7fbf", "#2a9d8f", "#c06a9a", "#b08a1e", "#8a9099")
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
-# By what is looked at: the texts in colours, what is neither of them in greys.
-PARTS = dict(
-    zip(
-        SHARES,
-        (
-            "#cf6a37",
-            "#2a9d8f",
-            "#3f7fbf",
-            "#c06a9a",
-            "#d9b44a",
-            "#7d848d",
-            "#b4bac1",
-            "#d9dce0",
-        ),
-        strict=True,
-    )
+# The parts of a stack: those that are texts in colours, the last ones in greys.
+PARTS = (
+    *("#cf6a37", "#2a9d8f", "#3f7fbf", "#c06a9a", "#d9b44a"),
+    *("#7d848d", "#b4bac1", "#d9dce0"),
 )
 HEIGHT = 400
-# A part of a stack that is nowhere larger than this is not seen.
-SEEN = 0.004
-# The click on a bar or a dot that stands for a step.
+# A part of a stack that is nowhere larger than this is invisible.
+LEAST_PART = 0.004
+# The selection of a bar or a dot that stands for a step.
 PICK = "picked"
 
 
 def chart(
     answer: Answer, drawing: Drawing, rows: Sequence[Json], *, clickable: bool = False
-) -> alt.Chart | alt.LayerChart:
-    """The picture of ``rows``, as ``marks`` gives them."""
+) -> Chart:
+    """The chart of ``rows``, as ``marks`` gives them."""
     draw = {
         "columns": _columns,
         "lines": _lines,
@@ -59,17 +47,17 @@ def chart(
         "dots": _dots,
     }[drawing.kind]
     drawn = draw(answer, drawing, rows, clickable)
-    # As SVG, which stays sharp and can be saved, however many marks there are.
-    told = f"{', '.join(map(answers.spoken, drawing.y))} by {_along(drawing)}"
+    measures = ", ".join(answers.spoken(answer, name) for name in drawing.y)
+    title = f"{measures} by {_along(drawing)}"
+    # SVG stays sharp and can be saved, however many marks there are.
     return drawn.properties(
-        description=told[:1].upper() + told[1:], usermeta={"embedOptions": {"renderer": "svg"}}
+        description=title[:1].upper() + title[1:], usermeta={"embedOptions": {"renderer": "svg"}}
     )
 
 
 def _tooltip(answer: Answer, what: str | None = None) -> list[alt.Tooltip]:
-    """What hovering shows: all of the row."""
-    shown = answers.columns(answer)
-    named = [alt.Tooltip(f"{field}:N", title=name) for field, name in shown]
+    """The whole row; ``what`` is the title of the mark's own name."""
+    named = [alt.Tooltip(f"{key}:N", title=name) for key, name in answers.columns(answer)]
     return named if what is None else [alt.Tooltip("what:N", title=what), *named]
 
 
@@ -77,28 +65,23 @@ def _ordered(rows: Sequence[Json], title: str) -> alt.X:
     names = list(dict.fromkeys(row["x"] for row in rows))
     numbers = [int(name) for name in names if name.isdecimal()]
     if len(numbers) >= len(names) - 1:
-        # Each has its place, also where there is nothing to draw.
+        # Every number has its place, also one without a mark.
         last = [name for name in names if not name.isdecimal()]
         names = [*map(str, range(max(numbers, default=0) + 1)), *last]
-        # Where it is narrow, the last label has no room.
+        # In a narrow chart the last label does not fit.
         title = f"{title} (last bar: {last[0]})" if last else title
     return alt.X(
         "x:N",
         title=title,
         sort=names,
         scale=alt.Scale(domain=names, paddingInner=0.15),
-        axis=alt.Axis(
-            labelAngle=0,
-            labelOverlap="parity",
-            grid=False,
-            ticks=False,
-        ),
+        axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=False, ticks=False),
     )
 
 
 def _along(drawing: Drawing) -> str:
     name = drawing.x[0]
-    return "step of the reply" if name in ("first", "step") else name
+    return "step of the reply" if name in ("from_step", "step") else name
 
 
 def _value(
@@ -106,10 +89,10 @@ def _value(
 ) -> Any:
     top = max([row["y"] for row in rows], default=1.0)
     share = all(answers.is_share(answer, name) for name in drawing.y)
-    title = ", ".join(answers.unit(answer, name) for name in drawing.y)
-    if len(drawing.y) > 1:
-        units = {answers.unit(answer, name).endswith("(nats)") for name in drawing.y}
-        title = "nats" if units == {True} else ("share of 1" if share else "")
+    title = answers.unit(answer, drawing.y[0])
+    if len(drawing.y) > 1 or drawing.line:
+        units = {column.unit for column in answer.columns if column.name in drawing.y}
+        title = "share of 1" if share else units.pop() if len(units) == 1 else ""
     scale = alt.Scale(domain=[0, 1]) if share and (stack or top > 0.4) else alt.Scale(zero=True)
     return channel(
         "y:Q",
@@ -136,26 +119,21 @@ def _kinds(rows: Sequence[Json]) -> list[str]:
     return list(dict.fromkeys(row["what"] for row in rows))
 
 
-def _by_model(rows: Sequence[Json], drawing: Drawing) -> list[Json]:
-    """Several models: a colour each, of the first measure alone."""
-    first = answers.spoken(drawing.y[0])
+def _by_model(answer: Answer, rows: Sequence[Json], drawing: Drawing) -> list[Json]:
+    """A colour for each model, and the first measure only."""
+    first = answers.spoken(answer, drawing.y[0])
     return [{**row, "what": row["model"]} for row in rows if row["what"] == first]
 
 
-def _columns(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
+def _columns(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
     if len({row["model"] for row in rows}) > 1:
         return _lines(answer, drawing, rows, clickable)
     names = _kinds(rows)
     if drawing.colour == "same_before":
-        rows = [
-            {**row, "what": "after the same text" if row["what"] == "yes" else "after another"}
-            for row in rows
-        ]
-        names = ["after the same text", "after another"]
+        names = ["after the same text", "after different texts"]
+        rows = [{**row, "what": names[row["what"] != "yes"]} for row in rows]
     elif drawing.line:
-        names = [_told(answer, drawing.y[0]), _told(answer, drawing.line)]
+        names = [answers.unit(answer, name) for name in (drawing.y[0], drawing.line)]
         rows = [{**row, "what": names[0]} for row in rows]
     base = alt.Chart(pd.DataFrame(rows)).encode(
         x=_ordered(rows, _along(drawing)),
@@ -182,17 +160,9 @@ def _columns(
     return alt.LayerChart(layer=[bars, line]).properties(height=HEIGHT)
 
 
-def _told(answer: Answer, name: str) -> str:
-    return {"share": "settles here", "cumulative_share": "has settled by here"}.get(
-        name, answers.unit(answer, name)
-    )
-
-
-def _lines(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
+def _lines(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
     if len({row["model"] for row in rows}) > 1:
-        rows = _by_model(rows, drawing)
+        rows = _by_model(answer, rows, drawing)
         drawing = Drawing("lines", drawing.x, drawing.y[:1])
     names = _kinds(rows)
     rows = [{**row, "numbered": row["x"] != NEVER} for row in rows]
@@ -208,15 +178,13 @@ def _lines(
         scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]),
         legend=alt.Legend(orient="top", title=None) if len(names) > 1 else None,
     )
-    # No line leads from a number to what is none.
+    # No line connects a number with "never".
     line = base.mark_line(strokeWidth=2).encode(detail="numbered:N")
     points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
     return alt.LayerChart(layer=[line, points]).properties(height=HEIGHT)
 
 
-def _ranked(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
+def _ranked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
     labels = list(dict.fromkeys(row["x"] for row in rows))
     names = _kinds(rows)
     base = alt.Chart(pd.DataFrame(rows)).encode(
@@ -254,12 +222,15 @@ def _ranked(
     return alt.LayerChart(layer=[bars, whisker]).properties(height=height)
 
 
-def _stacked(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
-    given = {row["what"] for row in rows if row["y"] >= SEEN}
-    parts = {answers.spoken(name): PARTS[name] for name in drawing.y}
-    parts = {name: colour for name, colour in parts.items() if name in given}
+def _stacked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+    visible = {row["what"] for row in rows if row["y"] >= LEAST_PART}
+    parts = {
+        name: colour
+        for name, colour in zip(
+            (answers.spoken(answer, name) for name in drawing.y), cycle(PARTS), strict=False
+        )
+        if name in visible
+    }
     names = list(parts)
     rows = [{**row, "order": names.index(row["what"])} for row in rows if row["what"] in parts]
     drawn: alt.Chart = (
@@ -267,13 +238,7 @@ def _stacked(
         .mark_bar()
         .encode(
             x=_ordered(rows, _along(drawing)),
-            y=alt.Y(
-                "y:Q",
-                title="share of the attention",
-                stack="zero",
-                scale=alt.Scale(domain=[0, 1]),
-                axis=alt.Axis(tickCount=5, domain=False),
-            ),
+            y=_value(answer, drawing, rows, alt.Y, stack=True),
             color=_colour(names, list(parts.values()), columns=8),
             order=alt.Order("order:Q"),
             tooltip=[alt.Tooltip("what:N", title="part"), *_tooltip(answer)],
@@ -282,9 +247,7 @@ def _stacked(
     return drawn.properties(height=HEIGHT)
 
 
-def _cells(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
+def _cells(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
     frame = pd.DataFrame(rows)
     drawn: alt.Chart = (
         alt.Chart(frame)
@@ -314,9 +277,7 @@ def _upwards(layers: Sequence[int]) -> alt.Y:
     )
 
 
-def _dots(
-    answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool
-) -> alt.Chart | alt.LayerChart:
+def _dots(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
     frame = pd.DataFrame(rows)
     names = sorted(_kinds(rows))
     heads = [str(n) for n in range(max(int(row["x"]) for row in rows) + 1)]

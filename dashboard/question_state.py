@@ -1,53 +1,36 @@
-"""What the Questions page asks, and how it stands in the address: pure functions, no Streamlit.
+"""The state of the Questions page, and how the address holds it: pure functions, no Streamlit.
 
-The address is the only place that holds it, so a link opens the same question in
-the same view of the same replies. What in it makes no sense counts as absent.
+The address is the only place that holds the state, so a link opens the same question in the same
+view of the same replies. A part of it that makes no sense counts as absent.
 """
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from oki_trace.analysis.question import Question
+from oki_trace.analysis.scope import Scope, parse_time
 from oki_trace.records import Role
 
-if TYPE_CHECKING:
-    from oki_trace.analysis.questions import Question
-    from oki_trace.analysis.scope import Scope
-
-# The questions as the page lists them: a heading, and under it each with its short name.
-GROUPS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    ("Where answers form", {"settle": "Where tokens settle"}),
-    ("Where the model was unsure", {"uncertainty": "Least certain steps"}),
-    (
-        "What the layers did",
-        {"layers": "Layer by layer", "rivals": "Confident intermediate answers"},
-    ),
-    ("What it looked at", {"attention": "Parts of the text", "heads": "Specialised heads"}),
-    ("Compare", {"compare": "Two steps, replies, models"}),
-    ("The same prompt again", {"again": "Seeds, settings, models"}),
-)
-TITLES = {name: title for _, those in GROUPS for name, title in those.items()}
-
-# What two of are compared; the other questions' views are the engine's own.
-KINDS = ("reply", "step", "model")
-_DIGITS = 15
-# The fields that say which replies a question is about.
+# The fields that select the replies.
 _SCOPE = ("model", "conversation", "message", "since", "until", "role", "text")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class QuestionState:
     """A question, its view, the replies it is about, and its options.
 
-    ``since`` and ``until`` are days, both included. ``first`` and ``second`` are
-    what ``compare`` takes. Options that are None are the question's own.
+    ``since`` and ``until`` are days, both included. ``options`` are (name, value) pairs; those
+    that are missing have their defaults. ``first`` and ``second`` are the two subjects of a
+    question that compares.
     """
 
-    question: str = "settle"
-    view: str = "layer"
+    question: str = ""
+    view: str = ""
     model: str | None = None
     conversation: int | None = None
     message: int | None = None
@@ -55,71 +38,66 @@ class Asked:
     until: dt.date | None = None
     role: Role | None = None
     text: str = ""
-    top: int | None = None
-    least: float | None = None
-    from_layer: int | None = None
-    sample: int | None = None
+    options: tuple[tuple[str, float], ...] = ()
     first: str = ""
     second: str = ""
 
     def query(self) -> dict[str, str]:
-        """As it stands in an address."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The parameters of the address."""
+        named = {name: getattr(self, name) for name in _FIELDS} | dict(self.options)
         return {name: str(value) for name, value in named.items() if value not in (None, "")}
 
     def scope(self) -> Scope:
         """The replies it is about."""
-        from oki_trace.analysis.scope import Scope, moment
-
         return Scope(
             self.model,
             self.conversation,
             self.message,
-            moment(self.since.isoformat()) if self.since else None,
-            moment(self.until.isoformat(), end=True) if self.until else None,
+            parse_time(self.since.isoformat()) if self.since else None,
+            parse_time(self.until.isoformat(), end=True) if self.until else None,
             self.role,
             self.text or None,
         )
 
-    def options(self, question: Question) -> dict[str, Any]:
-        """The options that were given, of those the question takes."""
-        given = {name: getattr(self, name) for name in question.parameters}
-        return {name: value for name, value in given.items() if value is not None}
+    def with_option(self, name: str, value: float | None) -> QuestionState:
+        """The same with another value of an option; None: its default."""
+        others = tuple(pair for pair in self.options if pair[0] != name)
+        return replace(self, options=others if value is None else (*others, (name, value)))
 
     @property
-    def narrowed(self) -> bool:
+    def is_narrowed(self) -> bool:
         """Whether any reply is left out."""
-        return self.everything() != self
+        return self.without_scope() != self
 
-    def everything(self) -> Asked:
+    def without_scope(self) -> QuestionState:
         """The same question about all replies."""
-        nothing = Asked()
-        return replace(self, **{name: getattr(nothing, name) for name in _SCOPE})
+        default = QuestionState()
+        return replace(self, **{name: getattr(default, name) for name in _SCOPE})
 
-    def instead(self, question: str) -> Asked:
-        """Another question, as it comes, about the same replies."""
-        return Asked(question, "", **{name: getattr(self, name) for name in _SCOPE})
-
-
-# What the page's address may hold.
-PARAMETERS = frozenset(field.name for field in fields(Asked))
+    def another(self, question: str) -> QuestionState:
+        """Another question, with its defaults, about the same replies."""
+        return QuestionState(question, **{name: getattr(self, name) for name in _SCOPE})
 
 
-def views(question: Question) -> tuple[str, ...]:
-    """The ways to ask it; none to choose from when empty."""
-    return KINDS if question.name == "compare" else tuple(question.views)
+_FIELDS = tuple(field.name for field in fields(QuestionState) if field.name != "options")
 
 
-def read(query: Mapping[str, str], questions: Mapping[str, Question]) -> Asked:
-    """What an address asks."""
-    name = query.get("question", "")
-    question = questions.get(name) or questions["settle"]
-    ways = views(question)
-    view = query.get("view", "")
-    role = query.get("role", "")
-    return Asked(
+def parameters(questions: Mapping[str, Question]) -> frozenset[str]:
+    """The parameters that the page's address may hold."""
+    options = (name for question in questions.values() for name in question.options)
+    return frozenset((*_FIELDS, *options))
+
+
+def read(query: Mapping[str, str], questions: Mapping[str, Question]) -> QuestionState:
+    """The state that an address holds."""
+    question = questions.get(query.get("question", "")) or next(iter(questions.values()))
+    view, role = query.get("view", ""), query.get("role", "")
+    options: dict[str, Any] = {
+        name: option.parse(query.get(name, "")) for name, option in question.options.items()
+    }
+    return QuestionState(
         question=question.name,
-        view=view if view in ways else (ways[0] if ways else ""),
+        view=view if view in question.views else next(iter(question.views)),
         model=query.get("model") or None,
         conversation=_number(query, "conversation"),
         message=_number(query, "message"),
@@ -127,38 +105,15 @@ def read(query: Mapping[str, str], questions: Mapping[str, Question]) -> Asked:
         until=_day(query, "until"),
         role=Role(role) if role in set(Role) else None,
         text=query.get("text", ""),
-        top=_number(query, "top", least=1),
-        least=_share(query, "least"),
-        from_layer=_number(query, "from_layer"),
-        sample=_number(query, "sample", least=1),
+        options=tuple(pair for pair in options.items() if pair[1] is not None),
         first=query.get("first", ""),
         second=query.get("second", ""),
     )
 
 
-def step_of(text: str) -> tuple[int, int | None] | None:
-    """``message:step`` or ``message``; None for what is neither."""
-    message, colon, step = text.partition(":")
-    if not _is_number(message) or (colon and not _is_number(step)):
-        return None
-    return int(message), int(step) if colon else None
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= _DIGITS
-
-
-def _number(query: Mapping[str, str], name: str, least: int = 0) -> int | None:
+def _number(query: Mapping[str, str], name: str) -> int | None:
     text = query.get(name, "")
-    return int(text) if _is_number(text) and int(text) >= least else None
-
-
-def _share(query: Mapping[str, str], name: str) -> float | None:
-    try:
-        value = float(query.get(name, ""))
-    except ValueError:
-        return None
-    return value if 0 <= value <= 1 else None
+    return int(text) if re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def _day(query: Mapping[str, str], name: str) -> dt.date | None:

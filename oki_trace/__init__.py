@@ -23,8 +23,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Resolved on first use: torch takes seconds to import, and listing
-    # conversations does not need it.
+    # Resolved on first use: torch takes seconds to import, and listing needs none of it.
     from importlib import import_module
 
     if name in _HOME:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
-from oki_trace.input_text import checked
+from oki_trace.llm.chat.template_arguments import refuse_unknown
 from oki_trace.llm.loading.load import load_model_and_tokenizer
+from oki_trace.queueing import ReplyRequest
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
-    Lens,
     ModelChoice,
     Role,
     Sampling,
-    Step,
     TemplateOptions,
     TensorMode,
 )
 from oki_trace.settings import Settings
 from oki_trace.template_options import as_schema
-from oki_trace.tracing import Collector, Sink, prepare, trace_turn
+from oki_trace.tracing import Collector, prepare, trace_turn
 
 
 def run_traced(
@@ -51,41 +50,44 @@ def run_traced(
     """Generate a reply; return its text and its trace object.
 
     Exactly one of ``prompt`` (one user message) and ``messages``
-    (``[{"role": …, "content": …}]``) is given. Without ``model`` and
-    ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL,
-    also keeps the conversation in that store; ``tensors`` says how full tensors
-    are kept there. ``template_args`` (``enable_thinking``, say) and ``tools``, schemas
-    of functions, are for the chat template. Messages may have ``reasoning_content``,
-    ``tool_calls`` and the role ``tool``, as ``apply_chat_template`` takes them; when
-    the last one is the assistant's, the reply goes on with it. Raises
-    UsageError for arguments that make no sense, ModelError when the model cannot be
-    loaded or traced.
+    (``[{"role": …, "content": …}]``) is given. Messages may have ``reasoning_content``,
+    ``tool_calls`` and the role ``tool``, as ``apply_chat_template`` takes them; if the
+    last one is the assistant's, the reply continues it. Without ``model`` and
+    ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL, also
+    stores the conversation there, and ``tensors`` says how its full tensors are stored.
+    ``template_args`` (such as ``enable_thinking``) and ``tools``, JSON schemas of
+    functions, go to the chat template. Raises UsageError for invalid arguments,
+    ModelError when the model cannot be loaded or traced.
     """
-    turns = _turns(prompt, messages)
-    template = TemplateOptions(
-        dict(template_args or {}), tuple(as_schema(tool) for tool in tools or ())
-    )
-    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, "none" if db is None else tensors)
     if (model is None) != (tokenizer is None):
         raise UsageError("Give both model and tokenizer, or neither.")
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    request = ReplyRequest(
+        _turns(prompt, messages),
+        ModelChoice(Settings.from_environment().model_id if model is None else str(name)),
+        Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
+        policy,
+        TemplateOptions(dict(template_args or {}), tuple(as_schema(tool) for tool in tools or ())),
+    )
     if model is None:
-        model_id = Settings.from_environment().model_id
-        model, tokenizer = load_model_and_tokenizer(model_id)
-    else:
-        model_id = str(getattr(model, "name_or_path", "") or type(model).__name__)
+        model, tokenizer = load_model_and_tokenizer(request.choice.model_id)
+    loaded = _Loaded(model, tokenizer, request.choice.model_id)
+    refuse_unknown(tokenizer, request.template or TemplateOptions())
     collector = Collector()
-
-    def trace(*more: Sink) -> None:
-        sinks = [collector, *more]
-        made = prepare(model, tokenizer, sinks)
-        trace_turn(made, model_id, turns, sampling, policy, sinks, template=template)
-
-    if db is None:
-        trace()
+    if db is not None:
+        _store(os.fspath(db), request, loaded, collector)
     else:
-        _trace_into(os.fspath(db), model_id, turns, sampling, policy, template, trace)
-    return _result(collector, turns, template)
+        handle = prepare(model, tokenizer, [collector])
+        rest: Any = (request.messages, request.sampling, policy, [collector])
+        trace_turn(handle, loaded.model_id, *rest, template=request.template)
+    return _result(collector, request)
+
+
+class _Loaded(NamedTuple):
+    model: Any
+    tokenizer: Any
+    model_id: str
 
 
 def _turns(
@@ -93,42 +95,27 @@ def _turns(
 ) -> tuple[ChatMessage, ...]:
     if (prompt is None) == (messages is None):
         raise UsageError("Give exactly one of prompt and messages.")
-    given = messages if prompt is None else [{"role": Role.USER, "content": prompt}]
-    turns = tuple(chat_message(message) for message in given or ())
+    if messages is None:
+        messages = [{"role": Role.USER, "content": prompt}]
+    turns = tuple(chat_message(message) for message in messages)
     if not turns:
         raise UsageError("There are no messages. Give at least one, or a prompt.")
-    for turn in turns:
-        checked(turn.content, "What is said")
     return turns
 
 
-def _trace_into(
-    db: str,
-    model_id: str,
-    turns: Sequence[ChatMessage],
-    sampling: Sampling,
-    policy: CapturePolicy,
-    template: TemplateOptions,
-    trace: Callable[..., None],
-) -> None:
-    # Imported here: a trace that is not kept needs no store.
-    from oki_trace.queueing import title_of
-    from oki_trace.store.writing.recorder import Recorder
+def _store(db: str, request: ReplyRequest, loaded: _Loaded, collector: Collector) -> None:
+    # Imported here: a trace that is not stored needs no SQLAlchemy.
+    from oki_trace.generate import generate_reply
+    from oki_trace.queueing import submit
+    from oki_trace.store.reading.reader import TraceReader
     from oki_trace.store.writing.writer import TraceWriter
 
-    with TraceWriter(db) as writer:
-        conversation = writer.create_conversation(title_of(turns[-1].content))
-        for turn in turns:
-            writer.add_message(conversation, turn)
-        reply = writer.queue_reply(
-            conversation, ModelChoice(model_id), sampling, policy, claim=True, template=template
-        )
-        trace(Recorder(writer, reply))
+    with TraceWriter(db) as writer, TraceReader(db) as reader:
+        reply = reader.message(submit(writer, request, claim=True)[1])
+        generate_reply(writer, reader, reply, loaded, messages=request.messages, sinks=[collector])
 
 
-def _result(
-    collector: Collector, turns: Sequence[ChatMessage], template: TemplateOptions
-) -> tuple[str, dict[str, Any]]:
+def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str, Any]]:
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
     head = TraceHead(
@@ -136,18 +123,14 @@ def _result(
         prompt=start.prompt,
         generation=start.generation,
         capture=start.capture,
-        messages=turns,
+        messages=request.messages,
         output=end.output,
         status=end.status,
         reason=end.reason,
         checks=end.checks,
         parts=end.parts,
-        template=template,
+        template=request.template,
     )
-    trace = trace_object(head, _with_lenses(collector.steps, collector.lenses))
-    return end.output, trace
-
-
-def _with_lenses(steps: Sequence[Step], lenses: Sequence[Lens]) -> list[Step]:
-    by_step = {lens.step_index: lens for lens in lenses}
-    return [replace(step, lens=by_step.get(step.step_index)) for step in steps]
+    lenses = {lens.step_index: lens for lens in collector.lenses}
+    steps = [replace(step, lens=lenses.get(step.step_index)) for step in collector.steps]
+    return end.output, trace_object(head, steps)

@@ -1,9 +1,8 @@
-"""What tracing costs: plain ``generate()`` and the traced run, in turn, in one process.
+"""The cost of tracing: plain ``generate()`` and the traced run, in pairs, in one process.
 
-Both decode the same greedy tokens from the same prompt. The traced run writes
-everything the capture policy keeps into a store of its own on disk, and its
-clock stops when the reply is complete there. Machines drift, so the figures are
-medians over pairs of runs, and the ratio is the median of the pairs' ratios.
+Both decode the same greedy tokens from the same prompt. The traced run ends when the
+reply is complete in a temporary store on disk. Machines drift, so the figures are medians
+over pairs of runs, and the ratio is the median of the pairs' ratios.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from pathlib import Path
 import torch
 
 from oki_trace.errors import UsageError
-from oki_trace.generate import answer
+from oki_trace.generate import generate_reply
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.loading.hardware import input_device
 from oki_trace.llm.loading.load import LoadedModel
-from oki_trace.queueing import Ask, submit
+from oki_trace.queueing import ReplyRequest, new_messages, submit
 from oki_trace.records import CapturePolicy, ChatMessage, Role, Sampling
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
@@ -33,7 +32,7 @@ PROMPT = "Write a long story about a lighthouse keeper and the sea."
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """Tokens a second of both, and ``ratio``, traced over plain: 1.0 is free."""
+    """Tokens per second of both; ``ratio`` is traced over plain, so 1.0 is free."""
 
     model_id: str
     dtype: str
@@ -57,7 +56,7 @@ def run(
     policy: CapturePolicy,
     report: Callable[[str], None],
 ) -> BenchResult:
-    """Time ``rounds`` pairs of runs of ``tokens`` new tokens each, after one pair to warm up."""
+    """Time ``rounds`` pairs of runs of ``tokens`` tokens each, after one warm-up pair."""
     if tokens < 2 or rounds < 1:
         raise UsageError("A benchmark needs --tokens of 2 or more and --rounds of 1 or more.")
     pairs: list[tuple[float, float]] = []
@@ -73,7 +72,7 @@ def run(
                         f"round {number}: plain {plain:.1f}, traced {traced:.1f} tokens/s, "
                         f"ratio {traced / plain:.3f}"
                     )
-            kept = reader.info()
+            info = reader.info()
     ratios = [traced / plain for plain, traced in pairs]
     return BenchResult(
         model_id=loaded.model_id,
@@ -87,7 +86,7 @@ def run(
         ratio=statistics.median(ratios),
         ratio_min=min(ratios),
         ratio_max=max(ratios),
-        bytes_per_token=kept.bytes / max(kept.steps, 1),
+        bytes_per_token=info.bytes / max(info.steps, 1),
     )
 
 
@@ -108,10 +107,11 @@ def _traced(
     writer: TraceWriter,
     reader: TraceReader,
 ) -> float:
-    instrument(loaded.model, loaded.tokenizer)  # the checks at load are no part of a reply
-    ask = Ask(PROMPT, loaded.requested, Sampling(max_new_tokens=tokens), policy)
-    _, reply_id = submit(writer, ask, claim=True)
+    instrument(loaded.model, loaded.tokenizer)  # the checks at load are not part of a reply
+    sampling = Sampling(max_new_tokens=tokens)
+    request = ReplyRequest(new_messages(PROMPT), loaded.requested, sampling, policy)
+    _, reply_id = submit(writer, request, claim=True)
     began = time.perf_counter()
-    answer(writer, reader, reader.message(reply_id), loaded)
+    generate_reply(writer, reader, reader.message(reply_id), loaded)
     seconds = time.perf_counter() - began
     return reader.message(reply_id).tokens / seconds

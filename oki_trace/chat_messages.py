@@ -1,4 +1,4 @@
-"""Messages as callers of transformers write them, into the records of this project."""
+"""Messages in the form of transformers, read into this project's records."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ from oki_trace.errors import UsageError
 from oki_trace.records import ChatMessage, Part, Role
 
 _FORM = "Each message needs a role (system, user, assistant or tool) and a content."
-_STRING = (
-    "What is said has to be a string: give the prompt, or each content, so, or as a list of "
-    '{"type": "text", "text": …}.'
-)
+_STRING = 'A prompt or content has to be a string, or a list of {"type": "text", "text": …}.'
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
 def chat_message(message: Mapping[str, Any]) -> ChatMessage:
-    """``{"role": …, "content": …}``, of an assistant also with thinking and ``tool_calls``.
+    """A message from ``{"role": …, "content": …}``, an assistant's also with ``tool_calls``.
 
-    Raises UsageError for what is no message.
+    Its thinking may be ``reasoning_content``, ``thinking`` or ``reasoning``. Raises
+    UsageError for anything else.
     """
     try:
         role = Role(message["role"])
         content, thinking = _text(message.get("content"))
-        called = message.get("tool_calls") or ()
-        calls = [_call(call) for call in called]
+        calls = [_call(call) for call in message.get("tool_calls") or ()]
     except UsageError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError) as error:
@@ -47,28 +44,29 @@ def chat_message(message: Mapping[str, Any]) -> ChatMessage:
 
 
 def _text(content: Any) -> tuple[str, list[str]]:
-    """(text, thinking) of a content, which may be a list of typed parts."""
+    """(text, pieces of thinking) of a content, which may be a list of typed parts."""
     if content is None:
         return "", []
     if isinstance(content, str):
         return content, []
     if not isinstance(content, Sequence):
         raise UsageError(_STRING)
-    said: list[str] = []
-    thinking: list[str] = []
+    pieces: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ("text", "thinking") or not isinstance(part.get(kind), str):
+        if kind not in pieces or not isinstance(part.get(kind), str):
             raise UsageError(_STRING)
-        (said if kind == "text" else thinking).append(part[kind])
-    return "".join(said), thinking
+        pieces[kind].append(part[kind])
+    return "".join(pieces["text"]), pieces["thinking"]
 
 
 def _call(call: Mapping[str, Any]) -> Part:
     function = call.get("function", call)
     arguments = function.get("arguments")
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    if isinstance(arguments, str):
+    text = arguments
+    if isinstance(text, str):
         with suppress(ValueError):
-            arguments = json.loads(arguments)
+            arguments = json.loads(text)
+    else:
+        text = json.dumps(arguments, ensure_ascii=False)
     return Part("tool_call", text, name=str(function["name"]), arguments=arguments)

@@ -1,7 +1,7 @@
-"""A Python process of its own for work that must not take this one along.
+"""A separate Python process, for work whose crash or memory must not end this one.
 
-``command`` starts one on a function of ours, ``FRUGAL`` is its environment, and
-``limit_memory`` is what it calls before it touches what is not trusted.
+``command`` starts one, ``FRUGAL`` is its environment, and the process calls
+``limit_memory`` before it reads untrusted input.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _START = (
     "import sys, importlib; sys.path.append(sys.argv[1]); "
     "importlib.import_module(sys.argv[2]).main()"
 )
-# One arena, one thread: their reserves would count as memory that the work takes.
+# One arena and one thread: reserves of others would count as memory of the work.
 FRUGAL = {
     "MALLOC_ARENA_MAX": "1",
     "OMP_NUM_THREADS": "1",
@@ -23,14 +23,14 @@ FRUGAL = {
 
 
 def command(module: str) -> list[str]:
-    """What runs ``main()`` of this module of ours, wherever the user is."""
+    """The command that runs ``main()`` of a module of this package, from any folder."""
     package = str(Path(__file__).resolve().parents[1])
-    # -P: no module of the folder that the user is in.
+    # -P: no module of the current folder is imported.
     return [sys.executable, "-P", "-c", _START, package, module]
 
 
 def address_space() -> int | None:
-    """The bytes of address space that this process has taken; None where it cannot be told."""
+    """The bytes of address space of this process; None where the system does not tell."""
     try:
         import resource
 
@@ -41,16 +41,16 @@ def address_space() -> int | None:
 
 
 def limit_memory(more: int) -> None:
-    """Let this process have so many bytes more than now, where the system can see to that.
+    """Limit this process to ``more`` bytes than it has now, where the system supports it.
 
-    Elsewhere the process that started it watches.
+    Elsewhere the process that started it has to watch it.
     """
-    taken = address_space()
-    if taken is None:
+    used = address_space()
+    if used is None:
         return
     import resource
 
-    most = taken + more
+    most = used + more
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     if hard != resource.RLIM_INFINITY:
         most = min(most, hard)

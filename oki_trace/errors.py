@@ -1,30 +1,31 @@
-"""Everything that can go wrong in a way the user can mend.
+"""Errors that a user can fix.
 
     OkiTraceError
-    ├── UsageError            an argument that makes no sense
+    ├── UsageError            an invalid argument
     ├── ModelError            a model cannot be found, read, or held in memory
     │   └── CaptureError      the model runs, but a turn cannot be traced
     ├── StoreError            the trace store cannot be opened, read or written
     │   ├── StoreBusy         another process held it for too long
+    │   ├── DamagedSteps      the steps of one reply hold impossible values
     │   ├── NotFound          no such conversation, message, step or tensor
     │   ├── SchemaError       the store is older or newer than this program, or not ours
     │   └── TensorError       a stored tensor is damaged
     ├── QuestionError         a question across steps cannot be answered
     └── ExchangeError         a file cannot be exported to or imported from
 
-The message of each is one sentence that says what is wrong and one that names
-the fix; the command line prints it as it is.
+Each message says in one sentence what is wrong and in one how to fix it; the command
+line prints it unchanged.
 """
 
 from __future__ import annotations
 
 
 class OkiTraceError(Exception):
-    """The root: catch this to catch everything the project raises on purpose."""
+    """The base class of every error that the project raises on purpose."""
 
 
 class UsageError(OkiTraceError, ValueError):
-    """An argument, an option or a combination of them makes no sense."""
+    """An argument, an option or a combination of them is invalid."""
 
 
 class ModelError(OkiTraceError):
@@ -40,11 +41,11 @@ class StoreError(OkiTraceError):
 
 
 class DamagedSteps(StoreError):
-    """The steps of one reply hold what cannot be there; all others can be read."""
+    """The steps of one reply hold impossible values; other replies can be read."""
 
 
 class StoreBusy(StoreError):
-    """Another process held the store for too long; asking again later may do."""
+    """Another process held the store for too long; a later attempt may succeed."""
 
 
 class NotFound(StoreError, LookupError):
@@ -60,7 +61,7 @@ class TensorError(StoreError):
 
 
 class QuestionError(OkiTraceError):
-    """A question across steps cannot be answered: wrong SQL, no time, no room, nothing there."""
+    """A question across steps cannot be answered: wrong SQL, a limit, or no data."""
 
 
 class ExchangeError(OkiTraceError):

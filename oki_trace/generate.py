@@ -1,72 +1,90 @@
-"""Answering a request from the store: every step is on disk as it is decoded.
+"""Generating a queued reply: each step is in the store as soon as it is decoded.
 
-The command line and the worker both go through here, so a reply asked for in
-the explorer and one asked for in a terminal are kept in the same way.
+``run_traced``, the command line and the worker all come here, so a reply is stored
+in the same way whoever requested it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 from oki_trace.llm.chat.markers import format_of
 from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
-from oki_trace.llm.loading.load import LoadedModel
 from oki_trace.queueing import history
-from oki_trace.records import Message, TurnEnd
+from oki_trace.records import ChatMessage, Message, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
-from oki_trace.tracing import OnText, never, prepare, trace_turn
+from oki_trace.tracing import OnText, Sink, never, prepare, trace_turn
 
 
-def answer(
+class ReadyModel(Protocol):
+    """A model, its tokenizer, and the name that its traces give it."""
+
+    @property
+    def model(self) -> Any: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def model_id(self) -> str: ...
+
+
+def generate_reply(
     writer: TraceWriter,
     reader: TraceReader,
     reply: Message,
-    loaded: LoadedModel,
+    loaded: ReadyModel,
     *,
+    messages: Sequence[ChatMessage] | None = None,
+    sinks: Sequence[Sink] = (),
     should_stop: Callable[[], bool] = never,
     on_text: OnText | None = None,
 ) -> TurnEnd:
-    """Decode the queued ``reply`` into the store.
+    """Decode the queued ``reply`` into the store, and into ``sinks``.
 
-    Raises CaptureError or StoreError when it fails; the reply then ends as
-    ``failed`` with the reason, all steps before kept.
+    ``messages`` are given to the model in place of the stored conversation. Raises
+    CaptureError or StoreError on failure; the reply is then stored as ``failed`` with
+    the reason, and keeps all steps before it.
     """
     assert reply.sampling is not None and reply.policy is not None
     recorder = Recorder(writer, reply.id)
+    all_sinks = [*sinks, recorder]
+    instrument = prepare(loaded.model, loaded.tokenizer, all_sinks)
+    if messages is None:
+        messages = history(_with_parts(reader, reply, loaded), reply.id)
     return trace_turn(
-        prepare(loaded.model, loaded.tokenizer, [recorder]),
+        instrument,
         loaded.model_id,
-        history(_with_parts(reader, reply, loaded), reply.id),
+        messages,
         reply.sampling,
         reply.policy,
-        [recorder],
+        all_sinks,
         should_stop=lambda: should_stop() or recorder.stop_requested,
         on_text=on_text,
         template=reply.template,
     )
 
 
-def _with_parts(reader: TraceReader, reply: Message, loaded: LoadedModel) -> list[Message]:
-    """The conversation, the parts of its replies read from their tokens where none are kept.
+def _with_parts(reader: TraceReader, reply: Message, loaded: ReadyModel) -> list[Message]:
+    """The conversation; parts that are not stored are read from the reply's tokens.
 
-    A process that was killed, and an older program, leave a reply as one text.
+    A killed process and an older program leave a reply as one text.
     """
     form = format_of(loaded.tokenizer)
     messages = reader.messages(reply.conversation_id)
     if form.is_plain and getattr(loaded.tokenizer, "chat_template", None):
         return messages
-    made = []
+    completed = []
     for message in messages:
         known = message.parts or not message.tokens or message.model_id != loaded.model_id
         if message.id != reply.id and not known and not message.status.is_live:
             tokens = [ReplyToken(s.token_bytes, s.is_special) for s in reader.steps(message.id)]
             tools = message.template.tools if message.template else ()
             parts = parts_of(form, reader.prompt(message.id).text, tokens, tools)
-            whole = [part.kind for part in parts] == ["answer"]
-            content = message.content if whole else answer_of(parts)
+            is_plain = [part.kind for part in parts] == ["answer"]
+            content = message.content if is_plain else answer_of(parts)
             message = replace(message, parts=parts, content=content)
-        made.append(message)
-    return made
+        completed.append(message)
+    return completed

@@ -1,4 +1,4 @@
-"""Text as people give it: what no store and no tokenizer can keep is refused, never changed."""
+"""Text from users: characters that no store or tokenizer can hold are refused, never changed."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from oki_trace.sanitize import inert
 _SHOWN = 40
 
 
-def checked(text: str, what: str) -> str:
-    """``text`` itself. Raises UsageError where ``what`` holds NUL or bytes that are not UTF-8.
+def require_storable(text: str, name: str) -> str:
+    """Return ``text``. Raises UsageError, which names it, for NUL and bytes that are not UTF-8.
 
-    Python has such bytes, in arguments and from a pipe, as halves of surrogate pairs.
+    Python holds such bytes, from arguments and pipes, as lone surrogates.
     """
     if "\0" in text:
         raise UsageError(
-            f"{what} holds a NUL character ({_around(text, text.index(chr(0)))}), which cannot be "
-            "kept: leave it out."
+            f"{name} holds a NUL character ({_around(text, text.index(chr(0)))}), which cannot be "
+            "stored: leave it out."
         )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"{what} holds bytes that are not UTF-8 ({_around(text, error.start)}): convert it, "
+            f"{name} holds bytes that are not UTF-8 ({_around(text, error.start)}): convert it, "
             "as with iconv -t UTF-8."
         ) from error
     return text
 
 
 def _around(text: str, at: int) -> str:
-    """The place, with each byte that is no text as ``\\xe9``."""
+    """The text around ``at``, with each undecodable byte as ``\\xe9``."""
     first = max(0, at - _SHOWN // 2)
     shown = (
         f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c

@@ -1,8 +1,7 @@
-"""Starts the explorer: Streamlit on this machine alone, from any folder.
+"""Starts the explorer: Streamlit on the loopback address, from any folder.
 
-Everything that matters for privacy is given on the command line, so it holds
-whatever configuration files are about: the loopback address, no usage
-statistics. Another address is taken only from one who says that it is meant.
+Options that matter for privacy are set on the command line, so no configuration file
+overrides them. Any other address has to be confirmed.
 """
 
 from __future__ import annotations
@@ -37,38 +36,37 @@ def home_page() -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether this machine alone can reach ``host``: an address of the loopback, or its name."""
+    """Whether ``host`` is a loopback address or ``localhost``."""
     return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def checked_host(host: str, *, public: bool) -> str:
-    """``host``, unless it opens the explorer to others and ``public`` does not say so.
-
-    Raises UsageError then, and for what is no address of this machine.
+    """Return ``host``. Raises UsageError if other machines can reach it and ``public`` is not
+    set, and if it is not an address of this machine.
     """
     if not is_loopback(host) and not public:
         raise UsageError(
-            f"{host} can be reached from other machines, and the explorer has no password: "
-            "whoever finds it reads and deletes every conversation. Say --public if that is meant."
+            f"Other machines can reach {host}, and the explorer has no password: anyone who "
+            "finds it can read and delete every conversation. Confirm with --public."
         )
     try:
         with socket.socket(_family(host)) as probe:
             probe.bind((host, 0))
     except OSError as error:
-        raise UsageError(f"{host} is no address of this machine: {error.strerror}.") from error
+        raise UsageError(f"{host} is not an address of this machine: {error.strerror}.") from error
     return host
 
 
 def checked_name(name: str) -> str:
-    """``name`` as a browser may call the explorer by. Raises UsageError for what is no name.
+    """``name`` without brackets and final dot. Raises UsageError unless it is a host name.
 
-    Without its port; no pattern, which would let in names that others can make.
+    A port is refused, and a pattern, which would admit names that others can register.
     """
     bare = name.strip("[]").rstrip(".")
     letters = bare.replace(":", "") if _is_address(bare) else bare
     if letters and all(c.isascii() and (c.isalnum() or c in "-._") for c in letters):
         return bare
-    raise UsageError(f"{name!r} is no name of a machine: give it alone, without port or pattern.")
+    raise UsageError(f"{name!r} is not a host name. Give the name alone, without port or pattern.")
 
 
 def _is_address(host: str) -> bool:
@@ -101,9 +99,9 @@ def _family(host: str) -> socket.AddressFamily:
 def command(port: int, host: str = ADDRESS, names: Sequence[str] = ()) -> list[str]:
     """The command that serves the explorer on ``port`` of ``host``.
 
-    ``names`` are what a browser may call it by, beside this machine's own.
+    Browsers may use ``names`` for it, besides this machine's own names.
     """
-    # A page of others' cannot lend it its own. "*" is any address, see dashboard/guard.py.
+    # Other names are refused, against DNS rebinding. "*": any address, see dashboard/guard.py.
     own = ("127.0.0.1", "localhost", "::1", host) if is_loopback(host) else ("*", host)
     names = tuple(dict.fromkeys((*own, *names)))
     options = [
@@ -112,14 +110,14 @@ def command(port: int, host: str = ADDRESS, names: Sequence[str] = ()) -> list[s
         ("server.headless", "true"),
         ("server.fileWatcherType", "none"),
         *(("server.allowedHosts", name) for name in names),
-        # Given it, Streamlit does not ask a server of others for this machine's address.
+        # Without it, Streamlit asks an outside server for this machine's address.
         ("browser.serverAddress", _name(host)),
         ("browser.gatherUsageStats", "false"),
         ("client.toolbarMode", "minimal"),
-        # Its box would offer searches on the web that carry the message.
+        # Its error box offers web searches that contain the message.
         ("client.showErrorDetails", "none"),
         ("client.showErrorLinks", "false"),
-        # What a table offers of itself is a CSV that may hold formulas.
+        # A table's own CSV may hold formulas.
         ("client.disableDataExport", "true"),
     ]
     flags = [part for name, value in options for part in (f"--{name}", value)]
@@ -128,12 +126,12 @@ def command(port: int, host: str = ADDRESS, names: Sequence[str] = ()) -> list[s
 
 
 def url_of(port: int, query: Mapping[str, str], host: str = ADDRESS) -> str:
-    """The explorer's address, as this machine's browser asks for it; ``query`` names the view."""
+    """The explorer's address for a browser on this machine; ``query`` names the view."""
     return f"http://{_name(host)}:{port}/" + (f"?{urlencode(query)}" if query else "")
 
 
 def _name(host: str) -> str:
-    """``host`` as it stands in an address; what stands for all of them is this machine's own."""
+    """``host`` as part of a URL; for a wildcard address, the loopback."""
     return {"0.0.0.0": ADDRESS, "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
 
 
@@ -146,13 +144,13 @@ def serve(
     host: str = ADDRESS,
     names: Sequence[str] = (),
 ) -> int:
-    """Serve until interrupted; returns Streamlit's exit status."""
+    """Serve until interrupted; return Streamlit's exit status."""
     environment = {**os.environ, "OKI_TRACE_DB": db}
     process = subprocess.Popen(command(port, host, names), env=environment)
-    # What ends a service ends this process alone: Streamlit is told by us.
+    # A service manager ends this process alone, so this process ends Streamlit.
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     if open_browser:
-        threading.Thread(target=_open_when_up, args=(host, port, url), daemon=True).start()
+        threading.Thread(target=_open_when_ready, args=(host, port, url), daemon=True).start()
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -161,7 +159,7 @@ def serve(
         return 0
 
 
-def _open_when_up(host: str, port: int, url: str) -> None:
+def _open_when_ready(host: str, port: int, url: str) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         with socket.socket(_family(host)) as probe:

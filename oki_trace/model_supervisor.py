@@ -1,8 +1,8 @@
-"""The process that holds the model, as its worker sees it: started, told, watched, ended.
+"""Starts, commands, watches and ends the model process on behalf of the worker.
 
-What it does with a model's files may take for ever. Each phase has a limit, in
-seconds of the processor where it computes in one thread, so that a busy machine does
-not make a slow one of a good model, and in seconds by the clock for all else.
+Reading a model's files may never end. So each phase has a limit: in processor seconds
+where it computes in one thread, so that a busy machine does not count, and in seconds by
+the clock otherwise.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ import queue
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
 import psutil
 
 from oki_trace.child_process import command
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 
 log = logging.getLogger(__name__)
 
-_LEAVING_SECONDS = 10.0
-_MEMORY = (
-    "which the system does when memory runs out. Close other programs, or choose a smaller model"
-)
+_EXIT_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """The most a phase may take without a sign of life; None: as much as it likes."""
+    """The longest silence of a phase, in seconds; ``processor`` None: no limit. ``fix``: advice."""
 
     processor: float | None
     clock: float
@@ -40,29 +38,35 @@ class Limit:
 
 
 LIMITS = {
-    Doing.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
-    Doing.LOADING: Limit(None, 3600.0, "Look at the disk and the network, or choose another model"),
-    Doing.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
-    Doing.TEMPLATE: Limit(
-        30.0, 300.0, "Mend chat_template.jinja in the model's folder, or choose another model"
+    Activity.READING: Limit(180.0, 3600.0, "Download the model again, or choose another"),
+    Activity.LOADING: Limit(
+        None, 3600.0, "Check the disk and the network, or choose another model"
     ),
-    Doing.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
-    Doing.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.CHECKING: Limit(None, 3600.0, "Choose a smaller model"),
+    Activity.TEMPLATE: Limit(
+        30.0, 300.0, "Fix chat_template.jinja in the model's folder, or choose another model"
+    ),
+    Activity.TOKENIZER: Limit(30.0, 300.0, "Shorten the message, or choose another model"),
+    Activity.DECODING: Limit(None, 3600.0, "Choose a smaller model"),
 }
-# How long a stop is waited for. A step of a large model takes its time.
-STOP_SECONDS = dict.fromkeys(Doing, 3.0) | {Doing.DECODING: 20.0}
+# How long a phase may take to obey a stop. One step of a large model takes seconds.
+STOP_SECONDS = dict.fromkeys(Activity, 3.0) | {Activity.DECODING: 20.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Late:
-    """Why the process has to be ended. ``stopped``: a stop was asked for, and not obeyed."""
+class Overdue:
+    """Why the process has to be killed. ``stopped``: it ignored a stop."""
 
     stopped: bool
     reason: str
 
 
-class Watched:
-    """A process that holds a model. It begins at once, and serves when it is told to."""
+class ModelSupervisor:
+    """A model process. It starts at once, and serves a reply on command.
+
+    ``is_serving`` from ``serve`` until the process has reported the end of that reply, or
+    that none is queued; ``reply`` is the message it works on.
+    """
 
     def __init__(self, db: str) -> None:
         self._process = subprocess.Popen(
@@ -71,93 +75,86 @@ class Watched:
             stdout=subprocess.PIPE,
             env={**os.environ, "OKI_TRACE_DB": db},
         )
-        self._news: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        assert self._process.stdout is not None
+        self._events: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._listener = threading.Thread(
-            target=_put_news, args=(self._process.stdout, self._news), daemon=True
+            target=_read_events, args=(self._stdout, self._events), daemon=True
         )
         self._listener.start()
         self.has_begun = False
-        self.is_asked = False
+        self.has_ended = False  # and all its events were read
+        self.is_serving = False
         self.reply: int | None = None
-        self._ended = False
         self._stopped_at: float | None = None
-        self._doing = Doing.LOADING
-        self._latest = time.monotonic()
-        self._computed = 0.0
+        self._doing = Activity.LOADING
+        self._last_event_at = time.monotonic()
+        self._processor_before = 0.0
 
-    # ------------------------------------------------------------------ telling
-
-    def ask(self) -> None:
-        """Have it take the oldest queued reply; the news say which, or that there is none."""
-        self.is_asked = True
-        self._tell("serve")
+    def serve(self) -> None:
+        """Have it claim and answer the oldest queued reply, if there is one."""
+        self.is_serving = True
+        self._send("serve")
 
     def stop(self) -> None:
-        """Have it end the reply under way; ``overdue`` says when it did not."""
+        """Have it end the current reply; ``overdue`` says when it does not."""
         if self._stopped_at is None:
             self._stopped_at = time.monotonic()
-            self._tell("stop")
+            self._send("stop")
 
-    def _tell(self, word: str) -> None:
-        assert self._process.stdin is not None
+    def _send(self, word: str) -> None:
         try:
-            self._process.stdin.write(word.encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(word.encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:
-            log.warning("it has ended and cannot be told to %s", word)
+            log.warning("the model process has ended and cannot %s", word)
 
-    # ---------------------------------------------------------------- listening
-
-    def news(self, seconds: float) -> dict[str, Any] | None:
-        """What it tells next, within ``seconds``; None when it tells nothing."""
+    def next_event(self, seconds: float) -> dict[str, Any] | None:
+        """The next event within ``seconds``; None when there is none."""
         try:
-            told = self._news.get(timeout=seconds)
+            event = self._events.get(timeout=seconds)
         except queue.Empty:
             return None
-        if told is None:
-            self._ended = True
+        if event is None:
+            self.has_ended = True
             return None
-        self._latest = time.monotonic()
-        if "ready" in told:
+        self._last_event_at = time.monotonic()
+        if "ready" in event:
             self.has_begun = True
-        if "doing" in told:
-            self._doing = Doing[told["doing"]]
-            self._computed = self._processor_seconds()
-        if "again" in told or "done" in told or told.get("reply", 0) is None:
-            self.is_asked, self.reply, self._stopped_at = False, None, None
-        elif "reply" in told:
-            self.reply = told["reply"]
-            self._doing = Doing.LOADING
-        return told
+        if "doing" in event:
+            self._doing = Activity[event["doing"]]
+            self._processor_before = self._processor_seconds()
+        if "again" in event or "done" in event or event.get("reply", 0) is None:
+            self.is_serving, self.reply, self._stopped_at = False, None, None
+        elif "reply" in event:
+            self.reply = event["reply"]
+            self._doing = Activity.LOADING
+        return event
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether it has ended, and all that it told was heard."""
-        return self._ended
-
-    def overdue(self) -> Late | None:
-        """Why it has to be ended; None while it need not be."""
-        waited = time.monotonic() - self._latest
+    def overdue(self) -> Overdue | None:
+        """Why the process has to be killed; None if it need not be."""
+        now = time.monotonic()
         if self._stopped_at is not None:
-            if time.monotonic() - self._stopped_at > STOP_SECONDS[self._doing]:
-                return Late(True, f"stopped while {self._doing}")
-            return None
+            late = now - self._stopped_at > STOP_SECONDS[self._doing]
+            return Overdue(True, f"stopped while {self._doing}") if late else None
         limit = LIMITS[self._doing]
-        if limit.processor is not None and self._computed_for() > limit.processor:
-            return Late(False, _told_limit(self._doing, limit.processor, limit.fix))
-        if waited > limit.clock:
-            return Late(False, _told_limit(self._doing, limit.clock, limit.fix))
+        spent = [(now - self._last_event_at, limit.clock)]
+        if limit.processor is not None:
+            spent.append((self._processor_seconds() - self._processor_before, limit.processor))
+        for seconds, most in spent:
+            if seconds > most:
+                reason = f"Given up after {most:.0f} s while {self._doing}. {limit.fix}."
+                return Overdue(False, reason)
         return None
 
-    def ending(self) -> str:
-        """How it ended, for one that was not told to: a sentence and a fix."""
+    def exit_reason(self) -> str:
+        """How the process ended by itself, and how to avoid it."""
         status = self._process.wait()
         how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        return f"The process that held the model ended {how} while {self._doing}, {_MEMORY}."
-
-    def _computed_for(self) -> float:
-        return self._processor_seconds() - self._computed
+        return (
+            f"The model process ended {how} while {self._doing}, as when memory runs out. "
+            "Close other programs, or choose a smaller model."
+        )
 
     def _processor_seconds(self) -> float:
         try:
@@ -166,40 +163,27 @@ class Watched:
             return 0.0
         return float(times.user + times.system)
 
-    # ------------------------------------------------------------------- ending
-
     def kill(self) -> None:
-        """End it now, whatever it does."""
+        """End the process at once."""
         self._process.kill()
         self._process.wait()
         self._listener.join()
-        self._close_pipes()
+        for pipe in (self._stdin, self._stdout):
+            with suppress(BrokenPipeError):
+                pipe.close()
 
     def close(self) -> None:
-        """Let it leave; it is ended when it does not."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        """Let the process exit; kill it if it does not."""
+        self._stdin.close()
         try:
-            self._process.wait(timeout=_LEAVING_SECONDS)
+            self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            log.warning("it did not leave, and was ended")
+            log.warning("the model process did not exit, and was killed")
         self.kill()
 
-    def _close_pipes(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue
 
-
-def _told_limit(doing: Doing, seconds: float, fix: str) -> str:
-    return f"Given up after {seconds:.0f} s while {doing}. {fix}."
-
-
-def _put_news(stream: IO[bytes], news: queue.Queue[dict[str, Any] | None]) -> None:
+def _read_events(stream: IO[bytes], events: queue.Queue[dict[str, Any] | None]) -> None:
     for line in stream:
-        if line.endswith(b"\n"):  # it may have been ended within one
-            news.put(json.loads(line))
-    news.put(None)
+        if line.endswith(b"\n"):  # a killed process may leave half a line
+            events.put(json.loads(line))
+    events.put(None)

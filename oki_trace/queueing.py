@@ -1,15 +1,16 @@
-"""Asking for a reply: the request is put into the store, and whoever has the model takes it.
+"""Queueing a reply: the request is written to the store, and a process with the model takes it.
 
-No model is needed to ask, nor loaded by importing this.
+Importing this loads no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from oki_trace.errors import UsageError
-from oki_trace.input_text import checked
+from oki_trace.input_text import require_storable
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -22,56 +23,73 @@ from oki_trace.records import (
     TemplateOptions,
     TurnEnd,
 )
-from oki_trace.store.writing.writer import TraceWriter
+
+if TYPE_CHECKING:
+    from oki_trace.store.writing.writer import TraceWriter
 
 TITLE_LENGTH = 60
 
 
 @dataclass(frozen=True)
-class Ask:
-    """A new message for the assistant, and how it is to be answered.
+class ReplyRequest:
+    """New messages of a conversation, and how the assistant's reply to them is generated.
 
-    ``template`` is given to the chat template. ``role``: a user's, or the answer of
-    the tool ``tool_name``. Raises UsageError for text that cannot be kept as it is.
+    ``template`` goes to the chat template. Raises UsageError for text that cannot be
+    stored unchanged.
     """
 
-    content: str
+    messages: Sequence[ChatMessage]
     choice: ModelChoice
     sampling: Sampling = field(default_factory=Sampling)
     policy: CapturePolicy = field(default_factory=CapturePolicy)
-    system: str | None = None
     template: TemplateOptions | None = None
-    role: Role = Role.USER
-    tool_name: str | None = None
 
     def __post_init__(self) -> None:
-        checked(self.content, "The message")
-        checked(self.system or "", "The system message")
+        for message in self.messages:
+            name = "The system message" if message.role is Role.SYSTEM else "The message"
+            require_storable(message.content, name)
 
 
-def add_answer(writer: TraceWriter, conversation_id: int, tool: str, content: str) -> int:
-    """Add a tool's answer without asking for a reply yet: others are still awaited."""
-    return writer.add_message(conversation_id, ChatMessage(Role.TOOL, content, tool_name=tool))
+def new_messages(
+    content: str, *, system: str | None = None, tool: str | None = None
+) -> tuple[ChatMessage, ...]:
+    """A user's message, or the result of ``tool``, after the system message if there is one."""
+    role = Role.USER if tool is None else Role.TOOL
+    message = ChatMessage(role, content, tool_name=tool)
+    return (ChatMessage(Role.SYSTEM, system), message) if system else (message,)
 
 
 def submit(
-    writer: TraceWriter, ask: Ask, conversation_id: int | None = None, *, claim: bool = False
+    writer: TraceWriter,
+    request: ReplyRequest,
+    conversation_id: int | None = None,
+    *,
+    claim: bool = False,
 ) -> tuple[int, int]:
-    """Put the message and its queued reply into the store: (conversation id, reply id).
+    """Write the messages and their queued reply to the store: (conversation id, reply id).
 
-    Without ``conversation_id`` a conversation is begun, with the system
-    message where there is one. ``claim``: this process answers, no worker may.
-    Raises NotFound for an unknown conversation.
+    Without ``conversation_id`` a new conversation begins, titled after the last message.
+    ``claim``: this process generates the reply, no worker may. Raises NotFound for an
+    unknown conversation.
     """
     if conversation_id is None:
-        conversation_id = writer.create_conversation(title_of(ask.content))
-        if ask.system:
-            writer.add_message(conversation_id, ChatMessage(Role.SYSTEM, ask.system))
-    writer.add_message(conversation_id, ChatMessage(ask.role, ask.content, tool_name=ask.tool_name))
+        conversation_id = writer.create_conversation(title_of(request.messages[-1].content))
+    for message in request.messages:
+        writer.add_message(conversation_id, message)
     reply_id = writer.queue_reply(
-        conversation_id, ask.choice, ask.sampling, ask.policy, claim=claim, template=ask.template
+        conversation_id,
+        request.choice,
+        request.sampling,
+        request.policy,
+        claim=claim,
+        template=request.template,
     )
     return conversation_id, reply_id
+
+
+def add_tool_result(writer: TraceWriter, conversation_id: int, tool: str, content: str) -> int:
+    """Add the result of one tool without queueing a reply: other calls still have none."""
+    return writer.add_message(conversation_id, *new_messages(content, tool=tool))
 
 
 def title_of(content: str) -> str:
@@ -81,28 +99,28 @@ def title_of(content: str) -> str:
 
 
 def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
-    """The model that last spoke in a conversation; else the one last asked, if any was."""
+    """The model of the last reply that began; else the model that was last requested."""
     replies = [message for message in messages if message.choice is not None]
-    spoke = [message for message in replies if message.capture is not None]
-    return (spoke or replies)[-1].choice if replies else None
+    begun = [message for message in replies if message.capture is not None]
+    return (begun or replies)[-1].choice if replies else None
 
 
 def last_template(messages: Sequence[Message]) -> TemplateOptions | None:
-    """What the chat template of a conversation was last given beside the messages."""
+    """The template options of the last reply."""
     replies = [message for message in messages if message.role is Role.ASSISTANT]
     return replies[-1].template if replies else None
 
 
 def unanswered_calls(messages: Sequence[Message]) -> list[Part]:
-    """The tool calls at the end of a conversation that have no answer yet, in order."""
-    answered: list[str | None] = []
+    """The tool calls at the end of a conversation that have no result yet, in order."""
+    results: list[str | None] = []
     for message in reversed(messages):
         if message.role is Role.TOOL:
-            answered.append(message.tool_name)
+            results.append(message.tool_name)
         elif message.role is Role.ASSISTANT and not message.status.is_live:
             calls = [part for part in message.parts if part.kind == "tool_call"]
-            for name in reversed(answered):
-                # One without a name answers the first that waits.
+            for name in reversed(results):
+                # A result without a name belongs to the first open call.
                 at = next((i for i, part in enumerate(calls) if name in (None, part.name)), None)
                 if at is not None:
                     calls.pop(at)
@@ -112,54 +130,52 @@ def unanswered_calls(messages: Sequence[Message]) -> list[Part]:
     return []
 
 
-def refuse_unasked_answer(messages: Sequence[Message], tool: str) -> None:
-    """Raise UsageError when no call of this tool waits for an answer."""
+def require_call(messages: Sequence[Message], tool: str) -> None:
+    """Raise UsageError unless a call of this tool waits for its result."""
     waiting = [part.name or "" for part in unanswered_calls(messages)]
     if not waiting:
         raise UsageError(
-            "The last reply has no tool call that waits for an answer. Send it as a message."
+            "The last reply has no tool call that waits for a result. Send the text as a message."
         )
     if tool not in waiting:
         raise UsageError(f"The last reply did not call {tool!r}. It called {', '.join(waiting)}.")
 
 
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
-    """What the model is given for this reply: all that was said before it.
+    """The messages before this reply, as the model gets them.
 
-    A question whose reply came to nothing is left out with it. It may be the
-    very reason (too long for the model), and many chat templates refuse two
-    user messages in a row.
+    A user message whose reply is empty is left out together with that reply: it may be
+    the cause (too long for the model), and many chat templates refuse two user messages
+    in a row.
     """
     before: list[ChatMessage] = []
     for message in messages:
         if message.id == reply_id:
             break
-        said = ChatMessage(message.role, message.content, message.parts, message.tool_name)
-        if said.role is not Role.ASSISTANT:
-            before.append(said)
-        elif said.content or any(p.text or p.kind == "tool_call" for p in said.parts):
+        turn = ChatMessage(message.role, message.content, message.parts, message.tool_name)
+        if turn.role is not Role.ASSISTANT:
+            before.append(turn)
+        elif turn.content or any(p.text or p.kind == "tool_call" for p in turn.parts):
             if before and before[-1].role is Role.ASSISTANT:
-                # It went on with words that were put into its mouth: both are one turn.
-                before.append(_joined(before.pop(), said))
-            else:
-                before.append(said)
+                # The model continued a prefilled message: both are one turn.
+                turn = _joined(before.pop(), turn)
+            before.append(turn)
         elif before and before[-1].role is Role.USER:
             before.pop()
     return before
 
 
-def _joined(begun: ChatMessage, rest: ChatMessage) -> ChatMessage:
-    """A reply that was begun for the model, and what the model went on with."""
-    whole = [part.kind for part in rest.parts] == ["answer"]
-    # As the model wrote it: what a tokenizer decodes may lack the space before it.
-    text = rest.parts[0].text if whole else rest.content
-    content = begun.content + text
-    parts = [part for part in (*begun.parts, *rest.parts) if part.kind != "answer"]
+def _joined(prefill: ChatMessage, rest: ChatMessage) -> ChatMessage:
+    """A prefilled message and the model's continuation, as one message."""
+    is_plain = [part.kind for part in rest.parts] == ["answer"]
+    # The part keeps the space before the first word, which ``content`` may lack.
+    content = prefill.content + (rest.parts[0].text if is_plain else rest.content)
+    parts = [part for part in (*prefill.parts, *rest.parts) if part.kind != "answer"]
     if parts:
         parts.append(Part("answer", content))
     return ChatMessage(Role.ASSISTANT, content, tuple(parts))
 
 
 def fail(writer: TraceWriter, reply_id: int, reason: str) -> None:
-    """End a reply that could not even begin, with the reason."""
+    """End a reply that could not begin, with the reason."""
     writer.finish_reply(reply_id, TurnEnd(Status.FAILED, "", reason, 0.0))

@@ -1,9 +1,8 @@
-"""Running the model again on what it was given, and comparing with what is kept.
+"""Runs the model again on a stored prompt and reply, and compares the numbers.
 
-The reply is decoded as it was, with the model's own cache, but each step says the
-token that was said then: what is compared is what the model thought of each, not
-what it would choose now. One pass over the whole text would differ from that by
-what the cache itself does.
+The reply is decoded step by step with the model's own cache, as it was then, and each step
+is forced to the stored token (teacher forcing). A single pass over the whole text would
+differ by the rounding of the cache.
 """
 
 from __future__ import annotations
@@ -16,43 +15,52 @@ from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.loading.load import LoadedModel, load
-from oki_trace.records import Lens, Message, ModelChoice, Prompt, Role, Sampling, Status, Step
+from oki_trace.records import (
+    Lens,
+    Message,
+    ModelChoice,
+    Prompt,
+    Role,
+    Sampling,
+    Status,
+    Step,
+)
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.trace_differences import Differences
 
-Progress = Callable[[int, int], None]  # replies done, of all
-
-# The largest |Δlogprob| that another order of the same additions explains.
-_EXPLAINED = {"float32": 1e-2, "float64": 1e-2}
-_EXPLAINED_16_BIT = 0.5
-_MORE = 10
+# The largest |Δlogprob| that another order of the same additions explains, in nats.
+_TOLERANCES = {"float32": 1e-2, "float64": 1e-2}
+_TOLERANCE_16_BIT = 0.5
+# Candidates beyond the stored ones, in case one has moved down a rank.
+_EXTRA_CANDIDATES = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Recomputed:
-    """How far a reply is from what its model says now.
+    """How far a stored reply is from its model's present numbers.
 
-    ``logprob_difference`` is the largest |Δlogprob| (nats) over its tokens and
-    their candidates, ``entropy_difference`` the largest |Δentropy| (nats),
-    ``lens_difference`` the largest |Δprob| in its lens; ``top1_differences``
-    counts the steps whose most likely token is another, ``not_numbers`` the
-    values that are NaN where the model gives a number, ``text_differences`` the
-    tokens, and the reply itself, whose text is not what the tokenizer makes of the
-    token ids. All None when the reply could not be recomputed, and ``reason`` says
-    why. ``agrees`` is False when a text differs, or a number by more than rounding.
+    ``logprob_difference`` is the largest |Δlogprob| (nats) over tokens and candidates,
+    ``entropy_difference`` the largest |Δentropy| (nats), ``lens_difference`` the largest
+    |Δprob| in the lens; ``top1_differences`` counts steps with another most likely token,
+    ``not_numbers`` stored NaNs where the model gives a number, ``text_differences`` tokens
+    (and the reply itself) whose text is not what the tokenizer makes of the token ids. All
+    are None when the reply could not be recomputed; ``reason`` says why. ``numbers_agree``
+    is False for a difference that rounding does not explain, ``agrees`` also for another text.
     """
 
     conversation_id: int
     message_id: int
     model_id: str
     steps: int
-    logprob_difference: float | None
-    top1_differences: int | None
-    reason: str | None
-    agrees: bool
+    reason: str | None = None
+    agrees: bool = True
+    numbers_agree: bool = True
+    logprob_difference: float | None = None
+    top1_differences: int | None = None
     entropy_difference: float | None = None
     lens_difference: float | None = None
     not_numbers: int | None = None
@@ -65,27 +73,24 @@ def recompute(
     progress: Progress | None = None,
     loader: Callable[[ModelChoice], LoadedModel] = load,
 ) -> Iterator[Recomputed]:
-    """Each reply that has tokens, model by model, so that each is loaded once.
+    """Recompute each reply that has tokens, grouped so that each model is loaded once.
 
-    A model that cannot be loaded any more fails its own replies alone.
+    A model that cannot be loaded affects its own replies only.
     """
     replies = list(_replies(reader, conversation_id))
     by_model: dict[ModelChoice, list[Message]] = {}
     for message in replies:
-        by_model.setdefault(message.choice or ModelChoice(message.model_id or ""), []).append(
-            message
-        )
+        choice = message.choice or ModelChoice(message.model_id or "")
+        by_model.setdefault(choice, []).append(message)
     done = 0
     for choice, messages in by_model.items():
-        loaded: LoadedModel | None = None
-        reason = None
         try:
-            loaded = loader(choice)
+            loaded: LoadedModel | ModelError = loader(choice)
         except ModelError as error:
-            reason = str(error)
+            loaded = error
         for message in messages:
-            if loaded is None:
-                yield _not_done(message, reason or "")
+            if isinstance(loaded, ModelError):
+                yield replace(_result(message), reason=str(loaded))
             else:
                 yield _recompute(reader, message, loaded)
             done += 1
@@ -94,28 +99,30 @@ def recompute(
 
 
 def _replies(reader: TraceReader, conversation_id: int | None) -> Iterator[Message]:
-    """The replies that have begun and said something, read a page at a time."""
-    if conversation_id is not None:
-        ids = [conversation_id]
-    else:
-        ids = sorted(c.id for c in _every_conversation(reader))
+    """The replies that have tokens, of one conversation or all."""
+    ids = [conversation_id] if conversation_id is not None else sorted(_conversation_ids(reader))
     for number in ids:
         try:
             messages = reader.messages(number)
         except NotFound:
             if conversation_id is not None:
                 raise
-            continue  # deleted since all were listed
+            continue  # deleted since it was listed
         for message in messages:
             if message.role is Role.ASSISTANT and message.tokens and message.prompt_len:
                 yield message
 
 
-def _every_conversation(reader: TraceReader) -> Iterator[Any]:
+def _conversation_ids(reader: TraceReader) -> Iterator[int]:
     offset = 0
     while page := reader.conversations(limit=200, offset=offset):
-        yield from page
+        yield from (conversation.id for conversation in page)
         offset += len(page)
+
+
+def _result(message: Message) -> Recomputed:
+    ids = (message.conversation_id, message.id)
+    return Recomputed(*ids, message.model_id or "", message.tokens)
 
 
 def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Recomputed:
@@ -124,74 +131,58 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     embeddings: Any = loaded.model.get_input_embeddings()
     size = int(embeddings.weight.shape[0])
     if min(*chosen, *prompt.token_ids, 0) < 0 or max(*chosen, *prompt.token_ids, 0) >= size:
-        return _not_done(message, f"it has tokens that the model does not have (0 to {size - 1})")
+        reason = f"it has token ids outside the model's 0 to {size - 1}"
+        return replace(_result(message), reason=reason)
     dtype = message.capture.dtype if message.capture else ""
-    found = Differences(complete=dtype != "unknown")
-    recorded = reader.iter_steps(message.id)
+    differences = Differences(complete=dtype != "unknown")
+    stored_steps = reader.iter_steps(message.id)
     text = ReplyText(loaded.tokenizer)
     text.replies_to(prompt.text, message.template.tools if message.template else ())
-    waiting: dict[int, tuple[Step, Step]] = {}
+    without_lens: dict[int, Step] = {}
     try:
-        for event in _decoded_again(message, prompt, chosen, loaded):
+        for event in _decode_again(message, prompt, chosen, loaded):
             if isinstance(event, Lens):
-                before, again = waiting.pop(event.step_index)
-                found.add_lens(before, again, event)
-            elif isinstance(event, Step):
-                before = next(recorded)
-                found.add(before, event)
+                differences.add_lens(without_lens.pop(event.step_index), event)
+            else:
+                stored = without_lens[event.step_index] = next(stored_steps)
+                differences.add(stored, event)
                 text.push(event)
-                waiting[event.step_index] = (before, event)
     except (RuntimeError, ValueError, IndexError, TypeError, OkiTraceError) as error:
-        return _not_done(message, f"the model cannot be run on it ({error})".splitlines()[0])
-    # An older trace has no parts, and an interrupted one has the text it had got to.
+        reason = f"the model cannot be run on it ({error})".splitlines()[0]
+        return replace(_result(message), reason=reason)
+    # An older trace has no parts, and an interrupted one has its text so far.
     ended = message.status in (Status.COMPLETE, Status.STOPPED)
     other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
-    text_differences = found.other_texts + other_text
-    return Recomputed(
-        conversation_id=message.conversation_id,
-        message_id=message.id,
-        model_id=message.model_id or "",
+    text_differences = differences.other_texts + other_text
+    numbers_agree = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
+    return replace(
+        _result(message),
         steps=len(chosen),
-        logprob_difference=found.logprob,
-        top1_differences=found.other_tops,
-        reason=None,
-        agrees=not text_differences and found.explained(_EXPLAINED.get(dtype, _EXPLAINED_16_BIT)),
-        entropy_difference=found.entropy,
-        lens_difference=found.lens,
-        not_numbers=found.not_numbers,
+        agrees=numbers_agree and not text_differences,
+        numbers_agree=numbers_agree,
+        logprob_difference=differences.logprob,
+        top1_differences=differences.other_tops,
+        entropy_difference=differences.entropy,
+        lens_difference=differences.lens,
+        not_numbers=differences.not_numbers,
         text_differences=text_differences,
     )
 
 
-def _decoded_again(
+def _decode_again(
     message: Message, prompt: Prompt, chosen: list[int], loaded: LoadedModel
 ) -> Iterator[Step | Lens]:
-    """The reply decoded as it was, token by token with the model's own cache."""
-    made = instrument(loaded.model, loaded.tokenizer)
+    """Decode the stored tokens step by step with the model's own cache."""
+    handle = instrument(loaded.model, loaded.tokenizer)
     assert message.capture is not None
-    kept = message.capture.policy
-    # A few more, for a candidate that is now a rank further down.
-    policy = replace(
-        kept, topk_logits=min(kept.topk_logits + _MORE, 1000), topk_evidence=1, tensors="none"
-    )
-    asked = message.generation or generation_of(loaded.model, Sampling(), len(prompt))
-    generation = replace(asked, max_new_tokens=len(chosen))
-    with exclusive(loaded.model):
-        for event in capture(made, prompt, generation, policy, lambda: False, chosen):
+    policy = message.capture.policy
+    candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
+    policy = replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none")
+    generation = message.generation or resolve_generation(loaded.model, Sampling(), len(prompt))
+    generation = replace(generation, max_new_tokens=len(chosen))
+    with lock_model(loaded.model):
+        for event in capture(handle, prompt, generation, policy, lambda: False, chosen):
             if isinstance(event, Lens):
                 yield event
             elif isinstance(event, tuple):
                 yield event[0]
-
-
-def _not_done(message: Message, reason: str) -> Recomputed:
-    return Recomputed(
-        conversation_id=message.conversation_id,
-        message_id=message.id,
-        model_id=message.model_id or "",
-        steps=message.tokens,
-        logprob_difference=None,
-        top1_differences=None,
-        reason=reason,
-        agrees=True,
-    )

@@ -1,8 +1,7 @@
-"""Text that a model wrote, made safe to look at.
+"""Makes text from a model safe to show.
 
-Spaces, line ends, control characters and direction marks are shown as symbols,
-so that nothing hides, nothing moves what stands beside it, and no terminal is
-told to do anything.
+Spaces, line ends, control characters and direction marks become symbols, so that
+nothing is hidden, nothing reorders its surroundings, and no terminal obeys it.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ _UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def visible(token: str) -> str:
-    """A token standing alone: every space is seen too, and an empty one is ``∅``."""
+    """A single token: spaces become symbols too, and an empty token is ``∅``."""
     return "".join(_MARKS.get(c) or _symbol(c, _UNSAFE | {"Zs"}) for c in token) or "∅"
 
 
 def inert(text: str, keep: str = "\n\t") -> str:
-    """Running ``text``: as it is but for what would act on where it is shown."""
+    """Running text: only characters that would act on the display become symbols."""
     return "".join(c if c in keep else _symbol(c, _UNSAFE) for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Where things are: the environment, read once, frozen.
+"""Settings from the environment.
 
 ``OKI_TRACE_DB``     path or SQLAlchemy URL of the store (default ``data/oki_trace.db``)
 ``OKI_TRACE_MODEL``  the default model (default ``smollm2``)
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from oki_trace.input_text import checked
+from oki_trace.input_text import require_storable
 
 BUILTIN_MODEL = "smollm2"
 DEFAULT_DB = "data/oki_trace.db"
@@ -20,10 +20,10 @@ DEFAULT_DB = "data/oki_trace.db"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The options that hold for a whole process.
+    """The settings of a process.
 
-    ``data_dir`` is where converted models go, and the lock and log of a store
-    that is no file: the project's ``data`` folder below the current one.
+    ``data_dir`` holds converted models, and the worker's lock and log for a store that is
+    not a file.
     """
 
     db: str = DEFAULT_DB
@@ -39,12 +39,14 @@ class Settings:
         """
         env = os.environ if environ is None else environ
         return cls(
-            db=checked(env.get("OKI_TRACE_DB") or DEFAULT_DB, "OKI_TRACE_DB"),
-            model_id=checked(env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL, "OKI_TRACE_MODEL"),
+            db=require_storable(env.get("OKI_TRACE_DB") or DEFAULT_DB, "OKI_TRACE_DB"),
+            model_id=require_storable(
+                env.get("OKI_TRACE_MODEL") or BUILTIN_MODEL, "OKI_TRACE_MODEL"
+            ),
             fast=env.get("OKI_TRACE_FAST") not in ("0", "false", "no", "off"),
         )
 
     @property
     def models_dir(self) -> Path:
-        """Where the built-in model is kept once converted."""
+        """The folder of the converted built-in model."""
         return self.data_dir / "models"

@@ -1,4 +1,4 @@
-"""Arguments and tools of a chat template, as people give them: ``KEY=VALUE`` and a JSON file."""
+"""Arguments and tools of a chat template, from ``KEY=VALUE`` texts and a JSON file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ MAX_TOOLS_BYTES = 4_000_000
 def options_from(
     arguments: Sequence[str] = (), tools: Sequence[Mapping[str, Any]] = ()
 ) -> TemplateOptions:
-    """Options of ``KEY=VALUE`` texts; a value is JSON where it can be, else text.
+    """Options from ``KEY=VALUE`` texts; a value is JSON if it parses, else text.
 
-    Raises UsageError for a text without ``=``, for a name that is no argument, and for
-    a tool that is no schema.
+    Raises UsageError for a text without ``=``, an invalid name and an invalid tool.
     """
     values: dict[str, Any] = {}
     for text in arguments:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise UsageError(f"{text!r} is no KEY=VALUE, such as enable_thinking=false.")
+            raise UsageError(f"{text!r} is not KEY=VALUE, such as enable_thinking=false.")
         values[name.strip()] = _value(value.strip())
     return TemplateOptions(values, tuple(as_schema(tool) for tool in tools))
 
@@ -35,12 +34,12 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        # As Python writes them, which is how model cards do.
+        # Model cards write these as Python does.
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def as_schema(tool: Any) -> Any:
-    """A tool as ``apply_chat_template`` takes it; the function alone is enough."""
+    """A tool in the form of ``apply_chat_template``, from that form or its function alone."""
     if isinstance(tool, Mapping) and "function" not in tool and "name" in tool:
         return {"type": "function", "function": dict(tool)}
     return tool
@@ -50,21 +49,21 @@ def read_tools(path: Path) -> list[Any]:
     """The tool schemas in a JSON file: a list, or one. Raises UsageError."""
     try:
         if path.stat().st_size > MAX_TOOLS_BYTES:
-            raise UsageError(f"{path} is too large for tool schemas ({MAX_TOOLS_BYTES:,} bytes).")
-        return parsed_tools(path.read_text(encoding="utf-8-sig"), str(path))
+            raise UsageError(f"{path} is larger than {MAX_TOOLS_BYTES:,} bytes.")
+        return parse_tools(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8.") from error
 
 
-def parsed_tools(text: str, where: str) -> list[Any]:
+def parse_tools(text: str, where: str) -> list[Any]:
     """The tool schemas in a JSON text. Raises UsageError, which names ``where``."""
     try:
-        found = json.loads(text)
+        tools = json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"{where} holds no JSON list of tool schemas ({reason}).") from error
-    if isinstance(found, dict) and isinstance(found.get("tools"), list):
-        found = found["tools"]
-    return found if isinstance(found, list) else [found]
+        raise UsageError(f"{where} is not a JSON list of tool schemas: {reason}.") from error
+    if isinstance(tools, dict) and isinstance(tools.get("tools"), list):
+        tools = tools["tools"]
+    return tools if isinstance(tools, list) else [tools]

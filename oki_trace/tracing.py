@@ -1,14 +1,11 @@
 """One traced turn: from the messages of a conversation to a finished reply.
 
-This is where the model side and the places a trace goes to meet. A sink is
-anything that takes a reply as it grows: the store's recorder, a list, a
-progress display. Whatever goes wrong after the sinks are told of the end, so
-no reply is left open.
+A sink takes the reply as it grows: the store's recorder, or a list. Every reply that
+starts also ends in all its sinks, with the reason if it fails.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,18 +15,18 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.vocabulary import must_have_embeddings
+from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import generation_of
-from oki_trace.llm.decoding.model_lock import exclusive
-from oki_trace.llm.loading.activity import INTERRUPTIONS, Doing, now_doing, why
+from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.model_lock import lock_model
+from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
+from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Lens,
     PartKind,
-    Prompt,
     ReplyChecks,
     Sampling,
     Status,
@@ -39,12 +36,12 @@ from oki_trace.records import (
     TurnStart,
 )
 
-# A piece of the reply's text, and the kind of part it belongs to.
+# A piece of the reply's text and the kind of its part.
 OnText = Callable[[str, PartKind], None]
 
 
 class Sink(Protocol):
-    """Takes a reply as it grows; ``start`` comes first and ``end`` last, each once."""
+    """Takes a reply as it grows: ``start`` once, steps and lenses, then ``end`` once."""
 
     def start(self, start: TurnStart) -> None: ...
     def step(self, step: Step) -> None: ...
@@ -80,22 +77,19 @@ def never() -> bool:
 
 
 def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
-    """The model's instrument; the sinks of the reply it is for are told when there is none.
-
-    Raises CaptureError for a model that cannot be traced.
-    """
+    """The model's instrument. Raises CaptureError, and ends the reply, if it cannot be traced."""
 
     def end(status: Status, reason: str) -> None:
         for sink in sinks:
             sink.end(TurnEnd(status, "", reason, 0.0))
 
-    now_doing(Doing.CHECKING)
+    report_activity(Activity.CHECKING)
     with _ending(end):
         return instrument(model, tokenizer)
 
 
 def trace_turn(
-    made: Instrument,
+    handle: Instrument,
     model_id: str,
     messages: Sequence[ChatMessage],
     sampling: Sampling,
@@ -106,34 +100,35 @@ def trace_turn(
     on_text: OnText | None = None,
     template: TemplateOptions | None = None,
 ) -> TurnEnd:
-    """Decode the assistant's next message and hand every step to the sinks.
+    """Decode the assistant's next message and pass every step to the sinks.
 
-    ``should_stop`` is asked after every step; ``on_text`` gets the reply's text in
-    whole characters, what is left of one at the end, each piece with the kind of part
-    that it belongs to. ``template`` is given to the chat template. Raises
-    CaptureError, with the sinks told, when the turn fails; everything decoded
-    until then has been handed over.
+    ``should_stop`` is called after every step. ``on_text`` gets the text in whole
+    characters, each piece with the kind of its part; the rest of an incomplete
+    character comes at the end. ``template`` goes to the chat template. Raises
+    CaptureError when the turn fails; the sinks then have all steps before it, and the
+    end with its reason.
     """
-    turn = _Turn(made.tokenizer, sinks, on_text)
-    with _ending(turn.end), exclusive(made.model):
-        prompt = render(made.tokenizer, messages, made.vocabulary, template)
-        must_have_embeddings(made.model, prompt.token_ids, made.vocabulary)
-        turn.replies_to(prompt, template)
-        generation = generation_of(made.model, sampling, len(prompt))
-        now_doing(Doing.DECODING)
-        turn.start(TurnStart(model_id, prompt, generation, made.report(policy)))
-        turn.follow(capture(made, prompt, generation, policy, should_stop))
+    turn = _Turn(handle.tokenizer, sinks, on_text)
+    with _ending(turn.end), lock_model(handle.model):
+        prompt = render(handle.tokenizer, messages, handle.vocabulary, template)
+        require_embeddings(handle.model, prompt.token_ids, handle.vocabulary)
+        turn.text.replies_to(prompt.text, template.tools if template else ())
+        generation = resolve_generation(handle.model, sampling, len(prompt))
+        report_activity(Activity.DECODING)
+        for sink in sinks:
+            sink.start(TurnStart(model_id, prompt, generation, handle.report(policy)))
+        turn.follow(capture(handle, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
     if turn.checks is not None and turn.checks.fault is not None:
-        forget(made.model)
+        forget(handle.model)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
 
 @contextmanager
 def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
-    """End the reply with the reason when the body raises; what goes on is an OkiTraceError."""
+    """End the reply with the reason when the body raises, and raise an OkiTraceError."""
     try:
         yield
     except OkiTraceError as error:
@@ -149,66 +144,53 @@ def _ending(end: Callable[[Status, str], object]) -> Iterator[None]:
 
 
 def _explain(error: BaseException) -> str:
-    """One line for what a model's own code raised while decoding."""
-    lines = str(error).strip().splitlines() or [""]
-    # torch says it in these words, on the CPU as a plain RuntimeError.
-    said = f"{type(error).__name__}: {lines[0]}"
-    full = re.search("out ?of ?memory|not enough memory|allocate memory", said, re.IGNORECASE)
-    if isinstance(error, MemoryError) or full:
+    """One line for an error that a model's own code raised while decoding."""
+    if is_out_of_memory(error):
         return "Out of memory while decoding. Shorten the prompt, or load the model in 4-bit."
-    if not isinstance(error, Exception):  # a panic of the tokenizer's Rust code
-        return f"The model's tokenizer failed ({why(error)}). Change the message, or the model."
+    if not isinstance(error, Exception):  # a panic in the tokenizer's Rust code
+        return f"The model's tokenizer failed ({summary(error)}). Change the message, or the model."
     return (
-        f"The model failed ({why(error)}). Run it with --debug to see where, or try another model."
+        f"The model failed ({summary(error)}). "
+        "Run it with --debug to see where, or try another model."
     )
 
 
 class _Turn:
-    """The reply so far: what its end will say."""
+    """The reply so far, and why it ended."""
 
     def __init__(self, tokenizer: Any, sinks: Sequence[Sink], on_text: OnText | None) -> None:
         self._sinks = sinks
-        self._text = ReplyText(tokenizer)
+        self.text = ReplyText(tokenizer)
         self._on_text = on_text
         self._began = time.perf_counter()
         self.reason = "token limit"
         self.checks: ReplyChecks | None = None
 
-    def replies_to(self, prompt: Prompt, template: TemplateOptions | None) -> None:
-        self._text.replies_to(prompt.text, template.tools if template else ())
-
-    def start(self, start: TurnStart) -> None:
-        for sink in self._sinks:
-            sink.start(start)
-
     def follow(self, events: Iterator[tuple[Step, str | None] | Lens | ReplyChecks]) -> None:
         for event in events:
             if isinstance(event, ReplyChecks):
                 self.checks = event
-                continue
-            if isinstance(event, Lens):
+            elif isinstance(event, Lens):
                 for sink in self._sinks:
                     sink.lens(event)
-                continue
-            step, finished = event
-            self._text.push(step)
-            for sink in self._sinks:
-                sink.step(step)
-            if self._on_text is not None:
-                self._tell(self._text.fresh())
-            self.reason = finished or self.reason
+            else:
+                step, end_reason = event
+                self.text.push(step)
+                for sink in self._sinks:
+                    sink.step(step)
+                self._send(self.text.fresh)
+                self.reason = end_reason or self.reason
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began
-        output, parts = self._text.finish()
+        output, parts = self.text.finish()
         end = TurnEnd(status, output, reason, seconds, self.checks, parts)
         for sink in self._sinks:
             sink.end(end)
-        if self._on_text is not None:
-            self._tell(self._text.rest())
+        self._send(self.text.rest)
         return end
 
-    def _tell(self, pieces: Iterable[tuple[str, PartKind]]) -> None:
-        assert self._on_text is not None
-        for piece in pieces:
-            self._on_text(*piece)
+    def _send(self, pieces: Callable[[], Iterable[tuple[str, PartKind]]]) -> None:
+        if self._on_text is not None:
+            for piece in pieces():
+                self._on_text(*piece)

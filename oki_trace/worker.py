@@ -1,15 +1,13 @@
-"""The process that has the explorer's replies answered.
+"""The explorer's background process, which serves the queued replies of one store.
 
-Pages ask through the store: a queued reply is the request, its steps are the
-answer, a stop is a flag on it. So a page may be reloaded, closed or opened
-twice while a reply is decoded, and nothing of it is lost. One worker serves
-one store on a machine; it leaves when the explorer that started it is gone and
-no reply is waiting.
+Pages communicate with it through the store: a queued reply is the request, its steps are
+the answer, and a stop is a flag on it. So a page may be reloaded, closed or opened twice
+while a reply is decoded. A machine has one worker per store; it exits when the explorer
+that started it is gone and no reply is queued.
 
-Whatever a model's files bring with them runs in a process of its own
-(``model_process``), which keeps the model loaded. The worker watches it, and ends it
-when it does not obey a stop or exceeds a limit: that reply has ended then, with the
-reason, and the next one is served by a new process.
+The model runs in a separate process (``model_process``), because a model's files may
+contain anything. The worker kills that process when it ignores a stop or exceeds a limit;
+the reply then ends with the reason, and a new process serves the next one.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from oki_trace.child_process import command
 from oki_trace.errors import NotFound, OkiTraceError, StoreBusy
-from oki_trace.model_supervisor import Watched
+from oki_trace.model_supervisor import ModelSupervisor
 from oki_trace.records import Status
 from oki_trace.settings import Settings
 from oki_trace.store.reading.reader import TraceReader
@@ -43,14 +41,14 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.1
 HEARTBEAT_SECONDS = 2.0
 
-# The workers this process has started, by store. One that has ended is reaped here.
+# The workers that this process started, by store, so that they are reaped.
 _started: dict[Path, subprocess.Popen[bytes]] = {}
 
 
 def lock_path(db: str) -> Path:
-    """The file whose lock the worker of this store holds; its log stands beside it.
+    """The file that the worker of this store locks; its log is next to it.
 
-    Beside the store, so that all who use one meet, from whatever folder.
+    It is next to the store, so that every process finds it, from any folder.
     """
     url = identity.address(db)
     path = identity.file_of(url)
@@ -61,9 +59,9 @@ def lock_path(db: str) -> Path:
 
 
 def ensure_running(db: str) -> None:
-    """Start a worker for this store unless it has one; returns at once.
+    """Start a worker for this store unless it has one; return at once.
 
-    The worker belongs to the calling process and follows it when it ends.
+    The worker exits some time after the calling process.
     """
     path = lock_path(db)
     mine = _started.get(path)
@@ -75,8 +73,7 @@ def ensure_running(db: str) -> None:
             pass
     except Timeout:
         return
-    # Two processes may both get here; the worker that comes second finds the
-    # lock taken and leaves.
+    # Two processes may both get here; the second worker finds the lock taken and exits.
     with _private(path.with_suffix(".log")) as output:
         _started[path] = subprocess.Popen(
             [*command("oki_trace.worker"), "--parent", str(os.getpid())],
@@ -84,132 +81,130 @@ def ensure_running(db: str) -> None:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            # Not an argument: an address may hold a password, and arguments are for all to see.
+            # Not an argument: a URL may hold a password, and other users can read arguments.
             env={**os.environ, "OKI_TRACE_DB": db},
         )
 
 
 def _private(path: Path) -> BinaryIO:
-    """A file to append to that only its user can read, also when others could until now."""
+    """Open a file to append to, and make it readable by its user only."""
     path.touch(mode=0o600)
     path.chmod(0o600)
     return path.open("ab")
 
 
 class Worker:
-    """Has the queued replies of one store answered, one after another."""
+    """Serves the queued replies of one store, one after another."""
 
     def __init__(self, db: str, parent: int | None) -> None:
         self._db = db
-        # The process that holds the model writes more, and folds the log.
+        # The model process writes most, and checkpoints the write-ahead log.
         self._writer = TraceWriter(db, checkpoint=False)
         self._reader = TraceReader(db)
         self._parent = None if parent is None else _Parent(parent)
         self._stopping = threading.Event()
         self._state: dict[str, Any] = {}
-        self._said_at = 0.0
-        self._seen = -1
+        self._state_written_at = 0.0
+        self._seen_version = -1
 
     def run(self) -> None:
-        """Serve until told to stop, or until the parent is gone and nothing waits."""
+        """Serve until ``stop``, or until the parent is gone and no reply is queued."""
         self._writer.mark_interrupted()
-        self._say(state="idle")
-        watched = Watched(self._db)
+        self._write_state(state="idle")
+        model = ModelSupervisor(self._db)
         try:
             while True:
-                told = watched.news(POLL_SECONDS)
-                if told is not None and "worker" in told:
-                    self._say(**told["worker"])
-                elif time.monotonic() - self._said_at >= HEARTBEAT_SECONDS:
-                    self._say(**self._state)
-                if told is not None and ("done" in told or "again" in told):
-                    self._seen = -1  # more may have been asked for meanwhile
-                ended = self._ended(watched)
-                if not watched.is_asked and not ended and self._is_done(watched):
-                    return
-                if ended:
-                    self._say(state="idle")
-                    self._seen = -1
+                event = model.next_event(POLL_SECONDS) or {}
+                if "worker" in event:
+                    self._write_state(**event["worker"])
+                elif time.monotonic() - self._state_written_at >= HEARTBEAT_SECONDS:
+                    self._write_state(**self._state)
+                if "done" in event or "again" in event:
+                    self._seen_version = -1  # more may have been queued meanwhile
+                if self._end_if_needed(model):
+                    self._write_state(state="idle")
+                    self._seen_version = -1
                     if self._stopping.is_set():
                         return
-                    watched = Watched(self._db)
+                    model = ModelSupervisor(self._db)
+                elif not model.is_serving and self._is_done(model):
+                    return
         finally:
-            watched.close()
+            model.close()
 
     def stop(self) -> None:
-        """End after the token under way; the reply keeps what it has."""
+        """End after the current token; the reply keeps its steps."""
         self._stopping.set()
 
     def close(self) -> None:
         self._reader.close()
         self._writer.close()
 
-    def _is_done(self, watched: Watched) -> bool:
-        """Whether there is nothing to do and nobody to do it for; asks for what there is."""
+    def _is_done(self, model: ModelSupervisor) -> bool:
+        """Whether to exit. Otherwise, serve the next reply if the store has changed."""
         if self._stopping.is_set():
             return True
         if self._has_changed():
-            watched.ask()
+            model.serve()
             return False
         return self._parent is not None and self._parent.is_gone()
 
     def _has_changed(self) -> bool:
-        """Whether anything was written since the last time that this was asked."""
+        """Whether the store was written since the last call."""
         try:
             version = self._reader.version()
         except StoreBusy as error:
-            log.warning("asking again: %s", error)
+            log.warning("will read again: %s", error)
             return False
-        changed, self._seen = version != self._seen, version
+        changed, self._seen_version = version != self._seen_version, version
         return changed
 
-    def _ended(self, watched: Watched) -> bool:
-        """Whether the process that held the model has ended, or had to be; its reply then has."""
-        reply = watched.reply
-        if watched.has_ended:
-            if not watched.has_begun:
-                raise OkiTraceError("The process that holds the model did not begin.")
+    def _end_if_needed(self, model: ModelSupervisor) -> bool:
+        """End the reply if the model process has ended or is overdue, and kill that process."""
+        reply = model.reply
+        if model.has_ended:
+            if not model.has_begun:
+                raise OkiTraceError("The model process did not start.")
             if reply is not None:
-                self._end(reply, Status.FAILED, watched.ending())
-            watched.kill()
-            # It may have taken a reply without a word of it.
+                self._end(reply, Status.FAILED, model.exit_reason())
+            model.kill()
+            # It may have claimed a reply without reporting it.
             self._writer.mark_interrupted()
             return True
         if reply is None:
             return False
         if self._stopping.is_set() or (self._has_changed() and self._reader.stop_requested(reply)):
-            watched.stop()
-        late = watched.overdue()
-        if late is None:
+            model.stop()
+        overdue = model.overdue()
+        if overdue is None:
             return False
-        status = Status.STOPPED if late.stopped else Status.FAILED
+        status = Status.STOPPED if overdue.stopped else Status.FAILED
         try:
-            # Before its process ends, so that nobody reads that it was interrupted.
-            self._end(reply, status, late.reason)
-            watched.kill()
-        except StoreBusy:  # by that process, perhaps
-            watched.kill()
-            self._end(reply, status, late.reason)
+            # Before the process ends, so that no reader takes the reply for interrupted.
+            self._end(reply, status, overdue.reason)
+            model.kill()
+        except StoreBusy:  # perhaps held by that process
+            model.kill()
+            self._end(reply, status, overdue.reason)
         return True
 
     def _end(self, reply: int, status: Status, reason: str) -> None:
-        # It may have been deleted meanwhile.
+        # The reply may have been deleted meanwhile.
         with suppress(NotFound):
             if self._writer.end_abandoned(reply, status, reason):
                 log.error("message %d: its process was ended: %s", reply, reason)
 
-    def _say(self, **state: Any) -> None:
-        self._state, self._said_at = state, time.monotonic()
-        # A vacuum may hold the store for long. What is said here is news only,
-        # and is said again: no reason to end, or to fail a reply.
+    def _write_state(self, **state: Any) -> None:
+        self._state, self._state_written_at = state, time.monotonic()
+        # A vacuum may hold the store for long. The state is written again later.
         try:
             self._writer.set_worker_state(**state)
         except StoreBusy as error:
-            log.warning("not told that it is %s: %s", state["state"], error)
+            log.warning("state %s not written: %s", state["state"], error)
 
 
 class _Parent:
-    """The process that is followed. A later one with its number is not taken for it."""
+    """The process that started the worker; a later one with the same number is another."""
 
     def __init__(self, pid: int) -> None:
         try:
@@ -222,7 +217,6 @@ class _Parent:
             return (
                 self._process is None
                 or not self._process.is_running()
-                # Ended, and whoever started it has not asked how.
                 or self._process.status() == psutil.STATUS_ZOMBIE
             )
         except psutil.NoSuchProcess:
@@ -230,10 +224,10 @@ class _Parent:
 
 
 def main() -> None:
-    """``python -m oki_trace.worker``: started by the explorer, not by hand."""
+    """``python -m oki_trace.worker``: the explorer starts it."""
     parser = argparse.ArgumentParser(prog="oki_trace.worker", description=main.__doc__)
-    parser.add_argument("--parent", type=int, help="The process it follows.")
-    # What stands before it says where the package is (``child_process``).
+    parser.add_argument("--parent", type=int, help="Exit after this process.")
+    # ``child_process`` puts the package's folder before these arguments.
     parent = parser.parse_known_args()[0].parent
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
     db = Settings.from_environment().db

@@ -1,4 +1,4 @@
-"""What every test stands on: no network, no telemetry, a store of its own, one real model."""
+"""Tests run without network and telemetry, each on its own store; one real model is shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models in folders, for what takes a model by its name."""
+"""Tiny models saved in folders, for code that loads a model by its name."""
 
 from __future__ import annotations
 

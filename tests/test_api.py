@@ -415,6 +415,19 @@ def test_a_reply_that_fails_halfway_keeps_what_it_had(tmp_path: Path) -> None:
     assert trace["output"] == tokenizer.decode(chosen, skip_special_tokens=True)
 
 
+def test_a_refused_template_argument_stores_nothing(llama: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = llama
+    with pytest.raises(CaptureError, match="has no argument enable_thinkng"):
+        run_traced(
+            "the fox",
+            model=model,
+            tokenizer=tokenizer,
+            db=tmp_path / "store.db",
+            template_args={"enable_thinkng": True},
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_thinking_calls_and_tools_are_given_as_transformers_takes_them(tmp_path: Path) -> None:
     tokenizer = tiny.tokenizer(
         "{# <tool_call> reasoning_content enable_thinking #}{% for m in messages %}<s>{{ m.role }}:"

@@ -1,12 +1,13 @@
-"""What the pages say is there, is there: files, modules, links and examples."""
+"""Files, modules, links and examples that the documents name exist."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from scripts import module_map
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,20 +43,16 @@ def test_the_tree_names_every_room_and_every_module_at_the_top() -> None:
     top = [p for p in (ROOT / "oki_trace").iterdir() if not p.name.startswith("_")]
     names = {p.name + "/" if p.is_dir() else p.name for p in top if p.suffix in ("", ".py")}
     assert [name for name in sorted(names) if name not in text] == []
-    for folder in ("dashboard/", "migrations/", "tests/", "docs/", "data/"):
+    for folder in ("dashboard/", "migrations/", "tests/", "docs/", "scripts/", "data/"):
         assert f"\n{folder}" in text
 
 
 def test_the_map_of_modules_is_what_their_docstrings_say() -> None:
-    spec = importlib.util.spec_from_file_location("module_map", ROOT / "docs/module_map.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     page = (ROOT / "docs" / "developing.md").read_text(encoding="utf-8")
-    told = page.partition(script.BEGIN)[2].partition(script.END)[0]
-    assert told.strip() == script.module_map().strip(), "run: python docs/module_map.py"
-    modules = [path for folder in script.folders() for path in script.modules(folder)]
-    assert [p for p in modules if p.stem != "__init__" and not script.told(p)] == []
+    written = page.partition(module_map.BEGIN)[2].partition(module_map.END)[0]
+    assert written.strip() == module_map.module_map().strip(), "run: python scripts/module_map.py"
+    modules = [path for folder in module_map.folders() for path in module_map.modules(folder)]
+    assert [p for p in modules if p.stem != "__init__" and not module_map.summary(p)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -69,6 +66,13 @@ def test_every_link_within_leads_somewhere(page: Path) -> None:
             lines = other.read_text(encoding="utf-8").splitlines()
             heads = [re.sub(r"[^\w\- ]", "", h.lstrip("# ")).lower() for h in lines if h[:1] == "#"]
             assert anchor in [head.replace(" ", "-") for head in heads], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_path_in_a_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:oki_trace|dashboard|migrations|scripts|tests)/[\w/]+\.py)\b", text)
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
 def test_every_page_can_be_reached_from_the_readme() -> None:

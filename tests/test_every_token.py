@@ -1,4 +1,4 @@
-"""Any id a model can say survives: in the stream, in the store, and in what is shown of it."""
+"""Every token id survives in the stream, in the store and in what is shown of it."""
 
 from __future__ import annotations
 

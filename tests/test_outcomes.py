@@ -1,4 +1,4 @@
-"""However a turn ends, the store says how, and keeps all that was decoded until then."""
+"""However a turn ends, the store has the reason and every decoded step."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def test_an_error_that_only_mentions_memory_is_told_as_it_is(tmp_path: Path) -> 
     assert_failed(turn, 2, "RuntimeError: unsupported memory format option Preserve")
 
 
-@pytest.mark.parametrize("where", ["decide", "summarize"])
+@pytest.mark.parametrize("where", ["analyze_choice", "summarize"])
 def test_a_fault_of_the_capture_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The sdist and the wheel: whole, and used from another folder as those use them who have them."""
+"""The sdist and the wheel are complete, and the wheel works away from the checkout."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_sdist_has_all_it_takes_to_build_and_to_test(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
-    assert ours("oki_trace", "migrations", "dashboard", "tests", "docs") <= names
+    assert ours("oki_trace", "migrations", "dashboard", "tests", "docs", "scripts") <= names
     assert {"README.md", "LICENSE", "SECURITY.md", "constraints.txt", "alembic.ini"} <= names
     # What lies about in a checkout stays there: stores, models, environments.
     assert [name for name in names if name.startswith("data/")] == ["data/.gitkeep"]
@@ -184,7 +184,7 @@ def test_the_minimum_is_what_is_declared() -> None:
     """constraints-minimum.txt, with which the declared bounds can be tried, has them all."""
     lines = (ROOT / "constraints-minimum.txt").read_text(encoding="utf-8").splitlines()
     pins = {line for line in lines if line and not line.startswith("#")}
-    asked = [line.partition(";")[0].strip() for line in PROJECT["dependencies"]]
+    asked = [re.split("[;,]", line)[0].strip() for line in PROJECT["dependencies"]]
     assert pins == {line.replace(">=", "==") for line in asked}
 
 

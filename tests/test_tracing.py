@@ -1,4 +1,4 @@
-"""One turn as its sinks see it, however it ends."""
+"""One turn as its sinks receive it, however it ends."""
 
 from __future__ import annotations
 

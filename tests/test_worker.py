@@ -1,4 +1,4 @@
-"""The worker as a real process: asked through the store, watched through the store."""
+"""The worker as a real process, commanded and watched through the store."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from oki_trace.errors import StoreError
 from oki_trace.records import ModelChoice, Status
 from oki_trace.store.schema import files
 from tests import models, tiny
-from tests.desks import FOREVER, ROOT, Desk, desk_at, serving
+from tests.served_store import FOREVER, ROOT, ServedStore, serving, store_at
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes by signals")
 
 
 @pytest.fixture
-def desk(tmp_path: Path) -> Iterator[Desk]:
-    with desk_at(tmp_path) as desk:
-        yield desk
+def store(tmp_path: Path) -> Iterator[ServedStore]:
+    with store_at(tmp_path) as store:
+        yield store
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """A desk with one worker for several tests: torch takes seconds to start."""
-    with desk_at(tmp_path_factory.mktemp("served")) as desk:
-        worker.ensure_running(desk.db)
-        until(desk.reader.worker, "the worker's first sign of life")
-        yield desk
-        assert len(desk.workers()) == 1, "it has served all of it"
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStore]:
+    """A store with one worker for several tests: torch takes seconds to start."""
+    with store_at(tmp_path_factory.mktemp("served")) as store:
+        worker.ensure_running(store.db)
+        until(store.reader.worker, "the worker's first sign of life")
+        yield store
+        assert len(store.workers()) == 1, "it has served all of it"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save_endless(tmp_path_factory.mktemp("models") / "endless")
 
 
-def test_a_queued_reply_is_answered(served: Desk, small: Path) -> None:
+def test_a_queued_reply_is_answered(served: ServedStore, small: Path) -> None:
     reply = served.ended(served.ask(small))
     assert (reply.status, reply.reason, reply.tokens) == (Status.COMPLETE, "token limit", 4)
     steps = list(served.reader.iter_steps(reply.id))
@@ -62,14 +62,16 @@ def test_a_queued_reply_is_answered(served: Desk, small: Path) -> None:
     assert state.detail == f"{small} (float32) on cpu"
 
 
-def test_replies_are_answered_in_the_order_they_were_asked_for(served: Desk, small: Path) -> None:
+def test_replies_are_answered_in_the_order_they_were_asked_for(
+    served: ServedStore, small: Path
+) -> None:
     replies = [served.ask(small) for _ in range(3)]
     assert [served.ended(reply).status for reply in replies] == [Status.COMPLETE] * 3
     steps = [next(served.reader.iter_steps(reply)) for reply in replies]
     assert len({step.token_id for step in steps}) == 1, "the same question, greedily"
 
 
-def test_asking_again_starts_no_second_worker(served: Desk) -> None:
+def test_asking_again_starts_no_second_worker(served: ServedStore) -> None:
     """Neither from the process that started it nor from another one."""
     (process,) = served.workers()
     for _ in range(3):
@@ -83,7 +85,7 @@ def test_asking_again_starts_no_second_worker(served: Desk) -> None:
     assert served.workers() == [process]
 
 
-def test_a_stop_ends_a_long_reply_and_keeps_it(served: Desk, endless: Path) -> None:
+def test_a_stop_ends_a_long_reply_and_keeps_it(served: ServedStore, endless: Path) -> None:
     reply = served.ask(endless, FOREVER)
     before = served.under_way(reply)
     assert before.status is Status.RUNNING
@@ -97,7 +99,9 @@ def test_a_stop_ends_a_long_reply_and_keeps_it(served: Desk, endless: Path) -> N
     assert all(step.lens is not None for step in steps)
 
 
-def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(served: Desk, small: Path) -> None:
+def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(
+    served: ServedStore, small: Path
+) -> None:
     bad, good = served.ask("./no/such/model"), served.ask(small)
     failed = served.ended(bad)
     assert failed.status is Status.FAILED
@@ -108,9 +112,10 @@ def test_a_model_that_cannot_be_loaded_fails_its_reply_alone(served: Desk, small
     assert "Traceback" not in log
 
 
-def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: Desk, small: Path) -> None:
+def test_a_prompt_that_does_not_fit_fails_its_reply_alone(served: ServedStore, small: Path) -> None:
     choice = ModelChoice(str(small))
-    _, bad = queueing.submit(served.writer, queueing.Ask("word " * 200, choice))
+    request = queueing.ReplyRequest(queueing.new_messages("word " * 200), choice)
+    _, bad = queueing.submit(served.writer, request)
     failed = served.ended(bad)
     assert failed.reason is not None and "context holds 128" in failed.reason
     assert served.ended(served.ask(small)).status is Status.COMPLETE
@@ -137,7 +142,11 @@ def _no_template(model: Any, tokenizer: Any) -> None:
     ],
 )
 def test_a_model_that_is_broken_fails_its_reply_alone(
-    served: Desk, small: Path, tmp_path: Path, break_it: Callable[[Any, Any], None], reason: str
+    served: ServedStore,
+    small: Path,
+    tmp_path: Path,
+    break_it: Callable[[Any, Any], None],
+    reason: str,
 ) -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     break_it(model, tokenizer)
@@ -152,7 +161,7 @@ def test_a_model_that_is_broken_fails_its_reply_alone(
 
 
 def test_a_conversation_deleted_meanwhile_does_not_end_the_worker(
-    served: Desk, small: Path, endless: Path
+    served: ServedStore, small: Path, endless: Path
 ) -> None:
     reply = served.under_way(served.ask(endless, FOREVER))
     with pytest.raises(StoreError, match="stop it first"):
@@ -165,7 +174,7 @@ def test_a_conversation_deleted_meanwhile_does_not_end_the_worker(
     assert served.ended(served.ask(small)).status is Status.COMPLETE
 
 
-def test_what_it_leaves_stands_beside_the_store(served: Desk) -> None:
+def test_what_it_leaves_stands_beside_the_store(served: ServedStore) -> None:
     """Not in the folder it was started from: so all who use a store find its worker."""
     lock = worker.lock_path(served.db)
     assert lock == Path(served.db + ".worker.lock") and lock.is_file()
@@ -175,7 +184,7 @@ def test_what_it_leaves_stands_beside_the_store(served: Desk) -> None:
     assert served.db not in " ".join(process.cmdline())
 
 
-def test_its_log_is_for_its_user_alone(served: Desk) -> None:
+def test_its_log_is_for_its_user_alone(served: ServedStore) -> None:
     log = worker.lock_path(served.db).with_suffix(".log")
     assert log.stat().st_mode & 0o777 == 0o600
 
@@ -213,25 +222,25 @@ def test_folders_made_for_a_server_s_worker_are_for_its_user_alone(
 
 
 def test_a_long_vacuum_does_not_end_it(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    store: ServedStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither its signs of life nor its search for work: both are tried again."""
     monkeypatch.setattr(files, "_BUSY_SECONDS", 0.05)
     monkeypatch.setattr(worker, "HEARTBEAT_SECONDS", 0.1)
-    with serving(desk) as thread:
-        until(desk.reader.worker, "its first sign of life")
-        with closing(sqlite3.connect(desk.db, isolation_level=None)) as connection:
+    with serving(store) as thread:
+        until(store.reader.worker, "its first sign of life")
+        with closing(sqlite3.connect(store.db, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            until(lambda: "not told" in caplog.text, "a sign of life that was not written")
+            until(lambda: "not written" in caplog.text, "a sign of life that was not written")
             # Let it see that something has changed; it looks for work, and waits for the store.
             connection.execute("UPDATE store_state SET version = version + 1")
             connection.execute("COMMIT")
             connection.execute("BEGIN IMMEDIATE")
             caplog.clear()
-            until(lambda: "not told" in caplog.text, "another sign of life that was not written")
+            until(lambda: "not written" in caplog.text, "another sign of life that was not written")
             connection.execute("ROLLBACK")
-        reply = desk.ask("no/such-model")
-        ended = desk.ended(reply)
+        reply = store.ask("no/such-model")
+        ended = store.ended(reply)
         assert (ended.status, thread.is_alive()) == (Status.FAILED, True)
 
 
@@ -248,7 +257,7 @@ def test_one_store_has_one_lock_however_it_is_named(
 
 
 def test_no_module_of_the_folder_it_is_started_from_is_run(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: ServedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody may have put a ``torch.py`` beside a model."""
     folder = tmp_path / "downloads"
@@ -256,20 +265,20 @@ def test_no_module_of_the_folder_it_is_started_from_is_run(
     for name in ("torch", "psutil", "json"):
         (folder / f"{name}.py").write_text("open('ran', 'w')\nraise SystemExit")
     monkeypatch.chdir(folder)
-    worker.ensure_running(desk.db)
-    ended = desk.ended(desk.ask("./no/such/model"))
+    worker.ensure_running(store.db)
+    ended = store.ended(store.ask("./no/such/model"))
     assert ended.reason is not None and "There is no ./no/such/model here" in ended.reason
     assert not (folder / "ran").exists()
 
 
-def test_of_two_started_at_once_one_leaves(desk: Desk) -> None:
+def test_of_two_started_at_once_one_leaves(store: ServedStore) -> None:
     """Two processes may both find no worker there, and start one."""
     command = [sys.executable, "-m", "oki_trace.worker", "--parent", str(os.getpid())]
-    environment = {**os.environ, "OKI_TRACE_DB": desk.db}
+    environment = {**os.environ, "OKI_TRACE_DB": store.db}
     started = [subprocess.Popen(command, env=environment, cwd=ROOT) for _ in range(2)]
     try:
         left = until(lambda: [p for p in started if p.poll() is not None], "one to leave")
-        state = until(desk.reader.worker, "the other to say it is there")
+        state = until(store.reader.worker, "the other to say it is there")
         (stayed,) = [p for p in started if p not in left]
         assert [p.returncode for p in left] == [0]
         assert (state.pid, stayed.poll()) == (stayed.pid, None)
@@ -289,49 +298,53 @@ from oki_trace.store.writing.writer import TraceWriter
 
 db, model = sys.argv[1:]
 with TraceWriter(db, checkpoint=False) as writer:
-    queueing.submit(writer, queueing.Ask("the fox", ModelChoice(model), Sampling(max_new_tokens=4)))
+    messages = queueing.new_messages("the fox")
+    request = queueing.ReplyRequest(messages, ModelChoice(model), Sampling(max_new_tokens=4))
+    queueing.submit(writer, request)
 worker.ensure_running(db)
 """
 
 
-def test_it_follows_its_parent_once_nothing_waits(desk: Desk, small: Path) -> None:
+def test_it_follows_its_parent_once_nothing_waits(store: ServedStore, small: Path) -> None:
     # Not waited for, so that it stays as a zombie: gone all the same.
-    with subprocess.Popen([sys.executable, "-c", ASK_AND_LEAVE, desk.db, small], cwd=ROOT):
-        until(desk.reader.worker, "the worker's first sign of life")
-        until(lambda: desk.state().state == "gone", "the worker to leave")
-        assert desk.workers() == []
-    (conversation,) = desk.reader.conversations()
-    reply = desk.reader.messages(conversation.id)[-1]
+    with subprocess.Popen([sys.executable, "-c", ASK_AND_LEAVE, store.db, small], cwd=ROOT):
+        until(store.reader.worker, "the worker's first sign of life")
+        until(lambda: store.state().state == "gone", "the worker to leave")
+        assert store.workers() == []
+    (conversation,) = store.reader.conversations()
+    reply = store.reader.messages(conversation.id)[-1]
     assert (reply.status, reply.tokens) == (Status.COMPLETE, 4), "what was asked for came first"
 
 
-def test_killed_in_the_middle_and_started_again(desk: Desk, small: Path, endless: Path) -> None:
-    cut = desk.ask(endless, FOREVER)
-    worker.ensure_running(desk.db)
-    before = desk.under_way(cut)
-    (killed,) = desk.workers()
+def test_killed_in_the_middle_and_started_again(
+    store: ServedStore, small: Path, endless: Path
+) -> None:
+    cut = store.ask(endless, FOREVER)
+    worker.ensure_running(store.db)
+    before = store.under_way(cut)
+    (killed,) = store.workers()
     killed.kill()
     killed.wait(timeout=30)
     # Said by the reader alone: nobody has written anything since. The process that held the
     # model ends with the worker's.
-    until(lambda: not desk.reader.message(cut).status.is_live, "its model to be gone")
-    seen = desk.reader.message(cut)
+    until(lambda: not store.reader.message(cut).status.is_live, "its model to be gone")
+    seen = store.reader.message(cut)
     assert seen.status is Status.INTERRUPTED
     assert seen.tokens >= before.tokens and seen.content
-    assert desk.state().state == "gone"
+    assert store.state().state == "gone"
 
-    following = desk.ask(small)
-    worker.ensure_running(desk.db)
-    assert desk.ended(following).status is Status.COMPLETE
-    (second,) = desk.workers()
+    following = store.ask(small)
+    worker.ensure_running(store.db)
+    assert store.ended(following).status is Status.COMPLETE
+    (second,) = store.workers()
     assert second.pid != killed.pid
-    assert desk.reader.message(cut).status is Status.INTERRUPTED
-    assert "ended" in (desk.reader.message(cut).reason or "")
+    assert store.reader.message(cut).status is Status.INTERRUPTED
+    assert "ended" in (store.reader.message(cut).reason or "")
 
     # Asked to leave, it ends the reply under way in good order; what waits goes on waiting.
-    last, waiting = desk.ask(endless, FOREVER), desk.ask(small)
-    desk.under_way(last)
+    last, waiting = store.ask(endless, FOREVER), store.ask(small)
+    store.under_way(last)
     second.terminate()
     assert second.wait(timeout=60) == 0
-    assert desk.reader.message(last).status is Status.STOPPED
-    assert desk.reader.message(waiting).status is Status.QUEUED
+    assert store.reader.message(last).status is Status.STOPPED
+    assert store.reader.message(waiting).status is Status.QUEUED

@@ -1,4 +1,4 @@
-"""Models that were made to disable a worker: their reply fails truthfully, the next is served."""
+"""Models made to disable a worker: their replies fail with the reason, the next is served."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tokenizers.normalizers import Replace, Sequence
 from tokenizers.pre_tokenizers import Split
 
 from oki_trace import model_supervisor
-from oki_trace.llm.loading.activity import Doing
+from oki_trace.llm.loading.activity import Activity
 from oki_trace.records import Message, Status
 from tests import models, tiny
-from tests.desks import FOREVER, Desk, desk_at, serving
 from tests.llm.loading import edit_config
+from tests.served_store import FOREVER, ServedStore, serving, store_at
 from tests.waiting import until
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="ends processes by signals")
@@ -30,10 +30,10 @@ ENDLESS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with desk_at(tmp_path_factory.mktemp("hostile")) as desk, serving(desk) as thread:
-        until(desk.reader.worker, "the worker's first sign of life")
-        yield desk
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedStore]:
+    with store_at(tmp_path_factory.mktemp("hostile")) as store, serving(store) as thread:
+        until(store.reader.worker, "the worker's first sign of life")
+        yield store
         assert thread.is_alive(), "it has served all of it"
 
 
@@ -56,55 +56,55 @@ def with_tokenizer(folder: Path, **parts: Any) -> Path:
     return folder
 
 
-def failed(desk: Desk, model: Path, small: Path, text: str = "the fox") -> str:
+def failed(store: ServedStore, model: Path, small: Path, text: str = "the fox") -> str:
     """Why the reply of this model failed; the next reply, of another, is answered."""
-    bad, good = desk.ask(model, text=text), desk.ask(small)
-    ended = desk.ended(bad)
+    bad, good = store.ask(model, text=text), store.ask(small)
+    ended = store.ended(bad)
     assert (ended.status, ended.tokens) == (Status.FAILED, 0)
-    assert desk.ended(good).status is Status.COMPLETE
+    assert store.ended(good).status is Status.COMPLETE
     assert ended.reason is not None and "\n" not in ended.reason
     return ended.reason
 
 
 def test_an_endless_template_ends_at_its_limit(
-    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+    store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = model_supervisor.LIMITS[Doing.TEMPLATE]
+    limit = model_supervisor.LIMITS[Activity.TEMPLATE]
     monkeypatch.setitem(
-        model_supervisor.LIMITS, Doing.TEMPLATE, model_supervisor.Limit(1.0, 300.0, limit.fix)
+        model_supervisor.LIMITS, Activity.TEMPLATE, model_supervisor.Limit(1.0, 300.0, limit.fix)
     )
     (hostile / "chat_template.jinja").write_text(ENDLESS)
-    assert failed(desk, hostile, small) == (
+    assert failed(store, hostile, small) == (
         "Given up after 1 s while its chat template was rendered. "
-        "Mend chat_template.jinja in the model's folder, or choose another model."
+        "Fix chat_template.jinja in the model's folder, or choose another model."
     )
 
 
 def test_a_stop_ends_an_endless_template(
-    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+    store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Activity.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
-    reply = desk.ask(hostile)
-    until(lambda: desk.state().state == "decoding", "the template's beginning")
-    desk.writer.request_stop(reply)
+    reply = store.ask(hostile)
+    until(lambda: store.state().state == "decoding", "the template's beginning")
+    store.writer.request_stop(reply)
     asked = time.monotonic()
-    ended = desk.ended(reply)
+    ended = store.ended(reply)
     assert time.monotonic() - asked < 5
     assert (ended.status, ended.reason) == (
         Status.STOPPED,
         "stopped while its chat template was rendered",
     )
-    assert desk.ended(desk.ask(small)).status is Status.COMPLETE
+    assert store.ended(store.ask(small)).status is Status.COMPLETE
 
 
 def test_asked_to_leave_it_ends_an_endless_template(
     tmp_path: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As SIGTERM asks: the worker is gone in seconds, and the reply says why it ended."""
-    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Doing.TEMPLATE, 0.5)
+    monkeypatch.setitem(model_supervisor.STOP_SECONDS, Activity.TEMPLATE, 0.5)
     (hostile / "chat_template.jinja").write_text(ENDLESS)
-    with desk_at(tmp_path) as leaving:
+    with store_at(tmp_path) as leaving:
         with serving(leaving):
             reply = leaving.ask(hostile)
             until(
@@ -117,48 +117,50 @@ def test_asked_to_leave_it_ends_an_endless_template(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
-def test_a_template_that_asks_for_all_the_memory(desk: Desk, small: Path, hostile: Path) -> None:
+def test_a_template_that_asks_for_all_the_memory(
+    store: ServedStore, small: Path, hostile: Path
+) -> None:
     (hostile / "chat_template.jinja").write_text("{{ 'x' * 10**10 }}")
-    reason = failed(desk, hostile, small)
+    reason = failed(store, hostile, small)
     assert reason.startswith("The model's chat template refused the messages: MemoryError.")
 
 
 def test_a_tokenizer_that_never_ends(
-    desk: Desk, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
+    store: ServedStore, small: Path, hostile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit = model_supervisor.LIMITS[Doing.TOKENIZER]
+    limit = model_supervisor.LIMITS[Activity.TOKENIZER]
     monkeypatch.setitem(
-        model_supervisor.LIMITS, Doing.TOKENIZER, model_supervisor.Limit(1.0, 300.0, limit.fix)
+        model_supervisor.LIMITS, Activity.TOKENIZER, model_supervisor.Limit(1.0, 300.0, limit.fix)
     )
     # "x" doubles with each rule; the text tried at loading has none.
     doubling = Sequence([Replace("x", "xx")] * 28)
-    assert failed(desk, with_tokenizer(hostile, normalizer=doubling), small) == (
+    assert failed(store, with_tokenizer(hostile, normalizer=doubling), small) == (
         "Given up after 1 s while its tokenizer was at work. "
         "Shorten the message, or choose another model."
     )
 
 
-def test_a_tokenizer_that_panics(desk: Desk, small: Path, hostile: Path) -> None:
+def test_a_tokenizer_that_panics(store: ServedStore, small: Path, hostile: Path) -> None:
     """The panic is a BaseException, and no request of the user's to end."""
     split = Split(Regex("(a+)+$"), "isolated")
-    reason = failed(desk, with_tokenizer(hostile, pre_tokenizer=split), small, "a" * 30 + "b")
+    reason = failed(store, with_tokenizer(hostile, pre_tokenizer=split), small, "a" * 30 + "b")
     assert reason.startswith("The model's tokenizer failed (PanicException: ")
 
 
-def test_a_process_that_is_killed(desk: Desk, small: Path, endless: Path) -> None:
+def test_a_process_that_is_killed(store: ServedStore, small: Path, endless: Path) -> None:
     """As by the system when memory runs out: the steps stay, the reason is said."""
-    reply = desk.under_way(desk.ask(endless, FOREVER))
-    (process,) = desk.workers("oki_trace.model_process")
+    reply = store.under_way(store.ask(endless, FOREVER))
+    (process,) = store.workers("oki_trace.model_process")
     process.kill()
-    until(lambda: desk.reader.message(reply.id).reason, "its end in the store")
-    ended: Message = desk.reader.message(reply.id)
+    until(lambda: store.reader.message(reply.id).reason, "its end in the store")
+    ended: Message = store.reader.message(reply.id)
     assert ended.status is Status.FAILED
     assert ended.reason is not None
-    assert ended.reason.startswith("The process that held the model ended by signal 9")
+    assert ended.reason.startswith("The model process ended by signal 9")
     assert ended.tokens >= reply.tokens
-    spoken = [s.token_bytes for s in desk.reader.iter_steps(reply.id) if not s.is_special]
+    spoken = [s.token_bytes for s in store.reader.iter_steps(reply.id) if not s.is_special]
     assert ended.content == b"".join(spoken).decode(errors="replace").replace("\0", "␀")
-    assert desk.ended(desk.ask(small)).status is Status.COMPLETE
+    assert store.ended(store.ask(small)).status is Status.COMPLETE
 
 
 @pytest.fixture(scope="module")
@@ -166,32 +168,34 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.save_endless(tmp_path_factory.mktemp("models") / "endless")
 
 
-def test_layers_without_number(desk: Desk, small: Path, hostile: Path) -> None:
+def test_layers_without_number(store: ServedStore, small: Path, hostile: Path) -> None:
     edit_config(hostile, num_hidden_layers=10**9)
-    assert "num_hidden_layers" in failed(desk, hostile, small)
+    assert "num_hidden_layers" in failed(store, hostile, small)
 
 
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
 )
-def test_a_pipe_in_place_of_a_file(desk: Desk, small: Path, hostile: Path, name: str) -> None:
+def test_a_pipe_in_place_of_a_file(
+    store: ServedStore, small: Path, hostile: Path, name: str
+) -> None:
     (hostile / name).unlink()
     os.mkfifo(hostile / name)
-    assert f"{hostile / name} is a named pipe" in failed(desk, hostile, small)
+    assert f"{hostile / name} is a named pipe" in failed(store, hostile, small)
 
 
-def test_a_model_stays_loaded(desk: Desk, small: Path) -> None:
+def test_a_model_stays_loaded(store: ServedStore, small: Path) -> None:
     """Between two replies; and the process that holds it is the same."""
-    first = desk.ended(desk.ask(small))
-    (before,) = desk.workers("oki_trace.model_process")
+    first = store.ended(store.ask(small))
+    (before,) = store.workers("oki_trace.model_process")
     told: list[str] = []
-    reply = desk.ask(small)
+    reply = store.ask(small)
 
     def look() -> bool:
-        told.append(desk.state().state)
-        return not desk.reader.message(reply).status.is_live
+        told.append(store.state().state)
+        return not store.reader.message(reply).status.is_live
 
     until(look, "the second reply")
-    assert desk.reader.message(reply).status is first.status is Status.COMPLETE
+    assert store.reader.message(reply).status is first.status is Status.COMPLETE
     assert "loading" not in told
-    assert desk.workers("oki_trace.model_process") == [before]
+    assert store.workers("oki_trace.model_process") == [before]

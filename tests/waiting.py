@@ -1,4 +1,4 @@
-"""Waiting for something another process does: asked again and again, never longer than needed."""
+"""Waits for an event in another process by polling, and no longer than needed."""
 
 from __future__ import annotations
 

@@ -1,95 +1,89 @@
 """Two replies side by side: pure functions, no Streamlit.
 
-Replies are aligned by their tokens. How far two steps' distributions are apart
-is told by the total variation, from 0 (the same) to 1 (nothing in common):
-exactly where both kept their full logits, else as the least and the most it
-can be, given the likeliest tokens of each, which are kept.
+Replies are aligned by their tokens. The distance of two steps is the total variation, from 0 (the
+same) to 1 (nothing in common), as ``analysis.step_distance`` measures it: exact where both kept
+their full logits, else the least and the most that it can be.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dashboard.viewdata.attention import as_float32
-from dashboard.viewdata.replies import token_texts, token_tooltip
+from dashboard.viewdata.replies import token_data, token_texts, token_tooltip
 from dashboard.viewdata.wording import (
     Column,
     Json,
     counted,
     format_number,
-    mark_line_ends,
     shorten,
     table_data,
 )
-from oki_trace.records import Candidates, Message, Step, StepSummary, Tensor
+from oki_trace.analysis.distance import FULL, Distance
+from oki_trace.records import Message, Step, StepSummary
 from oki_trace.sanitize import visible
 
-# Beyond it what follows the divergence is held side by side step by step: to
-# find what is said again later takes time that grows with the square.
+# Longer replies are aligned step by step after they diverge: finding tokens that both share later
+# takes time that grows with the square of the length.
 ALIGNED_TOKENS = 2000
+Steps = Sequence[StepSummary]
+Distances = Sequence[Distance | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A place in both replies: the step of each, None where it has no part in it."""
+    """A place in both replies: the step of each, None where a reply has no step."""
 
     left: int | None
     right: int | None
     same: bool
 
 
-def align(left: Sequence[StepSummary], right: Sequence[StepSummary]) -> list[Pair]:
-    """The steps of both, in order, with equal tokens beside each other where that can be.
+def align(left: Steps, right: Steps) -> list[Pair]:
+    """The steps of both, in order, with equal tokens beside each other where possible.
 
-    Tokens are equal when their bytes are, so that two models' can be held
-    against each other. What differs stands side by side as far as both go.
+    Tokens are equal when their bytes are, so that replies of two models can be aligned.
     """
     one, two = ([s.token_bytes for s in steps] for steps in (left, right))
     shared = 0
     while shared < min(len(one), len(two)) and one[shared] == two[shared]:
         shared += 1
     pairs = [Pair(i, i, True) for i in range(shared)]
+    rest = one[shared:], two[shared:]
+    blocks: list[tuple[str, int, int, int, int]]
     if max(len(one), len(two)) > ALIGNED_TOKENS:
-        for i in range(shared, max(len(one), len(two))):
-            both = i < len(one) and i < len(two)
-            at = (i if i < len(one) else None, i if i < len(two) else None)
-            pairs.append(Pair(*at, both and one[i] == two[i]))
-        return pairs
-    match = SequenceMatcher(None, one[shared:], two[shared:], autojunk=False)
-    for kind, a, a_end, b, b_end in match.get_opcodes():
+        blocks = [
+            ("equal" if x == y else "replace", i, i + 1, i, i + 1)
+            for i, (x, y) in enumerate(zip(*rest, strict=False))
+        ]
+        blocks.append(("replace", len(blocks), len(rest[0]), len(blocks), len(rest[1])))
+    else:
+        blocks = [*SequenceMatcher(None, *rest, autojunk=False).get_opcodes()]
+    for kind, a, a_end, b, b_end in blocks:
         for k in range(max(a_end - a, b_end - b)):
-            i, j = a + k, b + k
-            pairs.append(
-                Pair(
-                    i + shared if i < a_end else None,
-                    j + shared if j < b_end else None,
-                    kind == "equal",
-                )
-            )
+            left_step = shared + a + k if a + k < a_end else None
+            right_step = shared + b + k if b + k < b_end else None
+            pairs.append(Pair(left_step, right_step, kind == "equal"))
     return pairs
 
 
 def divergence(pairs: Sequence[Pair]) -> int | None:
-    """Which pair is the first that differs; None when all are the same."""
+    """The number of the first pair that differs; None when all are the same."""
     return next((n for n, pair in enumerate(pairs) if not pair.same), None)
 
 
 def verdict(pairs: Sequence[Pair]) -> str:
-    """How much the two have in common, in a sentence."""
+    """How much the two replies have in common, in a sentence."""
     first = divergence(pairs)
     same = sum(pair.same for pair in pairs)
     if first is None:
         return "The one token is the same." if same == 1 else f"All {same:,} tokens are the same."
     other = len(pairs) - same
     return (
-        f"They part at token {first + 1:,}; {counted(same, 'token')} {_are(same)} the same, "
+        f"They diverge at token {first + 1:,}; {counted(same, 'token')} {_are(same)} the same, "
         f"{counted(other, 'place')} {_are(other)} not."
     )
 
@@ -98,125 +92,64 @@ def _are(number: int) -> str:
     return "is" if number == 1 else "are"
 
 
-def first_to_see(pairs: Sequence[Pair]) -> int | None:
-    """Where to look first: where they part, or the place nearest to it where both have a step.
+def first_shown(pairs: Sequence[Pair]) -> int | None:
+    """The pair that is shown first: where the replies diverge, or the nearest with both steps.
 
-    What follows comes before what precedes. None when there is no such place.
+    A later pair comes before an earlier one. None when no pair has both steps.
     """
     at = divergence(pairs) or 0
     both = [n for n, pair in enumerate(pairs) if pair.left is not None and pair.right is not None]
     return next((n for n in both if n >= at), both[-1] if both else None)
 
 
-# ----------------------------------------------------------------------- distances
+def is_exact(distances: Distances) -> bool:
+    """Whether every known distance comes from the full logits."""
+    known = [distance for distance in distances if distance is not None]
+    return bool(known) and all(distance.basis == FULL for distance in known)
 
 
-@dataclass(frozen=True, slots=True)
-class Distance:
-    """The total variation is at least ``low`` and at most ``high``: both, when it is exact."""
-
-    low: float
-    high: float
-
-
-def between(left: Candidates, right: Candidates, *, by_id: bool) -> Distance | None:
-    """What the likeliest tokens of both tell; None where they are no numbers.
-
-    ``by_id``: tokens are the same when their ids are, as of one model;
-    otherwise when their texts are. A token that only one has among its
-    likeliest is in the other at most as likely as the last of those.
-    """
-    p, q = _probs(left, by_id), _probs(right, by_id)
-    if not p or not q or not all(map(math.isfinite, (*p.values(), *q.values()))):
-        return None
-    rest_p, rest_q = (max(0.0, 1 - sum(kept.values())) for kept in (p, q))
-    over = sum(max(0.0, p[t] - q[t]) for t in p.keys() & q.keys())
-    under = sum(max(0.0, q[t] - p[t]) for t in p.keys() & q.keys())
-    only_p = [p[t] for t in p.keys() - q.keys()]
-    only_q = [q[t] for t in q.keys() - p.keys()]
-    # The total variation is what p has over q, summed; and what q has over p.
-    least_p, least_q = min(rest_p, min(p.values())), min(rest_q, min(q.values()))
-    from_p = over + max(sum(max(0.0, x - least_q) for x in only_p), sum(only_p) - rest_q, 0.0)
-    from_q = under + max(sum(max(0.0, x - least_p) for x in only_q), sum(only_q) - rest_p, 0.0)
-    low = max(from_p, from_q)
-    high = min(over + sum(only_p) + rest_p, under + sum(only_q) + rest_q, 1.0)
-    return Distance(min(low, high), high)
+def in_words(distance: Distance | None) -> str:
+    """The total variation, as a number or a range."""
+    if distance is None:
+        return "not known"
+    if distance.tv_most - distance.tv < 5e-4:
+        return format_number(distance.tv, 3)
+    return f"{format_number(distance.tv, 3)} to {format_number(distance.tv_most, 3)}"
 
 
-def _probs(kept: Candidates, by_id: bool) -> dict[int | str, float]:
-    found: dict[int | str, float] = {}
-    keys: Sequence[int | str] = kept.token_ids.tolist() if by_id else kept.tokens
-    for key, prob in zip(keys, kept.probs.tolist(), strict=True):
-        found[key] = found.get(key, 0.0) + prob
-    return found
-
-
-def exactly(left: Tensor, right: Tensor) -> Distance | None:
-    """From the full logits of both; None for two vocabularies."""
-    if left.array.shape != right.array.shape:
-        return None
-    total = float(np.abs(_softmax(left) - _softmax(right)).sum()) / 2
-    return Distance(total, total) if math.isfinite(total) else None
-
-
-def _softmax(logits: Tensor) -> NDArray[np.float64]:
-    raw = as_float32(logits).astype(np.float64)
-    raised = np.exp(raw - raw.max())
-    return np.asarray(raised / raised.sum())
-
-
-def distances(
-    pairs: Sequence[Pair],
-    left: Mapping[int, Candidates],
-    right: Mapping[int, Candidates],
-    *,
-    by_id: bool,
-) -> list[Distance | None]:
-    """Of each pair; None where one of the two has no such step."""
-    found: list[Distance | None] = []
-    for pair in pairs:
-        one = None if pair.left is None else left.get(pair.left)
-        two = None if pair.right is None else right.get(pair.right)
-        found.append(None if one is None or two is None else between(one, two, by_id=by_id))
-    return found
-
-
-# --------------------------------------------------------------------- what is drawn
+# -------------------------------------------------------------------- elements and charts
 
 
 def replies_data(
     messages: tuple[Message, Message],
-    steps: tuple[Sequence[StepSummary], Sequence[StepSummary]],
+    steps: tuple[Steps, Steps],
     pairs: Sequence[Pair],
-    found: Sequence[Distance | None],
+    distances: Distances,
     chosen: int | None = None,
 ) -> Json:
-    """What the element of both replies draws (see ``components/compare.js``).
+    """The data of the element with both replies (see ``components/compare.js``).
 
-    ``chosen``: the number of the pair that is looked at.
+    ``chosen``: the number of the pair that is shown below.
     """
     first = divergence(pairs)
     sides = []
-    for message, of_it, side in zip(messages, steps, ("left", "right"), strict=True):
-        texts = token_texts(of_it)
+    for message, of_side, side in zip(messages, steps, ("left", "right"), strict=True):
+        texts = token_texts(of_side)
         tokens: list[Json] = []
-        for number, (pair, distance) in enumerate(zip(pairs, found, strict=True)):
+        for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True)):
             index = getattr(pair, side)
             if index is None:
                 continue
-            step, text = of_it[index], texts[index]
+            step, text = of_side[index], texts[index]
             tokens.append(
                 {
-                    "text": visible(step.token)
-                    if step.is_special
-                    else (mark_line_ends(text) or "◌"),
-                    "mark": step.is_special or not text.strip("\n"),
+                    **token_data(step, text),
                     "pair": number,
                     "same": pair.same,
                     "first": number == first,
                     "step": index,
-                    "title": f"{token_tooltip(step)}\ntotal variation {told(distance)}"
-                    + ("\nhere they part" if number == first else ""),
+                    "title": f"{token_tooltip(step)}\ntotal variation {in_words(distance)}"
+                    + ("\nthe replies diverge here" if number == first else ""),
                 }
             )
         sides.append(
@@ -227,64 +160,41 @@ def replies_data(
                 "empty": "This reply has no tokens." if not tokens else "",
             }
         )
-    return {"sides": sides, "chosen": chosen, "rows": sheet(pairs, found, *steps)}
+    return {"sides": sides, "chosen": chosen, "rows": sheet(pairs, distances, *steps)}
 
 
 def sheet(
-    pairs: Sequence[Pair],
-    found: Sequence[Distance | None],
-    left: Sequence[StepSummary],
-    right: Sequence[StepSummary],
+    pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps
 ) -> list[list[Any]]:
-    """Both replies, a row a place: the tokens, and how far the distributions are apart."""
-    names = [
-        *("place", "left_step", "left_token", "right_step", "right_token", "same"),
-        *("least_total_variation", "most_total_variation"),
+    """Both replies as rows of a CSV: the tokens of each place, and the total variation."""
+    table: list[list[Any]] = [
+        [
+            *("place", "left_step", "left_token", "right_step", "right_token", "same"),
+            *("least_total_variation", "most_total_variation"),
+        ]
     ]
-    return [
-        names,
-        *(
-            [
-                number,
-                pair.left,
-                None if pair.left is None else visible(left[pair.left].token),
-                pair.right,
-                None if pair.right is None else visible(right[pair.right].token),
-                int(pair.same),
-                None if distance is None else distance.low,
-                None if distance is None else distance.high,
-            ]
-            for number, (pair, distance) in enumerate(zip(pairs, found, strict=True), start=1)
-        ),
-    ]
+    for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True), start=1):
+        tokens = [
+            None if at is None else visible(steps[at].token)
+            for at, steps in ((pair.left, left), (pair.right, right))
+        ]
+        bounds = [None, None] if distance is None else [distance.tv, distance.tv_most]
+        table.append([number, pair.left, tokens[0], pair.right, tokens[1], int(pair.same), *bounds])
+    return table
 
 
-def told(distance: Distance | None) -> str:
-    """A distance in words."""
-    if distance is None:
-        return "not known"
-    if distance.high - distance.low < 5e-4:
-        return format_number(distance.low, 3)
-    return f"{format_number(distance.low, 3)} to {format_number(distance.high, 3)}"
-
-
-def rows(
-    pairs: Sequence[Pair],
-    found: Sequence[Distance | None],
-    left: Sequence[StepSummary],
-    right: Sequence[StepSummary],
-) -> list[Json]:
-    """A row for each pair whose distance is known, for the picture."""
+def rows(pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps) -> list[Json]:
+    """A row for each pair whose distance is known, for the chart."""
     return [
         {
             "place": number + 1,
-            "low": distance.low,
-            "high": distance.high,
+            "low": distance.tv,
+            "high": distance.tv_most,
             "left": shorten(visible(left[pair.left].token)),
             "right": shorten(visible(right[pair.right].token)),
             "token": "the same token" if pair.same else "different tokens",
         }
-        for number, (pair, distance) in enumerate(zip(pairs, found, strict=True))
+        for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True))
         if distance is not None and pair.left is not None and pair.right is not None
     ]
 
@@ -293,7 +203,7 @@ SIDES = (Column(""), Column("left"), Column("right"))
 
 
 def settings(left: Message, right: Message) -> Json:
-    """What each reply was made with, as a table; marked are the rows that differ."""
+    """The settings of each reply as a table; rows that differ are marked."""
     one, two = _settings(left), _settings(right)
     rows = [(name, one[name], two[name]) for name in one]
     differ = [number for number, (_, a, b) in enumerate(rows) if a != b]
@@ -335,13 +245,11 @@ def _numbers(step: Step | None) -> tuple[str, ...]:
 def _settings(message: Message) -> dict[str, str]:
     generation, capture = message.generation, message.capture
 
-    def of(record: object, name: str, nothing: str = "–") -> str:
+    def of(record: object, name: str, default: str = "–") -> str:
         value: Any = getattr(record, name, None)
-        return (
-            nothing if value is None else f"{value:g}" if isinstance(value, float) else f"{value}"
-        )
+        return default if value is None else f"{value:g}" if type(value) is float else str(value)
 
-    sampled = generation is not None and generation.do_sample
+    sampled = generation if generation is not None and generation.do_sample else None
     speed = message.tokens / message.seconds if message.seconds else math.nan
     return {
         "model": message.model_id or "–",
@@ -349,11 +257,11 @@ def _settings(message: Message) -> dict[str, str]:
         "quantization": of(capture, "quantization", "none"),
         "device": of(capture, "device"),
         "decoding": "–" if generation is None else "sampled" if sampled else "greedy",
-        "temperature": of(generation, "temperature") if sampled else "–",
-        "top-k": of(generation, "top_k") if sampled else "–",
-        "top-p": of(generation, "top_p") if sampled else "–",
+        "temperature": of(sampled, "temperature"),
+        "top-k": of(sampled, "top_k"),
+        "top-p": of(sampled, "top_p"),
         "repetition penalty": of(generation, "repetition_penalty"),
-        "seed": of(generation, "seed") if sampled else "–",
+        "seed": of(sampled, "seed"),
         "prompt tokens": of(message, "prompt_len"),
         "tokens": f"{message.tokens:,}",
         "tokens/s": format_number(speed, 1),

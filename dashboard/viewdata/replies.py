@@ -15,14 +15,13 @@ from typing import Any, Literal, NamedTuple, get_args
 from dashboard.viewdata.wording import (
     Column,
     Json,
-    counted,
     finite,
     format_number,
     mark_line_ends,
     shorten,
     table_data,
 )
-from oki_trace.exchange.decision import effects_table, explain, explain_generation, quoted
+from oki_trace.explain import effects_table, explain, explain_generation, quoted
 from oki_trace.records import (
     CapturePolicy,
     CaptureReport,
@@ -36,6 +35,7 @@ from oki_trace.records import (
     Step,
     StepSummary,
 )
+from oki_trace.reporting import counted
 from oki_trace.sanitize import visible
 
 Colour = Literal["surprisal", "entropy", "margin", "settle layer"]

@@ -46,7 +46,8 @@ GROUP BY layer, top_token
 QUALIFY row_number() OVER (PARTITION BY layer ORDER BY count(*) DESC) = 1
 ORDER BY layer""",
     "Steps where sampling differs from greedy decoding": """\
-SELECT conversation_id, message_id, step_index, token, step.prob, other_token, other_prob
+SELECT conversation_id, message_id, step_index, token, step.prob, runner_up_token,
+  runner_up_prob
 FROM step JOIN message ON message.id = message_id
 WHERE token_id <> greedy_id
 ORDER BY step.prob

@@ -6,8 +6,10 @@ import datetime as dt
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dashboard.viewdata.wording import Column, Json, counted, table_data
+from dashboard.viewdata.wording import Column, Json, table_data
 from oki_trace.records import ReplySize, Status, StoreInfo, WorkerState
+from oki_trace.reporting import counted
+from oki_trace.reporting import size as size
 from oki_trace.sanitize import inert
 from oki_trace.store.maintenance.prune import PrunePlan
 
@@ -25,16 +27,6 @@ MEANINGS = {
 }
 # The colours of the growth chart.
 TONES = {TENSORS: "accent", ROWS: "blue", LOG: "gray", FREE: "gray"}
-
-
-def size(count: float) -> str:
-    """A number of bytes in words: ``2.1 MB``."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.95 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
 
 
 def tiles(info: StoreInfo) -> list[tuple[str, str, str]]:

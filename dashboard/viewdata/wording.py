@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from oki_trace.reporting import counted as counted
 from oki_trace.sanitize import inert
 
 Json = dict[str, Any]
@@ -26,12 +27,6 @@ def format_number(value: float, digits: int, unit: str = "") -> str:
     if 0 < abs(value) < least / 2:
         return f"{'>-' if value < 0 else '<'}{least:.{digits}f}{unit}"
     return f"{value:z.{digits}f}{unit}"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 reply``, ``2,000 replies``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def shorten(text: str, length: int = 40) -> str:

@@ -15,8 +15,8 @@ from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import replies, storage, wording
 from dashboard.views import layout, reply_map, sidebar, step_panel
 from oki_trace.errors import OkiTraceError
-from oki_trace.exchange.decision import call_line
-from oki_trace.queueing import Ask, last_template, unanswered_calls
+from oki_trace.explain import call_line
+from oki_trace.queueing import ReplyRequest, last_template, new_messages, unanswered_calls
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
@@ -87,11 +87,11 @@ def _send(
         template = template.over(last_template(before))
         waiting = unanswered_calls(before) if tool is not None else []
         if tool is not None and conversation is not None and len(waiting) > 1:
-            data.add_tool_answer(conversation, tool, text)
+            data.add_tool_result(conversation, tool, text)
         else:
-            role = Role.USER if tool is None else Role.TOOL
-            ask = Ask(text, choice, sampling, policy, system, template, role, tool)
-            conversation = data.submit_message(ask, conversation)
+            messages = new_messages(text, system=None if conversation else system, tool=tool)
+            request = ReplyRequest(messages, choice, sampling, policy, template)
+            conversation = data.submit_message(request, conversation)
     except OkiTraceError as error:
         st.error(wording.sentence(str(error)))
         return

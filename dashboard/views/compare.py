@@ -1,4 +1,4 @@
-"""Compare: two replies side by side, their divergence, and the distance at each step."""
+"""Compare: two replies side by side, and the distance of their distributions at each step."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import streamlit as st
 from dashboard import boundary, charts, components, data, url_state
 from dashboard.viewdata import comparison, lens, replies, wording
 from dashboard.views import layout
+from oki_trace.analysis.distance import Distance
 from oki_trace.records import Message
 from oki_trace.sanitize import inert
 
@@ -85,32 +86,19 @@ def _replies(left: Message, right: Message) -> None:
     pairs = comparison.align(*steps)
     first = comparison.divergence(pairs)
     st.write(comparison.verdict(pairs))
-    one_model = left.model_id == right.model_id
-    full = all(data.has_logits(message) for message in (left, right))
-    exact = st.toggle(
-        "Exact distances, from the full logits",
-        key="exact",
-        disabled=not (full and one_model),
-        help=None
-        if full and one_model
-        else "The vocabularies of two models may differ."
-        if full
-        else "One of the replies has no full logits: they were not kept, or were pruned.",
-    )
-    if exact and full and one_model:
-        distances = data.exact_distances(left, right, pairs)
-    else:
-        exact = False
-        distances = comparison.distances(
-            pairs, data.candidates(left), data.candidates(right), by_id=one_model
-        )
+    distances = data.distances(left, right, pairs)
     number = _chosen(pairs)
     components.compare(
         data=comparison.replies_data((left, right), steps, pairs, distances, number),
         key="compare-replies",
         on_pick_change=_pick,
     )
-    _distances(comparison.rows(pairs, distances, *steps), first, exact=exact, by_id=one_model)
+    _distance_chart(
+        comparison.rows(pairs, distances, *steps),
+        first,
+        exact=comparison.is_exact(distances),
+        one_model=left.model_id == right.model_id,
+    )
     if number is not None:
         _steps((left, right), pairs[number], distances[number])
 
@@ -120,7 +108,7 @@ def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
     wanted = url_state.number("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
-    return comparison.first_to_see(pairs)
+    return comparison.first_shown(pairs)
 
 
 def _pick() -> None:
@@ -132,13 +120,13 @@ def _pick() -> None:
 def _steps(
     messages: tuple[Message, Message],
     pair: comparison.Pair,
-    distance: comparison.Distance | None,
+    distance: Distance | None,
 ) -> None:
     """The two steps of a pair: numbers, candidates and lens."""
     st.markdown("#### Two steps")
     st.caption(
         "Click a token above to select another pair. The total variation of this one is "
-        f"{comparison.told(distance)}."
+        f"{comparison.in_words(distance)}."
     )
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
@@ -163,21 +151,27 @@ def _steps(
                 layout.open_page("chat", place.query())
 
 
-def _distances(rows: list[wording.Json], first: int | None, *, exact: bool, by_id: bool) -> None:
+def _distance_chart(
+    rows: list[wording.Json], first: int | None, *, exact: bool, one_model: bool
+) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("Not available: no pair has candidates on both sides.")
+        st.caption("Not available: no two steps with probabilities are side by side.")
         return
     drawn = charts.distance_chart(rows, None if first is None else first + 1)
     layout.chart(drawn, rows, "apart", "distances")
     notes = [
-        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common.",
-        "Exact, from the full logits."
-        if exact
-        else "From the kept candidates: the solid bar is the lower bound, the pale one the upper.",
+        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common."
     ]
-    if not by_id:
-        notes.append("Tokens of two models count as the same if their texts are.")
+    if exact:
+        notes.append("Exact, from the full logits.")
+    else:
+        notes.append(
+            "Where the full logits of a step are missing, the solid bar is the lower bound that "
+            "the kept candidates allow, the pale bar the upper bound."
+        )
+    if not one_model:
+        notes.append("Tokens of two vocabularies are matched by their texts.")
     if first is not None:
-        notes.append("After the dashed line the models continued from different texts.")
+        notes.append("After the dashed line the models continue different texts.")
     st.caption(" ".join(notes))

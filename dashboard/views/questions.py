@@ -1,7 +1,7 @@
-"""Questions: what happened across steps, replies, conversations and models.
+"""Questions: answers over many steps, replies, conversations and models.
 
-The address holds the question, its view and which replies it is about; the
-widgets follow the address, and what they change is written back to it.
+The address holds the question, its view and the replies it is about; the widgets follow the
+address, and a change of a widget is written back to it.
 """
 
 from __future__ import annotations
@@ -10,58 +10,53 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from dashboard import boundary, components, data, question_charts, url_state
-from dashboard import question_state as asking
-from dashboard.question_state import Asked
+from dashboard import boundary, components, data, question_charts, question_state, url_state
+from dashboard.question_state import QuestionState
 from dashboard.viewdata import answers, wording
 from dashboard.views import cache_progress, question_controls, sql
+from oki_trace.analysis.question import Answer, Drawing, Question
 from oki_trace.errors import OkiTraceError
 
-if TYPE_CHECKING:
-    from dashboard.viewdata.answers import Drawing
-    from oki_trace.analysis.questions import Answer, Question
-
-# In more rows than fit the screen the table scrolls by itself.
+# A table with more rows than fit the screen scrolls by itself.
 TABLE_HEIGHT = 430
-# What a link brings waits for a click where it reads the full tensors of many steps.
-READ_TENSORS = frozenset({("heads", ""), ("compare", "reply"), ("compare", "model")})
-ALLOWED = "asked-allowed"
+# Where the session keeps the questions that may read tensors without a click.
+ALLOWED = "questions-allowed"
 
 
 @boundary.page
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
-    url_state.restore("questions", asking.PARAMETERS)
-    asked = asking.read(st.query_params.to_dict(), questions)
-    question = questions[asked.question]
-    _list(asked)
-    group = next(group for group, those in asking.GROUPS if asked.question in those)
-    st.title(group)
-    st.write(_without(question.meaning, group))
+    url_state.restore("questions", question_state.parameters(questions))
+    state = question_state.read(st.query_params.to_dict(), questions)
+    question = questions[state.question]
+    _list(state)
+    st.title(question.group)
+    st.write(question.meaning)
     if not cache_progress.ready():
         return
-    # What differs from a link on its first drawing is what made no sense in it, not a choice.
-    followed = st.session_state.get(question_controls.SEEN) == asked
-    chosen = question_controls.draw(asked, question)
-    if chosen != asked:
+    # On the first drawing, a difference from the link is what made no sense in it, not a choice.
+    followed = st.session_state.get(question_controls.SHOWN) == state
+    chosen = question_controls.draw(state, question)
+    if chosen != state:
         if followed:
             _allow(chosen)
         st.query_params.from_dict(chosen.query())
-    if question.name == "compare" and not (chosen.first and chosen.second):
-        st.caption("Choose two, and how far their distributions are apart is here.")
+    view = question.views[chosen.view]
+    if view.compares and not (chosen.first and chosen.second):
+        st.caption("Choose two to see how far their distributions are apart.")
         return
-    reads_tensors = not READ_TENSORS.isdisjoint({(question.name, ""), (question.name, chosen.view)})
-    if reads_tensors and chosen not in st.session_state.get(ALLOWED, ()):
-        _unasked(chosen)
+    if view.reads_tensors and chosen not in st.session_state.get(ALLOWED, ()):
+        _wait_for_click(chosen)
         return
     try:
-        with st.spinner("Asking…"):
+        with st.spinner("Querying…"):
             answer = data.answer_question(chosen)
     except OkiTraceError as error:
         st.warning(wording.sentence(str(error)), icon=":material/info:")
@@ -70,76 +65,78 @@ def page() -> None:
     _answer(chosen, question, answer)
 
 
-def _without(meaning: str, heading: str) -> str:
-    """``meaning``, not to say again what stands above it."""
-    rest = meaning.removeprefix(f"{heading}: ")
-    return rest[:1].upper() + rest[1:]
-
-
-def _list(asked: Asked) -> None:
-    """All questions, in groups; another one is asked about the same replies."""
+def _list(state: QuestionState) -> None:
+    """All questions, in groups; a click asks another about the same replies."""
     with st.sidebar, st.container(key="asks", gap=None):
-        for group, those in asking.GROUPS:
+        for group, questions in groupby(data.questions().values(), key=lambda one: one.group):
             st.caption(group)
-            for name, title in those.items():
+            for question in questions:
+                title = question.title
                 if st.button(
-                    f"**{title}**" if name == asked.question else title,
-                    key=f"ask-{name}",
+                    f"**{title}**" if question.name == state.question else title,
+                    key=f"ask-{question.name}",
                     type="tertiary",
                     width="stretch",
                 ):
-                    _go(asked.instead(name))
+                    _go(state.another(question.name))
 
 
-def _allow(asked: Asked) -> None:
-    """Let this be asked without another click: it was chosen here."""
-    st.session_state[ALLOWED] = {*st.session_state.get(ALLOWED, ()), asked}
+def _allow(state: QuestionState) -> None:
+    """Run this without another click: it was chosen on the page."""
+    st.session_state[ALLOWED] = {*st.session_state.get(ALLOWED, ()), state}
 
 
-def _unasked(asked: Asked) -> None:
+def _wait_for_click(state: QuestionState) -> None:
     with st.container(border=True, key="ask-unasked"):
         st.markdown("This question came with the link. It reads full tensors, which may take long.")
         st.button(
             "Ask it",
             icon=":material/play_arrow:",
             key="ask-link",
-            on_click=lambda: _allow(asked),
+            on_click=lambda: _allow(state),
         )
 
 
-def _go(asked: Asked) -> None:
-    query = asked.query()
-    _allow(asking.read(query, data.questions()))
+def _go(state: QuestionState) -> None:
+    query = state.query()
+    _allow(question_state.read(query, data.questions()))
     st.query_params.from_dict(query)
     st.rerun()
 
 
-def _offer_everything(asked: Asked) -> None:
-    if asked.narrowed and st.button("Ask about all replies", icon=":material/filter_alt_off:"):
-        _go(asked.everything())
+def _offer_everything(state: QuestionState) -> None:
+    if state.is_narrowed and st.button("Ask about all replies", icon=":material/filter_alt_off:"):
+        _go(state.without_scope())
 
 
-def _answer(asked: Asked, question: Question, answer: Answer) -> None:
+def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
     if answer.about:
         st.markdown(wording.sentence(answer.about))
     if not answer.rows:
-        st.write("No steps there.")
-        _offer_everything(asked)
+        st.write("No steps match.")
+        _offer_everything(state)
     else:
-        _pictures(asked, answer)
+        _charts(answer)
         st.caption(question.reading)
-        _table(asked, answer)
+        _table(state, answer, _step_view(question, state))
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
-        if st.button("Go on from it in SQL", icon=":material/edit:", key="to-sql"):
+        if st.button("Edit in SQL", icon=":material/edit:", key="to-sql"):
             sql.allow(answer.sql)
             st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})
 
 
-# ------------------------------------------------------------------------ pictures
+def _step_view(question: Question, state: QuestionState) -> str | None:
+    """The view that compares two steps of the replies that this one compares."""
+    if question.views[state.view].compares != "reply":
+        return None
+    return next((name for name, view in question.views.items() if view.compares == "step"), None)
 
 
-def _pictures(asked: Asked, answer: Answer) -> None:
+# -------------------------------------------------------------------------- charts
+
+
+def _charts(answer: Answer) -> None:
     offered = answers.drawings(answer)
     with st.container(
         horizontal=True,
@@ -155,7 +152,6 @@ def _pictures(asked: Asked, answer: Answer) -> None:
                 default=name,
                 required=True,
                 key=f"drawn-{answer.question}-{answer.view}",
-                format_func=answers.spoken,
                 label_visibility="collapsed",
             )
         components.picture(
@@ -180,7 +176,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
                 key=f"save-picture-{number}",
             )
         with st.container(key=f"picture-{number}"):
-            _chart(asked, answer, drawing, part, places, number)
+            _chart(answer, drawing, part, places, number)
     if any(notes):
         st.caption(" ".join(note for note in notes if note))
 
@@ -188,7 +184,7 @@ def _pictures(asked: Asked, answer: Answer) -> None:
 def _by_model(
     answer: Answer, drawing: Drawing, rows: Sequence[wording.Json]
 ) -> list[tuple[str, list[wording.Json]]]:
-    """Shares that add up to 1 have a picture for each model; all else is in one."""
+    """The marks of each chart: stacked shares have one for each model, others one in all."""
     models = answers.models(answer)[: answers.MOST_MODELS]
     if len(models) < 2:
         return [("", list(rows))]
@@ -205,7 +201,6 @@ def _cut(answer: Answer, drawing: Drawing) -> str:
 
 
 def _chart(
-    asked: Asked,
     answer: Answer,
     drawing: Drawing,
     rows: Sequence[wording.Json],
@@ -218,8 +213,8 @@ def _chart(
     if not leads:
         st.altair_chart(drawn, key=key)
         return
-    seen = st.altair_chart(drawn, key=key, on_select="rerun", selection_mode=question_charts.PICK)
-    picked = seen.selection.get(question_charts.PICK) or []
+    shown = st.altair_chart(drawn, key=key, on_select="rerun", selection_mode=question_charts.PICK)
+    picked = shown.selection.get(question_charts.PICK) or []
     if picked:
         _open(places[int(picked[0]["at"])])
 
@@ -227,10 +222,8 @@ def _chart(
 # ------------------------------------------------------------------------- the rows
 
 
-def _table(asked: Asked, answer: Answer) -> None:
-    places = answers.step_places(answer)
-    drill = answer.question == "compare" and answer.view == "reply"
-    leads = drill or places[0] is not None
+def _table(state: QuestionState, answer: Answer, step_view: str | None) -> None:
+    leads = step_view is not None or answers.step_places(answer)[0] is not None
     count = "1 row" if len(answer.rows) == 1 else f"{len(answer.rows):,} rows"
     with st.container(
         horizontal=True,
@@ -238,13 +231,10 @@ def _table(asked: Asked, answer: Answer) -> None:
         vertical_alignment="center",
         key="rows-head",
     ):
-        told = {
-            True: " Click one to compare its two steps.",
-            False: " Click one to open it in Chat.",
-        }
-        st.caption(f"{count}.{told[drill] if leads else ''}", width="stretch")
-        if leads and (named := _named(asked, answer)) is not None:
-            _follow(asked, answer, named)
+        goal = "compare its two steps" if step_view else "open it in Chat"
+        st.caption(f"{count}. Click one to {goal}." if leads else f"{count}.", width="stretch")
+        if leads and (named := _named(state, answer)) is not None:
+            _follow(state, answer, step_view, named)
         st.download_button(
             "CSV",
             partial(_csv, answer),
@@ -253,7 +243,7 @@ def _table(asked: Asked, answer: Answer) -> None:
             key="answer-csv",
             icon=":material/download:",
             on_click="ignore",
-            help="All rows, with the tokens' texts as they are",
+            help="Save all rows, with the exact texts of the tokens",
         )
     frame = pd.DataFrame(answers.table(answer))
     height: Any = "content" if len(frame) <= 11 else TABLE_HEIGHT
@@ -261,28 +251,28 @@ def _table(asked: Asked, answer: Answer) -> None:
     if not leads:
         st.dataframe(frame, hide_index=True, height=height, key="rows", column_config=config)
         return
-    seen = st.dataframe(
+    shown = st.dataframe(
         frame,
         hide_index=True,
         height=height,
-        key=f"rows-{hash(asked)}",
+        key=f"rows-{hash(state)}",
         column_config=config,
         on_select="rerun",
         selection_mode="single-cell",
     )
-    if seen.selection.cells:
-        _follow(asked, answer, int(seen.selection.cells[0][0]))
+    if shown.selection.cells:
+        _follow(state, answer, step_view, int(shown.selection.cells[0][0]))
 
 
-def _named(asked: Asked, answer: Answer) -> int | None:
-    """The row chosen by its name: in the table, an arrow key would open what it comes to."""
+def _named(state: QuestionState, answer: Answer) -> int | None:
+    """A row chosen by its name, for the keyboard: in the table, an arrow key opens a row."""
     names = answers.row_names(answer)
     chosen: int | None = st.selectbox(
         "Open a row",
         range(len(names)),
         index=None,
         format_func=lambda at: names[at],
-        key=f"named-{hash(asked)}",
+        key=f"named-{hash(state)}",
         placeholder="Or by its name",
         label_visibility="collapsed",
         width=170,
@@ -290,19 +280,19 @@ def _named(asked: Asked, answer: Answer) -> int | None:
     return chosen
 
 
-def _follow(asked: Asked, answer: Answer, row: int) -> None:
-    """Open where the row leads."""
-    if answer.question == "compare" and answer.view == "reply":
+def _follow(state: QuestionState, answer: Answer, step_view: str | None, row: int) -> None:
+    """Open the step of a row in Chat, or compare its two steps."""
+    if step_view is not None:
         step = answer.column("step")[row]
-        sides = (f"{asked.first}:{step}", f"{asked.second}:{step}")
-        _go(replace(asked, view="step", first=sides[0], second=sides[1]))
+        first, second = f"{state.first}:{step}", f"{state.second}:{step}"
+        _go(replace(state, view=step_view, first=first, second=second))
     _open(answers.step_places(answer)[row])
 
 
 def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
     config: dict[str, object] = {}
     for column in answer.columns:
-        meaning = column.meaning[:1].upper() + column.meaning[1:]
+        meaning = column.description[:1].upper() + column.description[1:]
         kind = frame[column.name].dtype.kind
         if kind == "f":
             whole = frame[column.name].dropna().mod(1).eq(0).all() and column.shown != "share"

@@ -22,7 +22,7 @@ from oki_trace.records import (
     TemplateOptions,
     TensorMode,
 )
-from oki_trace.template_options import options_from, parsed_tools
+from oki_trace.template_options import options_from, parse_tools
 
 STATES = {
     "starting": ("Starting", "orange"),
@@ -266,7 +266,7 @@ def _template(switches: Sequence[str]) -> TemplateOptions:
     lines = [f"{name}={chosen[name]}" for name in switches if chosen[name] != UNCHANGED]
     lines += [line for line in chosen["template_args"].splitlines() if line.strip()]
     text = chosen["tools"].strip()
-    return options_from(lines, parsed_tools(text, "Tools") if text else ())
+    return options_from(lines, parse_tools(text, "Tools") if text else ())
 
 
 def model_card(messages: Sequence[Message]) -> None:

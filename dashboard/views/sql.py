@@ -102,8 +102,8 @@ def _tables() -> None:
     for function in data.functions():
         with st.expander(f"**{function.name}**"):
             st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
-            st.code(f"{function.name}({', '.join(function.takes)})", language="sql")
-            st.caption(f"Returns `{function.gives}`; NULL if the tensor was not kept.")
+            st.code(f"{function.name}({', '.join(function.parameters)})", language="sql")
+            st.caption(f"Returns `{function.returns}`; NULL if the tensor was not kept.")
 
 
 def _editor() -> tuple[Query, bool]:

@@ -1,7 +1,7 @@
 """Questions across steps, replies, conversations and models.
 
-DuckDB over Parquet files written once for every finished message (``cache``)
-and over what the reader hands over for those still running: in this process for
-questions of ours, in one of its own for SQL from outside (``sandbox``).
-The files are a cache: the store is the truth, and DuckDB never opens it.
+DuckDB queries Parquet files that are written once for every finished message (``cache``), and
+Arrow tables of the messages still running. Built-in questions run in this process, the user's own
+SQL in a separate one (``sandbox``). The files are a cache: the store is the source of truth, and
+DuckDB never opens it.
 """

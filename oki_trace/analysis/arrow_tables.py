@@ -1,8 +1,7 @@
-"""A reply's rows from the store as Arrow tables, with what is worked out once for all questions.
+"""A reply's rows from the store as Arrow tables, with the columns derived for all questions.
 
-The guarantee: measured values are the store's own, not rounded (the entries'
-32-bit floats were 32-bit floats when they were measured); what is not a number
-is NULL.
+Measured values are the store's own, not rounded (the 32-bit floats of entries were measured as
+32-bit floats); NaN is NULL.
 """
 
 from __future__ import annotations
@@ -16,64 +15,39 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from oki_trace.analysis.head_targets import COUNTED_AS
-from oki_trace.analysis.tables import BY_NAME, Kind, Table
+from oki_trace.analysis.tables import BY_NAME
 from oki_trace.store.reading.columnar import Columns
 from oki_trace.store.reading.reader import TraceReader
 
-# Steps that are in memory at once: about 40 MB of Python values.
+# Steps in memory at a time: about 40 MB of Python values.
 STEPS_AT_ONCE = 256
 
 SHARES = ("first_token", "system", "user", "assistant", "template", "reply")
-_SEGMENT_SHARE = {name: SHARES.index(thing) for name, thing in COUNTED_AS.items()}
-_REPLY = 5
-
-_ARROW: dict[Kind, pa.DataType] = {
-    "BIGINT": pa.int64(),
-    "INTEGER": pa.int32(),
-    "DOUBLE": pa.float64(),
-    "FLOAT": pa.float32(),
-    "BOOLEAN": pa.bool_(),
-    "VARCHAR": pa.string(),
-    "TIMESTAMP": pa.timestamp("us"),
-}
+_SEGMENT_SHARE = {name: SHARES.index(target) for name, target in COUNTED_AS.items()}
 
 Tables = dict[str, pa.Table]
 
 
-def schema(table: Table) -> pa.Schema:
-    """The Arrow schema of one of our tables."""
-    return pa.schema([(column.name, _ARROW[column.kind]) for column in table.columns])
-
-
 def to_arrow(name: str, columns: dict[str, Any]) -> pa.Table:
-    """Columns under our names, in any order and with others among them, as that table."""
-    wanted = schema(BY_NAME[name])
-    return pa.table([_array(columns[f.name], f.type) for f in wanted], schema=wanted)
+    """Columns by name as the Arrow table ``name``; other columns are left out."""
+    schema = BY_NAME[name].schema
+    return pa.table([_array(columns[f.name], f.type) for f in schema], schema=schema)
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
-    if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-        missing = np.isnan(values)
-        mask = missing if missing.any() else None
-        if pa.types.is_integer(kind):
-            values = np.where(missing, 0, values).astype(np.int64)
-        return pa.array(values, mask=mask).cast(kind)
     if isinstance(values, np.ndarray):
-        return pa.array(values).cast(kind)
+        # NaN becomes NULL, also on the way to an integer.
+        return pa.array(values, from_pandas=True).cast(kind)
     return pa.array(values, type=kind)
 
 
 def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
-    """The step tables of a reply, some steps at a time, and its prompt with the first.
+    """The prompt of a reply, and its step tables, some steps at a time.
 
-    Each batch is one instant: of a reply that is running, the steps so far.
+    A running reply has its steps so far; each batch is read at one instant.
     """
     prompt = reader.prompt_columns(message_id)
-    yield {
-        "prompt_token": to_arrow(
-            "prompt_token", {**prompt, "message_id": _same(message_id, prompt["position"])}
-        )
-    }
+    yield {"prompt_token": to_arrow("prompt_token", prompt)}
     share = _shares_of_prompt(prompt)
     before = ""
     first = 0
@@ -89,48 +63,36 @@ def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
         first += count
 
 
-def _same(value: int, like: Any) -> NDArray[np.int64]:
-    return np.full(len(like), value, dtype=np.int64)
-
-
 def _step_tables(batch: dict[str, Columns], share: NDArray[np.int64], before: str) -> Tables:
     step = batch["step"]
     rows = _RowsOfStep(step)
     topk, lens_layer, lens_entry = batch["topk_entry"], batch["lens_layer"], batch["lens_entry"]
     attention_layer, attention_entry = batch["attention_layer"], batch["attention_entry"]
+    derived = {
+        "step": {
+            "token_class": _classes(step["token"], step["is_special"].tolist(), before),
+            **_runner_up(step, topk, rows),
+            **_settled(step, lens_layer, rows),
+        },
+        "lens_layer": _top_of_layer(lens_layer, lens_entry),
+        "attention_layer": _divided(attention_layer, attention_entry, share),
+    }
     return {
-        "step": to_arrow(
-            "step",
+        name: to_arrow(
+            name,
             {
-                **step,
-                "token_class": _classes(step["token"], step["is_special"].tolist(), before),
-                **_other(step, topk, rows),
-                **_settled(step, lens_layer, rows),
+                **columns,
+                **({} if name == "step" else rows.keys(columns)),
+                **derived.get(name, {}),
             },
-        ),
-        "topk_entry": to_arrow("topk_entry", {**topk, **rows.keys(topk)}),
-        "lens_layer": to_arrow(
-            "lens_layer",
-            {**lens_layer, **rows.keys(lens_layer), **_first_of_layer(lens_layer, lens_entry)},
-        ),
-        "lens_entry": to_arrow("lens_entry", {**lens_entry, **rows.keys(lens_entry)}),
-        "attention_layer": to_arrow(
-            "attention_layer",
-            {
-                **attention_layer,
-                **rows.keys(attention_layer),
-                **_shared_out(attention_layer, attention_entry, share),
-            },
-        ),
-        "attention_entry": to_arrow(
-            "attention_entry", {**attention_entry, **rows.keys(attention_entry)}
-        ),
+        )
+        for name, columns in batch.items()
     }
 
 
 @dataclass(frozen=True, slots=True)
 class _RowsOfStep:
-    """Which step of a batch each row of a child table belongs to."""
+    """The step of a batch that each row of a child table belongs to."""
 
     step: Columns
 
@@ -149,8 +111,8 @@ class _RowsOfStep:
         }
 
 
-def _other(step: Columns, topk: Columns, rows: _RowsOfStep) -> dict[str, Any]:
-    """The most likely token that was not chosen; candidates come by step and rank."""
+def _runner_up(step: Columns, topk: Columns, rows: _RowsOfStep) -> dict[str, Any]:
+    """The most likely token that was not chosen; candidates are ordered by step and rank."""
     place = rows.of(topk)
     others = np.flatnonzero(topk["token_id"] != step["token_id"][place])
     steps, first = np.unique(place[others], return_index=True)
@@ -161,22 +123,22 @@ def _other(step: Columns, topk: Columns, rows: _RowsOfStep) -> dict[str, Any]:
     tokens: list[str | None] = [None] * count
     for one, row in zip(steps.tolist(), others[first].tolist(), strict=True):
         tokens[one] = topk["token"][row]
-    return {"other_id": ids, "other_prob": probs, "other_token": tokens}
+    return {"runner_up_id": ids, "runner_up_prob": probs, "runner_up_token": tokens}
 
 
 def _settled(step: Columns, lens_layer: Columns, rows: _RowsOfStep) -> dict[str, Any]:
     place = rows.of(lens_layer)
     count = len(step["id"])
     layers, probs = np.full(count, np.nan), np.full(count, np.nan)
-    # By step and layer, so a step's last row is its last layer.
+    # Rows are ordered by step and layer, so a step's last row is its last layer.
     layers[place] = lens_layer["layer"]
     at = np.flatnonzero(lens_layer["layer"] == step["settle_layer"][place])
     probs[place[at]] = lens_layer["chosen_prob"][at]
     return {"layers": layers, "settle_prob": probs}
 
 
-def _first_of_layer(layer: Columns, entry: Columns) -> dict[str, Any]:
-    """Rank 1 of each layer, a row of ``lens_layer`` each."""
+def _top_of_layer(layer: Columns, entry: Columns) -> dict[str, Any]:
+    """The most likely token of each row of ``lens_layer``."""
     first = np.flatnonzero(entry["rank"] == 1)
     row = _rows_of_layer(layer, entry)[first]
     ids, probs = np.full(len(layer["layer"]), np.nan), np.full(len(layer["layer"]), np.nan)
@@ -188,7 +150,7 @@ def _first_of_layer(layer: Columns, entry: Columns) -> dict[str, Any]:
 
 
 def _rows_of_layer(layer: Columns, entry: Columns) -> NDArray[np.int64]:
-    """The row of a layer's table that each entry belongs to; both come by step and layer."""
+    """The row of a layer's table that each entry belongs to; both are ordered by step and layer."""
     span = int(max(layer["layer"].max(initial=0), entry["layer"].max(initial=0))) + 1
     row: NDArray[np.int64] = np.searchsorted(
         layer["step_id"] * span + layer["layer"], entry["step_id"] * span + entry["layer"]
@@ -197,17 +159,17 @@ def _rows_of_layer(layer: Columns, entry: Columns) -> NDArray[np.int64]:
 
 
 def _shares_of_prompt(prompt: Columns) -> NDArray[np.int64]:
-    """Which share each position of the prompt counts to: (prompt_len,)."""
+    """The index in SHARES of each position of the prompt: (prompt_len,)."""
     share = np.array([_SEGMENT_SHARE[segment] for segment in prompt["segment"]], dtype=np.int64)
     share[:1] = 0
     return share
 
 
-def _shared_out(layer: Columns, entry: Columns, share: NDArray[np.int64]) -> dict[str, Any]:
-    """The kept weights by what they look at, and what is left: (rows of attention_layer,) each."""
+def _divided(layer: Columns, entry: Columns, share: NDArray[np.int64]) -> dict[str, Any]:
+    """The recorded weights by part of the text, and their rest: (rows of attention_layer,) each."""
     position = entry["position"]
     inside = position < len(share)
-    kind = np.full(len(position), _REPLY)
+    kind = np.full(len(position), SHARES.index("reply"))
     kind[inside] = share[position[inside]]
     row = _rows_of_layer(layer, entry)
     count = len(layer["layer"])
@@ -217,23 +179,22 @@ def _shared_out(layer: Columns, entry: Columns, share: NDArray[np.int64]) -> dic
     rest = 1.0 - np.nan_to_num(layer["missing"]) - by_share.sum(axis=1)
     return {
         **{name: by_share[:, i] for i, name in enumerate(SHARES)},
-        # Rounding can leave a trace below zero.
+        # Rounding can leave a little less than zero.
         "rest": np.maximum(rest, 0.0),
-        # By step and layer, so a step's last row is its last layer.
+        # Rows are ordered by step and layer, so a step's last row is its last layer.
         "is_evidence": np.append(np.diff(layer["step_id"]) != 0, True)[:count],
     }
 
 
 def _classes(tokens: Sequence[str], special: Sequence[bool], before: str) -> list[str]:
-    found = []
-    for token, is_special in zip(tokens, special, strict=True):
-        found.append(token_class(token, is_special=is_special, before=before))
-        before = token
-    return found
+    return [
+        token_class(token, is_special=is_special, before=before)
+        for token, is_special, before in zip(tokens, special, (before, *tokens), strict=False)
+    ]
 
 
 def token_class(token: str, *, is_special: bool = False, before: str = "") -> str:
-    """What kind of token this is; ``before`` is the text of the one before it."""
+    """The kind of a token; ``before`` is the text of the token before it."""
     bare = token.strip()
     if is_special:
         return "special"

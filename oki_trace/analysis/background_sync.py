@@ -1,7 +1,7 @@
-"""The cache brought in step by a thread of its own, for a page that must not stand still.
+"""Synchronising the cache in a background thread, for a page that must stay responsive.
 
-A first question about a large store has minutes of writing before it. Whoever
-waits may leave: the writing goes on, and the next who asks finds it further.
+The first question about a large store waits for minutes of writing. The writing goes on when the
+user leaves the page.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.identity import Db
 
 
-class CatchUp:
-    """How far the cache of one store is behind it, asked by any thread."""
+class BackgroundSync:
+    """The synchronisation of one store's cache; any thread may ask how far it is."""
 
     def __init__(self, db: Db, reader: TraceReader) -> None:
         self._cache = Cache(db)
@@ -25,9 +25,9 @@ class CatchUp:
         self._error: Exception | None = None
 
     def behind(self, wait_s: float) -> tuple[int, int] | None:
-        """(messages written, of all that are new) after at most ``wait_s``; None: in step.
+        """(messages written, all new messages) after at most ``wait_s``; None: synchronised.
 
-        Raises what went wrong, StoreError when the folder cannot be written.
+        Raises the error of the thread, StoreError when the folder cannot be written.
         """
         with self._lock:
             if self._thread is None:
@@ -50,9 +50,9 @@ class CatchUp:
 
     def _write(self) -> None:
         try:
-            self._cache.sync(self._reader, self._note)
-        except Exception as error:  # told to whoever asks next
+            self._cache.sync(self._reader, self._progress)
+        except Exception as error:  # raised by the next call
             self._error = error
 
-    def _note(self, done: int, of_all: int) -> None:
-        self._written = (done, of_all)
+    def _progress(self, done: int, total: int) -> None:
+        self._written = (done, total)

@@ -2,103 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
-from oki_trace.analysis import compare, heads, questions
-from oki_trace.analysis.attention import ATTENTION
 from oki_trace.analysis.query_session import QuerySession
-from oki_trace.analysis.questions import Answer, Question
-from oki_trace.analysis.reproducibility import REPRODUCIBILITY
+from oki_trace.analysis.question import Answer, Question, Request, parse_step, run_statement
+from oki_trace.analysis.questions.attention import ATTENTION
+from oki_trace.analysis.questions.compare import COMPARE
+from oki_trace.analysis.questions.heads import HEADS
+from oki_trace.analysis.questions.layers import LAYERS
+from oki_trace.analysis.questions.reproducibility import REPRODUCIBILITY
+from oki_trace.analysis.questions.rivals import RIVALS
+from oki_trace.analysis.questions.settle import SETTLE
+from oki_trace.analysis.questions.uncertainty import UNCERTAINTY
 from oki_trace.analysis.scope import Scope
-from oki_trace.analysis.settling import LAYERS, RIVALS, SETTLE
-from oki_trace.analysis.uncertainty import UNCERTAINTY
 from oki_trace.errors import UsageError
 
-# Their statements read tensors, and their answers say what they stand on.
-HEADS = Question(
-    "heads",
-    "Heads that look at one thing: the first token, the token before, a part of the prompt.",
-    "From the full attention tensors of a sample of the steps. Most heads rest on the first "
-    "token: that is where attention goes that has nothing to do.",
-    {},
-    {"sample": (64, "how many steps are read"), "top": (20, "how many heads")},
-)
-COMPARE = Question(
-    "compare",
-    "Two steps, two replies or two models: how far their distributions are apart.",
-    "KL, Jensen-Shannon and total variation from the full logits where both were kept, from the "
-    "candidates where not. Only steps after the same words compare the models; later ones "
-    "answer different texts.",
-    {},
-    {
-        "sample": (compare.SAMPLE, "how many steps are read, for models"),
-        "top": (20, "how many prompts, for models"),
-    },
-)
-
+# In the order of the explorer's list; questions of one group stand together.
 QUESTIONS: dict[str, Question] = {
     question.name: question
     for question in (
-        SETTLE,
-        UNCERTAINTY,
-        LAYERS,
-        RIVALS,
-        ATTENTION,
-        HEADS,
-        COMPARE,
-        REPRODUCIBILITY,
+        *(SETTLE, UNCERTAINTY, LAYERS, RIVALS),
+        *(ATTENTION, HEADS, COMPARE, REPRODUCIBILITY),
     )
 }
 
 
 def answer(
-    trove: QuerySession,
+    session: QuerySession,
     name: str,
-    what: tuple[str, ...] = (),
+    subjects: tuple[str, ...] = (),
     *,
     scope: Scope | None = None,
     view: str | None = None,
-    **given: Any,
+    **options: float,
 ) -> Answer:
-    """Ask a question by its name. Raises UsageError when it is put wrongly, else QuestionError
-    or NotFound.
+    """Ask a question by its name. Options that it does not have are ignored.
+
+    ``subjects``: the two steps, replies or models of a question that compares. Raises UsageError
+    for a question, view or subject that does not exist, else QuestionError or NotFound.
     """
-    question = QUESTIONS.get(name)
-    if question is None:
+    question = _named(name)
+    if question.compares:
+        view = _view_for(question, subjects)
+    elif subjects:
+        raise UsageError(f"{name} takes no {subjects[0]}: narrow it down with options, as --model.")
+    view = view or next(iter(question.views))
+    if view not in question.views:
+        raise UsageError(f"{name} can be asked by {', '.join(question.views)}, not by {view}.")
+    values = {key: options.get(key, option.default) for key, option in question.options.items()}
+    request = Request(question, view, scope or Scope(), values, subjects)
+    return (question.run or run_statement)(session, request)
+
+
+def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float]:
+    """Options of a question as ``NAME=VALUE``. Raises UsageError for what it does not allow."""
+    options = _named(name).options
+    parsed: dict[str, float] = {}
+    for pair in pairs:
+        key, _, text = pair.partition("=")
+        value = options[key].parse(text) if key in options else None
+        if value is None:
+            allowed = ", ".join(f"{key} ({option.range})" for key, option in options.items())
+            raise UsageError(f"{name} does not allow {pair}: its options are {allowed or 'none'}.")
+        parsed[key] = value
+    return parsed
+
+
+def _named(name: str) -> Question:
+    if name not in QUESTIONS:
         raise UsageError(f"There is no question {name}: ask {', '.join(QUESTIONS)}.")
-    if question is COMPARE:
-        return _compare(trove, what, scope, _given(question, given))
-    if what:
-        raise UsageError(f"{name} takes no {what[0]}: narrow it down with options, as --model.")
-    if question is HEADS:
-        return heads.heads_answer(trove, scope, **_given(question, given))
-    return questions.ask(trove, question, scope, view, **_given(question, given))
+    return QUESTIONS[name]
 
 
-def _given(question: Question, given: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in given.items() if key in question.parameters}
-
-
-def _compare(
-    trove: QuerySession, what: tuple[str, ...], scope: Scope | None, given: dict[str, Any]
-) -> Answer:
-    steps = [_step(one) for one in what]
-    kinds = {
-        "step" if step else "reply" if one.isdecimal() else "model"
-        for one, step in zip(what, steps, strict=True)
-    }
-    if len(what) != 2 or len(kinds) != 1:
+def _view_for(question: Question, subjects: tuple[str, ...]) -> str:
+    """The view that compares these. Raises UsageError unless they are two of one kind."""
+    steps = [parse_step(subject) for subject in subjects]
+    kinds = {"model" if s is None else "reply" if s[1] is None else "step" for s in steps}
+    views = [name for name, view in question.views.items() if {view.compares} == kinds]
+    if len(subjects) != 2 or not views:
         raise UsageError(
-            "compare takes two of a kind: two steps (2:5 4:5), two replies (2 4) or two models."
+            f"{question.name} takes two steps (2:5 4:5), two replies (2 4) or two models."
         )
-    if steps[0] and steps[1]:
-        return compare.steps_answer(trove, steps[0], steps[1])
-    if kinds == {"reply"}:
-        return compare.replies_answer(trove, int(what[0]), int(what[1]))
-    return compare.models_answer(trove, what[0], what[1], scope, **given)
-
-
-def _step(text: str) -> tuple[int, int] | None:
-    """``message:step``; None for what is not that."""
-    message, colon, step = text.partition(":")
-    return (int(message), int(step)) if colon and (message + step).isdecimal() else None
+    return views[0]

@@ -1,7 +1,7 @@
-"""DuckDB, shut in: our tables, our limits, no file and no network beyond the cache's own files.
+"""DuckDB connections to our tables, with limits, and without access to other files or networks.
 
-One connection sees one state of the store: the Parquet files of one manifest,
-and a copy of what was running when it was made.
+A connection sees one state of the store: the Parquet files of one manifest, and a copy of the
+messages that were running when it was opened.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from oki_trace.analysis.tables import BY_NAME
 from oki_trace.errors import QuestionError
 from oki_trace.store.reading.reader import TraceReader
 
-# Together with Python and Arrow this stays below 1 GB.
+# With Python and Arrow the process stays below 1 GB.
 MEMORY_BYTES = 768_000_000
 CONFIG: dict[str, str | bool | int | float | list[str]] = {
     "memory_limit": f"{MEMORY_BYTES // 1_000_000}MB",
-    # Nothing is written, not even what does not fit into memory.
+    # Nothing is written to the disk, not even data that does not fit into memory.
     "temp_directory": "",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
@@ -36,7 +36,7 @@ CONFIG: dict[str, str | bool | int | float | list[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A result: a row a tuple; ``kinds`` are DuckDB's types. ``cut``: there were more rows."""
+    """A result; ``kinds`` are DuckDB's types. ``cut``: there were more rows than the limit."""
 
     columns: tuple[str, ...]
     kinds: tuple[str, ...]
@@ -50,20 +50,21 @@ def connect(
     reader: TraceReader,
     **config: str | int,
 ) -> duckdb.DuckDBPyConnection:
-    """Our tables: Parquet ``files`` by table, and with them ``live`` Arrow tables; our functions,
-    which read tensors through ``reader``; then locked. ``config``: settings of DuckDB's.
+    """A locked connection with our tables and functions.
+
+    Each table is the union of its Parquet ``files`` and its ``live`` Arrow table; the functions
+    read tensors through ``reader``. ``config``: settings of DuckDB.
     """
     connection = duckdb.connect(":memory:", config={**CONFIG, **config})
-    # Wherever the machine stands.
     connection.execute("SET TimeZone = 'UTC'")
     for name in BY_NAME:
         relations = []
         if files.get(name):
             relations.append(connection.read_parquet(list(files[name])))
         if len(live[name]) or not relations:
-            connection.register("arriving", live[name])
-            connection.table("arriving").create("live_" + name)
-            connection.unregister("arriving")
+            connection.register("live", live[name])
+            connection.table("live").create("live_" + name)
+            connection.unregister("live")
             relations.append(connection.table("live_" + name))
         whole = relations[0] if len(relations) == 1 else relations[0].union(relations[1])
         whole.create_view(name)
@@ -78,7 +79,7 @@ def connect(
 def run(
     connection: duckdb.DuckDBPyConnection, sql: str, parameters: Mapping[str, Any] | None = None
 ) -> Rows:
-    """The answer to a statement of ours. Raises QuestionError when it cannot be."""
+    """The result of a trusted statement. Raises QuestionError when DuckDB cannot run it."""
     with translate_errors(), connection.cursor() as cursor:
         result = cursor.execute(sql, dict(parameters or {}))
         names = tuple(str(column[0]) for column in result.description or ())
@@ -87,68 +88,55 @@ def run(
 
 
 def out_of_memory(memory_bytes: int = MEMORY_BYTES) -> QuestionError:
-    """What is said of a question that takes more memory than it may."""
+    """The error of a question that exceeds its memory."""
     return QuestionError(
-        f"The question needs more than {memory_bytes / 1e6:,.0f} MB of memory: narrow it down, or "
-        "ask for less."
+        f"The question needs more than {memory_bytes / 1e6:,.0f} MB of memory: narrow it down."
     )
 
 
-_REACHES_OUT = (
-    "The question reaches for a file or an address: it can read only the tables that "
+_OUTSIDE = (
+    "The question accesses a file or an address: it can read only the tables that "
     "`oki-trace sql --tables` lists."
 )
-_UNREADABLE = "A file of the cache cannot be read: write it anew with `oki-trace sql --rebuild`."
+_UNREADABLE = "A file of the cache cannot be read: rebuild it with `oki-trace sql --rebuild`."
 
 
 @contextmanager
 def translate_errors(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
-    """Turn what DuckDB raises into one sentence that names the fix."""
+    """Turn DuckDB's errors into a QuestionError of one sentence that names the fix.
+
+    While Arrow reads a result, it raises DuckDB's messages as its own errors.
+    """
     try:
         yield
-    except duckdb.InterruptException as error:
-        raise QuestionError("The question was interrupted: ask it again.") from error
-    except duckdb.OutOfMemoryException as error:
-        raise out_of_memory(memory_bytes) from error
-    except duckdb.PermissionException as error:
-        raise QuestionError(_REACHES_OUT) from error
-    except duckdb.IOException as error:
-        raise QuestionError(_UNREADABLE) from error
-    except duckdb.Error as error:
-        raise _in_one_line(str(error)) from error
-
-
-@contextmanager
-def streamed_plainly(memory_bytes: int) -> Iterator[None]:
-    """The same while Arrow reads the result, which raises what DuckDB says as its own errors."""
-    try:
-        with translate_errors(memory_bytes):
-            yield
-    except (pa.ArrowException, OSError) as error:
-        said = str(error)
-        if isinstance(error, MemoryError) or "Out of Memory Error" in said:
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        message = str(error)
+        if isinstance(error, duckdb.InterruptException):
+            raise QuestionError("The question was interrupted: ask it again.") from error
+        if isinstance(error, duckdb.OutOfMemoryException | MemoryError):
             raise out_of_memory(memory_bytes) from error
-        if said.startswith("Permission Error"):
-            raise QuestionError(_REACHES_OUT) from error
-        if said.startswith("IO Error"):
+        if "Out of Memory Error" in message:
+            raise out_of_memory(memory_bytes) from error
+        if isinstance(error, duckdb.PermissionException) or message.startswith("Permission Error"):
+            raise QuestionError(_OUTSIDE) from error
+        if isinstance(error, duckdb.IOException) or message.startswith("IO Error"):
             raise QuestionError(_UNREADABLE) from error
-        raise _in_one_line(said) from error
+        raise _in_one_line(message) from error
 
 
-def _in_one_line(said: str) -> QuestionError:
-    # What one of our own functions found wrong says all by itself.
-    _, ours, told = said.partition("while executing the UDF: ")
-    if ours:
-        return QuestionError(told.partition(": ")[2])
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    what = lines[0].partition(": ")[2] or lines[0]
-    # DuckDB's own tables are like any name.
+def _in_one_line(message: str) -> QuestionError:
+    # The error of one of our own functions is a whole sentence.
+    _, of_ours, own = message.partition("while executing the UDF: ")
+    if of_ours:
+        return QuestionError(own.partition(": ")[2])
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    sentence = (lines[0].partition(": ")[2] or lines[0]).rstrip(".!") + "."
+    # DuckDB also suggests its own tables.
     hints = (
         line
         for line in lines[1:]
         if line.startswith(("Candidate", "Did you mean")) and '"pg_' not in line
     )
-    told = what.rstrip(".!") + "."
     if hint := next(hints, ""):
-        told += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."
-    return QuestionError(f"The SQL cannot be answered: {told}")
+        sentence += f" {hint}" if hint.endswith("?") else f" {hint.rstrip('.')}."
+    return QuestionError(f"The SQL cannot be answered: {sentence}")

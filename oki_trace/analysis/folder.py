@@ -1,9 +1,9 @@
-"""Where the cache lies, and the two things that keep it whole: a lock and a manifest.
+"""The cache's folder: where it is, its lock and its manifest.
 
-A part is a folder of Parquet files, a file a table, made under another name and
-renamed when it is complete; it never changes again. The manifest lists the parts
-that count, and is replaced in one go: whoever reads it sees all of a change or
-nothing. What it does not list is waste, and is swept away by the next change.
+A part is a folder of Parquet files, one for each table. It is written under another name, renamed
+when it is complete, and never changed. The manifest lists the valid parts and is replaced
+atomically, so a reader sees all of a change or nothing. The next change removes what the manifest
+does not list.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from oki_trace.settings import Settings
 from oki_trace.store.schema import identity
 from oki_trace.store.schema.identity import Db
 
-# What the files hold, and how: another number, and everything is written anew.
-FORMAT = 2
+# The format of the files: with another number, everything is written again.
+FORMAT = 3
 
 _MANIFEST = "manifest.json"
 _MESSAGES = "messages.json"
-# A first question about a large store takes minutes; others wait for it.
+# The first question about a large store takes minutes, and others wait for it.
 _LOCK_SECONDS = 3600.0
 
 
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """``stamp``: the state of the store that the parts were compared with last."""
+    """``stamp``: the state of the store that the parts were last compared with."""
 
     stamp: str
     parts: tuple[Part, ...]
@@ -56,7 +56,7 @@ EMPTY = Manifest("", ())
 
 
 def folder_of(db: Db) -> Path:
-    """Beside a SQLite file; in the data folder on PostgreSQL, and where that cannot be written."""
+    """Next to a SQLite file; in the data folder for PostgreSQL, or when that is not writable."""
     url = identity.address(db)
     path = identity.file_of(url)
     if path is not None and (os.access(path.parent, os.W_OK) or not path.parent.exists()):
@@ -78,24 +78,23 @@ class Folder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time changes the folder; readers need no lock."""
-        with self._told_plainly():
+        """One process at a time changes the folder; readers need no lock. Raises StoreError."""
+        try:
             identity.create_folder(self.path / _MANIFEST)
-            lock = FileLock(self.path / "lock", mode=0o600)
-            try:
-                lock.acquire(timeout=_LOCK_SECONDS)
-            except Timeout as error:
-                raise StoreError(
-                    f"The cache {self.path} is being written by another process: wait for it to "
-                    "finish."
-                ) from error
-            try:
+            with FileLock(self.path / "lock", mode=0o600).acquire(timeout=_LOCK_SECONDS):
                 yield
-            finally:
-                lock.release()
+        except Timeout as error:
+            raise StoreError(
+                f"Another process is writing the cache {self.path}: wait until it has finished."
+            ) from error
+        except OSError as error:
+            raise StoreError(
+                f"The cache {self.path} cannot be written ({error.strerror or error}): check the "
+                "folder's permissions and the free disk space."
+            ) from error
 
     def manifest(self) -> Manifest:
-        """What counts. EMPTY when there is none, or it is torn, or a file of it is not whole."""
+        """The valid parts. EMPTY when there is no manifest, or it or a file is incomplete."""
         try:
             document = json.loads((self.path / _MANIFEST).read_text(encoding="utf-8"))
             if document["format"] != FORMAT:
@@ -110,80 +109,67 @@ class Folder:
             return EMPTY
 
     def commit(self, manifest: Manifest) -> None:
-        """Make this what counts, and sweep away the rest. Under the lock."""
+        """Replace the manifest, and remove what it does not list. Needs the lock."""
         document = {"format": FORMAT, **asdict(manifest)}
-        self._write(self.path / _MANIFEST, json.dumps(document))
-        kept = {part.name for part in manifest.parts}
+        fresh = self.path / f".{_MANIFEST}.{uuid.uuid4().hex}"
+        _write(fresh, json.dumps(document))
+        fresh.replace(self.path / _MANIFEST)
+        valid = {part.name for part in manifest.parts}
         for entry in self.path.iterdir():
-            if entry.is_dir() and entry.name not in kept:
+            if entry.is_dir() and entry.name not in valid:
                 shutil.rmtree(entry, ignore_errors=True)
 
     @contextmanager
     def new_part(self) -> Iterator[NewPart]:
-        """A folder to fill; a part once ``NewPart.keep`` was called, and swept away otherwise."""
-        made = self.path / f".new-{uuid.uuid4().hex}"
-        made.mkdir(mode=0o700)
+        """A folder to fill; it is removed unless ``NewPart.keep`` makes it a part."""
+        path = self.path / f".new-{uuid.uuid4().hex}"
+        path.mkdir(mode=0o700)
         try:
-            yield NewPart(self, made)
+            yield NewPart(path)
         finally:
-            shutil.rmtree(made, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
     def marks(self, part: Part) -> dict[str, str]:
-        """The messages of a part: what tells each from another that is given its number."""
+        """The messages of a part by id, each with a mark that tells it from another of this id."""
         text = (self.path / part.name / _MESSAGES).read_text(encoding="utf-8")
         try:
-            found: dict[str, str] = json.loads(text)
+            marks: dict[str, str] = json.loads(text)
         except ValueError as error:
             raise StoreError(
                 f"The cache {self.path} is damaged: run `oki-trace sql --rebuild`."
             ) from error
-        return found
+        return marks
 
     def file(self, part: Part, table: str) -> str:
         return str(self.path / part.name / f"{table}.parquet")
 
-    def _write(self, path: Path, text: str) -> None:
-        fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        descriptor = os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-
-    @contextmanager
-    def _told_plainly(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(
-                f"The cache {self.path} cannot be written ({error.strerror or error}): check the "
-                "folder's permissions and the room on the disk."
-            ) from error
-
 
 class NewPart:
-    """A part being made."""
+    """A part that is being written."""
 
-    def __init__(self, folder: Folder, path: Path) -> None:
-        self._folder = folder
+    def __init__(self, path: Path) -> None:
         self.path = path
 
     def file(self, table: str) -> Path:
         return self.path / f"{table}.parquet"
 
     def keep(self, steps: int, marks: dict[str, str]) -> Part:
-        """Complete: on the disk, private, and under its final name."""
-        self._folder._write(self.path / _MESSAGES, json.dumps(marks))
+        """Flush the files to the disk, make them private, and give the part its final name."""
+        _write(self.path / _MESSAGES, json.dumps(marks))
         sizes = {}
         for file in sorted(self.path.iterdir()):
             file.chmod(0o600)
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
             sizes[file.name] = file.stat().st_size
-        name = uuid.uuid4().hex
-        self.path.rename(self._folder.path / name)
-        return Part(name, len(marks), steps, sizes)
+        part = self.path.rename(self.path.with_name(uuid.uuid4().hex))
+        return Part(part.name, len(marks), steps, sizes)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a new private file, and flush it to the disk."""
+    descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())

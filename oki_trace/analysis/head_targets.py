@@ -1,4 +1,4 @@
-"""What a head looks at: its weights summed by what stands at the positions."""
+"""The kinds of position that an attention head looks at, and its weight on each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from oki_trace.records import Prompt
 
-# What a head can look at, the more special first: a position counts to the first that fits.
+# The more specific first: a position counts to the first that fits.
 HEAD_TARGETS = (
     "first token",
     "itself",
@@ -18,23 +18,23 @@ HEAD_TARGETS = (
     "template",
     "reply",
 )
-# What an earlier reply thought and called is the assistant's, what a tool answered is given.
+# Thinking and tool calls of earlier replies count to the assistant, answers of tools to the user.
 COUNTED_AS = {
     **{name: name for name in ("system", "user", "assistant", "template")},
     "thinking": "assistant",
     "tool_call": "assistant",
     "tool": "user",
 }
-_SEGMENTS = {name: HEAD_TARGETS.index(thing) for name, thing in COUNTED_AS.items()}
+_SEGMENTS = {name: HEAD_TARGETS.index(target) for name, target in COUNTED_AS.items()}
 
 
 def shares_of_heads(
     weights: NDArray[np.floating], key_offset: int, prompt: Prompt
 ) -> NDArray[np.float64]:
-    """What each head gives to each of HEAD_TARGETS, and its largest: (layers, heads, targets + 1).
+    """Each head's weight on each of HEAD_TARGETS, and its largest: (layers, heads, targets + 1).
 
-    ``weights`` (layers, heads, keys) looks at the positions from ``key_offset`` on, from the
-    last of them, where the newest token stands.
+    ``weights`` (layers, heads, keys) are of the newest token, which is the last of the keys; the
+    first key is at position ``key_offset``.
     """
     positions = key_offset + np.arange(weights.shape[-1])
     newest = key_offset + weights.shape[-1] - 1

@@ -1,25 +1,25 @@
-"""All that a store holds, open for questions.
+"""Questions and SQL over one store.
 
-``QuerySession`` keeps the cache in step, and a connection to it for as long as the
-store has not changed: a page keeps one open, a command opens one and asks once.
+``QuerySession`` synchronises the cache before each question, and keeps a connection until the store
+changes: a page keeps a session open, a command opens one for a single question.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import duckdb
 
 from oki_trace.analysis import engine, values
-from oki_trace.analysis.cache import CACHED, Cache, Progress, live_tables
+from oki_trace.analysis.cache import CACHED, Cache, live_tables
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.sandbox import MEMORY_BYTES, Contents, Limits, Result, Sandbox, Tick
 from oki_trace.errors import QuestionError
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity
 from oki_trace.store.schema.identity import Db
@@ -27,11 +27,9 @@ from oki_trace.store.schema.identity import Db
 ROW_LIMIT = 10_000
 TIME_LIMIT_S = 30.0
 
-_T = TypeVar("_T")
-
 
 class QuerySession:
-    """A store under question. One question at a time; others wait for it."""
+    """A store that is queried. One question at a time; others wait for it."""
 
     def __init__(self, db: Db, progress: Progress | None = None) -> None:
         self.reader = TraceReader(db)
@@ -39,8 +37,8 @@ class QuerySession:
         self._db = str(identity.file_of(url) or url.render_as_string(hide_password=False))
         self._cache = Cache(db)
         self._progress = progress
-        # One, or none. Let go of before the program ends, whoever still holds the trove:
-        # DuckDB complains of what outlives it.
+        # At most one. Closed before the program ends, even when the session is still referenced:
+        # DuckDB complains about connections that outlive it.
         self._open: list[duckdb.DuckDBPyConnection] = []
         weakref.finalize(self, _close, self._open)
         self._now: Contents | None = None
@@ -51,12 +49,7 @@ class QuerySession:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -65,17 +58,21 @@ class QuerySession:
         self.reader.close()
 
     def ask(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Rows:
-        """The answer to one of our own questions."""
-        return self._with_connection(lambda c: engine.run(c, sql, parameters))
+        """The result of a trusted statement. Raises QuestionError."""
+        with self._one_at_a_time:
+            try:
+                return engine.run(self._current(), sql, parameters)
+            except QuestionError:
+                if self._files_exist():
+                    raise
+            self._forget()
+            return engine.run(self._current(), sql, parameters)
 
     def sql(self, sql: str, *, limit: int = ROW_LIMIT, **limits: Any) -> Rows:
-        """The answer to somebody's own SQL: read-only, at most ``limit`` rows.
-
-        Limits and errors as for ``sql_result``.
-        """
-        found = self.sql_result(sql, limit=limit, **limits)
-        names = tuple(found.table.schema.names)
-        return Rows(names, found.kinds, tuple(values.rows_of(found.table)), found.cut)
+        """The result of the user's own SQL, read-only; limits and errors as for ``sql_result``."""
+        result = self.sql_result(sql, limit=limit, **limits)
+        names = tuple(result.table.schema.names)
+        return Rows(names, result.kinds, tuple(values.rows_of(result.table)), result.cut)
 
     def sql_result(
         self,
@@ -86,51 +83,40 @@ class QuerySession:
         memory_bytes: int = MEMORY_BYTES,
         tick: Tick | None = None,
     ) -> Result:
-        """The same as an Arrow table: within ``seconds``, in a process that is ended then.
+        """The result as an Arrow table of at most ``limit`` rows.
 
-        ``memory_bytes`` is what the statement may take beyond that process itself. ``tick`` is
-        called meanwhile, and what it raises ends the question. Raises QuestionError, in one
-        line, for whatever else the statement tries.
+        The statement runs in a process of its own, which is killed after ``seconds``.
+        ``memory_bytes`` is the memory it may use beyond that of the process. ``tick`` is called
+        while it runs, and an error that it raises ends the question. Raises QuestionError, in one
+        line, for anything else that goes wrong.
         """
         limits = Limits(limit, seconds, memory_bytes)
         try:
             return self._sandbox.ask(sql, limits, self._contents, tick)
         except QuestionError:
-            if self._are_there():
+            if self._files_exist():
                 raise
-        # Another process has joined or dropped parts since they were listed.
         with self._one_at_a_time:
             self._forget()
         self._sandbox.close()
         return self._sandbox.ask(sql, limits, self._contents, tick)
 
     def rebuild(self) -> None:
-        """Throw the cache away and write it anew from the store."""
+        """Remove the cache, and write it again from the store."""
         with self._one_at_a_time:
             self._forget()
             self._cache.clear()
             self._cache.sync(self.reader, self._progress)
 
-    def _with_connection(self, ask: Callable[[duckdb.DuckDBPyConnection], _T]) -> _T:
-        with self._one_at_a_time:
-            connection = self._current()
-            try:
-                return ask(connection)
-            except QuestionError:
-                if self._are_there():
-                    raise
-            # Another process has joined or dropped parts since they were listed.
-            self._forget()
-            return ask(self._current())
-
-    def _are_there(self) -> bool:
+    def _files_exist(self) -> bool:
+        """Whether no other process has joined or dropped parts since they were listed."""
         now = self._now
         return now is None or all(
             Path(file).exists() for of_table in now.files.values() for file in of_table
         )
 
     def _current(self) -> duckdb.DuckDBPyConnection:
-        """The connection, in step with the store."""
+        """A connection to the store's present state."""
         now = self._contents()
         if not self._open or self._stamp != now.stamp:
             _close(self._open)
@@ -139,7 +125,7 @@ class QuerySession:
         return self._open[0]
 
     def _contents(self) -> Contents:
-        """What the store holds now; the cache is brought in step for it."""
+        """The store's present state, after synchronising the cache."""
         with self._one_at_a_time:
             stamp = self.reader.stamp()
             if self._now is None or self._now.stamp != stamp:

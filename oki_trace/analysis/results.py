@@ -1,4 +1,4 @@
-"""Results as files and as JSON."""
+"""Results as CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from oki_trace.errors import QuestionError
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it: what is not a number is null, a moment ISO text in UTC."""
+    """``value`` as JSON can hold it: NaN is null, a time is ISO text."""
     if isinstance(value, float):
         return value + 0.0 if math.isfinite(value) else None
     if isinstance(value, Decimal):
@@ -35,32 +35,33 @@ def plain(value: Any) -> Any:
 
 
 def objects(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
-    """A dictionary a row. The names are distinct, as ``values.distinct`` makes them."""
+    """A dictionary for each row. The names are distinct, as ``values.distinct`` makes them."""
     return [dict(zip(names, map(plain, row), strict=True)) for row in rows]
 
 
-# What Excel, LibreOffice and Sheets take for a formula, in any width of its sign.
+# Texts that Excel, LibreOffice and Sheets read as a formula; the sign may be full-width.
 _FORMULA = re.compile(r"\s*[=+\-@＝＋－＠].", re.DOTALL)
 
 
 def for_a_spreadsheet(value: Any) -> Any:
-    """A text that a spreadsheet would take for a formula, with an apostrophe that keeps it text.
+    """``value`` with an apostrophe in front when a spreadsheet would read it as a formula.
 
-    ``components/shared.js`` has the same for what the browser saves.
+    ``components/shared.js`` does the same for files that the browser saves.
     """
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) else value
 
 
 def write_csv(names: Sequence[str], rows: Iterable[Sequence[Any]], file: TextIO) -> None:
-    """With a header; NULL is empty, and no text is a formula: JSON has it as it was."""
+    """Write rows with a header. NULL is empty, and no text is a formula."""
     writer = csv.writer(_Lines(file), lineterminator="\r\n")
     writer.writerow(map(for_a_spreadsheet, names))
     writer.writerows([for_a_spreadsheet(plain(value)) for value in row] for row in rows)
 
 
 class _Lines:
-    """Ends each row with a newline alone; csv quotes a lone carriage return only if its own rows
-    end with one."""
+    """Ends rows with a newline only: csv quotes a lone carriage return only when its rows end
+    with one.
+    """
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -70,7 +71,7 @@ class _Lines:
 
 
 def parquet(table: pa.Table) -> bytes:
-    """A whole Parquet file, compressed. Raises QuestionError for a type that Parquet has not."""
+    """A compressed Parquet file. Raises QuestionError for a type that Parquet does not have."""
     file = io.BytesIO()
     try:
         pq.write_table(table, file, compression="zstd")

@@ -1,11 +1,9 @@
-"""SQL from outside, answered by a process that can be ended: limits that hold.
+"""The user's SQL, run by a process of its own that can be killed, so that limits hold.
 
-DuckDB keeps to its own limits only where it thinks of them: a text of two
-gigabytes, a recursion that grows and a plan of a thousand branches are beyond
-them. So the statement runs in a process of its own (``sandbox_process``) with a
-limit of memory that the system holds; it is killed when its time is over, when
-whoever asked goes away, and when this program ends. One that has behaved is
-kept for the next question.
+DuckDB's own limits do not cover a text of two gigabytes, a growing recursion or a plan of a
+thousand branches. So the statement runs in ``sandbox_process``, with a memory limit that the system
+enforces. The process is killed when its time is over, when the caller gives up, and when this
+program ends; otherwise it is kept for the next question.
 """
 
 from __future__ import annotations
@@ -30,24 +28,24 @@ from oki_trace.analysis.frames import Frame
 from oki_trace.errors import OkiTraceError, QuestionError
 
 MEMORY_BYTES = 512_000_000
-# Below this DuckDB cannot work.
+# DuckDB needs this much.
 LEAST_MEMORY_BYTES = 200_000_000
 STATEMENT_BYTES = 1_000_000
-# A result is Python's objects in the end, which take several times as much.
+# A result becomes Python objects, which take several times its size.
 _RESULT_SHARE = 16
-# A process that keeps more than this share of its memory between questions is not kept.
+# A process that still uses more than this share of its memory after a question is ended.
 _KEPT_SHARE = 4
 _OPENING_SECONDS = 60.0
-_LOOK_SECONDS = 0.05
+_POLL_SECONDS = 0.05
 
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """A state of a store: ``files`` of the cache and ``live`` tables, by table.
+    """A state of a store: the cache's ``files`` and the ``live`` rows of each table.
 
-    ``db`` is the store's address, for functions that read tensors.
+    ``db`` is the store's address, for the functions that read tensors.
     """
 
     stamp: str
@@ -58,7 +56,7 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a statement may take: rows of its result, seconds, and bytes beyond the program."""
+    """The most rows, seconds, and bytes beyond those of the process, for a statement."""
 
     rows: int
     seconds: float
@@ -67,9 +65,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A table whose columns have distinct names; ``kinds`` are DuckDB's types of them.
+    """A table with distinct column names; ``kinds`` are DuckDB's types of its columns.
 
-    ``cut``: there were more rows than were asked for.
+    ``cut``: there were more rows than the limit.
     """
 
     table: pa.Table
@@ -78,17 +76,17 @@ class Result:
 
 
 class Sandbox:
-    """Answers SQL about one store, one question at a time."""
+    """Runs SQL over one store, one statement at a time."""
 
     def __init__(self) -> None:
-        # One, or none.
+        # At most one.
         self._running: list[_Process] = []
         self._opened: tuple[str, int] | None = None
         self._one_at_a_time = threading.Lock()
         weakref.finalize(self, _end, self._running)
 
     def start(self) -> None:
-        """Start the process, so that it loads its libraries while something else is done."""
+        """Start the process, so that it loads its libraries in the meantime."""
         if not self._running:
             self._running.append(_Process())
             self._opened = None
@@ -100,23 +98,22 @@ class Sandbox:
     def ask(
         self, sql: str, limits: Limits, contents: Callable[[], Contents], tick: Tick | None = None
     ) -> Result:
-        """The answer to one SELECT. ``tick`` is called meanwhile; what it raises ends the question.
+        """The result of one SELECT. ``tick`` is called while it runs; its errors end the question.
 
-        Raises QuestionError, in one line, for whatever the statement tries.
+        Raises QuestionError, in one line, for anything else that goes wrong.
         """
         try:
             length = len(sql.encode())
         except UnicodeEncodeError as error:
             raise QuestionError(
-                "The statement holds bytes that are not UTF-8: write it in UTF-8."
+                "The statement has bytes that are not UTF-8: write it in UTF-8."
             ) from error
         if length > STATEMENT_BYTES:
             raise QuestionError(
-                f"The statement is longer than {STATEMENT_BYTES // 1_000_000} MB: ask with a "
-                "shorter one."
+                f"The statement is longer than {STATEMENT_BYTES // 1_000_000} MB: shorten it."
             )
-        tick = tick or _nothing
-        while not self._one_at_a_time.acquire(timeout=_LOOK_SECONDS):
+        tick = tick or (lambda: None)
+        while not self._one_at_a_time.acquire(timeout=_POLL_SECONDS):
             tick()
         try:
             return self._ask(sql, limits, contents, tick)
@@ -138,9 +135,9 @@ class Sandbox:
         if self._opened != (now.stamp, limits.memory_bytes):
             self._open(now, limits, tick)
         most = limits.memory_bytes // _RESULT_SHARE
-        asked = {"sql": sql, "limit": limits.rows, "result_bytes": most}
-        header, payload = self._answered(
-            asked, (), limits, tick, limits.seconds, payload_bytes=3 * most
+        statement = {"sql": sql, "limit": limits.rows, "result_bytes": most}
+        header, payload = self._reply(
+            statement, b"", limits, tick, limits.seconds, payload_bytes=3 * most
         )
         return Result(values.unpacked(payload), tuple(header["kinds"]), header["cut"])
 
@@ -153,33 +150,32 @@ class Sandbox:
             "live": {name: len(data) for name, data in tables.items()},
             "memory_bytes": limits.memory_bytes,
         }
-        self._answered(header, tuple(tables.values()), limits, tick, _OPENING_SECONDS)
+        self._reply(header, b"".join(tables.values()), limits, tick, _OPENING_SECONDS)
         self._opened = contents.stamp, limits.memory_bytes
 
-    def _answered(
+    def _reply(
         self,
         header: dict[str, Any],
-        payload: Sequence[bytes],
+        payload: bytes,
         limits: Limits,
         tick: Tick,
         seconds: float,
         *,
         payload_bytes: int = 0,
     ) -> Frame:
-        """What the process says to a frame. Raises what it raised, or that it was ended."""
+        """The reply of the process to a frame. Raises its error, or one when it was killed."""
         process = self._running[0]
-        ends = time.monotonic() + seconds
-        process.send(header, b"".join(payload), payload_bytes)
+        deadline = time.monotonic() + seconds
+        process.send(header, payload, payload_bytes)
         while True:
             try:
-                found = process.frames.get(
-                    timeout=max(0.0, min(_LOOK_SECONDS, ends - time.monotonic()))
-                )
+                left = deadline - time.monotonic()
+                reply = process.frames.get(timeout=max(0.0, min(_POLL_SECONDS, left)))
                 break
             except queue.Empty:
                 pass
             tick()
-            if time.monotonic() > ends:
+            if time.monotonic() > deadline:
                 self.close()
                 raise QuestionError(
                     f"The question took longer than {seconds:g} s and was ended: narrow it down, "
@@ -188,19 +184,19 @@ class Sandbox:
             if process.memory() > limits.memory_bytes:
                 self.close()
                 raise _out_of_memory(limits)
-        if found is None:
+        if reply is None:
             self.close()
             raise _out_of_memory(limits)
-        if found[0].get("taken", 0) > limits.memory_bytes // _KEPT_SHARE:
+        if reply[0].get("taken", 0) > limits.memory_bytes // _KEPT_SHARE:
             self.close()
-        if "error" in found[0]:
-            kind, sentence = found[0]["error"]
+        if "error" in reply[0]:
+            kind, sentence = reply[0]["error"]
             raise _error(kind)(sentence)
-        return found
+        return reply
 
 
 class _Process:
-    """The process, and what it has said."""
+    """The process, and its replies."""
 
     def __init__(self) -> None:
         self._popen = subprocess.Popen(
@@ -208,7 +204,7 @@ class _Process:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # Ctrl-C is for this process, which ends the other.
+            # Ctrl-C reaches this process alone, which kills the other.
             start_new_session=True,
             env={**os.environ, **child_process.FRUGAL},
         )
@@ -222,7 +218,7 @@ class _Process:
         ).start()
 
     def send(self, header: dict[str, Any], payload: bytes, answer_bytes: int) -> None:
-        """Send a frame; the answer may have a payload of so many bytes."""
+        """Send a frame; the reply may have a payload of ``answer_bytes``."""
         self._most[0] = answer_bytes
         if self._base is None and "sql" in header:
             self._base = self._resident()
@@ -230,7 +226,7 @@ class _Process:
             frames.write(self._input, header, payload)
 
     def memory(self) -> int:
-        """The bytes that it holds beyond those it had before its first question."""
+        """The resident bytes beyond those before the first statement."""
         return 0 if self._base is None else self._resident() - self._base
 
     def _resident(self) -> int:
@@ -245,12 +241,12 @@ class _Process:
             self._input.close()
 
 
-def _put_frames(stream: BinaryIO, found: queue.Queue[Frame | None], most: list[int]) -> None:
-    """Each frame as it comes, then None; a frame larger than it may be is the last."""
+def _put_frames(stream: BinaryIO, replies: queue.Queue[Frame | None], most: list[int]) -> None:
+    """Each frame as it comes, and None at the end or for a frame that is too large."""
     with stream, suppress(ValueError, OSError):
         while (frame := frames.read(stream, lambda: most[0])) is not None:
-            found.put(frame)
-    found.put(None)
+            replies.put(frame)
+    replies.put(None)
 
 
 def _end(running: list[_Process]) -> None:
@@ -258,19 +254,15 @@ def _end(running: list[_Process]) -> None:
         running.pop().end()
 
 
-def _nothing() -> None:
-    pass
-
-
 def _out_of_memory(limits: Limits) -> QuestionError:
     return QuestionError(
         f"The question needs more than {limits.memory_bytes / 1e6:,.0f} MB of memory, or DuckDB "
-        "failed at it: narrow it down, ask for less, or give it more memory (--memory)."
+        "failed at it: narrow it down, or give it more memory (--memory)."
     )
 
 
 def _error(kind: str) -> type[OkiTraceError]:
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, OkiTraceError):
-        return found
+    named = getattr(errors, kind, None)
+    if isinstance(named, type) and issubclass(named, OkiTraceError):
+        return named
     return QuestionError

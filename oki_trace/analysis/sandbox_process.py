@@ -1,9 +1,8 @@
-"""The process that answers SQL from outside; ``sandbox`` starts, watches and ends it.
+"""The process that runs the user's SQL; ``sandbox`` starts, watches and kills it.
 
-It takes frames from standard input and answers each with one on standard
-output. It first opens the cache's files and limits its own memory; after that
-each frame is a statement. It ends when its input is closed: when the process
-that started it is gone.
+It reads frames from standard input and answers each on standard output. It first opens the cache's
+files and limits its own memory; every later frame is a statement. It ends when its input is closed,
+because the process that started it is gone.
 """
 
 from __future__ import annotations
@@ -24,29 +23,27 @@ from oki_trace.child_process import address_space, limit_memory
 from oki_trace.errors import OkiTraceError, QuestionError
 from oki_trace.store.reading.reader import TraceReader
 
-# DuckDB's buffers get this share of the memory; vectors, texts and Arrow need the rest.
+# The share of DuckDB's buffers; vectors, texts and Arrow need the rest of the memory.
 _BUFFERS = 0.75
 # Each thread has buffers of its own.
 _MOST_THREADS = 4
 _BATCH_ROWS = 2048
-# A page, a file and a terminal take no more either.
+# More columns fit no page and no terminal.
 _MOST_COLUMNS = 2_000
-# What uses every thread once, before the memory is limited.
+# It uses every thread once, before the memory is limited.
 _WARM_UP = "SELECT sum(hash(i)) FROM range(1000000) AS t(i)"
 
 
 def main() -> None:
     """Serve until standard input ends."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    # What a library prints is not part of the answer.
+    # Output of libraries must not get into the replies.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     waiting: queue.Queue[Frame] = queue.Queue()
     threading.Thread(target=_read, args=(waiting,), daemon=True).start()
-    answering = Answering()
+    server = Server()
     while True:
-        header, payload = waiting.get()
-        said, data = answering.to(header, payload)
-        frames.write(channel, said, data)
+        frames.write(channel, *server.reply(*waiting.get()))
 
 
 def _read(waiting: queue.Queue[Frame]) -> None:
@@ -55,8 +52,8 @@ def _read(waiting: queue.Queue[Frame]) -> None:
     os._exit(1)
 
 
-class Answering:
-    """The tables that are open, and the memory that questions of them may take."""
+class Server:
+    """The open tables, and the memory limit of statements over them."""
 
     def __init__(self) -> None:
         self._connection: duckdb.DuckDBPyConnection | None = None
@@ -64,8 +61,8 @@ class Answering:
         self._base: int | None = None
         self._memory_bytes = 0
 
-    def to(self, header: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
-        """The answer to one frame. Whatever a statement brings about is one sentence."""
+    def reply(self, header: dict[str, Any], payload: bytes) -> Frame:
+        """The reply to one frame. Any error of a statement is one sentence."""
         try:
             if "sql" in header:
                 return self._ask(**header)
@@ -83,7 +80,7 @@ class Answering:
         self, db: str, files: dict[str, list[str]], live: dict[str, int], memory_bytes: int,
         payload: bytes,
     ) -> None:  # fmt: skip
-        """Open a state of the store: Parquet files, live tables (their sizes), tensors."""
+        """Open a state of the store; ``live`` are the sizes of the tables in the payload."""
         if self._connection is not None:
             self._connection.close()
         if self._reader is None:
@@ -107,11 +104,12 @@ class Answering:
             limit_memory(memory_bytes)
             self._base = address_space()
 
-    def _ask(self, sql: str, limit: int, result_bytes: int) -> tuple[dict[str, Any], bytes]:
+    def _ask(self, sql: str, limit: int, result_bytes: int) -> Frame:
         assert self._connection is not None
         with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
             sql_guard.check(cursor, sql)
-        with engine.streamed_plainly(self._memory_bytes), self._connection.cursor() as cursor:
+        # The check's cursor has an unfinished result.
+        with engine.translate_errors(self._memory_bytes), self._connection.cursor() as cursor:
             relation = cursor.sql(sql)
             names, types = relation.columns, relation.types
             if len(names) > _MOST_COLUMNS:
@@ -119,7 +117,7 @@ class Answering:
                     f"The result has {len(names):,} columns: ask for at most {_MOST_COLUMNS:,}."
                 )
             batches, taken, rows = [], 0, 0
-            # A text stands for what Arrow or Python has no exact value for.
+            # Values that Arrow or Python cannot hold exactly become text.
             reader: Any = relation.project(values.projection(types)).to_arrow_reader(
                 min(limit + 1, _BATCH_ROWS)
             )
@@ -138,6 +136,6 @@ class Answering:
         return {"kinds": kinds, "cut": rows > limit, "taken": self._taken()}, data
 
     def _taken(self) -> int:
-        """The bytes of address space kept beyond the first."""
+        """The address space in bytes beyond that at the start."""
         now = address_space()
         return 0 if now is None or self._base is None else now - self._base

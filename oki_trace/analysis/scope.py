@@ -1,4 +1,4 @@
-"""Which replies a question is about: by model, conversation, date, role and text."""
+"""The replies that a question is about: by model, conversation, date, role and text."""
 
 from __future__ import annotations
 
@@ -9,40 +9,25 @@ from typing import Any
 from oki_trace.errors import UsageError
 from oki_trace.records import Role
 
-_SCOPE = """\
-WITH scope AS (
-  SELECT id AS message_id, model_id
-  FROM message AS m
-  WHERE role = 'assistant'"""
-
 _CONDITIONS = {
     "model": "model_id = $model",
     "conversation": "conversation_id = $conversation",
     "message": "id = $message",
     "since": "created_at >= $since",
     "until": "created_at < $until",
-    "role": """EXISTS (
-      FROM message AS said
-      WHERE said.conversation_id = m.conversation_id AND said.position <= m.position
-        AND said.role = $role)""",
-    "text": """EXISTS (
-      FROM message AS said
-      WHERE said.conversation_id = m.conversation_id AND said.position <= m.position
-        AND contains(lower(said.content), lower($text)))""",
-    "role and text": """EXISTS (
-      FROM message AS said
-      WHERE said.conversation_id = m.conversation_id AND said.position <= m.position
-        AND said.role = $role AND contains(lower(said.content), lower($text)))""",
+}
+_OF_EARLIER = {
+    "role": "earlier.role = $role",
+    "text": "contains(lower(earlier.content), lower($text))",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Every reply, but for what is left out.
+    """Every reply that meets all conditions given.
 
-    ``since`` and ``until`` (not included) are moments, aware. ``text``: replies
-    in whose conversation, up to and with the reply, somebody said this;
-    ``role`` says who.
+    ``since`` and ``until`` (exclusive) are aware times. ``text``: a message of the conversation,
+    up to and including the reply, contains it; ``role``: the role of that message.
     """
 
     model: str | None = None
@@ -54,27 +39,38 @@ class Scope:
     text: str | None = None
 
     def sql(self) -> str:
-        """The WITH clause that a question begins with."""
-        given = [name for name in self.parameters() if name not in ("role", "text")]
-        said = [name for name in ("role", "text") if getattr(self, name)]
-        if said:
-            given.append(" and ".join(said))
-        return "\n    AND ".join([_SCOPE, *(_CONDITIONS[name] for name in given)]) + "\n)"
+        """The SELECT of these replies: message_id and model_id."""
+        parameters = self.parameters()
+        earlier = [sql for name, sql in _OF_EARLIER.items() if name in parameters]
+        conditions = [
+            "role = 'assistant'",
+            *(sql for name, sql in _CONDITIONS.items() if name in parameters),
+        ]
+        if earlier:
+            conditions.append(f"""EXISTS (
+      FROM message AS earlier
+      WHERE earlier.conversation_id = m.conversation_id AND earlier.position <= m.position
+        AND {" AND ".join(earlier)})""")
+        where = "\n    AND ".join(conditions)
+        return f"""
+  SELECT id AS message_id, model_id
+  FROM message AS m
+  WHERE {where}
+"""
 
     def parameters(self) -> dict[str, Any]:
-        """What was given, as DuckDB takes it."""
+        """The conditions that were given, as values for DuckDB."""
         named = {name: getattr(self, name) for name in self.__dataclass_fields__}
         given = {name: value for name, value in named.items() if value not in (None, "")}
-        for name in ("since", "until"):
-            if name in given:
-                given[name] = given[name].astimezone(dt.UTC).replace(tzinfo=None)
+        for name in {"since", "until"} & given.keys():
+            given[name] = given[name].astimezone(dt.UTC).replace(tzinfo=None)
         if "role" in given:
             given["role"] = str(given["role"])
         return given
 
 
-def moment(text: str, *, end: bool = False) -> dt.datetime:
-    """A day or a moment as people write it, in the local time zone; ``end``: the day's end."""
+def parse_time(text: str, *, end: bool = False) -> dt.datetime:
+    """A date or a time in the local time zone; ``end``: the end of a date."""
     try:
         when = dt.datetime.fromisoformat(text)
     except ValueError as error:

@@ -1,10 +1,9 @@
-"""What SQL from outside may say: one statement that reads our tables, and nothing else.
+"""The check of the user's SQL: one statement that reads our tables, and nothing else.
 
-DuckDB itself is shut in (``engine``): no file but the cache's, no network, no
-setting. Yet its SELECT may hold a COPY or an INSERT, as a WITH clause, and the
-cache's own files are within reach. So the statement's syntax tree, as DuckDB
-parses it, is looked through first: only nodes that read, only table functions
-that make rows of nothing.
+DuckDB itself has no access to other files, networks or settings (``engine``). But a SELECT may
+hold a COPY or an INSERT in its WITH clause, and the cache's own files are readable. So the syntax
+tree that DuckDB parses is checked first: only nodes that read, only table functions that read
+nothing.
 """
 
 from __future__ import annotations
@@ -20,44 +19,44 @@ from oki_trace.errors import QuestionError
 
 _READING = frozenset({"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"})
 _TABLE_FUNCTIONS = frozenset({"generate_series", "range", "repeat", "repeat_row", "unnest"})
-# Scalar functions that run SQL of their own, or reach out of the question.
+# Scalar functions that run SQL of their own, or read settings.
 _REFUSED = frozenset(
     {
         *("current_setting", "getenv", "getvariable", "json_serialize_plan", "nextval"),
         *("pg_get_viewdef", "query", "query_table", "setval", "write_log"),
     }
 )
-# Where our tables are; a schema of another name may be the folder of a file.
+# The schemas of our tables; another name may be the folder of a file.
 _SCHEMAS = frozenset({("", ""), ("", "main"), ("memory", "main"), ("", "memory")})
 _A_NAME = re.compile(r"\w+\Z")
 _SHOWN = ('"tables"',)
 _LONGEST_NAME = 100
-# DuckDB's planner takes time with the square of them.
+# The time of DuckDB's planner grows with their square.
 _MOST_SELECTS = 1_000
 
 _ONLY_TABLES = (
     "{} is not allowed: a question can read only the tables that `oki-trace sql --tables` lists."
 )
 TOO_DEEP = "The statement is nested too deeply: ask with fewer subqueries and brackets."
-_ONE_SELECT = "Ask with one SELECT statement: nothing can be changed, and nothing else is read."
+_ONE_SELECT = "Ask with one SELECT statement: nothing can be changed."
 
 
 def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Raise QuestionError unless ``sql`` is one statement that only reads tables."""
-    found = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
-    assert found is not None
+    row = connection.execute("SELECT json_serialize_sql(?)", [sql]).fetchone()
+    assert row is not None
     try:
-        tree: dict[str, Any] = json.loads(found[0])
+        tree: dict[str, Any] = json.loads(row[0])
     except RecursionError as error:
         raise QuestionError(TOO_DEEP) from error
     if tree["error"]:
-        said = str(tree.get("error_message", ""))
-        if "expression depth" in said:
+        message = str(tree.get("error_message", ""))
+        if "expression depth" in message:
             raise QuestionError(TOO_DEEP)
-        if "memory" in said.lower() or "allocation" in said.lower():
+        if "memory" in message.lower() or "allocation" in message.lower():
             raise MemoryError
         if tree.get("error_type") == "parser":
-            raise QuestionError(f"The SQL cannot be read: {said.rstrip('.')}.")
+            raise QuestionError(f"The SQL cannot be parsed: {message.rstrip('.')}.")
         raise QuestionError(_ONE_SELECT)
     if len(tree["statements"]) != 1:
         raise QuestionError(_ONE_SELECT)
@@ -82,7 +81,7 @@ def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 
 def _check_table(node: dict[str, Any]) -> None:
-    """DuckDB takes a name that looks like a file for the file, also in parts: "x".parquet."""
+    """Refuse names that DuckDB reads as a file, also in parts: "x".parquet."""
     catalog, schema, name = (
         str(node.get(part, "")) for part in ("catalog_name", "schema_name", "table_name")
     )

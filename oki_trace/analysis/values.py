@@ -1,8 +1,7 @@
 """The values of a result as Arrow, Parquet and Python can hold them.
 
-Python's dates end with the year 9999, Arrow has no number of more than 38
-digits, Parquet has no unions: DuckDB's own text stands for what one of them
-would lose. Of columns of one name, each gets its own.
+Python's dates end with the year 9999, Arrow's numbers with 38 digits, and Parquet has no unions: a
+value that one of them would lose becomes DuckDB's own text.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import pyarrow.compute as pc
 
 from oki_trace.errors import QuestionError
 
-# The types that all three hold. A time zone is lost inside a list, so there it is text.
+# The types that all three hold. A list loses time zones, so a zoned time in it becomes text.
 _KEPT = frozenset({"boolean", "float", "double", "decimal", "varchar", "blob", "uuid", "null"}) | {
     *("tinyint", "smallint", "integer", "bigint", "hugeint"),
     *("utinyint", "usmallint", "uinteger", "ubigint"),
@@ -37,23 +36,23 @@ _MOST_DIGITS = 38
 
 
 def distinct(names: Iterable[str]) -> list[str]:
-    """The names, each once: a second ``id`` is ``id_2``. Upper case is not another name."""
+    """The names made distinct, ignoring case: a second ``id`` is ``id_2``."""
     wanted = list(names)
     taken = {name.lower() for name in wanted}
     numbers: dict[str, int] = {}
-    found = []
+    made = []
     for name in wanted:
         number = numbers.get(name.lower(), 0) + 1
         while number > 1 and f"{name}_{number}".lower() in taken:
             number += 1
         numbers[name.lower()] = number
-        found.append(name if number == 1 else f"{name}_{number}")
-        taken.add(found[-1].lower())
-    return found
+        made.append(name if number == 1 else f"{name}_{number}")
+        taken.add(made[-1].lower())
+    return made
 
 
 def projection(types: Sequence[Any]) -> str:
-    """What to select of a statement whose columns have these types of DuckDB's."""
+    """The SELECT list for columns of these types of DuckDB."""
     return ", ".join(
         f"#{i} AS c{i}"
         if _is_kept(one) or str(one.id).lower() == _ZONED
@@ -68,7 +67,7 @@ def _is_kept(type_: Any) -> bool:
         (_, key), (_, value) = type_.children
         return str(key.id).lower() in _KEYS and _is_kept(value)
     if kind in _NESTED:
-        # An array has its size among them; row(1, 2) has fields without a name.
+        # The children of an array include its size; the fields of row(1, 2) have no names.
         parts = [part for part in type_.children if not isinstance(part[1], int)]
         return len({name for name, _ in parts}) == len(parts) and all(
             _is_kept(child) for _, child in parts
@@ -77,23 +76,23 @@ def _is_kept(type_: Any) -> bool:
 
 
 def readable(table: pa.Table) -> pa.Table:
-    """The table with text for columns that hold a value which Python or Parquet has not."""
-    beyond = [i for i, column in enumerate(table.columns) if not _is_within(column)]
-    if not beyond:
+    """The table, with text for columns that hold a value which Python or Parquet cannot hold."""
+    outside = [i for i, column in enumerate(table.columns) if not _is_within(column)]
+    if not outside:
         return table
     names = table.schema.names
-    texts = table.select(beyond).rename_columns([f"c{i}" for i in beyond])
+    texts = table.select(outside).rename_columns([f"c{i}" for i in outside])
     with duckdb.connect(config={"threads": 1, "python_enable_replacements": "false"}) as other:
         other.execute("SET TimeZone = 'UTC'")
         other.register("result", texts)
-        found = other.sql("SELECT CAST(COLUMNS(*) AS VARCHAR) FROM result").to_arrow_table()
-    for i, column in zip(beyond, found.columns, strict=True):
+        cast = other.sql("SELECT CAST(COLUMNS(*) AS VARCHAR) FROM result").to_arrow_table()
+    for i, column in zip(outside, cast.columns, strict=True):
         table = table.set_column(i, names[i], column)
     return table
 
 
 def _is_within(column: Any) -> bool:
-    """Whether Python has a value for every one of these, nested ones too."""
+    """Whether Python can hold all values of a column, nested ones too."""
     kind = column.type
     if pa.types.is_nested(kind):
         return all(
@@ -106,8 +105,9 @@ def _is_within(column: Any) -> bool:
         return True
     if not isinstance(bounds[0], Decimal):
         column = column.cast(pa.int32() if kind.bit_width == 32 else pa.int64())
-    found = pc.min_max(column).as_py()
-    return found["min"] is None or (bounds[0] <= found["min"] and found["max"] <= bounds[1])
+    extremes = pc.min_max(column).as_py()
+    least, most = extremes["min"], extremes["max"]
+    return least is None or bool(bounds[0] <= least and most <= bounds[1])
 
 
 def _children(array: Any) -> Iterator[Any]:
@@ -120,7 +120,7 @@ def _children(array: Any) -> Iterator[Any]:
 
 
 def _bounds(kind: Any) -> tuple[Any, Any] | None:
-    """The least and the largest value; None where there is none."""
+    """The least and the largest value that Python can hold; None for types without a bound."""
     if pa.types.is_date32(kind):
         return _FIRST_DAY, _LAST_DAY
     if pa.types.is_timestamp(kind):
@@ -134,12 +134,12 @@ def _bounds(kind: Any) -> tuple[Any, Any] | None:
     return None
 
 
-# A number in a list is a byte in Arrow, and an object in Python.
+# A value takes a byte in Arrow or less, and an object in Python.
 _PYTHON_BYTES = 8
 
 
 def weight(batch: pa.RecordBatch) -> int:
-    """The bytes of a batch, and some for each value: Arrow packs some values into bits."""
+    """The bytes of a batch, and some for each value."""
     return int(batch.nbytes) + _PYTHON_BYTES * sum(map(_count, batch.columns))
 
 
@@ -157,7 +157,7 @@ def packed(table: pa.Table, most: int) -> bytes:
 
 
 def too_large(most: int) -> QuestionError:
-    """What is said of a result of more than ``most`` bytes."""
+    """The error of a result of more than ``most`` bytes."""
     return QuestionError(
         f"The result is larger than {most / 1e6:,.0f} MB: ask for fewer rows or columns, or give "
         "it more memory (--memory)."
@@ -178,7 +178,7 @@ def unpacked(data: bytes) -> pa.Table:
 
 
 def rows_of(table: pa.Table) -> list[tuple[Any, ...]]:
-    """A table that is ``readable``, as Python's values, a row a tuple; whole decimals are ints."""
+    """The rows of a ``readable`` table as tuples of Python values; whole decimals are ints."""
     if not table.num_columns:
         return []
     return list(zip(*(_column(column) for column in table.columns), strict=True))
@@ -189,7 +189,7 @@ def _column(column: pa.ChunkedArray) -> list[Any]:
     if pa.types.is_decimal(kind) and kind.scale == 0:
         return [None if value is None else int(value) for value in column.to_pylist()]
     if pa.types.is_timestamp(kind) and kind.tz is not None:
-        # In UTC, without asking for a library of time zones.
+        # In UTC, without a time zone library.
         return [
             None if value is None else _EPOCH + dt.timedelta(microseconds=value)
             for value in column.cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_pylist()
@@ -198,7 +198,7 @@ def _column(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _with_dictionaries(value: Any, kind: Any) -> Any:
-    """``value`` with a dictionary for each map, which Arrow gives as a list of pairs."""
+    """``value`` with dictionaries for maps, which Arrow gives as lists of pairs."""
     if value is None or not pa.types.is_nested(kind):
         return value
     if pa.types.is_map(kind):

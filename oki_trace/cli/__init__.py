@@ -1,7 +1,7 @@
-"""The command line: arguments in, sentences and tables out; the work is elsewhere.
+"""The command line: parses arguments and prints results; other packages do the work.
 
-Exit status 0: done. 1: the work failed, one line on stderr names the fix.
-2: wrong usage. 130: Ctrl-C (143: SIGTERM); what was decoded until then is kept.
+Exit status 0: done. 1: the work failed, and one line on stderr names the fix. 2: wrong
+usage. 130: Ctrl-C (143: SIGTERM); the tokens so far are kept.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ DEBUG = "--debug"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run ``oki-trace``. ``--debug``, anywhere, shows tracebacks."""
     try:
-        with _ended_by_sigterm():
+        with _sigterm_as_exit():
             _run(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:
-        # While modules are still being imported; after that, commands see to it.
+        # During imports; later, the commands handle it.
         raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does: what is half written is removed."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, so that unfinished files are removed."""
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -47,44 +47,44 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> None:
     from oki_trace.cli.app import app
-    from oki_trace.cli.output import complain
+    from oki_trace.cli.output import print_error
     from oki_trace.errors import OkiTraceError, UsageError
-    from oki_trace.input_text import checked
+    from oki_trace.input_text import require_storable
 
-    given, debug = _without_debug(arguments)
-    _take_any_text()
+    arguments, debug = _without_debug(arguments)
+    _accept_any_text()
     if not debug:
-        # What these libraries log of a failure, ours says in one line.
+        # Our one line replaces the log of these libraries.
         for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
     try:
-        for argument in given:
-            checked(argument, "An argument")
-        app(given, prog_name="oki-trace")
+        for argument in arguments:
+            require_storable(argument, "An argument")
+        app(arguments, prog_name="oki-trace")
     except OkiTraceError as error:
         if debug:
             raise
-        complain(str(error))
+        print_error(str(error))
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
     except Exception as error:
         if debug:
             raise
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        complain(f"This is a fault of oki-trace ({what}). Report it, with what --debug shows.")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print_error(f"This is a bug in oki-trace ({reason}). Report it with the output of --debug.")
         raise SystemExit(1) from None
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """The arguments less ``--debug``, and whether it was there; after ``--`` it is text."""
+    """(arguments without ``--debug``, whether it was among them); after ``--`` it is text."""
     options = arguments.index("--") if "--" in arguments else len(arguments)
     before, after = arguments[:options], arguments[options:]
     return [argument for argument in before if argument != DEBUG] + after, DEBUG in before
 
 
-def _take_any_text() -> None:
-    """No text from outside ends a command: what an encoding cannot hold is escaped.
+def _accept_any_text() -> None:
+    """Escape what an encoding cannot hold, so that no text ends a command by an error.
 
-    What was read so is refused by whoever takes it (``input_text``).
+    ``input_text`` refuses such text from the user.
     """
     for stream, errors in (
         (sys.stdin, "surrogateescape"),

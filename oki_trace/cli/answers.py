@@ -1,8 +1,9 @@
-"""Answers and rows in a terminal, as CSV and as JSON."""
+"""Answers and rows in a terminal, as CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,35 +12,46 @@ from rich.text import Text
 
 from oki_trace.analysis import catalog, results
 from oki_trace.analysis.engine import Rows
-from oki_trace.analysis.questions import Answer, Column
+from oki_trace.analysis.question import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
-from oki_trace.cli.output import complain, console, inert, print_json, table, token
-from oki_trace.errors import ExchangeError
+from oki_trace.cli.output import (
+    bar,
+    cell,
+    console,
+    inert,
+    print_error,
+    print_json,
+    print_text,
+    table,
+    token,
+)
 
-_BAR = 20
+_BAR_WIDTH = 20
 # The longest text in a cell of a terminal's table.
-_LONGEST = 60
+_MAX_CELL = 60
 
 
 def print_questions(*, as_json: bool) -> None:
-    """What can be asked, and in which views."""
+    """List the questions and their views."""
+    questions = catalog.QUESTIONS.values()
     if as_json:
         print_json(
             [
                 {"name": q.name, "meaning": q.meaning, "reading": q.reading, "by": list(q.views)}
-                for q in catalog.QUESTIONS.values()
+                for q in questions
             ]
         )
         return
-    rows = table("question", "by", "what it tells")
-    for question in catalog.QUESTIONS.values():
+    rows = table("question", "by", "meaning")
+    for question in questions:
         rows.add_row(question.name, ", ".join(question.views), question.meaning)
     console().print(rows)
-    console().print("\nAsk one: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")
+    print_text()
+    print_text("Examples: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")
 
 
 def print_tables(*, as_json: bool) -> None:
-    """The tables, columns and functions that SQL can use; as JSON the tables alone."""
+    """List the tables, columns and functions that SQL can use; the tables alone as JSON."""
     if as_json:
         print_json(
             {
@@ -54,23 +66,26 @@ def print_tables(*, as_json: bool) -> None:
         )
         return
     for one in TABLES:
-        rows = table("", "", "")
-        rows.show_header = False
+        rows = table("", "", "", header=False)
         for column in one.columns:
             rows.add_row("  " + column.name, Text(column.kind, style="dim"), column.meaning)
-        console().print(Text(one.name, style="bold").append(f": {one.meaning}", style="not bold"))
+        console().print(_titled(one.name, f": {one.meaning}"))
         console().print(rows)
-    console().print("\nFunctions that read the full tensors; NULL where there are none:\n")
+    print_text()
+    print_text("Functions that read the full tensors, and return NULL without them:")
+    print_text()
     for function in FUNCTIONS:
-        told = Text(function.name, style="bold").append(
-            f"({', '.join(function.takes)}): {function.meaning}", style="not bold"
-        )
-        console().print(told, soft_wrap=True)
-        console().print(Text("  " + function.gives, style="dim"), soft_wrap=True)
+        rest = f"({', '.join(function.parameters)}): {function.meaning}"
+        console().print(_titled(function.name, rest), soft_wrap=True)
+        print_text("  " + function.returns, "dim")
+
+
+def _titled(name: str, rest: str) -> Text:
+    return Text(name, style="bold").append(rest, style="not bold")
 
 
 def print_answer(answer: Answer, format: str) -> None:
-    """An answer as a table with bars, as JSON or as CSV."""
+    """Print an answer as a table with bars, as JSON or as CSV."""
     names = [column.name for column in answer.columns]
     if format == "json":
         print_json(
@@ -78,7 +93,7 @@ def print_answer(answer: Answer, format: str) -> None:
                 "question": answer.question,
                 "by": answer.view,
                 "about": answer.about,
-                "columns": [{"name": c.name, "meaning": c.meaning} for c in answer.columns],
+                "columns": [{"name": c.name, "meaning": c.description} for c in answer.columns],
                 "rows": results.objects(names, answer.rows),
                 "sql": answer.sql,
             }
@@ -89,51 +104,42 @@ def print_answer(answer: Answer, format: str) -> None:
         results.write_csv(names, answer.rows, text)
         _write(text.getvalue(), None)
         return
-    out = console()
     question = catalog.QUESTIONS[answer.question]
-    out.print(Text(question.meaning, style="bold"), soft_wrap=True)
+    print_text(question.meaning, "bold")
     if answer.about:
-        out.print(Text(inert(answer.about, keep="")), soft_wrap=True)
-    out.print(Text(question.reading, style="dim"), soft_wrap=True)
-    out.print()
+        print_text(answer.about)
+    print_text(question.reading, "dim")
+    print_text()
     if not answer.rows:
-        out.print(
-            "No steps there: widen the filters. `oki-trace list` shows conversations and models."
+        print_text(
+            "No steps match. Relax the filters: `oki-trace list` shows conversations and models."
         )
         return
-    drawn = _drawn(answer)
+    charted, full = _charted(answer)
     headings: list[str] = []
-    for column in answer.columns:
-        headings += [column.name, ""] if column.name in drawn else [column.name]
+    for name in names:
+        headings += [name, ""] if name == charted else [name]
     right = tuple(c.name for c in answer.columns if c.shown in ("share", "number"))
     rows = table(*headings, right=right)
     for row in answer.rows:
         cells: list[Text] = []
         for column, value in zip(answer.columns, row, strict=True):
             cells.append(_cell(column, value))
-            if column.name in drawn:
-                cells.append(_bar((value or 0) / drawn[column.name]))
+            if column.name == charted:
+                cells.append(bar((value or 0) / full, _BAR_WIDTH))
         rows.add_row(*cells)
-    out.print(rows)
+    console().print(rows)
 
 
-def _drawn(answer: Answer) -> dict[str, float]:
-    """The column that has bars (one, or the line gets too long), and what a full bar is."""
-    found: dict[str, float] = {}
+def _charted(answer: Answer) -> tuple[str | None, float]:
+    """The column that gets bars (one at most, to fit the line), and the value of a full bar."""
     for column in answer.columns:
-        if column.name in answer.picture.y[:1]:
-            values = [v for v in answer.column(column.name) if isinstance(v, int | float)]
-            largest = max(map(abs, values), default=0.0)
-            found[column.name] = (
-                1.0 if column.shown == "share" and largest > 0.4 else largest or 1.0
-            )
-    return found
-
-
-def _bar(share: float) -> Text:
-    eighths = round(max(0.0, min(share, 1.0)) * _BAR * 8)
-    drawn = "█" * (eighths // 8) + (chr(0x2590 - eighths % 8) if eighths % 8 else "")
-    return Text(drawn, style="cyan")
+        if column.name == answer.bar:
+            values = [abs(v) for v in answer.column(column.name) if isinstance(v, int | float)]
+            largest = max(values, default=0.0)
+            is_wide_share = column.shown == "share" and largest > 0.4
+            return column.name, 1.0 if is_wide_share else largest or 1.0
+    return None, 1.0
 
 
 def _cell(column: Column, value: Any) -> Text:
@@ -149,7 +155,8 @@ def _cell(column: Column, value: Any) -> Text:
         return Text(_number(value))
     if isinstance(value, int):
         return Text(str(value) if column.shown == "name" else f"{value:,}")
-    return _short(str(value))
+    text = inert(" ".join(str(value).split()), keep="")
+    return cell(text if len(text) <= _MAX_CELL else text[: _MAX_CELL - 1] + "…")
 
 
 def _number(value: float) -> str:
@@ -158,27 +165,20 @@ def _number(value: float) -> str:
     return f"{value:z.3f}" if abs(value) < 10 else f"{value:z,.1f}"
 
 
-def _short(text: str) -> Text:
-    shown = inert(" ".join(text.split()), keep="")
-    return Text(shown if len(shown) <= _LONGEST else shown[: _LONGEST - 1] + "…")
-
-
-def print_rows(found: Rows, format: str, output: Path | None) -> None:
-    """The result of SQL, to a file or to standard output."""
+def print_rows(rows: Rows, format: str, output: Path | None) -> None:
+    """Write the result of SQL to a file or to standard output."""
     if format == "table" and output is None:
-        rows = table(*(inert(name, keep="") for name in found.columns))
-        for row in found.rows:
-            rows.add_row(*(_plain_cell(value) for value in row))
-        console().print(rows)
+        printed = table(*(inert(name, keep="") for name in rows.columns))
+        for row in rows.rows:
+            printed.add_row(*(_plain_cell(value) for value in row))
+        console().print(printed)
         return
     text = io.StringIO()
     if format == "json":
-        import json
-
-        json.dump(results.objects(found.columns, found.rows), text, indent=2, allow_nan=False)
+        json.dump(results.objects(rows.columns, rows.rows), text, indent=2, allow_nan=False)
         text.write("\n")
     else:
-        results.write_csv(found.columns, found.rows, text)
+        results.write_csv(rows.columns, rows.rows, text)
     _write(text.getvalue(), output)
 
 
@@ -187,7 +187,7 @@ def _plain_cell(value: Any) -> Text:
         return Text("NULL", style="dim")
     if isinstance(value, float):
         return Text(f"{value:z.6g}")
-    return Text(inert(str(results.plain(value)), keep=""))
+    return cell(str(results.plain(value)))
 
 
 def _write(text: str, output: Path | None) -> None:
@@ -199,31 +199,29 @@ def _write(text: str, output: Path | None) -> None:
 
     with replacing(output) as file:
         file.write(text)
-    complain(f"wrote {output}")
+    print_error(f"wrote {output}")
 
 
-def write_parquet(found: Any, output: Path | None) -> None:
-    """An Arrow table as Parquet, to a file or to standard output."""
-    data = results.parquet(found)
+def write_parquet(rows: Any, output: Path | None) -> None:
+    """Write an Arrow table as Parquet to a file or to standard output."""
+    data = results.parquet(rows)
     if output is None:
         sys.stdout.buffer.write(data)
         return
-    try:
-        output.write_bytes(data)
-    except OSError as error:
-        raise ExchangeError(
-            f"Cannot write {output}: {error.strerror or error}. Choose another --output."
-        ) from error
-    complain(f"wrote {output}")
+    from oki_trace.exchange.files import replacing
+
+    with replacing(output, "wb") as file:
+        file.write(data)
+    print_error(f"wrote {output}")
 
 
-class Upkeep:
-    """Says, on standard error, that the cache is being written when that takes long."""
+class CacheProgress:
+    """Reports on standard error how far the cache is, if many messages are new."""
 
     def __init__(self) -> None:
-        self._told = 0
+        self._reported = 0
 
-    def __call__(self, done: int, of_all: int) -> None:
-        if of_all >= 200 and (done == of_all or done - self._told >= 200):
-            self._told = done
-            complain(f"Reading what is new in the store: {done:,} of {of_all:,} messages.")
+    def __call__(self, done: int, total: int) -> None:
+        if total >= 200 and (done == total or done - self._reported >= 200):
+            self._reported = done
+            print_error(f"Reading new messages from the store: {done:,} of {total:,}.")

@@ -1,9 +1,10 @@
-"""The commands, gathered."""
+"""All commands, in the order of the help."""
 
 from __future__ import annotations
 
 import os
 import re
+import select
 import shlex
 import sys
 from typing import Annotated, Any
@@ -11,59 +12,56 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from oki_trace.cli import (
-    ask,
-    bench,
-    browse,
-    copy,
-    explorer,
-    export,
-    importing,
-    maintain,
-    store,
-    talk,
-    verify,
-)
+from oki_trace.cli import ask, bench, browse, chat, explorer, maintain, store, transfer
 
 _SHORT_OPTION = re.compile("No such option: -[^-]")
-# Its own name is private to typer.
+# Its name is private in typer.
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Commands(TyperGroup):
-    """All commands. When the reader of their output goes away (``| head``), they just end."""
+    """All commands. They end quietly when the reader of their output does (``| head``)."""
 
     def invoke(self, ctx: Any) -> Any:
-        given = list(ctx.args)
+        arguments = list(ctx.args)
         try:
             try:
                 return super().invoke(ctx)
             except _UsageError as error:
-                error.message += _about_dashes(error.message, given, _command_of(error))
+                name = getattr(error.ctx, "info_name", None)
+                command = name if name in ("chat", "ask", "sql") else "run"
+                error.message += _dash_advice(error.message, arguments, command)
                 raise
             finally:
                 sys.stdout.flush()
         except BrokenPipeError:
-            # What is still buffered goes nowhere, and no complaint is made of it at exit.
+            if not _reader_is_gone():
+                # Another pipe broke, such as that of a child process: the command has failed.
+                raise
+            # Discard the buffered output, so that Python does not complain at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
 
 
-def _command_of(error: Any) -> str:
-    """The command whose arguments are wrong."""
-    name = getattr(error.ctx, "info_name", None)
-    return name if name in ("chat", "ask", "sql") else "run"
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as far as the system can tell."""
+    if not hasattr(select, "poll"):
+        return True
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
-def _about_dashes(said: str, given: list[str], command: str) -> str:
-    """What is added to a complaint about options where a text may have been taken for one."""
-    texts = [one for one in given if one.startswith("-") and " " in one]
-    if not texts and not _SHORT_OPTION.match(said):
+def _dash_advice(message: str, arguments: list[str], command: str) -> str:
+    """Advice to add to ``message`` if a text may have been parsed as an option."""
+    texts = [one for one in arguments if one.startswith("-") and " " in one]
+    if not texts and not _SHORT_OPTION.match(message):
         return ""
     text = texts[0] if texts else "-5 + 3"
-    return (
-        "" if not said else " " if said.endswith(".") else ". "
-    ) + f"A text that begins with - goes after --: oki-trace {command} -- {shlex.quote(text)}"
+    separator = "" if not message else " " if message.endswith(".") else ". "
+    return f"{separator}A text that begins with - goes after --: oki-trace {command} -- " + (
+        shlex.quote(text)
+    )
 
 
 app = typer.Typer(
@@ -99,9 +97,10 @@ def root(
     """
 
 
-MODULES = (
-    *(talk, browse, ask, export, importing),
-    *(store, maintain, verify, copy, explorer, bench),
-)
-for _module in MODULES:
-    _module.register(app)
+for _command in (
+    *(chat.demo, chat.run, chat.chat, browse.list_, browse.show, ask.ask, ask.sql),
+    *(transfer.export, transfer.import_, store.info, store.migrate),
+    *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
+    *(store.verify, transfer.copy, explorer.ui, bench.bench),
+):
+    app.command(_command.__name__.strip("_"))(_command)

@@ -4,92 +4,69 @@ from __future__ import annotations
 
 import math
 import sys
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from oki_trace.cli import options, quantities
-from oki_trace.cli.output import complain
+from oki_trace.cli.output import print_error
 from oki_trace.errors import UsageError
 from oki_trace.records import Role
 
 if TYPE_CHECKING:
     from oki_trace.analysis.query_session import QuerySession
 
-
-class AnswerFormat(StrEnum):
-    """How an answer is printed."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-
-
-class Format(StrEnum):
-    """How the result of SQL is printed."""
-
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-    PARQUET = "parquet"
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to ``app``."""
-    app.command()(ask)
-    app.command()(sql)
+AnswerFormat = Literal["table", "json", "csv"]
+ResultFormat = Literal["table", "json", "csv", "parquet"]
+_FORMAT = typer.Option("--format", "-f", help="The output format.")
 
 
 def ask(
     question: Annotated[
-        str | None, typer.Argument(help="Its name; without one, all are listed.")
+        str | None, typer.Argument(help="The name of a question; without it, all are listed.")
     ] = None,
     what: Annotated[
         list[str] | None,
         typer.Argument(help="For compare: two steps (2:5 4:5), two replies (2 4) or two models."),
     ] = None,
-    by: Annotated[str | None, typer.Option("--by", help="Which view of it.")] = None,
+    by: Annotated[str | None, typer.Option(help="The view of the question.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Only this model.")] = None,
     conversation: Annotated[
         int | None, typer.Option("--conversation", "-c", help="Only this conversation.")
     ] = None,
-    message: Annotated[int | None, typer.Option("--message", help="Only this reply.")] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", help="From this day or moment on.")
-    ] = None,
+    message: Annotated[int | None, typer.Option(help="Only this reply.")] = None,
+    since: Annotated[str | None, typer.Option(help="From this date or time on.")] = None,
     until: Annotated[
-        str | None, typer.Option("--until", help="Up to this day, included, or moment.")
+        str | None, typer.Option(help="Up to this time, or to the end of this date.")
     ] = None,
     role: Annotated[
-        Role | None, typer.Option("--role", help="Only after a message of this role; see --text.")
+        Role | None, typer.Option(help="Only after a message of this role; see --text.")
     ] = None,
     text: Annotated[
-        str | None,
-        typer.Option("--text", help="Only where this was said, up to and with the reply."),
+        str | None, typer.Option(help="Only where the reply or a message before it has this text.")
     ] = None,
     top: Annotated[
         int | None, typer.Option("--top", "-n", min=1, help="At most this many rows.")
     ] = None,
-    least: Annotated[
-        float | None, typer.Option("--least", help="The least probability that counts.")
-    ] = None,
+    least: Annotated[float | None, typer.Option(help="The lowest probability that counts.")] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            "--sample",
-            min=1,
-            help="How many steps' full tensors are read: 64 for heads, 640 for two models.",
+            min=1, help="How many steps' tensors to read: 64 for heads, 640 for two models."
         ),
     ] = None,
-    format: Annotated[
-        AnswerFormat, typer.Option("--format", "-f", help="How it is printed.")
-    ] = AnswerFormat.TABLE,
-    show_sql: Annotated[bool, typer.Option("--sql", help="Print its SQL instead.")] = False,
+    set_option: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the question."),
+    ] = None,
+    format: Annotated[AnswerFormat, _FORMAT] = "table",
+    show_sql: Annotated[
+        bool, typer.Option("--sql", help="Print the question's SQL instead.")
+    ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """A built-in question over all that the store holds, or over a part of it.
+    """Ask a built-in question about the whole store, or about a part of it.
 
     Example: oki-trace ask settle --by class
 
@@ -100,38 +77,29 @@ def ask(
     Example: oki-trace ask uncertainty --model smollm2 --since 2026-01-01 --format csv
     """
     if least is not None and not 0 <= least <= 1:
-        raise UsageError(f"--least {least} is no probability: give a number from 0 to 1.")
+        raise UsageError(f"--least {least} is not a probability. Give a number from 0 to 1.")
     from oki_trace.analysis import catalog
-    from oki_trace.analysis.scope import Scope, moment
+    from oki_trace.analysis.scope import Scope, parse_time
     from oki_trace.cli import answers
 
-    format = AnswerFormat.JSON if json else format
+    format = "json" if json else format
     if question is None:
-        answers.print_questions(as_json=format is AnswerFormat.JSON)
+        answers.print_questions(as_json=format == "json")
         return
-    scope = Scope(
-        model,
-        conversation,
-        message,
-        moment(since) if since else None,
-        moment(until, end=True) if until else None,
-        role,
-        text,
-    )
+    first = parse_time(since) if since else None
+    last = parse_time(until, end=True) if until else None
+    scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
-    with _trove(db) as trove:
-        found = catalog.answer(
-            trove,
-            question,
-            tuple(what or ()),
-            scope=scope,
-            view=by,
-            **{name: value for name, value in given.items() if value is not None},
+    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen |= catalog.parse_options(question, set_option or ())
+    with _session(db) as session:
+        answer = catalog.answer(
+            session, question, tuple(what or ()), scope=scope, view=by, **chosen
         )
     if show_sql:
-        print(found.sql)
+        print(answer.sql)
     else:
-        answers.print_answer(found, format)
+        answers.print_answer(answer, format)
 
 
 def sql(
@@ -139,24 +107,22 @@ def sql(
         str | None, typer.Argument(metavar="SELECT", help="One SELECT statement, in quotes.")
     ] = None,
     tables: Annotated[bool, typer.Option("--tables", help="List the tables and columns.")] = False,
-    format: Annotated[Format, typer.Option("--format", "-f", help="How it is printed.")] = (
-        Format.TABLE
-    ),
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")] = (
-        1000
-    ),
-    timeout: Annotated[float, typer.Option("--timeout", help="At most this many seconds.")] = 30.0,
+    format: Annotated[ResultFormat, _FORMAT] = "table",
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")
+    ] = 1000,
+    timeout: Annotated[float, typer.Option(help="At most this many seconds.")] = 30.0,
     memory: Annotated[
-        str, typer.Option("--memory", help="How much memory the statement may take.")
+        str, typer.Option(help="The most memory that the statement may use.")
     ] = "512MB",
     output: options.Output = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Write the cache anew from the store, first.")
+        bool, typer.Option("--rebuild", help="First rebuild the cache from the store.")
     ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Your own question, in SQL (DuckDB's), over the whole store. Nothing can be changed by it.
+    """Query the whole store with your own SQL, in DuckDB's dialect. The store is not changed.
 
     Example: oki-trace sql "SELECT layer, avg(kl) FROM lens_layer GROUP BY layer ORDER BY layer"
 
@@ -167,44 +133,43 @@ def sql(
     from oki_trace.analysis.sandbox import LEAST_MEMORY_BYTES
     from oki_trace.cli import answers
 
-    format = Format.JSON if json else format
+    format = "json" if json else format
     if not 0 < timeout < math.inf:
-        raise UsageError(f"--timeout {timeout} is no time: give a number of seconds, as 30.")
+        raise UsageError(f"--timeout {timeout} is not a time. Give seconds, such as 30.")
     memory_bytes = quantities.size(memory)
     if memory_bytes < LEAST_MEMORY_BYTES:
-        raise UsageError(f"--memory {memory} is too little for DuckDB: give 200MB or more.")
+        raise UsageError(f"--memory {memory} is too little for DuckDB. Give 200MB or more.")
     if tables:
-        answers.print_tables(as_json=format is Format.JSON)
+        answers.print_tables(as_json=format == "json")
         return
     if query is None and not rebuild:
-        raise UsageError("There is no question: give a SELECT statement, --tables or --rebuild.")
-    if format is Format.PARQUET and output is None and sys.stdout.isatty():
-        raise UsageError("Parquet is not for a terminal: give --output PATH.")
+        raise UsageError("There is no query. Give a SELECT statement, --tables or --rebuild.")
+    if format == "parquet" and output is None and sys.stdout.isatty():
+        raise UsageError("Parquet cannot be printed on a terminal. Give --output PATH.")
     if output is not None:
         options.not_the_store(output, options.store_of(db))
-    with _trove(db) as trove:
+    limits: Any = {"limit": limit, "seconds": timeout, "memory_bytes": memory_bytes}
+    with _session(db) as session:
         if rebuild:
-            trove.rebuild()
+            session.rebuild()
         if query is None:
-            complain("The cache is written anew.")
+            print_error("The cache is rebuilt.")
             return
-        if format is Format.PARQUET:
-            result = trove.sql_result(
-                query, limit=limit, seconds=timeout, memory_bytes=memory_bytes
-            )
+        if format == "parquet":
+            result = session.sql_result(query, **limits)
             answers.write_parquet(result.table, output)
             cut = result.cut
         else:
-            found = trove.sql(query, limit=limit, seconds=timeout, memory_bytes=memory_bytes)
-            answers.print_rows(found, format, output)
-            cut = found.cut
+            rows = session.sql(query, **limits)
+            answers.print_rows(rows, format, output)
+            cut = rows.cut
     if cut:
-        complain(f"There are more rows than {limit:,}: give a higher --limit to see them.")
+        print_error(f"There are more than {limit:,} rows. Raise --limit to see them.")
 
 
-def _trove(db: str | None) -> QuerySession:
-    """The store, open for questions; says what takes long on the first one."""
+def _session(db: str | None) -> QuerySession:
+    """The store, ready for questions; reports progress where the cache is far behind."""
     from oki_trace.analysis.query_session import QuerySession
-    from oki_trace.cli.answers import Upkeep
+    from oki_trace.cli.answers import CacheProgress
 
-    return QuerySession(options.store_of(db), Upkeep())
+    return QuerySession(options.store_of(db), CacheProgress())

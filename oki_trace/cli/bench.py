@@ -1,4 +1,4 @@
-"""``bench``: what tracing costs on this machine."""
+"""``bench``: the cost of tracing on this machine."""
 
 from __future__ import annotations
 
@@ -8,19 +8,15 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, size
+from oki_trace.cli.output import console, inert, print_json, print_text
 from oki_trace.cli.watchdog import watchdog
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to ``app``."""
-    app.command()(bench)
+from oki_trace.reporting import size
 
 
 def bench(
     model: options.Model = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=2, help="New tokens a run.")] = 128,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Pairs of runs.")] = 5,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens per run.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Pairs of runs.")] = 5,
     four_bit: options.FourBit = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -28,9 +24,9 @@ def bench(
     no_fast: options.NoFast = False,
     json: options.Json = False,
 ) -> None:
-    """Plain generate() against the traced run, side by side, several times.
+    """Compare the speed of plain generate() with the traced run, in pairs of runs.
 
-    The traces go into a store that is deleted afterwards.
+    The traces are written to a temporary store.
 
     Example: oki-trace bench --tokens 64
 
@@ -39,23 +35,20 @@ def bench(
     from oki_trace import bench as benchmark
     from oki_trace.llm.loading.load import load
 
-    out = console()
-
     def report(line: str) -> None:
         if not json:
-            out.print(f"[dim]{line}[/]")
+            print_text(line, "dim")
 
     with watchdog():
         loaded = load(options.choice_of(model, four_bit, dtype, device))
-        found = benchmark.run(
-            loaded, tokens=tokens, rounds=rounds, policy=options.policy_of(tensors), report=report
-        )
+        policy = options.policy_of(tensors)
+        result = benchmark.run(loaded, tokens=tokens, rounds=rounds, policy=policy, report=report)
     if json:
-        print_json(asdict(found), indent=None)
+        print_json(asdict(result), indent=None)
         return
-    out.print(
-        f"{inert(found.model_id)}, {found.dtype} on {found.device}: "
-        f"plain {found.plain_tok_s:.1f}, traced {found.traced_tok_s:.1f} tokens/s, "
-        f"ratio [bold]{found.ratio:.3f}[/] ({found.ratio_min:.3f} to {found.ratio_max:.3f}), "
-        f"{size(round(found.bytes_per_token))} a token"
+    console().print(
+        f"{inert(result.model_id)}, {result.dtype} on {result.device}: "
+        f"plain {result.plain_tok_s:.1f}, traced {result.traced_tok_s:.1f} tokens/s, "
+        f"ratio [bold]{result.ratio:.3f}[/] ({result.ratio_min:.3f} to {result.ratio_max:.3f}), "
+        f"{size(result.bytes_per_token)} per token"
     )

@@ -9,37 +9,32 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import complain, console
-
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to ``app``."""
-    app.command()(ui)
+from oki_trace.cli.output import console, print_error
 
 
 def ui(
-    port: Annotated[int | None, typer.Option("--port", help="The port to serve on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port to serve on.")] = None,
     host: Annotated[
-        str, typer.Option("--host", help="The address to serve on; this machine's own by default.")
+        str,
+        typer.Option(help="The address; only this machine can reach the default."),
     ] = "127.0.0.1",
     public: Annotated[
         bool,
         typer.Option(
-            "--public", help="Other machines may reach --host. There is no password: mind who can."
+            "--public", help="Confirm that other machines may reach --host. There is no password."
         ),
     ] = False,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-host",
             metavar="NAME",
-            help="A name by which browsers may reach it, as behind a proxy. Can be repeated.",
+            help="A host name that browsers may use, as behind a proxy. Repeatable.",
         ),
     ] = None,
     no_fast: options.NoFast = False,
     db: options.Db = None,
 ) -> None:
-    """Open the explorer, on this machine alone.
+    """Open the explorer in the browser, on this machine only.
 
     Example: oki-trace ui --port 8600
 
@@ -59,7 +54,7 @@ def open_explorer(
     public: bool = False,
     names: tuple[str, ...] = (),
 ) -> None:
-    """Serve the explorer until interrupted; on a terminal, open the browser on it."""
+    """Serve the explorer until interrupted; on a terminal, open a browser."""
     from oki_trace.launcher import checked_host, checked_name, free_port, is_loopback, serve, url_of
     from oki_trace.store.schema.migrate import ensure
 
@@ -70,9 +65,9 @@ def open_explorer(
     chosen = free_port(port, host)
     url = url_of(chosen, query, host)
     if not is_loopback(host):
-        complain(
-            f"Whoever can reach {host} on port {chosen} can read, change and delete every "
-            "conversation in this store, and use the model. Nothing is encrypted."
+        print_error(
+            f"Anyone who can reach {host} on port {chosen} can read, change and delete every "
+            "conversation in this store, and use the model. The connection is not encrypted."
         )
     console().print(f"Explorer: {url}  (Ctrl-C to stop)")
     raise typer.Exit(

@@ -1,15 +1,14 @@
-"""How the command line prints: colours for people, plain text for pipes.
+"""How the command line prints: colours on a terminal, plain text into a pipe.
 
-Text that a model wrote is never passed to the terminal as it is: control
-characters, escape sequences and direction marks are shown as symbols, so a
-reply can neither recolour the terminal nor rewrite what stands there.
+Text from a model never reaches the terminal unchanged: control characters, escape
+sequences and direction marks become symbols.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,73 +17,77 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from oki_trace.sanitize import inert as inert
-from oki_trace.sanitize import visible
+from oki_trace.reporting import Progress
+from oki_trace.sanitize import inert, visible
 
 
 def console() -> Console:
     """Standard output; colours only on a terminal."""
-    # A pipe has no width: nothing is cut for the program that reads it.
+    # A pipe has no width, so nothing is cut for the program that reads it.
     width = None if sys.stdout.isatty() else 1_000_000
     return _Console(highlight=False, width=width)
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Left to the one place that handles it for every command."""
+        """Raise: ``app`` handles a closed pipe for every command."""
         raise BrokenPipeError
 
 
-def complain(sentence: str) -> None:
-    """One line on standard error."""
+def print_text(text: str = "", style: str = "", *, keep: str = "") -> None:
+    """Print a line of text from any source; ``keep`` are control characters to leave in it."""
+    console().print(Text(inert(text, keep), style=style), soft_wrap=True)
+
+
+def print_error(sentence: str) -> None:
+    """Print one line on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(
         f"[bold red]oki-trace:[/] {escape(inert(sentence, keep=''))}"
     )
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:
-    """``value`` as JSON on standard output, as it is: JSON escapes what is unsafe."""
+    """Print JSON in ASCII, in which every unsafe character is escaped."""
     print(json.dumps(value, indent=indent, ensure_ascii=True, allow_nan=False))
 
 
+def cell(text: str, style: str = "") -> Text:
+    """Text for one cell of a table."""
+    return Text(inert(text, keep=""), style=style)
+
+
 def token(text: str) -> Text:
-    """A token for a table: spaces and line ends visible."""
+    """A token for a table; spaces and line ends are visible."""
     return Text(visible(text))
 
 
-def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
-    """An unframed table; the columns named in ``right`` are numbers."""
-    made = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+def bar(share: float, width: int) -> Text:
+    """A horizontal bar for a share of 0 to 1, in eighths of a character."""
+    eighths = round(max(0.0, min(share, 1.0)) * width * 8)
+    partial = chr(0x2590 - eighths % 8) if eighths % 8 else ""
+    return Text("█" * (eighths // 8) + partial, style="cyan")
+
+
+def table(*columns: str, right: tuple[str, ...] = (), header: bool = True) -> Table:
+    """A table without a frame; the columns in ``right`` are aligned right."""
+    made = Table(
+        box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0), show_header=header
+    )
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     return made
 
 
-def size(count: int) -> str:
-    """A number of bytes for people: ``2.1 MB``."""
-    value, unit = float(count), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 reply``, ``2,000 replies``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
-
-
 @contextmanager
-def bar(doing: str) -> Iterator[Callable[[int, int], None] | None]:
-    """A callback (done, of all) that draws a progress bar; None where there is no terminal."""
+def progress_bar(activity: str) -> Iterator[Progress | None]:
+    """A progress bar on standard error; None where that is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as ProgressDisplay
 
-    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
-        task = drawn.add_task(doing, total=None)
-        yield lambda done, total: drawn.update(task, completed=done, total=total)
+    columns = (TextColumn(activity), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with ProgressDisplay(*columns, console=Console(stderr=True), transient=True) as display:
+        task = display.add_task(activity, total=None)
+        yield lambda done, total: display.update(task, completed=done, total=total)

@@ -1,42 +1,43 @@
-"""``migrate`` and ``info``: the store itself."""
+"""``migrate``, ``info`` and ``verify``: the store as a whole."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, size, table
+from oki_trace.cli.output import cell, console, print_json, print_text, progress_bar, table
+from oki_trace.cli.watchdog import watchdog
+from oki_trace.reporting import counted, size
 
-
-def register(app: typer.Typer) -> None:
-    """Add these commands to ``app``."""
-    app.command()(info)
-    app.command()(migrate)
+if TYPE_CHECKING:
+    from oki_trace.recompute import Recomputed
+    from oki_trace.store.reading.reader import TraceReader
 
 
 def migrate(db: options.Db = None, json: options.Json = False) -> None:
-    """Create the store, or bring it to this version's schema after a backup.
+    """Create the store, or back it up and upgrade it to this version's schema.
 
     Example: oki-trace migrate --db data/oki_trace.db
     """
     from oki_trace.store.schema import migrate as schema
 
-    where = options.store_of(db)
-    before = schema.current(where)
-    schema.ensure(where)
-    after = schema.current(where)
+    store = options.store_of(db)
+    before = schema.current(store)
+    schema.ensure(store)
+    after = schema.current(store)
+    name = options.shown(store)
     if json:
-        print_json({"store": options.shown(where), "before": before, "schema": after})
+        print_json({"store": name, "before": before, "schema": after})
         return
-    done = "is up to date" if before == after else "created" if before is None else "upgraded"
-    console().print(Text(f"{options.shown(where)} {done} (schema {after})."))
+    result = "is up to date" if before == after else "created" if before is None else "upgraded"
+    print_text(f"{name} {result} (schema {after}).")
 
 
 def info(db: options.Db = None, json: options.Json = False) -> None:
-    """Where the store is, what it holds, and how large it is.
+    """Show where the store is, what it contains and how large it is.
 
     Example: oki-trace info --json
     """
@@ -45,33 +46,114 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
     from oki_trace.store.reading.reader import TraceReader
 
     with TraceReader(options.store_of(db)) as reader:
-        found = reader.info()
+        store = reader.info()
     if json:
         per_token = {
-            "bytes_per_token": found.bytes_per_token,
-            "row_bytes_per_token": found.row_bytes_per_token,
-            "tensor_bytes_per_token": found.tensor_bytes_per_token,
+            name: getattr(store, name)
+            for name in ("bytes_per_token", "row_bytes_per_token", "tensor_bytes_per_token")
         }
-        print_json({**asdict(found), **per_token, "version": __version__})
+        print_json({**asdict(store), **per_token, "version": __version__})
         return
-    kept = f" ({found.tensor_steps:,} of {found.steps:,} have them)"
-    rows = table("", "")
-    rows.show_header = False
+    with_tensors = f"{store.tensor_steps:,} of {store.steps:,} steps have them"
+    rows = table("", "", header=False)
     for name, value in (
-        ("store", inert(found.url, keep="")),
-        ("schema", found.schema),
-        ("size on disk", size(found.bytes)),
-        ("  full tensors", size(found.tensor_bytes)),
-        ("  rows", size(found.row_bytes)),
-        ("  write-ahead log", size(found.log_bytes)),
-        ("  free room", size(found.free_bytes)),
-        ("a token's rows", size(round(found.row_bytes_per_token))),
-        ("a token's tensors", size(round(found.tensor_bytes_per_token)) + kept),
-        ("conversations", f"{found.conversations:,}"),
-        ("messages", f"{found.messages:,}"),
-        ("steps", f"{found.steps:,}"),
-        ("default model", inert(Settings.from_environment().model_id, keep="")),
+        ("store", store.url),
+        ("schema", store.schema),
+        ("size on disk", size(store.bytes)),
+        ("  full tensors", size(store.tensor_bytes)),
+        ("  rows", size(store.row_bytes)),
+        ("  write-ahead log", size(store.log_bytes)),
+        ("  free space", size(store.free_bytes)),
+        ("rows per token", size(store.row_bytes_per_token)),
+        ("tensors per token", f"{size(store.tensor_bytes_per_token)} ({with_tensors})"),
+        ("conversations", f"{store.conversations:,}"),
+        ("messages", f"{store.messages:,}"),
+        ("steps", f"{store.steps:,}"),
+        ("default model", Settings.from_environment().model_id),
         ("oki-trace", __version__),
     ):
-        rows.add_row(Text(name, style="dim"), Text(value))
+        rows.add_row(cell(name, "dim"), cell(value))
     console().print(rows)
+
+
+def verify(
+    conversation: Annotated[
+        int | None,
+        typer.Argument(help="The number, as in: oki-trace list", show_default="the whole store"),
+    ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Also run each model again on the stored tokens.")
+    ] = False,
+    db: options.Db = None,
+    json: options.Json = False,
+) -> None:
+    """Check all checksums, and that the stored numbers agree with each other.
+
+    Prints one line per problem; the exit status is 1 if there is any. The store is not
+    changed. A model that cannot be loaded is reported, and is not a problem.
+
+    Example: oki-trace verify 1 --recompute
+
+    Example: oki-trace verify
+    """
+    from oki_trace.store.maintenance.verify import Verification
+    from oki_trace.store.reading.reader import TraceReader
+
+    findings: list[dict[str, Any]] = []
+    with TraceReader(options.store_of(db)) as reader:
+        with progress_bar("verifying") as progress:
+            check = Verification(reader, conversation, progress)
+            for finding in check:
+                findings.append(asdict(finding))
+                if not json:
+                    print_text(str(finding))
+        recomputed = _recompute(reader, conversation, json) if recompute else []
+    checked = {"messages": check.messages, "steps": check.steps, "tensors": check.tensors}
+    faults = len(findings) + sum(not one.agrees for one in recomputed)
+    if json:
+        more = {"recomputed": [asdict(one) for one in recomputed]} if recompute else {}
+        checked["without_digest"] = check.without_digest
+        print_json({"findings": findings, "checked": checked, **more})
+    else:
+        counts = ", ".join(counted(number, name[:-1]) for name, number in checked.items())
+        verdict = f"{counted(faults, 'fault')} found." if faults else "No problems found."
+        print_text(f"Checked {counts}. {verdict}")
+        if check.without_digest:
+            print_text(
+                f"{counted(check.without_digest, 'message')} recorded before there were digests: "
+                "their text and settings cannot be checked."
+            )
+    if faults:
+        raise typer.Exit(1)
+
+
+def _recompute(reader: TraceReader, conversation: int | None, quiet: bool) -> list[Recomputed]:
+    from oki_trace.recompute import recompute
+
+    done = []
+    with watchdog(), progress_bar("recomputing") as progress:
+        for one in recompute(reader, conversation, progress):
+            done.append(one)
+            if not quiet:
+                print_text(_line(one))
+    return done
+
+
+def _line(one: Recomputed) -> str:
+    message = f"conversation {one.conversation_id}, message {one.message_id}"
+    if one.reason is not None:
+        return f"{message}: not recomputed with {one.model_id}: {one.reason}"
+    parts = [
+        f"largest |Δlogprob| {one.logprob_difference:.1e}",
+        f"|Δentropy| {one.entropy_difference:.1e}",
+        f"lens |Δprob| {one.lens_difference:.1e}",
+        counted(one.top1_differences or 0, "other top token"),
+    ]
+    if one.not_numbers:
+        parts.append(f"{counted(one.not_numbers, 'value')} not a number")
+    if not one.numbers_agree:
+        parts.append("more than rounding explains")
+    if one.text_differences:
+        parts.append(f"{counted(one.text_differences, 'text')} not what the token ids make")
+    steps = counted(one.steps, "token")
+    return f"{message}: {steps} recomputed with {one.model_id}: {', '.join(parts)}"

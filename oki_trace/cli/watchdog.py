@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM end a command also while it is deep in a model's files.
+"""Ctrl-C and SIGTERM end a command even while native code or a template is running.
 
-Python tells its own code of a signal only between two of its own instructions, and
-what hears of it may not listen: a tokenizer at work, a template that loops. So a
-thread hears of each signal at once. When the command has not obeyed within a moment,
-it ends the process, after the reply under way was ended in the store.
+Python runs its signal handlers only between two bytecode instructions of the main thread,
+and a tokenizer or an endless template may never get there. So a thread receives each
+signal at once. If the command does not obey in time, the thread ends the reply in the
+store, and then the process.
 """
 
 from __future__ import annotations
@@ -18,58 +18,55 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from oki_trace.llm.decoding.memory_limit import MemoryLimit
-from oki_trace.llm.loading.activity import Doing, told_to
+from oki_trace.llm.loading.activity import Activity, reporting_to
 
-# How long a signal is waited for, where it is not the model's files that do not listen: a
-# step of a large model takes its time, as does cleaning up.
+# How long a command may take to obey. A step of a large model takes longer, and so does
+# cleaning up.
 _SECONDS = 2.0
-_LONGER = {Doing.DECODING: 20.0, None: 10.0}
-_LOOK_SECONDS = 0.1
-# For the store, which another process may hold.
-_SECONDS_TO_TELL = 5.0
+_LONGER = {Activity.DECODING: 20.0, None: 10.0}
+_POLL_SECONDS = 0.1
+# The store may be locked by another process.
+_STORE_SECONDS = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class Watchdog:
-    """``tell`` is called with what was being done, to end the reply in the store."""
+    """``end_reply`` is called with the reason, to end the reply in the store."""
 
-    tell: Callable[[str], object] | None = None
-    doing: Doing | None = None
+    end_reply: Callable[[str], object] | None = None
+    doing: Activity | None = None
     obeyed: threading.Event = field(default_factory=threading.Event)
-    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Doing.TEMPLATE))
+    memory: MemoryLimit = field(default_factory=lambda: MemoryLimit(Activity.TEMPLATE))
 
-    def now_doing(self, what: Doing) -> None:
+    def now_doing(self, what: Activity) -> None:
         self.doing = what
         self.memory.now_doing(what)
 
-    def hear(self, number: int) -> None:
-        """A signal has come; end the process unless it is obeyed in time."""
+    def on_signal(self, number: int) -> None:
+        """End the process unless the command obeys this signal in time."""
         self.obeyed.clear()
         threading.Thread(target=self._wait, args=(number,), daemon=True).start()
 
     def _wait(self, number: int) -> None:
-        came = time.monotonic()
-        while time.monotonic() - came < _LONGER.get(self.doing, _SECONDS):
-            if self.obeyed.wait(_LOOK_SECONDS):
+        began = time.monotonic()
+        while time.monotonic() - began < _LONGER.get(self.doing, _SECONDS):
+            if self.obeyed.wait(_POLL_SECONDS):
                 return
-        what = f"stopped while {self.doing}" if self.doing is not None else "stopped"
-        teller = threading.Thread(target=self._tell, args=(what,), daemon=True)
-        teller.start()
-        teller.join(timeout=_SECONDS_TO_TELL)
-        sys.stderr.write(f"oki-trace: {what}.\n")
+        reason = f"stopped while {self.doing}" if self.doing is not None else "stopped"
+        if self.end_reply is not None:
+            ending = threading.Thread(target=self.end_reply, args=(reason,), daemon=True)
+            ending.start()
+            ending.join(timeout=_STORE_SECONDS)
+        sys.stderr.write(f"oki-trace: {reason}.\n")
         os._exit(128 + number)
-
-    def _tell(self, what: str) -> None:
-        if self.tell is not None:
-            self.tell(what)
 
 
 @contextmanager
 def watchdog() -> Iterator[Watchdog]:
-    """While this lasts, signals are heard of; ``obeyed`` is to be set when one was.
+    """Watch for signals; the command sets ``obeyed`` when it has obeyed one.
 
-    It is set at the end, too. Outside of the main thread there are no signals to hear.
+    Does nothing outside of the main thread, which alone receives signals.
     """
     dog = Watchdog()
     if threading.current_thread() is not threading.main_thread():
@@ -80,13 +77,13 @@ def watchdog() -> Iterator[Watchdog]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     threading.Thread(target=_listen, args=(reading, dog), daemon=True).start()
     try:
-        with told_to(dog.now_doing):
+        with reporting_to(dog.now_doing):
             yield dog
     finally:
         dog.obeyed.set()
         dog.memory.lift()
         signal.set_wakeup_fd(before)
-        os.close(writing)  # which ends the thread
+        os.close(writing)  # ends the thread
 
 
 def _listen(reading: int, dog: Watchdog) -> None:
@@ -94,4 +91,4 @@ def _listen(reading: int, dog: Watchdog) -> None:
         while numbers := signals.read(16):
             for number in numbers:
                 if number in _SIGNALS:
-                    dog.hear(number)
+                    dog.on_signal(number)

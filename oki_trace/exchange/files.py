@@ -8,39 +8,27 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, Literal
 
 from oki_trace.errors import ExchangeError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """Write text beside ``path``, sync, and rename over it; on an error nothing is left.
+def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
+    """A file that replaces ``path`` once all is written and synced; nothing is left on an error.
 
-    Raises ExchangeError when it cannot be written there.
+    Text is UTF-8. Raises ExchangeError when it cannot be written.
     """
-    with _replacing(path, "w", encoding="utf-8", newline="\n") as file:
-        yield file
-
-
-@contextmanager
-def replacing_bytes(path: Path) -> Iterator[BinaryIO]:
-    """The same for a file of bytes."""
-    with _replacing(path, "wb") as file:
-        yield file
-
-
-@contextmanager
-def _replacing(path: Path, mode: str, **options: Any) -> Iterator[Any]:
     part: Path | None = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         part = Path(name)
-        with os.fdopen(handle, mode, **options) as file:
+        text: Any = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
+        with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # What a temporary file has of privacy is not what was asked for.
+        # A temporary file is private, which the export need not be.
         part.chmod(0o666 & ~_umask())
         part.replace(path)
     except BaseException as error:
@@ -53,19 +41,18 @@ def _replacing(path: Path, mode: str, **options: Any) -> Iterator[Any]:
 
 @contextmanager
 def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``path`` when all is written.
+    """A folder that replaces ``path`` once all of its files are written.
 
-    ``names`` are the files it may hold. A folder that holds anything else was
-    not written by this, and is left alone: ExchangeError.
+    ``names`` are the files it may hold. Raises ExchangeError for a ``path`` with
+    any other file, which is not an export, and when it cannot be written.
     """
     part: Path | None = None
     try:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise ExchangeError(f"{path} is there and is no folder. Choose another --output.")
+            raise ExchangeError(f"{path} exists and is not a folder. Choose another --output.")
         if path.exists() and (other := sorted({p.name for p in path.iterdir()} - names)):
             raise ExchangeError(
-                f"{path} holds files that are no export, such as {other[0]}. Choose another "
-                "--output."
+                f"{path} holds files of no export, such as {other[0]}. Choose another --output."
             )
         part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
         yield part
@@ -74,7 +61,7 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
                 os.fsync(written.fileno())
         part.chmod(0o777 & ~_umask())
         if path.exists():
-            # A folder is not renamed over another: the old one steps aside for that moment.
+            # A folder cannot be renamed over another one.
             old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
             path.replace(old / path.name)
             part.replace(path)
@@ -90,9 +77,9 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    now = os.umask(0o022)
-    os.umask(now)
-    return now
+    umask = os.umask(0o022)
+    os.umask(umask)
+    return umask
 
 
 def _cannot_write(path: Path, error: OSError) -> ExchangeError:

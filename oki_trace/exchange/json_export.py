@@ -1,132 +1,105 @@
-"""A conversation as JSON: one document, or a line a step.
+"""A conversation as JSON: one document, or a line for each step; and traces of version 1.
 
-The document: ``{"format": "oki-trace", "version": 2, "conversation": {…},
-"messages": [{id, role, content, status, …, trace?}]}``, a step a line in the
-file. In JSON lines the first line is that document with traces that have no
-``steps``, and each line after it is a step that names its ``message``.
+The document is ``{"format": "oki-trace", "version": 2, "conversation": {…},
+"messages": [{id, role, content, status, …, trace?}]}`` with one step a line. The
+first line of JSON lines is that document with traces that have no ``steps``;
+each further line is a step that names its ``message``.
 
-Both are written as they are read, a few steps in memory, however long the reply.
+Steps are written as they are read, so replies of any length take little memory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, TextIO
+from typing import TextIO
 
 from oki_trace.errors import NotFound
-from oki_trace.exchange.selection import Progress, Selection, is_traced, selected
+from oki_trace.exchange.selection import Selection, is_traced, selected
 from oki_trace.exchange.trace_object import (
     FORMAT,
     VERSION,
+    Json,
     head_object,
     part_objects,
     plain,
     step_objects,
     trace_object,
 )
-from oki_trace.exchange.v1 import v1_head, v1_steps
 from oki_trace.records import Message
 from oki_trace.store.reading.reader import TraceReader
 
 JSONL = "jsonl"
+# The names of version 1, which docs/formats.md lists: of a trace, a step, and their entries.
+V1_TRACE = (
+    *("model_id", "prompt", "output", "prompt_len", "messages"),
+    *("evidence_provenance", "logit_lens_available"),
+)
+V1_STEP = ("step", "chosen_token", "chosen_id")
+V1_CANDIDATE = ("token", "prob")
+V1_EVIDENCE = ("token", "weight", "position", "in_prompt", "relative")
 
-# ASCII, so that it is the same in every encoding and inert in a terminal.
+# ASCII is the same in every encoding, and has no effect on a terminal.
 _encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
 
 
-def write_conversation(
-    reader: TraceReader,
-    conversation_id: int,
-    file: TextIO,
-    message_id: int | None = None,
-    progress: Progress | None = None,
-    *,
-    tensors: bool = False,
-) -> None:
-    """Write the whole conversation, or the trace object of one of its replies.
+def write_conversation(chosen: Selection, file: TextIO, *, tensors: bool = False) -> None:
+    """Write the document of a conversation, or the trace object of a single reply.
 
-    What is written was true at one instant, while replies go on too. ``tensors``:
-    whether they are written beside it. Raises NotFound for a conversation or
-    message that is not there.
+    ``tensors``: whether they are exported beside it.
     """
-    with selected(reader, conversation_id, message_id) as chosen:
-        counted = _Counted(chosen, progress, tensors=tensors)
-        if message_id is not None:
-            (reply,) = chosen.replies
-            _write_trace(file, counted, reply)
-            file.write("\n")
-            return
-        file.write(_open(document_head(chosen)) + ', "messages": [')
-        for place, message in enumerate(chosen.messages):
-            file.write(",\n" if place else "\n")
-            if message.id in chosen.traced:
-                file.write(_open(message_head(message)) + ', "trace": ')
-                _write_trace(file, counted, message)
-                file.write("}")
-            else:
-                file.write(_encode(message_head(message)))
-        file.write("\n]}\n")
+    if chosen.single is not None:
+        _write_trace(file, chosen, chosen.single, tensors)
+        file.write("\n")
+        return
+    file.write(_open(document_head(chosen)) + ', "messages": [')
+    for place, message in enumerate(chosen.messages):
+        file.write(",\n" if place else "\n")
+        if message.id in chosen.traced:
+            file.write(_open(message_head(message)) + ', "trace": ')
+            _write_trace(file, chosen, message, tensors)
+            file.write("}")
+        else:
+            file.write(_encode(message_head(message)))
+    file.write("\n]}\n")
 
 
-def write_lines(
-    reader: TraceReader,
-    conversation_id: int,
-    file: TextIO,
-    message_id: int | None = None,
-    progress: Progress | None = None,
-    *,
-    tensors: bool = False,
-) -> None:
-    """Write the conversation as JSON lines; with ``message_id`` the steps of that reply alone."""
-    with selected(reader, conversation_id, message_id) as chosen:
-        counted = _Counted(chosen, progress, tensors=tensors)
-        heads = []
-        for message in chosen.messages:
-            head = message_head(message)
-            if message.id in chosen.traced:
-                head["trace"] = counted.head(message)
-            heads.append(head)
-        file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
-        for reply in chosen.replies:
-            for step in counted.steps(reply):
-                file.write(_encode({"message": reply.id, **step}) + "\n")
+def write_lines(chosen: Selection, file: TextIO, *, tensors: bool = False) -> None:
+    """Write the selection as JSON lines."""
+    heads = []
+    for message in chosen.messages:
+        head = message_head(message)
+        if message.id in chosen.traced:
+            head["trace"] = head_object(chosen.head(message, tensors=tensors))
+        heads.append(head)
+    file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
+    for reply in chosen.replies:
+        for step in _steps(chosen, reply):
+            file.write(_encode({"message": reply.id, **step}) + "\n")
 
 
-def write_v1(
-    reader: TraceReader,
-    conversation_id: int,
-    file: TextIO,
-    message_id: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Write traces of version 1: of one reply the trace, of several a list.
+def write_v1(chosen: Selection, file: TextIO) -> None:
+    """Write traces of version 1: one trace, or a list of several.
 
     Raises NotFound when the conversation has no traced reply.
     """
-    with selected(reader, conversation_id, message_id) as chosen:
-        if not chosen.replies:
-            raise NotFound(
-                f"Conversation {conversation_id} has no traced reply, and trace-v1 holds nothing "
-                "else. Choose another --format."
-            )
-        several = len(chosen.replies) > 1
-        done = 0
-        file.write("[\n" if several else "")
-        for place, reply in enumerate(chosen.replies):
-            head = chosen.head(reply)
-            file.write((",\n" if place else "") + _open(v1_head(head)) + ', "steps": [')
-            for number, step in enumerate(v1_steps(head, chosen.reader.iter_steps(reply.id))):
-                file.write((",\n" if number else "\n") + _encode(step))
-                done += 1
-                if progress is not None:
-                    progress(done, chosen.steps)
-            file.write("\n]}")
-        file.write("\n]\n" if several else "\n")
+    if not chosen.replies:
+        raise NotFound(
+            f"Conversation {chosen.conversation.id} has no traced reply, and trace-v1 holds "
+            "nothing else. Choose another --format."
+        )
+    several = len(chosen.replies) > 1
+    file.write("[\n" if several else "")
+    for place, reply in enumerate(chosen.replies):
+        head = chosen.head(reply)
+        file.write(",\n" if place else "")
+        steps = step_objects(head.prompt, chosen.iter_steps(reply))
+        _write_steps(file, _only(head_object(head), V1_TRACE), map(_v1_step, steps))
+    file.write("\n]\n" if several else "\n")
 
 
-def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, Any]:
+def conversation_object(reader: TraceReader, conversation_id: int) -> Json:
     """The document of a conversation, in memory. Raises NotFound."""
     with selected(reader, conversation_id) as chosen:
         messages = []
@@ -140,21 +113,20 @@ def conversation_object(reader: TraceReader, conversation_id: int) -> dict[str, 
 
 def trace_of(
     reader: TraceReader, messages: Sequence[Message], message: Message, *, timed: bool = False
-) -> dict[str, Any] | None:
-    """The trace object of a reply, in memory; None for a message that has none.
+) -> Json | None:
+    """The trace object of a reply, in memory; None for a message without a trace.
 
-    ``timed`` as a file has it; without, it is what ``run_traced`` returned.
+    ``timed``: as in a file; otherwise it is what ``run_traced`` returned.
     """
     if not is_traced(message):
         return None
     conversation = reader.conversation(message.conversation_id)
-    return _trace(
-        Selection(reader, conversation, messages, frozenset({message.id})), message, timed=timed
-    )
+    chosen = Selection(reader, conversation, messages, frozenset({message.id}))
+    return _trace(chosen, message, timed=timed)
 
 
-def document_head(chosen: Selection) -> dict[str, Any]:
-    """The document up to its ``messages``."""
+def document_head(chosen: Selection) -> Json:
+    """The document without its ``messages``."""
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -166,9 +138,9 @@ def document_head(chosen: Selection) -> dict[str, Any]:
     }
 
 
-def message_head(message: Message) -> dict[str, Any]:
-    """A message up to its ``trace``; what was asked for stands in replies alone."""
-    head: dict[str, Any] = {
+def message_head(message: Message) -> Json:
+    """A message without its ``trace``; only replies have the request that made them."""
+    head: Json = {
         "id": message.id,
         "role": str(message.role),
         "content": message.content,
@@ -182,9 +154,9 @@ def message_head(message: Message) -> dict[str, Any]:
     if message.tensors_pruned_at is not None:
         head["tensors_pruned_at"] = message.tensors_pruned_at.isoformat()
     for name in ("choice", "sampling", "policy", "template"):
-        asked = getattr(message, name)
-        if asked is not None:
-            head[name] = plain(asdict(asked))
+        record = getattr(message, name)
+        if record is not None:
+            head[name] = plain(asdict(record))
     if message.parts and not is_traced(message):
         head["parts"] = part_objects(message.parts)
     if message.tool_name is not None:
@@ -196,42 +168,45 @@ def message_head(message: Message) -> dict[str, Any]:
     return head
 
 
-def _trace(chosen: Selection, reply: Message, *, timed: bool) -> dict[str, Any]:
-    # What stands in a file says that its tensors are not in it.
+def _trace(chosen: Selection, reply: Message, *, timed: bool) -> Json:
+    # A file without the tensors says so.
     head = chosen.head(reply, tensors=not timed)
-    return trace_object(head, chosen.reader.iter_steps(reply.id), timed=timed)
+    return trace_object(head, chosen.iter_steps(reply), timed=timed)
 
 
-class _Counted:
-    """The steps of a selection as objects, told to the progress as they go by."""
-
-    def __init__(self, chosen: Selection, progress: Progress | None, *, tensors: bool) -> None:
-        self.chosen = chosen
-        self._tensors = tensors
-        self._progress = progress
-        self._done = 0
-
-    def head(self, reply: Message) -> dict[str, Any]:
-        return head_object(self.chosen.head(reply, tensors=self._tensors))
-
-    def steps(self, reply: Message) -> Iterator[dict[str, Any]]:
-        prompt = self.chosen.reader.prompt(reply.id)
-        steps = self.chosen.reader.iter_steps(reply.id)
-        for step in step_objects(prompt, steps, timed=True):
-            yield step
-            self._done += 1
-            if self._progress is not None:
-                self._progress(self._done, self.chosen.steps)
+def _steps(chosen: Selection, reply: Message) -> Iterator[Json]:
+    return step_objects(chosen.reader.prompt(reply.id), chosen.iter_steps(reply), timed=True)
 
 
-def _write_trace(file: TextIO, counted: _Counted, reply: Message) -> None:
-    file.write(_open(counted.head(reply)) + ', "steps": [')
-    for place, step in enumerate(counted.steps(reply)):
-        file.write(",\n" if place else "\n")
-        file.write(_encode(step))
+def _v1_step(step: Json) -> Json:
+    return {
+        **_only(step, V1_STEP),
+        "logits_topk": [_only(entry, V1_CANDIDATE) for entry in step["logits_topk"]],
+        "evidence": [_only(entry, V1_EVIDENCE) for entry in step["evidence"]],
+        "logit_lens": [
+            {"layer": row["layer"], "topk": [_only(entry, V1_CANDIDATE) for entry in row["topk"]]}
+            for row in step["logit_lens"]
+        ],
+    }
+
+
+def _only(values: Json, names: tuple[str, ...]) -> Json:
+    return {name: values[name] for name in names}
+
+
+def _write_trace(file: TextIO, chosen: Selection, reply: Message, tensors: bool) -> None:
+    head = head_object(chosen.head(reply, tensors=tensors))
+    _write_steps(file, head, _steps(chosen, reply))
+
+
+def _write_steps(file: TextIO, head: Json, steps: Iterable[Json]) -> None:
+    """An object whose last value is its ``steps``, one a line."""
+    file.write(_open(head) + ', "steps": [')
+    for place, step in enumerate(steps):
+        file.write((",\n" if place else "\n") + _encode(step))
     file.write("\n]}")
 
 
-def _open(document: dict[str, Any]) -> str:
-    """An object that more is to be written into."""
+def _open(document: Json) -> str:
+    """An object without its closing brace."""
     return _encode(document)[:-1]

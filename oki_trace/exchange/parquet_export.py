@@ -11,25 +11,28 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from oki_trace.exchange.selection import Progress, Selection, selected
+from oki_trace.exchange.selection import Selection, selected
 from oki_trace.exchange.tables import SUFFIX, TABLES
 from oki_trace.exchange.tensor_file import ITEMS
 from oki_trace.exchange.trace_object import decision_object, part_objects, plain
 from oki_trace.records import Message, Step
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema.arrow import ParquetTable
 
-# Rows are Python's for a few steps, then Arrow's, which are a tenth of the size.
+# Steps whose rows are tuples at a time.
 _STEPS_AT_ONCE = 16
-# Of the rows of all tables together, and of tensors: then a row group of each is written.
+# A row group is written when the rows of all tables together, or the tensors, have these bytes.
 _GROUP_BYTES = 8_000_000
-# What does not come back is not worth a dictionary, which is held until the row group ends.
-_PLAIN = {"data"}
+
+# Of a message that has no trace, these say nothing.
+_OF_TRACED = ("prompt_len", "tokens", "generation", "capture", "checks")
 
 
 def write_tables(
@@ -42,58 +45,33 @@ def write_tables(
     """Write the tables into ``folder``. Raises NotFound."""
     with selected(reader, conversation_id, message_id) as chosen, ExitStack() as open_files:
         tables = {
-            name: open_files.enter_context(_Table(folder / f"{name}{SUFFIX}", schema))
+            name: open_files.enter_context(_RowTable(folder / f"{name}{SUFFIX}", schema))
             for name, schema in TABLES.items()
         }
         _write(chosen, tables, progress)
 
 
-class _Table:
-    """One file: rows in, a row group out now and then."""
+class _RowTable(ParquetTable):
+    """A Parquet file that takes rows as tuples, in the order of its schema."""
 
     def __init__(self, path: Path, schema: Any) -> None:
-        self._schema = schema
-        self._rows: list[tuple[Any, ...]] = []
-        self._packed: list[Any] = []
-        self.bytes = 0
-        # The same bytes for the same rows: nothing of the machine or the moment is in it.
-        self._writer = pq.ParquetWriter(
-            path,
-            schema,
-            compression="zstd",
-            use_dictionary=[name for name in schema.names if name not in _PLAIN],
-        )
+        super().__init__(path, schema)
+        self._tuples: list[tuple[Any, ...]] = []
 
-    def __enter__(self) -> _Table:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._writer.close()
-
-    def add(self, rows: Iterable[tuple[Any, ...]]) -> None:
-        self._rows.extend(rows)
+    def extend(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        self._tuples.extend(rows)
 
     def pack(self) -> None:
-        """Take the rows added since into the row group under way."""
-        if not self._rows:
-            return
-        columns = zip(*self._rows, strict=True)
-        arrays = [
-            pa.array(values, type=field.type)
-            for values, field in zip(columns, self._schema, strict=True)
-        ]
-        self._rows.clear()
-        batch = pa.RecordBatch.from_arrays(arrays, schema=self._schema)
-        self._packed.append(batch)
-        self.bytes += batch.nbytes
+        """Convert the tuples into Arrow rows, which are a tenth of the size."""
+        if self._tuples:
+            columns = zip(self.schema, zip(*self._tuples, strict=True), strict=True)
+            arrays = [pa.array(values, type=field.type) for field, values in columns]
+            self.add(pa.Table.from_arrays(arrays, schema=self.schema))
+            self._tuples.clear()
 
     def flush(self) -> None:
-        """Write the row group, if there is anything in it."""
         self.pack()
-        if self._packed:
-            self._writer.write_table(pa.Table.from_batches(self._packed, schema=self._schema))
-            self._packed.clear()
-            self.bytes = 0
+        super().flush()
 
 
 class _StepIds:
@@ -110,17 +88,17 @@ class _StepIds:
         return self._known[index]
 
 
-def _write(chosen: Selection, tables: dict[str, _Table], progress: Progress | None) -> None:
+def _write(chosen: Selection, tables: dict[str, _RowTable], progress: Progress | None) -> None:
     said = chosen.conversation
-    tables["conversation"].add([(said.id, said.title, said.created_at)])
+    tables["conversation"].extend([(said.id, said.title, said.created_at)])
     done = 0
     for message in chosen.messages:
-        tables["message"].add([_message(chosen, message)])
+        tables["message"].extend([_message(chosen, message)])
         if message.id not in chosen.traced:
             continue
         prompt = chosen.reader.prompt(message.id)
         tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
-        tables["prompt_token"].add((message.id, at, *token) for at, token in enumerate(tokens))
+        tables["prompt_token"].extend((message.id, at, *token) for at, token in enumerate(tokens))
         ids = _StepIds(chosen.reader, message.id)
         for step in chosen.reader.iter_steps(message.id):
             _add_step(tables, ids[step.step_index], message.id, step)
@@ -134,7 +112,7 @@ def _write(chosen: Selection, tables: dict[str, _Table], progress: Progress | No
         table.flush()
 
 
-def _pack(tables: dict[str, _Table]) -> None:
+def _pack(tables: dict[str, _RowTable]) -> None:
     for table in tables.values():
         table.pack()
     if sum(table.bytes for table in tables.values()) >= _GROUP_BYTES:
@@ -144,34 +122,24 @@ def _pack(tables: dict[str, _Table]) -> None:
 
 def _message(chosen: Selection, message: Message) -> tuple[Any, ...]:
     traced = message.id in chosen.traced
-    documents = (message.choice, message.sampling, message.policy)
-    reports = (message.generation, message.capture, message.checks) if traced else (None,) * 3
-    return (
-        message.id,
-        message.conversation_id,
-        message.position,
-        str(message.role),
-        message.content,
-        str(message.status),
-        message.created_at,
-        message.model_id,
-        message.prompt_len if traced else None,
-        message.tokens if traced else None,
-        message.reason,
-        message.seconds,
-        message.tensors_pruned_at,
-        *(None if one is None else json.dumps(plain(asdict(one))) for one in documents),
-        *(None if one is None else json.dumps(plain(asdict(one))) for one in reports),
-        json.dumps(part_objects(message.parts)) if message.parts else None,
-        None if message.template is None else json.dumps(plain(asdict(message.template))),
-        message.tool_name,
-        message.digest or None,
-        chosen.reader.prompt(message.id).text if traced else None,
-    )
+    values = asdict(message) | {
+        "prompt": chosen.reader.prompt(message.id).text if traced else None,
+        "parts": part_objects(message.parts) or None,
+        "digest": message.digest or None,
+        **({} if traced else dict.fromkeys(_OF_TRACED)),
+    }
+    return tuple(_text(values[name]) for name in TABLES["message"].names)
 
 
-def _add_step(tables: dict[str, _Table], step_id: int, message_id: int, step: Step) -> None:
-    tables["step"].add([_step(step_id, message_id, step)])
+def _text(value: Any) -> Any:
+    """A document as JSON; a role and a status as text."""
+    if isinstance(value, dict | list):
+        return json.dumps(plain(value))
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def _add_step(tables: dict[str, _RowTable], step_id: int, message_id: int, step: Step) -> None:
+    tables["step"].extend([_step(step_id, message_id, step)])
     top = step.topk
     nothing = [None] * len(top.tokens)
     rows = zip(
@@ -184,12 +152,12 @@ def _add_step(tables: dict[str, _Table], step_id: int, message_id: int, step: St
         nothing if top.noise is None else _numbers(top.noise),
         strict=True,
     )
-    tables["topk_entry"].add((step_id, *row) for row in rows)
-    for seen in step.attention:
-        tables["attention_layer"].add([(step_id, seen.layer, _number(seen.missing))])
-        pairs = zip(seen.positions.tolist(), _numbers(seen.weights), strict=True)
-        tables["attention_entry"].add(
-            (step_id, seen.layer, rank, *pair) for rank, pair in enumerate(pairs, start=1)
+    tables["topk_entry"].extend((step_id, *row) for row in rows)
+    for one in step.attention:
+        tables["attention_layer"].extend([(step_id, one.layer, _number(one.missing))])
+        pairs = zip(one.positions.tolist(), _numbers(one.weights), strict=True)
+        tables["attention_entry"].extend(
+            (step_id, one.layer, rank, *pair) for rank, pair in enumerate(pairs, start=1)
         )
     if step.lens is None:
         return
@@ -201,7 +169,7 @@ def _add_step(tables: dict[str, _Table], step_id: int, message_id: int, step: St
         _numbers(lens.kl),
         strict=True,
     )
-    tables["lens_layer"].add((step_id, layer, *row) for layer, row in enumerate(layers))
+    tables["lens_layer"].extend((step_id, layer, *row) for layer, row in enumerate(layers))
     for layer, tokens in enumerate(lens.tokens):
         entries = zip(
             lens.token_ids[layer].tolist(),
@@ -210,51 +178,34 @@ def _add_step(tables: dict[str, _Table], step_id: int, message_id: int, step: St
             _numbers(lens.probs[layer]),
             strict=True,
         )
-        tables["lens_entry"].add(
+        tables["lens_entry"].extend(
             (step_id, layer, rank, *entry) for rank, entry in enumerate(entries, start=1)
         )
 
 
 def _step(step_id: int, message_id: int, step: Step) -> tuple[Any, ...]:
     decision = step.decision
-    return (
-        step_id,
-        message_id,
-        step.step_index,
-        step.position,
-        step.token_id,
-        step.token,
-        step.token_bytes,
-        step.is_special,
-        _number(step.logit),
-        _number(step.prob),
-        _number(step.logprob),
-        _number(step.entropy),
-        step.rank,
-        _number(step.margin),
-        None if step.sampled_prob is None else _number(step.sampled_prob),
-        _number(step.elapsed_ms),
-        None if step.lens is None else step.lens.settle_layer,
-        None if decision is None else decision.greedy.token_id,
-        None if decision is None else json.dumps(decision_object(step, decision)),
-        step.digest,
-        step.tensor_digest,
+    derived = {
+        "id": step_id,
+        "message_id": message_id,
+        "settle_layer": step.lens and step.lens.settle_layer,
+        "greedy_id": decision and decision.greedy.token_id,
+        "decision": decision and json.dumps(decision_object(step, decision)),
+    }
+    values = (
+        derived[name] if name in derived else getattr(step, name) for name in TABLES["step"].names
     )
+    return tuple(_number(value) if isinstance(value, float) else value for value in values)
 
 
-def _add_tensors(chosen: Selection, table: _Table, message_id: int, ids: _StepIds) -> None:
+def _add_tensors(chosen: Selection, table: _RowTable, message_id: int, ids: _StepIds) -> None:
     for index, head in chosen.reader.tensor_heads(message_id):
         tensor = chosen.reader.tensor(message_id, index, head.name)
         data = tensor.array.astype(ITEMS[tensor.dtype], copy=False).tobytes()
         shape = list(tensor.array.shape)
-        table.add(
-            [
-                (
-                    *(ids[index], tensor.name, tensor.dtype, shape),
-                    *(list(tensor.layers), tensor.key_offset, data),
-                )
-            ]
-        )
+        layers = list(tensor.layers)
+        row = (ids[index], tensor.name, tensor.dtype, shape, layers, tensor.key_offset, data)
+        table.extend([row])
         table.pack()
         if table.bytes >= _GROUP_BYTES:
             table.flush()

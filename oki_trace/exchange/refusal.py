@@ -2,61 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
 from oki_trace.errors import ExchangeError
 
+# By pydantic's type of error; in braces the limits of its context.
+_REASONS = {
+    "missing": "is missing",
+    "string_type": "is not text",
+    "string_unicode": "is not valid text: it holds half of a character",
+    "string_too_long": "is longer than {max_length:,} characters",
+    "bytes_too_long": "is longer than {max_length:,} bytes",
+    "int_type": "is not a whole number",
+    "float_type": "is not a number",
+    "bool_type": "is neither true nor false",
+    "list_type": "is not a list",
+    "dict_type": "is not an object",
+    "too_long": "has more than {max_length:,} entries",
+    "greater_than_equal": "is below {ge:,}",
+    "less_than_equal": "is above {le:,}",
+    "less_than": "is not below {lt:,}",
+}
 
-def refused(what: str) -> ExchangeError:
+
+def refused(reason: str) -> ExchangeError:
     """The error for a file that cannot be imported."""
-    return ExchangeError(f"The file cannot be imported: {what}. Nothing was.")
+    return ExchangeError(f"The file cannot be imported: {reason}. Nothing was imported.")
 
 
 def invalid(where: str, error: ValidationError) -> ExchangeError:
-    """The first value that does not fit; ``where`` names the object that was validated."""
+    """The error for the first value that does not fit; ``where`` names the validated object."""
     (first, *_) = error.errors(include_url=False)
-    place = where
-    names = list(first["loc"])
-    last = ""
-    while names:
-        name, at = names.pop(0), ""
-        if names and isinstance(names[0], int):
-            at = f" {names[0] + 1}"
-            del names[0]
-        if names:
-            place = f"{place}, {name}{at}"
+    path: list[str] = []
+    for key in first["loc"]:
+        if isinstance(key, int) and path:
+            path[-1] += f" {key + 1}"
         else:
-            last = f"{name}{at}"
-    what = _what(first)
-    return refused(f"{place}: {last} {what}" if last else f"{place} {what}")
+            name = str(key)[:60]  # of an object in the file: anything
+            path.append(name if name.isidentifier() else repr(name))
+    *outer, field = path or [""]
+    place = ", ".join([where, *outer])
+    return refused(f"{place}: {field} {_reason(first)}" if field else f"{place} {_reason(first)}")
 
 
-def _what(error: Any) -> str:
+def _reason(error: Any) -> str:
     if error["input"] is None:
         return "is missing"
     if error["type"] in ("literal_error", "enum"):
         return f"is {str(error['input'])[:40]!r}, which is none of {error['ctx']['expected']}"
-    tell = _SENTENCES.get(error["type"])
-    return tell(error.get("ctx", {})) if tell else str(error["msg"])
-
-
-_SENTENCES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "missing": lambda _: "is missing",
-    "string_type": lambda _: "is no text",
-    "string_unicode": lambda _: "is no text: it holds half of a character",
-    "string_too_long": lambda c: f"is longer than {c['max_length']:,} characters",
-    "bytes_too_long": lambda c: f"is longer than {c['max_length']:,} bytes",
-    "int_type": lambda _: "is no whole number",
-    "float_type": lambda _: "is no number",
-    "bool_type": lambda _: "is neither true nor false",
-    "list_type": lambda _: "is no list",
-    "dict_type": lambda _: "is no object",
-    "too_long": lambda c: f"has more than {c['max_length']:,} entries",
-    "greater_than_equal": lambda c: f"is below {c['ge']:,}",
-    "greater_than": lambda c: f"is not above {c['gt']:,}",
-    "less_than_equal": lambda c: f"is above {c['le']:,}",
-    "less_than": lambda c: f"is not below {c['lt']:,}",
-}
+    reason = _REASONS.get(error["type"])
+    return str(error["msg"]) if reason is None else reason.format(**error.get("ctx", {}))

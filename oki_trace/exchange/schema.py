@@ -1,20 +1,24 @@
-"""Every field that an export has, by name, with its type and its limits.
+"""Every field of an export, by name, with its type and its limits.
 
-All formats are read through these types: what one refuses every one refuses, in
-the same sentence. A field that may be missing may be null as well; a name that
-is not listed here is skipped. ``reading`` makes records of what has passed, and
-checks what concerns several fields together.
+All formats are read through these types, so a value that one format refuses is
+refused by every format, with the same sentence. A field that may be missing may
+also be null; a name that is not listed here is skipped. The modules of
+``reading`` make records of the validated fields and check what concerns several
+fields together.
 
 To add a field: name it here, write it in ``trace_object`` or ``json_export``
-and in ``tables``, and read it in ``reading`` or ``staging``. A test holds that
-what is written is also read.
+and in ``tables``, and read it in ``reading``. A test checks that every field
+that is written is also read.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass
-from typing import Annotated, Any, Required, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Required, TypeVar, get_args, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -24,24 +28,14 @@ from pydantic import (
     GetCoreSchemaHandler,
     TypeAdapter,
     ValidationError,
-    with_config,
 )
 from pydantic_core import PydanticCustomError, core_schema
 from typing_extensions import TypedDict
 
+from oki_trace import records
 from oki_trace.errors import UsageError
 from oki_trace.exchange.refusal import invalid
-from oki_trace.records import (
-    CapturePolicy,
-    ModelChoice,
-    PartKind,
-    Role,
-    Sampling,
-    Segment,
-    Status,
-    TensorMode,
-    is_too_deep,
-)
+from oki_trace.records import PartKind, Role, Segment, Status, is_too_deep
 
 # Limits; docs/formats.md states them.
 MAX_PROMPT = 2_000_000
@@ -57,28 +51,32 @@ YEARS = (1971, 2199)
 
 _INT32 = 2**31 - 1
 _FLOAT32 = 3.4028234e38
+_NAN = float("nan")
 
 _T = TypeVar("_T")
-_strict = with_config(ConfigDict(strict=True, extra="ignore"))
 
 
-def _measured(value: float) -> float:
-    """An infinity is a number too: that of a token which the model rules out."""
-    if _FLOAT32 < abs(value) < float("inf"):
-        raise PydanticCustomError("too_large", "is too large a number")
-    # Not every store tells -0 from 0.
+def _positive_zero(value: float) -> float:
+    """0 for -0, which not every store can represent."""
     return value + 0.0
 
 
-def _moment(value: Any) -> Any:
-    """ISO 8601, or a time; without a time zone it is UTC."""
+def _float32(value: float) -> float:
+    """In the range of 32-bit floats, or infinite: the logit of a token that is ruled out."""
+    if _FLOAT32 < abs(value) < float("inf"):
+        raise PydanticCustomError("too_large", "is too large a number")
+    return _positive_zero(value)
+
+
+def _time(value: Any) -> dt.datetime:
+    """A datetime, or one in ISO 8601; without a time zone it is UTC."""
     if isinstance(value, str) and len(value) <= 64:
         try:
             value = dt.datetime.fromisoformat(value)
         except ValueError:
-            raise PydanticCustomError("time", "is no time") from None
+            raise PydanticCustomError("time", "is not a time") from None
     if not isinstance(value, dt.datetime):
-        raise PydanticCustomError("time", "is no time")
+        raise PydanticCustomError("time", "is not a time")
     if not YEARS[0] <= value.year <= YEARS[1]:
         raise PydanticCustomError("time", f"is not within the years {YEARS[0]} to {YEARS[1]}")
     return (value if value.tzinfo else value.replace(tzinfo=dt.UTC)).astimezone(dt.UTC)
@@ -91,11 +89,11 @@ def _bytes(value: Any) -> Any:
     try:
         return bytes.fromhex(value)
     except ValueError:
-        raise PydanticCustomError("hex", "are no hexadecimal bytes") from None
+        raise PydanticCustomError("hex", "is not hexadecimal") from None
 
 
 def _shallow(value: Any) -> Any:
-    """Any JSON that programs can go along with."""
+    """Any JSON that is not nested too deeply for the programs that read it."""
     if is_too_deep(value):
         raise PydanticCustomError("deep", "is nested too deeply")
     return value
@@ -113,49 +111,91 @@ StepDigest = Annotated[bytes, Field(min_length=16, max_length=16), BeforeValidat
 MessageDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Label = Annotated[str, Field(max_length=10_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
-Time = Annotated[dt.datetime, BeforeValidator(_moment)]
-Number = Annotated[float, AfterValidator(_measured)]
-# As far above 1, or below 0, as rounding over a large vocabulary can lead.
-Prob = Annotated[float, Field(ge=0, le=1.001)]
-Share = Annotated[float, Field(ge=-0.01, le=1.01)]
-LogProb = Annotated[float, Field(le=0.001), AfterValidator(_measured)]
-Nats = Annotated[float, Field(ge=-0.1), AfterValidator(_measured)]
-Positive = Annotated[float, Field(ge=0), AfterValidator(_measured)]
-Duration = Annotated[float, Field(ge=0, le=1e12)]
+Time = Annotated[dt.datetime, BeforeValidator(_time)]
+Number = Annotated[float, AfterValidator(_float32)]
+# Rounding over a large vocabulary can lead this far above 1 or below 0. ``EntryProb`` is of
+# the long lists, whose -0 is removed from all entries at once.
+EntryProb = Annotated[float, Field(ge=0, le=1.001)]
+Prob = Annotated[EntryProb, AfterValidator(_positive_zero)]
+Share = Annotated[float, Field(ge=-0.01, le=1.01), AfterValidator(_positive_zero)]
+LogProb = Annotated[float, Field(le=0.001), AfterValidator(_float32)]
+Nats = Annotated[float, Field(ge=-0.1), AfterValidator(_float32)]
+Positive = Annotated[float, Field(ge=0), AfterValidator(_float32)]
+Duration = Annotated[float, Field(ge=0, le=1e12), AfterValidator(_positive_zero)]
 
 
-@dataclass(frozen=True)
-class _UpTo:
-    """So many entries of a list. The first that is wrong ends it: it may have many."""
+def _up_to(most: int) -> Any:
+    """A list of at most ``most`` entries, validated up to the first that is wrong."""
+    return Field(max_length=most, fail_fast=True)
 
-    most: int
+
+_ENTRIES = _up_to(MAX_ENTRIES)
+_OF_LAYERS = _up_to(MAX_LAYERS + 1)
+_OF_PROMPT = _up_to(MAX_PROMPT)
+_LIMITS: dict[Any, Any] = {
+    int: Large,
+    float: Positive,
+    str: Label,
+    tuple[int, ...]: Annotated[list[Count], _ENTRIES],
+    tuple[str, ...]: Annotated[list[Label], _ENTRIES],
+}
+
+
+def _limit(kind: Any) -> Any:
+    """The type of a record's field, or of a nullable one, with its usual limits."""
+    kinds = [one for one in get_args(kind) if one is not NoneType]
+    kind = kinds[0] if NoneType in get_args(kind) else kind
+    return _LIMITS.get(kind, kind)
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """A record made of its own fields, with the limits of their types unless ``limits`` has others.
+
+    A missing field takes its value in ``defaults``, or the record's own default.
+    """
+
+    limits: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> core_schema.CoreSchema:
-        made = handler(source)
-        assert made["type"] == "list"
-        return {**made, "max_length": self.most, "fail_fast": True}
+        def build(values: dict[str, Any]) -> Any:
+            known = {
+                name: tuple(value) if type(value) is list else value
+                for name, value in values.items()
+                if value is not None
+            }
+            try:
+                return source(**{**self.defaults, **known})
+            except UsageError as error:
+                reason = {"reason": " ".join(str(error).rstrip(".").split())[:200]}
+                raise PydanticCustomError("record", "cannot be: {reason}", reason) from None
 
-
-_ENTRIES = _UpTo(MAX_ENTRIES)
-_OF_LAYERS = _UpTo(MAX_LAYERS + 1)
-_OF_PROMPT = _UpTo(MAX_PROMPT)
+        types, members = get_type_hints(source), {}
+        for one in fields(source):
+            limit = self.limits.get(one.name) or _limit(types[one.name])
+            required = one.name not in self.defaults and one.default is one.default_factory
+            schema = handler.generate_schema(limit if required else limit | None)
+            members[one.name] = core_schema.typed_dict_field(schema, required=required)
+        strict = core_schema.CoreConfig(strict=True)
+        return core_schema.no_info_after_validator_function(
+            build, core_schema.typed_dict_schema(members, config=strict)
+        )
 
 
 # ------------------------------------------------------------------ a conversation
 
 
-@_strict
 class Document(TypedDict, total=False):
-    """What any file says of itself."""
+    """What a file says about itself."""
 
     format: Label | None
     version: Count | None
     layout: Label | None
 
 
-@_strict
 class Conversation(TypedDict, total=False):
     """A conversation without its messages."""
 
@@ -164,71 +204,6 @@ class Conversation(TypedDict, total=False):
     created_at: Time | None
 
 
-@_strict
-class _Choice(TypedDict, total=False):
-    model_id: Required[Label]
-    use_4bit: bool | None
-    dtype: Label | None
-    device: Label | None
-
-
-@_strict
-class _Sampling(TypedDict, total=False):
-    max_new_tokens: Large | None
-    temperature: Positive | None
-    top_p: Positive | None
-    top_k: Large | None
-    repetition_penalty: Positive | None
-    seed: Link | None
-
-
-@_strict
-class _Policy(TypedDict, total=False):
-    topk_logits: Count | None
-    topk_evidence: Count | None
-    topk_lens: Count | None
-    tensors: Required[TensorMode]
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A record, made of these fields. One that is missing takes the record's own default."""
-
-    fields: type[Any]
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> core_schema.CoreSchema:
-        def make(values: dict[str, Any]) -> Any:
-            given = {name: value for name, value in values.items() if value is not None}
-            try:
-                return source(**given)
-            except UsageError as error:
-                why = {"why": str(error).rstrip(".")}
-                raise PydanticCustomError("record", "cannot be: {why}", why) from None
-
-        fields = handler.generate_schema(self.fields)
-        return core_schema.no_info_after_validator_function(make, fields)
-
-
-Choice = Annotated[ModelChoice, _Made(_Choice)]
-Asked = Annotated[Sampling, _Made(_Sampling)]
-Policy = Annotated[CapturePolicy, _Made(_Policy)]
-
-
-@_strict
-class Checks(TypedDict, total=False):
-    """How far a reply's numbers agree with its model; see ``records.ReplyChecks``."""
-
-    steps: Annotated[list[Count], _UpTo(MAX_CELLS)] | None
-    lens: Positive | None
-    draft: Positive | None
-    attention: Positive | None
-    fault: Label | None
-    notes: Annotated[list[Label], _ENTRIES] | None
-
-
-@_strict
 class Part(TypedDict, total=False):
     """A part of a reply; see ``records.Part``."""
 
@@ -240,20 +215,25 @@ class Part(TypedDict, total=False):
     arguments: Annotated[Any, AfterValidator(_shallow)]
 
 
-@_strict
-class Template(TypedDict, total=False):
-    """What a chat template was given beside the messages; see ``records.TemplateOptions``."""
-
-    arguments: Annotated[dict[str, Any], AfterValidator(_shallow)] | None
-    tools: Annotated[list[Any], _ENTRIES, AfterValidator(_shallow)] | None
-
-
 Parts = Annotated[list[Part], _ENTRIES]
+Policy = Annotated[records.CapturePolicy, _Record()]
+ReplyChecks = Annotated[
+    records.ReplyChecks,
+    _Record({"steps": Annotated[list[Count], _up_to(MAX_CELLS)]}, {"steps": ()}),
+]
+TemplateOptions = Annotated[
+    records.TemplateOptions,
+    _Record(
+        {
+            "arguments": Annotated[dict[str, Any], AfterValidator(_shallow)],
+            "tools": Annotated[list[Any], _ENTRIES, AfterValidator(_shallow)],
+        }
+    ),
+]
 
 
-@_strict
 class Message(TypedDict, total=False):
-    """A message without its trace. All after ``created_at`` is of replies alone."""
+    """A message without its trace. Replies alone have the fields after ``created_at``."""
 
     id: Link | None
     role: Required[Annotated[Role, Field(strict=False)]]
@@ -261,15 +241,15 @@ class Message(TypedDict, total=False):
     status: Annotated[Status, Field(strict=False)] | None
     created_at: Time | None
     reason: Annotated[str, Field(max_length=100_000)] | None
-    choice: Choice | None
-    sampling: Asked | None
+    choice: Annotated[records.ModelChoice, _Record()] | None
+    sampling: Annotated[records.Sampling, _Record({"seed": Link})] | None
     policy: Policy | None
     seconds: Duration | None
     tokens: Count | None
     tensors_pruned_at: Time | None
-    checks: Checks | None
+    checks: ReplyChecks | None
     parts: Parts | None
-    template: Template | None
+    template: TemplateOptions | None
     tool_name: Label | None
     digest: MessageDigest | None
 
@@ -277,48 +257,40 @@ class Message(TypedDict, total=False):
 # ------------------------------------------------------------------------- a reply
 
 
-@_strict
-class Generation(TypedDict, total=False):
-    """The sampling settings in force; see ``records.Generation``."""
-
-    do_sample: bool | None
-    max_new_tokens: Large | None
-    temperature: Positive | None
-    top_p: Positive | None
-    top_k: Large | None
-    repetition_penalty: Positive | None
-    seed: Link | None
-    eos_token_ids: Annotated[list[Count], _ENTRIES] | None
-    others: Annotated[list[Label], _ENTRIES] | None
-    replaced: Annotated[list[Label], _ENTRIES] | None
-
-
-@_strict
-class Capture(TypedDict, total=False):
-    """What was captured, and how far it was checked; see ``records.CaptureReport``."""
-
-    policy: Policy | None
-    layers: Required[Layer]
-    width: Count | None
-    dtype: Label | None
-    device: Label | None
-    quantization: Label | None
-    evidence_provenance: Label | None
-    attention_layers: Annotated[list[Layer], _OF_LAYERS] | None
-    attention_check: Positive | None
-    logit_lens_available: bool | None
-    lens_reason: Label | None
-    lens_check: Positive | None
-    lens_draft: Positive | None
-    versions: Label | None
-    cache_check: Positive | None
-    speedups: Annotated[dict[Label, Label | None], Field(max_length=MAX_SPEEDUPS)] | None
-    tensors_left_out: bool | None
+# Of a reply whose file does not say; a step's numbers are then NaN.
+GENERATION: dict[str, Any] = {
+    "do_sample": False,
+    "max_new_tokens": 0,
+    "eos_token_ids": (),
+    **dict.fromkeys(("temperature", "top_p", "top_k", "repetition_penalty", "seed")),
+}
+CAPTURE: dict[str, Any] = {
+    "policy": records.CapturePolicy(tensors="none"),
+    "width": 0,
+    "attention_layers": (),
+    **dict.fromkeys(("dtype", "device", "versions"), "unknown"),
+    **dict.fromkeys(("quantization", "attention_check", "lens_reason", "lens_check")),
+    "evidence_provenance": "",
+    "logit_lens_available": False,
+}
+Generation = Annotated[records.Generation, _Record({"seed": Link}, GENERATION)]
+Capture = Annotated[
+    records.CaptureReport,
+    _Record(
+        {
+            "policy": Policy,
+            "layers": Layer,
+            "width": Count,
+            "attention_layers": Annotated[list[Layer], _OF_LAYERS],
+            "speedups": Annotated[dict[Label, Label | None], Field(max_length=MAX_SPEEDUPS)],
+        },
+        CAPTURE,
+    ),
+]
 
 
-@_strict
-class Said(TypedDict, total=False):
-    """A message as a trace repeats it."""
+class EarlierMessage(TypedDict, total=False):
+    """A message before a trace, as the trace repeats it."""
 
     role: Required[Annotated[Role, Field(strict=False)]]
     content: Required[Text]
@@ -326,7 +298,6 @@ class Said(TypedDict, total=False):
     tool_name: Label | None
 
 
-@_strict
 class Trace(TypedDict, total=False):
     """A trace without its ``steps``. Only version 1 has no ``capture``."""
 
@@ -339,79 +310,72 @@ class Trace(TypedDict, total=False):
     prompt_tokens: Annotated[list[Token], _OF_PROMPT] | None
     prompt_segments: Annotated[list[Segment], _OF_PROMPT] | None
     output: Text | None
-    messages: Annotated[list[Said], _UpTo(MAX_MESSAGES)] | None
+    messages: Annotated[list[EarlierMessage], _up_to(MAX_MESSAGES)] | None
     status: Annotated[Status, Field(strict=False)] | None
     reason: Annotated[str, Field(max_length=100_000)] | None
     evidence_provenance: Label | None
     logit_lens_available: bool | None
     generation: Generation | None
     capture: Capture | None
-    checks: Checks | None
+    checks: ReplyChecks | None
     parts: Parts | None
-    template: Template | None
+    template: TemplateOptions | None
 
 
 # -------------------------------------------------------------------------- a step
 
 
-@_strict
 class LensToken(TypedDict, total=False):
-    """A token that the lens reads at a layer."""
+    """A token of the lens at one layer."""
 
     rank: Rank | None
     token_id: Count | None
     token: Required[Token]
     logit: Number | None
-    prob: Prob | None
+    prob: EntryProb | None
 
 
-@_strict
 class Candidate(LensToken, total=False):
     """A candidate for the next token."""
 
-    sampled_prob: Prob | None
+    sampled_prob: EntryProb | None
     noise: Number | None
 
 
-@_strict
 class Attended(TypedDict, total=False):
-    """A position that a layer looked at."""
+    """A position that a layer attended to."""
 
     rank: Rank | None
     position: Required[Position]
-    weight: Prob | None
+    weight: EntryProb | None
 
 
-@_strict
 class Evidence(Attended, total=False):
-    """The same of the final layer, with what version 1 says of it."""
+    """The same for the final layer, with the fields of version 1."""
 
     token: Token | None
     relative: Annotated[int, Field(ge=-MAX_PROMPT, le=MAX_STEPS)] | None
 
 
-@_strict
 class AttentionLayer(TypedDict, total=False):
-    """Where one layer looked, the most attended position first."""
+    """The attention of one layer, the most attended position first."""
 
     layer: Required[Layer]
     topk: Annotated[list[Attended], _ENTRIES] | None
     missing: Share | None
 
 
-@_strict
 class LensLayer(TypedDict, total=False):
-    """What the lens reads at one layer, the most likely token first."""
+    """The lens at one layer, the most likely token first."""
 
     layer: Required[Layer]
     topk: Annotated[list[LensToken], _ENTRIES] | None
     chosen_rank: Rank | None
-    chosen_prob: Prob | None
+    chosen_prob: EntryProb | None
     entropy: Nats | None
     kl: Nats | None
 
 
-@_strict
 class Contender(TypedDict, total=False):
     """A token in the draw."""
 
@@ -421,20 +385,16 @@ class Contender(TypedDict, total=False):
     noise: Number | None
 
 
-@_strict
-class Effect(TypedDict, total=False):
-    """What one sampling setting did."""
-
-    name: Required[Label]
-    setting: Required[Label]
-    removed: Required[Large]
-    removed_mass: Share | None
-    chosen_prob: Prob | None
+Effect = Annotated[
+    records.Effect,
+    _Record(
+        {"removed_mass": Share, "chosen_prob": Prob}, {"removed_mass": _NAN, "chosen_prob": _NAN}
+    ),
+]
 
 
-@_strict
 class Decision(TypedDict, total=False):
-    """Why this token; see ``records.Decision``."""
+    """Why the token was chosen; see ``records.Decision``."""
 
     drawn: Required[bool]
     candidates: Required[Count]
@@ -444,7 +404,6 @@ class Decision(TypedDict, total=False):
     processors: Annotated[list[Effect], _ENTRIES] | None
 
 
-@_strict
 class Step(TypedDict, total=False):
     """A step of a trace; see ``records.Step``."""
 
@@ -471,29 +430,33 @@ class Step(TypedDict, total=False):
     tensor_digest: StepDigest | None
 
 
-@_strict
 class Line(TypedDict, total=False):
-    """Of a line of ``jsonl``: the reply that its step belongs to."""
+    """The field of a ``jsonl`` line that names the reply its step belongs to."""
 
     message: Required[Link]
 
 
-# What cannot be told from a text is not validated a second time.
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    # The types within it inherit this.
+    kind.__pydantic_config__ = ConfigDict(strict=True, extra="ignore")
+    return TypeAdapter(kind)
 
 
 def read(kind: type[_T], value: Any, where: str) -> _T:
-    """``value`` as a ``kind`` of this module. Raises ExchangeError, which says ``where``."""
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
+    """``value`` validated as ``kind``, a type of this module.
+
+    Raises ExchangeError, which names the field within ``where``.
+    """
+    hashable: Any = kind
     try:
-        checked: _T = _ADAPTERS[kind].validate_python(value)
+        checked: _T = _adapter(hashable).validate_python(value)
     except ValidationError as error:
         raise invalid(where, error) from error
     return checked
 
 
-def known(values: Any, name: str, otherwise: Any) -> Any:
-    """The value of a field; ``otherwise`` where it is missing or null."""
+def value_or(values: Any, name: str, default: Any) -> Any:
+    """The value of a field; ``default`` where it is missing or null."""
     value = values.get(name)
-    return otherwise if value is None else value
+    return default if value is None else value

@@ -1,43 +1,54 @@
-"""What of a conversation is exported, the same for every format."""
+"""The part of a conversation that is exported, the same for every format."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
-from oki_trace.records import Conversation, Message, Role
+from oki_trace.records import Conversation, Message, Role, Step
+from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import TraceReader
 
-Progress = Callable[[int, int], None]  # steps done, of all
 
-
-@dataclass(frozen=True)
+@dataclass
 class Selection:
-    """A conversation at one instant: its messages, and which of them go with their trace.
+    """A conversation at one instant: its messages, of which ``traced`` are exported with traces.
 
-    ``reader`` sees that instant alone; it is good within ``selected`` only.
+    ``reader`` reads that instant, and only within ``selected``. ``single`` is the
+    reply whose trace is exported alone; None for a whole conversation.
     """
 
     reader: TraceReader
     conversation: Conversation
     messages: Sequence[Message]
     traced: frozenset[int]
+    single: Message | None = None
+    progress: Progress = lambda done, total: None
+    _done: int = 0
 
-    @property
+    @cached_property
     def replies(self) -> list[Message]:
-        """The messages that go with their trace, in order."""
+        """The messages that are exported with their traces, in order."""
         return [message for message in self.messages if message.id in self.traced]
 
-    @property
+    @cached_property
     def steps(self) -> int:
-        return sum(message.tokens for message in self.replies)
+        return sum(reply.tokens for reply in self.replies)
+
+    def iter_steps(self, reply: Message) -> Iterator[Step]:
+        """The steps of a reply as they are read; ``progress`` is called after each."""
+        for step in self.reader.iter_steps(reply.id):
+            yield step
+            self._done += 1
+            self.progress(self._done, self.steps)
 
     def head(self, reply: Message, *, tensors: bool = True) -> TraceHead:
-        """The trace of a reply but for its steps. ``tensors``: whether they go with it."""
+        """The trace of a reply without its steps. ``tensors``: whether they are exported too."""
         assert reply.generation is not None and reply.capture is not None
         capture = reply.capture
         if not tensors and self.reader.message_bytes(reply.id):
@@ -57,33 +68,38 @@ class Selection:
         )
 
     def has_tensors(self) -> bool:
-        """Whether any full tensor is kept of what is exported."""
+        """Whether the store has any full tensor of the exported replies."""
         return any(self.reader.message_bytes(reply.id) for reply in self.replies)
 
 
 @contextmanager
 def selected(
-    reader: TraceReader, conversation_id: int, message_id: int | None = None
+    reader: TraceReader,
+    conversation_id: int,
+    message_id: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[Selection]:
-    """The whole conversation, or up to one of its replies, with the trace of that one alone.
+    """A conversation, or its messages up to one reply with the trace of that reply alone.
 
-    What is read is of one instant, while replies go on too. Raises NotFound for
-    a conversation that is not there, or a message that is no traced reply of it.
+    All of it is read at one instant, while replies may be running. Raises
+    NotFound if the conversation, or its traced message, does not exist.
     """
     with reader.snapshot() as instant:
         conversation = instant.conversation(conversation_id)
         messages = instant.messages(conversation_id)
-        traced = frozenset(message.id for message in messages if is_traced(message))
+        traced = {message.id: message for message in messages if is_traced(message)}
+        single = None
         if message_id is not None:
-            if message_id not in traced:
+            single = traced.get(message_id)
+            if single is None:
                 raise NotFound(
                     f"Conversation {conversation_id} has no traced message {message_id}. "
                     f"See: oki-trace show {conversation_id}"
                 )
-            traced = frozenset({message_id})
-            end = next(m.position for m in messages if m.id == message_id)
-            messages = [m for m in messages if m.position <= end]
-        yield Selection(instant, conversation, messages, traced)
+            traced = {message_id: single}
+            messages = [m for m in messages if m.position <= single.position]
+        report = progress or (lambda done, total: None)
+        yield Selection(instant, conversation, messages, frozenset(traced), single, report)
 
 
 def is_traced(message: Message) -> bool:

@@ -1,48 +1,46 @@
-"""Full tensors written as a safetensors file (see ``tensor_file.py``), one after another.
+"""Writes full tensors as a safetensors file (see ``tensor_file.py``), one after another.
 
-The library that defines the format writes it from memory alone, and its NumPy
-side has no bfloat16; so it is written here, in constant memory however long the
-replies, and any reader of safetensors opens it.
+The library of the format needs all tensors in memory, and has no bfloat16 for
+NumPy. This takes constant memory, whatever the length of the replies; every
+reader of safetensors opens the file.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-import numpy as np
-
-from oki_trace.exchange.selection import Progress, Selection
-from oki_trace.exchange.tensor_file import CODES, FORMAT, ITEMS
+from oki_trace.exchange.selection import Selection
+from oki_trace.exchange.tensor_file import CODES, FORMAT, ITEMS, byte_count
 from oki_trace.store.codecs.tensors import TensorHead
 
 
-def write_tensors(chosen: Selection, file: BinaryIO, progress: Progress | None = None) -> int:
-    """Write every full tensor of the selection; returns how many there are.
+def write_tensors(chosen: Selection, file: BinaryIO) -> int:
+    """Write every full tensor of the selection; returns their number.
 
-    What is known of them is read once for each part of the file, and never held.
+    The list of tensors is read again for each part of the file, and never held.
     """
-    file.write(bytes(8))  # the header's length, known when it is written
+    file.write(bytes(8))  # the header's length, which is known later
     count = end = 0
     for message_id, index, head in _heads(chosen):
-        size = math.prod(head.shape) * np.dtype(ITEMS[head.dtype]).itemsize
+        size = byte_count(head.dtype, head.shape)
         entry = {
             "dtype": CODES[head.dtype],
             "shape": list(head.shape),
             "data_offsets": [end, end + size],
         }
-        _put(file, "," if count else "{", f"message-{message_id}/step-{index}/{head.name}", entry)
+        key = _json(f"message-{message_id}/step-{index}/{head.name}")
+        file.write((b"," if count else b"{") + key + b":" + _json(entry))
         end += size
         count += 1
     file.write(b',"__metadata__":{"format":' if count else b'{"__metadata__":{"format":')
     file.write(_json(FORMAT))
     for name, pairs in (("layers", _layers(chosen)), ("key_offset", _key_offsets(chosen))):
         file.write(b"," + _json(name) + b':"{')
-        for place, (key, value) in enumerate(pairs):
-            text = f"{json.dumps(key)}: {json.dumps(value)}"
+        for place, (path, value) in enumerate(pairs):
+            text = f"{json.dumps(path)}: {json.dumps(value)}"
             # JSON as text in JSON: its quotes are escaped once more.
             file.write(_json(", " + text if place else text)[1:-1])
         file.write(b'}"')
@@ -55,25 +53,24 @@ def write_tensors(chosen: Selection, file: BinaryIO, progress: Progress | None =
     for done, (message_id, index, head) in enumerate(_heads(chosen), start=1):
         tensor = chosen.reader.tensor(message_id, index, head.name)
         file.write(tensor.array.astype(ITEMS[tensor.dtype], copy=False).tobytes())
-        if progress is not None:
-            progress(done, count)
+        chosen.progress(done, count)
     return count
 
 
 def _heads(chosen: Selection) -> Iterator[tuple[int, int, TensorHead]]:
-    """(message, step, tensor) of all, in the order in which they are written."""
+    """(message id, step index, tensor) in the order of the file."""
     for reply in chosen.replies:
         for index, head in chosen.reader.tensor_heads(reply.id):
             yield reply.id, index, head
 
 
 def _layers(chosen: Selection) -> Iterator[tuple[str, list[int]]]:
-    """The layers of each reply's tensors, and of those that differ from its first."""
-    general: dict[tuple[int, str], tuple[int, ...]] = {}
+    """The layers of each reply's first tensor of a name, and of those that differ from it."""
+    first_layers: dict[tuple[int, str], tuple[int, ...]] = {}
     for message_id, index, head in _heads(chosen):
-        first = general.get((message_id, head.name))
+        first = first_layers.get((message_id, head.name))
         if first is None:
-            general[message_id, head.name] = head.layers
+            first_layers[message_id, head.name] = head.layers
             yield f"message-{message_id}/{head.name}", list(head.layers)
         elif first != head.layers:
             yield f"message-{message_id}/step-{index}/{head.name}", list(head.layers)
@@ -83,10 +80,6 @@ def _key_offsets(chosen: Selection) -> Iterator[tuple[str, int]]:
     for message_id, index, head in _heads(chosen):
         if head.key_offset:
             yield f"message-{message_id}/step-{index}/{head.name}", head.key_offset
-
-
-def _put(file: BinaryIO, before: str, name: str, value: Any) -> None:
-    file.write(before.encode() + _json(name) + b":" + _json(value))
 
 
 def _json(value: Any) -> bytes:

@@ -1,7 +1,7 @@
 """The trace object: one assistant message as plain JSON values.
 
-Every name of a version 1 trace is there under the same name and meaning; what
-version 2 adds stands beside it.
+It has every field of a version 1 trace under the same name, and those that
+version 2 adds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from oki_trace.exchange.decision import explain
+from oki_trace.explain import explain
 from oki_trace.records import (
     CaptureReport,
     ChatMessage,
@@ -31,14 +31,16 @@ from oki_trace.records import (
 FORMAT = "oki-trace"
 VERSION = 2
 
-# Not every imported trace says which tokens it means: a token known by its text
-# alone has an id of its own below BLANK, which fills up a shorter list.
+Json = dict[str, Any]
+
+# The id that fills up shorter lists. Tokens of imported traces that are known by their text alone
+# have ids below it.
 BLANK = -1
 
 
 @dataclass(frozen=True, slots=True)
 class TraceHead:
-    """All of a reply's trace but its steps; ``messages`` are those before it."""
+    """The trace of a reply without its steps; ``messages`` are those before it."""
 
     model_id: str
     prompt: Prompt
@@ -53,20 +55,20 @@ class TraceHead:
     template: TemplateOptions | None = None
 
 
-def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> dict[str, Any]:
+def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> Json:
     """The trace of one reply; ``timed`` as in ``step_objects``."""
     return {**head_object(head), "steps": list(step_objects(head.prompt, steps, timed=timed))}
 
 
-def head_object(head: TraceHead) -> dict[str, Any]:
-    """The trace of one reply up to its ``steps``, which come last."""
+def head_object(head: TraceHead) -> Json:
+    """The trace of one reply without its ``steps``, which come last."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "model_id": head.model_id,
         "prompt": head.prompt.text,
         "prompt_len": len(head.prompt),
-        "prompt_token_ids": [_known_id(token_id) for token_id in head.prompt.token_ids],
+        "prompt_token_ids": list(map(known_id, head.prompt.token_ids)),
         "prompt_tokens": list(head.prompt.tokens),
         "prompt_segments": list(head.prompt.segments),
         "output": head.output,
@@ -83,54 +85,50 @@ def head_object(head: TraceHead) -> dict[str, Any]:
     }
 
 
-def part_objects(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    """The parts of a reply: the steps of each are ``start`` up to ``end``, which is not of it."""
+def part_objects(parts: Sequence[Part]) -> list[Json]:
+    """The parts of a reply; each has the steps from ``start`` up to, but not including, ``end``."""
     return [
         {name: plain(value) for name, value in asdict(part).items() if value is not None}
         for part in parts
     ]
 
 
-def message_object(message: ChatMessage) -> dict[str, Any]:
-    """A message as a trace repeats it; its parts where it has more than an answer."""
-    made: dict[str, Any] = {"role": str(message.role), "content": message.content}
+def message_object(message: ChatMessage) -> Json:
+    """A message before the reply; with its parts if it has more than an answer."""
+    fields: Json = {"role": str(message.role), "content": message.content}
     if any(part.kind != "answer" for part in message.parts):
-        made["parts"] = part_objects(message.parts)
+        fields["parts"] = part_objects(message.parts)
     if message.tool_name is not None:
-        made["tool_name"] = message.tool_name
-    return made
+        fields["tool_name"] = message.tool_name
+    return fields
 
 
-def step_objects(
-    prompt: Prompt, steps: Iterable[Step], *, timed: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Each step as it comes: no more than one is held, beside the reply's tokens.
+def step_objects(prompt: Prompt, steps: Iterable[Step], *, timed: bool = False) -> Iterator[Json]:
+    """The steps, one at a time.
 
-    ``timed``: with ``elapsed_ms``, which differs between runs that are otherwise the
-    same, and the digests, which cover it.
+    ``timed``: with ``elapsed_ms``, which differs between otherwise equal runs, and
+    with the digests, which cover it.
     """
     ids, tokens = list(prompt.token_ids), list(prompt.tokens)
     for step in steps:
-        made = _step(step, len(prompt), ids, tokens)
-        yield {**made, **_as_recorded(step)} if timed else made
+        fields = _step(step, len(prompt), ids, tokens)
+        yield {**fields, **_recorded(step)} if timed else fields
         ids.append(step.token_id)
         tokens.append(step.token)
 
 
-def _as_recorded(step: Step) -> dict[str, Any]:
+def _recorded(step: Step) -> Json:
     digests = {"digest": step.digest, "tensor_digest": step.tensor_digest}
-    return {
-        "elapsed_ms": _number(step.elapsed_ms),
-        **{name: value.hex() for name, value in digests.items() if value is not None},
-    }
+    known = {name: value.hex() for name, value in digests.items() if value is not None}
+    return {"elapsed_ms": _number(step.elapsed_ms), **known}
 
 
-def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dict[str, Any]:
+def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> Json:
     evidence = step.evidence
     return {
         "step": step.step_index,
         "chosen_token": step.token,
-        "chosen_id": _known_id(step.token_id),
+        "chosen_id": known_id(step.token_id),
         "chosen_bytes": step.token_bytes.hex(),
         "is_special": step.is_special,
         "position": step.position,
@@ -145,15 +143,19 @@ def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> dic
         "logits_topk": _candidates(step),
         "evidence": _evidence(evidence, prompt_len, ids, tokens) if evidence else [],
         "attention": [
-            {"layer": layer.layer, "topk": _ranked(layer), "missing": _number(layer.missing)}
+            {
+                "layer": layer.layer,
+                "topk": _attention_entries(layer),
+                "missing": _number(layer.missing),
+            }
             for layer in step.attention
         ],
         "logit_lens": _lens(step.lens) if step.lens else [],
     }
 
 
-def decision_object(step: Step, decision: Decision) -> dict[str, Any]:
-    """``processors`` in order; ``text`` says it all in a sentence or two."""
+def decision_object(step: Step, decision: Decision) -> Json:
+    """``processors`` in order; ``text`` is the explanation in words."""
     return {
         "text": explain(step),
         "drawn": decision.drawn,
@@ -166,39 +168,37 @@ def decision_object(step: Step, decision: Decision) -> dict[str, Any]:
     }
 
 
-def _contender(contender: Contender) -> dict[str, Any]:
+def _contender(contender: Contender) -> Json:
     return {
-        "token_id": _known_id(contender.token_id),
+        "token_id": known_id(contender.token_id),
         "token": contender.token,
         "sampled_prob": _number(contender.prob),
         "noise": _number(contender.noise),
     }
 
 
-def _candidates(step: Step) -> list[dict[str, Any]]:
+def _candidates(step: Step) -> list[Json]:
     top = step.topk
-    nothing = [None] * len(top.tokens)
-    sampled = nothing if top.sampled_probs is None else top.sampled_probs.tolist()
-    noise = nothing if top.noise is None else top.noise.tolist()
+    missing = [None] * len(top.tokens)
+    sampled = missing if top.sampled_probs is None else top.sampled_probs.tolist()
+    noise = missing if top.noise is None else top.noise.tolist()
     own = (top.token_ids.tolist(), top.tokens, top.logits.tolist(), top.probs.tolist())
-    columns = (*own, sampled, noise)
+    columns = zip(*own, sampled, noise, strict=True)
     return [
         {
             "rank": rank,
-            "token_id": _known_id(token_id),
+            "token_id": known_id(token_id),
             "token": token,
             "logit": _number(logit),
             "prob": _number(prob),
-            "sampled_prob": _number(after),
-            "noise": _number(drawn),
+            "sampled_prob": _number(sampled_prob),
+            "noise": _number(noise),
         }
-        for rank, (token_id, token, logit, prob, after, drawn) in enumerate(
-            zip(*columns, strict=True), start=1
-        )
+        for rank, (token_id, token, logit, prob, sampled_prob, noise) in enumerate(columns, start=1)
     ]
 
 
-def _ranked(layer: LayerAttention) -> list[dict[str, Any]]:
+def _attention_entries(layer: LayerAttention) -> list[Json]:
     pairs = zip(layer.positions.tolist(), layer.weights.tolist(), strict=True)
     return [
         {"rank": rank, "position": position, "weight": _number(weight)}
@@ -208,34 +208,23 @@ def _ranked(layer: LayerAttention) -> list[dict[str, Any]]:
 
 def _evidence(
     layer: LayerAttention, prompt_len: int, ids: list[int], tokens: list[str]
-) -> list[dict[str, Any]]:
-    """``relative`` counts from the reply's first token; None inside the prompt."""
+) -> list[Json]:
+    """``relative`` counts from the reply's first token; it is None inside the prompt."""
     entries = []
-    for entry in _ranked(layer):
+    for entry in _attention_entries(layer):
         position = entry["position"]
         in_prompt = position < prompt_len
-        entries.append(
-            {
-                **entry,
-                "token_id": _known_id(ids[position]),
-                "token": tokens[position],
-                "in_prompt": in_prompt,
-                "relative": None if in_prompt else position - prompt_len,
-            }
-        )
+        token = {"token_id": known_id(ids[position]), "token": tokens[position]}
+        relative = None if in_prompt else position - prompt_len
+        entries.append({**entry, **token, "in_prompt": in_prompt, "relative": relative})
     return entries
 
 
-def _lens(lens: Lens) -> list[dict[str, Any]]:
+def _lens(lens: Lens) -> list[Json]:
     columns = zip(
-        lens.token_ids.tolist(),
-        lens.tokens,
-        lens.logits.tolist(),
-        lens.probs.tolist(),
-        lens.chosen_rank.tolist(),
-        lens.chosen_prob.tolist(),
-        lens.entropy.tolist(),
-        lens.kl.tolist(),
+        *(lens.token_ids.tolist(), lens.tokens, lens.logits.tolist(), lens.probs.tolist()),
+        *(lens.chosen_rank.tolist(), lens.chosen_prob.tolist()),
+        *(lens.entropy.tolist(), lens.kl.tolist()),
         strict=True,
     )
     return [
@@ -243,35 +232,35 @@ def _lens(lens: Lens) -> list[dict[str, Any]]:
             "layer": layer,
             "topk": [
                 {
-                    "rank": r,
-                    "token_id": _known_id(i),
-                    "token": t,
-                    "logit": _number(x),
-                    "prob": _number(p),
+                    "rank": rank,
+                    "token_id": known_id(token_id),
+                    "token": token,
+                    "logit": _number(logit),
+                    "prob": _number(prob),
                 }
-                for r, (i, t, x, p) in enumerate(zip(ids, tokens, logits, probs, strict=True), 1)
-                if i != BLANK
+                for rank, (token_id, token, logit, prob) in enumerate(zip(*entries, strict=True), 1)
+                if token_id != BLANK
             ],
-            "chosen_rank": rank or None,
-            "chosen_prob": _number(prob),
+            "chosen_rank": chosen_rank or None,
+            "chosen_prob": _number(chosen_prob),
             "entropy": _number(entropy),
             "kl": _number(kl),
         }
-        for layer, (ids, tokens, logits, probs, rank, prob, entropy, kl) in enumerate(columns)
+        for layer, (*entries, chosen_rank, chosen_prob, entropy, kl) in enumerate(columns)
     ]
 
 
-def _known_id(token_id: int) -> int | None:
+def known_id(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None
 
 
 def _number(value: float | None) -> float | None:
-    """JSON has no infinities and no NaN: a token that was ruled out has no logit."""
+    """None for infinities and NaN, which JSON has not: a token that is ruled out has no logit."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def plain(value: Any) -> Any:
-    """A report's fields as JSON holds them: lists, and only finite numbers."""
+    """The fields of a record as JSON values: lists, and only finite numbers."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -37,7 +37,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -
 
 
 @pytest.fixture(scope="session")
-def trove(traced: str) -> Iterator[QuerySession]:
+def session(traced: str) -> Iterator[QuerySession]:
     """Questions to the traced store."""
     with QuerySession(traced) as opened:
         yield opened

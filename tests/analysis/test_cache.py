@@ -29,9 +29,9 @@ from tests import builders
 from tests.analysis import made
 
 
-def steps_of(trove: QuerySession) -> dict[int, int]:
+def steps_of(session: QuerySession) -> dict[int, int]:
     """How many steps each message has, by the cache."""
-    return dict(trove.ask("SELECT message_id, count(*) FROM step GROUP BY 1 ORDER BY 1").rows)
+    return dict(session.ask("SELECT message_id, count(*) FROM step GROUP BY 1 ORDER BY 1").rows)
 
 
 def cached(db: str) -> set[int]:
@@ -47,27 +47,27 @@ class TestSameAsTheStore:
         with TraceWriter(db) as writer:
             finished = [made.whole(writer)[1] for _ in range(3)]
             running = made.begin(writer)[1]
-            with QuerySession(db) as trove, TraceReader(db) as reader:
+            with QuerySession(db) as session, TraceReader(db) as reader:
                 for message in (*finished, running):
                     for step in reader.iter_steps(message):
-                        assert_same(trove, message, step)
+                        assert_same(session, message, step)
                 assert cached(db).isdisjoint({running}) and set(finished) <= cached(db)
 
     def test_columns_are_the_ones_told(self, db: str) -> None:
         with TraceWriter(db) as writer:
             made.whole(writer)
             made.begin(writer)
-        with QuerySession(db) as trove:
+        with QuerySession(db) as session:
             for table in TABLES:
-                found = trove.ask(
+                found = session.ask(
                     "SELECT column_name, column_type FROM (DESCRIBE " + table.name + ")"
                 )
                 assert list(found.rows) == [(c.name, c.kind) for c in table.columns]
 
     def test_an_empty_store_has_empty_tables(self, db: str) -> None:
         TraceWriter(db).close()
-        with QuerySession(db) as trove:
-            assert trove.ask("SELECT count(*) FROM lens_entry").rows == ((0,),)
+        with QuerySession(db) as session:
+            assert session.ask("SELECT count(*) FROM lens_entry").rows == ((0,),)
 
     def test_what_is_not_a_number_is_null_and_infinity_stays(self, db: str) -> None:
         rng = np.random.default_rng(0)
@@ -78,12 +78,12 @@ class TestSameAsTheStore:
             _, reply = made.begin(writer, steps=0)
             writer.append(reply, [step])
             made.finish(writer, reply)
-        with QuerySession(db) as trove:
-            last = trove.ask("SELECT logit, prob FROM topk_entry ORDER BY rank DESC LIMIT 1").rows
+        with QuerySession(db) as session:
+            last = session.ask("SELECT logit, prob FROM topk_entry ORDER BY rank DESC LIMIT 1").rows
         assert last == ((-np.inf, None),)
 
 
-def assert_same(trove: QuerySession, message: int, step: object) -> None:
+def assert_same(session: QuerySession, message: int, step: object) -> None:
     """Every entry of a step, as the reader gives it, is in the tables."""
     from oki_trace.records import Step
 
@@ -92,7 +92,7 @@ def assert_same(trove: QuerySession, message: int, step: object) -> None:
 
     def rows(sql: str) -> list[tuple[object, ...]]:
         where = " WHERE message_id = $message AND step_index = $step ORDER BY ALL"
-        return list(trove.ask(sql + where, at).rows)
+        return list(session.ask(sql + where, at).rows)
 
     assert rows("SELECT token_id, token, prob, logprob, entropy, rank, margin FROM step") == [
         (step.token_id, step.token, step.prob, step.logprob, step.entropy, step.rank, step.margin)
@@ -138,47 +138,47 @@ def assert_same(trove: QuerySession, message: int, step: object) -> None:
 
 class TestInStep:
     def test_what_is_deleted_leaves_the_files(self, db: str) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             first, one = made.whole(writer)
             _, other = made.whole(writer)
-            assert steps_of(trove) == {one: 3, other: 3}
+            assert steps_of(session) == {one: 3, other: 3}
             writer.delete_conversation(first)
-            assert steps_of(trove) == {other: 3}
+            assert steps_of(session) == {other: 3}
             assert one not in cached(db) and other in cached(db)
 
     def test_the_last_one_deleted_leaves_nothing(self, db: str) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             conversation, _ = made.whole(writer)
-            steps_of(trove)
+            steps_of(session)
             writer.delete_conversation(conversation)
-            assert steps_of(trove) == {} and cached(db) == set()
+            assert steps_of(session) == {} and cached(db) == set()
 
     def test_a_running_reply_is_there_and_then_written_once(self, db: str) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             _, reply = made.begin(writer, steps=2)
-            assert steps_of(trove) == {reply: 2} and reply not in cached(db)
+            assert steps_of(session) == {reply: 2} and reply not in cached(db)
             made.more(writer, reply, 2, 5)
-            assert steps_of(trove) == {reply: 5} and reply not in cached(db)
+            assert steps_of(session) == {reply: 5} and reply not in cached(db)
             made.finish(writer, reply)
-            assert steps_of(trove) == {reply: 5} and reply in cached(db)
+            assert steps_of(session) == {reply: 5} and reply in cached(db)
             before = sorted(folder_of(db).rglob("*.parquet"))
             made.whole(writer)
-            steps_of(trove)
+            steps_of(session)
             assert set(before) <= set(folder_of(db).rglob("*.parquet"))
 
     def test_what_is_imported_is_asked_about(self, db: str, tmp_path: Path) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove, TraceReader(db) as reader:
+        with TraceWriter(db) as writer, QuerySession(db) as session, TraceReader(db) as reader:
             conversation, reply = made.whole(writer, "Where is it?")
-            assert steps_of(trove) == {reply: 3}
+            assert steps_of(session) == {reply: 3}
             export(reader, conversation, Format.JSON, tmp_path / "one.json", sys.stdout)
             import_path(tmp_path / "one.json", db)
-            (other,) = steps_of(trove).keys() - {reply}
-            assert steps_of(trove) == {reply: 3, other: 3} and other in cached(db)
-            asked = trove.ask("SELECT count(*) FROM message WHERE content = 'Where is it?'").rows
+            (other,) = steps_of(session).keys() - {reply}
+            assert steps_of(session) == {reply: 3, other: 3} and other in cached(db)
+            asked = session.ask("SELECT count(*) FROM message WHERE content = 'Where is it?'").rows
             assert asked == ((2,),)
 
     def test_pruned_tensors_are_not_asked_for_and_the_rows_stay(self, db: str) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             replies = []
             for seed in (0, 1):
                 _, reply = made.begin(writer, steps=0, tensors="half")
@@ -187,26 +187,26 @@ class TestInStep:
                 made.finish(writer, reply)
                 replies.append(reply)
             two = tuple(f"{reply}:0" for reply in replies)
-            assert "from full logits" in catalog.answer(trove, "compare", two).about
-            rows = trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
+            assert "from full logits" in catalog.answer(session, "compare", two).about
+            rows = session.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
             prune_tensors(writer, replies[0])
-            assert "from top-10" in catalog.answer(trove, "compare", two).about
-            assert trove.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
+            assert "from top-10" in catalog.answer(session, "compare", two).about
+            assert session.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
 
     def test_a_new_title_is_seen(self, db: str) -> None:
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             conversation, _ = made.whole(writer)
-            steps_of(trove)
+            steps_of(session)
             writer.rename_conversation(conversation, "Renamed")
-            assert trove.ask("SELECT title FROM conversation").rows == (("Renamed",),)
+            assert session.ask("SELECT title FROM conversation").rows == (("Renamed",),)
 
     def test_another_store_at_the_same_place(self, tmp_path: Path) -> None:
         path = tmp_path / "store.db"
         for said in ("the first", "the second"):
             with TraceWriter(path) as writer:
                 made.whole(writer, said)
-            with QuerySession(path) as trove:
-                asked = trove.ask("SELECT content FROM message WHERE role = 'user'").rows
+            with QuerySession(path) as session:
+                asked = session.ask("SELECT content FROM message WHERE role = 'user'").rows
                 assert asked == ((said,),)
             for file in tmp_path.glob("store.db*"):
                 if file.is_file():
@@ -214,10 +214,10 @@ class TestInStep:
 
     def test_long_replies_come_whole(self, db: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("oki_trace.analysis.arrow_tables.STEPS_AT_ONCE", 4)
-        with TraceWriter(db) as writer, QuerySession(db) as trove:
+        with TraceWriter(db) as writer, QuerySession(db) as session:
             reply = made.whole(writer, steps=12)[1]
-            found = trove.ask("SELECT step_index FROM step ORDER BY message_id, step_index").rows
-            assert found == tuple((i,) for i in range(12)) and steps_of(trove) == {reply: 12}
+            found = session.ask("SELECT step_index FROM step ORDER BY message_id, step_index").rows
+            assert found == tuple((i,) for i in range(12)) and steps_of(session) == {reply: 12}
 
 
 class TestWhole:
@@ -229,8 +229,8 @@ class TestWhole:
         with TraceWriter(path) as writer:
             made.whole(writer)
             made.whole(writer)
-        with QuerySession(path) as trove:
-            assert len(steps_of(trove)) == 2
+        with QuerySession(path) as session:
+            assert len(steps_of(session)) == 2
         return path
 
     @pytest.mark.parametrize("harm", ["torn", "missing", "manifest", "format", "all"])
@@ -250,9 +250,9 @@ class TestWhole:
             for one in folder.rglob("*"):
                 if one.is_file():
                     one.unlink()
-        with QuerySession(path) as trove:
-            assert len(steps_of(trove)) == 2
-            assert trove.ask("SELECT count(*) FROM lens_entry").rows == ((2 * 3 * 4 * 5,),)
+        with QuerySession(path) as session:
+            assert len(steps_of(session)) == 2
+            assert session.ask("SELECT count(*) FROM lens_entry").rows == ((2 * 3 * 4 * 5,),)
 
     def test_what_an_interrupted_write_left_is_swept_away(self, path: str) -> None:
         folder = folder_of(path)
@@ -261,8 +261,8 @@ class TestWhole:
         (left / "step.parquet").write_bytes(b"half")
         with TraceWriter(path) as writer:
             made.whole(writer)
-        with QuerySession(path) as trove:
-            assert len(steps_of(trove)) == 3
+        with QuerySession(path) as session:
+            assert len(steps_of(session)) == 3
         assert not left.exists()
 
     def test_a_change_cut_short_counts_for_nothing(
@@ -276,10 +276,10 @@ class TestWhole:
 
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "commit", fail)
-            with QuerySession(path) as trove, pytest.raises(KeyboardInterrupt):
-                steps_of(trove)
-        with QuerySession(path) as trove:
-            assert len(steps_of(trove)) == 3
+            with QuerySession(path) as session, pytest.raises(KeyboardInterrupt):
+                steps_of(session)
+        with QuerySession(path) as session:
+            assert len(steps_of(session)) == 3
         listed = {part.name for part in Folder(folder_of(path)).manifest().parts}
         assert {entry.name for entry in folder_of(path).iterdir() if entry.is_dir()} == listed
 
@@ -291,28 +291,28 @@ class TestWhole:
 
     def test_rebuild(self, path: str) -> None:
         before = set(folder_of(path).rglob("*.parquet"))
-        with QuerySession(path) as trove:
-            trove.rebuild()
-            assert len(steps_of(trove)) == 2
+        with QuerySession(path) as session:
+            session.rebuild()
+            assert len(steps_of(session)) == 2
         assert before.isdisjoint(folder_of(path).rglob("*.parquet"))
 
     def test_a_file_that_goes_while_it_is_needed(self, path: str) -> None:
         """Another process joins parts between two questions of this one."""
-        with QuerySession(path) as trove:
-            assert len(steps_of(trove)) == 2
+        with QuerySession(path) as session:
+            assert len(steps_of(session)) == 2
             other = cache.Cache(path)
             other.clear()
             with TraceReader(path) as reader:
                 other.sync(reader)
-            assert len(steps_of(trove)) == 2
+            assert len(steps_of(session)) == 2
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
         path = tmp_path / "store.db"
         with TraceWriter(path) as writer:
             made.whole(writer)
         folder_of(str(path)).write_text("in the way")
-        with QuerySession(path) as trove, pytest.raises(StoreError, match="cannot be written"):
-            steps_of(trove)
+        with QuerySession(path) as session, pytest.raises(StoreError, match="cannot be written"):
+            steps_of(session)
 
     def test_several_processes_at_once(self, tmp_path: Path) -> None:
         path = str(tmp_path / "store.db")
@@ -340,28 +340,28 @@ class TestJoining:
         monkeypatch.setattr(cache, "FULL_STEPS", 24)
         path = str(tmp_path / "store.db")
         most = 0
-        with TraceWriter(path) as writer, QuerySession(path) as trove:
+        with TraceWriter(path) as writer, QuerySession(path) as session:
             replies = []
             for number in range(30):
                 replies.append(made.whole(writer, f"question {number}", steps=1 + number % 3)[1])
-                assert list(steps_of(trove)) == replies
+                assert list(steps_of(session)) == replies
                 most = max(most, len(list(folder_of(path).rglob("step.parquet"))))
             assert most <= 22 + 60 // 24
-            found = trove.ask("SELECT step_id, count(*) FROM lens_entry GROUP BY 1").rows
-            assert Counter(count for _, count in found) == {20: sum(steps_of(trove).values())}
+            found = session.ask("SELECT step_id, count(*) FROM lens_entry GROUP BY 1").rows
+            assert Counter(count for _, count in found) == {20: sum(steps_of(session).values())}
 
 
 def test_heads_are_found_where_few_replies_kept_their_tensors(tmp_path: Path) -> None:
     """An even sample over all steps would miss them."""
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, QuerySession(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as session:
         rng = np.random.default_rng(0)
         made.whole(writer, steps=400)
         conversation, kept = made.begin(writer, steps=0, tensors="half")
         writer.append(kept, [builders.step(0, rng, with_lens=True, with_tensors=True)])
         made.finish(writer, kept)
         made.whole(writer, steps=400)
-        found = catalog.answer(trove, "heads", sample=2)
+        found = catalog.answer(session, "heads", sample=2)
         assert found.about.startswith("1 of 1 steps read")
-        with pytest.raises(QuestionError, match="No attention tensors are kept"):
-            catalog.answer(trove, "heads", scope=Scope(conversation=conversation + 1))
+        with pytest.raises(QuestionError, match="No attention tensors are stored"):
+            catalog.answer(session, "heads", scope=Scope(conversation=conversation + 1))

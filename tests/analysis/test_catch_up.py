@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from oki_trace.analysis import background_sync, cache
-from oki_trace.analysis.background_sync import CatchUp
+from oki_trace.analysis.background_sync import BackgroundSync
 from oki_trace.analysis.folder import folder_of
 from oki_trace.errors import StoreError
 from oki_trace.store.reading.reader import TraceReader
@@ -22,21 +22,21 @@ def test_it_is_behind_until_it_has_read_what_is_new(
     """How far it is can be asked meanwhile, by whoever comes; it is written once."""
     db = str(tmp_path / "store.db")
     half_way, go_on = threading.Event(), threading.Event()
-    write = background_sync.CatchUp._note
+    write = background_sync.BackgroundSync._note
     calls = []
 
-    def note(self: CatchUp, done: int, of_all: int) -> None:
+    def note(self: BackgroundSync, done: int, of_all: int) -> None:
         write(self, done, of_all)
         calls.append(done)
         if done == 3:
             half_way.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(background_sync.CatchUp, "_note", note)
+    monkeypatch.setattr(background_sync.BackgroundSync, "_note", note)
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         for _ in range(3):
             made.whole(writer)
-        one = CatchUp(db, reader)
+        one = BackgroundSync(db, reader)
         assert one.behind(0.0) is not None
         assert half_way.wait(30)
         assert one.behind(0.0) == one.behind(0.01) == (3, 6)
@@ -55,7 +55,7 @@ def test_what_goes_wrong_is_told_to_whoever_asks(tmp_path: Path) -> None:
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         made.whole(writer)
         folder_of(db).write_text("in the way")
-        one = CatchUp(db, reader)
+        one = BackgroundSync(db, reader)
         with pytest.raises(StoreError, match="cannot be written"):
             one.behind(30.0)
         folder_of(db).unlink()

@@ -78,6 +78,7 @@ def test_from_logits_that_rule_tokens_out() -> None:
 def test_lists_of_everything_are_exact(a: list[float], b: list[float]) -> None:
     p, q = softmax(np.array(a)), softmax(np.array(b))
     exact, found = between(p, q), between_lists(listed(p, 6), listed(q, 6))
+    assert found is not None
     for name in NUMBERS:
         assert getattr(found, name) == pytest.approx(getattr(exact, name), abs=1e-4)
 
@@ -97,5 +98,28 @@ def test_ruled_out_tokens_have_no_probability() -> None:
 def test_what_only_one_list_has_gets_the_most_the_other_allows() -> None:
     # The second list leaves 0.1 for all others, and no more than 0.3 for one of them.
     found = between_lists({"x": 0.6, "y": 0.4}, {"x": 0.6, "z": 0.3})
+    assert found is not None
     assert found.basis == "top-2"
     assert found.tv == pytest.approx(0.3)
+    assert found.tv_most == pytest.approx(0.4)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 6), st.integers(1, 20))
+def test_lists_bound_the_total_variation(seed: int, spread: float, k: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(2, 20)) * spread
+    logits[1] += logits[0] * rng.integers(0, 2)
+    p, q = (softmax(row) for row in logits)
+    total = float(np.abs(p - q).sum() / 2)
+    found = between_lists(listed(p, k), listed(q, k))
+    assert found is not None
+    assert found.tv - 1e-9 <= total <= found.tv_most + 1e-9
+    if k == 20:
+        assert found.tv_most - found.tv < 1e-9
+    exact = between(p, q)
+    assert exact.tv == exact.tv_most == pytest.approx(total, abs=1e-9)
+
+
+def test_lists_without_numbers_have_no_distance() -> None:
+    assert between_lists({"x": 0.6}, {}) is None
+    assert between_lists({"x": float("nan")}, {"x": 0.6}) is None

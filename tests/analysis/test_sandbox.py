@@ -25,9 +25,9 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QuerySessio
     (folder / "secret.csv").write_text("secret\n1\n")
     with TraceWriter(path) as writer:
         made.whole(writer)
-    with QuerySession(path) as trove:
-        trove.sql("SELECT 1")
-        yield trove, folder
+    with QuerySession(path) as session:
+        session.sql("SELECT 1")
+        yield session, folder
 
 
 # FILE is a file beside the store; OWN one of the cache's own, which the views must read.
@@ -123,18 +123,18 @@ REFUSED = [
 
 @pytest.mark.parametrize("sql", REFUSED)
 def test_it_is_refused_in_one_line(held: tuple[QuerySession, Path], sql: str) -> None:
-    trove, folder = held
+    session, folder = held
     own = next(folder_of(str(folder / "store.db")).rglob("step.parquet"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     asked = sql.replace("FILE", str(folder / "secret.csv"))
     asked = asked.replace("STEM", str(own.with_suffix("")))
     asked = asked.replace("OWN", str(own)).replace("NEW", str(folder / "new"))
     with pytest.raises(QuestionError) as refused:
-        trove.sql(asked)
+        session.sql(asked)
     said = str(refused.value)
     assert len(said.splitlines()) == 1 and said.endswith(".") and len(said) < 400
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert trove.sql("SELECT count(*) FROM step").rows == ((3,),)
+    assert session.sql("SELECT count(*) FROM step").rows == ((3,),)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +162,11 @@ def test_whatever_reads_our_tables_is_answered(held: tuple[QuerySession, Path], 
 
 
 def test_rows_are_limited(held: tuple[QuerySession, Path]) -> None:
-    trove, _ = held
-    found = trove.sql("SELECT i FROM range(1000000) AS t(i)", limit=7)
+    session, _ = held
+    found = session.sql("SELECT i FROM range(1000000) AS t(i)", limit=7)
     assert (len(found.rows), found.cut) == (7, True)
-    assert not trove.sql("SELECT i FROM range(7) AS t(i)", limit=7).cut
-    result = trove.sql_result("SELECT i FROM range(1000000) AS t(i)", limit=7)
+    assert not session.sql("SELECT i FROM range(7) AS t(i)", limit=7).cut
+    result = session.sql_result("SELECT i FROM range(1000000) AS t(i)", limit=7)
     assert (result.table.num_rows, result.cut) == (7, True)
 
 
@@ -178,13 +178,13 @@ def test_rows_are_limited(held: tuple[QuerySession, Path]) -> None:
     ],
 )
 def test_time_is_limited(held: tuple[QuerySession, Path], sql: str) -> None:
-    trove, _ = held
+    session, _ = held
     began = time.monotonic()
     with pytest.raises(QuestionError, match="took longer than 0"):
-        trove.sql(sql, seconds=0.2)
+        session.sql(sql, seconds=0.2)
     # Far below what the question itself would take: it was interrupted, not waited for.
     assert time.monotonic() - began < 60
-    assert trove.sql("SELECT 1").rows == ((1,),)
+    assert session.sql("SELECT 1").rows == ((1,),)
 
 
 def test_memory_is_limited(held: tuple[QuerySession, Path]) -> None:

@@ -38,14 +38,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def trove(path: str) -> Iterator[QuerySession]:
-    with QuerySession(path) as trove:
-        yield trove
+def session(path: str) -> Iterator[QuerySession]:
+    with QuerySession(path) as session:
+        yield session
 
 
-def process_of(trove: QuerySession) -> psutil.Process:
+def process_of(session: QuerySession) -> psutil.Process:
     """The process that answers, once it is there."""
-    sandbox: Sandbox = trove._sandbox
+    sandbox: Sandbox = session._sandbox
     return psutil.Process(sandbox._running[0]._popen.pid)
 
 
@@ -107,50 +107,50 @@ class Watch:
     ],
     ids=lambda sql: sql[:40],
 )
-def test_one_line_comes_in_time_and_in_little_memory(trove: QuerySession, sql: str) -> None:
-    trove.sql("SELECT 1")
+def test_one_line_comes_in_time_and_in_little_memory(session: QuerySession, sql: str) -> None:
+    session.sql("SELECT 1")
     began = time.monotonic()
     with Watch() as watch, pytest.raises(QuestionError) as refused:
-        trove.sql(sql, limit=100_000, seconds=1.5)
+        session.sql(sql, limit=100_000, seconds=1.5)
     took = time.monotonic() - began
     said = str(refused.value)
     assert len(said.splitlines()) == 1 and said.endswith(".") and len(said) < 400
     assert took < SECONDS
     assert watch.most < MEMORY_BYTES
-    assert trove.sql("SELECT count(*) FROM step").rows == ((3,),)
+    assert session.sql("SELECT count(*) FROM step").rows == ((3,),)
 
 
-def test_what_a_statement_takes_is_what_was_given(trove: QuerySession) -> None:
+def test_what_a_statement_takes_is_what_was_given(session: QuerySession) -> None:
     sql = "SELECT max(length(x)) FROM (SELECT repeat('x', 300000000) AS x)"
     with pytest.raises(QuestionError, match="more than 250 MB"):
-        trove.sql(sql, memory_bytes=250_000_000)
-    assert trove.sql(sql, memory_bytes=2_000_000_000).rows == ((300_000_000,),)
+        session.sql(sql, memory_bytes=250_000_000)
+    assert session.sql(sql, memory_bytes=2_000_000_000).rows == ((300_000_000,),)
 
 
-def test_a_result_is_limited_before_it_is_sent(trove: QuerySession) -> None:
+def test_a_result_is_limited_before_it_is_sent(session: QuerySession) -> None:
     sql = "SELECT repeat('x', 1000) FROM range(100000)"
     with pytest.raises(QuestionError, match="The result is larger than 32 MB"):
-        trove.sql(sql, limit=100_000)
-    assert len(trove.sql(sql, limit=100_000, memory_bytes=4_000_000_000).rows) == 100_000
+        session.sql(sql, limit=100_000)
+    assert len(session.sql(sql, limit=100_000, memory_bytes=4_000_000_000).rows) == 100_000
 
 
 def test_a_process_that_behaves_is_kept_and_one_that_does_not_is_replaced(
-    trove: QuerySession,
+    session: QuerySession,
 ) -> None:
-    trove.sql("SELECT 1")
-    first = process_of(trove)
-    trove.sql("SELECT count(*) FROM lens_entry")
+    session.sql("SELECT 1")
+    first = process_of(session)
+    session.sql("SELECT count(*) FROM lens_entry")
     with pytest.raises(QuestionError):
-        trove.sql("SELECT nothing FROM step")
-    assert process_of(trove) == first
+        session.sql("SELECT nothing FROM step")
+    assert process_of(session) == first
     first.kill()
     with pytest.raises(QuestionError, match="memory"):
-        trove.sql("SELECT 1")
-    assert trove.sql("SELECT 1").rows == ((1,),)
-    assert process_of(trove) != first
+        session.sql("SELECT 1")
+    assert session.sql("SELECT 1").rows == ((1,),)
+    assert process_of(session) != first
 
 
-def test_whoever_goes_away_ends_the_question(trove: QuerySession) -> None:
+def test_whoever_goes_away_ends_the_question(session: QuerySession) -> None:
     class Gone(BaseException):
         pass
 
@@ -160,12 +160,12 @@ def test_whoever_goes_away_ends_the_question(trove: QuerySession) -> None:
         if time.monotonic() - began > 0.3:
             raise Gone
 
-    trove.sql("SELECT 1")
-    process = process_of(trove)
+    session.sql("SELECT 1")
+    process = process_of(session)
     with pytest.raises(Gone):
-        trove.sql_result(ENDLESS, seconds=60, tick=tick)
+        session.sql_result(ENDLESS, seconds=60, tick=tick)
     assert not process.is_running() and time.monotonic() - began < SECONDS
-    assert trove.sql("SELECT 1").rows == ((1,),)
+    assert session.sql("SELECT 1").rows == ((1,),)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -188,17 +188,17 @@ def test_no_process_stays_behind_a_command_that_is_ended(path: str, number: int)
     assert b"Traceback" not in said
 
 
-def test_a_built_in_question_does_not_wait_for_sql(trove: QuerySession) -> None:
-    trove.sql("SELECT 1")
+def test_a_built_in_question_does_not_wait_for_sql(session: QuerySession) -> None:
+    session.sql("SELECT 1")
 
     def ask() -> None:
         with pytest.raises(QuestionError):
-            trove.sql(ENDLESS, seconds=2)
+            session.sql(ENDLESS, seconds=2)
 
     asked = threading.Thread(target=ask)
     asked.start()
     try:
-        assert trove.ask("SELECT 1").rows == ((1,),)
+        assert session.ask("SELECT 1").rows == ((1,),)
         assert asked.is_alive()
     finally:
         asked.join()
@@ -206,17 +206,17 @@ def test_a_built_in_question_does_not_wait_for_sql(trove: QuerySession) -> None:
 
 def test_a_store_that_grows_is_seen_by_the_next_question(tmp_path: Path) -> None:
     path = str(tmp_path / "store.db")
-    with TraceWriter(path) as writer, QuerySession(path) as trove:
+    with TraceWriter(path) as writer, QuerySession(path) as session:
         made.whole(writer)
         count = "SELECT count(*) FROM message WHERE role = 'assistant'"
-        assert trove.sql(count).rows == ((1,),)
-        process = process_of(trove)
+        assert session.sql(count).rows == ((1,),)
+        process = process_of(session)
         made.whole(writer)
-        assert trove.sql(count).rows == ((2,),)
-        assert process_of(trove) == process
+        assert session.sql(count).rows == ((2,),)
+        assert process_of(session) == process
 
 
-def test_the_statement_is_no_argument_of_a_process(trove: QuerySession) -> None:
-    trove.sql("SELECT 'what was asked'")
-    assert "what was asked" not in " ".join(process_of(trove).cmdline())
-    assert str(os.getpid()) not in process_of(trove).cmdline()
+def test_the_statement_is_no_argument_of_a_process(session: QuerySession) -> None:
+    session.sql("SELECT 'what was asked'")
+    assert "what was asked" not in " ".join(process_of(session).cmdline())
+    assert str(os.getpid()) not in process_of(session).cmdline()

@@ -123,11 +123,11 @@ def facts(traced: str, smollm2: tuple[Any, Any]) -> list[Facts]:
 
 
 def ask(
-    trove: QuerySession, name: str, view: str | None = None, **given: Any
+    session: QuerySession, name: str, view: str | None = None, **given: Any
 ) -> list[dict[str, Any]]:
     """The rows of an answer; its SQL, which stands alone, gives the same ones."""
-    answer = catalog.answer(trove, name, view=view, **given)
-    again = trove.sql(answer.sql)
+    answer = catalog.answer(session, name, view=view, **given)
+    again = session.sql(answer.sql)
     assert len(again.rows) == len(answer.rows)
     assert again.columns == tuple(column.name for column in answer.columns)
     names = [column.name for column in answer.columns]
@@ -142,17 +142,17 @@ def same(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.array(found, float), np.array(expected, float), **CLOSE)
 
 
-def test_settle_by_layer(trove: QuerySession, facts: list[Facts]) -> None:
-    rows = ask(trove, "settle")
+def test_settle_by_layer(session: QuerySession, facts: list[Facts]) -> None:
+    rows = ask(session, "settle")
     counts = Counter(f.settled for f in facts)
     assert {row["layer"]: row["steps"] for row in rows} == counts
     for row in rows:
         those = [f for f in facts if f.settled == row["layer"]]
         same(row["share"], len(those) / len(facts))
         if row["layer"] is None:
-            assert row["prob_there"] is None
+            assert row["prob_at_layer"] is None
             continue
-        same(row["prob_there"], mean(f.lens[f.settled, f.token_id] for f in those))
+        same(row["prob_at_layer"], mean(f.lens[f.settled, f.token_id] for f in those))
         same(
             row["cumulative_share"],
             sum(n for layer, n in counts.items() if layer is not None and layer <= row["layer"])
@@ -161,18 +161,18 @@ def test_settle_by_layer(trove: QuerySession, facts: list[Facts]) -> None:
 
 
 @pytest.mark.parametrize("view", ["model", "position", "class"])
-def test_settle_by_kind(trove: QuerySession, facts: list[Facts], view: str) -> None:
+def test_settle_by_kind(session: QuerySession, facts: list[Facts], view: str) -> None:
     def kind(f: Facts) -> Any:
         if view == "class":
             return token_class(f.token, is_special=f.is_special, before=f.before)
         bucket = f.index if f.index < 2 else 2 ** int(np.log2(f.index))
-        return bucket if view == "position" else facts_model(trove)
+        return bucket if view == "position" else facts_model(session)
 
     groups = defaultdict(list)
     for f in facts:
         groups[kind(f)].append(f)
-    rows = ask(trove, "settle", view)
-    key = {"model": "model", "position": "first", "class": "class"}[view]
+    rows = ask(session, "settle", view)
+    key = {"model": "model", "position": "from_step", "class": "class"}[view]
     assert {row[key]: row["steps"] for row in rows} == {k: len(v) for k, v in groups.items()}
     for row in rows:
         those = groups[row[key]]
@@ -182,17 +182,17 @@ def test_settle_by_kind(trove: QuerySession, facts: list[Facts], view: str) -> N
         if stay:
             same(row["depth"], mean(f.settled / (len(f.lens) - 1) for f in stay))
             same(row["layer"], mean(f.settled for f in stay))
-            same(row["at_last"], mean(f.settled == len(f.lens) - 1 for f in stay))
-            same(row["prob_there"], mean(f.lens[f.settled, f.token_id] for f in stay))
+            same(row["in_last_layer"], mean(f.settled == len(f.lens) - 1 for f in stay))
+            same(row["prob_at_layer"], mean(f.lens[f.settled, f.token_id] for f in stay))
 
 
-def facts_model(trove: QuerySession) -> str:
-    (name,) = trove.ask("SELECT DISTINCT model_id FROM message WHERE role = 'assistant'").rows[0]
+def facts_model(session: QuerySession) -> str:
+    (name,) = session.ask("SELECT DISTINCT model_id FROM message WHERE role = 'assistant'").rows[0]
     return str(name)
 
 
-def test_layers(trove: QuerySession, facts: list[Facts]) -> None:
-    rows = ask(trove, "layers")
+def test_layers(session: QuerySession, facts: list[Facts]) -> None:
+    rows = ask(session, "layers")
     assert [row["layer"] for row in rows] == list(range(31))
     assert {row["steps"] for row in rows} == {len(facts)}
     same([row["agreement"] for row in rows], np.mean([f.ranks == 1 for f in facts], axis=0))
@@ -204,9 +204,9 @@ def test_layers(trove: QuerySession, facts: list[Facts]) -> None:
     same([row["kl"] for row in rows], np.mean([f.kls for f in facts], axis=0))
 
 
-def test_rivals(trove: QuerySession, facts: list[Facts]) -> None:
+def test_rivals(session: QuerySession, facts: list[Facts]) -> None:
     least = 0.3
-    rows = ask(trove, "rivals", "step", least=least, top=1000)
+    rows = ask(session, "rivals", "step", least=least, top=1000)
     expected = {}
     for f in facts:
         tops = f.lens.max(axis=1)
@@ -219,15 +219,15 @@ def test_rivals(trove: QuerySession, facts: list[Facts]) -> None:
     assert found.keys() == expected.keys()
     for key, (layer, prob, layers, _) in expected.items():
         assert (found[key]["layer"], found[key]["layers"]) == (layer, layers)
-        same(found[key]["held_prob"], prob)
-    shares = ask(trove, "rivals", "layer", least=least)
+        same(found[key]["rival_prob"], prob)
+    shares = ask(session, "rivals", "layer", least=least)
     for row in shares:
         at = row["layer"]
         same(row["share"], mean(f.ranks[at] > 1 and f.lens[at].max() >= least for f in facts))
 
 
 @pytest.mark.parametrize("view", ["entropy", "margin"])
-def test_unsure(trove: QuerySession, facts: list[Facts], view: str) -> None:
+def test_unsure(session: QuerySession, facts: list[Facts], view: str) -> None:
     def margin(f: Facts) -> float:
         first, second = np.sort(f.probs)[-2:][::-1]
         return float(first - second)
@@ -237,7 +237,7 @@ def test_unsure(trove: QuerySession, facts: list[Facts], view: str) -> None:
         "margin": margin,
     }[view]
     ordered = sorted(facts, key=by)[:8]
-    rows = ask(trove, "uncertainty", view, top=8)
+    rows = ask(session, "uncertainty", view, top=8)
     assert [(row["message"], row["step"]) for row in rows] == [
         (f.message, f.index) for f in ordered
     ]
@@ -247,26 +247,26 @@ def test_unsure(trove: QuerySession, facts: list[Facts], view: str) -> None:
         same(row["entropy"], f.entropies[-1])
         same(row["margin"], margin(f))
         others = [i for i in np.argsort(-f.probs)[:5] if i != f.token_id][:3]
-        same(row["other_probs"], f.probs[others])
+        same(row["alternative_probs"], f.probs[others])
 
 
-def test_unsure_replies(trove: QuerySession, facts: list[Facts]) -> None:
+def test_unsure_replies(session: QuerySession, facts: list[Facts]) -> None:
     replies = defaultdict(list)
     for f in facts:
         replies[f.message].append(f)
     worst = {m: max(fs, key=lambda f: f.entropies[-1]) for m, fs in replies.items()}
-    rows = ask(trove, "uncertainty", "reply")
+    rows = ask(session, "uncertainty", "reply")
     expected = sorted(replies, key=lambda m: -worst[m].entropies[-1])
     assert [row["message"] for row in rows] == expected
     for row in rows:
         those, least_certain = replies[row["message"]], worst[row["message"]]
         assert (row["steps"], row["step"]) == (len(those), least_certain.index)
-        same(row["worst"], least_certain.entropies[-1])
+        same(row["max_entropy"], least_certain.entropies[-1])
         same(row["surprisal"], mean(-np.log(f.prob) for f in those))
         same(row["entropy"], mean(f.entropies[-1] for f in those))
 
 
-def test_unsure_tokens(trove: QuerySession, facts: list[Facts]) -> None:
+def test_unsure_tokens(session: QuerySession, facts: list[Facts]) -> None:
     least = 0.05
     nearly = Counter()
     total: dict[int, float] = defaultdict(float)
@@ -275,7 +275,7 @@ def test_unsure_tokens(trove: QuerySession, facts: list[Facts]) -> None:
         if f.probs[other] >= least:
             nearly[other] += 1
             total[other] += f.probs[other]
-    rows = ask(trove, "uncertainty", "token", least=least, top=100)
+    rows = ask(session, "uncertainty", "token", least=least, top=100)
     assert sorted(row["steps"] for row in rows) == sorted(nearly.values())
     same(sum(row["prob"] * row["steps"] for row in rows), sum(total.values()))
 
@@ -283,8 +283,8 @@ def test_unsure_tokens(trove: QuerySession, facts: list[Facts]) -> None:
 SHARES = ("first_token", "system", "user", "assistant", "template", "reply")
 
 
-def test_looked(trove: QuerySession, facts: list[Facts]) -> None:
-    rows = ask(trove, "attention")
+def test_looked(session: QuerySession, facts: list[Facts]) -> None:
+    rows = ask(session, "attention")
     assert [row["layer"] for row in rows] == list(range(1, 31))
     for share in SHARES:
         same([row[share] for row in rows], np.mean([f.on(share) for f in facts], axis=0))
@@ -294,19 +294,21 @@ def test_looked(trove: QuerySession, facts: list[Facts]) -> None:
     for f in facts:
         buckets[f.index if f.index < 2 else 2 ** int(np.log2(f.index))].append(f)
     for view, layers in (("step", slice(None)), ("evidence", slice(-1, None))):
-        rows = ask(trove, "attention", view)
-        assert {r["first"]: r["steps"] for r in rows} == {k: len(v) for k, v in buckets.items()}
+        rows = ask(session, "attention", view)
+        assert {r["from_step"]: r["steps"] for r in rows} == {k: len(v) for k, v in buckets.items()}
         for row in rows:
             for share in SHARES:
-                same(row[share], mean(f.on(share)[layers].mean() for f in buckets[row["first"]]))
-    for row in ask(trove, "attention", "grid"):
-        those = buckets[row["first"]]
+                same(
+                    row[share], mean(f.on(share)[layers].mean() for f in buckets[row["from_step"]])
+                )
+    for row in ask(session, "attention", "grid"):
+        those = buckets[row["from_step"]]
         same(row["reply"], mean(f.on("reply")[row["layer"] - 1] for f in those))
 
 
-def test_heads(trove: QuerySession, facts: list[Facts]) -> None:
-    answer = catalog.answer(trove, "heads", sample=1000, top=1000)
-    assert len(ask(trove, "heads", sample=1000, top=1000)) == len(answer.rows)
+def test_heads(session: QuerySession, facts: list[Facts]) -> None:
+    answer = catalog.answer(session, "heads", sample=1000, top=1000)
+    assert len(ask(session, "heads", sample=1000, top=1000)) == len(answer.rows)
     names = [column.name for column in answer.columns]
     assert f"{len(facts)} of {len(facts)} steps" in answer.about
     kinds = []
@@ -343,11 +345,11 @@ def test_heads(trove: QuerySession, facts: list[Facts]) -> None:
         same(row["focus"], mean(f.weights[at].max() for f in facts))
 
 
-def test_compare_steps(trove: QuerySession, facts: list[Facts]) -> None:
+def test_compare_steps(session: QuerySession, facts: list[Facts]) -> None:
     a, b = facts[6], facts[-1]
     what = f"{a.message}:{a.index}", f"{b.message}:{b.index}"
-    answer = catalog.answer(trove, "compare", what)
-    assert len(ask(trove, "compare", what=what)) == len(answer.rows)
+    answer = catalog.answer(session, "compare", what)
+    assert len(ask(session, "compare", subjects=what)) == len(answer.rows)
     p, q = a.probs, b.probs
     m = (p + q) / 2
     kl = float((p * np.log(p / q)).sum())
@@ -355,27 +357,27 @@ def test_compare_steps(trove: QuerySession, facts: list[Facts]) -> None:
     assert f"KL {kl:.4f} nats" in answer.about and "from full logits" in answer.about
     assert f"JS {js:.4f} nats, TV {np.abs(p - q).sum() / 2:.4f}" in answer.about
     listed = {int(i) for i in np.argsort(-p)[:10]}, {int(i) for i in np.argsort(-q)[:10]}
-    where = Counter(answer.column("listed"))
+    where = Counter(answer.column("listed_in"))
     assert where["both"] == len(listed[0] & listed[1])
     assert where["first"] == where["second"] == len(listed[0] - listed[1])
-    for _, prob, other, rank, other_rank, risen, _ in answer.rows:
+    for _, prob, other, rank, other_rank, rank_gain, _ in answer.rows:
         assert prob == pytest.approx(np.sort(p)[-rank]) and other == pytest.approx(
             np.sort(q)[-other_rank]
         )
-        assert risen == rank - other_rank
+        assert rank_gain == rank - other_rank
 
 
-def test_compare_replies(trove: QuerySession, facts: list[Facts]) -> None:
+def test_compare_replies(session: QuerySession, facts: list[Facts]) -> None:
     greedy, drawn = sorted({f.message for f in facts})[1:3]
     one = [f for f in facts if f.message == greedy]
     two = [f for f in facts if f.message == drawn]
-    answer = catalog.answer(trove, "compare", (str(greedy), str(drawn)))
+    answer = catalog.answer(session, "compare", (str(greedy), str(drawn)))
     alike = next(
         i for i, (f, g) in enumerate(zip(one, two, strict=False)) if f.token_id != g.token_id
     )
-    assert answer.about.startswith(f"{alike} tokens alike.")
+    assert answer.about.startswith(f"The first {alike} tokens are the same.")
     assert answer.column("same_before").count("yes") == alike + 1
-    rows = ask(trove, "compare", what=(str(greedy), str(drawn)))
+    rows = ask(session, "compare", subjects=(str(greedy), str(drawn)))
     assert len(rows) == min(len(one), len(two))
     for row, f, g in zip(rows, one, two, strict=False):
         assert row["basis"] == "full logits"
@@ -389,23 +391,23 @@ def test_compare_replies(trove: QuerySession, facts: list[Facts]) -> None:
             assert row["tv"] == pytest.approx(0.0, abs=1e-5)
 
 
-def test_again(trove: QuerySession, facts: list[Facts]) -> None:
+def test_again(session: QuerySession, facts: list[Facts]) -> None:
     replies = defaultdict(list)
     for f in facts:
         replies[f.message].append(f)
     three = sorted(replies)[1:]
-    (row,) = ask(trove, "again")
+    (row,) = ask(session, "reproducibility")
     assert (row["prompt"], row["replies"], row["seeds"]) == ("What is the capital of France?", 3, 2)
     assert (row["models"], row["temperatures"]) == (1, 2)
     ids = [[f.token_id for f in replies[m]] for m in three]
     alike = next(i for i in range(99) if len({tuple(x[: i + 1]) for x in ids}) > 1)
-    assert row["alike"] == alike
+    assert row["common_prefix"] == alike
     same(row["tokens"], mean(map(len, ids)))
     same(row["tokens_spread"], float(np.std([len(x) for x in ids])))
     surprisals = [mean(-np.log(f.prob) for f in replies[m]) for m in three]
     same(row["surprisal"], mean(surprisals))
     same(row["surprisal_spread"], float(np.std(surprisals)))
-    greedy, drawn = ask(trove, "again", "setting")
+    greedy, drawn = ask(session, "reproducibility", "setting")
     assert (greedy["temperature"], drawn["temperature"]) == (0.0, pytest.approx(1.2))
     same(greedy["surprisal"], surprisals[0])
     same(
@@ -413,16 +415,16 @@ def test_again(trove: QuerySession, facts: list[Facts]) -> None:
         [mean(surprisals[1:]), np.std(surprisals[1:])],
     )
     assert drawn["replies"] == 2
-    each = ask(trove, "again", "reply")
+    each = ask(session, "reproducibility", "reply")
     assert [r["message"] for r in each] == three and [r["seed"] for r in each] == [None, 1, 2]
 
 
-def test_scope_narrows_every_question(trove: QuerySession, facts: list[Facts]) -> None:
+def test_scope_narrows_every_question(session: QuerySession, facts: list[Facts]) -> None:
     first = facts[0]
     scope = Scope(conversation=first.conversation)
     mine = [f for f in facts if f.conversation == first.conversation]
-    (row,) = ask(trove, "settle", "model", scope=scope)
+    (row,) = ask(session, "settle", "model", scope=scope)
     assert row["steps"] == len(mine)
-    assert {r["steps"] for r in ask(trove, "layers", scope=scope)} == {len(mine)}
-    assert {r["steps"] for r in ask(trove, "attention", scope=scope)} == {len(mine)}
-    assert {r["message"] for r in ask(trove, "uncertainty", scope=scope)} == {first.message}
+    assert {r["steps"] for r in ask(session, "layers", scope=scope)} == {len(mine)}
+    assert {r["steps"] for r in ask(session, "attention", scope=scope)} == {len(mine)}
+    assert {r["message"] for r in ask(session, "uncertainty", scope=scope)} == {first.message}

@@ -22,12 +22,12 @@ from tests.analysis import made
 
 
 @pytest.fixture(scope="module")
-def trove(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuerySession]:
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuerySession]:
     path = str(tmp_path_factory.mktemp("values") / "store.db")
     with TraceWriter(path) as writer:
         made.whole(writer)
-    with QuerySession(path) as trove:
-        yield trove
+    with QuerySession(path) as session:
+        yield session
 
 
 VALUES: list[tuple[str, Any]] = [
@@ -78,8 +78,8 @@ VALUES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("sql", "right"), VALUES, ids=[sql for sql, _ in VALUES])
-def test_every_value_is_shown_in_every_format(trove: QuerySession, sql: str, right: Any) -> None:
-    found = trove.sql_result(f"SELECT {sql} AS value, {sql} AS value")
+def test_every_value_is_shown_in_every_format(session: QuerySession, sql: str, right: Any) -> None:
+    found = session.sql_result(f"SELECT {sql} AS value, {sql} AS value")
     rows = values.rows_of(found.table)
     assert results.objects(found.table.schema.names, rows) == [{"value": right, "value_2": right}]
     assert json.loads(sql_table.as_json(found.table)) == [{"value": right, "value_2": right}]
@@ -92,8 +92,8 @@ def test_every_value_is_shown_in_every_format(trove: QuerySession, sql: str, rig
     assert read.schema.names == ["value", "value_2"] and len(read) == 1
 
 
-def test_a_value_beyond_makes_its_column_text_and_no_other(trove: QuerySession) -> None:
-    found = trove.sql(
+def test_a_value_beyond_makes_its_column_text_and_no_other(session: QuerySession) -> None:
+    found = session.sql(
         "SELECT date_add(DATE '9999-12-30', i::INT) AS day, DATE '2026-01-31' AS other, i "
         "FROM range(3) AS t(i) ORDER BY i"
     )
@@ -103,19 +103,19 @@ def test_a_value_beyond_makes_its_column_text_and_no_other(trove: QuerySession) 
 
 
 def test_the_moment_is_told_in_utc_wherever_the_machine_is(
-    trove: QuerySession, monkeypatch: pytest.MonkeyPatch
+    session: QuerySession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
-    trove._sandbox.close()
-    (now,) = trove.sql("SELECT now()").rows[0]
+    session._sandbox.close()
+    (now,) = session.sql("SELECT now()").rows[0]
     assert now.tzinfo is dt.UTC and abs(now - dt.datetime.now(dt.UTC)) < dt.timedelta(seconds=10)
 
 
-def test_the_order_stays_where_a_column_becomes_text(trove: QuerySession) -> None:
-    found = trove.sql(
+def test_the_order_stays_where_a_column_becomes_text(session: QuerySession) -> None:
+    found = session.sql(
         "SELECT i, i::UHUGEINT AS big FROM range(9000) AS t(i) ORDER BY hash(i), i", limit=9000
     )
-    again = trove.sql("SELECT i FROM range(9000) AS t(i) ORDER BY hash(i), i", limit=9000)
+    again = session.sql("SELECT i FROM range(9000) AS t(i) ORDER BY hash(i), i", limit=9000)
     assert [row[0] for row in found.rows] == [row[0] for row in again.rows]
     assert all(row[1] == str(row[0]) for row in found.rows)
 
@@ -137,9 +137,9 @@ def test_each_column_has_a_name_of_its_own(names: list[str], right: list[str]) -
 
 
 def test_both_columns_of_one_name_are_in_a_parquet_file(
-    trove: QuerySession, tmp_path: Path
+    session: QuerySession, tmp_path: Path
 ) -> None:
-    found = trove.sql_result("SELECT s.id, m.id FROM step AS s JOIN message AS m ON true LIMIT 2")
+    found = session.sql_result("SELECT s.id, m.id FROM step AS s JOIN message AS m ON true LIMIT 2")
     file = tmp_path / "answer.parquet"
     file.write_bytes(results.parquet(found.table))
     assert pq.read_table(file, columns=["id_2"]).num_rows == 2

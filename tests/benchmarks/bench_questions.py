@@ -23,9 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from oki_trace.analysis import catalog, compare
+from oki_trace.analysis import catalog
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.query_session import QuerySession
+from oki_trace.analysis.questions.compare import SAMPLE
 from oki_trace.analysis.scope import Scope
 from oki_trace.store.writing.writer import TraceWriter
 from tests.benchmarks import synthetic
@@ -44,30 +45,31 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
         with TraceWriter(path) as writer:
             synthetic.fill(writer, steps)
         writing = (time.perf_counter() - began) / steps * 1000
-    with QuerySession(path) as trove:
+    with QuerySession(path) as session:
         began, cpu = time.perf_counter(), time.process_time()
-        trove.rebuild()
+        session.rebuild()
         written = time.perf_counter() - began
         written_cpu = time.process_time() - cpu
         began = time.perf_counter()
-        (found,) = trove.ask("SELECT count(*) FROM step").rows
+        (found,) = session.ask("SELECT count(*) FROM step").rows
         opened = time.perf_counter() - began
         assert found == (steps,)
-        conversation = trove.ask("SELECT median(conversation_id)::BIGINT FROM message").rows[0][0]
+        conversation = session.ask("SELECT median(conversation_id)::BIGINT FROM message").rows[0][0]
         times = {
             f"{question.name} --by {view}": [
-                asked(trove, question.name, view, scope=scope)
+                asked(session, question.name, view, scope=scope)
                 for scope in (Scope(), Scope(conversation=conversation))
             ]
             for question in catalog.QUESTIONS.values()
             for view in question.views
+            if not question.views[view].reads_tensors and not question.compares
         }
-        two = trove.ask(
+        two = session.ask(
             f"SELECT id FROM message WHERE role = 'assistant' AND conversation_id = {conversation}"
         ).rows
         times["compare"] = [
-            asked(trove, "compare", what=("smollm2", "other/model")),
-            asked(trove, "compare", what=tuple(str(row[0]) for row in two)),
+            asked(session, "compare", subjects=("smollm2", "other/model")),
+            asked(session, "compare", subjects=tuple(str(row[0]) for row in two)),
         ]
     files = list(folder_of(str(path)).rglob("*.parquet"))
     return {
@@ -89,38 +91,38 @@ def measure_tensors(path: Path) -> dict[str, float]:
     if not path.exists():
         with TraceWriter(path) as writer:
             synthetic.fill_pairs(writer, PROMPTS)
-    with QuerySession(path) as trove:
-        trove.rebuild()
+    with QuerySession(path) as session:
+        session.rebuild()
         a, b = (
-            trove.ask(f"SELECT min(id) FROM message WHERE model_id = '{model}'").rows[0][0]
+            session.ask(f"SELECT min(id) FROM message WHERE model_id = '{model}'").rows[0][0]
             for model in ("smollm2", "other/model")
         )
         found = {
-            "two steps": asked(trove, "compare", what=(f"{a}:50", f"{b}:50")),
-            "two replies, 100 steps": asked(trove, "compare", what=(str(a), str(b))),
+            "two steps": asked(session, "compare", subjects=(f"{a}:50", f"{b}:50")),
+            "two replies, 100 steps": asked(session, "compare", subjects=(str(a), str(b))),
             **{
                 f"two models, {min(sample, prompts * 100):,} of {prompts * 100:,} steps": asked(
-                    trove,
+                    session,
                     "compare",
-                    what=("smollm2", "other/model"),
+                    subjects=("smollm2", "other/model"),
                     top=prompts,
                     sample=sample,
                 )
-                for prompts, sample in ((5, compare.SAMPLE), (20, compare.SAMPLE), (20, 2000))
+                for prompts, sample in ((5, SAMPLE), (20, SAMPLE), (20, 2000))
             },
-            "heads, 64 steps": asked(trove, "heads"),
-            "heads, 640 steps": asked(trove, "heads", sample=640),
+            "heads, 64 steps": asked(session, "heads"),
+            "heads, 640 steps": asked(session, "heads", sample=640),
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     return {**found, "peak memory, MB": peak}
 
 
-def asked(trove: QuerySession, name: str, view: str | None = None, **given: Any) -> float:
+def asked(session: QuerySession, name: str, view: str | None = None, **given: Any) -> float:
     """The median time of a question, in milliseconds."""
     taken = []
     for _ in range(TIMES):
         began = time.perf_counter()
-        catalog.answer(trove, name, view=view, **given)
+        catalog.answer(session, name, view=view, **given)
         taken.append((time.perf_counter() - began) * 1000)
     return statistics.median(taken)
 

@@ -235,9 +235,9 @@ def plain(loaded: object, context: int) -> Callable[[int], float]:
 
 
 def traced(loaded: object, context: int) -> Callable[[int], float]:
-    from oki_trace.generate import answer
+    from oki_trace.generate import generate_reply
     from oki_trace.llm.capture.instrument import instrument
-    from oki_trace.queueing import Ask, submit
+    from oki_trace.queueing import ReplyRequest, new_messages, submit
     from oki_trace.records import CapturePolicy, Sampling
     from oki_trace.store.reading.reader import TraceReader
     from oki_trace.store.writing.writer import TraceWriter
@@ -247,10 +247,11 @@ def traced(loaded: object, context: int) -> Callable[[int], float]:
 
     def run(tokens: int) -> float:
         with TraceWriter("bench.db") as writer, TraceReader("bench.db") as reader:
-            ask = Ask(said, loaded.requested, Sampling(tokens), CapturePolicy())  # type: ignore[attr-defined]
-            _, reply = submit(writer, ask, claim=True)
+            choice = loaded.requested  # type: ignore[attr-defined]
+            request = ReplyRequest(new_messages(said), choice, Sampling(tokens), CapturePolicy())
+            _, reply = submit(writer, request, claim=True)
             began = time.perf_counter()
-            answer(writer, reader, reader.message(reply), loaded)  # type: ignore[arg-type]
+            generate_reply(writer, reader, reader.message(reply), loaded)  # type: ignore[arg-type]
             return time.perf_counter() - began
 
     return run

@@ -69,10 +69,10 @@ def at_a_pace(
 
 def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tuple[list[float], int]:
     """(milliseconds from the decode of each token until seen, faults): SmolLM2 in float32."""
-    from oki_trace.generate import answer
+    from oki_trace.generate import generate_reply
     from oki_trace.llm.capture import pipeline
     from oki_trace.llm.loading.load import load
-    from oki_trace.queueing import Ask, submit
+    from oki_trace.queueing import ReplyRequest, new_messages, submit
     from oki_trace.records import CapturePolicy, ModelChoice, Sampling
     from oki_trace.store.reading.reader import TraceReader
 
@@ -88,14 +88,15 @@ def with_a_model(readers: int, pause: float, tokens: int, watching: Any) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         db = str(Path(folder) / "store.db")
         with TraceWriter(db) as writer, TraceReader(db) as reader:
-            ask = Ask("Write a story.", loaded.requested, Sampling(tokens), CapturePolicy())
+            messages = new_messages("Write a story.")
+            request = ReplyRequest(messages, loaded.requested, Sampling(tokens), CapturePolicy())
             for look in (False, True):
-                _, message = submit(writer, ask, claim=True)
+                _, message = submit(writer, request, claim=True)
                 count = readers if look else 0
                 with crowd.readers(count, db, message, tokens, pause, **watching) as looking:
                     decoded.clear()
                     pipeline.decode = timed  # type: ignore[assignment]
-                    answer(writer, reader, reader.message(message), loaded)
+                    generate_reply(writer, reader, reader.message(message), loaded)
                     seen = [crowd.told(process) for process in looking]
     # The lens follows its step, so a step read at once may be without it.
     wrong = [fault for one in seen for fault in one.wrong if "no whole lens" not in fault]

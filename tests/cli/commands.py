@@ -1,4 +1,4 @@
-"""``oki-trace`` as a user starts it."""
+"""Runs ``oki-trace`` as a user does."""
 
 from __future__ import annotations
 

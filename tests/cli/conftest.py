@@ -1,4 +1,4 @@
-"""Driving the command line, in this process where that is enough."""
+"""Runs the command line in this process where that is enough."""
 
 from __future__ import annotations
 

@@ -14,11 +14,18 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.tables import TABLES
-from tests.cli.commands import ACTIVE, ROOT, Oki, command
+from tests.cli.commands import ACTIVE, ROOT, Done, Oki, command
 from tests.cli.conftest import Demo
 
-QUESTIONS = ("settle", "uncertainty", "layers", "rivals", "attention", "heads", "again")
+QUESTIONS = ("settle", "uncertainty", "layers", "rivals", "attention", "heads", "reproducibility")
+
+
+def csv_rows(done: Done) -> list[dict[str, str]]:
+    """The rows of an answer; a command that failed says why."""
+    assert (done.status, done.err) == (0, "")
+    return list(csv.DictReader(io.StringIO(done.out)))
 
 
 def test_all_questions_are_listed(oki: Oki) -> None:
@@ -33,14 +40,14 @@ def test_each_is_answered_with_a_picture(oki: Oki, demo: Demo, name: str) -> Non
     done = oki("ask", name, "--db", demo.db)
     assert (done.status, done.err) == (0, "")
     assert not ACTIVE.search(done.out)
-    if name != "again":
+    if name != "reproducibility":
         assert "█" in done.out
 
 
 def test_an_answer_as_json_and_csv_says_the_same(oki: Oki, demo: Demo) -> None:
     answer = json.loads(oki("ask", "layers", "--json", "--db", demo.db).out)
     assert (answer["question"], answer["by"]) == ("layers", "layer")
-    rows = list(csv.DictReader(io.StringIO(oki("ask", "layers", "-f", "csv", "--db", demo.db).out)))
+    rows = csv_rows(oki("ask", "layers", "-f", "csv", "--db", demo.db))
     assert [float(row["kl"]) for row in rows] == [row["kl"] for row in answer["rows"]]
     assert [c["name"] for c in answer["columns"]] == list(rows[0])
 
@@ -58,7 +65,7 @@ def test_its_sql_is_the_users_own(oki: Oki, demo: Demo) -> None:
 def test_two_steps_and_two_replies(oki: Oki, demo: Demo) -> None:
     done = oki("ask", "compare", "2:5", "4:0", "--db", demo.db)
     assert "from full logits" in done.out and "␣Paris" in done.out
-    assert "tokens alike" in oki("ask", "compare", "2", "4", "--db", demo.db).out
+    assert "tokens are the same" in oki("ask", "compare", "2", "4", "--db", demo.db).out
 
 
 @pytest.mark.parametrize("asked", [("heads",), ("compare", "2:5", "4:0"), ("compare", "2", "4")])
@@ -97,8 +104,8 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "nothing"), 2, "There is no question nothing"),
         (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
         (("ask", "settle", "2"), 2, "takes no 2"),
-        (("ask", "compare", "2"), 2, "two of a kind"),
-        (("ask", "compare", "2:5", "2"), 2, "two of a kind"),
+        (("ask", "compare", "2"), 2, "compare takes two steps"),
+        (("ask", "compare", "2:5", "2"), 2, "compare takes two steps"),
         (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
         (("ask", "compare", "1", "2"), 1, "Message 1 has no steps to compare"),
@@ -107,7 +114,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
         (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
         (("sql", "SELECT wrong FROM step"), 1, "wrong"),
-        (("sql",), 2, "There is no question"),
+        (("sql",), 2, "There is no query"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(
@@ -132,7 +139,7 @@ def test_sql_in_every_format(oki: Oki, demo: Demo, tmp_path: Path) -> None:
     assert rows[5]["token"] == " Paris" and rows[5]["nothing"] is None
     table = oki("sql", query, "--db", demo.db)
     assert "NULL" in table.out and f"{rows[5]['prob']:.6g}" in table.out
-    found = list(csv.DictReader(io.StringIO(oki("sql", query, "-f", "csv", "--db", demo.db).out)))
+    found = csv_rows(oki("sql", query, "-f", "csv", "--db", demo.db))
     assert [float(row["prob"]) for row in found] == [row["prob"] for row in rows]
     for format in ("parquet", "csv", "json"):
         file = tmp_path / f"out.{format}"
@@ -150,23 +157,41 @@ def test_a_csv_moves_no_terminal_and_computes_nothing(demo: Demo) -> None:
     ours, theirs = os.openpty()
     try:
         subprocess.run(asked, stdout=theirs, stderr=subprocess.DEVNULL, check=True, cwd=ROOT)
-        shown = os.read(ours, 1000).decode()
+        # The kernel passes on what was written piece by piece, also after the command has ended.
+        expected = "x,y\r\n␛[31m,'=1+1\r\n".encode()
+        shown = b""
+        while len(shown) < len(expected):
+            shown += os.read(ours, 1000)
     finally:
         os.close(ours)
         os.close(theirs)
-    assert shown == "x,y\r\n␛[31m,'=1+1\r\n"
+    assert shown == expected
+
+
+def test_a_pipe_that_breaks_within_a_command_is_no_empty_answer(
+    oki: Oki, demo: Demo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only when the reader of the output has gone does a command end as if all were well."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(QuerySession, "ask", broken)
+    done = oki("ask", "settle", "-f", "csv", "--db", demo.db)
+    assert (done.status, done.out) == (1, "")
+    assert "BrokenPipeError" in done.err
 
 
 def test_too_many_rows_are_told(oki: Oki, demo: Demo) -> None:
     done = oki("sql", "SELECT layer FROM lens_layer", "--limit", 3, "--json", "--db", demo.db)
-    assert len(json.loads(done.out)) == 3 and "more rows than 3" in done.err
+    assert len(json.loads(done.out)) == 3 and "more than 3 rows" in done.err
 
 
 def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path) -> None:
     query = "SELECT s.id, m.id, now() AS at FROM step s JOIN message m ON m.id = message_id LIMIT 1"
     (row,) = json.loads(oki("sql", query, "--json", "--db", demo.db).out)
     assert list(row) == ["id", "id_2", "at"] and row["at"].endswith("+00:00")
-    assert oki("sql", query, "-f", "csv", "--db", demo.db).out.startswith("id,id_2,at\n")
+    assert list(csv_rows(oki("sql", query, "-f", "csv", "--db", demo.db))[0]) == list(row)
     assert oki("sql", query, "--db", demo.db).out.split()[:3] == ["id", "id_2", "at"]
     file = tmp_path / "answer.parquet"
     assert oki("sql", query, "-f", "parquet", "-o", file, "--db", demo.db).status == 0
@@ -177,7 +202,7 @@ def test_columns_of_one_name_are_all_there(oki: Oki, demo: Demo, tmp_path: Path)
     ("options", "status", "said"),
     [
         (("SELECT range(200000) FROM range(1000)",), 1, "more than 512 MB of memory"),
-        (("SELECT 1", "--memory", "1MB"), 2, "give 200MB or more"),
+        (("SELECT 1", "--memory", "1MB"), 2, "Give 200MB or more"),
         (("SELECT sleep_ms(60000)", "--timeout", "0.5"), 1, "took longer than 0.5 s"),
         (("SELECT '" + "x" * 100_000 + "' AS \ud800",), 2, "not UTF-8"),
     ],

@@ -1,4 +1,4 @@
-"""``list``, ``show``, ``info``, ``export``, ``migrate``: what the store holds, shown inert."""
+"""``list``, ``show``, ``info``, ``export`` and ``migrate``, with hostile text too."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ HOSTILE = "\x1b[31mred\x1b[0m \x9b2J \x00 \r\x08\x7f \u202eltr\u202c \u200b\u202
 
 
 @dataclass
-class BufferPool:
-    """A store of this test's own."""
+class OwnStore:
+    """A store of this test alone."""
 
     writer: TraceWriter
 
@@ -67,9 +67,9 @@ class BufferPool:
 
 
 @pytest.fixture
-def shelf() -> Iterator[BufferPool]:
+def own() -> Iterator[OwnStore]:
     with TraceWriter(Settings.from_environment().db) as writer:
-        yield BufferPool(writer)
+        yield OwnStore(writer)
 
 
 # What an export says when the full tensors stay behind.
@@ -121,9 +121,9 @@ def test_list(oki: Oki, demo: Demo) -> None:
     assert found["created_at"] <= found["updated_at"] and found["tokens"] > 10
 
 
-def test_list_searches_and_limits(oki: Oki, shelf: BufferPool) -> None:
+def test_list_searches_and_limits(oki: Oki, own: OwnStore) -> None:
     for number in range(3):
-        shelf.tell(f"Talk {number}", f"about {number}")
+        own.tell(f"Talk {number}", f"about {number}")
     assert [c["title"] for c in shown(oki("list", "--json", "--limit", 2))] == ["Talk 2", "Talk 1"]
     assert [c["title"] for c in shown(oki("list", "--json", "-s", "ABOUT 1"))] == ["Talk 1"]
     assert shown(oki("list", "--json", "--search", "nowhere")) == []
@@ -339,9 +339,9 @@ def test_migrate_makes_a_store_and_leaves_one_that_is_up_to_date(oki: Oki, tmp_p
 # -------------------------------------------------------------------- inert text
 
 
-def test_hostile_text_is_shown_inert(oki: Oki, shelf: BufferPool) -> None:
+def test_hostile_text_is_shown_inert(oki: Oki, own: OwnStore) -> None:
     """No text of a model or of a stranger's store may act on the terminal that shows it."""
-    number = shelf.tell(f"Title {HOSTILE}", HOSTILE, reply=HOSTILE, reason=HOSTILE)
+    number = own.tell(f"Title {HOSTILE}", HOSTILE, reply=HOSTILE, reason=HOSTILE)
     outputs = {
         "list": plain(oki("list")),
         "show": plain(oki("show", number)),
@@ -378,16 +378,16 @@ def test_names_are_text_and_not_markup(oki: Oki, tmp_path: Path) -> None:
     assert str(db) in plain(oki("migrate", "--db", db))[0]
     assert str(db) in "\n".join(plain(oki("info", "--db", db)))
     with TraceWriter(db) as writer:
-        BufferPool(writer).tell("[red]x[/red] :smile:", "[link=http://x]y[/link]", reply="[b]")
+        OwnStore(writer).tell("[red]x[/red] :smile:", "[link=http://x]y[/link]", reply="[b]")
     assert "[red]x[/red] :smile:" in "\n".join(plain(oki("list", "--db", db)))
     assert "[link=http://x]y[/link]" in plain(oki("show", 1, "--db", db))
     done = oki("show", 9, "--db", tmp_path / "[/none]" / "store.db")
     assert f"There is no trace store at {tmp_path}/[/none]/store.db" in done.err
 
 
-def test_nothing_is_cut_or_wrapped_for_a_pipe(oki: Oki, shelf: BufferPool) -> None:
+def test_nothing_is_cut_or_wrapped_for_a_pipe(oki: Oki, own: OwnStore) -> None:
     word = "wide" * 6_000
-    number = shelf.tell("t" * 500, f"{word} {word}", reply="r" * 300)
+    number = own.tell("t" * 500, f"{word} {word}", reply="r" * 300)
     assert f"{word} {word}" in plain(oki("show", number))
     assert "t" * 500 in plain(oki("list"))[1]
     assert "r" * 300 in "\n".join(plain(oki("show", number, "--step", 0)))

@@ -1,4 +1,4 @@
-"""``export`` and ``import`` as they are typed."""
+"""``export`` and ``import`` as a user types them."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def test_the_store_is_neither_replaced_nor_read_as_an_export(oki: Oki, db: Path)
     ):
         done = oki(*arguments, "--db", db)
         assert done.status == 2, arguments
-        assert "is the store itself: give another path" in done.err
+        assert "is the store itself. Give another path" in done.err
     assert db.read_bytes() == before

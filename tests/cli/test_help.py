@@ -1,15 +1,13 @@
-"""Every command says what it does, and shows it."""
+"""Every command has help and an example, and docs/commands.md matches it."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import typer.main
@@ -17,6 +15,7 @@ import typer.main
 from oki_trace import __version__
 from oki_trace.cli.app import app
 from oki_trace.store.writing.writer import TraceWriter
+from scripts import command_help
 from tests.cli.commands import ACTIVE, Oki
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,27 +27,16 @@ def unwrapped(text: str) -> str:
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
-def command_help() -> ModuleType:
-    """The script that writes docs/commands.md."""
-    spec = importlib.util.spec_from_file_location("command_help", ROOT / "docs/command_help.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
 def test_the_page_on_commands_is_what_their_help_says() -> None:
-    script = command_help()
-    assert sorted(script.commands()) == COMMANDS
+    assert sorted(command_help.commands()) == COMMANDS
     told = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-    assert told == script.page(), "run: python docs/command_help.py"
+    assert told == command_help.page(), "run: python scripts/command_help.py"
 
 
 def test_every_example_is_a_command_that_parses() -> None:
-    script = command_help()
     made = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for name, command in script.commands().items():
-        shown = script.examples(command)
+    for name, command in command_help.commands().items():
+        shown = command_help.examples(command)
         assert shown
         for line in shown:
             program, called, *arguments = shlex.split(re.sub(r" < \S+$", "", line))

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a reader that goes away: what was decoded stays, and nothing is shouted."""
+"""Ctrl-C, SIGTERM and a closed pipe: decoded steps are kept, and no traceback is printed."""
 
 from __future__ import annotations
 

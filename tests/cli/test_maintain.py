@@ -52,7 +52,7 @@ def test_rename(oki: Oki, store: Store) -> None:
 
 def test_delete(oki: Oki, store: Store) -> None:
     refused = oki("delete", 1)
-    assert refused.status == 2 and "Say --yes" in refused.err
+    assert refused.status == 2 and "Add --yes" in refused.err
     assert "no conversation 9" in oki("delete", 1, 9, "--yes").err
     assert numbers(store) == [1, 2], "all or none"
     assert shown(oki("delete", 1, 1, "--yes", "--json")) == {"deleted": [1]}
@@ -71,7 +71,7 @@ def test_prune(oki: Oki, store: Store) -> None:
     assert "2 replies would free" in told and "--all deletes whole conversations" in told
     assert store.reader.info().tensor_steps == 6
     refused = oki("prune", "--max-size", "0")
-    assert refused.status == 2 and "Say --yes" in refused.err
+    assert refused.status == 2 and "Add --yes" in refused.err
     done = shown(oki("prune", "--max-size", "0", "--yes", "--json"))
     assert (done["dry_run"], done["tensors_only"], done["spared"]) == (False, True, 0)
     assert [item["message"] for item in done["items"]] == [1, 2]
@@ -86,7 +86,7 @@ def test_vacuum(oki: Oki, store: Store) -> None:
     store.writer.delete_conversation(2)
     done = shown(oki("vacuum", "--json"))
     assert done["after"] < done["before"]
-    assert "given back" in oki("vacuum").out
+    assert "returned to the disk" in oki("vacuum").out
     store.reply("none")
     refused = oki("vacuum")
     assert refused.status == 1 and "Let it finish, or stop it first" in refused.err

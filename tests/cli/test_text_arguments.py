@@ -1,4 +1,4 @@
-"""Text on the command line: kept as it was typed, or refused in one line."""
+"""Text on the command line is stored unchanged, or refused in one line."""
 
 from __future__ import annotations
 

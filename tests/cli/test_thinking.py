@@ -1,4 +1,4 @@
-"""Models that think and call tools, from the command line: kept in parts, and given back so."""
+"""Models that think and call tools, from the command line: parts are stored and used again."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import update
 
 from oki_trace.llm.chat.prompt import render
+from oki_trace.llm.loading import load
 from oki_trace.records import ChatMessage, Role, TemplateOptions
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
@@ -22,6 +23,7 @@ HARMONY_REPLY = (
     "<|channel|>analysis<|message|>User asks capital.<|end|>"
     "<|start|>assistant<|channel|>final<|message|>Paris."
 )
+WITHOUT_TOOLS = "{% for m in messages %}<s>{{ m.content }}{% endfor %}<s>assistant: "
 CALLING = (
     "<think>\nI look it up.\n</think>\n\n<tool_call>\n"
     '{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
@@ -147,13 +149,39 @@ def test_slips_are_one_line(tmp_path: Path, oki: Oki) -> None:
     bad = tmp_path / "bad.json"
     bad.write_text("{")
     for arguments, words in (
-        (["--template-arg", "enable_thinking"], "is no KEY=VALUE"),
+        (["--template-arg", "enable_thinking"], "is not KEY=VALUE"),
         (["--template-arg", "tokenize=true"], "tokenize is no argument of a chat template"),
         (["--template-arg", "enable_thinkng=true"], "has no argument enable_thinkng"),
-        (["--tools", bad], "holds no JSON list of tool schemas"),
+        (["--tools", bad], "is not a JSON list of tool schemas"),
         (["--tools", tmp_path / "none.json"], "cannot be read"),
         (["--tool-result", "f"], "Name it with --conversation"),
     ):
         done = oki("run", "Capital?", "--model", folder, "--db", db, *arguments)
         assert done.status in (1, 2) and words in done.err, done.err
         assert len(done.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments", "words"),
+    [
+        (THINK, ("--template-arg", "enable_thinkng=true"), "has no argument enable_thinkng"),
+        (WITHOUT_TOOLS, ("--tools", "tools.json"), "takes no tools. Leave out --tools"),
+    ],
+)
+def test_a_refused_template_option_stores_nothing_and_reads_no_weights(
+    tmp_path: Path,
+    oki: Oki,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    folder, db = folder_of(tmp_path, tokenizer(template), "Paris."), tmp_path / "s.db"
+    (tmp_path / "tools.json").write_text(json.dumps([WEATHER]))
+    oki("info", "--db", db)  # what saving the model printed is not the commands'
+    monkeypatch.setattr(load, "_model", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.chdir(tmp_path)
+    done = oki("run", "Capital?", "--model", folder, "--db", db, *arguments)
+    assert done.status == 1 and words in done.err, done.err
+    assert len(done.err.strip().splitlines()) == 1
+    assert json.loads(oki("list", "--json", "--db", db).out) == []

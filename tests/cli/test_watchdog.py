@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a model's own files are at work, and do not listen."""
+"""Ctrl-C and SIGTERM while native code or a template ignores them."""
 
 from __future__ import annotations
 

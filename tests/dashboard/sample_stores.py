@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from oki_trace import queueing
-from oki_trace.generate import answer
+from oki_trace.generate import generate_reply
 from oki_trace.llm.loading.load import load
 from oki_trace.records import (
     CapturePolicy,
@@ -97,9 +97,10 @@ def build(db: str, models_dir: Path) -> Samples:
             _steps(rng),
             TurnEnd(Status.FAILED, "the cat", FAILURE, 0.5),
         )
-        failed_at_once = queueing.submit(
-            writer, queueing.Ask("Are you there?", ModelChoice("no/such")), claim=True
+        request = queueing.ReplyRequest(
+            queueing.new_messages("Are you there?"), ModelChoice("no/such")
         )
+        failed_at_once = queueing.submit(writer, request, claim=True)
         queueing.fail(writer, failed_at_once[1], "There is no model no/such: check the name.")
         # The list of recent conversations is short, so what it has to stand comes late.
         for text in reversed(HOSTILE[1:]):
@@ -131,10 +132,9 @@ def _talk(
     conversation: int | None = None
     replies = []
     for question in QUESTIONS:
-        conversation, reply = queueing.submit(
-            writer, queueing.Ask(question, choice, sampling), conversation, claim=True
-        )
-        answer(writer, reader, reader.message(reply), loaded)
+        request = queueing.ReplyRequest(queueing.new_messages(question), choice, sampling)
+        conversation, reply = queueing.submit(writer, request, conversation, claim=True)
+        generate_reply(writer, reader, reader.message(reply), loaded)
         replies.append((conversation, reply))
     return replies[0], replies[1]
 

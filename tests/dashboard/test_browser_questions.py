@@ -57,9 +57,9 @@ def test_a_bar_and_a_row_lead_to_their_step(
     conversation = samples.first[0]
     link = f"{explorer.url}questions?question=uncertainty&view=entropy&conversation={conversation}"
     page = browse(link)
-    with QuerySession(explorer.db) as trove:
+    with QuerySession(explorer.db) as session:
         scope = Scope(conversation=conversation)
-        answer = catalog.answer(trove, "uncertainty", view="entropy", scope=scope)
+        answer = catalog.answer(session, "uncertainty", view="entropy", scope=scope)
     steps = [
         dict(zip(("conversation", "message", "step"), row[:3], strict=True)) for row in answer.rows
     ]
@@ -90,11 +90,11 @@ def test_the_way_back_leads_to_the_question(
     page = browse(explorer.url + "questions")
     picture(page)
     page.get_by_role("button", name="Least certain steps").click()
-    expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
+    expect(page.get_by_role("heading", name="Uncertainty")).to_be_visible()
     picture(page).locator(".mark-rect path").nth(1).click()
     page.locator(".root.lens tr").first.wait_for()
     page.go_back()
-    expect(page.get_by_role("heading", name="Where the model was unsure")).to_be_visible()
+    expect(page.get_by_role("heading", name="Uncertainty")).to_be_visible()
     picture(page)
     until(lambda: page.evaluate("location.search") == "?question=uncertainty", "the question")
 
@@ -105,17 +105,17 @@ def test_what_is_chosen_is_in_the_address_and_a_link_opens_it(
     page = browse(explorer.url + "questions")
     picture(page)
     page.get_by_role("button", name="Parts of the text").click()
-    expect(page.get_by_role("heading", name="What it looked at")).to_be_visible()
+    expect(page.get_by_role("heading", name="Attention")).to_be_visible()
     page.get_by_role("radio", name="by step and layer").click()
-    page.get_by_label("Text said", exact=True).fill("capital")
-    page.get_by_label("Text said", exact=True).press("Enter")
+    page.get_by_label("Text", exact=True).fill("capital")
+    page.get_by_label("Text", exact=True).press("Enter")
     until(lambda: "text=capital" in page.evaluate("location.search"), "the text in the address")
     address = page.evaluate("location.href")
     assert "question=attention" in address and "view=grid" in address
 
     other = browse(address, width=800)
     picture(other)
-    expect(other.get_by_label("Text said", exact=True)).to_have_value("capital")
+    expect(other.get_by_label("Text", exact=True)).to_have_value("capital")
     assert browser_pages.overflow(other) == []
 
 
@@ -124,8 +124,8 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
 ) -> None:
     page = browse(explorer.url + "questions?question=uncertainty&view=token&least=0")
     picture(page)
-    with QuerySession(explorer.db) as trove:
-        answer = catalog.answer(trove, "uncertainty", view="token", least=0.0)
+    with QuerySession(explorer.db) as session:
+        answer = catalog.answer(session, "uncertainty", view="token", least=0.0)
     found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1
@@ -139,7 +139,7 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     expect(page.get_by_test_id("stCode")).to_be_visible()
     # While it opens, what is in it moves away from under a click.
     page.wait_for_function("document.getAnimations().every(one => one.playState !== 'running')")
-    page.get_by_role("button", name="Go on from it in SQL").click()
+    page.get_by_role("button", name="Edit in SQL").click()
     expect(page.get_by_role("heading", name="SQL", exact=True)).to_be_visible()
     table(page)
     expect(page.get_by_label("Query")).to_have_value(answer.sql)

@@ -357,7 +357,8 @@ def test_the_next_message_goes_to_the_conversations_own_model(
     open_store(db)
     choice = ModelChoice("other/model", use_4bit=True, dtype="float32", device="cpu")
     with TraceWriter(db) as writer:
-        conversation, reply = queueing.submit(writer, queueing.Ask("Hello.", choice), claim=True)
+        request = queueing.ReplyRequest(queueing.new_messages("Hello."), choice)
+        conversation, reply = queueing.submit(writer, request, claim=True)
         queueing.fail(writer, reply, "There is no model other/model: check the name.")
     app = app_pages.chat(conversation=conversation)
     assert app.selectbox(key="model").value == "other/model"

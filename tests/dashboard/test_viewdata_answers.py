@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -13,13 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dashboard import question_charts
-from dashboard import question_state as asking
-from dashboard.question_state import Asked
+from dashboard import question_charts, question_state
+from dashboard.question_state import QuestionState
 from dashboard.viewdata import answers, sql_table
-from oki_trace.analysis import compare, heads
 from oki_trace.analysis.catalog import QUESTIONS
-from oki_trace.analysis.questions import Answer, Picture
+from oki_trace.analysis.question import Answer, Question, View
 from oki_trace.errors import QuestionError
 from oki_trace.records import Role
 from oki_trace.sanitize import visible
@@ -33,7 +32,7 @@ numbers = st.none() | st.integers(0, 10**9)
 
 @given(
     st.builds(
-        Asked,
+        QuestionState,
         question=st.just("uncertainty"),
         view=st.sampled_from(list(QUESTIONS["uncertainty"].views)),
         model=st.none() | st.text(min_size=1),
@@ -43,71 +42,72 @@ numbers = st.none() | st.integers(0, 10**9)
         until=st.none() | st.dates(),
         role=st.none() | st.sampled_from(Role),
         text=st.text(),
-        top=st.none() | st.integers(1, 10**6),
-        least=st.none() | st.floats(0, 1),
+        options=st.fixed_dictionaries(
+            {}, optional={"top": st.integers(1, 10**6), "least": st.floats(0, 1)}
+        ).map(
+            lambda given: tuple((name, given[name]) for name in ("top", "least") if name in given)
+        ),
         first=st.text(),
     )
 )
-def test_an_address_says_again_what_was_asked(asked: Asked) -> None:
-    assert asking.read(asked.query(), QUESTIONS) == asked
+def test_an_address_says_again_what_was_asked(asked: QuestionState) -> None:
+    assert question_state.read(asked.query(), QUESTIONS) == asked
 
 
 def test_what_makes_no_sense_in_an_address_counts_as_absent() -> None:
     junk = dict.fromkeys(
         ("question", "view", "conversation", "since", "role", "top", "least", "sample"), "²<b>"
     )
-    assert asking.read(junk, QUESTIONS) == Asked("settle", "layer")
-    assert asking.read({"question": "heads", "top": "0", "least": "7"}, QUESTIONS) == Asked(
-        "heads", ""
-    )
+    assert question_state.read(junk, QUESTIONS) == QuestionState("settle", "layer")
+    odd = {"question": "heads", "top": "0", "least": "7", "sample": "9" * 20}
+    assert question_state.read(odd, QUESTIONS) == QuestionState("heads", "head")
+    odd = {"question": "rivals", "from_layer": "0", "least": "nan"}
+    assert question_state.read(odd, QUESTIONS).options == (("from_layer", 0),)
 
 
 def test_everything_is_the_same_question_about_all_replies() -> None:
-    asked = Asked(
-        "uncertainty", "reply", "m", 1, 2, dt.date(2026, 1, 1), None, Role.USER, "x", top=3
-    )
-    assert asked.narrowed
-    assert asked.everything() == Asked("uncertainty", "reply", top=3)
-    assert not asked.everything().narrowed
+    scope = ("m", 1, 2, dt.date(2026, 1, 1), None, Role.USER, "x")
+    asked = QuestionState("uncertainty", "reply", *scope, options=(("top", 3),))
+    assert asked.is_narrowed
+    everything = asked.without_scope()
+    assert everything == QuestionState("uncertainty", "reply", options=(("top", 3),))
+    assert not everything.is_narrowed
 
 
 def test_the_scope_takes_both_days_whole() -> None:
     day = dt.date(2026, 1, 31)
-    scope = Asked(since=day, until=day).scope()
+    scope = QuestionState(since=day, until=day).scope()
     assert scope.since is not None and scope.until is not None
     assert scope.until - scope.since == dt.timedelta(days=1)
 
 
-def test_every_question_stands_in_one_group_and_every_view_has_a_picture() -> None:
-    listed = [name for _, those in asking.GROUPS for name in those]
-    assert sorted(listed) == sorted(QUESTIONS)
-    columns = {
-        f"{question.name}/{name}": view.columns
-        for question in QUESTIONS.values()
-        for name, view in question.views.items()
-    } | {
-        "heads/head": heads._COLUMNS,
-        "compare/step": compare._CANDIDATES,
-        "compare/reply": compare._STEPS,
-        "compare/model": compare._PAIRS,
-    }
-    assert columns.keys() == answers.DRAWINGS.keys()
-    for name, offered in answers.DRAWINGS.items():
-        there = {column.name for column in columns[name]}
-        for drawing in offered.values():
-            rest = (drawing.line, drawing.colour, drawing.across, drawing.spread)
-            wanted = {*drawing.x, *drawing.y, *filter(None, rest)}
-            # How far a mean spreads is not known of all of them.
-            assert wanted - there <= {None}, name
+def test_questions_of_a_group_stand_together() -> None:
+    groups = [question.group for question in QUESTIONS.values()]
+    assert [group for group, _ in groupby(groups)] == list(dict.fromkeys(groups))
+
+
+@pytest.mark.parametrize(
+    ("question", "view"), [(q, view) for q in QUESTIONS.values() for view in q.views.values()]
+)
+def test_every_drawing_uses_columns_of_its_view(question: Question, view: View) -> None:
+    names = {column.name for column in view.columns}
+    assert view.drawings
+    assert view.bar in {*names, ""}
+    for drawing in view.drawings.values():
+        rest = (drawing.line, drawing.colour, drawing.across, drawing.spread)
+        assert {*drawing.x, *drawing.y, *filter(None, rest)} <= names
+    assert all(
+        option.parse(str(option.default)) is not None for option in question.options.values()
+    )
 
 
 # ------------------------------------------------------------------------- the answers
 
 
 def answer(name: str, view: str, rows: list[tuple[Any, ...]]) -> Answer:
-    columns = QUESTIONS[name].views[view].columns
-    assert all(len(row) == len(columns) for row in rows)
-    return Answer(name, view, columns, tuple(rows), Picture("", ()), "SELECT 1")
+    of = QUESTIONS[name].views[view]
+    assert all(len(row) == len(of.columns) for row in rows)
+    return Answer(name, view, of.columns, tuple(rows), of.drawings, of.bar, "SELECT 1")
 
 
 SETTLED = answer(
@@ -160,7 +160,7 @@ def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out()
     table = answers.table(found)
     assert table["chosen"] == [visible(HOSTILE), "b"]
     assert table["prob"] == [None, 0.1]
-    assert table["others"] == [visible(HOSTILE), None]
+    assert table["alternatives"] == [visible(HOSTILE), None]
     json.dumps(question_charts.chart(found, drawing, [mark], clickable=True).to_dict())
     assert "\x1b" not in json.dumps(table, ensure_ascii=False)
 

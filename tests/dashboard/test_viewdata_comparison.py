@@ -5,20 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dashboard.viewdata import comparison
-from dashboard.viewdata.comparison import Pair, align, between, divergence, exactly
-from oki_trace.records import Candidates, StepSummary, Tensor
-from tests import builders
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(3)
+from dashboard.viewdata.comparison import Pair, align, divergence
+from oki_trace.analysis.distance import Distance, between_lists
+from oki_trace.records import StepSummary
 
 
 def said(words: Sequence[str]) -> list[StepSummary]:
@@ -57,7 +51,7 @@ def test_equal_tokens_stand_beside_each_other() -> None:
 
 
 def test_the_first_place_to_see_is_one_that_both_have() -> None:
-    first = comparison.first_to_see
+    first = comparison.first_shown
     assert first(align(said("abcd"), said("aXcd"))) == 1
     # Nothing stands beside what was put in: the next place, else the last before.
     assert first(align(said("acd"), said("abcd"))) == 2
@@ -96,64 +90,26 @@ def test_an_alignment_loses_nothing_and_keeps_the_order(left: list[str], right: 
         assert left[:first] == right[:first]
 
 
-def likeliest(probs: np.ndarray, k: int) -> Candidates:
-    ids = np.argsort(-probs, kind="stable")[:k]
-    return Candidates(
-        ids, tuple(f"t{i}" for i in ids), np.log(probs[ids]).astype(np.float32), probs[ids]
-    )
+def test_a_distance_in_words() -> None:
+    assert comparison.in_words(None) == "not known"
+    assert comparison.in_words(between_lists({"a": 0.75, "b": 0.25}, {"a": 1.0})) == "0.250"
+    assert comparison.in_words(Distance(0, 0, 0, 0.25, 0.5, "top-1")) == "0.250 to 0.500"
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.1, 6), st.integers(1, 20), st.booleans())
-def test_what_is_kept_bounds_the_distance(seed: int, spread: float, k: int, by_id: bool) -> None:
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(size=(2, 20)) * spread
-    logits[1] += logits[0] * rng.integers(0, 2)
-    p, q = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    total = float(np.abs(p - q).sum() / 2)
-    found = between(likeliest(p, k), likeliest(q, k), by_id=by_id)
-    assert found is not None
-    assert found.low - 1e-9 <= total <= found.high + 1e-9
-    if k == 20:
-        assert found.high - found.low < 1e-9
-    one, two = (Tensor("logits", row.astype(np.float64), "float64") for row in logits)
-    exact = exactly(one, two)
-    assert exact is not None
-    assert exact.low == exact.high == pytest.approx(total, abs=1e-5)
-
-
-def test_what_is_not_known_is_not_told(rng: np.random.Generator) -> None:
-    kept = builders.step(0, rng).topk
-    none = Candidates(np.empty(0, np.int64), (), np.empty(0, np.float32), np.empty(0, np.float32))
-    unknown = Candidates(kept.token_ids, kept.tokens, kept.logits, kept.probs * np.nan)
-    assert between(kept, none, by_id=True) is None
-    assert between(unknown, kept, by_id=True) is None
-    other = Tensor("logits", np.zeros(7, np.float32), "float32")
-    assert exactly(Tensor("logits", np.zeros(8, np.float32), "float32"), other) is None
-    assert comparison.told(None) == "not known"
-    assert comparison.told(comparison.Distance(0.25, 0.25)) == "0.250"
-    assert comparison.told(comparison.Distance(0.25, 0.5)) == "0.250 to 0.500"
-
-
-def test_the_distance_of_the_same_is_nothing(rng: np.random.Generator) -> None:
+def test_the_chart_has_the_pairs_whose_distance_is_known() -> None:
     steps = said(["a", "b"])
-    kept = {0: builders.step(0, rng).topk}
     pairs = align(steps, steps)
-    found = comparison.distances(pairs, kept, kept, by_id=True)
-    assert found[0] is not None
-    assert found[0].low == 0
-    assert found[1] is None
+    found = [between_lists({"a": 0.9}, {"a": 0.9}), None]
+    assert found[0] is not None and found[0].tv == 0
     rows = comparison.rows(pairs, found, steps, steps)
     assert [(row["place"], row["token"]) for row in rows] == [(1, "the same token")]
     json.dumps(rows, allow_nan=False)
 
 
-def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None:
+def test_both_replies_are_saved_place_by_place() -> None:
     left, right = said(["a", "b"]), said(["a", "c", "d"])
     pairs = align(left, right)
-    kept = {0: builders.step(0, rng).topk}
-    found = comparison.distances(pairs, kept, kept, by_id=True)
-    assert found[0] is not None
-    most = found[0].high
+    found = [Distance(0, 0, 0, 0.0, 0.1, "top-1"), None, None]
     names, *rows = comparison.sheet(pairs, found, left, right)
     assert [dict(zip(names, row, strict=True)) for row in rows] == [
         {
@@ -164,7 +120,7 @@ def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None
             "right_token": "a",
             "same": 1,
             "least_total_variation": 0.0,
-            "most_total_variation": pytest.approx(most),
+            "most_total_variation": 0.1,
         },
         {
             "place": 2,
@@ -194,9 +150,9 @@ def test_both_replies_are_saved_place_by_place(rng: np.random.Generator) -> None
     [
         ("a", "a", "The one token is the same."),
         ("ab", "ab", "All 2 tokens are the same."),
-        ("ab", "ac", "They part at token 2; 1 token is the same, 1 place is not."),
-        ("abc", "abde", "They part at token 3; 2 tokens are the same, 2 places are not."),
-        ("a", "b", "They part at token 1; 0 tokens are the same, 1 place is not."),
+        ("ab", "ac", "They diverge at token 2; 1 token is the same, 1 place is not."),
+        ("abc", "abde", "They diverge at token 3; 2 tokens are the same, 2 places are not."),
+        ("a", "b", "They diverge at token 1; 0 tokens are the same, 1 place is not."),
     ],
 )
 def test_what_two_replies_share_is_told_in_a_sentence(left: str, right: str, told: str) -> None:

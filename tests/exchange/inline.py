@@ -1,35 +1,35 @@
-"""Importing without the process around it: the same reading, checking and copying, much quicker.
+"""Importing without a separate process: the same reading, checking and copying, much faster.
 
-What the process adds is tested in ``test_import_process.py``.
+The process itself is tested in ``test_import_process.py``.
 """
 
 from __future__ import annotations
 
 import io
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 from oki_trace import errors
 from oki_trace.exchange.importing import Imported
-from oki_trace.exchange.reading.process import News, Request, serve
+from oki_trace.exchange.reading.process import Progress, Request, serve
 from oki_trace.store.schema.identity import Db
 from oki_trace.store.writing.copy import copy
 
 
 def import_inline(path: Path, db: Db, *, staging_bytes: int = 1_000_000_000) -> Imported:
-    """As ``import_path``, in this process and without a limit of memory."""
+    """As ``import_path``, in this process and without a memory limit."""
     with tempfile.TemporaryDirectory() as folder:
         staging = Path(folder) / "staging.db"
         request = Request(str(path), str(staging), staging_bytes, 0)
-        read = serve(request, News(io.StringIO()), lambda more: None)
+        read = serve(request, Progress(io.StringIO()), lambda more: None)
         if read.error is not None:
             kind, sentence = read.error
             raise getattr(errors, kind)(sentence)
         new = [one.new_id for one in copy(staging, db)]
-    tensors_from = Path(read.tensors_from) if read.tensors_from else None
     ids = tuple(number for number in new if number is not None)
-    return Imported(ids, read.messages, read.steps, tensors_from, read.changed, read.without_digest)
+    return Imported(**asdict(read), conversations=ids)
 
 
 def import_bytes(stream: BinaryIO, db: Db) -> Imported:

@@ -1,4 +1,4 @@
-"""Stores with a conversation worth exporting: every kind of message, hostile text, odd numbers."""
+"""Stores with a conversation to export: every kind of message, hostile text, odd numbers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HOSTILE = "\x1b[31m </script><script>alert(1)</script> <!-- \u202e rtl é 日本
 
 
 def odd_step(index: int, rng: np.random.Generator) -> Step:
-    """No number is one, half a character, no lens, an empty list, tensors of 16 bits."""
+    """NaN, half a character, no lens, an empty list, tensors of 16 bits."""
     step = builders.step(index, rng)
     nothing = np.array([math.nan, 0.5], dtype=np.float32)
     bits = rng.integers(0, 2**15, size=50).astype(np.uint16)
@@ -117,7 +117,7 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
 
 
 def v1_trace(steps: int = 3, **changes: Any) -> dict[str, Any]:
-    """A trace as the tool replaced writes it: texts without ids, evidence into prompt and reply."""
+    """A trace of version 1: texts without ids, evidence in the prompt and the reply."""
     words = [" Paris", " is", "."]
     return {
         "model_id": "some/model",

@@ -23,6 +23,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from oki_trace import records
 from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
@@ -101,9 +102,9 @@ def edited_table(exported: Path, into: Path, name: str, edit: Callable[[Json], o
     into.mkdir()
     for file in (exported / "tables").iterdir():
         (into / file.name).write_bytes(file.read_bytes())
-    found = pq.read_table(into / f"{name}.parquet").to_pylist()
-    edit(found)
-    pq.write_table(pa.Table.from_pylist(found, schema=TABLES[name]), into / f"{name}.parquet")
+    table = pq.read_table(into / f"{name}.parquet").to_pylist()
+    edit(table)
+    pq.write_table(pa.Table.from_pylist(table, schema=TABLES[name]), into / f"{name}.parquet")
     return into
 
 
@@ -112,11 +113,11 @@ def the_step(document: Json) -> Json:
 
 
 def in_document(name: str, **values: Any) -> Callable[[Json], object]:
-    """Change some fields of a JSON text that stands in a cell."""
+    """Change some fields of the JSON text in a cell."""
 
-    def edit(found: Json) -> None:
-        at = next(n for n, row in enumerate(found) if row[name])
-        found[at][name] = json.dumps({**json.loads(found[at][name]), **values})
+    def edit(table: Json) -> None:
+        row = next(row for row in table if row[name])
+        row[name] = json.dumps({**json.loads(row[name]), **values})
 
     return edit
 
@@ -156,7 +157,7 @@ SAME: dict[str, tuple[Callable[[Json], object], str, Callable[[Json], object], s
     "attention of a layer that was not announced": (
         lambda d: d["messages"][1]["trace"]["capture"].update(attention_layers=[1, 2]),
         *("message", in_document("capture", attention_layers=[1, 2])),
-        "attention is of layers that were not announced",
+        "attention is of layers that capture does not name",
     ),
     "another step": (
         lambda d: the_step(d).update(step=1),
@@ -256,12 +257,12 @@ def test_every_name_that_is_written_is_read(exported: Path) -> None:
         (document["conversation"], schema.Conversation, set()),
         (message, schema.Message, {"trace"}),
         (trace, schema.Trace, {"steps"}),
-        (trace["generation"], schema.Generation, set()),
-        (trace["capture"], schema.Capture, set()),
+        (trace["generation"], records.Generation, set()),
+        (trace["capture"], records.CaptureReport, set()),
         (step, schema.Step, set()),
         (step["decision"], schema.Decision, {"text", "differs_from_greedy"}),
         (step["decision"]["greedy"], schema.Contender, set()),
-        (step["decision"]["processors"][0], schema.Effect, set()),
+        (step["decision"]["processors"][0], records.Effect, set()),
         (step["logits_topk"][0], schema.Candidate, set()),
         (step["evidence"][0], schema.Evidence, {"token_id", "in_prompt"}),
         (step["attention"][0], schema.AttentionLayer, set()),
@@ -365,8 +366,8 @@ def test_a_reply_whose_numbers_are_all_missing_is_usable(
 def test_infinities_and_zeros_below_zero_in_tables_are_usable(
     exported: Path, tmp_path: Path, oki: Oki
 ) -> None:
-    def odd(found: Json) -> None:
-        for row in found:
+    def odd(table: Json) -> None:
+        for row in table:
             row.update({k: -np.inf for k in ("logit", "noise", "kl", "entropy") if k in row})
             row.update({k: np.inf for k in ("kl", "entropy") if k in row})
             row.update({k: -0.0 for k in ("prob", "weight", "missing", "sampled_prob") if k in row})
@@ -427,10 +428,10 @@ def test_an_export_of_a_pruned_reply_verifies_and_says_so(
 
 
 def test_tensors_that_were_taken_away_are_still_a_fault(tmp_path: Path) -> None:
-    """Of some steps: nobody said that they were left out."""
+    """The file does not say that they were left out."""
     with TraceReader(fill(tmp_path / "s.db", steps=3)) as reader:
         export(reader, 1, Format.PARQUET, tmp_path / "tables", sys.stdout)
-    changed = edited_table(tmp_path, tmp_path / "y", "tensor", lambda found: found.clear())
+    changed = edited_table(tmp_path, tmp_path / "y", "tensor", lambda table: table.clear())
     import_inline(changed, tmp_path / "t.db")
     assert len(findings(tmp_path / "t.db")) == 3
 

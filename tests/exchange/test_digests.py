@@ -1,4 +1,4 @@
-"""What was recorded is known again after it has been a file; what was changed there is named."""
+"""Digests survive export and import, and every change to an exported file is reported."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_command_says_that_a_trace_was_changed(tmp_path: Path) -> None:
     document["messages"][0]["content"] = "What is lead?"
     file.write_text(json.dumps(document))
     done = start("import", str(file), "--db", target)
-    assert "1 message changed since recorded: oki-trace verify 2 says where" in done.err
+    assert "1 message changed after recording. For details: oki-trace verify 2" in done.err
     assert done.status == 0
     checked = start("verify", "2", "--db", target)
     assert "another digest" in checked.out

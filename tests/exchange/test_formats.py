@@ -20,9 +20,9 @@ from oki_trace.errors import ExchangeError, NotFound, UsageError
 from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
+from oki_trace.exchange.json_export import V1_CANDIDATE, V1_EVIDENCE, V1_STEP, V1_TRACE
 from oki_trace.exchange.reading import json_stream, table_cursor
 from oki_trace.exchange.tables import FILES, TABLES
-from oki_trace.exchange.v1 import CANDIDATE, EVIDENCE, STEP, TRACE
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import models
@@ -96,7 +96,7 @@ def test_tables_take_the_place_of_an_older_export_and_of_nothing_else(
     with pytest.raises(ExchangeError, match=r"no export, such as mine\.txt"):
         write(db, Format.PARQUET, tmp_path / "t")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(ExchangeError, match="is no folder"):
+    with pytest.raises(ExchangeError, match="is not a folder"):
         write(db, Format.PARQUET, tmp_path / "file")
     with pytest.raises(NotFound), TraceReader(db) as reader:
         export(reader, 99, Format.PARQUET, tmp_path / "new", sys.stdout)
@@ -122,12 +122,12 @@ def test_tensors_open_with_the_library_of_the_format(db: Path, tmp_path: Path) -
             kept = reader.tensor(
                 int(message.removeprefix("message-")), int(step.removeprefix("step-")), tensor
             )
-            found = file.get_tensor(name)
+            loaded = file.get_tensor(name)
             if kept.dtype == "bfloat16":
                 import torch
 
-                found = found.view(torch.uint16)
-            assert np.array_equal(found.numpy(), kept.array)
+                loaded = loaded.view(torch.uint16)
+            assert np.array_equal(loaded.numpy(), kept.array)
 
 
 # ---------------------------------------------------------------------- JSON and v1
@@ -148,11 +148,11 @@ def test_version_1_has_its_names_and_no_other(db: Path) -> None:
     out = io.StringIO()
     write(db, Format.TRACE_V1, None, out, message_id=3)
     trace = json.loads(out.getvalue())
-    assert set(trace) == {*TRACE, "steps"}
+    assert set(trace) == {*V1_TRACE, "steps"}
     for step in trace["steps"]:
-        assert set(step) == {*STEP, "logits_topk", "evidence", "logit_lens"}
-        assert all(set(entry) == set(CANDIDATE) for entry in step["logits_topk"])
-        assert all(set(entry) == set(EVIDENCE) for entry in step["evidence"])
+        assert set(step) == {*V1_STEP, "logits_topk", "evidence", "logit_lens"}
+        assert all(set(entry) == set(V1_CANDIDATE) for entry in step["logits_topk"])
+        assert all(set(entry) == set(V1_EVIDENCE) for entry in step["evidence"])
         assert all(set(row) == {"layer", "topk"} for row in step["logit_lens"])
     out = io.StringIO()
     write(db, Format.TRACE_V1, None, out)
@@ -160,17 +160,17 @@ def test_version_1_has_its_names_and_no_other(db: Path) -> None:
 
 
 def test_what_a_format_does_not_hold_is_said_in_a_line(db: Path, tmp_path: Path) -> None:
-    def told(format: Format, **how: Any) -> list[str]:
-        sentences: list[str] = []
-        write(db, format, tmp_path / f"x.{format}", tell=sentences.append, **how)
-        assert all("\n" not in sentence for sentence in sentences)
-        return sentences
+    def sentences(format: Format, **how: Any) -> list[str]:
+        told: list[str] = []
+        write(db, format, tmp_path / f"x.{format}", tell=told.append, **how)
+        assert all("\n" not in sentence for sentence in told)
+        return told
 
-    assert "full tensors are left out" in told(Format.JSON)[0]
-    assert told(Format.JSONL, tensors=True) == told(Format.PARQUET) == []
-    assert "not needed" in told(Format.PARQUET, tensors=True)[0]
-    assert "no full tensors" in told(Format.HTML)[0]
-    v1 = told(Format.TRACE_V1)
+    assert "full tensors are left out" in sentences(Format.JSON)[0]
+    assert sentences(Format.JSONL, tensors=True) == sentences(Format.PARQUET) == []
+    assert "not needed" in sentences(Format.PARQUET, tensors=True)[0]
+    assert "no full tensors" in sentences(Format.HTML)[0]
+    v1 = sentences(Format.TRACE_V1)
     assert "no token ids" in v1[0] and "--message takes one" in v1[1]
 
 
@@ -236,16 +236,16 @@ def test_memory_does_not_grow_with_the_reply(format: Format, long: Path, tmp_pat
 
 def test_progress_counts_every_step(db: Path) -> None:
     for format in (Format.JSON, Format.JSONL, Format.TRACE_V1, Format.HTML):
-        seen: list[tuple[int, int]] = []
-        write(db, format, None, io.StringIO(), progress=lambda d, t: seen.append((d, t)))  # noqa: B023
-        assert seen == [(n, 5) for n in range(1, 6)]
+        calls: list[tuple[int, int]] = []
+        write(db, format, None, io.StringIO(), progress=lambda d, t: calls.append((d, t)))  # noqa: B023
+        assert calls == [(n, 5) for n in range(1, 6)]
 
 
 # ----------------------------------------------------------------------------- docs
 
 
 def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
-    """docs/formats.md cannot fall behind: each name and each limit stands in it."""
+    """docs/formats.md has every field and every limit."""
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     out = io.StringIO()
     write(db, Format.JSON, None, out)
@@ -254,8 +254,8 @@ def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
     def names(value: Any) -> set[str]:
         if isinstance(value, dict):
             # Whatever a tool or a template takes is no field of ours.
-            told = [v for k, v in value.items() if k not in ("arguments", "tools")]
-            return set(value).union(*map(names, told))
+            values = [v for k, v in value.items() if k not in ("arguments", "tools")]
+            return set(value).union(*map(names, values))
         return set().union(*map(names, value)) if isinstance(value, list) else set()
 
     columns = {name for schema in TABLES.values() for name in schema.names}

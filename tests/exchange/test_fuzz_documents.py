@@ -44,12 +44,12 @@ JUNK: Any = st.recursive(
 
 def places(value: Any, so_far: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     inside = value.items() if isinstance(value, dict) else enumerate(value)
-    found = []
+    paths = []
     for key, item in inside:
-        found.append((*so_far, key))
+        paths.append((*so_far, key))
         if isinstance(item, dict | list):
-            found += places(item, (*so_far, key))
-    return found
+            paths += places(item, (*so_far, key))
+    return paths
 
 
 @quick

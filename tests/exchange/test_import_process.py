@@ -1,4 +1,4 @@
-"""The process that reads a file: its limits, and that it ends with whoever started it."""
+"""The process that reads a file: its limits, and that it ends with its parent."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as ended:
     status = ended.code
-# Not getrusage for this one: what it tells begins with the size of whoever started it.
+# Not getrusage for this one: its peak includes the size of the parent before exec.
 own = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
 print(max(int(own), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024)
 sys.exit(status)
@@ -81,18 +81,18 @@ def endless(folder: Path) -> Path:
 
 
 def long_text(exported: Path, into: Path) -> Path:
-    """A text of 20 MB, once in a dictionary, that 2,000 rows mean."""
+    """A text of 20 MB, once in a dictionary, that 2,000 rows refer to."""
     text = pa.DictionaryArray.from_arrays(pa.repeat(0, 2_000).cast("int32"), ["a" * 20_000_000])
     return changed(exported, into, "topk_entry", "token", text)
 
 
 def zeros(exported: Path, into: Path) -> Path:
-    """A tensor of nothing but zeros, packed to some kilobytes."""
+    """A tensor of zeros, which compresses to some kilobytes."""
     return changed(exported, into, "tensor", "data", pa.array([bytes(200_000_000)]))
 
 
 def one_row_without_end(exported: Path, into: Path) -> Path:
-    """A row that is there ten million times, as one run."""
+    """A row that is repeated ten million times, as one run."""
     return changed(exported, into, "topk_entry", "token", pa.repeat("a", 10_000_000))
 
 
@@ -143,7 +143,7 @@ def written(into: Path, pieces: list[str]) -> Path:
 
 
 BOMBS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
-    "a long text meant by every row": (long_text, "token is longer than"),
+    "a long text in every row": (long_text, "token is longer than"),
     "zeros": (zeros, "memory"),
     "a row without end": (one_row_without_end, "more than 1,000 rows"),
     "a tensor that is a hole": (sparse_tensor, "memory"),
@@ -176,7 +176,7 @@ def test_a_bomb_is_one_line_in_little_memory(
     name: str, exported: Path, tmp_path: Path, db: Path
 ) -> None:
     make, why = BOMBS[name]
-    # Smaller than the others, because whoever makes it holds it several times.
+    # Less than the others, because making it takes several times its size.
     more = ["--memory", "150MB"] if name == "zeros" else []
     path = make(exported, tmp_path / "bomb")
     done = subprocess.run(
@@ -194,7 +194,7 @@ def test_a_bomb_is_one_line_in_little_memory(
 
 
 def test_names_that_nobody_asks_for_are_not_held(tmp_path: Path, db: Path) -> None:
-    """Two of them, larger than memory if they were; and what is no JSON is still refused."""
+    """Two of them that would exceed the memory; invalid JSON within them is still refused."""
     more = ['"x": "', "a" * 80_000_000, '", "y": [[1', ",[],{}" * 6_000_000, "]], "]
     path = written(tmp_path / "x", ["{", *more, '"prompt": "a", "output": "b"}'])
     assert import_path(path, db).messages == 2
@@ -224,9 +224,9 @@ def test_more_memory_is_given_when_it_is_asked_for(
 
 
 def test_it_tells_how_far_it_is(exported: Path, db: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    done = import_path(exported / "x.json", db, lambda done, total: seen.append((done, total)))
-    assert done.steps == 4 and seen[-1] == (4, 4)
+    calls: list[tuple[int, int]] = []
+    done = import_path(exported / "x.json", db, lambda done, total: calls.append((done, total)))
+    assert done.steps == 4 and calls[-1] == (4, 4)
 
 
 def test_an_upload_brings_its_tensors(exported: Path, db: Path) -> None:
@@ -244,11 +244,11 @@ def child_of(process: int) -> psutil.Process | None:
 
 
 class _Enough(Exception):
-    """Whoever watches has had enough."""
+    """The caller ends the import."""
 
 
 def test_whoever_watches_can_end_it(tmp_path: Path, db: Path) -> None:
-    """As a page does when something else is clicked."""
+    """As a page does when the user leaves it."""
     children: list[psutil.Process] = []
 
     def watch(done: int, total: int) -> None:
@@ -345,7 +345,7 @@ def test_a_folder_that_is_worked_in_is_left_alone(exported: Path, tmp_path: Path
 def test_no_program_of_the_current_folder_is_run(
     exported: Path, tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's folder may hold a file by the name of any module."""
+    """A folder of others may hold a file with the name of any module."""
     for name in ("json", "numpy", "sqlalchemy", "pyarrow", "oki_trace"):
         (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
     monkeypatch.chdir(tmp_path)
@@ -368,13 +368,13 @@ class _Endless(io.RawIOBase):
 
     def __init__(self, piece: bytes) -> None:
         self._piece = piece
-        self.given = 0
+        self.bytes_read = 0
 
     def readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
-        self.given += size
+        self.bytes_read += size
         return (self._piece * (size // len(self._piece) + 1))[:size]
 
 
@@ -383,7 +383,7 @@ def test_a_pipe_of_anything_else_is_refused_at_once(piece: bytes, tmp_path: Path
     pipe = _Endless(piece)
     with pytest.raises(ExchangeError):
         import_stream(pipe, db)  # type: ignore[arg-type]
-    assert pipe.given < 10_000_000
+    assert pipe.bytes_read < 10_000_000
     assert list(tmp_path.glob(LEFTOVERS)) == []
 
 
@@ -403,5 +403,5 @@ def test_memory_is_given_as_a_size(tmp_path: Path, db: Path) -> None:
     from tests.cli.commands import start
 
     done = start("import", tmp_path / "x.json", "--memory", "much", "--db", db)
-    assert done.status == 2 and "is no size" in done.err
+    assert done.status == 2 and "is not a size" in done.err
     assert issubclass(UsageError, ValueError) and os.name == "posix"

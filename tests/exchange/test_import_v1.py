@@ -1,4 +1,4 @@
-"""Traces of version 1 come in, whole or with less, and show in every view."""
+"""Traces of version 1, complete or not, are imported and shown in every view."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bring(tmp_path: Path, document: Any) -> Path:
 
 
 def without(trace: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The trace less these names, wherever they stand."""
+    """The trace without these names, at any depth."""
 
     def less(value: Any) -> Any:
         if isinstance(value, dict):
@@ -100,7 +100,7 @@ def test_every_view_shows_it(
         assert oki("show", 1, "--db", db, "--step", index).status == 0
     monkeypatch.setenv("OKI_TRACE_DB", str(db))
     try:
-        # The last step has seen the reply too.
+        # The last step's evidence is in the reply too.
         place = {"conversation": 1, "message": reply.id, "step": max(len(steps) - 1, 0)}
         explorer(AppTest.from_file(str(HOME)), place)
         if name in ("whole", "no ids", "ragged lens", "no lens"):

@@ -19,6 +19,7 @@ import pytest
 from oki_trace.errors import ExchangeError, NotFound
 from oki_trace.exchange.files import replacing
 from oki_trace.exchange.json_export import write_conversation
+from oki_trace.exchange.selection import selected
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -37,7 +38,7 @@ HOSTILE = "\x1b[31m red \x9b2J \u202e rtl é 日本 🙂 \u2028 </script>"
 
 @dataclass
 class Story:
-    """A store with one conversation in it, open at both ends."""
+    """A store with one conversation, open for writing and reading."""
 
     file: Path
     writer: TraceWriter
@@ -65,7 +66,8 @@ class Story:
 
     def export(self, message: int | None = None, conversation: int | None = None) -> Any:
         file = io.StringIO()
-        write_conversation(self.reader, conversation or self.conversation, file, message)
+        with selected(self.reader, conversation or self.conversation, message) as chosen:
+            write_conversation(chosen, file)
         text = file.getvalue()
         assert text.isascii(), "the same in every encoding, and inert in a terminal"
         assert "\x1b" not in text and text.endswith("}\n")
@@ -121,15 +123,15 @@ def test_one_message_is_its_trace_object_alone(story: Story) -> None:
 
 
 def test_what_is_not_there_is_said_so(story: Story) -> None:
-    asked = story.say("one")
+    question = story.say("one")
     queued = story.queue()
     other = story.writer.create_conversation("another")
     with pytest.raises(NotFound, match="no conversation 99"):
         story.export(conversation=99)
     with pytest.raises(NotFound, match="no conversation 99"):
         story.export(message=1, conversation=99)
-    # Unknown, of another conversation, said by the user, not begun: none has a trace.
-    for message, conversation in ((99, None), (asked, other), (asked, None), (queued, None)):
+    # Unknown, of another conversation, of the user, not begun: none has a trace.
+    for message, conversation in ((99, None), (question, other), (question, None), (queued, None)):
         with pytest.raises(NotFound, match=f"no traced message {message}.*oki-trace show"):
             story.export(message, conversation)
 
@@ -191,7 +193,7 @@ def test_an_interrupted_reply_is_exported_as_far_as_it_went(story: Story) -> Non
 
 
 def test_a_reply_that_came_to_nothing_is_not_what_the_next_was_given(story: Story) -> None:
-    """The messages of a trace are those the model saw, not all that stand before it."""
+    """The messages of a trace are those the model was given, not all messages before it."""
     story.say("far too long")
     failed = story.queue()
     story.writer.finish_reply(failed, TurnEnd(Status.FAILED, "", "Too long.", 0.0))
@@ -235,7 +237,7 @@ def test_what_is_not_a_number_is_null(story: Story) -> None:
 
 
 def test_an_export_of_a_reply_under_way_is_of_one_instant(story: Story) -> None:
-    """What the message says and what its steps say are read in one transaction."""
+    """The message and its steps are read in one transaction."""
     story.say("one")
     reply = story.queue()
     story.writer.start_reply(reply, builders.turn_start("none"))
@@ -253,17 +255,17 @@ def test_an_export_of_a_reply_under_way_is_of_one_instant(story: Story) -> None:
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        seen: list[int] = []
-        while len(set(seen)) < 10:
+        counts: list[int] = []
+        while len(set(counts)) < 10:
             assert thread.is_alive()
             trace = story.export()["messages"][-1].get("trace")
             assert trace["status"] == "running"
             assert trace["output"] == " the" * len(trace["steps"])
-            seen.append(len(trace["steps"]))
+            counts.append(len(trace["steps"]))
     finally:
         enough.set()
         thread.join()
-    assert seen == sorted(seen) and seen[-1] <= written
+    assert counts == sorted(counts) and counts[-1] <= written
 
 
 # ------------------------------------------------------------------------- files
@@ -299,7 +301,7 @@ def test_where_nothing_can_be_written_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "folder" / "kept").write_text("")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "none" / "out", tmp_path / "file" / "out", tmp_path / "folder"):
-        said = pytest.raises(ExchangeError, match=r"Cannot write .*: .*\. Choose another --output")
-        with said, replacing(path) as file:
+        error = pytest.raises(ExchangeError, match=r"Cannot write .*: .*\. Choose another --output")
+        with error, replacing(path) as file:
             file.write("text")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder", "kept"]

@@ -1,7 +1,7 @@
-"""A reply of any length is written and read in the same memory.
+"""A reply of any length is written and read in constant memory.
 
-What Python holds is watched in every run, on short replies; all that the
-process holds is measured by ``python -m pytest -m stress -s tests/exchange``, on
+The memory of Python objects is checked in every run, on short replies; that of
+the whole process is measured by ``python -m pytest -m stress -s tests/exchange``, on
 a hundred, a thousand and ten thousand steps.
 """
 
@@ -45,7 +45,7 @@ try:
     main(sys.argv[1:])
 except SystemExit as ended:
     assert not ended.code, ended
-# Not getrusage: what it tells begins with the size of the process that started this one.
+# Not getrusage: its peak includes the size of the parent before exec.
 print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 """
 
@@ -86,7 +86,7 @@ def fill(db: Path, steps: int, *, small: bool = False) -> Path:
 
 
 def peak_bytes(*arguments: object) -> int:
-    """The most memory that a command held at once, of all kinds, in a process of its own."""
+    """The peak memory of a command, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURED, *map(str, arguments)],
         capture_output=True,
@@ -97,7 +97,7 @@ def peak_bytes(*arguments: object) -> int:
 
 
 def held(work: Callable[[], object]) -> int:
-    """The most that Python held at once beyond what it held before."""
+    """The peak of Python's memory above that at the start."""
     tracemalloc.start()
     try:
         work()

@@ -106,7 +106,7 @@ def page(chromium: Any, report: Path) -> Iterator[Any]:
     wrong: list[str] = []
     opened.on("request", lambda request: asked.append(request.url))
     opened.on("pageerror", lambda error: wrong.append(str(error)))
-    opened.on("console", lambda said: wrong.append(said.text))
+    opened.on("console", lambda message: wrong.append(message.text))
     opened.on("dialog", lambda dialog: wrong.append("a dialog"))
     opened.goto(report.as_uri())
     opened.wait_for_selector(".token.chosen")
@@ -138,7 +138,7 @@ def test_a_click_and_the_keys_choose_a_step(page: Any) -> None:
     assert "step 3 of 41" in page.locator(".where").text_content()
     page.keyboard.press("End")
     assert "step 41 of 41" in page.locator(".where").text_content()
-    # Odd as that step is, what it has is shown and what it lacks is said.
+    # The odd step shows the data it has, and says which is missing.
     panel = page.locator("#panel").text_content()
     assert "Not computed for this step" in panel and "Considered" in panel
     page.locator(".reply").nth(1).locator(".token").click()
@@ -188,12 +188,12 @@ def test_the_map_is_drawn_and_chooses(page: Any) -> None:
 @pytest.mark.browser
 def test_colours_follow_the_choice(page: Any) -> None:
     def shades() -> list[str]:
-        found: list[str] = (
+        texts: list[str] = (
             page.locator(".reply")
             .first.locator(".token")
             .evaluate_all("nodes => nodes.map(n => n.style.getPropertyValue('--v'))")
         )
-        return found
+        return texts
 
     by_surprisal = shades()
     page.get_by_role("button", name="settle layer").first.click()
@@ -219,7 +219,7 @@ def test_a_link_opens_the_same_step_and_print_holds_the_reply(page: Any, report:
     assert "step 1 of 1" in page.locator(".where").text_content()
     page.emulate_media(media="print")
     assert page.locator(".choice").first.is_hidden()
-    # A choice that is not printed is told.
+    # The print says that a selected step is not printed.
     assert ": final layer (3)" in page.locator("#panel .paper").inner_text()
     assert len(page.pdf()) > 20_000
     # On paper, how the reply was made is part of it.

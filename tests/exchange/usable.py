@@ -1,4 +1,4 @@
-"""What is accepted can be used: shown, verified, asked of, exported, imported again the same."""
+"""Checks that an accepted import can be shown, verified, queried, exported and imported again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from oki_trace.store.schema.identity import address
 from tests.cli.commands import Oki
 from tests.exchange.inline import import_inline
 
-# The receiving store's own numbers and moments, and what is worked out from the rest.
+# The receiving store's own ids and times, and columns that are derived from others.
 _OWN = {
     *("id", "uid", "updated_at", "conversation_id", "message_id", "step_id"),
     *("owner", "seen_at", "stop_requested", "checksum", "codec", "raw_bytes", "tensor_bytes"),
@@ -33,7 +33,7 @@ FORMATS = {Format.JSON: "x.json", Format.JSONL: "x.jsonl", Format.PARQUET: "tabl
 
 
 def rows(db: Path, *, infinities: bool = True) -> list[Any]:
-    """All that a store holds of its conversations, in order, but for its own numbers."""
+    """The content of a store's conversations, in order, without its own numbers."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, float) and math.isinf(value) and not infinities:
@@ -43,10 +43,10 @@ def rows(db: Path, *, infinities: bool = True) -> list[Any]:
         return [plain(item) for item in value] if isinstance(value, list) else value
 
     def all_of(table: str, **owner: int) -> Iterator[tuple[int, list[Any]]]:
-        found = models.Base.metadata.tables[table]
-        query = sa.select(found).order_by(*found.primary_key)
+        columns = models.Base.metadata.tables[table]
+        query = sa.select(columns).order_by(*columns.primary_key)
         for name, number in owner.items():
-            query = query.where(found.c[name] == number)
+            query = query.where(columns.c[name] == number)
         for row in connection.execute(query):
             values = row._asdict()
             own = [plain(value) for name, value in values.items() if name not in _OWN | {"data"}]
@@ -54,25 +54,25 @@ def rows(db: Path, *, infinities: bool = True) -> list[Any]:
 
     engine = reader_engine(address(db))
     with engine.connect() as connection, TraceReader(db) as reader:
-        told: list[Any] = []
+        content: list[Any] = []
         for conversation, values in all_of("conversation"):
-            told.append(values)
+            content.append(values)
             for message, values in all_of("message", conversation_id=conversation):
-                told += [values, [row for _, row in all_of("prompt_token", message_id=message)]]
+                content += [values, [row for _, row in all_of("prompt_token", message_id=message)]]
                 for step, values in all_of("step", message_id=message):
-                    told.append(values)
-                    told += [list(all_of(child, step_id=step)) for child in _CHILDREN]
-                    told += [values for _, values in all_of("tensor", step_id=step)]
-                told += [
+                    content.append(values)
+                    content += [list(all_of(child, step_id=step)) for child in _CHILDREN]
+                    content += [values for _, values in all_of("tensor", step_id=step)]
+                content += [
                     (index, head.name, reader.tensor(message, index, head.name).array.tobytes())
                     for index, head in reader.tensor_heads(message)
                 ]
     engine.dispose()
-    return told
+    return content
 
 
 def check_usable(db: Path, folder: Path, oki: Oki) -> None:
-    """Everything that is done with a conversation, on all that ``db`` holds."""
+    """Use every conversation of ``db`` in every way."""
     with TraceReader(db) as reader:
         conversations = sorted(c.id for c in reader.conversations(limit=1000))
         replies = [
@@ -121,7 +121,7 @@ def exports(db: Path, number: int, folder: Path, *, traced: bool) -> None:
 
 
 def comes_back(db: Path, number: int, folder: Path) -> None:
-    """By every format that is read again, with the same rows."""
+    """Export and import give the same rows, in every format that is imported."""
     for format, name in FORMATS.items():
         target, back = folder / format / name, folder / f"back-{format}.db"
         target.parent.mkdir(exist_ok=True)
@@ -134,18 +134,18 @@ def comes_back(db: Path, number: int, folder: Path) -> None:
 
 
 def ask_all(db: Path, oki: Oki) -> None:
-    """Every question: an answer, or one sentence that there is none."""
+    """Every question has an answer, or one sentence that says why not."""
     from oki_trace.analysis.catalog import QUESTIONS
 
     for name in QUESTIONS:
         what = ("1:0", "1:0") if name == "compare" else ()
         done = oki("ask", name, *what, "--format", "json", "--db", db)
         assert done.status in (0, 1), done.err
-        assert "fault of oki-trace" not in done.err, done.err
+        assert "bug in oki-trace" not in done.err, done.err
 
 
 def outcome(path: Path, db: Path) -> str | None:
-    """Import it: why not, in one line, or None where it is there."""
+    """Import a file: the sentence that refuses it, or None."""
     db.unlink(missing_ok=True)
     try:
         import_inline(path, db)

@@ -207,7 +207,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a type needs beyond the generic sizes."""
+"""The settings of a type besides the generic sizes."""
 
 
 _DRAFTS = "drafts for a larger model, and needs its keys and values"
@@ -242,7 +242,7 @@ def build(model_type: str, **changes: Any) -> Any:
 
 
 def _arguments(model_type: str) -> dict[str, Any]:
-    """What the config is made of: the generic sizes it knows, then its own settings."""
+    """The arguments of the config: the generic sizes it accepts, then its own settings."""
     made_by = CONFIG_MAPPING[model_type]
     own = SETTINGS.get(model_type, {})
     arguments = _known(GENERIC, made_by)

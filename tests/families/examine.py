@@ -1,4 +1,4 @@
-"""One model type, traced and held against the model itself."""
+"""One model type, traced and compared with the model itself."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ POLICY = CapturePolicy(
     topk_lens=configs.VOCABULARY,
     tensors="exact",
 )
-WAYS = {KernelTap: "beside", HookedTap: "hooked", OutputAttentionsTap: "asked"}
+WAYS = {KernelTap: "kernel", HookedTap: "hooks", OutputAttentionsTap: "output_attentions"}
 
 
 @dataclass
 class Outcome:
-    """What was found of one model type; errors are the largest seen, None where there is none.
+    """The findings for one model type; errors are the largest ones, None if not applicable.
 
     ``lens_error`` in log-probability, over every layer, step and token;
     ``attention_error`` in weight, over every layer, head, step and key.
@@ -88,7 +88,7 @@ def hold(
     ``in_steps``: a pass over many tokens is known to differ from steps of one.
     """
     made = instrument(model, tiny.tokenizer())
-    found.layers = made.anatomy.layers
+    found.layers = made.structure.layers
     found.graph = made.fast.step_graph is not None
     prompt = list(render(made.tokenizer, MESSAGES).token_ids)
     try:
@@ -134,10 +134,10 @@ def _compare_lens(
     found: Outcome, made: Instrument, turn: Collector, own: truth.Generated, ids: list[int]
 ) -> None:
     """Every layer of every step, all tokens, against the model's own code after the blocks."""
-    if made.lens is None:
-        found.lens_reason = made.lens_reason
+    if made.lens.projection is None:
+        found.lens_reason = made.lens.reason
         return
-    model, blocks = made.model, made.anatomy.blocks
+    model, blocks = made.model, made.structure.blocks
     streams = truth.block_outputs(model, blocks, ids)[:-1]
     if found.cache_differs:
         # One pass gives other hidden states than decoding did: those of the trace stand in.
@@ -160,11 +160,11 @@ def _compare_attention(
     found: Outcome, made: Instrument, turn: Collector, ids: list[int], twin: Any
 ) -> None:
     """Every head of every layer of every step against the model's own eager weights."""
-    if not made.attention_layers:
-        found.attention_reason = made.provenance.removeprefix("not available: ")
+    if not made.attention.layers:
+        found.attention_reason = made.attention.provenance.removeprefix("not available: ")
         return
-    found.attention = WAYS[type(made.probe._tap)]
-    found.attention_layers = made.attention_layers
+    found.attention = WAYS[type(made.hooks._tap)]
+    found.attention_layers = made.attention.layers
     _assert_true_numbers(made)
     twin = twin(made.model) if twin is truth.eager_twin else twin
     if found.cache_differs:
@@ -178,7 +178,7 @@ def _compare_attention(
     worst = 0.0
     for step, layers in zip(turn.steps, expected, strict=True):
         record = _tensor(step, "attentions")
-        assert record.layers == made.attention_layers
+        assert record.layers == made.attention.layers
         # Head by head: a layer that attends twice has the heads of both.
         heads = [row for rows in record.array for row in rows]
         for row, own in zip(heads, (head for rows in layers for head in rows), strict=True):
@@ -195,6 +195,6 @@ DO_NOT = {"linear_attention", "conv", "moe", "mlp", "recurrent"}
 def _assert_true_numbers(made: Instrument) -> None:
     """Attention is of the layers that the config says attend, where it says so."""
     kinds = getattr(made.model.config.get_text_config(decoder=True), "layer_types", None) or ()
-    if len(kinds) == made.anatomy.layers and set(kinds) <= ATTEND | DO_NOT:
+    if len(kinds) == made.structure.layers and set(kinds) <= ATTEND | DO_NOT:
         said = tuple(layer for layer, kind in enumerate(kinds, 1) if kind in ATTEND)
-        assert made.attention_layers == said
+        assert made.attention.layers == said

@@ -1,4 +1,4 @@
-"""What a model itself says, asked without anything of the project's.
+"""A model's own numbers, computed without any code of the project.
 
 Full forward passes without a cache, the model's own eager attention, and
 ``generate()``. The lens is asked of the model's own code: a forward pass whose
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Generated:
-    """What ``generate()`` made of a prompt: the tokens, and a step's logits (vocab,) for each.
+    """The result of ``generate()`` for a prompt: the tokens, and the logits (vocab,) of each step.
 
     ``attention`` has for each step the eager weights of its newest position,
     (heads, keys) for every layer that gives any.
@@ -34,7 +34,7 @@ class Generated:
 
 @torch.no_grad()
 def generated(model: Any, prompt: list[int], count: int, **settings: Any) -> Generated:
-    """What ``generate()`` adds to ``prompt``, ``count`` tokens of it."""
+    """The ``count`` tokens that ``generate()`` adds to ``prompt``."""
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -66,7 +66,7 @@ def looks_ahead(model: Any) -> bool:
 
 
 def adds_tokens(model: Any) -> bool:
-    """Whether ``generate()`` runs the model on more tokens than there are, to fill in a mask."""
+    """Whether ``generate()`` runs the model on an additional mask token."""
     ids = torch.arange(40, 52)[None]
     inputs = model.prepare_inputs_for_generation(ids, attention_mask=torch.ones_like(ids))
     return bool(inputs["input_ids"].shape[1] > ids.shape[1])
@@ -89,7 +89,7 @@ def whole_pass(model: Any, ids: list[int], **options: Any) -> Any:
 
 @torch.no_grad()
 def block_outputs(model: Any, blocks: tuple[nn.Module, ...], ids: list[int]) -> list[Any]:
-    """What goes into block 1, then what each block puts out, for all of ``ids``: L+1 streams."""
+    """The input of block 1, then the output of each block, for all of ``ids``: L+1 streams."""
     streams: list[Any] = [None] * (len(blocks) + 1)
 
     def keep_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -113,7 +113,7 @@ def block_outputs(model: Any, blocks: tuple[nn.Module, ...], ids: list[int]) -> 
 
 @torch.no_grad()
 def logits_had_it_ended_with(model: Any, last: nn.Module, ids: list[int], stream: Tensor) -> Tensor:
-    """(T, vocab) of a forward pass in which block ``last`` puts out ``stream``."""
+    """The logits (T, vocab) of a forward pass in which block ``last`` returns ``stream``."""
 
     def put(module: Any, args: Any, output: Any) -> Any:
         return stream if isinstance(output, Tensor) else (stream, *output[1:])

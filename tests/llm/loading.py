@@ -1,4 +1,4 @@
-"""Model folders and files to load, whole and broken, and what is said of them."""
+"""Model folders and files to load, intact and damaged, and the errors about them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 
 
 def refusal(name: object, **options: Any) -> str:
-    """What a person is told when ``name`` cannot be loaded."""
+    """The error message when ``name`` cannot be loaded."""
     with pytest.raises(ModelError) as caught:
         load(ModelChoice(str(name), **options))
     message = str(caught.value)

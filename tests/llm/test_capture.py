@@ -1,4 +1,4 @@
-"""What is captured is what the model did: held against the model itself, family by family."""
+"""Captured numbers compared with the model itself, family by family."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_lens_is_the_models_own_norm_and_head_at_every_layer(traced: tuple[Any, 
     for step, lens in zip(collector.steps, collector.lenses, strict=True):
         with torch.no_grad():
             output = model(torch.tensor([ids]), output_hidden_states=True)
-            # The last entry is normed already in transformers: the model's logits stand for it.
+            # transformers norms the last entry already, so the model's logits are used for it.
             inner = [h[0, -1] for h in output.hidden_states[:-1]]
             logits = [*(project(h) for h in inner), output.logits[0, -1]]
         assert lens.token_ids.shape == (tiny.LAYERS + 1, 5)
@@ -163,7 +163,7 @@ def test_the_check_is_kept_with_the_reply(traced: tuple[Any, Collector]) -> None
 
 def test_the_model_is_left_as_it_was(family: str) -> None:
     model = tiny.model(family)
-    # transformers installs hooks of its own, once, when it is first asked for attentions.
+    # transformers installs hooks of its own at the first call with output_attentions.
     trace(model, tiny.tokenizer())
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
     implementation = model.config._attn_implementation

@@ -1,7 +1,7 @@
 """A model that was changed after its first trace is noticed, and its next trace is exact.
 
-Each change is made to a model that was traced before; the trace after it is held
-against the changed model itself, as in ``tests/families``.
+Each change is made to a model that was traced before; the next trace is compared
+with the changed model itself, as in ``tests/families``.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def assert_same_tokens(model: Any, trace: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:torch.quantize_per_tensor")
 def test_quantized_after_its_first_trace() -> None:
-    """Its layers have packed weights now, which are no parameters."""
+    """Its layers then have packed weights, which are no parameters."""
     model = tiny.model("llama")
     before = traced(model)
     torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8, inplace=True)
@@ -249,8 +249,8 @@ def test_the_checks_run_once_for_a_model_that_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checked: list[Any] = []
-    parts = module._parts
-    monkeypatch.setattr(module, "_parts", lambda model: checked.append(0) or parts(model))
+    check = module._check
+    monkeypatch.setattr(module, "_check", lambda model: checked.append(0) or check(model))
     for family in tiny.FAMILIES:
         model = tiny.model(family)
         for _ in range(3):
@@ -273,7 +273,7 @@ def test_a_traced_model_is_copied_and_collected_as_before() -> None:
     assert gone() is None
 
 
-# ------------------------------------------------------------------ ways of a cache
+# ------------------------------------------------------------------ kinds of caches
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -299,7 +299,7 @@ def test_positions_are_true_in_any_cache(family: str, implementation: str) -> No
 
 
 class _Changing(Collector):
-    """A sink that changes the model in the midst of a reply."""
+    """A sink that changes the model during a reply."""
 
     def __init__(self, model: Any, change: Callable[[Any], None], at: int) -> None:
         super().__init__()
@@ -312,7 +312,7 @@ class _Changing(Collector):
 
 
 def test_a_head_that_is_replaced_in_the_midst_of_a_reply_is_noticed() -> None:
-    """The lens still holds the head that was there; the reply's own logits tell."""
+    """The lens still has the earlier head; the reply's own logits reveal it."""
     model, tokenizer = tiny.model("gemma2"), tiny.tokenizer()
     model.generation_config.eos_token_id = None
     kept = _Changing(model, replaced_head, 3)
@@ -342,26 +342,26 @@ def test_a_reply_checks_its_first_its_last_and_steps_between() -> None:
 def test_weights_that_do_not_add_up_are_not_kept() -> None:
     model, tokenizer = tiny.model("llama"), tiny.tokenizer()
     made = instrument(model, tokenizer)
-    take = made.probe.take_attention
+    take = made.hooks.take_attention
 
     def broken(outputs: Any) -> Any:
         return {layer: row * 1.5 for layer, row in module_rows(take(outputs)).items()}
 
-    made.probe.take_attention = broken  # type: ignore[method-assign]
+    made.hooks.take_attention = broken  # type: ignore[method-assign]
     kept = Collector()
     try:
         trace_turn(made, "tiny", MESSAGES, Sampling(6), CapturePolicy(), [kept])
     finally:
-        del made.probe.take_attention
+        del made.hooks.take_attention
     assert kept.ended is not None and kept.ended.checks is not None
     assert "add up to" in str(kept.ended.checks.fault)
     assert all(not step.attention for step in kept.steps)
 
 
 def module_rows(seen: Any) -> dict[int, torch.Tensor]:
-    from oki_trace.llm.capture.attention import rows_of
+    from oki_trace.llm.capture.attention import attention_rows
 
-    return rows_of(seen)
+    return attention_rows(seen)
 
 
 # ------------------------------------------------------------------ threads

@@ -1,4 +1,4 @@
-"""The prompt is what the model's own template says, and each token is of the message it shows."""
+"""The prompt is written by the model's own template, and each token belongs to its message."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ALTERNATING = (
 
 
 def with_bos(chat_template: str | None) -> Any:
-    """A tokenizer that puts ``<s>`` before whatever it is given, as Llama's does."""
+    """A tokenizer that puts ``<s>`` before every text, as Llama's does."""
     tokenizer = tiny.tokenizer(chat_template)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
@@ -88,14 +88,14 @@ def test_without_a_template_the_plain_form_is_used() -> None:
 
 @pytest.mark.parametrize("template", [None, tiny.CHAT_TEMPLATE])
 def test_the_text_begins_with_one_bos(template: str | None) -> None:
-    """A template writes it itself; the tokenizer adds it where there is none."""
+    """A template writes it itself; without a template, the tokenizer adds it."""
     prompt = render(with_bos(template), [HELLO])
     assert prompt.tokens[:2] != ("<s>", "<s>")
     assert prompt.tokens[0] == "<s>"
     assert prompt.tokens.count("<s>") == (1 if template is None else 2), "a turn begins with it too"
 
 
-def test_a_template_that_refuses_system_messages_says_so_and_what_to_do() -> None:
+def test_a_refused_system_message_has_a_fix() -> None:
     tokenizer = tiny.tokenizer(REFUSING_SYSTEM)
     assert render(tokenizer, [HELLO]).text == "Hello there"
     with pytest.raises(CaptureError) as caught:
@@ -106,7 +106,7 @@ def test_a_template_that_refuses_system_messages_says_so_and_what_to_do() -> Non
     )
 
 
-def test_a_template_that_wants_roles_to_alternate_says_so_and_what_to_do() -> None:
+def test_a_refused_order_of_roles_has_a_fix() -> None:
     with pytest.raises(CaptureError) as caught:
         render(tiny.tokenizer(ALTERNATING), [HELLO, AGAIN])
     assert str(caught.value) == (
@@ -148,8 +148,8 @@ def test_half_a_character_is_refused() -> None:
         render(tiny.tokenizer(), [ChatMessage(Role.USER, "caf\udcff")])
 
 
-def test_a_long_prompt_makes_no_noise_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
-    """What does not fit is refused with a sentence later; transformers' warning says less."""
+def test_a_long_prompt_prints_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    """A prompt that is too long is refused later; transformers' warning says less."""
     tokenizer = tiny.tokenizer()
     tokenizer.model_max_length = 8
     assert len(render(tokenizer, [ChatMessage(Role.USER, "word " * 20)])) > 8
@@ -181,7 +181,7 @@ def test_a_message_is_not_found_inside_the_templates_words(
 
 
 def test_a_default_system_message_is_the_templates(smollm2_dir: Path) -> None:
-    """SmolLM2's template says who it is when nobody else does; "a" occurs in that."""
+    """Without a system message, SmolLM2's template writes its own; "a" occurs in it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(smollm2_dir)
     prompt = render(tokenizer, [ChatMessage(Role.USER, "a")])
     (at,) = [i for i, of in enumerate(prompt.segments) if of == "user"]
@@ -195,8 +195,8 @@ def test_a_trimmed_message_is_found() -> None:
     assert said_by(prompt, tokenizer)["user"].strip() == "spaced out"
 
 
-def test_a_rewritten_message_is_found_by_what_comes_after() -> None:
-    """Templates of reasoning models cut the thoughts out of earlier replies."""
+def test_a_rewritten_message_is_found_by_the_text_after_it() -> None:
+    """Templates of reasoning models remove the thinking from earlier replies."""
     template = (
         "{% for m in messages %}[{{ m['content'].split('</think>')[-1] | upper }}]\n{% endfor %}:"
     )
@@ -211,13 +211,13 @@ def test_a_rewritten_message_is_found_by_what_comes_after() -> None:
     }
 
 
-def test_what_cannot_be_found_is_not_claimed() -> None:
-    """Nothing of the content is left as it was, and no word follows it."""
+def test_text_that_is_not_found_gets_no_segment() -> None:
+    """The template changes all of the content and writes nothing after it."""
     prompt = render(tiny.tokenizer("{{ messages[0]['content'] | upper }}"), [HELLO])
     assert prompt.text == "HELLO THERE" and set(prompt.segments) == {"template"}
 
 
-def test_what_a_template_makes_unreadable_is_not_sent() -> None:
+def test_unreadable_text_of_a_template_is_refused() -> None:
     backwards = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
     with pytest.raises(CaptureError, match="leaves out a message of yours"):
         render(tiny.tokenizer(backwards), [HELLO])
@@ -242,7 +242,7 @@ def test_any_contents_are_found_where_they_are(contents: list[str], plain: bool)
         ids = [
             i for i, of in zip(prompt.token_ids, prompt.segments, strict=True) if of == role.value
         ]
-        # A token may reach over the edge of a message, and then it counts to it:
+        # A token that reaches over the edge of a message belongs to it:
         # a space, or a line end of the template.
         inside = tokenizer.decode(ids)
         at = 0

@@ -1,4 +1,4 @@
-"""How many tokens a model can see, by its config; YaRN as model cards switch it on."""
+"""The context length by a model's config; YaRN as model cards enable it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
 def test_yarn_lengthens_the_context(tmp_path: Path, name: str) -> None:
-    """The config's own length stays the unscaled one, as model cards have it."""
+    """The config keeps the unscaled length, as in model cards."""
     folder = models.save(tmp_path, tiny.model("llama"), tiny.tokenizer())
     changes = {"max_position_embeddings": 32, "rope_parameters": None, name: YARN}
     edit_config(folder, **changes)
@@ -53,7 +53,7 @@ def test_yarn_lengthens_the_context(tmp_path: Path, name: str) -> None:
     ("rope", "length"),
     [
         ({"rope_type": "default", "rope_theta": 10000.0}, 64),
-        # Set by those who trained it: the length is the stretched one already.
+        # Set in training: the length is the scaled one already.
         ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}, 64),
         ({"rope_type": "linear", "factor": 8.0}, 64),
         (

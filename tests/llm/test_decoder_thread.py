@@ -1,4 +1,4 @@
-"""Decoding ahead: everything once and in order, bounded, and polite with the cores."""
+"""The decoder thread yields every item once and in order, within bounds, on its own cores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 import torch
 
-from oki_trace.llm.decoding.decoder_thread import STEPS_AHEAD, ahead
+from oki_trace.llm.decoding.decoder_thread import STEPS_AHEAD, iterate_in_thread
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def numbers(count: int) -> Generator[int]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, STEPS_AHEAD, 5 * STEPS_AHEAD + 1])
 def test_every_item_comes_once_and_in_order(count: int) -> None:
-    with ahead(numbers(count)) as items:
+    with iterate_in_thread(numbers(count)) as items:
         assert list(items) == list(range(count))
         assert list(items) == []
 
@@ -43,9 +43,9 @@ def test_the_decoder_waits_when_nobody_takes_what_it_made() -> None:
                 full.set()
             yield number
 
-    with ahead(many()) as items:
+    with iterate_in_thread(many()) as items:
         assert full.wait(10)
-        # The first, those that fit, and one that waits to be put in.
+        # The first, those in the queue, and one that waits for a free slot.
         assert len(made) == 1 + STEPS_AHEAD + 1
         assert list(items) == list(range(100))
 
@@ -60,7 +60,7 @@ def test_what_is_not_taken_is_dropped_and_the_generator_ends(taken: int) -> None
         finally:
             ended.set()
 
-    with ahead(endless()) as items:
+    with iterate_in_thread(endless()) as items:
         for _ in range(taken):
             next(items)
     assert ended.is_set()
@@ -72,7 +72,7 @@ def test_a_fault_is_raised_after_the_items_before_it() -> None:
         yield 2
         raise ZeroDivisionError("a fault")
 
-    with ahead(broken()) as items:
+    with iterate_in_thread(broken()) as items:
         assert [next(items), next(items)] == [1, 2]
         with pytest.raises(ZeroDivisionError, match="a fault"):
             next(items)
@@ -84,7 +84,7 @@ def test_a_fault_in_the_prompt_is_raised_at_once() -> None:
         raise ZeroDivisionError("a fault")
         yield
 
-    with pytest.raises(ZeroDivisionError, match="a fault"), ahead(broken()):
+    with pytest.raises(ZeroDivisionError, match="a fault"), iterate_in_thread(broken()):
         pytest.fail("there is nothing to iterate over")
 
 
@@ -96,7 +96,7 @@ def test_the_prompt_is_for_every_core_and_its_callers_thread_the_steps_for_all_b
             seen.append((threading.current_thread().name, torch.get_num_threads()))
             yield number
 
-    with ahead(counting()) as items:
+    with iterate_in_thread(counting()) as items:
         assert torch.get_num_threads() == 1
         assert list(items) == [0, 1, 2]
     here = threading.current_thread().name

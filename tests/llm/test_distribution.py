@@ -1,4 +1,4 @@
-"""What is kept of rows of logits, against plain numpy over the whole vocabulary."""
+"""Summaries of rows of logits compared with plain NumPy over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.llm.capture.distribution import BLOCK, own_distribution, summarize, top_k
+from oki_trace.llm.capture.distribution import BLOCK, model_distribution, summarize, top_k
 
-# Fewer than the blocks are worth, a whole number of blocks, and some tokens over.
+# Too few for blocks, a whole number of blocks, and a partial block at the end.
 SIZES = (7, BLOCK * 40, BLOCK * 40 + 13)
 
 
@@ -55,7 +55,7 @@ def test_the_numbers_of_a_row_are_those_of_its_whole_distribution(
     logits[:, :ruled_out] = float("-inf")
     own_logits[:ruled_out] = float("-inf")
     chosen = vocab // 2
-    found = summarize(logits, own_distribution(own_logits), chosen, 3)
+    found = summarize(logits, model_distribution(own_logits), chosen, 3)
 
     exact = logits.double().log_softmax(-1).numpy()
     own = own_logits.double().log_softmax(-1).numpy()

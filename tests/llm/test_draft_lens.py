@@ -1,4 +1,4 @@
-"""The drafted lens against the whole one: what is exact stays exact, the rest within a bound."""
+"""The drafted lens against the full one: exact values stay exact, the others within a bound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.llm.capture.anatomy import dissect
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LogitLens
+from oki_trace.llm.capture.model_structure import find_structure
 from oki_trace.llm.fast import draft_lens as module
 from oki_trace.llm.fast.draft_lens import MAX_TOP_K, DraftLens, DraftProjection, NoDraft, draft_lens
 from oki_trace.records import CapturePolicy, ChatMessage, Lens, ReplyChecks, Role, Sampling
@@ -26,7 +26,7 @@ NONE_WANTED = torch.zeros(0, dtype=torch.long)
 
 @pytest.fixture(autouse=True)
 def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine where it would be too slow to be worth it."""
+    """On every machine, also where it would be too slow to be worthwhile."""
     monkeypatch.setattr(module, "has_native_bfloat16", lambda: True)
 
 
@@ -35,10 +35,10 @@ def large(model_type: str = "llama", **changes: Any) -> Any:
 
 
 def found(model: Any, streams: torch.Tensor | None = None) -> DraftLens | None:
-    anatomy = dissect(model)
+    structure = find_structure(model)
     hidden = torch.randn(LAYERS, 64, dtype=model.dtype) if streams is None else streams
     try:
-        return draft_lens(LogitLens(anatomy), anatomy, list(hidden))
+        return draft_lens(LogitLens(structure), structure, list(hidden))
     except NoDraft:
         return None
 
@@ -57,7 +57,7 @@ def lenses(made: Instrument, policy: CapturePolicy, sampling: Sampling) -> list[
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(32), Sampling(32, temperature=1.3, seed=5)], ids=["greedy", "sampled"]
+    "sampling", [Sampling(12), Sampling(12, temperature=1.3, seed=5)], ids=["greedy", "sampled"]
 )
 def test_a_real_reply_with_and_without_a_draft(
     smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, sampling: Sampling
@@ -68,7 +68,7 @@ def test_a_real_reply_with_and_without_a_draft(
     forget(model)
     drafted = lenses(made, CapturePolicy(), sampling)
     whole = lenses(made, CapturePolicy(tensors="exact"), sampling)
-    assert len(drafted) == len(whole) == 32
+    assert len(drafted) == len(whole) == 12
     for one, other in zip(drafted, whole, strict=True):
         assert (one.token_ids == other.token_ids).all()
         assert one.settle_layer == other.settle_layer
@@ -84,15 +84,15 @@ def test_a_real_reply_with_and_without_a_draft(
             assert (getattr(one, name)[-1] == getattr(other, name)[-1]).all(), name
 
 
-def test_tokens_asked_for_are_exact_however_unlikely() -> None:
+def test_requested_tokens_are_exact_however_unlikely() -> None:
     torch.manual_seed(0)
     model = large()
     drafter = found(model)
     assert drafter is not None
     streams = torch.randn(2 * LAYERS, 64)
     wanted = [torch.tensor([7, 4_001]), torch.tensor([9])]
-    drafted = list(drafter.projection().each(streams, wanted, MAX_TOP_K))
-    whole = LogitLens(dissect(model)).project(streams).split(LAYERS)
+    drafted = list(drafter.projection().project_steps(streams, wanted, MAX_TOP_K))
+    whole = LogitLens(find_structure(model)).project(streams).split(LAYERS)
     for logits, true, ids in zip(drafted, whole, wanted, strict=True):
         assert logits[:, ids].numpy() == pytest.approx(true[:, ids].numpy(), abs=1e-5)
         best, at = true.topk(MAX_TOP_K)
@@ -102,7 +102,7 @@ def test_tokens_asked_for_are_exact_however_unlikely() -> None:
 
 
 def nearly_one_token(model: Any, streams: torch.Tensor) -> None:
-    """Every token much like every other: the best are closer than bfloat16 can tell."""
+    """All tokens are similar: the best are closer together than bfloat16 can resolve."""
     weight = model.lm_head.weight
     weight.copy_(weight[:1] + 1e-4 * torch.randn_like(weight))
 
@@ -113,7 +113,7 @@ def not_finite(model: Any, streams: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("spoil", [nearly_one_token, not_finite])
 @torch.no_grad()
-def test_a_layer_that_a_draft_cannot_tell_is_computed_whole(
+def test_a_layer_with_an_unsure_draft_is_computed_in_full(
     spoil: Callable[[Any, torch.Tensor], None],
 ) -> None:
     torch.manual_seed(0)
@@ -122,8 +122,8 @@ def test_a_layer_that_a_draft_cannot_tell_is_computed_whole(
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     spoil(model, streams)
-    (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
-    whole = LogitLens(dissect(model)).project(streams)
+    (logits,) = drafter.projection().project_steps(streams, [NONE_WANTED], 5)
+    whole = LogitLens(find_structure(model)).project(streams)
     torch.testing.assert_close(logits, whole, rtol=0, atol=0, equal_nan=True)
 
 
@@ -135,8 +135,8 @@ def test_weights_that_changed_between_two_replies() -> None:
     assert drafter is not None
     streams = torch.randn(LAYERS, 64)
     for _ in range(2):
-        (logits,) = drafter.projection().each(streams, [NONE_WANTED], 5)
-        whole = LogitLens(dissect(model)).project(streams)
+        (logits,) = drafter.projection().project_steps(streams, [NONE_WANTED], 5)
+        whole = LogitLens(find_structure(model)).project(streams)
         assert float((logits.softmax(-1) - whole.softmax(-1)).abs().max()) <= DRAFT_TOLERANCE
         model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))
 
@@ -163,7 +163,7 @@ def test_a_head_that_is_more_than_a_large_float32_matrix_is_not_drafted(
     assert found(large()) is not None
 
 
-def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
+def test_no_draft_for_exact_tensors_or_many_tokens() -> None:
     made = instrument(large(), tiny.tokenizer())
     assert made.fast.draft_lens is not None
     for policy in (CapturePolicy(tensors="exact"), CapturePolicy(topk_lens=MAX_TOP_K + 1)):
@@ -172,13 +172,13 @@ def test_what_is_kept_exactly_or_in_great_number_is_not_drafted() -> None:
     assert made.report(CapturePolicy()).lens_draft == made.fast.draft_lens.error
 
 
-def test_a_reply_holds_its_draft_against_the_whole_lens() -> None:
+def test_a_reply_compares_its_draft_with_the_full_lens() -> None:
     checks = checked(large())
     assert checks.draft is not None and 0 < checks.draft <= DRAFT_TOLERANCE
     assert checks.fault is None and checks.notes == ()
 
 
-def test_a_draft_that_is_off_is_given_up_in_the_same_reply(
+def test_an_inaccurate_draft_is_dropped_within_the_reply(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = large()

@@ -1,6 +1,6 @@
-"""What is special about a model does not make its trace less exact.
+"""Traces are exact for models with unusual parts.
 
-Tiny random models, each held against its own eager attention, its own head and
+Tiny random models, each compared with its own eager attention, its own head and
 ``generate()`` as in ``tests/families``. Windows are shorter than the prompt.
 """
 
@@ -29,7 +29,7 @@ MESSAGES = [ChatMessage(Role.USER, "the quick brown fox jumps")]
 def assert_exact(
     model: Any, lens: float = 1e-4, attention: float = 1e-4, **options: Any
 ) -> Outcome:
-    """Held against itself, with these tolerances in log-probability and in weight."""
+    """Compared with itself, with these tolerances in log-probability and in weight."""
     found = hold(model, Outcome(type(model).__name__), **options)
     assert found.reason is None and found.lens_reason is None and found.attention_reason is None
     assert found.lens_error is not None and found.lens_error <= lens
@@ -52,7 +52,7 @@ def all_ids(kept: Collector) -> list[int]:
 
 
 def randomized(module: torch.nn.Module, name: str) -> None:
-    """Parameters that a random model starts with as zeros, and which would not be missed."""
+    """Parameters that a random model starts with as zeros, and whose absence would go unnoticed."""
     torch.manual_seed(1)
     torch.nn.init.normal_(getattr(module, name), std=2.0)
 
@@ -71,7 +71,7 @@ def randomized(module: torch.nn.Module, name: str) -> None:
     ],
 )
 def test_positions_are_true_behind_a_window(model_type: str, changes: dict[str, Any]) -> None:
-    """Each entry stands at the position where the eager weights of one long pass have it."""
+    """Each weight is at the position where the eager weights of one long pass have it."""
     if "layer_types" in changes:
         changes = {**changes, "num_hidden_layers": 4}
     model = configs.build(model_type, **changes)

@@ -1,4 +1,4 @@
-"""docs/architectures.md is what a run of today gives, model type by model type."""
+"""docs/architectures.md agrees with a new run, model type by model type."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TraceWrite
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Outcome]:
-    """What this run has examined."""
+    """The findings of this run."""
     return {}
 
 
@@ -81,7 +81,7 @@ def _recorder(writer: TraceWriter) -> tuple[Recorder, int]:
 
 
 def _assert_same(shown: list[str], found: list[str]) -> None:
-    """All is the same but for the errors, which may be another CPU's: ten times larger at most."""
+    """Only the errors may differ, by a factor of ten at most, as on another CPU."""
     assert [_without_error(cell) for cell in shown] == [_without_error(cell) for cell in found], (
         f"docs/architectures.md is not current: run `{page.COMMAND}`"
     )
@@ -96,7 +96,7 @@ def _without_error(cell: str) -> str:
 
 
 def _assert_stored(reader: TraceReader, message: int, kept: Collector) -> None:
-    """What the store gives back is what the model side gave."""
+    """The store returns what the model side recorded."""
     assert kept.ended is not None
     assert reader.message(message).status is kept.ended.status
     back = list(reader.iter_steps(message))

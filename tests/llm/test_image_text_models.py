@@ -1,4 +1,4 @@
-"""Models of images and text, by the name of their folder: loaded and traced for their text."""
+"""Models of images and text, loaded by folder and traced for their text."""
 
 from __future__ import annotations
 

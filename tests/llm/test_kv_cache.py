@@ -1,4 +1,4 @@
-"""The cache that grows in place holds what transformers' own would, and copies nothing."""
+"""The preallocated cache equals transformers' own, and copies nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
-from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.attention import attention_rows
 from oki_trace.llm.capture.buffers import is_persistent
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.decoding.decode import decode
 from oki_trace.llm.decoding.forward_pass import LastQuery
-from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.fast import kv_cache
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocate
 from oki_trace.records import Sampling
@@ -31,7 +31,7 @@ SPARE = 16
 
 
 def grown(length: int) -> tuple[DynamicCache, DynamicCache]:
-    """Transformers' cache and one with room, both holding the same prompt."""
+    """Transformers' cache and a preallocated one, both with the same prompt."""
     caches = DynamicCache(), DynamicCache()
     for cache in caches:
         cache.update(*tokens(length), 0)
@@ -43,7 +43,7 @@ def same(left: Any, right: Any) -> bool:
     return torch.equal(left.keys, right.keys) and torch.equal(left.values, right.values)
 
 
-def test_it_holds_what_the_dynamic_cache_holds_at_every_step() -> None:
+def test_it_equals_the_dynamic_cache_at_every_step() -> None:
     own, preallocated = grown(7)
     for step in range(2 * SPARE + 5):
         given = own.update(*tokens(1, step), 0)
@@ -53,15 +53,15 @@ def test_it_holds_what_the_dynamic_cache_holds_at_every_step() -> None:
         assert own.layers[0].get_mask_sizes(1) == preallocated.layers[0].get_mask_sizes(1)
 
 
-def test_a_step_copies_nothing_until_the_room_is_used_up() -> None:
+def test_a_step_copies_nothing_within_the_buffers() -> None:
     _, preallocated = grown(7)
     places = [preallocated.update(*tokens(1, step), 0)[0].data_ptr() for step in range(2 * SPARE)]
     assert len(set(places[:SPARE])) == 1
     assert len(set(places)) == 2
 
 
-def test_keys_held_on_to_stay_what_they_were() -> None:
-    """A row of attention may be worked out later than its step."""
+def test_keys_of_earlier_steps_do_not_change() -> None:
+    """A row of attention may be computed later than its step."""
     own, preallocated = grown(7)
     held, expected = [], []
     for step in range(SPARE + 5):
@@ -80,7 +80,7 @@ def test_many_tokens_at_once(length: int) -> None:
     assert same(own.layers[0], preallocated.layers[0])
 
 
-def test_what_a_model_does_to_a_cache_is_followed() -> None:
+def test_changes_of_the_cache_by_a_model_are_followed() -> None:
     own, preallocated = grown(9)
     for cache in (own, preallocated):
         cache.crop(-4)
@@ -107,7 +107,7 @@ def test_a_wider_type_is_not_narrowed() -> None:
     assert same(own.layers[0], preallocated.layers[0])
 
 
-def test_other_caches_stay_as_they_are() -> None:
+def test_other_caches_are_left_unchanged() -> None:
     model = tiny.model("gemma2")
     windows = DynamicCache(config=model.config)
     model(torch.tensor([[5, 6, 7]]), past_key_values=windows)
@@ -128,7 +128,7 @@ def test_other_caches_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_a_reply_longer_than_the_room_is_captured_exactly(
+def test_a_reply_longer_than_the_buffers_is_captured_exactly(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kv_cache, "MAX_SPARE", SPARE)
@@ -137,17 +137,17 @@ def test_a_reply_longer_than_the_room_is_captured_exactly(
     found = instrument(model, tiny.tokenizer())
     prompt = (5, 6, 7, 8)
     count = 2 * SPARE + 12
-    generation = generation_of(model, Sampling(count), len(prompt))
-    steps = list(decode(model, tiny.tokenizer(), found.probe, found.fast, prompt, generation))
+    generation = resolve_generation(model, Sampling(count), len(prompt))
+    steps = list(decode(model, tiny.tokenizer(), found.hooks, found.fast, prompt, generation))
     made = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=count)[0]
     assert [step.token_id for step in steps] == made[len(prompt) :].tolist()
-    # Gemma 2 runs eager attention, whose weights are there anyway.
+    # Gemma 2 runs eager attention, which has the weights already.
     later = [isinstance(seen, LastQuery) for seen in steps[-1].attention.values()]
     assert later == [family != "gemma2"] * len(later)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         whole = model(made[None, :-1], output_attentions=True).attentions
     for step in steps:
-        for layer, row in rows_of(step.attention).items():
+        for layer, row in attention_rows(step.attention).items():
             own = whole[layer - 1][0, :, step.position - 1, : step.position]
             torch.testing.assert_close(row, own[:, -row.shape[1] :], atol=1e-5, rtol=0)

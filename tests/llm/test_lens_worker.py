@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from oki_trace.llm.capture.lens_worker import AT_MOST, TOGETHER, LensWorker
+from oki_trace.llm.capture.lens_worker import BATCH_STEPS, MAX_WAITING, LensWorker
 
 
 def numbers(first: int, count: int) -> list[Any]:
     return list(range(first, first + count))
 
 
-@pytest.mark.parametrize("aside", [True, False])
-@pytest.mark.parametrize("steps", [0, 1, TOGETHER - 1, TOGETHER, 3 * AT_MOST + 1])
-def test_every_lens_comes_once_and_in_order(aside: bool, steps: int) -> None:
+@pytest.mark.parametrize("in_thread", [True, False])
+@pytest.mark.parametrize("steps", [0, 1, BATCH_STEPS - 1, BATCH_STEPS, 3 * MAX_WAITING + 1])
+def test_every_lens_comes_once_and_in_order(in_thread: bool, steps: int) -> None:
     sizes: list[int] = []
 
     def compute(batch: list[Any]) -> list[Any]:
@@ -25,13 +25,13 @@ def test_every_lens_comes_once_and_in_order(aside: bool, steps: int) -> None:
         return batch
 
     found: list[Any] = []
-    with LensWorker(compute, aside=aside) as behind:
+    with LensWorker(compute, in_thread=in_thread) as lens_worker:
         for step in numbers(0, steps):
-            behind.add(step)
-            found += behind.ready()
-        found += behind.rest()
+            lens_worker.add(step)
+            found += lens_worker.poll()
+        found += lens_worker.drain()
     assert found == numbers(0, steps)
-    assert max(sizes, default=0) <= TOGETHER
+    assert max(sizes, default=0) <= BATCH_STEPS
 
 
 def test_it_takes_one_core_and_nobody_waits_for_it() -> None:
@@ -43,45 +43,45 @@ def test_it_takes_one_core_and_nobody_waits_for_it() -> None:
         assert go_on.wait(10)
         return batch
 
-    with LensWorker(compute, aside=True) as behind:
-        for step in numbers(0, 2 * TOGETHER):
-            behind.add(step)
-            assert behind.ready() == []
+    with LensWorker(compute, in_thread=True) as lens_worker:
+        for step in numbers(0, 2 * BATCH_STEPS):
+            lens_worker.add(step)
+            assert lens_worker.poll() == []
         go_on.set()
-        assert list(behind.rest()) == numbers(0, 2 * TOGETHER)
+        assert list(lens_worker.drain()) == numbers(0, 2 * BATCH_STEPS)
     assert seen[0] == ("lens_0", 1)
 
 
 def test_a_lens_slower_than_the_decoder_makes_it_wait() -> None:
-    """Steps hold their tensors: not more than a bounded number of them."""
-    most, go_on = AT_MOST + TOGETHER, threading.Event()
+    """Steps keep their tensors in memory, so their number is bounded."""
+    most, go_on = MAX_WAITING + BATCH_STEPS, threading.Event()
 
     def compute(batch: list[Any]) -> list[Any]:
         assert go_on.wait(10)
         return batch
 
-    with LensWorker(compute, aside=True) as behind:
+    with LensWorker(compute, in_thread=True) as lens_worker:
         given = 0
         for step in numbers(0, most - 1):
-            behind.add(step)
-            given += len(behind.ready())
+            lens_worker.add(step)
+            given += len(lens_worker.poll())
         assert given == 0
         go_on.set()
-        behind.add(most - 1)
-        assert behind.ready() == numbers(0, TOGETHER)
-        assert len(list(behind.rest())) == most - TOGETHER
+        lens_worker.add(most - 1)
+        assert lens_worker.poll() == numbers(0, BATCH_STEPS)
+        assert len(list(lens_worker.drain())) == most - BATCH_STEPS
 
 
-@pytest.mark.parametrize("aside", [True, False])
-def test_a_fault_of_the_lens_is_raised_where_the_steps_are_taken(aside: bool) -> None:
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_a_fault_of_the_lens_is_raised_where_the_steps_are_taken(in_thread: bool) -> None:
     def compute(batch: list[Any]) -> list[Any]:
         raise ZeroDivisionError("a fault")
 
     with (
         pytest.raises(ZeroDivisionError, match="a fault"),
-        LensWorker(compute, aside=aside) as behind,
+        LensWorker(compute, in_thread=in_thread) as lens_worker,
     ):
-        for step in numbers(0, TOGETHER):
-            behind.add(step)
-            behind.ready()
-        list(behind.rest())
+        for step in numbers(0, BATCH_STEPS):
+            lens_worker.add(step)
+            lens_worker.poll()
+        list(lens_worker.drain())

@@ -1,4 +1,4 @@
-"""Loading: what is got from each kind of name."""
+"""Loading: the model and tokenizer for each kind of name."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def test_environment_names_the_default(tiny: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("name", "dtype"), [("fp32", "float32"), ("bf16", "bfloat16"), ("float16", "float16")]
 )
-def test_dtype_asked_for(tiny: Path, name: str, dtype: str) -> None:
+def test_requested_dtype(tiny: Path, name: str, dtype: str) -> None:
     loaded = load(ModelChoice(str(tiny), dtype=name, device="cpu"))
     assert loaded.dtype == dtype
     assert loaded.model.dtype == getattr(torch, dtype)
     assert loaded.device == "cpu"
 
 
-def test_torch_dtype_is_taken_too(tiny: Path) -> None:
+def test_a_torch_dtype_is_accepted(tiny: Path) -> None:
     model, _ = load_model_and_tokenizer(str(tiny), use_4bit=False, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16
 
@@ -88,7 +88,7 @@ def test_default_dtype_is_the_checkpoints_where_native(tiny: Path, tmp_path: Pat
     assert native_dtype(None, cpu) == torch.float32
 
 
-def test_progress_is_told(tiny: Path) -> None:
+def test_progress_is_reported(tiny: Path) -> None:
     told: list[tuple[str, float | None]] = []
     load(ModelChoice(str(tiny)), progress=lambda text, done: told.append((text, done)))
     assert told[-1][1] == 1.0
@@ -136,7 +136,7 @@ def test_gguf_file(tmp_path: Path) -> None:
     assert "not a GGUF file" in refusal(path)
 
 
-def test_no_warning_when_all_went_well(tiny: Path) -> None:
+def test_no_warning_without_a_reason(tiny: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load(ModelChoice(str(tiny)))
@@ -159,7 +159,7 @@ def test_4bit_on_the_built_in_model(smollm2_dir: Path) -> None:
 
 
 def test_4bit_that_loads_but_cannot_run_falls_back(tmp_path: Path) -> None:
-    """bitsandbytes takes these shapes and, on some CPUs, refuses them at the first token."""
+    """bitsandbytes accepts these shapes and, on some CPUs, refuses them at the first token."""
     config = llama_config(hidden_size=48, intermediate_size=100)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -189,14 +189,14 @@ def test_4bit_of_a_quantized_model_falls_back_visibly(broken: Path) -> None:
     four = load(ModelChoice(str(broken), use_4bit=True))
     four.model.save_pretrained(broken / "again")
     write_tokenizer(broken / "again")
-    with pytest.warns(QuantizationFallback, match=r"4-bit was asked for.*quantized already"):
+    with pytest.warns(QuantizationFallback, match=r"4-bit was requested.*quantized already"):
         loaded = load(ModelChoice(str(broken / "again"), use_4bit=True))
     assert loaded.requested.use_4bit
     assert "bitsandbytes" in str(loaded.fallback_reason)
 
 
 def test_4bit_without_bitsandbytes_falls_back_visibly(tiny: Path, tmp_path: Path) -> None:
-    """In a process of its own, where importing it fails as on a machine without it."""
+    """In its own process, in which the import fails as on a machine without it."""
     (tmp_path / "bitsandbytes.py").write_text("raise ImportError('no such library')")
     code = (
         "import warnings; warnings.simplefilter('always')\n"

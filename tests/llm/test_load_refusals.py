@@ -1,4 +1,4 @@
-"""Loading: what is said when a model cannot be had."""
+"""Loading: the error when a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.llm.loading import (
 @pytest.mark.parametrize(
     "name", ["./nowhere", "/no/such/model", "nowhere/else/at/all", "nowhere.gguf", "C:\\models\\x"]
 )
-def test_a_path_that_is_not_there(name: str) -> None:
+def test_missing_path(name: str) -> None:
     assert f"There is no {name} here" in refusal(name)
 
 
@@ -165,7 +165,7 @@ def test_own_code_is_not_run(broken: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "broken"])
-def test_tokenizer_trouble(broken: Path, damage: str) -> None:
+def test_missing_or_broken_tokenizer(broken: Path, damage: str) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if damage == "missing":
             (broken / name).unlink()
@@ -184,8 +184,8 @@ def test_too_big_for_this_machine(broken: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
-def test_memory_that_runs_out_while_loading(tmp_path: Path) -> None:
-    """In a process of its own, held to an address space that the weights do not fit into."""
+def test_out_of_memory_while_loading(tmp_path: Path) -> None:
+    """In its own process, whose address space is too small for the weights."""
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=1024, n_layer=8, n_head=8)
     GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(tmp_path)
     write_tokenizer(tmp_path)
@@ -211,14 +211,14 @@ def test_memory_that_runs_out_while_loading(tmp_path: Path) -> None:
         ({"device": "toaster"}, UsageError, "no device 'toaster'"),
     ],
 )
-def test_options_that_make_no_sense(
+def test_invalid_options(
     tiny: Path, options: dict[str, str], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         load(ModelChoice(str(tiny), **options))
 
 
-def test_device_that_is_not_there(tiny: Path) -> None:
+def test_missing_device(tiny: Path) -> None:
     if torch.cuda.device_count() > 7:
         pytest.skip("this machine has eight GPUs")
     assert "sees no cuda:7 device" in refusal(tiny, device="cuda:7")
@@ -244,7 +244,7 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_what_the_hub_answers(tmp_path: Path) -> None:
+def test_errors_of_the_hub(tmp_path: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

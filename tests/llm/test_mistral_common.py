@@ -1,4 +1,4 @@
-"""Checkpoints whose tokenizer is mistral-common's: read by transformers' own code, or refused."""
+"""Checkpoints with mistral-common's tokenizer: read by transformers' own code, or refused."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_tekken(folder: Path) -> None:
     (folder / "tekken.json").write_text(json.dumps(content))
 
 
-def test_its_own_file_alone_will_do(tmp_path: Path) -> None:
+def test_tekken_json_alone_is_enough(tmp_path: Path) -> None:
     config = MistralConfig(
         **{k: v for k, v in llama_config().to_dict().items() if k in SIZES}, eos_token_id=2
     )
@@ -68,7 +68,7 @@ def test_its_own_file_alone_will_do(tmp_path: Path) -> None:
     assert len(trace["steps"]) > 0
 
 
-def test_a_tokenizer_json_beside_it_is_what_is_read(tmp_path: Path) -> None:
+def test_tokenizer_json_takes_precedence(tmp_path: Path) -> None:
     LlamaForCausalLM(llama_config()).save_pretrained(tmp_path)
     write_tekken(tmp_path)
     write_tokenizer(tmp_path)
@@ -80,7 +80,7 @@ def test_a_tokenizer_json_beside_it_is_what_is_read(tmp_path: Path) -> None:
     assert "[INST]" not in loaded.tokenizer.get_vocab()
 
 
-def test_one_that_is_handed_in_is_refused_with_the_fix() -> None:
+def test_its_tokenizer_object_is_refused_with_a_fix() -> None:
     handed_in = object.__new__(MistralCommonBackend)  # its package need not be here
     with pytest.raises(CaptureError, match="mistral_format=False"):
         run_traced("the fox", model=tiny.model("llama"), tokenizer=handed_in)

@@ -1,4 +1,4 @@
-"""A reply's parts: read from its markers, given back to the template, segments of its prompt."""
+"""A reply's parts: read from its markers, passed to the template, segments of the next prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEATHER = {
     "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {}}},
 }
 
-# Thinking in <think>, cut off from the turns before the last question; calls as JSON.
+# Thinking in <think>, removed from the turns before the last question; calls as JSON.
 THINK = (
     "{%- if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}{% endfor %}"
     '<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call><|im_end|>\n{% endif %}'
@@ -77,13 +77,13 @@ BRACKETS = (
     "{% endif %}[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}"
     "{% endfor %}</s>{% endif %}{% endfor %}"
 )
-# Contents only as lists, as multimodal templates read them.
+# Reads contents only as lists, as multimodal templates do.
 LISTS = (
     "{% for m in messages %}<s>{{ m.role }}:{% for c in m.content %}"
     "{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
-# Arguments only as text, and calls only where there is no content.
+# Reads arguments only as text, and calls only without a content.
 TEXT_ARGUMENTS = (
     "{% for m in messages %}{% if m.role == 'assistant' and m.content is none %}"
     "{% for c in m.tool_calls %}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
@@ -119,7 +119,7 @@ def brief(parts: Sequence[Part]) -> list[tuple[Any, ...]]:
 
 
 def segments(prompt: Any) -> dict[str, str]:
-    """What stands in the prompt in each segment."""
+    """The text of each segment of the prompt."""
     found: dict[str, str] = {}
     for token, segment in zip(prompt.tokens, prompt.segments, strict=True):
         found[segment] = found.get(segment, "") + token
@@ -224,7 +224,7 @@ def test_a_reply_that_the_template_opens_as_thinking() -> None:
     ]
     cut = read(made, "France", prompt.text)
     assert brief(cut) == [("thinking", "France")]
-    # It has no place for thinking: the turn is empty, and the thinking no answer.
+    # The template has no thinking: the turn is empty, and thinking is not an answer.
     said = ChatMessage(Role.ASSISTANT, "", cut)
     assert "France" not in render(made, [HELLO, said, AGAIN]).text.replace(HELLO.content, "")
 
@@ -251,7 +251,7 @@ def test_bracket_markers(text: str, parts: list[tuple[Any, ...]]) -> None:
     assert brief(read(tokenizer(BRACKETS, "[THINK]", "[TOOL_CALLS]", "[ARGS]"), text)) == parts
 
 
-def test_arguments_that_are_nested_beyond_sense_are_text() -> None:
+def test_too_deeply_nested_arguments_are_text() -> None:
     made = tokenizer(THINK, "<|im_end|>")
     deep = "[" * 400 + "]" * 400
     (call,) = read(made, f'<tool_call>{{"name": "f", "arguments": {deep}}}</tool_call>')
@@ -260,7 +260,7 @@ def test_arguments_that_are_nested_beyond_sense_are_text() -> None:
         TemplateOptions({"x": json.loads(deep)})
 
 
-def test_an_object_is_a_call_where_the_template_asks_for_one_and_tools_are_given() -> None:
+def test_an_object_is_a_call_if_the_template_and_tools_ask_for_one() -> None:
     made = tokenizer('{# {"name": function name, "parameters": dictionary} #}{{ messages }}')
     text = '{"name": "get_weather", "parameters": {"city": "Rome"}}</s>'
     call = ("tool_call", "get_weather", {"city": "Rome"})
@@ -327,7 +327,7 @@ def test_thinking_calls_and_answers_of_tools_are_segments(template: str) -> None
     assert found["user"] == HELLO.content
 
 
-def test_thinking_of_turns_before_is_left_to_the_template() -> None:
+def test_thinking_of_earlier_turns_is_left_to_the_template() -> None:
     said = ChatMessage(
         Role.ASSISTANT, "Paris.", (Part("thinking", "France."), Part("answer", "Paris."))
     )
@@ -336,7 +336,7 @@ def test_thinking_of_turns_before_is_left_to_the_template() -> None:
 
 
 @pytest.mark.parametrize("template", [LISTS, TEXT_ARGUMENTS])
-def test_templates_with_forms_of_their_own_show_all_that_was_said(template: str) -> None:
+def test_every_message_appears_whatever_form_the_template_reads(template: str) -> None:
     made = tokenizer(template)
     found = segments(render(made, [HELLO, ChatMessage(Role.ASSISTANT, "Paris."), AGAIN]))
     assert found["user"] == HELLO.content + AGAIN.content and found["assistant"] == "Paris."
@@ -346,14 +346,14 @@ def test_templates_with_forms_of_their_own_show_all_that_was_said(template: str)
         assert segments(prompt)["tool"] == '18 "degrees"'
 
 
-def test_a_prompt_without_what_was_said_is_refused() -> None:
+def test_a_prompt_that_omits_a_message_is_refused() -> None:
     made = tokenizer("{% for m in messages %}<s>{{ m.role }}{% endfor %}")
     with pytest.raises(CaptureError, match="leaves out a message of yours") as refused:
         render(made, [ChatMessage(Role.USER, "user")])
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_a_template_without_calls_has_them_as_they_were_written() -> None:
+def test_calls_are_text_for_a_template_without_calls() -> None:
     made = tokenizer("{# <tool_call> #}{% for m in messages %}<s>{{ m.content }}{% endfor %}")
     prompt = render(made, conversation("Let me look."))
     assert "Let me look.\n<tool_call>\n{" in prompt.text
@@ -373,7 +373,7 @@ def test_arguments_and_tools_go_to_the_template() -> None:
     assert "Reasoning: low" in effort.text
 
 
-def test_options_that_the_template_would_pass_over_are_refused() -> None:
+def test_options_that_the_template_ignores_are_refused() -> None:
     with pytest.raises(
         CaptureError, match=r"no argument enable_thinkng\. It reads enable_thinking"
     ):
@@ -388,7 +388,7 @@ def test_options_that_the_template_would_pass_over_are_refused() -> None:
         TemplateOptions({}, ({"name": "f"},))
 
 
-def test_a_reply_that_comes_last_is_gone_on_with() -> None:
+def test_a_last_reply_is_continued() -> None:
     begun = ChatMessage(Role.ASSISTANT, "The capital is")
     for template in (tiny.CHAT_TEMPLATE, THINK):
         prompt = render(tokenizer(template), [HELLO, begun])
@@ -397,7 +397,7 @@ def test_a_reply_that_comes_last_is_gone_on_with() -> None:
 
 
 @pytest.mark.parametrize("reply", [" Paris.", "Paris.", "\nParis.", "  Paris \n"])
-def test_plain_turns_begin_with_the_turns_before(reply: str) -> None:
+def test_plain_turns_begin_with_the_earlier_turns(reply: str) -> None:
     """Without a template, turn 2 begins with turn 1's exact tokens."""
     made = tokenizer(None)
     first = render(made, [HELLO])
@@ -412,7 +412,7 @@ def test_plain_turns_begin_with_the_turns_before(reply: str) -> None:
     assert segments(second)["assistant"] == reply
 
 
-def test_a_plain_prompt_has_what_begins_a_text_and_not_what_ends_one() -> None:
+def test_a_plain_prompt_has_the_bos_token_and_no_eos_token() -> None:
     made = tokenizer(None)
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -422,7 +422,7 @@ def test_a_plain_prompt_has_what_begins_a_text_and_not_what_ends_one() -> None:
     assert list(prompt.token_ids).count(0) == 1 and 1 not in prompt.token_ids
 
 
-def test_text_is_told_as_it_comes_with_its_kind() -> None:
+def test_text_is_streamed_with_its_kind() -> None:
     made = tokenizer(THINK, "<|im_end|>")
     text = ReplyText(made)
     text.replies_to("", ())

@@ -1,7 +1,7 @@
-"""Every step is the one that ``generate()`` makes, however the model decides and is called.
+"""Every step is the one that ``generate()`` makes, however the model is built and called.
 
-Decisions that fall once, at some length, and ways of calling a model that stand between
-it and its own code.
+Models that branch once, at some length, and wrappers between the caller and the model's own
+code.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def assert_generated(model: Any, trace: dict[str, Any]) -> None:
     assert trace["checks"]["fault"] is None
 
 
-# ------------------------------------------------------------------ decided by length
+# ------------------------------------------------------------------ branches on the length
 
 
 def longrope() -> Any:
@@ -133,7 +133,7 @@ def test_a_graph_is_left_where_the_model_prepares_a_step_otherwise(ran: list[int
 
 
 class SwitchesUnseen(LlamaForCausalLM):
-    """Decides by a number of its own, which no tracing sees, at a length its config names."""
+    """Branches on an attribute, invisible to tracing, at a length that its config names."""
 
     def forward(self, input_ids: Any = None, position_ids: Any = None, **kwargs: Any) -> Any:
         outputs = super().forward(input_ids=input_ids, position_ids=position_ids, **kwargs)
@@ -180,7 +180,7 @@ def test_what_fails_in_the_midst_of_a_reply_does_not_end_it(
     assert "it failed (MemoryError: no more)" in note
 
 
-# ------------------------------------------------------------------ kernels of others
+# ------------------------------------------------------------------ third-party kernels
 
 
 def flash_like(
@@ -234,7 +234,7 @@ def test_a_kernel_that_takes_its_window_as_an_argument(flash: str, window: int |
 
 
 def test_a_window_longer_than_the_shortest_check_is_checked_beyond(flash: str) -> None:
-    """A kernel that hides its window from us agrees on a short text, and not on a longer one."""
+    """A kernel with a hidden window agrees with eager attention on a short text only."""
 
     def hiding(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
         kwargs["sliding_window"] = kwargs.pop("hidden_window", 24)
@@ -247,7 +247,7 @@ def test_a_window_longer_than_the_shortest_check_is_checked_beyond(flash: str) -
         layer.self_attn.forward = _without_window(layer.self_attn)
     model.set_attn_implementation("hiding")
     made = instrument(model, tiny.tokenizer())
-    tap = type(made.probe._tap).__name__
+    tap = type(made.hooks._tap).__name__
     assert tap != "KernelTap", "it would show weights that the kernel does not give"
 
 
@@ -265,7 +265,7 @@ def _without_window(attention: Any) -> Callable[..., Any]:
 
 
 def test_flex_attention_is_traced_or_said_to_be_missing() -> None:
-    """Its masks are no tensors. On a CPU it compiles, which may not be possible."""
+    """Its masks are no tensors. On a CPU it needs a compiler, which may be missing."""
     model = endless(tiny.model("llama"))
     model.set_attn_implementation("flex_attention")
     ids = torch.arange(3, 20)[None]
@@ -283,7 +283,7 @@ def test_flex_attention_is_traced_or_said_to_be_missing() -> None:
 
 
 class _BlockMask:
-    """As flex attention's: it can be indexed, and is no tensor."""
+    """Like the mask of flex attention: it can be indexed, but is no tensor."""
 
     def __getitem__(self, index: Any) -> _BlockMask:
         return self

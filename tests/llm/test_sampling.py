@@ -1,4 +1,4 @@
-"""Every choice is generate()'s own, and what is told of it is what happened."""
+"""Every choice is that of generate(), and its record describes what happened."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from transformers.generation import (
 )
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.capture.choice_analysis import analyze_choice
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.vocabulary import Vocabulary
-from oki_trace.llm.decoding.sampling import choose, decide, describe
+from oki_trace.llm.decoding.sampling import choose, describe_processor
 from oki_trace.records import CapturePolicy, ChatMessage, Decision, Role, Sampling, Step
 from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
@@ -77,26 +78,24 @@ def test_the_winner_has_the_largest_log_prob_and_noise() -> None:
         generator = torch.Generator().manual_seed(seed)
         logits = torch.randn(1, 300, generator=generator) * 2
         choice = choose([TopKLogitsWarper(20)], torch.zeros(1, 1).long(), logits, generator)
-        decided = decide(choice, logits[0], vocabulary)
-        assert decided is not None
-        noise = decided.noise_of(ids)
-        assert noise is not None
-        score = torch.tensor(decided.probs_of(ids)).log() + torch.tensor(noise)
+        analysis = analyze_choice(choice, logits[0], ids, vocabulary)
+        noise, decision = analysis.noise, analysis.decision
+        assert noise is not None and decision is not None
+        score = torch.tensor(analysis.sampled_probs).log() + torch.tensor(noise)
         first, second = score.topk(2).indices.tolist()
         assert first == int(choice.token)
-        runner_up = decided.decision.runner_up
+        runner_up = decision.runner_up
         assert runner_up is not None and runner_up.token_id == second
         assert runner_up.noise == pytest.approx(float(noise[second]))
-        assert decided.decision.candidates == 20
+        assert decision.candidates == 20
 
 
 def test_noise_is_gumbel() -> None:
     """Mean Euler's constant, variance pi^2 / 6: independent of the probabilities."""
     generator = torch.Generator().manual_seed(1)
     choice = choose([], torch.zeros(1, 1).long(), torch.randn(1, 200_000), generator)
-    decided = decide(choice, choice.scores, Vocabulary(tiny.tokenizer()))
-    assert decided is not None
-    noise = decided.noise_of(torch.arange(200_000))
+    ids = torch.arange(200_000)
+    noise = analyze_choice(choice, choice.scores, ids, Vocabulary(tiny.tokenizer())).noise
     assert noise is not None
     assert noise.mean() == pytest.approx(0.5772, abs=0.01)
     assert noise.var() == pytest.approx(math.pi**2 / 6, abs=0.03)
@@ -193,9 +192,10 @@ def test_what_greedy_would_have_said_does_not_go_through_the_warpers() -> None:
     generator = torch.Generator().manual_seed(0)
     warpers = [TemperatureLogitsWarper(1.1), TypicalLogitsWarper(0.3)]
     choice = choose(warpers, torch.zeros(1, 1).long(), logits, generator)
-    decided = decide(choice, logits[0], Vocabulary(tiny.tokenizer()))
-    assert decided is not None
-    assert (decided.decision.greedy.token_id, decided.decision.greedy.prob) == (0, 0.0)
+    ids = torch.arange(5)
+    decision = analyze_choice(choice, logits[0], ids, Vocabulary(tiny.tokenizer())).decision
+    assert decision is not None
+    assert (decision.greedy.token_id, decision.greedy.prob) == (0, 0.0)
 
 
 def test_a_processor_that_writes_on_its_scores_does_not_write_on_the_models_own() -> None:
@@ -208,7 +208,7 @@ def test_a_processor_that_writes_on_its_scores_does_not_write_on_the_models_own(
     before = logits.clone()
     choose(LogitsProcessorList([InPlace()]), torch.zeros(1, 1).long(), logits, None)
     assert torch.equal(logits, before)
-    assert describe(InPlace()) == ("in place", "")
+    assert describe_processor(InPlace()) == ("in place", "")
 
 
 def test_the_real_model_draws_as_generate_does(smollm2: tuple[Any, Any]) -> None:
@@ -321,7 +321,7 @@ def test_a_generation_config_means_what_it_means_in_generate(name: str, sampled:
             **asked,
         )
     assert [s.token_id for s in collector.steps] == expected[0, ids.shape[1] :].tolist()
-    # And the trace of it is whole.
+    # And its trace is complete.
     assert len(collector.lenses) == len(collector.steps)
     for step, lens in zip(collector.steps, collector.lenses, strict=True):
         assert lens.chosen_prob[-1] == pytest.approx(step.prob, rel=1e-4)
@@ -355,7 +355,7 @@ def test_the_settings_in_force_are_recorded() -> None:
     sampled = trace(model, Sampling(1, temperature=0.5)).started
     assert sampled is not None
     generation = sampled.generation
-    # 50 is what generate() takes when nobody says otherwise.
+    # 50 is the default of generate().
     assert (generation.top_k, generation.top_p, generation.repetition_penalty) == (50, 1.0, 1.0)
     assert set(generation.others) == {
         "min_p 0.05",

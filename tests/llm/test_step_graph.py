@@ -1,4 +1,4 @@
-"""A step run as a graph is the model's own, bit for bit, or is not run."""
+"""A step run as a graph equals the model's own, bit for bit, or the graph is not used."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
-from oki_trace.llm.capture.attention import rows_of
+from oki_trace.llm.capture.attention import attention_rows
 from oki_trace.llm.capture.instrument import Instrument, instrument
 from oki_trace.llm.decoding import forward_pass
 from oki_trace.llm.decoding.decode import RawStep, decode
-from oki_trace.llm.decoding.generation import generation_of
+from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.fast import kv_cache, prepacked
 from oki_trace.llm.fast import step_graph as module
 from oki_trace.llm.fast.step_graph import GraphRun, StepGraph
@@ -27,7 +27,7 @@ from tests.families import configs
 
 PROMPT = (5, 6, 7, 8, 9)
 STEPS = 40
-# The prompt's pass and the step that is run both ways are the model's own.
+# The prompt's pass and the step that is run both ways come from the model.
 OWN_STEPS = 2
 WITH_GRAPHS = ["llama", "gpt2", "gpt_neox", "qwen2"]
 # Experts chosen by the token, several kinds of norms and positions, heads with a bias.
@@ -40,7 +40,7 @@ needs_bfloat16 = pytest.mark.skipif(
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """One entry for every step that is run as a graph."""
+    """An entry for every step that runs as a graph."""
     steps: list[int] = []
     step = GraphRun.step
 
@@ -64,10 +64,10 @@ def decoded(
     prompt: tuple[int, ...] = PROMPT,
     tokenizer: Any = None,
 ) -> list[RawStep]:
-    generation = generation_of(made.model, sampling or Sampling(STEPS), len(prompt))
+    generation = resolve_generation(made.model, sampling or Sampling(STEPS), len(prompt))
     tokenizer = tokenizer or tiny.tokenizer()
     fast = replace(made.fast, step_graph=graph)
-    return list(decode(made.model, tokenizer, made.probe, fast, prompt, generation))
+    return list(decode(made.model, tokenizer, made.hooks, fast, prompt, generation))
 
 
 def ids(steps: list[RawStep]) -> list[int]:
@@ -84,17 +84,15 @@ def assert_same(steps: list[RawStep], others: list[RawStep]) -> None:
     assert ids(steps) == ids(others)
     for step, other in zip(steps, others, strict=True):
         assert torch.equal(step.logits, other.logits)
-        assert all(map(torch.equal, step.hidden, other.hidden))
-        rows, other_rows = rows_of(step.attention), rows_of(other.attention)
+        assert all(map(torch.equal, step.hidden_states, other.hidden_states))
+        rows, other_rows = attention_rows(step.attention), attention_rows(other.attention)
         assert rows.keys() == other_rows.keys()
         assert all(torch.equal(rows[layer], other_rows[layer]) for layer in rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", WITH_GRAPHS + MORE_WITH_GRAPHS)
-def test_every_step_leaves_what_the_model_leaves(
-    family: str, dtype: torch.dtype, ran: list[int]
-) -> None:
+def test_every_step_equals_the_models_own(family: str, dtype: torch.dtype, ran: list[int]) -> None:
     built = tiny.model(family) if family in tiny.FAMILIES else configs.build(family)
     made = instrument(endless(built.to(dtype)), tiny.tokenizer())
     for sampling in (Sampling(STEPS), Sampling(STEPS, temperature=1.5, seed=3)):
@@ -122,7 +120,7 @@ def test_a_real_reply(
     assert_same(steps, decoded(made, None, prompt=prompt, tokenizer=tokenizer))
 
 
-def test_steps_go_on_when_the_room_is_used_up(
+def test_steps_continue_beyond_the_preallocated_cache(
     monkeypatch: pytest.MonkeyPatch, ran: list[int]
 ) -> None:
     monkeypatch.setattr(kv_cache, "MAX_SPARE", 8)
@@ -132,26 +130,26 @@ def test_steps_go_on_when_the_room_is_used_up(
     assert_same(steps, decoded(made, None))
 
 
-def test_rows_worked_out_later_are_those_of_their_step() -> None:
-    """The keys of a step are a view of what later steps write on behind."""
+def test_attention_computed_later_is_that_of_its_step() -> None:
+    """The keys of a step are a view of a buffer that later steps extend."""
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     at_once = []
-    generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
+    generation = resolve_generation(made.model, Sampling(STEPS), len(PROMPT))
     steps = []
-    for step in decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation):
-        at_once.append(rows_of(step.attention))
+    for step in decode(made.model, tiny.tokenizer(), made.hooks, made.fast, PROMPT, generation):
+        at_once.append(attention_rows(step.attention))
         steps.append(step)
     for rows, step in zip(at_once, steps, strict=True):
-        later = rows_of(step.attention)
+        later = attention_rows(step.attention)
         assert all(torch.equal(later[layer], row) for layer, row in rows.items())
         assert {row.shape[1] for row in rows.values()} == {step.position}
 
 
-# What a graph cannot stand for
+# Models that a graph cannot represent
 
 
 def held_before(layer: Any, given: dict[str, Any]) -> int:
-    """How many tokens the cache holds that a layer is given."""
+    """The number of tokens in the cache that a layer receives."""
     cache = next(
         (given[name] for name in forward_pass.CACHE_NAMES if given.get(name) is not None), None
     )
@@ -159,7 +157,7 @@ def held_before(layer: Any, given: dict[str, Any]) -> int:
 
 
 class DecidesByLength(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """As a model with a window of its own might."""
+    """As a model with its own window might."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
         if held_before(self, kwargs) > 20:
@@ -173,7 +171,7 @@ class DecidesByValue(LlamaMLP):
 
 
 class CountsTokens(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
-    """The number is used, and nothing decided by it: a graph would hold it fast."""
+    """Computes with the number without branching on it: a graph would keep it constant."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Any:  # type: ignore[override]
         scale = 1 + int(held_before(self, kwargs)) / 100
@@ -225,7 +223,7 @@ def test_a_model_that_does_not_fit_has_no_graph(what: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [DecidesByLength, CountsTokens])
-def test_such_a_model_decodes_as_it_does(cls: type[nn.Module]) -> None:
+def test_a_model_without_a_graph_decodes_as_before(cls: type[nn.Module]) -> None:
     made = instrument(endless(with_layer(cls)), tiny.tokenizer())
     assert ids(decoded(made, made.fast.step_graph)) == generated(made.model)
 
@@ -281,7 +279,7 @@ def test_weights_changed_between_two_replies(dtype: torch.dtype, seen: bool) -> 
 
 
 @pytest.mark.parametrize("wrong", ["numbers", "an error"])
-def test_a_graph_that_goes_wrong_is_not_used(wrong: str, ran: list[int]) -> None:
+def test_a_failing_graph_is_not_used(wrong: str, ran: list[int]) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
     assert made.fast.step_graph is not None
     function = made.fast.step_graph.function
@@ -297,10 +295,10 @@ def test_a_graph_that_goes_wrong_is_not_used(wrong: str, ran: list[int]) -> None
     assert not ran
 
 
-def test_a_cut_short_reply_does_not_reach_into_the_next(ran: list[int]) -> None:
+def test_an_aborted_reply_does_not_affect_the_next(ran: list[int]) -> None:
     made = instrument(endless(tiny.model("llama")), tiny.tokenizer())
-    generation = generation_of(made.model, Sampling(STEPS), len(PROMPT))
-    steps = decode(made.model, tiny.tokenizer(), made.probe, made.fast, PROMPT, generation)
+    generation = resolve_generation(made.model, Sampling(STEPS), len(PROMPT))
+    steps = decode(made.model, tiny.tokenizer(), made.hooks, made.fast, PROMPT, generation)
     for _ in range(5):
         next(steps)
     steps.close()
@@ -317,7 +315,7 @@ def copies_of(made: Instrument) -> list[Tensor]:
 
 
 def bfloat16_model() -> Any:
-    """With matrices large enough to be multiplied by oneDNN."""
+    """Its matrices are large enough for oneDNN."""
     sizes = {"hidden_size": 96, "intermediate_size": 128}
     return endless(configs.build("llama", **sizes).bfloat16())
 
@@ -343,7 +341,7 @@ def test_copies_are_made_once_and_of_the_weights_in_use(ran: list[int]) -> None:
 
 @needs_bfloat16
 @pytest.mark.parametrize("why", ["few steps", "little memory", "a long prompt"])
-def test_no_copies_where_they_are_not_worth_it(
+def test_no_copies_if_not_worthwhile(
     why: str, monkeypatch: pytest.MonkeyPatch, ran: list[int]
 ) -> None:
     made = instrument(bfloat16_model(), tiny.tokenizer())
@@ -364,7 +362,7 @@ def test_no_copies_where_they_are_not_worth_it(
 
 
 @needs_bfloat16
-def test_no_product_is_changed_where_the_two_ways_round_differently(
+def test_no_weights_are_prepacked_if_products_would_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = bfloat16_model()
@@ -373,7 +371,7 @@ def test_no_product_is_changed_where_the_two_ways_round_differently(
         patched.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
         assert not prepacked.prepackable(model).weights
     assert not prepacked.prepackable(model.float()).weights
-    # Smaller ones torch multiplies by itself, in another order.
+    # torch multiplies smaller ones without oneDNN, in another order.
     monkeypatch.setattr(prepacked, "MIN_SIZE", 0)
     small = configs.build("llama", hidden_size=48, intermediate_size=48).bfloat16()
     assert not prepacked.prepackable(small).weights

@@ -1,4 +1,4 @@
-"""Every token id has its own bytes, and a reply comes out in whole characters."""
+"""Every token id has its own bytes, and a reply is streamed in complete characters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary, readable
+from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary, bytes_to_text
 from tests import tiny
 
 TEXTS = (
@@ -37,7 +37,7 @@ TEXTS = (
 
 @dataclass(frozen=True)
 class Family:
-    """A tokenizer, and what it puts before every text."""
+    """A tokenizer, and the prefix that it adds to every text."""
 
     tokenizer: Any
     before: str = ""
@@ -65,7 +65,7 @@ def sentencepiece(normalizer: Any, decoder: Any) -> Any:
 
 
 def like_llama() -> Family:
-    """A space is put before the text, and taken away again when decoding."""
+    """A space is added before the text, and removed again when decoding."""
     spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
@@ -73,7 +73,7 @@ def like_llama() -> Family:
 
 
 def like_gemma() -> Family:
-    """Nothing is put before the text, and runs of spaces are added tokens."""
+    """No space is added before the text, and runs of spaces are added tokens."""
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer = sentencepiece(normalizers.Replace(" ", "▁"), decoders.Sequence(back))
     tokenizer.add_tokens([AddedToken("▁▁▁", normalized=False), AddedToken("\n\n")])
@@ -121,7 +121,7 @@ def test_every_id_has_the_bytes_it_decodes_to(family: Family) -> None:
         assert raw, token_id
         decoded = family.tokenizer.decode([anchor, token_id])
         assert decoded == "a" + raw.decode("utf-8", errors="replace"), token_id
-        assert vocabulary.text(token_id) == readable(raw), token_id
+        assert vocabulary.text(token_id) == bytes_to_text(raw), token_id
 
 
 def test_special_are_those_that_a_reply_leaves_out(family: Family) -> None:
@@ -168,8 +168,8 @@ def test_half_a_character_reads_as_its_bytes() -> None:
     vocabulary = Vocabulary(family.tokenizer)
     ids = family.encode("🙂")
     assert [vocabulary.text(i) for i in ids] == ["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"]
-    assert readable(b"\xc3\x28") == "<0xC3><0x28>"
-    assert readable(b"\x00\x1b[31m") == "\x00\x1b[31m"
+    assert bytes_to_text(b"\xc3\x28") == "<0xC3><0x28>"
+    assert bytes_to_text(b"\x00\x1b[31m") == "\x00\x1b[31m"
 
 
 def test_ids_beyond_the_tokenizer_are_named_and_empty(family: Family) -> None:
@@ -229,7 +229,7 @@ def test_a_streamed_text_is_the_text(family: Family, text: str) -> None:
 @example(text="\n🙂\n🙂")
 @example(text="\N{REPLACEMENT CHARACTER}")
 def test_any_streamed_text_is_the_text(family: Family, text: str) -> None:
-    """What stands for a character that is whole later on is never shown."""
+    """A replacement for a character that later becomes complete is never shown."""
     pieces = streamed(family.tokenizer, family.encode(text))
     shown = "".join(pieces)
     assert shown.count("\N{REPLACEMENT CHARACTER}") <= text.count("\N{REPLACEMENT CHARACTER}")
@@ -246,7 +246,7 @@ def test_markers_between_do_not_eat_spaces(family: Family, texts: list[str]) -> 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_ids_at_all_are_streamed_as_they_decode(family: Family, data: st.DataObject) -> None:
-    """A bad model, or a high temperature, gives bytes that are no text."""
+    """A bad model, or a high temperature, yields bytes that are not valid text."""
     ids = data.draw(st.lists(st.integers(0, len(family.tokenizer) + 3), max_size=30))
     if family.byte_fallback:
         # A decoder with byte fallback gives up a whole run of bytes for one bad

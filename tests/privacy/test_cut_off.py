@@ -1,4 +1,4 @@
-"""Nothing leaves the machine: proved with the network cut off, and nobody trying to reach it."""
+"""Nothing leaves the machine: with the network cut off, no process tries to reach it."""
 
 from __future__ import annotations
 

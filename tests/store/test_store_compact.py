@@ -193,7 +193,7 @@ def test_a_real_model_in_a_fifth_of_the_room(smollm2: tuple[Any, Any]) -> None:
         prepare(*smollm2, [kept]),
         "smollm2",
         [ChatMessage(Role.USER, "The cat sat on the mat, and the dog asked why. " * 18)],
-        Sampling(max_new_tokens=12),
+        Sampling(max_new_tokens=6),
         CapturePolicy(tensors="exact"),
         [kept],
     )

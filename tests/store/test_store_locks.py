@@ -105,32 +105,51 @@ def _open_all(db: str) -> None:
             instant.info()
 
 
-def _import(db: str, folder: Path) -> None:
+def _export(db: str, folder: Path, *formats: str) -> list[Path]:
     from oki_trace.exchange.exporting import export
     from oki_trace.exchange.formats import Format
-    from oki_trace.exchange.importing import import_files, import_path, import_stream
 
+    written = []
     with TraceReader(db) as reader:
-        for kind in (Format.JSON, Format.JSONL, Format.PARQUET, Format.HTML):
-            target = folder / f"export-{kind.value}"
-            export(reader, 1, kind, target, io.StringIO(), tensors=kind is Format.JSON)
-    import_path(folder / "export-json", db)
-    import_path(folder / "export-parquet", db)
-    with (folder / "export-jsonl").open("rb") as stream:
+        for name in formats:
+            target = folder / f"export-{name}"
+            export(reader, 1, Format(name), target, io.StringIO(), tensors=name == "json")
+            written.append(target)
+    return written
+
+
+def _import_path(db: str, folder: Path) -> None:
+    from oki_trace.exchange.importing import import_path
+
+    for path in _export(db, folder, "json", "parquet"):
+        import_path(path, db)
+
+
+def _import_stream(db: str, folder: Path) -> None:
+    from oki_trace.exchange.importing import import_stream
+
+    path = _export(db, folder, "jsonl", "html")[0]
+    with path.open("rb") as stream:
         import_stream(stream, db)
-    with (folder / "export-json").open("rb") as file:
+
+
+def _import_files(db: str, folder: Path) -> None:
+    from oki_trace.exchange.importing import import_files
+
+    (path,) = _export(db, folder, "json")
+    with path.open("rb") as file:
         import_files({".json": file}, db)
 
 
 def _questions(db: str) -> None:
-    from oki_trace.analysis.background_sync import CatchUp
+    from oki_trace.analysis.background_sync import BackgroundSync
     from oki_trace.analysis.query_session import QuerySession
 
-    with QuerySession(db) as trove:
-        trove.sql("SELECT count(*) FROM step")
-        trove.rebuild()
+    with QuerySession(db) as session:
+        session.sql("SELECT count(*) FROM step")
+        session.rebuild()
     with TraceReader(db) as reader:
-        assert CatchUp(db, reader).behind(60) is None
+        assert BackgroundSync(db, reader).behind(60) is None
 
 
 # By the place where the function is: a public one that takes a store's address.
@@ -149,13 +168,13 @@ ENTRIES: dict[str, Callable[[str, Path], object]] = {
         list(copy.copy(to / "copy.db", db)),
     ),
     "oki_trace.store.schema.identity.address": lambda db, _: identity.address(db),
-    "oki_trace.exchange.importing.import_path": _import,
-    "oki_trace.exchange.importing.import_stream": _import,
-    "oki_trace.exchange.importing.import_files": _import,
+    "oki_trace.exchange.importing.import_path": _import_path,
+    "oki_trace.exchange.importing.import_stream": _import_stream,
+    "oki_trace.exchange.importing.import_files": _import_files,
     "oki_trace.analysis.query_session.QuerySession": lambda db, _: _questions(db),
     "oki_trace.analysis.folder.folder_of": lambda db, _: _questions(db),
     "oki_trace.analysis.cache.Cache": lambda db, _: _questions(db),
-    "oki_trace.analysis.background_sync.CatchUp": lambda db, _: _questions(db),
+    "oki_trace.analysis.background_sync.BackgroundSync": lambda db, _: _questions(db),
 }
 
 

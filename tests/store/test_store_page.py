@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
+
+from scripts import store_schema
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "store.md"
 
 
 def test_the_tables_are_those_of_the_models() -> None:
-    spec = importlib.util.spec_from_file_location("store_schema", ROOT / "docs/store_schema.py")
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     text = PAGE.read_text(encoding="utf-8")
-    told = text.partition(script.BEGIN)[2].partition(script.END)[0]
-    assert told.strip() == script.schema().strip(), "run: python docs/store_schema.py"
+    told = text.partition(store_schema.BEGIN)[2].partition(store_schema.END)[0]
+    assert told.strip() == store_schema.schema().strip(), "run: python scripts/store_schema.py"
 
 
 def test_every_promise_names_a_test_that_is_there() -> None:

@@ -1,10 +1,10 @@
-"""JSON read a piece at a time, from a file that may be hostile.
+"""JSON read one value at a time, from a file that may be hostile.
 
 The standard library parses each value; this walks the objects and lists around
-them, so that a document of any length is read with one value in memory, and
-passes over what nobody asks for without holding it. What is not JSON by the
-letter (NaN, Infinity, a name given twice, a number too large, bytes that are
-not UTF-8, nesting without end) is an ExchangeError.
+them. So a document of any length is read with one value in memory, and names
+that are not needed are skipped without holding their values. Anything that is
+not strictly JSON (NaN, Infinity, a name twice in one object, a number out of
+range, bytes that are not UTF-8, endless nesting) is an ExchangeError.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
-from oki_trace.errors import ExchangeError
+from oki_trace.exchange.refusal import refused
 
 # One value: a step, or a list that is not walked. Steps of large models take a megabyte.
 MAX_VALUE_CHARACTERS = 64_000_000
-# Of names that are passed over: deeper than anything is written by hand or by a program.
+# Of values that are skipped: more than people or programs write.
 MAX_DEPTH = 50
 _CHUNK = 1 << 18
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = set("-0123456789")
-_LONGEST_TAIL = 32  # characters: of a number's fraction and exponent, with room
+_LONGEST_TAIL = 32  # characters: of a number's fraction and exponent, with some to spare
 _CHARACTERS = r'(?:[^"\\\x00-\x1f]++|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*+'
 _IN_STRING = re.compile(_CHARACTERS)
 _LONGEST_ESCAPE = len(r"\u0000")
-# Many small entries of a list, or members of an object, that are passed over at once.
+# Many small entries of a list, or members of an object, that are skipped at once.
 _S = r"[ \t\r\n]*+"
 _NUMERAL = r"-?(?:0|[1-9]\d*+)(?:\.\d++)?(?:[eE][-+]?\d++)?"
 _SMALL = rf'(?:"{_CHARACTERS}"|{_NUMERAL}|true|false|null|\[{_S}\]|\{{{_S}\}})'
@@ -49,36 +49,42 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is given twice in one object")
-    return found
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name is twice in one object")
+    return values
 
 
 _DECODER = json.JSONDecoder(
     parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique
 )
-
-
-def loads(text: str) -> Any:
-    """One value, whole. Raises ValueError or RecursionError for what is not JSON."""
-    return _DECODER.decode(text)
+# The whole of one value. Raises ValueError or RecursionError for text that is not JSON.
+loads = _DECODER.decode
 
 
 class JsonStream:
-    """Reads values, and walks into objects and lists, from a file of bytes.
+    """Reads values from a file of bytes, and walks its objects and lists.
 
-    ``pulse`` is called with each piece that is read.
+    ``pulse`` is called after each piece that is read. Raises ExchangeError.
     """
 
-    def __init__(self, file: BinaryIO, name: str, pulse: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, file: BinaryIO, pulse: Callable[[], None] = lambda: None) -> None:
         self._file = file
-        self._name = name
         self._pulse = pulse
         self._start(0)
 
+    def tell(self) -> int:
+        """Where the next value begins, in bytes."""
+        self.peek()
+        return self._offset + self._bytes_before(self._at)
+
+    def seek(self, offset: int) -> None:
+        """Continue at a place that ``tell`` returned, or at the beginning."""
+        self._file.seek(offset)
+        self._start(offset)
+
     def _start(self, offset: int) -> None:
-        # A mark of the byte order may stand at the very beginning, and nowhere else.
+        # Only the very beginning may have a byte order mark.
         encoding = "utf-8" if offset else "utf-8-sig"
         self._decoder = codecs.getincrementaldecoder(encoding)()
         self._offset = offset  # in bytes, of the text's first character
@@ -87,26 +93,22 @@ class JsonStream:
         self._at_beginning = not offset
         self._ended = False
 
-    def wrong(self, what: str) -> ExchangeError:
-        """The error for this file."""
-        return ExchangeError(f"{self._name} cannot be imported: {what}. Nothing was.")
-
-    def tell(self) -> int:
-        """Where the next value begins, in bytes."""
-        self.peek()
-        return self._offset + self._bytes_before(self._at)
-
-    def seek(self, offset: int) -> None:
-        """Go on from a place that ``tell`` has told."""
-        self._file.seek(offset)
-        self._start(offset)
+    def count(self, name: str, most: int) -> int:
+        """How often objects have this name, at most ``most``; the place is lost."""
+        quoted = f'"{name}"'.encode()
+        self._file.seek(0)
+        count, tail = 0, b""
+        while count < most and (data := self._file.read(_CHUNK)):
+            self._pulse()
+            data = tail + data
+            count += data.count(quoted)
+            tail = data[1 - len(quoted) :]
+        return min(count, most)
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is not a space; empty at the end."""
         while True:
-            found = _SPACE.match(self._text, self._at)
-            assert found is not None
-            self._at = found.end()
+            self._at = self._end_of(_SPACE)
             if self._at < len(self._text):
                 return self._text[self._at]
             if not self._more():
@@ -118,37 +120,37 @@ class JsonStream:
         wanted = _CHUNK
         while True:
             try:
-                value, end = self._decoded()
-                # A number near the end of what was read may go on behind it.
+                value, end = self._decode()
+                # A number near the end of the text may continue after it.
                 near = first in _NUMBER and end > len(self._text) - _LONGEST_TAIL
-                length = end - self._at  # reading on moves both
+                length = end - self._at  # reading moves both
                 if not near or not self._more():
                     self._at += length
                     return value
             except json.JSONDecodeError as error:
-                if not self._may_go_on(error) or not self._more():
-                    what = f"it ends in the middle, or is not JSON ({error.msg})"
-                    raise self.wrong(what) from error
+                if not self._may_continue(error) or not self._more():
+                    reason = f"it ends in the middle, or is not JSON ({error.msg})"
+                    raise refused(reason) from error
             if len(self._text) - self._at > MAX_VALUE_CHARACTERS:
-                raise self.wrong(f"a value is longer than {MAX_VALUE_CHARACTERS:,} characters")
-            # Twice as much each time, so that trying again stays cheap.
+                raise refused(f"a value is longer than {MAX_VALUE_CHARACTERS:,} characters")
+            # Twice as much each time, so that decoding again stays cheap.
             while len(self._text) - self._at < wanted and self._more():
                 pass
             wanted *= 2
 
     def skip(self, depth: int = 0) -> None:
-        """Pass over the next value, however long, and hold none of it."""
+        """Skip the next value, of any length, and hold none of it."""
         first = self._first()
         try:
-            _, end = self._decoded()
+            _, end = self._decode()
             if first not in _NUMBER or end <= len(self._text) - _LONGEST_TAIL:
                 self._at = end
                 return
         except json.JSONDecodeError as error:
-            if not self._may_go_on(error):
-                raise self.wrong(f"it is not JSON ({error.msg})") from error
+            if not self._may_continue(error):
+                raise refused(f"it is not JSON ({error.msg})") from error
         if depth > MAX_DEPTH:
-            raise self.wrong("it is nested too deeply")
+            raise refused("it is nested too deeply")
         if first in "{[":
             self._skip_within(first, depth)
         elif first == '"':
@@ -157,126 +159,115 @@ class JsonStream:
             self.value()
 
     def items(self, *, unique: bool = True) -> Iterator[str]:
-        """The names of an object; the caller takes the value of each before the next.
+        """The names of an object; the caller takes the value of each before the next name.
 
-        That none is given twice is seen to by remembering them, unless the caller does it.
+        ``unique``: names are remembered, and one that comes twice is refused.
         """
-        self._take("{")
-        seen: set[str] = set()
-        if self.peek() != "}":
-            while True:
-                name = self.value()
-                if not isinstance(name, str) or name in seen:
-                    raise self.wrong("it is not JSON, or gives a name twice in one object")
-                if unique:
-                    seen.add(name)
-                self._take(":")
-                yield name
-                if self.peek() != ",":
-                    break
-                self._take(",")
-        self._take("}")
+        names: set[str] = set()
+        for _ in self._within("{", "}"):
+            name = self.value()
+            if not isinstance(name, str) or name in names:
+                raise refused("it is not JSON, or has a name twice in one object")
+            if unique:
+                names.add(name)
+            self._take(":")
+            yield name
 
     def elements(self) -> Iterator[None]:
         """The places of a list; the caller takes the value at each before the next."""
-        self._take("[")
-        if self.peek() != "]":
-            while True:
-                yield
-                if self.peek() != ",":
-                    break
-                self._take(",")
-        self._take("]")
+        return self._within("[", "]")
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raise unless the file ends here."""
         if self.peek():
-            raise self.wrong("something stands after its end")
+            raise refused("there is more after its end")
 
-    # ------------------------------------------------------------------- within
+    # ------------------------------------------------------------------- text
+
+    def _within(self, first: str, last: str) -> Iterator[None]:
+        self._take(first)
+        if self.peek() != last:
+            yield
+            while self.peek() == ",":
+                self._take(",")
+                yield
+        self._take(last)
 
     def _first(self) -> str:
         first = self.peek()
         if not first:
-            raise self.wrong("it ends in the middle")
+            raise refused("it ends in the middle")
         return first
 
-    def _decoded(self) -> tuple[Any, int]:
-        """What can be decoded from here, and where it ends; JSONDecodeError where nothing can."""
+    def _decode(self) -> tuple[Any, int]:
+        """The value that begins here, and where it ends. Raises JSONDecodeError without one."""
         try:
             return _DECODER.raw_decode(self._text, self._at)
         except json.JSONDecodeError:
             raise
         except ValueError as error:
+            # Python refuses to parse a whole number of more than some thousand digits.
             too_long = "digits" in str(error)
-            what = "a number has too many digits" if too_long else str(error)
-            raise self.wrong(what) from error
+            raise refused("a number has too many digits" if too_long else str(error)) from error
         except RecursionError as error:
-            raise self.wrong("it is nested too deeply") from error
+            raise refused("it is nested too deeply") from error
 
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether what follows may mend it."""
+    def _may_continue(self, error: json.JSONDecodeError) -> bool:
+        """Whether the text that follows may complete the value."""
         unfinished = error.msg.startswith("Unterminated string")
         return unfinished or error.pos >= len(self._text) - _LONGEST_TAIL
 
     def _skip_within(self, first: str, depth: int) -> None:
-        """An object or a list, entry by entry; small ones many at once."""
-        small, last = (_MEMBERS, "}") if first == "{" else (_ENTRIES, "]")
-        self._take(first)
-        if self.peek() != last:
-            while True:
-                found = small.match(self._text, self._at)
-                assert found is not None
-                self._at = found.end()
-                if first == "{":
-                    if self.peek() != '"':
-                        raise self.wrong("it is not JSON (an object without a name)")
-                    self.skip(depth + 1)
-                    self._take(":")
+        """An object or a list, entry by entry; many small ones at once."""
+        is_object = first == "{"
+        for _ in self._within(first, "}" if is_object else "]"):
+            self._at = self._end_of(_MEMBERS if is_object else _ENTRIES)
+            if is_object:
+                if self.peek() != '"':
+                    raise refused("it is not JSON (an object without a name)")
                 self.skip(depth + 1)
-                if self.peek() != ",":
-                    break
-                self._take(",")
-        self._take(last)
+                self._take(":")
+            self.skip(depth + 1)
 
     def _skip_string(self) -> None:
         self._at += 1
         while True:
-            found = _IN_STRING.match(self._text, self._at)
-            assert found is not None
-            self._at = found.end()
-            left = len(self._text) - self._at
-            if left and self._text[self._at] == '"':
+            self._at = self._end_of(_IN_STRING)
+            rest = len(self._text) - self._at
+            if rest and self._text[self._at] == '"':
                 self._at += 1
                 return
             # An escape may be cut in two.
-            cut = left < _LONGEST_ESCAPE and (not left or self._text[self._at] == "\\")
+            cut = rest < _LONGEST_ESCAPE and (not rest or self._text[self._at] == "\\")
             if not cut or not self._more():
-                raise self.wrong("it ends in the middle, or is not JSON (a string that is none)")
+                raise refused("it ends in the middle, or is not JSON (a string without an end)")
 
     def _take(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            what = "it ends in the middle" if not found else "it is not JSON of oki-trace"
-            raise self.wrong(what)
+            raise refused("it is not JSON of oki-trace" if found else "it ends in the middle")
         self._at += 1
 
+    def _end_of(self, pattern: re.Pattern[str]) -> int:
+        """Where a pattern that also matches nothing ends."""
+        match = pattern.match(self._text, self._at)
+        assert match is not None
+        return match.end()
+
     def _bytes_before(self, at: int) -> int:
-        if self._text.isascii():
-            return at
-        return len(self._text[:at].encode("utf-8"))
+        return at if self._text.isascii() else len(self._text[:at].encode("utf-8"))
 
     def _more(self) -> bool:
-        """Read on; False at the end of the file."""
+        """Read the next piece; False at the end of the file."""
         if self._ended:
             return False
         try:
             data = self._file.read(_CHUNK)
             text = self._decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            raise self.wrong("it is not UTF-8 text") from error
+            raise refused("it is not UTF-8 text") from error
         except OSError as error:
-            raise self.wrong(str(error.strerror or error)) from error
+            raise refused(str(error.strerror or error)) from error
         self._pulse()
         self._ended = not data
         if self._at_beginning and data.startswith(codecs.BOM_UTF8):

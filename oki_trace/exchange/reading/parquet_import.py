@@ -1,30 +1,30 @@
 """A conversation from its folder of Parquet tables, read step by step.
 
-Each table is in the order of messages and steps, so a cursor a table is enough;
-a row that belongs to no step, or stands out of order, is an ExchangeError. Rows
-become what a trace object says, and are then read as one of JSON is.
+The rows of each table are in the order of messages and steps, so one cursor a
+table is enough; a row that belongs to no step, or is out of order, is an
+ExchangeError. Rows become the fields of a trace object, and are then read as
+those of JSON are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
+from typing_extensions import TypedDict
 
 from oki_trace.exchange import schema
 from oki_trace.exchange.reading.json_stream import loads
 from oki_trace.exchange.reading.replies import TokenIds, turn_start
 from oki_trace.exchange.reading.staging import Staging
-from oki_trace.exchange.reading.steps import step_record, tensor_records
+from oki_trace.exchange.reading.steps import check_tensors, step_record
 from oki_trace.exchange.reading.table_cursor import Row, TableCursor
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
-from oki_trace.exchange.tensor_file import ITEMS
+from oki_trace.exchange.tensor_file import Layers, Shape, byte_count, decode
 from oki_trace.exchange.trace_object import BLANK
 from oki_trace.records import Step, Tensor
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
@@ -37,23 +37,26 @@ _KEYS = {
     "step": "message_id",
     "prompt_token": "message_id",
 }
+# The columns of a message that are JSON text.
 _DOCUMENTS = (
-    "choice",
-    "sampling",
-    "policy",
-    "generation",
-    "capture",
-    "checks",
-    "parts",
-    "template",
+    *("choice", "sampling", "policy", "generation", "capture", "checks", "parts", "template"),
 )
-# A step of a trace object calls these otherwise.
+# The columns whose field in a trace object has another name.
 _RENAMED = {
     "step": "step_index",
     "chosen_token": "token",
     "chosen_id": "token_id",
     "chosen_bytes": "token_bytes",
 }
+
+
+class _TensorRow(TypedDict):
+    name: TensorName
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    shape: Shape
+    layers: Layers | None
+    key_offset: schema.Large | None
+    data: bytes
 
 
 def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = lambda: None) -> None:
@@ -63,9 +66,9 @@ def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = la
         for name in TABLES:
             cursors[name] = TableCursor(folder, name, _KEYS.get(name, "step_id"), pulse)
             closing.callback(cursors[name].close)
-        said = _conversation(cursors["conversation"])
-        staging.begin(schema.read(schema.Conversation, said, "the conversation"))
-        for place, row in enumerate(cursors["message"].of(said["id"])):
+        conversation = _conversation(cursors["conversation"])
+        staging.begin(schema.read(schema.Conversation, conversation, "the conversation"))
+        for place, row in enumerate(cursors["message"].of(conversation["id"])):
             where = f"message {staging.messages + 1}"
             if row["position"] not in (None, place):
                 raise refused(f"{where}: position is not {place}")
@@ -75,8 +78,7 @@ def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = la
 
 
 def _conversation(cursor: TableCursor) -> Row:
-    number = cursor.next_owner()
-    row = next(cursor.of(number), None)
+    row = next(cursor.of(cursor.next_owner()), None)
     if row is None or cursor.next_owner() is not None:
         raise refused(f"the table conversation has {'no row' if row is None else 'several rows'}")
     return row
@@ -87,7 +89,7 @@ def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
         row[name] = _document(row[name], f"{where}, {name}")
     message = schema.read(schema.Message, row, where)
     if row["capture"] is None:
-        staging.say(message, where)
+        staging.add_message(message, where)
         return
     number = message.get("id")
     if number is None:
@@ -97,20 +99,20 @@ def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
     trace = schema.read(schema.Trace, {"version": None, **row, **prompt}, at)
     ids = TokenIds()
     start = turn_start(trace, ids, None, at)
+    left_out = start.capture.tensors_left_out
 
     def steps() -> Iterator[Step]:
         for index, values in enumerate(cursors["step"].of(number)):
             here = f"{where}, step {index}"
-            read = schema.read(schema.Step, _step(values, cursors, here), here)
-            step = step_record(read, index, start, ids, 0, here)
-            found = cursors["tensor"].take(values["id"], len(get_args(TensorName)), here)
-            tensors = tuple(_tensor(tensor, here) for tensor in found)
+            fields = schema.read(schema.Step, _step(values, cursors, here), here)
+            step = step_record(fields, index, start, ids, 0, here)
+            rows = cursors["tensor"].take(values["id"], len(get_args(TensorName)), here)
+            tensors = tuple(_tensor(row, here) for row in rows)
             if tensors and left_out:
-                raise refused(f"{here}: it has tensors that it says were left out")
-            yield replace(step, tensors=tensor_records(tensors, step, start.capture, here))
+                raise refused(f"{here}: it has tensors that capture says were left out")
+            yield replace(step, tensors=check_tensors(tensors, step, start.capture, here))
 
-    left_out = start.capture.tensors_left_out
-    staging.reply(message, start, steps(), where, tensors=not left_out)
+    staging.add_reply(message, start, steps(), where, has_tensors=not left_out)
 
 
 def _prompt(rows: Iterator[Row], where: str) -> dict[str, list[Any]]:
@@ -122,79 +124,68 @@ def _prompt(rows: Iterator[Row], where: str) -> dict[str, list[Any]]:
             raise refused(f"{where}: its prompt has more than {schema.MAX_PROMPT:,} tokens")
         if row["position"] != position:
             raise refused(f"{where}: the tokens of its prompt are out of order")
-        ids.append(_known(row["token_id"]))
+        ids.append(_known_id(row["token_id"]))
         tokens.append(row["token"])
         segments.append(row["segment"])
     return {"prompt_token_ids": ids, "prompt_tokens": tokens, "prompt_segments": segments}
 
 
 def _step(row: Row, cursors: Cursors, where: str) -> Row:
-    """A step as a trace object has it."""
-    number = row["id"]
-    weights = _by_layer(cursors, "attention", number, where)
-    read = _by_layer(cursors, "lens", number, where)
-    made = {**row, **{name: row[column] for name, column in _RENAMED.items()}}
-    candidates = cursors["topk_entry"].take(number, schema.MAX_ENTRIES, where)
+    """The fields of a step of a trace object."""
+    attention = _by_layer(cursors, "attention", row["id"], where)
+    lens = _by_layer(cursors, "lens", row["id"], where)
+    candidates = cursors["topk_entry"].take(row["id"], schema.MAX_ENTRIES, where)
     return {
-        **made,
-        "chosen_id": _known(row["token_id"]),
+        **row,
+        **{name: row[column] for name, column in _RENAMED.items()},
+        "chosen_id": _known_id(row["token_id"]),
         "rank": row["rank"] or None,
         "decision": _document(row["decision"], f"{where}, decision"),
         "logits_topk": _entries(candidates),
-        "attention": weights,
-        "logit_lens": [{**layer, "chosen_rank": layer["chosen_rank"] or None} for layer in read],
+        "attention": attention,
+        "logit_lens": [{**layer, "chosen_rank": layer["chosen_rank"] or None} for layer in lens],
     }
 
 
 def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> list[Row]:
     """The rows of the layers of a step, each with its entries as ``topk``."""
     layers = cursors[f"{kind}_layer"].take(step, schema.MAX_LAYERS + 1, where)
-    found: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
+    entries: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
     for entry in _entries(cursors[f"{kind}_entry"].take(step, schema.MAX_CELLS, where)):
-        if entry["layer"] not in found:
-            raise refused(f"{where}: the table {kind}_entry has a layer that is not there")
-        found[entry["layer"]].append(entry)
-    return [{**row, "topk": found[row["layer"]]} for row in layers]
+        if entry["layer"] not in entries:
+            raise refused(f"{where}: the table {kind}_entry has a layer that {kind}_layer has not")
+        entries[entry["layer"]].append(entry)
+    return [{**row, "topk": entries[row["layer"]]} for row in layers]
 
 
 def _entries(rows: list[Row]) -> list[Row]:
-    """Without the blanks that fill up a shorter list; an id below them is not known."""
-    made = []
+    """The entries without the blanks that fill up shorter lists; ids below those are unknown."""
+    entries = []
     for row in rows:
         token_id = row.get("token_id")
         if token_id is not None and token_id < 0:
             if token_id == BLANK:
                 continue
             row["token_id"] = None
-        made.append(row)
-    return made
+        entries.append(row)
+    return entries
 
 
 def _tensor(row: Row, where: str) -> Tensor:
-    dtype, data = ITEMS.get(row["dtype"] or ""), row["data"]
-    shape, layers, key_offset = row["shape"], row["layers"] or [], row["key_offset"] or 0
-    if row["name"] not in get_args(TensorName) or dtype is None or data is None or not shape:
-        raise refused(f"{where}: a tensor has an unknown name or dtype")
-    good = len(shape) <= 3 and all(type(n) is int and n >= 0 for n in (*shape, *layers, key_offset))
-    size = math.prod(shape) * np.dtype(dtype).itemsize if good else -1
-    if size != len(data) or size > MAX_RAW_BYTES:
+    fields = schema.read(_TensorRow, row, f"{where}, tensor")
+    dtype, shape, data = fields["dtype"], fields["shape"], fields["data"]
+    if not len(data) == byte_count(dtype, shape) <= MAX_RAW_BYTES:
         raise refused(f"{where}: a tensor is not as large as its shape says")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape)
-    return Tensor(
-        name=cast("TensorName", row["name"]),
-        array=array.astype(array.dtype.newbyteorder("="), copy=False),
-        dtype=row["dtype"],
-        layers=tuple(layers),
-        key_offset=key_offset,
-    )
+    layers, key_offset = fields["layers"] or (), fields["key_offset"] or 0
+    return decode(fields["name"], dtype, shape, data, layers, key_offset)
 
 
 def _document(text: str | None, where: str) -> Any:
     try:
         return None if text is None else loads(text)
     except (ValueError, RecursionError) as error:
-        raise refused(f"{where} is no JSON object") from error
+        raise refused(f"{where} is not a JSON object") from error
 
 
-def _known(token_id: int | None) -> int | None:
+def _known_id(token_id: int | None) -> int | None:
     return token_id if token_id is not None and token_id >= 0 else None

@@ -1,9 +1,9 @@
 """The process that reads a file which may be hostile; ``supervisor`` starts and ends it.
 
 It reads one request from standard input, a line of JSON, limits its own memory
-before the first byte of the file is parsed, and ends when its input is closed:
-when the process that started it is gone. It writes lines of JSON to standard
-output: how far it is, and what came of it.
+before the first byte of the file is parsed, and ends when its input is closed,
+which means that its parent has ended. It writes lines of JSON to standard
+output: its progress, then the outcome.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,16 +22,17 @@ from typing import Any, TextIO
 
 from oki_trace.child_process import limit_memory
 from oki_trace.errors import OkiTraceError
+from oki_trace.exchange.reading.source import CHUNK, is_zip, opened, refuse_unreadable, unpack
 from oki_trace.exchange.refusal import refused
 
-_NEWS_SECONDS = 0.1
+_PROGRESS_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to read, and where to keep it: ``staging`` is a file in a folder for it alone.
+    """The file to read, and ``staging``, the file to write in a folder of its own.
 
-    ``memory_bytes``: what reading may take beyond the program itself.
+    ``memory_bytes``: the memory that reading may take beyond the program itself.
     """
 
     path: str
@@ -39,13 +41,13 @@ class Request:
     memory_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Outcome:
-    """What has been read.
+    """What was read. ``tensors_from``: the file of its tensors.
 
-    ``changed``: the messages that are not what the file's own digests say;
-    ``without_digest`` those that the file has no digest of.
-    ``error``: its kind and its sentence, when it cannot be imported.
+    ``changed`` messages differ from what was recorded, by their digests;
+    ``without_digest`` have none, so a change would not be noticed. ``error``: the
+    class and the sentence of the error that refuses the file.
     """
 
     messages: int = 0
@@ -56,13 +58,13 @@ class Outcome:
     error: tuple[str, str] | None = None
 
 
-class News:
-    """How far the reading is, told now and then; every call shows that it goes on."""
+class Progress:
+    """Reports progress to the parent now and then; every call shows that reading goes on."""
 
     def __init__(self, channel: TextIO) -> None:
         self._channel = channel
         self._steps = 0
-        self._told = 0.0
+        self._reported = 0.0
 
     def step(self) -> None:
         self._steps += 1
@@ -70,14 +72,14 @@ class News:
 
     def pulse(self) -> None:
         now = time.monotonic()
-        if now - self._told >= _NEWS_SECONDS:
-            self._told = now
-            self._say({"steps": self._steps})
+        if now - self._reported >= _PROGRESS_SECONDS:
+            self._reported = now
+            self._write({"steps": self._steps})
 
     def end(self, outcome: Outcome) -> None:
-        self._say({"outcome": asdict(outcome)})
+        self._write({"outcome": asdict(outcome)})
 
-    def _say(self, value: Any) -> None:
+    def _write(self, value: Any) -> None:
         self._channel.write(json.dumps(value) + "\n")
         self._channel.flush()
 
@@ -85,14 +87,14 @@ class News:
 def main() -> None:
     """Serve one request."""
     channel = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    # What a library prints is not part of what is told.
+    # Anything that a library prints must not get into the channel.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    # Libraries are loaded while the request is prepared.
-    import_module("oki_trace.exchange.reading.dispatch")
+    # Libraries are loaded while the parent prepares the request.
+    import_module("oki_trace.exchange.reading.json_import")
     request = Request(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    news = News(channel)
-    news.end(serve(request, news, limit_memory))
+    progress = Progress(channel)
+    progress.end(serve(request, progress, limit_memory))
 
 
 def _end_with_parent() -> None:
@@ -100,14 +102,14 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def serve(request: Request, news: News, limit: Callable[[int], None]) -> Outcome:
-    """Read what is asked for. Whatever a hostile file brings about is one sentence."""
+def serve(request: Request, progress: Progress, limit: Callable[[int], None]) -> Outcome:
+    """Read the file. Whatever a hostile file causes becomes one sentence."""
     try:
-        return _read(request, news, limit)
+        return _read(request, progress, limit)
     except MemoryError:
         error: OkiTraceError = refused(
             f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory (if you trust it, "
-            "give more to `oki-trace import --memory`)"
+            "allow more with `oki-trace import --memory`)"
         )
     except OkiTraceError as caught:
         error = caught
@@ -120,21 +122,48 @@ def serve(request: Request, news: News, limit: Callable[[int], None]) -> Outcome
     return Outcome(error=(type(error).__name__, str(error)))
 
 
-def _read(request: Request, news: News, limit: Callable[[int], None]) -> Outcome:
-    from oki_trace.exchange.reading.dispatch import read
+def _read(request: Request, progress: Progress, limit: Callable[[int], None]) -> Outcome:
+    """Find out what the path holds, and read it into the staging store."""
+    from oki_trace.exchange.reading.json_import import JsonImport
+    from oki_trace.exchange.reading.json_stream import JsonStream
     from oki_trace.exchange.reading.staging import Staging
+    from oki_trace.exchange.tensor_file import SUFFIX, TensorFile
 
     path = Path(request.path)
-    staging = Staging(Path(request.staging), request.staging_bytes, news.step)
-    try:
-        # Libraries are loaded before memory is limited: they are not the file's.
-        tensors_from = read(path, staging, news.pulse, lambda: limit(request.memory_bytes))
-    finally:
-        staging.close()
+    tensors_from = None
+    with ExitStack() as closing:
+        staging = Staging(Path(request.staging), request.staging_bytes, progress.step)
+        closing.callback(staging.close)
+        folder: Path | None = path if path.is_dir() else None
+        if folder is None:
+            file = closing.enter_context(opened(path, follow=True))
+            start = file.read(CHUNK)
+            file.seek(0)
+            refuse_unreadable(start)
+            folder = staging.path.parent / "unpacked" if is_zip(start) else None
+        if folder is not None:
+            # Here, because pyarrow takes a while to import.
+            from oki_trace.exchange.reading.parquet_import import import_tables
+            from oki_trace.exchange.tables import FILES
+
+            # Memory is limited once libraries are loaded: theirs is not the file's.
+            limit(request.memory_bytes)
+            if folder != path:
+                folder.mkdir()
+                unpack(file, folder, FILES, progress.pulse)
+            import_tables(folder, staging, progress.pulse)
+        else:
+            limit(request.memory_bytes)
+            beside = path.with_suffix(SUFFIX)
+            tensors = None
+            if beside != path and os.path.lexists(beside):
+                tensors = closing.enter_context(TensorFile(beside))
+                tensors_from = str(beside)
+            JsonImport(JsonStream(file, progress.pulse), staging, tensors).run()
     if not staging.began:
         raise refused("there is no conversation in it")
-    told = None if tensors_from is None else str(tensors_from)
-    return Outcome(staging.messages, staging.steps, told, staging.changed, staging.without_digest)
+    counts = (staging.messages, staging.steps, tensors_from)
+    return Outcome(*counts, staging.changed, staging.without_digest)
 
 
 if __name__ == "__main__":

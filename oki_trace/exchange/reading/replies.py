@@ -1,33 +1,24 @@
-"""What is known of a reply before its steps, of what a file says.
+"""A reply before its steps, from the validated fields of a file.
 
-``schema`` has checked each field by itself; here is checked what concerns
-several. What a trace does not say is not guessed: a number becomes NaN, a rank
-0, and a token known by its text alone gets an id below ``BLANK``, one for each
-text, so that equal texts are still the same token. The one exception: of a
-token that was chosen, whose id is known, every mention by text is that token.
+``schema`` has checked each field by itself; this checks several together.
+Nothing is made up: a missing number becomes NaN, a missing rank 0, and a token
+known by its text alone gets an id below ``BLANK``, the same for the same text.
+The one exception is a chosen token whose id is known: every mention of its text
+is that token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from oki_trace.errors import UsageError
 from oki_trace.exchange import schema
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.schema import known
+from oki_trace.exchange.schema import value_or
 from oki_trace.exchange.trace_object import BLANK
-from oki_trace.records import (
-    CapturePolicy,
-    CaptureReport,
-    Generation,
-    Part,
-    Prompt,
-    ReplyChecks,
-    TemplateOptions,
-    TurnStart,
-)
+from oki_trace.records import CapturePolicy, CaptureReport, Generation, Part, Prompt, TurnStart
 
-# Tokens of a prompt that may have no text of their own, such as special ones.
+# Tokens of a prompt that may have no text, such as special ones.
 _TEXTLESS = 100_000
 
 
@@ -49,17 +40,17 @@ class TokenIds:
 
 @dataclass
 class Survey:
-    """What the steps of version 1 tell that its head does not."""
+    """What the head of a version 1 trace does not say, collected from its steps."""
 
     steps: int = 0
     first: int = 0
     layers: int = 0
-    most: list[int] = field(default_factory=lambda: [1, 1, 1])
-    attention: bool = False
+    topk: tuple[int, int, int] = (1, 1, 1)  # candidates, evidence, lens
+    has_evidence: bool = False
     chosen: dict[str, int] = field(default_factory=dict)
-    least_prompt: int = 0
-    told_prompt: int | None = None
-    in_prompt: dict[int, str] = field(default_factory=dict)
+    prompt_tokens: dict[int, str] = field(default_factory=dict)
+    _least_prompt_len: int = 0
+    _known_prompt_len: int | None = None
 
     def add(self, step: schema.Step) -> None:
         """The next step. Some trace writers count from 1."""
@@ -71,162 +62,91 @@ class Survey:
         token_id = step.get("chosen_id")
         if token_id is not None:
             self.chosen[step["chosen_token"]] = token_id
-        rows = step.get("logit_lens") or ()
-        self.layers = max([self.layers, *(row["layer"] for row in rows)])
-        counts = (
-            len(step.get("logits_topk") or ()),
-            len(step.get("evidence") or ()),
-            max([0, *(len(row.get("topk") or ()) for row in rows)]),
-        )
-        self.attention = self.attention or counts[1] > 0
-        self.most = [max(pair) for pair in zip(self.most, counts, strict=True)]
-        for entry in step.get("evidence") or ():
+        candidates, evidence, lens = self.topk
+        for row in step.get("logit_lens") or ():
+            self.layers = max(self.layers, row["layer"])
+            lens = max(lens, len(row.get("topk") or ()))
+        entries = step.get("evidence") or ()
+        candidates = max(candidates, len(step.get("logits_topk") or ()))
+        self.topk = (candidates, max(evidence, len(entries)), lens)
+        self.has_evidence = self.has_evidence or len(entries) > 0
+        for entry in entries:
             position, relative = entry["position"], entry.get("relative")
-            self.least_prompt = max(self.least_prompt, position - index + 1)
+            self._least_prompt_len = max(self._least_prompt_len, position - index + 1)
             if relative is not None and relative >= 0:
-                self.told_prompt = position - relative
-            self.in_prompt.setdefault(position, entry.get("token") or "")
+                self._known_prompt_len = position - relative
+            self.prompt_tokens.setdefault(position, entry.get("token") or "")
 
     @property
     def prompt_len(self) -> int:
-        """As evidence in the reply tells it; else the least with which no step looks ahead."""
-        return self.least_prompt if self.told_prompt is None else self.told_prompt
+        """From evidence inside the reply; else the least with which no step looks ahead."""
+        known = self._known_prompt_len
+        return self._least_prompt_len if known is None else known
 
 
 def turn_start(trace: schema.Trace, ids: TokenIds, survey: Survey | None, where: str) -> TurnStart:
-    """What is known of a reply before its steps; ``survey`` where it has no capture."""
+    """A reply before its first step; ``survey`` where the trace has no ``capture``."""
     survey = survey or Survey()
-    capture = trace.get("capture")
+    capture = trace.get("capture") or _capture_v1(trace, survey)
+    layers = capture.attention_layers
+    if list(layers) != sorted(set(layers)) or max(layers, default=0) > capture.layers:
+        raise refused(f"{where}, capture: attention_layers are not layers in rising order")
     return TurnStart(
-        model_id=known(trace, "model_id", "unknown"),
+        model_id=value_or(trace, "model_id", "unknown"),
         prompt=_prompt(trace, ids, survey, where),
-        generation=_generation(trace.get("generation") or {}, survey.steps),
-        capture=_report(capture, where) if capture else _report_v1(trace, survey),
+        generation=trace.get("generation")
+        or Generation(**{**schema.GENERATION, "max_new_tokens": survey.steps}),
+        capture=capture,
     )
 
 
 def _prompt(trace: schema.Trace, ids: TokenIds, survey: Survey, where: str) -> Prompt:
-    text = known(trace, "prompt", "")
+    text = value_or(trace, "prompt", "")
     tokens = trace.get("prompt_tokens")
     if tokens is None:
-        length = known(trace, "prompt_len", survey.prompt_len)
-        seen = {at: token for at, token in survey.in_prompt.items() if at < length}
-        if not 0 <= length <= len(seen) + len(text.encode()) + _TEXTLESS:
+        length = value_or(trace, "prompt_len", survey.prompt_len)
+        known = {at: token for at, token in survey.prompt_tokens.items() if at < length}
+        if not 0 <= length <= len(known) + len(text.encode()) + _TEXTLESS:
             raise refused(f"{where}: prompt_len is {length:,}, more tokens than its prompt can be")
-        tokens = [seen.get(position, "") for position in range(length)]
+        tokens = [known.get(position, "") for position in range(length)]
     token_ids = trace.get("prompt_token_ids") or [None] * len(tokens)
     segments = trace.get("prompt_segments") or ["template"] * len(tokens)
     if not len(tokens) == len(token_ids) == len(segments):
-        raise refused(f"{where}: the prompt's tokens, ids and segments are not as many")
-    if known(trace, "prompt_len", len(tokens)) != len(tokens):
+        raise refused(f"{where}: the prompt has different numbers of tokens, ids and segments")
+    if value_or(trace, "prompt_len", len(tokens)) != len(tokens):
         raise refused(f"{where}: prompt_len is not the number of the prompt's tokens")
     return Prompt(
         text=text,
-        token_ids=tuple(ids.of(i, token) for i, token in zip(token_ids, tokens, strict=True)),
+        token_ids=tuple(map(ids.of, token_ids, tokens)),
         tokens=tuple(tokens),
         segments=tuple(segments),
     )
 
 
-def _generation(values: schema.Generation, steps: int) -> Generation:
-    return Generation(
-        do_sample=known(values, "do_sample", False),
-        max_new_tokens=known(values, "max_new_tokens", steps),
-        temperature=values.get("temperature"),
-        top_p=values.get("top_p"),
-        top_k=values.get("top_k"),
-        repetition_penalty=values.get("repetition_penalty"),
-        seed=values.get("seed"),
-        eos_token_ids=tuple(values.get("eos_token_ids") or ()),
-        others=tuple(values.get("others") or ()),
-        replaced=tuple(values.get("replaced") or ()),
-    )
+def _capture_v1(trace: schema.Trace, survey: Survey) -> CaptureReport:
+    """The part of a report that follows from the steps."""
+    candidates, evidence, lens = survey.topk
+    available = value_or(trace, "logit_lens_available", survey.layers > 0)
+    known = {
+        "policy": CapturePolicy(candidates, evidence, lens, tensors="none"),
+        "layers": survey.layers,
+        "evidence_provenance": value_or(trace, "evidence_provenance", "not recorded"),
+        "attention_layers": (survey.layers,) if survey.has_evidence else (),
+        "logit_lens_available": available,
+        "lens_reason": None if available else "not in the imported trace",
+        "versions": "imported from trace version 1",
+    }
+    return CaptureReport(**{**schema.CAPTURE, **known})
 
 
-def _report(values: schema.Capture, where: str) -> CaptureReport:
-    layers = values["layers"]
-    attention = tuple(values.get("attention_layers") or ())
-    if list(attention) != sorted(set(attention)) or max(attention, default=0) > layers:
-        raise refused(f"{where}, capture: attention_layers are no layers in rising order")
-    return CaptureReport(
-        policy=known(values, "policy", CapturePolicy(tensors="none")),
-        layers=layers,
-        width=known(values, "width", 0),
-        dtype=known(values, "dtype", "unknown"),
-        device=known(values, "device", "unknown"),
-        quantization=values.get("quantization"),
-        evidence_provenance=known(values, "evidence_provenance", ""),
-        attention_layers=attention,
-        attention_check=values.get("attention_check"),
-        logit_lens_available=known(values, "logit_lens_available", False),
-        lens_reason=values.get("lens_reason"),
-        lens_check=values.get("lens_check"),
-        versions=known(values, "versions", "unknown"),
-        lens_draft=values.get("lens_draft"),
-        cache_check=values.get("cache_check"),
-        speedups=values.get("speedups") or {},
-        tensors_left_out=known(values, "tensors_left_out", False),
-    )
-
-
-def reply_parts(values: list[schema.Part] | None, steps: int, where: str) -> tuple[Part, ...]:
-    """The parts of a reply of so many ``steps``, which follow one another."""
-    parts = []
+def reply_parts(parts: Sequence[schema.Part] | None, steps: int, where: str) -> tuple[Part, ...]:
+    """The parts of a reply of ``steps`` steps, each of which begins where the last one ends."""
+    checked: list[Part] = []
     before = 0
-    for value in values or ():
-        start, end = known(value, "start", before), known(value, "end", before)
+    for part in parts or ():
+        start, end = value_or(part, "start", before), value_or(part, "end", before)
         if not before <= start <= end <= steps:
             raise refused(f"{where}, parts: they do not follow one another in its {steps:,} steps")
         before = end
-        name, arguments = value.get("name"), value.get("arguments")
-        parts.append(Part(value["kind"], value["text"], start, end, name, arguments))
-    return tuple(parts)
-
-
-def template_options(values: schema.Template | None, where: str) -> TemplateOptions | None:
-    """What the chat template was given."""
-    if values is None:
-        return None
-    try:
-        return TemplateOptions(values.get("arguments") or {}, tuple(values.get("tools") or ()))
-    except UsageError as error:
-        raise refused(f"{where}, template: {str(error).rstrip('.')}") from error
-
-
-def reply_checks(values: schema.Checks | None) -> ReplyChecks | None:
-    """How far the reply's numbers agreed with its model."""
-    if values is None:
-        return None
-    return ReplyChecks(
-        steps=tuple(values.get("steps") or ()),
-        lens=values.get("lens"),
-        draft=values.get("draft"),
-        attention=values.get("attention"),
-        fault=values.get("fault"),
-        notes=tuple(values.get("notes") or ()),
-    )
-
-
-def _report_v1(trace: schema.Trace, survey: Survey) -> CaptureReport:
-    """As much of a report as the steps themselves tell."""
-    available = known(trace, "logit_lens_available", survey.layers > 0)
-    return CaptureReport(
-        policy=CapturePolicy(
-            topk_logits=survey.most[0],
-            topk_evidence=survey.most[1],
-            topk_lens=survey.most[2],
-            tensors="none",
-        ),
-        layers=survey.layers,
-        width=0,
-        dtype="unknown",
-        device="unknown",
-        quantization=None,
-        evidence_provenance=known(trace, "evidence_provenance", "not said"),
-        attention_layers=(survey.layers,) if survey.attention else (),
-        attention_check=None,
-        logit_lens_available=available,
-        lens_reason=None if available else "not in the imported trace",
-        lens_check=None,
-        versions="imported from trace version 1",
-    )
+        checked.append(Part(**{**part, "start": start, "end": end}))
+    return tuple(checked)

@@ -1,7 +1,7 @@
-"""The files that an import reads: regular ones alone, each opened once.
+"""The files that an import reads: only regular files, each opened once.
 
-Nothing in a file names a place to read or write, and what a zip unpacks to is
-bounded by its own size.
+Nothing in a file names a place to read or write, and a zip unpacks to no more
+than a multiple of its own size.
 """
 
 from __future__ import annotations
@@ -26,15 +26,18 @@ CHUNK = 1 << 20
 
 @contextmanager
 def opened(path: Path, *, follow: bool) -> Iterator[BinaryIO]:
-    """A regular file: a pipe or a device might never end. ``follow``: it may be a link to one."""
+    """A regular file; a pipe or a device might never end. ``follow``: links are followed.
+
+    Raises ExchangeError.
+    """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         if not follow and path.is_symlink():
-            raise ExchangeError(f"{path} is a link. Put the file itself in its place.")
+            raise ExchangeError(f"{path} is a link. Replace it with the file itself.")
         handle = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
         with os.fdopen(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ExchangeError(f"{path} is no file. Pipe what it says into: import -")
+                raise ExchangeError(f"{path} is not a file. Pipe its content into: import -")
             yield file
     except OSError as error:
         raise ExchangeError(
@@ -43,11 +46,11 @@ def opened(path: Path, *, follow: bool) -> Iterator[BinaryIO]:
 
 
 def refuse_unreadable(start: bytes) -> None:
-    """Raise for the first ``CHUNK`` of a file that cannot be an export, with what it is."""
+    """Refuse a file whose first ``CHUNK`` cannot be of an export, and say what it is."""
     if start[:4] == b"PAR1":
-        raise refused("it is one table of an export: give the folder it stands in")
+        raise refused("it is one table of an export: import its folder")
     if start[:2] == b"\x1f\x8b" or start[:4] == b"\x28\xb5\x2f\xfd":
-        raise refused("it is compressed: unpack it first")
+        raise refused("it is compressed: decompress it first")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     if not is_zip(start) and text[:1] not in (b"{", b"[") and (text or len(start) < CHUNK):
         raise refused("it is not JSON of oki-trace")
@@ -59,22 +62,22 @@ def is_zip(start: bytes) -> bool:
 
 
 def unpack(file: BinaryIO, folder: Path, names: frozenset[str], pulse: Callable[[], None]) -> None:
-    """The tables of a zip, at its top or in one folder of it, and nothing but ``names``."""
+    """Unpack the tables of a zip, at its top or in one folder of it; all are of ``names``."""
     size = os.fstat(file.fileno()).st_size
     most = MAX_UNPACKED_FLOOR + MAX_UNPACKED_RATIO * size
     try:
-        with zipfile.ZipFile(file) as packed:
-            members = [member for member in packed.infolist() if not member.is_dir()]
+        with zipfile.ZipFile(file) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
             if len(members) > len(names):
                 raise refused("the zip holds more files than an export has")
             for member in members:
                 name = _table_name(member)
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise refused("the zip is packed in another way than deflate")
+                    raise refused("the zip uses another compression than deflate")
                 if name not in names or (folder / name).exists():
-                    raise refused(f"the zip holds {member.filename[:80]!r}, which is no table")
-                # Not what it says of itself counts, but what comes out.
-                with packed.open(member) as source, (folder / name).open("xb") as target:
+                    raise refused(f"the zip holds {member.filename[:80]!r}, which is not a table")
+                # The bytes that come out count, not the size that the zip states.
+                with archive.open(member) as source, (folder / name).open("xb") as target:
                     while chunk := source.read(CHUNK):
                         pulse()
                         most -= len(chunk)
@@ -89,8 +92,8 @@ def unpack(file: BinaryIO, folder: Path, names: frozenset[str], pulse: Callable[
 
 def _table_name(member: zipfile.ZipInfo) -> str:
     path = PurePosixPath(member.filename)
-    tricks = path.is_absolute() or ".." in path.parts or "\\" in member.filename
-    linked = stat.S_ISLNK(member.external_attr >> 16)
-    if tricks or linked or len(path.parts) > 2:
-        raise refused(f"the zip holds {member.filename[:80]!r}, which is no place for a table")
+    escapes = path.is_absolute() or ".." in path.parts or "\\" in member.filename
+    is_link = stat.S_ISLNK(member.external_attr >> 16)
+    if escapes or is_link or len(path.parts) > 2:
+        raise refused(f"the zip holds {member.filename[:80]!r}, which is not a place for a table")
     return path.name

@@ -1,7 +1,7 @@
-"""The reading process as seen from outside: started, watched, and ended in any case.
+"""Starts the reading process, watches it, and ends it in any case.
 
-It is given up when it shows no progress for ``STUCK_SECONDS``, and when it
-takes more memory than it may where the system cannot see to that itself.
+It is ended when it shows no progress for ``STUCK_SECONDS``, and when it takes
+more memory than it may, where the system does not enforce that.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from oki_trace.exchange.refusal import refused
 Tick = Callable[[int, int], None]  # steps done, of all (as far as known)
 
 STUCK_SECONDS = 60.0
-_LOOK_SECONDS = 0.25
+_POLL_SECONDS = 0.25
 # The program itself takes half of this.
 _PROGRAM_BYTES = 250_000_000
 
 
 class Reader:
-    """A process that serves one request. ``started`` makes one."""
+    """A process that serves one request; ``started`` starts it."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
@@ -42,7 +42,7 @@ class Reader:
         threading.Thread(target=_put_lines, args=(process.stdout, self._lines), daemon=True).start()
 
     def serve(self, request: Request, progress: Tick) -> Outcome:
-        """Read what is asked for. Raises ExchangeError and what else the reading raised."""
+        """Read the file. Raises ExchangeError, or another error of the reading process."""
         try:
             assert self._process.stdin is not None
             self._process.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
@@ -53,53 +53,53 @@ class Reader:
         if outcome is None:
             raise refused(
                 f"it ended the process that read it ({_ending(self._process.wait())}). If that "
-                f"needed more than {request.memory_bytes / 1e6:,.0f} MB of memory, give more with "
-                "`oki-trace import --memory`; else this is a fault of oki-trace"
+                f"needed more than {request.memory_bytes / 1e6:,.0f} MB of memory, allow more with "
+                "`oki-trace import --memory`; otherwise this is a fault of oki-trace"
             )
         if outcome.error is not None:
-            kind, sentence = outcome.error
-            raise _error(kind)(sentence)
+            name, sentence = outcome.error
+            raise _error(name)(sentence)
         return outcome
 
     def _watched(self, request: Request, progress: Tick) -> Outcome | None:
-        """What came of it; None when the process ended without a word."""
+        """The outcome; None when the process ended without one."""
         steps, latest = 0, time.monotonic()
         while True:
             try:
-                line = self._lines.get(timeout=_LOOK_SECONDS)
+                line = self._lines.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if time.monotonic() - latest > STUCK_SECONDS:
                     raise refused(
-                        f"reading it made no progress for {STUCK_SECONDS:.0f} s, so it was given up"
+                        f"reading it made no progress for {STUCK_SECONDS:.0f} s, so it was stopped"
                     ) from None
             else:
                 if line is None:
                     return None
                 latest = time.monotonic()
-                news = json.loads(line)
-                if "outcome" in news:
-                    return Outcome(**news["outcome"])
-                steps = news["steps"]
+                report = json.loads(line)
+                if "outcome" in report:
+                    return Outcome(**report["outcome"])
+                steps = report["steps"]
             self._watch_memory(request)
-            # Also without news: whoever watches may want to end it.
+            # Also without a report: the caller may end the import by raising.
             progress(steps, 0)
 
     def _watch_memory(self, request: Request) -> None:
         with suppress(psutil.Error):
-            held = psutil.Process(self._process.pid).memory_info().rss
-            if held > request.memory_bytes + _PROGRAM_BYTES:
+            resident = psutil.Process(self._process.pid).memory_info().rss
+            if resident > request.memory_bytes + _PROGRAM_BYTES:
                 raise refused(f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory")
 
 
 @contextmanager
 def started() -> Iterator[Reader]:
-    """A reader, which loads its libraries while its request is prepared."""
+    """A reader, which loads its libraries while the caller prepares the request."""
     process = subprocess.Popen(
         child_process.command("oki_trace.exchange.reading.process"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # Ctrl-C is for this process, which ends the other.
+        # Ctrl-C goes to this process, which ends the other.
         start_new_session=True,
         env={**os.environ, **child_process.FRUGAL},
     )
@@ -120,8 +120,8 @@ def _ending(status: int) -> str:
     return f"signal {-status}" if status < 0 else f"status {status}"
 
 
-def _error(kind: str) -> type[OkiTraceError]:
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, OkiTraceError):
-        return found
+def _error(name: str) -> type[OkiTraceError]:
+    error = getattr(errors, name, None)
+    if isinstance(error, type) and issubclass(error, OkiTraceError):
+        return error
     return ExchangeError

@@ -1,10 +1,10 @@
 """One Parquet table of an import, row by row, bounded before anything is expanded.
 
-A few kilobytes of Parquet can stand for gigabytes: a text in a dictionary may
-be meant by every row, a run of one value may be as long as one likes. So texts
+A few kilobytes of Parquet can expand to gigabytes: every row may refer to one
+long text of a dictionary, and a run of one value may have any length. So texts
 are read as dictionaries and their length is checked there, a few rows are in
-memory at a time, and columns that nobody asked for are not read at all. What a
-page unpacks to is bounded by the memory of the process (see ``reading.process``).
+memory at a time, and columns that are not needed are not read. The size of an
+unpacked page is bounded by the memory of the process (see ``reading.process``).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 MAX_ROWS = 2_000_000_000
 _MAX_METADATA_BYTES = 20_000_000
 _MAX_METADATA_ENTRIES = 1_000_000
-_ROWS_AT_ONCE = 1024
+_BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
-# Bytes of a cell; all others are settings and reports as JSON.
+# Bytes of a cell; the other columns are settings and reports as JSON.
 _MAX_CELL = {
     "token": 4 * schema.MAX_TOKEN,
     "token_bytes": 4 * schema.MAX_TOKEN,
@@ -46,9 +46,9 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 class TableCursor:
-    """The rows of one table, in order; those of one owner, by the column ``key``, at a time.
+    """The rows of one table in order, grouped by their owner in the column ``key``.
 
-    ``pulse`` is called with every few rows. Raises ExchangeError.
+    ``pulse`` is called with every batch of rows. Raises ExchangeError.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class TableCursor:
         self._closing.close()
 
     def of(self, owner: int) -> Iterator[Row]:
-        """The rows that belong to ``owner`` and come next, one at a time."""
+        """The next rows if they belong to ``owner``, one at a time."""
         while self._has_next() and self._owners[self._at] == owner:
             self._at += 1
             (row,) = self._rows(self._at - 1, self._at)
             yield row
 
     def take(self, owner: int, most: int, where: str) -> list[Row]:
-        """All of them at once; more than ``most`` are refused."""
+        """The same rows at once; more than ``most`` are refused."""
         rows: list[Row] = []
         while self._has_next():
             first = end = self._at
@@ -96,14 +96,13 @@ class TableCursor:
         return rows
 
     def next_owner(self) -> Any:
-        """Whom the next row belongs to; None at the end."""
+        """The owner of the next row; None at the end."""
         return self._owners[self._at] if self._has_next() else None
 
     def end(self) -> None:
+        """Raise unless all rows were taken."""
         if self._has_next():
             raise refused(f"the table {self.name} has rows that belong to nothing, or out of order")
-
-    # ------------------------------------------------------------------- within
 
     def _has_next(self) -> bool:
         while self._at >= len(self._owners):
@@ -126,7 +125,7 @@ class TableCursor:
         tail = file.read(8)
         length = struct.unpack("<I", tail[:4])[0] if tail[4:] == b"PAR1" else size
         if length >= size:
-            raise refused(f"the table {self.name} is damaged or no Parquet file")
+            raise refused(f"the table {self.name} is damaged or not a Parquet file")
         if length > _MAX_METADATA_BYTES:
             raise refused(f"the table {self.name} has too large a directory")
         file.seek(0)
@@ -140,7 +139,7 @@ class TableCursor:
             if len(set(names)) != len(names):
                 raise refused(f"the table {self.name} has a column twice")
             texts = [name for name in names if self._is_text(name)]
-            # By default all of the file is fetched before the first row is given.
+            # By default the whole file is fetched before the first row is returned.
             return self._closing.enter_context(
                 pq.ParquetFile(
                     file,
@@ -154,24 +153,24 @@ class TableCursor:
             raise self._unreadable(error) from error
 
     def _checked(self) -> set[str]:
-        """The columns that are read: those that an export has, of its types."""
+        """The columns to read: those of an export, which must have its types."""
         if self._file.metadata.num_rows > MAX_ROWS:
             raise refused(f"the table {self.name} has more than {MAX_ROWS:,} rows")
-        found = dict(zip(self._file.schema_arrow.names, self._file.schema_arrow.types, strict=True))
+        types = dict(zip(self._file.schema_arrow.names, self._file.schema_arrow.types, strict=True))
         for name, kind in self._types.items():
-            if name in found and _plain(found[name]) != kind:
+            if name in types and _value_type(types[name]) != kind:
                 raise refused(f"the table {self.name} has a column {name} of another type")
-        if self._key not in found:
+        if self._key not in types:
             raise refused(f"the table {self.name} has no column {self._key}")
-        return self._types.keys() & found.keys()
+        return self._types.keys() & types.keys()
 
     def _read(self) -> Iterator[list[Sequence[Any]]]:
-        """A few rows after another, a list a column; of a column that is not there, None."""
-        # A row of tensors may be large: one at a time.
-        at_once = 1 if self.name == "tensor" else _ROWS_AT_ONCE
+        """Batches of rows, a list a column; a missing column is all None."""
+        # A row of tensors may be large.
+        batch_rows = 1 if self.name == "tensor" else _BATCH_ROWS
         try:
             for batch in self._file.iter_batches(
-                batch_size=at_once, columns=sorted(self._columns), use_threads=False
+                batch_size=batch_rows, columns=sorted(self._columns), use_threads=False
             ):
                 self._pulse()
                 yield [
@@ -184,18 +183,18 @@ class TableCursor:
             raise self._unreadable(error) from error
 
     def _is_text(self, name: str) -> bool:
-        """Whether a column is read as a dictionary; arrays are all different."""
+        """Whether a column is read as a dictionary; the bytes of tensors are all different."""
         kind = self._types.get(name)
         is_text = kind is not None and (pa.types.is_string(kind) or pa.types.is_binary(kind))
         return bool(is_text and name != "data")
 
     def _values(self, name: str, column: Any) -> list[Any]:
-        """A column as Python has it; what is no number is None."""
+        """A column as Python values; NaN becomes None."""
         kind = self._types[name]
         if self._is_text(name):
             return self._texts(name, column)
         if pa.types.is_timestamp(kind):
-            return [_moment(value) for value in column.cast(pa.int64()).to_pylist()]
+            return [_time(value) for value in column.cast(pa.int64()).to_pylist()]
         if pa.types.is_list(kind):
             longest = pc.max(pc.list_value_length(column)).as_py() or 0
             if longest > schema.MAX_LAYERS + 1:
@@ -210,23 +209,23 @@ class TableCursor:
         most = _MAX_CELL.get(name, _MAX_OTHER_CELL)
         if longest > most:
             raise refused(f"the table {self.name}: {name} is longer than {most:,} bytes")
-        # Each text once, however many rows mean it.
+        # One object for each text, however many rows refer to it.
         texts = column.dictionary.to_pylist()
         return [None if at is None else texts[at] for at in column.indices.to_pylist()]
 
     def _unreadable(self, error: Exception) -> ExchangeError | MemoryError:
         if isinstance(error, ExchangeError | MemoryError):
             return error
-        what = f"is damaged or no Parquet file ({type(error).__name__})"
-        return refused(f"the table {self.name} {what}")
+        reason = f"is damaged or not a Parquet file ({type(error).__name__})"
+        return refused(f"the table {self.name} {reason}")
 
 
-def _plain(kind: Any) -> Any:
+def _value_type(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _moment(microseconds: int | None) -> Any:
-    """A time; a text that is none for what Python has no time for."""
+def _time(microseconds: int | None) -> Any:
+    """A datetime, or a text that ``schema`` refuses for a time outside Python's range."""
     try:
         return microseconds and _EPOCH + dt.timedelta(microseconds=microseconds)
     except OverflowError:

@@ -1,8 +1,7 @@
-"""A conversation as one HTML file that needs nothing else and asks for nothing.
+"""A conversation as one self-contained HTML file.
 
-The guarantees: it opens from a disk without a network and makes no request,
-which its own content security policy holds too; what a model or a user wrote is
-data and never markup; everything shown is in the file.
+It opens without a network and makes no request, which its content security
+policy enforces too. Text of a model or a user is data and never markup.
 """
 
 from __future__ import annotations
@@ -16,20 +15,12 @@ from importlib.resources import files
 from typing import TextIO
 
 from oki_trace.exchange.report.payload import payload
-from oki_trace.exchange.selection import Progress, selected
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.exchange.selection import Selection
 
 
-def write_report(
-    reader: TraceReader,
-    conversation_id: int,
-    file: TextIO,
-    message_id: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Write the report of a conversation, or of one of its replies. Raises NotFound."""
-    with selected(reader, conversation_id, message_id) as chosen:
-        data = payload(chosen, progress)
+def write_report(chosen: Selection, file: TextIO) -> None:
+    """Write the report of a conversation, or of one of its replies."""
+    data = payload(chosen)
     style, script = _part("report.css"), _part("report.js")
     parts = {
         "policy": html.escape(
@@ -41,8 +32,8 @@ def write_report(
         "script": script,
         "data": _inert(json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))),
     }
-    # In one pass, so that no part is looked into for the name of another.
-    file.write(re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _part("page.html")))
+    # In one pass: a part that contains the name of another is not expanded again.
+    file.write(re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _part("page.html")))
 
 
 def _part(name: str) -> str:
@@ -50,11 +41,11 @@ def _part(name: str) -> str:
 
 
 def _source(text: str) -> str:
-    """What names an inline part in a content security policy."""
+    """The source of an inline part, for the content security policy."""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"'sha256-{digest}'"
 
 
 def _inert(text: str) -> str:
-    """JSON that cannot end the element it stands in."""
+    """JSON that cannot end its HTML element."""
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

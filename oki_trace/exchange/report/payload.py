@@ -1,9 +1,9 @@
-"""What a report draws, as compact plain data.
+"""The data of a report, in compact form.
 
-Each token of a reply's tables is a number into ``tokens`` ([id, text] pairs), so
-equal numbers are equal tokens; shares are whole thousandths, lists of entries
-are flat, and what a page does not show is not in it. Three hundred steps of a
-model of thirty layers take about a megabyte.
+Each token is an index into ``tokens``, a list of [id, text] pairs, so equal
+indices are equal tokens. Probabilities of the lens and attention weights are
+whole thousandths, and data that the page does not show is left out. 300 steps
+of a model of 30 layers take about a megabyte.
 """
 
 from __future__ import annotations
@@ -14,84 +14,75 @@ from collections.abc import Sequence
 from typing import Any
 
 from oki_trace import __version__
-from oki_trace.exchange.decision import explain, explain_generation
-from oki_trace.exchange.selection import Progress, Selection
+from oki_trace.exchange.selection import Selection
+from oki_trace.exchange.trace_object import Json, known_id
+from oki_trace.explain import explain, explain_generation
 from oki_trace.records import CaptureReport, Generation, LayerAttention, Message, Step
 
-# Of a lens layer, of the final layer's attention, and of the other layers'.
+# Entries of a lens layer, of the final layer's attention, and of the other layers'.
 _LENS, _EVIDENCE, _ATTENTION = 5, 10, 5
-
-Json = dict[str, Any]
 
 
 class _Tokens:
-    """Numbers for tokens, in the order they are first met."""
+    """Indices of tokens, in the order of their first appearance."""
 
     def __init__(self) -> None:
-        self.table: list[list[Any]] = []
-        self._numbers: dict[tuple[int, str], int] = {}
+        self._indices: dict[tuple[int, str], int] = {}
 
-    def number(self, token_id: int, text: str) -> int:
-        key = (token_id, text)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.table)
-            self.table.append([token_id if token_id >= 0 else None, text])
-        return self._numbers[key]
+    def index(self, token_id: int, text: str) -> int:
+        return self._indices.setdefault((token_id, text), len(self._indices))
 
-    def numbers(self, ids: Sequence[int], texts: Sequence[str]) -> list[int]:
-        return [self.number(*pair) for pair in zip(ids, texts, strict=True)]
+    def indices(self, ids: Sequence[int], texts: Sequence[str]) -> list[int]:
+        return list(map(self.index, ids, texts))
+
+    def table(self) -> list[list[Any]]:
+        return [[known_id(token_id), text] for token_id, text in self._indices]
 
 
-def payload(chosen: Selection, progress: Progress | None = None) -> Json:
-    """The whole report's data."""
+def payload(chosen: Selection) -> Json:
+    """The data of the whole report."""
     tokens = _Tokens()
     messages: list[Json] = []
     replies: list[Json] = []
     for message in chosen.messages:
         who = f"{message.role} {message.tool_name or ''}".rstrip()
-        said: Json = {"role": str(message.role), "who": who, "content": message.content}
+        shown: Json = {"role": str(message.role), "who": who, "content": message.content}
         if message.id in chosen.traced:
-            said["reply"] = len(replies)
-            done = sum(reply["count"] for reply in replies)
-            replies.append(_reply(chosen, message, tokens, done, progress))
+            shown["reply"] = len(replies)
+            replies.append(_reply(chosen, message, tokens))
         elif message.reason:
-            said["note"] = f"{message.status}: {message.reason}"
-        messages.append(said)
+            shown["note"] = f"{message.status}: {message.reason}"
+        messages.append(shown)
     return {
         "version": __version__,
         "title": chosen.conversation.title,
         "created": f"{chosen.conversation.created_at:%Y-%m-%d %H:%M} UTC",
         "messages": messages,
         "replies": replies,
-        "tokens": tokens.table,
+        "tokens": tokens.table(),
     }
 
 
-def _reply(
-    chosen: Selection, message: Message, tokens: _Tokens, done: int, progress: Progress | None
-) -> Json:
+def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
     head = chosen.head(message)
     capture = head.capture
     steps: list[Json] = []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for step in chosen.reader.iter_steps(message.id):
+    for step in chosen.iter_steps(message):
         steps.append({**_step(step, tokens), "run": decoder.decode(step.token_bytes)})
-        if progress is not None:
-            progress(done + len(steps), chosen.steps)
-    how = message.reason or ""
     return {
         "id": message.id,
         "count": len(steps),
-        "status": f"{message.status}{f' ({how})' if how else ''}",
+        "status": f"{message.status} ({message.reason})" if message.reason else message.status,
         "bad": message.status.value in ("failed", "interrupted"),
         "layers": capture.layers,
         "lens": None if capture.logit_lens_available else capture.lens_reason or "not available",
         "provenance": capture.evidence_provenance,
         "promptLen": len(head.prompt),
-        "prompt": tokens.numbers(head.prompt.token_ids, head.prompt.tokens),
+        "prompt": tokens.indices(head.prompt.token_ids, head.prompt.tokens),
         "segments": list(head.prompt.segments),
         "facts": _facts(message, capture, head.generation, len(steps)),
-        # [kind, first step, the step after the last] of all that is no answer.
+        # [kind, first step, the step after the last] of the parts that are not the answer.
         "parts": [[p.kind, p.start, p.end] for p in message.parts if p.kind != "answer"],
         "steps": steps,
     }
@@ -121,15 +112,15 @@ def _facts(
 
 def _sampling(generation: Generation) -> str:
     if not generation.do_sample:
-        said = ["greedy"]
+        settings = ["greedy"]
     else:
-        said = [
+        settings = [
             f"{name.replace('_', '-')} {value:g}"
             for name in ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
             if (value := getattr(generation, name)) is not None
         ] or ["sampled"]
     replaced = explain_generation(generation)
-    return ", ".join([*said, *generation.others, *([replaced] if replaced else [])])
+    return ", ".join([*settings, *generation.others, *([replaced] if replaced else [])])
 
 
 def _check(value: float | None, unit: str) -> str:
@@ -140,8 +131,8 @@ def _check(value: float | None, unit: str) -> str:
 
 def _step(step: Step, tokens: _Tokens) -> Json:
     top = step.topk
-    chosen = tokens.number(step.token_id, step.token)
-    made: Json = {
+    chosen = tokens.index(step.token_id, step.token)
+    shown: Json = {
         "token": chosen,
         "position": step.position,
         "special": int(step.is_special),
@@ -151,7 +142,7 @@ def _step(step: Step, tokens: _Tokens) -> Json:
         "rank": step.rank,
         "sampled": _rounded(step.sampled_prob),
         "why": explain(step),
-        "top": tokens.numbers(top.token_ids.tolist(), top.tokens),
+        "top": tokens.indices(top.token_ids.tolist(), top.tokens),
         "topProb": [_rounded(value) for value in top.probs.tolist()],
         "attention": [
             _attention(layer, _EVIDENCE if layer is step.evidence else _ATTENTION)
@@ -159,18 +150,18 @@ def _step(step: Step, tokens: _Tokens) -> Json:
         ],
     }
     if top.sampled_probs is not None:
-        made["topSampled"] = [_rounded(value) for value in top.sampled_probs.tolist()]
+        shown["topSampled"] = [_rounded(value) for value in top.sampled_probs.tolist()]
     if step.lens is not None:
         lens = step.lens
         ids, shares = lens.token_ids[:, :_LENS], lens.probs[:, :_LENS]
-        made["lens"] = [
-            tokens.numbers(row.tolist(), texts[:_LENS])
+        shown["lens"] = [
+            tokens.indices(row.tolist(), texts[:_LENS])
             for row, texts in zip(ids, lens.tokens, strict=True)
         ]
-        made["lensProb"] = [_thousandths(row.tolist()) for row in shares]
-        made["lensRank"] = lens.chosen_rank.tolist()
-        made["settle"] = lens.settle_layer
-    return made
+        shown["lensProb"] = [_thousandths(row.tolist()) for row in shares]
+        shown["lensRank"] = lens.chosen_rank.tolist()
+        shown["settle"] = lens.settle_layer
+    return shown
 
 
 def _attention(layer: LayerAttention, most: int) -> list[Any]:
@@ -183,7 +174,7 @@ def _attention(layer: LayerAttention, most: int) -> list[Any]:
 
 
 def _rounded(value: float | None) -> float | None:
-    """Four digits, also of what is small; None for what is no number."""
+    """Four significant digits; None for infinities and NaN."""
     return None if value is None or not math.isfinite(value) else float(f"{value:z.4g}")
 
 

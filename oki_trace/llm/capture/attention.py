@@ -1,106 +1,110 @@
 """The attention of the newest position, at the price of the fused kernel.
 
-Asking transformers for ``output_attentions`` forces eager attention, which
-holds layers × heads × T × T weights. Only the newest position's row is
-evidence. Three ways to have it, the cheapest that agrees with the model's own
-eager attention is taken (``instrument.py`` compares, once per load):
+Asking transformers for ``output_attentions`` forces eager attention, which holds
+layers × heads × T × T weights; a trace needs only the row of the newest position.
+There are three taps for it. ``checks.py`` compares them with the model's own eager
+attention, once per load, and takes the first that agrees:
 
-- **beside**: an attention function is registered under the model's own key; it
-  calls the stock function and works out that one row beside it, or keeps what
-  it is worked out from, where that is held anyway.
-- **hooked**: the model runs eager attention anyway; hooks read its weights and
-  keep the row.
-- **asked**: the prompt but for its last token goes through the fused kernel,
-  every later step is asked for its attentions. Any model that can answer.
+- ``KernelTap`` registers an attention function under the model's own key, which calls
+  the stock function and computes that row from the same arguments, or keeps the
+  arguments where they stay in memory anyway.
+- ``HookedTap`` is for a model that runs eager attention anyway: hooks read the row.
+- ``OutputAttentionsTap`` works with any model that can return its attentions: all but
+  the last token of the prompt run through the fused kernel, and each later step runs
+  with ``output_attentions``.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oki_trace.llm.capture.buffers import BufferPool, is_persistent
 from oki_trace.llm.decoding.forward_pass import AttentionCapture, LastQuery
+from oki_trace.llm.transformers_internals import (
+    ALL_ATTENTION_FUNCTIONS,
+    attention_configs,
+    eager_attention,
+)
 
 log = logging.getLogger(__name__)
 
-Rows = dict[int, Tensor]
-"""(heads, keys) in fp32 by layer, the keys in order of position, the newest last."""
+AttentionRows = dict[int, Tensor]
+"""(heads, keys) in float32 by layer, the keys in order of position, the newest last."""
 
 
-def rows_of(seen: AttentionCapture) -> Rows:
-    """The rows, worked out where they are not yet."""
-    return {layer: _row(found) for layer, found in seen.items()}
+def attention_rows(capture: AttentionCapture) -> AttentionRows:
+    """The captured rows, each computed where only its inputs were kept."""
+    return {layer: _row(captured) for layer, captured in capture.items()}
 
 
-def _row(found: Tensor | LastQuery) -> Tensor:
-    return found.row() if isinstance(found, LastQuery) else found
+def _row(captured: Tensor | LastQuery) -> Tensor:
+    return captured.row() if isinstance(captured, LastQuery) else captured
 
 
 class AttentionTap(Protocol):
-    """A way to the weights of the last query, for one forward pass at a time."""
+    """A way to read the attention weights of the last query, one forward pass at a time."""
 
     splits_prompt: bool
-    """Whether the prompt's last token must go through the model by itself."""
+    """Whether the prompt's last token must run through the model by itself."""
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Watch the model while this context lasts."""
+    def attach(self) -> AbstractContextManager[None]:
+        """Capture while this context lasts."""
 
-    def asking(self) -> AbstractContextManager[dict[str, Any]]:
-        """Around a forward pass whose rows are wanted; yields arguments for it."""
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
+        """Around a forward pass whose rows are needed; yields extra arguments for the model."""
 
     def take(self, outputs: Any) -> AttentionCapture:
-        """What was seen of the forward pass that gave ``outputs``."""
+        """The attention of the pass that returned ``outputs``; empties the tap."""
 
 
-class _Watching:
-    """Collects rows while the model runs, from the modules of ``layer_of``."""
+class _ModuleTap:
+    """Collects rows from attention modules while the model runs."""
 
     splits_prompt = False
 
     def __init__(self, layer_of: Mapping[nn.Module, int]) -> None:
+        """``layer_of``: the modules to read, with the layer that each belongs to."""
         self._layer_of = dict(layer_of)
-        self._seen: dict[nn.Module, Tensor | LastQuery] = {}
+        self._captured: dict[nn.Module, Tensor | LastQuery] = {}
 
-    @contextmanager
-    def asking(self) -> Iterator[dict[str, Any]]:
-        yield {}
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
+        return nullcontext({})
 
     def take(self, outputs: Any) -> AttentionCapture:
-        seen, self._seen = self._seen, {}
-        of_layer: dict[int, list[Tensor | LastQuery]] = {}
-        for module, found in seen.items():
-            of_layer.setdefault(self._layer_of[module], []).append(found)
-        # Where a layer attends more than once, its heads stand one after the other.
+        captured, self._captured = self._captured, {}
+        by_layer: dict[int, list[Tensor | LastQuery]] = {}
+        for module, row in captured.items():
+            by_layer.setdefault(self._layer_of[module], []).append(row)
+        # Where a layer attends more than once, the heads of all its modules follow each other.
         return {
-            layer: found[0] if len(found) == 1 else torch.cat([_row(part) for part in found])
-            for layer, found in sorted(of_layer.items())
+            layer: rows[0] if len(rows) == 1 else torch.cat([_row(row) for row in rows])
+            for layer, rows in sorted(by_layer.items())
         }
 
-    def settle(self, keys: int) -> None:
-        """From now on, watch only the modules whose last weights were over ``keys`` keys.
+    def select_modules(self, keys: int) -> None:
+        """From now on, read only the modules whose last row had ``keys`` keys.
 
-        The others gave none (a hook on each costs time), something else of that
-        form, or handed on the weights of a module within.
+        The others returned no weights (a hook on each costs time), something else of
+        that shape, or the weights of a module inside them.
         """
-        over_keys = {m for m, seen in self._seen.items() if _row(seen).shape[1] == keys}
-        own = {m for m in over_keys if over_keys.isdisjoint(set(m.modules()) - {m})}
-        self._seen = {m: seen for m, seen in self._seen.items() if m in own}
-        self._layer_of = {m: self._layer_of[m] for m in self._seen}
+        with_keys = {m for m, row in self._captured.items() if _row(row).shape[1] == keys}
+        innermost = {m for m in with_keys if with_keys.isdisjoint(set(m.modules()) - {m})}
+        self._captured = {m: row for m, row in self._captured.items() if m in innermost}
+        self._layer_of = {m: self._layer_of[m] for m in self._captured}
 
 
-_watched: dict[nn.Module, KernelTap] = {}
+_taps: dict[nn.Module, KernelTap] = {}
 
 
-class KernelTap(_Watching):
-    """Works out the row beside the fused kernel."""
+class KernelTap(_ModuleTap):
+    """Computes the row from the arguments of the fused kernel."""
 
     def __init__(self, layer_of: Mapping[nn.Module, int], implementation: str) -> None:
         super().__init__(layer_of)
@@ -108,30 +112,30 @@ class KernelTap(_Watching):
         self._pool = BufferPool(0)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        _wrap(self._implementation)
+    def attach(self) -> Iterator[None]:
+        _wrap_kernel(self._implementation)
         self._pool = BufferPool(len(self._layer_of))
-        _watched.update(dict.fromkeys(self._layer_of, self))
+        _taps.update(dict.fromkeys(self._layer_of, self))
         try:
             yield
         finally:
             for module in self._layer_of:
-                _watched.pop(module, None)
-            # What a pass that failed left behind would hold on to the whole cache.
-            self._seen, self._pool = {}, BufferPool(0)
+                _taps.pop(module, None)
+            # A pass that failed may have left rows, which would keep the whole cache alive.
+            self._captured, self._pool = {}, BufferPool(0)
 
     def keep(self, module: nn.Module, query: Tensor, key: Tensor, last: LastQuery) -> None:
-        """Called by the attention function, with its arguments and what is wanted of them."""
+        """Keep the row ``last`` of a kernel call with ``query`` and ``key``."""
         if module in self._layer_of:
-            held_anyway = query.shape[2] == 1 and is_persistent(key)
-            self._seen[module] = last if held_anyway else self._pool.copy(last.row())
+            inputs_persist = query.shape[2] == 1 and is_persistent(key)
+            self._captured[module] = last if inputs_persist else self._pool.copy(last.row())
 
 
-class HookedTap(_Watching):
-    """Reads the weights that eager attention modules return beside their output."""
+class HookedTap(_ModuleTap):
+    """Reads the weights that eager attention modules return after their output."""
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
+    def attach(self) -> Iterator[None]:
         handles = [m.register_forward_hook(self._read_output) for m in self._layer_of]
         try:
             yield
@@ -143,71 +147,41 @@ class HookedTap(_Watching):
         if isinstance(output, tuple):
             for value in output[1:]:
                 if isinstance(value, Tensor) and value.ndim == 4 and value.shape[0] == 1:
-                    self._seen[module] = value[0, :, -1].float()
+                    self._captured[module] = value[0, :, -1].float()
                     return
 
 
 class OutputAttentionsTap:
-    """Asks the model for its attentions, its last query alone in the forward pass.
+    """Runs the model with ``output_attentions``, on one query at a time.
 
-    ``layers`` are the true numbers of the layers whose weights are wanted, by
-    their place among all that answer. A model without a cache cannot have its
-    prompt split: it holds all weights of every pass.
+    ``layers`` maps the index in the model's ``attentions`` to the layer's number. The
+    prompt cannot be split for a model without a cache: every pass then holds all weights.
     """
 
     def __init__(self, model: Any, layers: Mapping[int, int], *, has_cache: bool) -> None:
-        self._configs = _configs(model)
+        self._configs = attention_configs(model)
         self._layers = layers
         self.splits_prompt = has_cache
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        yield
+    def attach(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     @contextmanager
-    def asking(self) -> Iterator[dict[str, Any]]:
-        with _eager(self._configs):
+    def forward_arguments(self) -> Iterator[dict[str, Any]]:
+        with eager_attention(self._configs):
             yield {"output_attentions": True}
 
     def take(self, outputs: Any) -> AttentionCapture:
         rows = last_rows(outputs)
-        found = ((layer, rows[place]) for place, layer in self._layers.items())
-        return {layer: row for layer, row in found if row is not None}
-
-
-@contextmanager
-def eager(model: Any) -> Iterator[None]:
-    """Let ``model`` run its own eager attention while this context lasts.
-
-    The name is read from the config at every call; parts of a model may have
-    configs, and names, of their own.
-    """
-    with _eager(_configs(model)):
-        yield
-
-
-@contextmanager
-def _eager(configs: Sequence[Any]) -> Iterator[None]:
-    before = [(config, config._attn_implementation_internal) for config in configs]
-    for config, _ in before:
-        config._attn_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        for config, name in before:
-            config._attn_implementation_internal = name
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    found = (getattr(module, "config", None) for module in model.modules())
-    return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+        by_layer = ((layer, rows[index]) for index, layer in self._layers.items())
+        return {layer: row for layer, row in by_layer if row is not None}
 
 
 def last_rows(outputs: Any, queries: int | None = None) -> list[Tensor | None]:
-    """The last query's weights, (heads, keys) in fp32, of each layer that answered.
+    """The last query's weights, (heads, keys) in float32, by index in ``outputs.attentions``.
 
-    None for what is no attention weights: not of ``queries`` queries, where that
-    is given. Linear attention may answer with its state.
+    None where the tensor is no attention weights, or not those of ``queries`` queries:
+    linear attention may return its state.
     """
     return [
         weights[0, :, -1].float()
@@ -218,18 +192,18 @@ def last_rows(outputs: Any, queries: int | None = None) -> list[Tensor | None]:
     ]
 
 
-def _wrap(implementation: str) -> None:
-    """Register the watching function under the stock function's own key, once.
+def _wrap_kernel(implementation: str) -> None:
+    """Register the capturing function under the stock function's own key, once.
 
-    The same key keeps the masks and every branch a model takes on its name.
+    With the same key, the masks and every branch that depends on the name stay the same.
     """
     stock = ALL_ATTENTION_FUNCTIONS[implementation]
-    if not getattr(stock, "watches_attention", False):
+    if not getattr(stock, "captures_attention", False):
         top_left = implementation == "sdpa"
-        AttentionInterface.register(implementation, _watching(stock, top_left=top_left))
+        AttentionInterface.register(implementation, _capturing_kernel(stock, top_left=top_left))
 
 
-def _watching(stock: Callable[..., Any], *, top_left: bool) -> Callable[..., Any]:
+def _capturing_kernel(stock: Callable[..., Any], *, top_left: bool) -> Callable[..., Any]:
     """``top_left``: without a mask, query i attends to the keys up to i, however many there are."""
 
     def attention(
@@ -241,30 +215,28 @@ def _watching(stock: Callable[..., Any], *, top_left: bool) -> Callable[..., Any
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        tap = _watched.get(module)
+        tap = _taps.get(module)
         if tap is not None:
             try:
                 keys = key
                 if top_left and attention_mask is None and query.shape[2] > 1:
-                    # A cache of fixed length has places for tokens to come.
+                    # A cache of fixed length has slots for later tokens.
                     keys = key[:, :, : query.shape[2]]
-                last = last_query(query, keys, attention_mask, **_of_last(kwargs))
+                last = last_query(
+                    query,
+                    keys,
+                    attention_mask,
+                    kwargs.get("scaling"),
+                    kwargs.get("position_bias"),
+                    kwargs.get("sliding_window"),
+                )
                 tap.keep(module, query, keys, last)
             except Exception as error:  # a kernel's arguments can be anything; the turn goes on
                 log.debug("no attention of %s: %s", type(module).__name__, error)
         return stock(module, query, key, value, attention_mask, *args, **kwargs)
 
-    attention.watches_attention = True  # type: ignore[attr-defined]
+    attention.captures_attention = True  # type: ignore[attr-defined]
     return attention
-
-
-def _of_last(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a model's further arguments that change the weights of the last query."""
-    return {
-        "scaling": kwargs.get("scaling"),
-        "bias": kwargs.get("position_bias"),
-        "window": kwargs.get("sliding_window"),
-    }
 
 
 def last_query(
@@ -275,28 +247,27 @@ def last_query(
     bias: Tensor | None = None,
     window: int | None = None,
 ) -> LastQuery:
-    """Of the last query of an attention function's arguments, each with a batch of one.
+    """The inputs of the last query's row, from an attention function's arguments.
 
-    ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d), ``mask`` and
-    ``bias`` (1, 1 or heads, T, keys). Kernels with the contract of flash attention
-    take no such mask: theirs is None or one of the keys alone, (1, keys), and the
-    last ``window`` keys are all that is attended to. Raises TypeError for a mask
-    that is no tensor.
+    ``query`` (1, heads, T, d), ``key`` (1, kv heads, keys, d), ``mask`` and ``bias``
+    (1, 1 or heads, T, keys). For kernels with the contract of flash attention, ``mask``
+    is None or covers the keys alone, (1, keys), and only the last ``window`` keys are
+    attended to. Raises TypeError for a mask that is no tensor.
     """
     if mask is not None and not isinstance(mask, Tensor):
         raise TypeError(f"a mask of the type {type(mask).__name__} cannot be read")
     groups, keys, width = key.shape[1], key.shape[2], key.shape[3]
     if mask is None or mask.ndim == 2:
-        seen = None if mask is None else mask[:, -keys:].bool()
+        last_mask = None if mask is None else mask[:, -keys:].bool()
         if window is not None and window < keys:
-            within = torch.arange(keys, device=key.device)[None] >= keys - window
-            seen = within if seen is None else seen & within
+            in_window = torch.arange(keys, device=key.device)[None] >= keys - window
+            last_mask = in_window if last_mask is None else last_mask & in_window
     else:
-        seen = mask[0, :, -1, :keys]
+        last_mask = mask[0, :, -1, :keys]
     return LastQuery(
         query=query[0, :, -1].reshape(groups, -1, width),
         key=key[0],
         scaling=width**-0.5 if scaling is None else scaling,
         bias=None if bias is None else bias[0, :, -1, :keys],
-        mask=seen,
+        mask=last_mask,
     )

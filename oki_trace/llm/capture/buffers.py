@@ -1,6 +1,6 @@
 """Memory for the tensors that outlive a forward pass, allocated together.
 
-Allocated one by one between the pass's own, far larger tensors, they would
+Allocated one by one among the pass's own, far larger tensors, they would
 fragment the free memory: a long prompt then takes half as much again.
 """
 
@@ -27,10 +27,8 @@ class BufferPool:
             self._count = 0
         if self._free:
             buffer = self._free.pop()
-            if (*buffer.shape,) == (*shape,) and (buffer.dtype, buffer.device) == (
-                like.dtype,
-                like.device,
-            ):
+            same_kind = (buffer.dtype, buffer.device) == (like.dtype, like.device)
+            if same_kind and (*buffer.shape,) == (*shape,):
                 return buffer
         return like.new_empty(shape)
 
@@ -45,5 +43,5 @@ def mark_persistent(keys: Tensor) -> None:
 
 
 def is_persistent(keys: Tensor) -> bool:
-    """Whether a reference to these keys costs nothing: they are a view of memory that stays."""
+    """Whether keys are a view of memory that stays allocated: a reference to them costs nothing."""
     return hasattr(keys, _PERSISTENT)

@@ -1,44 +1,41 @@
-"""A model and its tokenizer in brief: what tells whether anything of them was changed.
+"""A fingerprint of a model and its tokenizer, which shows whether either was changed.
 
 The checks of a model hold for the model as it was. Between two traces a user may
 replace a module, resize the embeddings, cast, quantize, prune, train, add an adapter
-or a hook, or choose another attention implementation. All of this shows in the
-identities compared here, which are read anew before each reply, in a few
-milliseconds and without running the model. What a reply's own numbers say is
-checked as well (``reply_checks.py``), for what happens while it runs.
+or a hook, or choose another attention implementation. All of this changes the
+identities compared here, which are read before each reply, in a few milliseconds and
+without running the model. For changes while it runs, each reply checks its own
+numbers (``reply_checks.py``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from oki_trace.llm.decoding.decoder_thread import autocast_state
+from oki_trace.llm.torch_internals import hooks_of, version_of
+from oki_trace.llm.transformers_internals import attention_name
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Two are equal when nothing was changed. No module or tensor is kept alive by it."""
-
-    modules: tuple[Any, ...]
-    tensors: tuple[Any, ...]
-    config: str
-    numerics: tuple[Any, ...]
+Fingerprint = tuple[Any, ...]
+"""Equal to another where nothing was changed. It keeps no module or tensor alive."""
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """Of the model as it is now, in the calling thread."""
-    return Fingerprint(
-        modules=tuple(_module(module) for module in model.modules()),
-        tensors=(*map(_parameter, model.parameters()), *map(_form, model.buffers())),
-        config=_config(model),
-        numerics=numerics(),
+    return (
+        *map(_module, model.modules()),
+        *map(_parameter, model.parameters()),
+        *map(_metadata, model.buffers()),
+        _config(model),
+        autocast_state(),
+        torch.get_float32_matmul_precision(),
     )
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> tuple[Any, ...]:
+def tokenizer_fingerprint(tokenizer: Any) -> Fingerprint:
     """Of a tokenizer's vocabulary as it is now; its chat template is read at every use."""
     return (
         id(tokenizer),
@@ -48,32 +45,15 @@ def tokenizer_fingerprint(tokenizer: Any) -> tuple[Any, ...]:
     )
 
 
-def numerics() -> tuple[Any, ...]:
-    """The settings of this thread and process under which a model computes."""
-    device_types = {"cpu", *(_accelerator())}
-    return (
-        *((kind, torch.is_autocast_enabled(kind)) for kind in sorted(device_types)),
-        *((kind, torch.get_autocast_dtype(kind)) for kind in sorted(device_types)),
-        torch.get_float32_matmul_precision(),
-    )
-
-
-def _accelerator() -> Iterator[str]:
-    found = torch.accelerator.current_accelerator(check_available=True)
-    if found is not None:
-        yield found.type
-
-
 def _module(module: nn.Module) -> tuple[Any, ...]:
     return (
         id(module),
         module.training,
-        tuple(map(id, module._forward_hooks.values())),
-        tuple(map(id, module._forward_pre_hooks.values())),
-        # Put there by offloading libraries, and by users who patch.
+        tuple(map(id, hooks_of(module))),
+        # Set by offloading libraries, and by users who patch.
         id(module.__dict__["forward"]) if "forward" in module.__dict__ else None,
         id(getattr(type(module), "forward", None)),
-        # An adapter may be switched off or scaled without any module changing.
+        # An adapter may be switched off or scaled without any other change to a module.
         getattr(module, "_disable_adapters", None),
         str(getattr(module, "_active_adapter", None)),
         str(getattr(module, "scaling", None)),
@@ -82,30 +62,23 @@ def _module(module: nn.Module) -> tuple[Any, ...]:
 
 def _parameter(tensor: Tensor) -> tuple[Any, ...]:
     try:
-        place, version = tensor.data_ptr(), tensor._version
-    except RuntimeError:  # quantized tensors have no one place, inference tensors no version
-        place, version = 0, 0
-    return id(tensor), place, version, *_form(tensor)
+        address, version = tensor.data_ptr(), version_of(tensor)
+    except RuntimeError:  # a quantized tensor may have no address, an inference tensor no version
+        address, version = 0, 0
+    return id(tensor), address, version, *_metadata(tensor)
 
 
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    """All that is compared of a buffer: a model may write to its buffers as it runs."""
+def _metadata(tensor: Tensor) -> tuple[Any, ...]:
+    """Buffers are compared by this alone: a model may write to them as it runs."""
     return type(tensor), tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 def _config(model: nn.Module) -> str:
-    """All settings that a model's code may read, and the names of its attention."""
-    configs = {id(config): config for config in _configs(model)}.values()
-    names = [str(getattr(c, "_attn_implementation_internal", None)) for c in configs]
-    return "\n".join([*names, *(_text_of(config) for config in configs)])
-
-
-def _configs(model: nn.Module) -> Iterator[Any]:
-    for module in model.modules():
-        for name in ("config", "generation_config"):
-            config = module.__dict__.get(name)
-            if config is not None:
-                yield config
+    """All settings that a model's code may read, and its attention implementations."""
+    names = ("config", "generation_config")
+    configs = [module.__dict__.get(name) for module in model.modules() for name in names]
+    distinct = {id(config): config for config in configs if config is not None}.values()
+    return "\n".join([*map(attention_name, distinct), *map(_text_of, distinct)])
 
 
 def _text_of(config: Any) -> str:

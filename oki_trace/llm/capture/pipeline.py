@@ -1,8 +1,7 @@
 """Capturing a reply: each step as it is decoded, and a few steps later its lens.
 
-This is where the parts meet: ``decode`` makes the tensors of a step, ``ahead``
-lets it run on while ``reduce`` makes records of them, and their lenses follow
-``behind``.
+``decode`` makes the tensors of each step in one thread, ``reduce`` turns them into
+records in this one, and the ``LensWorker`` computes their lenses in a third.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from contextlib import closing
 
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.lens_worker import LensWorker
-from oki_trace.llm.capture.reduce import PendingLens, lenses_of, step_of
-from oki_trace.llm.capture.reply_checks import ReplyChecker
-from oki_trace.llm.decoding.decode import RawStep, decode
-from oki_trace.llm.decoding.decoder_thread import ahead
-from oki_trace.llm.decoding.thread_state import carried
+from oki_trace.llm.capture.reduce import PendingLens, compute_lenses, make_step
+from oki_trace.llm.decoding.decode import decode
+from oki_trace.llm.decoding.decoder_thread import iterate_in_thread, with_thread_state
 from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, ReplyChecks, Step
 
 
@@ -30,59 +27,47 @@ def capture(
 ) -> Iterator[tuple[Step, str | None] | Lens | ReplyChecks]:
     """Decode and yield each step with its stop reason, and, a few steps later, its lens.
 
-    Every step's lens has been yielded when the iterator ends or raises, and last of
-    all how far the reply's numbers agree with the model. (No lens follows once one
-    disagreed.) ``forced``: the tokens to say, whatever would be chosen.
+    When the iterator ends or raises, it has yielded every step's lens (none after a step
+    whose lens disagreed with the model) and last the checks of the reply's numbers.
+    ``forced``: the tokens to choose, whatever the model would choose.
     """
     if generation.max_new_tokens == 0:
         return
-    lens, draft = instrument.lens, instrument.draft_for(policy)
-    checker = instrument.checker()
+    lens, draft = instrument.lens.projection, instrument.draft_for(policy)
+    vocabulary, checker = instrument.vocabulary, instrument.checker()
 
     def compute(steps: list[PendingLens]) -> list[Lens]:
         if lens is None or not checker.lens_holds:
             return []
-        return lenses_of(steps, lens, draft, checker, instrument.vocabulary, policy.topk_lens)
+        return compute_lenses(steps, lens, draft, checker, vocabulary, policy.topk_lens)
 
-    steps = decode(
+    raw_steps = decode(
         instrument.model,
         instrument.tokenizer,
-        instrument.probe,
+        instrument.hooks,
         instrument.fast,
         prompt.token_ids,
         generation,
         checker.note,
         forced,
     )
-    # Weights that come and go with each call cannot serve two threads.
-    alone = instrument.moves_weights
-    with LensWorker(carried(compute), aside=not alone) as behind:
+    in_thread = not instrument.moves_weights
+    with LensWorker(with_thread_state(compute), in_thread=in_thread) as lens_worker:
         try:
-            with closing(steps) if alone else ahead(steps) as taken:
-                yield from _follow(taken, behind, instrument, policy, checker, should_stop)
+            with iterate_in_thread(raw_steps) if in_thread else closing(raw_steps) as steps:
+                for raw in steps:
+                    stopped = raw.stop_reason is None and should_stop()
+                    last = stopped or raw.stop_reason is not None
+                    step, pending = make_step(raw, vocabulary, policy, checker, last=last)
+                    # Only after make_step: a step that fails has no lens.
+                    lens_worker.add(pending)
+                    yield step, "stopped" if stopped else raw.stop_reason
+                    yield from lens_worker.poll()
+                    if stopped:
+                        break
         except Exception:
-            yield from behind.rest()
+            yield from lens_worker.drain()
             yield checker.report()
             raise
-        yield from behind.rest()
+        yield from lens_worker.drain()
         yield checker.report()
-
-
-def _follow(
-    steps: Iterator[RawStep],
-    behind: LensWorker,
-    instrument: Instrument,
-    policy: CapturePolicy,
-    checker: ReplyChecker,
-    should_stop: Callable[[], bool],
-) -> Iterator[tuple[Step, str | None] | Lens]:
-    for raw in steps:
-        stopped = raw.finished is None and should_stop()
-        last = stopped or raw.finished is not None
-        step, pending = step_of(raw, instrument.vocabulary, policy, checker, last=last)
-        # Only now: a lens is of a step that was handed over.
-        behind.add(pending)
-        yield step, "stopped" if stopped else raw.finished
-        yield from behind.ready()
-        if stopped:
-            return

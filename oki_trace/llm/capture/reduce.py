@@ -1,6 +1,6 @@
-"""What is kept of a decoded step: its tensors reduced to plain records.
+"""The tensors of a decoded step reduced to plain records.
 
-The tensors are reduced where they are, and copied to the CPU once.
+They are reduced on their own device, and copied to the CPU once.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from oki_trace.llm.capture.attention import Rows, rows_of
+from oki_trace.llm.capture.attention import AttentionRows, attention_rows
+from oki_trace.llm.capture.choice_analysis import analyze_choice
 from oki_trace.llm.capture.distribution import (
     Distribution,
     ModelDistribution,
-    own_distribution,
+    model_distribution,
     summarize,
 )
 from oki_trace.llm.capture.lens import LensProjection, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
-from oki_trace.llm.decoding.sampling import decide
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step
 from oki_trace.records import Tensor as TensorRecord
 
 
 @dataclass(frozen=True)
 class PendingLens:
-    """What the lens of a step still needs, and no more: these wait for each other.
+    """What the lens of a step is computed from, and no more: several of these are in memory.
 
-    ``hidden`` are L+1 rows (width,), ``last`` is its layer L, the model's own;
-    ``logits`` (vocab,) fp32, of a step whose lens is to be checked by them.
+    ``hidden_states`` are L+1 rows (width,); ``last_layer`` summarizes the row of layer
+    L, which is the model's own; ``logits`` (vocab,) in fp32 only where the lens of this
+    step is checked against them.
     """
 
     step_index: int
     token_id: int
-    hidden: tuple[Tensor, ...]
-    own: ModelDistribution
-    last: Distribution
+    hidden_states: tuple[Tensor, ...]
+    model: ModelDistribution
+    last_layer: Distribution
     logits: Tensor | None
 
 
-def step_of(
+def make_step(
     raw: RawStep,
     vocabulary: Vocabulary,
     policy: CapturePolicy,
@@ -53,28 +54,28 @@ def step_of(
     *,
     last: bool = False,
 ) -> tuple[Step, PendingLens]:
-    """The record of a step, without its lens, and what the lens is made of.
+    """The record of a step without its lens, and the inputs of the lens.
 
     ``last``: no step follows.
     """
     logits = raw.logits.float()
-    own = own_distribution(logits)
-    most = max(policy.topk_logits, policy.topk_lens, 2)
-    row = summarize(logits[None], own, raw.token_id, most)
-    due = checker.is_due(raw.step_index, last=last)
-    rows = _at_positions(rows_of(raw.attention), raw.position)
-    if due:
-        checker.check_attention(raw.step_index, rows)
+    model = model_distribution(logits)
+    k = max(policy.topk_logits, policy.topk_lens, 2)
+    summary = summarize(logits[None], model, raw.token_id, k)
+    is_checked = checker.is_due(raw.step_index, last=last)
+    attention = _at_positions(attention_rows(raw.attention), raw.position)
+    if is_checked:
+        checker.check_attention(raw.step_index, attention)
     if not checker.attention_holds:
-        rows = {}
-    pending = PendingLens(
-        raw.step_index, raw.token_id, raw.hidden, own, row, logits if due else None
+        attention = {}
+    checked_logits = logits if is_checked else None
+    return _step(raw, attention, summary, vocabulary, policy), PendingLens(
+        raw.step_index, raw.token_id, raw.hidden_states, model, summary, checked_logits
     )
-    return _step(raw, rows, row, vocabulary, policy), pending
 
 
 @torch.no_grad()
-def lenses_of(
+def compute_lenses(
     steps: Sequence[PendingLens],
     lens: LogitLens,
     draft: LensProjection | None,
@@ -84,63 +85,62 @@ def lenses_of(
 ) -> list[Lens]:
     """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
 
-    Ends before a step at which the lens does not hold.
+    Ends before a step at which the lens disagrees with the model.
     """
-    held = [seen for seen in steps if _holds(seen, lens, checker)]
-    if not held:
+    steps = [step for step in steps if _lens_holds(step, lens, checker)]
+    if not steps:
         return []
-    layers = len(held[0].hidden) - 1
-    device = held[0].hidden[-1].device
-    streams = torch.stack([h.to(device) for seen in held for h in seen.hidden[:layers]])
-    wanted = [torch.tensor([*seen.last.token_ids[0], seen.token_id]) for seen in held]
-    use = draft if draft is not None and checker.draft_holds else lens
-    found = []
-    for seen, rows, of_step in zip(
-        held, use.each(streams, wanted, k), streams.split(layers), strict=True
-    ):
-        if use is draft and checker.compares_draft(seen.step_index):
-            whole = lens.project(of_step)
-            checker.check_draft(seen.step_index, rows, whole)
-            rows = whole
-        elif use is draft and not checker.draft_holds:
-            rows = lens.project(of_step)
-        found.append(_lens(seen, rows, vocabulary, k))
-    return found
+    layers = len(steps[0].hidden_states) - 1
+    device = steps[0].hidden_states[-1].device
+    inner = torch.stack([h.to(device) for step in steps for h in step.hidden_states[:layers]])
+    exact_ids = [torch.tensor([*step.last_layer.token_ids[0], step.token_id]) for step in steps]
+    projection = draft if draft is not None and checker.draft_holds else lens
+    projected = projection.project_steps(inner, exact_ids, k)
+    lenses = []
+    for step, logits, hidden_states in zip(steps, projected, inner.split(layers), strict=True):
+        if projection is draft and checker.compares_draft(step.step_index):
+            exact_logits = lens.project(hidden_states)
+            checker.check_draft(step.step_index, logits, exact_logits)
+            logits = exact_logits
+        elif projection is draft and not checker.draft_holds:
+            logits = lens.project(hidden_states)
+        lenses.append(_lens(step, logits, vocabulary, k))
+    return lenses
 
 
-def _holds(seen: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
-    if seen.logits is not None and checker.lens_holds:
-        checker.check_lens(seen.step_index, lens, seen.hidden[-1], seen.logits)
+def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
+    if step.logits is not None and checker.lens_holds:
+        checker.check_lens(step.step_index, lens, step.hidden_states[-1], step.logits)
     return checker.lens_holds
 
 
-def _at_positions(rows: Rows, position: int) -> Rows:
+def _at_positions(rows: AttentionRows, position: int) -> AttentionRows:
     """The rows whose keys are the positions before ``position``, or the last of these.
 
-    A cache of fixed length has places for tokens to come, which get no weight and
-    are left out here. A row with weight on such a place is left out as a whole.
+    A cache of fixed length has slots for later tokens, which get no weight and are cut
+    off here. A row with weight on such a slot is left out.
     """
-    found = {}
+    cut = {}
     for layer, row in rows.items():
         if row.shape[1] <= position:
-            found[layer] = row
+            cut[layer] = row
         elif not row[:, position:].any():
-            found[layer] = row[:, :position]
-    return found
+            cut[layer] = row[:, :position]
+    return cut
 
 
 def _step(
     raw: RawStep,
-    attention: Rows,
-    row: Distribution,
+    attention: AttentionRows,
+    summary: Distribution,
     vocabulary: Vocabulary,
     policy: CapturePolicy,
 ) -> Step:
-    probs = row.probs[0]
+    probs = summary.probs[0]
     logit = float(raw.logits[raw.token_id])
-    decided = decide(raw.choice, raw.logits, vocabulary)
-    kept = policy.topk_logits
-    ids = row.token_ids[0, :kept]
+    k = policy.topk_logits
+    ids = summary.token_ids[0, :k]
+    choice = analyze_choice(raw.choice, raw.logits, ids, vocabulary)
     return Step(
         step_index=raw.step_index,
         position=raw.position,
@@ -149,56 +149,55 @@ def _step(
         token_bytes=vocabulary.token_bytes(raw.token_id),
         is_special=vocabulary.is_special(raw.token_id),
         logit=logit,
-        prob=float(row.chosen_prob[0]),
-        logprob=logit - float(row.lse[0]),
-        entropy=float(row.entropy[0]),
-        rank=int(row.chosen_rank[0]),
+        prob=float(summary.chosen_prob[0]),
+        logprob=logit - float(summary.lse[0]),
+        entropy=float(summary.entropy[0]),
+        rank=int(summary.chosen_rank[0]),
         margin=float(probs[0] - probs[1]) if len(probs) > 1 else 1.0,
-        sampled_prob=None if decided is None else decided.chosen_prob,
+        sampled_prob=choice.chosen_prob,
         elapsed_ms=raw.elapsed_ms,
         topk=Candidates(
             token_ids=ids.numpy(),
             tokens=_texts(vocabulary, ids),
-            logits=row.logits[0, :kept].numpy(),
-            probs=probs[:kept].numpy(),
-            sampled_probs=None if decided is None else decided.probs_of(ids),
-            noise=None if decided is None else decided.noise_of(ids),
+            logits=summary.logits[0, :k].numpy(),
+            probs=probs[:k].numpy(),
+            sampled_probs=choice.sampled_probs,
+            noise=choice.noise,
         ),
-        decision=None if decided is None else decided.decision,
+        decision=choice.decision,
         attention=_attention(raw.position, attention, policy.topk_evidence),
         tensors=() if policy.tensors == "none" else tuple(_tensors(raw, attention)),
     )
 
 
-def _attention(position: int, attention: Rows, k: int) -> tuple[LayerAttention, ...]:
-    """Heads averaged; layers of one shape are reduced together."""
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for layer, weights in attention.items():
-        alike.setdefault((weights.shape, weights.device), []).append(layer)
-    found: dict[int, LayerAttention] = {}
-    for layers in alike.values():
+def _attention(position: int, attention: AttentionRows, k: int) -> tuple[LayerAttention, ...]:
+    """Each layer's most attended positions, heads averaged; one reduction per shape of rows."""
+    layers_by_shape: dict[tuple[Any, ...], list[int]] = {}
+    for layer, row in attention.items():
+        layers_by_shape.setdefault((row.shape, row.device), []).append(layer)
+    by_layer: dict[int, LayerAttention] = {}
+    for layers in layers_by_shape.values():
         mean = torch.stack([attention[layer] for layer in layers]).mean(1)
         keys = mean.shape[1]
         top = mean.topk(min(k, keys))
-        # The newest query stands at position - 1: the token it predicts is not seen yet.
+        # The newest query is at position - 1: the model has not seen the token it predicts.
         positions = (top.indices + (position - keys)).cpu().numpy()
-        tops, missing = top.values.cpu().numpy(), (1 - mean.sum(1)).clamp_min(0).tolist()
-        for row, layer in enumerate(layers):
-            found[layer] = LayerAttention(layer, positions[row], tops[row], missing[row])
-    return tuple(found[layer] for layer in attention)
+        weights, missing = top.values.cpu().numpy(), (1 - mean.sum(1)).clamp_min(0).tolist()
+        for reduced in map(LayerAttention, layers, positions, weights, missing):
+            by_layer[reduced.layer] = reduced
+    return tuple(by_layer[layer] for layer in attention)
 
 
-def _tensors(raw: RawStep, attention: Rows) -> Iterator[TensorRecord]:
+def _tensors(raw: RawStep, attention: AttentionRows) -> Iterator[TensorRecord]:
     yield _record("logits", raw.logits)
-    if raw.hidden:
-        yield _record(
-            "hidden_states", torch.stack([h.to(raw.hidden[0].device) for h in raw.hidden])
-        )
+    if raw.hidden_states:
+        device = raw.hidden_states[0].device
+        yield _record("hidden_states", torch.stack([h.to(device) for h in raw.hidden_states]))
     if attention:
         yield _attentions(raw.position, attention)
 
 
-def _attentions(position: int, attention: Rows) -> TensorRecord:
+def _attentions(position: int, attention: AttentionRows) -> TensorRecord:
     """Every layer and head in one tensor, columns aligned by position (see records.Tensor)."""
     rows = list(attention.values())
     heads, keys = max(r.shape[0] for r in rows), max(r.shape[1] for r in rows)
@@ -206,8 +205,8 @@ def _attentions(position: int, attention: Rows) -> TensorRecord:
         stacked = torch.stack([r.cpu() for r in rows])
     else:
         stacked = torch.zeros(len(rows), heads, keys)
-        for into, r in zip(stacked, rows, strict=True):
-            into[: r.shape[0], keys - r.shape[1] :] = r
+        for target, r in zip(stacked, rows, strict=True):
+            target[: r.shape[0], keys - r.shape[1] :] = r
     return TensorRecord(
         name="attentions",
         array=stacked.numpy(),
@@ -224,25 +223,21 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
     return TensorRecord(name=name, array=array, dtype=dtype)
 
 
-def _lens(seen: PendingLens, inner: Tensor, vocabulary: Vocabulary, k: int) -> Lens:
-    """Of one step, from the logits (L, vocab) of its inner layers."""
-    row = summarize(inner, seen.own, seen.token_id, k)
+def _lens(step: PendingLens, logits: Tensor, vocabulary: Vocabulary, k: int) -> Lens:
+    """The lens of one step, from the logits (L, vocab) of its inner layers."""
+    inner = summarize(logits, step.model, step.token_id, k)
 
-    def joined(name: str) -> Any:
-        inside, last = getattr(row, name).numpy(), getattr(seen.last, name).numpy()
-        return np.concatenate([inside, last[:, :k] if last.ndim == 2 else last])
+    def all_layers(field: str) -> Any:
+        rows, last_row = getattr(inner, field).numpy(), getattr(step.last_layer, field).numpy()
+        return np.concatenate([rows, last_row[:, :k] if last_row.ndim == 2 else last_row])
 
-    ids = joined("token_ids")
+    ids = all_layers("token_ids")
+    fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
     return Lens(
-        step_index=seen.step_index,
+        step_index=step.step_index,
         token_ids=ids,
         tokens=tuple(_texts(vocabulary, row) for row in ids),
-        logits=joined("logits"),
-        probs=joined("probs"),
-        entropy=joined("entropy"),
-        chosen_rank=joined("chosen_rank"),
-        chosen_prob=joined("chosen_prob"),
-        kl=joined("kl"),
+        **{field: all_layers(field) for field in fields},
     )
 
 

@@ -1,15 +1,14 @@
-"""How a model's replies are marked up, as its chat template tells.
+"""The markers of a model's replies, by its chat template.
 
-A tokenizer that declares how its replies are parsed is taken at its word
-(``response_template``, in transformers' ``parse_response``). Else the markers that
-are in common use are looked for in the template's own text: a model is trained on
-what its template writes, and a marker that is not in it is plain text to the model.
+A tokenizer may declare how its replies are parsed (``response_template``, in
+transformers' ``parse_response``). Otherwise the common markers are looked up in the
+template's own text: a model is trained on the text its template writes, and a marker
+that is not in it is plain text to the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ _THINKING: tuple[Pair, ...] = (
     ("◁think▷", "◁/think▷"),
     ("Here is my thought process:", "Here is my response:"),
 )
-# Around one call or several. Without an end, the calls go on to the end of the reply.
+# Around one or several calls; without a closing marker, up to the end of the reply.
 _TOOL_CALLS: tuple[tuple[str, str | None], ...] = (
     ("<tool_call>", "</tool_call>"),
     ("<|tool_call_start|>", "<|tool_call_end|>"),
@@ -42,7 +41,7 @@ _TOOL_CALLS: tuple[tuple[str, str | None], ...] = (
     ("[TOOL_CALLS]", None),
     ("<|python_tag|>", None),
 )
-# Around an answer; no part of its text.
+# Around an answer, not part of its text.
 _ANSWER: tuple[Pair, ...] = (
     ("<response>", "</response>"),
     ("<answer>", "</answer>"),
@@ -53,12 +52,12 @@ _HARMONY = ("<|channel|>", "<|message|>")
 
 @dataclass(frozen=True)
 class ReplyFormat:
-    """What to look for in a reply.
+    """The markers of a model's replies.
 
-    ``parser`` is a tokenizer with a ``response_template``; ``harmony``: channels.
-    ``thinking`` and ``answer`` are pairs of opening and closing markers, ``tool_calls``
-    too, where the closing one may be None. ``bare_calls``: a reply that is nothing but
-    a JSON object with a name and parameters is a call.
+    ``parser`` is a tokenizer with a ``response_template``; ``harmony`` has channels.
+    ``thinking`` and ``answer`` are pairs of opening and closing markers, and so are
+    ``tool_calls``, where the closing one may be None. ``bare_calls``: a reply that is
+    only a JSON object with a name and parameters is a call.
     """
 
     parser: Any = None
@@ -70,17 +69,16 @@ class ReplyFormat:
 
     @property
     def is_plain(self) -> bool:
-        """Whether a reply is its answer and nothing else."""
+        """Whether a reply is only an answer."""
         return self == ReplyFormat()
 
     def begins_thinking(self, prompt: str) -> bool:
         """Whether the prompt ends inside thinking: some templates open it for the model."""
-        end = prompt.rstrip()
-        return any(end.endswith(opening) for opening, _ in self.thinking)
+        return prompt.rstrip().endswith(tuple(opening for opening, _ in self.thinking))
 
 
 def template_text(tokenizer: Any) -> str:
-    """The chat template; all of them, where a tokenizer has several by name. Empty: none."""
+    """The chat template, or all of several; empty without any."""
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         return "\n".join(str(text) for text in template.values())
@@ -88,19 +86,14 @@ def template_text(tokenizer: Any) -> str:
 
 
 def format_of(tokenizer: Any) -> ReplyFormat:
-    """How this tokenizer's model marks up its replies."""
+    """The markers of the replies of this tokenizer's model."""
     text = template_text(tokenizer)
-    declared = getattr(tokenizer, "response_template", None)
     return ReplyFormat(
-        parser=tokenizer if declared else None,
+        parser=tokenizer if getattr(tokenizer, "response_template", None) else None,
         harmony=all(marker in text for marker in _HARMONY),
-        # One that only closes: the template cuts the thinking off, and leaves opening to the model.
-        thinking=_named(_THINKING, text, by=1),
-        answer=_named(_ANSWER, text, by=1),
+        # By the closing marker: a template that cuts thinking off names no opening one.
+        thinking=tuple(pair for pair in _THINKING if pair[1] in text),
+        answer=tuple(pair for pair in _ANSWER if pair[1] in text),
         tool_calls=tuple(pair for pair in _TOOL_CALLS if pair[0] in text),
         bare_calls=bool(re.search(r'\{\s*\\?"name\\?":[^{}]*\\?"parameters\\?":', text)),
     )
-
-
-def _named(pairs: Sequence[Pair], text: str, by: int) -> tuple[Pair, ...]:
-    return tuple(pair for pair in pairs if pair[by] in text)

@@ -1,7 +1,7 @@
-"""A reply's text as it grows, and its parts when it has ended.
+"""A reply's text as it grows, and its parts once it has ended.
 
-Most models mark up nothing, and the text is then what the tokenizer decodes. Where
-thinking and calls are marked, each piece is told with the kind of part it is of.
+For most models, which use no markers, it is the text that the tokenizer decodes.
+Where thinking and calls are marked, each piece comes with the kind of its part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from oki_trace.llm.chat.markers import format_of
 from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
 from oki_trace.records import Part, PartKind, Step
 
-# Characters that are held back while more may come: a marker may have begun in them.
+# Characters at the end that are held back: they may begin a marker.
 _HELD = 32
 _SECONDS = 0.1
 
@@ -30,12 +30,12 @@ class ReplyText:
         self._prompt = ""
         self._tools: Sequence[Any] = ()
         self._fresh = ""
-        self._looked = 0.0
-        # Of each part, how much of its text has been told.
-        self._told: list[int] = []
+        self._parsed_at = 0.0
+        # The number of characters of each part that were returned.
+        self._returned: list[int] = []
 
     def replies_to(self, prompt: str, tools: Sequence[Any]) -> None:
-        """Say what the reply goes on from, before its first token."""
+        """Set the prompt's text and tools, before the first token."""
         self._prompt, self._tools = prompt, tools
 
     def push(self, step: Step) -> None:
@@ -47,47 +47,44 @@ class ReplyText:
         self._fresh += self._stream.push(token_id)
 
     def fresh(self) -> Iterator[tuple[str, PartKind]]:
-        """What can be told since it was last asked for: whole characters, outside of markers."""
+        """The text since the last call: whole characters, without markers."""
         if self._form.is_plain:
-            piece, self._fresh = self._fresh, ""
-            if piece:
-                yield piece, "answer"
-            return
-        # The whole reply is read again each time, so not with every token of a long one.
-        now = time.monotonic()
-        if now - self._looked >= _SECONDS:
+            yield from self._plain()
+        # The whole reply is parsed each time, so not at every token.
+        elif time.monotonic() - self._parsed_at >= _SECONDS:
             yield from self._pieces(_HELD)
-            self._looked = time.monotonic()
+            self._parsed_at = time.monotonic()
 
     def rest(self) -> Iterator[tuple[str, PartKind]]:
-        """What was held back; after ``finish``."""
+        """The text that was held back; after ``finish``."""
         if self._form.is_plain:
-            piece = self._fresh + self._stream.rest()
-            self._fresh = ""
-            if piece:
-                yield piece, "answer"
-            return
-        yield from self._pieces(0)
+            self._fresh += self._stream.rest()
+            yield from self._plain()
+        else:
+            yield from self._pieces(0)
 
     def finish(self) -> tuple[str, tuple[Part, ...]]:
         """The text of the answer, and all parts."""
         parts = self._parts()
         if len(parts) == 1 and parts[0].kind == "answer":
-            # As the tokenizer decodes it, to the last space.
+            # As the tokenizer decodes it, with all its spaces.
             return self._stream.finish(), parts
         return answer_of(parts), parts
 
     def _parts(self) -> tuple[Part, ...]:
         return parts_of(self._form, self._prompt, self._tokens, self._tools)
 
+    def _plain(self) -> Iterator[tuple[str, PartKind]]:
+        piece, self._fresh = self._fresh, ""
+        if piece:
+            yield piece, "answer"
+
     def _pieces(self, held: int) -> Iterator[tuple[str, PartKind]]:
         parts = self._parts()
+        self._returned += [0] * (len(parts) - len(self._returned))
         for place, part in enumerate(parts):
-            if place == len(self._told):
-                self._told.append(0)
-            last = place == len(parts) - 1
-            end = len(part.text) - (held if last else 0)
-            told = self._told[place]
-            if end > told:
-                self._told[place] = end
-                yield part.text[told:end], part.kind
+            begin = self._returned[place]
+            end = len(part.text) - (held if place == len(parts) - 1 else 0)
+            if end > begin:
+                self._returned[place] = end
+                yield part.text[begin:end], part.kind

@@ -1,4 +1,4 @@
-"""What a chat template can be given beside the messages, and what it cannot."""
+"""The arguments and tools that a chat template accepts besides the messages."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from oki_trace.errors import CaptureError
 from oki_trace.llm.chat.markers import template_text
 from oki_trace.records import TemplateOptions
 
-# Given to every template, or made by it.
-_OWN = {
+# Passed to every template, or defined in its environment.
+_BUILT_IN = {
     *("messages", "tools", "bos_token", "eos_token", "add_generation_prompt"),
     *("raise_exception", "strftime_now"),
 }
 
 
 def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
-    """Raise CaptureError when the template would pass over one of the options.
+    """Raise CaptureError if the template would ignore one of the options.
 
-    Jinja takes any name, so a misspelt argument would change nothing and say nothing.
+    Jinja accepts any name, so a misspelt argument would have no effect and give no error.
     """
     if not options:
         return
@@ -36,10 +36,9 @@ def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
         )
     for name in options.arguments:
         if not _reads(text, name):
-            known = arguments_of(text)
-            those = f"It reads {', '.join(known)}." if known else "It reads none."
+            known = ", ".join(_arguments_of(text)) or "none"
             raise CaptureError(
-                f"The model's chat template has no argument {name}. {those} "
+                f"The model's chat template has no argument {name}. It reads {known}. "
                 f"{name}=null takes one back that an earlier turn had."
             )
 
@@ -48,15 +47,15 @@ def _reads(text: str, name: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(name)}\b", text) is not None
 
 
-def arguments_of(text: str) -> list[str]:
-    """The names that a template reads and does not make itself; none when it cannot be read."""
+def _arguments_of(text: str) -> list[str]:
+    """The names that a template reads and does not set; empty if it cannot be parsed."""
     from jinja2 import Environment, TemplateError, meta
 
-    # A tag of transformers' own, which marks what the model says.
+    # A tag of transformers, which marks the model's own text.
     plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", text)
     try:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
-        names = meta.find_undeclared_variables(parsed) - _OWN
+        names = meta.find_undeclared_variables(parsed) - _BUILT_IN
     except (TemplateError, RecursionError):
         return []
     return sorted(name for name in names if not name.endswith("_token"))

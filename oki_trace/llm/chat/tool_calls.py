@@ -1,4 +1,4 @@
-"""Tool calls as models write them, read into a name and arguments.
+"""Tool calls in the text that models write, read into a name and arguments.
 
 Nothing is executed. A call that cannot be read keeps its text, without a name.
 """
@@ -14,13 +14,12 @@ from oki_trace.records import is_too_deep
 
 
 class Call(NamedTuple):
-    """A call; ``arguments`` as JSON gives them, or the text that was no JSON."""
+    """A call; ``arguments`` as JSON has them, or the text if it is not JSON."""
 
     name: str
     arguments: Any
 
 
-_ARGUMENTS = ("arguments", "parameters")
 # GLM: a name, and pairs of keys and values.
 _KEY_VALUE = re.compile(
     r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>", re.DOTALL
@@ -36,36 +35,33 @@ _DEEPSEEK = re.compile(
     r"(?:<｜tool▁sep｜>|\s*\n```json\s*)(?P<arguments>.*?)(?:```)?\s*(?:<｜tool▁call▁end｜>|\Z)",
     re.DOTALL,
 )
-# Kimi K2.
-_SECTION = re.compile(
+_KIMI = re.compile(
     r"<\|tool_call_begin\|>(?:functions\.)?(?P<name>[\w.\-]+?)(?::\d+)?\s*"
     r"<\|tool_call_argument_begin\|>(?P<arguments>.*?)(?:<\|tool_call_end\|>|\Z)",
     re.DOTALL,
 )
-# Mistral from version 11 on: a name and a JSON object, with a marker between or without.
-_NAMED = re.compile(r"(?P<name>[\w.\-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
+# Mistral since version 11: a name and a JSON object, with or without a marker between.
+_MISTRAL = re.compile(r"(?P<name>[\w.\-]+)(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?\s*(?=\{)")
 
 
 def calls_in(text: str) -> list[Call]:
-    """The calls that ``text``, from between the markers, consists of; none if it is cut off."""
+    """The calls in ``text``, which is the text between the markers; none if it is cut off."""
     text = text.strip()
-    for read in (_json, _functions, _key_values, _sections, _deepseek, _named):
-        if found := list(read(text)):
-            return found
+    for read in (_json, _qwen, _glm, _kimi, _deepseek, _mistral):
+        if calls := list(read(text)):
+            return calls
     return []
 
 
 def bare_call(text: str) -> Call | None:
-    """The call that a text is, if it is one JSON object with a name and parameters alone."""
+    """The call, if the text is only one JSON object with a name and parameters."""
     text = text.strip()
-    if not (text.startswith("{") and text.endswith("}")):
-        return None
-    found = list(_json(text))
-    return found[0] if len(found) == 1 else None
+    calls = list(_json(text)) if text.startswith("{") and text.endswith("}") else []
+    return calls[0] if len(calls) == 1 else None
 
 
-def value_of(text: str) -> Any:
-    """What a text is in JSON; the text itself where it is none, or one nested beyond sense."""
+def json_or_text(text: str) -> Any:
+    """The value that a text is in JSON; the text itself if it is no JSON, or nested too deeply."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -73,21 +69,24 @@ def value_of(text: str) -> Any:
     return text if is_too_deep(value) else value
 
 
+def _decode(text: str, at: int) -> tuple[Any, int] | None:
+    """The JSON value at a place and where it ends; None if there is none, or one too deep."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, at)
+    except (ValueError, RecursionError):
+        return None
+    return None if is_too_deep(value) else (value, end)
+
+
 def _json(text: str) -> Iterator[Call]:
-    """One object or a list of them; or several, one after another."""
-    decoder, at = json.JSONDecoder(), 0
-    while at < len(text):
-        try:
-            value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):
-            return
-        if is_too_deep(value):
-            return
-        for one in value if isinstance(value, list) else [value]:
-            if (call := _of_object(one)) is not None:
+    """Objects and lists of them, one after another."""
+    at = 0
+    while at < len(text) and (decoded := _decode(text, at)):
+        value, at = decoded
+        for item in value if isinstance(value, list) else [value]:
+            if (call := _of_object(item)) is not None:
                 yield call
-        while at < len(text) and text[at] in " \t\r\n;,":
-            at += 1
+        at = len(text) - len(text[at:].lstrip(" \t\r\n;,"))
 
 
 def _of_object(value: Any) -> Call | None:
@@ -96,43 +95,38 @@ def _of_object(value: Any) -> Call | None:
     if not isinstance(value, dict):
         return None
     name = value.get("name") or value.get("tool_name")
-    arguments = next((value[key] for key in _ARGUMENTS if key in value), None)
+    arguments = next((value[key] for key in ("arguments", "parameters") if key in value), None)
     if not isinstance(name, str) or arguments is None:
         return None
-    return Call(name, value_of(arguments) if isinstance(arguments, str) else arguments)
+    return Call(name, json_or_text(arguments) if isinstance(arguments, str) else arguments)
 
 
-def _functions(text: str) -> Iterator[Call]:
-    for found in _FUNCTION.finditer(text):
-        pairs = _PARAMETER.finditer(found["body"])
-        yield Call(found["name"], {pair["key"]: value_of(pair["value"]) for pair in pairs})
+def _qwen(text: str) -> Iterator[Call]:
+    for call in _FUNCTION.finditer(text):
+        pairs = _PARAMETER.finditer(call["body"])
+        yield Call(call["name"], {pair["key"]: json_or_text(pair["value"]) for pair in pairs})
 
 
-def _key_values(text: str) -> Iterator[Call]:
+def _glm(text: str) -> Iterator[Call]:
     name, _, rest = text.partition("<arg_key>")
     name = name.strip()
     if re.fullmatch(r"[\w.\-]+", name):
         pairs = _KEY_VALUE.finditer("<arg_key>" + rest)
-        yield Call(name, {pair["key"].strip(): value_of(pair["value"]) for pair in pairs})
+        yield Call(name, {pair["key"].strip(): json_or_text(pair["value"]) for pair in pairs})
 
 
-def _sections(text: str) -> Iterator[Call]:
-    for found in _SECTION.finditer(text):
-        yield Call(found["name"], value_of(found["arguments"].strip()))
+def _kimi(text: str) -> Iterator[Call]:
+    for call in _KIMI.finditer(text):
+        yield Call(call["name"], json_or_text(call["arguments"].strip()))
 
 
 def _deepseek(text: str) -> Iterator[Call]:
-    for found in _DEEPSEEK.finditer(text):
-        yield Call(found["name"], value_of(found["arguments"].strip()))
+    for call in _DEEPSEEK.finditer(text):
+        yield Call(call["name"], json_or_text(call["arguments"].strip()))
 
 
-def _named(text: str) -> Iterator[Call]:
+def _mistral(text: str) -> Iterator[Call]:
     at = 0
-    while found := _NAMED.search(text, at):
-        try:
-            arguments, at = json.JSONDecoder().raw_decode(text, found.end())
-        except (ValueError, RecursionError):
-            return
-        if is_too_deep(arguments):
-            return
-        yield Call(found["name"], arguments)
+    while (call := _MISTRAL.search(text, at)) and (decoded := _decode(text, call.end())):
+        arguments, at = decoded
+        yield Call(call["name"], arguments)

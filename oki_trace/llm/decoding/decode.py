@@ -1,10 +1,9 @@
-"""The decoding loop: one step out per token, with the tensors it was chosen by.
+"""The decoding loop: one step per token, with the tensors it was chosen by.
 
-It knows nothing of text, of the store or of what is kept. ``generate()`` does
+It knows nothing of text, of the store or of the capture policy. ``generate()`` does
 the preparation (generation config, logits processors, stopping criteria, the
-right cache for the model) and hands over to the loop below through its
-``custom_generate`` argument, so that every setting means what it means there
-and greedy tokens are its tokens.
+right cache for the model) and calls the loop below as its ``custom_generate``, so
+that every setting has the meaning it has there and greedy tokens are its tokens.
 """
 
 from __future__ import annotations
@@ -19,41 +18,42 @@ import torch
 from torch import Tensor
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.decoding.forward import Forward
-from oki_trace.llm.decoding.forward_pass import AttentionCapture, FastPaths, Watcher
-from oki_trace.llm.decoding.generation import arguments_of, generate_of, stop_reason
+from oki_trace.llm.decoding.forward_pass import FastPaths, ForwardHooks, ForwardPass
+from oki_trace.llm.decoding.generation import (
+    find_stop_reason,
+    generate_arguments,
+    generate_method,
+)
 from oki_trace.llm.decoding.sampling import Choice, choose
 from oki_trace.llm.loading.hardware import input_device
+from oki_trace.llm.transformers_internals import optimized_for_decoding
 from oki_trace.records import Generation
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RawStep:
+@dataclass(frozen=True, kw_only=True)
+class RawStep(ForwardPass):
     """One decoded token and the tensors of its forward pass, still on their devices.
 
-    ``logits`` (vocab,) the model's own, in its dtype; ``choice`` what the
-    sampling settings made of them; ``hidden`` L+1 rows (width,), before the
-    final norm; ``attention`` by layer, ``rows_of`` it are (heads, keys).
-    ``finished`` names the stop this token met, or is None.
+    ``logits`` are before the sampling settings, ``choice`` after them. ``stop_reason``
+    is that of the last token, else None.
     """
 
     step_index: int
     position: int
     token_id: int
-    logits: Tensor
     choice: Choice
-    hidden: tuple[Tensor, ...]
-    attention: AttentionCapture
     elapsed_ms: float
-    finished: str | None
+    stop_reason: str | None
 
 
 def decode(
     model: Any,
     tokenizer: Any,
-    watcher: Watcher,
+    hooks: ForwardHooks,
     fast: FastPaths,
     prompt_ids: tuple[int, ...],
     generation: Generation,
@@ -62,34 +62,34 @@ def decode(
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
-    ``note`` receives a sentence about each fast path that was given up. Close the iterator to stop
-    early. Raises CaptureError on NaN or infinite logits, and when the sampling
-    settings leave no token. ``forced``: the tokens to say, whatever would be chosen.
+    ``note`` receives a sentence about each fast path that was given up. ``forced``: the
+    tokens to choose, whatever the model would choose. Close the iterator to stop early.
+    Raises CaptureError on NaN or infinite logits, and when the sampling settings leave
+    no token.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
-    steps: Generator[RawStep] = generate_of(model)(
+    steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         custom_generate=_grad_mode(model)(_loop),
-        watcher=watcher,
+        hooks=hooks,
         fast=fast,
         seed=generation.seed,
         note=note,
         forced=forced,
-        **arguments_of(generation, model, tokenizer),
+        **generate_arguments(generation, model, tokenizer),
     )
     return steps
 
 
 def _grad_mode(model: Any) -> Any:
-    """Inference mode, which spares the bookkeeping of gradients, where nothing made in it stays.
+    """Inference mode, which skips autograd's bookkeeping, where no tensor outlives the reply.
 
     Code from elsewhere may keep tensors on the model, which could then not be
     trained any more, and weights that are moved in it would be such tensors.
     """
     known = type(model).__module__.startswith("transformers.")
-    moved = any(hasattr(module, "_hf_hook") for module in model.modules())
-    return torch.inference_mode() if known and not moved else torch.no_grad()
+    return torch.inference_mode() if known and not moves_weights(model) else torch.no_grad()
 
 
 def _loop(
@@ -98,7 +98,7 @@ def _loop(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    watcher: Watcher,
+    hooks: ForwardHooks,
     fast: FastPaths,
     seed: int | None,
     note: Callable[[str], None],
@@ -112,36 +112,35 @@ def _loop(
         if seed is not None:
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
-    forward = Forward(model, watcher, fast, generation_config, model_kwargs, new_tokens, note)
-    with watcher.attached(), model._optimize_model_for_decode():
+    forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
+    with hooks.attach(), optimized_for_decoding(model):
         for step_index in range(new_tokens):
             started = time.perf_counter()
-            # 1. the model's own forward pass, watched. Before the processors: there are
-            # some that run the model once more.
+            # 1. The model's forward pass. Its tensors are taken before the processors run:
+            # some of them run the model once more.
             forward_pass = forward(input_ids)
-            # 2. the choice, by what the sampling settings make of its distribution
-            raw = forward_pass.logits.to(input_ids.device, torch.float32)[None]
-            _refuse_broken(raw, step_index)
-            choice = choose(logits_processor, input_ids, raw, generator)
+            # 2. The choice from its distribution, by the sampling settings.
+            logits = forward_pass.logits.to(input_ids.device, torch.float32)[None]
+            _require_finite(logits, step_index)
+            choice = choose(logits_processor, input_ids, logits, generator)
             if forced is not None:
                 choice = replace(choice, token=choice.token.new_tensor([[forced[step_index]]]))
             input_ids = torch.cat([input_ids, choice.token], dim=-1)
             token_id = int(choice.token)
+            # 3. Whether the reply ends here.
             if forced is not None:
                 done = step_index + 1 == len(forced)
             else:
                 done = bool(stopping_criteria(input_ids, ()).all())
             elapsed_ms = (time.perf_counter() - started) * 1e3
             yield RawStep(
+                **vars(forward_pass),
                 step_index=step_index,
                 position=prompt_len + step_index,
                 token_id=token_id,
-                logits=forward_pass.logits,
                 choice=choice,
-                hidden=forward_pass.hidden,
-                attention=forward_pass.attention,
                 elapsed_ms=elapsed_ms,
-                finished=stop_reason(token_id, input_ids.shape[1], generation_config)
+                stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
                 if done
                 else None,
             )
@@ -149,8 +148,8 @@ def _loop(
                 return
 
 
-def _refuse_broken(logits: Tensor, step_index: int) -> None:
-    # The largest is not a number where any is not, and infinite where no softmax is to be had.
+def _require_finite(logits: Tensor, step_index: int) -> None:
+    # One NaN makes the largest NaN; it is infinite where the softmax is undefined.
     if not float("-inf") < float(logits.max()) < float("inf"):
         raise CaptureError(
             f"The model's logits are not finite at step {step_index}. "

@@ -1,4 +1,4 @@
-"""The forward passes of one reply: the prompt's, then one per token, all watched.
+"""The forward passes of one reply: the prompt's, then one per token, all of them captured.
 
 The model is called as ``generate()`` calls it. Where decode steps can be replayed
 as a graph (``fast/step_graph.py``), the first one is run both ways, and if
@@ -19,18 +19,19 @@ from oki_trace.llm.decoding.forward_pass import (
     CACHE_NAMES,
     DecodeGraph,
     FastPaths,
+    ForwardHooks,
     ForwardPass,
     StepRun,
-    Watcher,
 )
-from oki_trace.llm.decoding.special_lengths import BEYOND, special_lengths
+from oki_trace.llm.decoding.special_lengths import MARGIN, special_lengths
+from oki_trace.llm.transformers_internals import counts_tokens_as_usual, next_kwargs, prefill
 
-# From here on both ways are compared again at each power of two, whatever the config says.
+# From this length on, both ways are compared again at each power of two.
 _FIRST_COMPARISON = 512
 
 
 class Forward:
-    """Call it with all tokens so far, (1, T), once per step.
+    """Runs the model for one reply; call it with all tokens so far, (1, T), once per step.
 
     ``note`` receives a sentence about each fast path that was given up.
     """
@@ -38,7 +39,7 @@ class Forward:
     def __init__(
         self,
         model: Any,
-        watcher: Watcher,
+        hooks: ForwardHooks,
         fast: FastPaths,
         generation_config: Any,
         model_kwargs: dict[str, Any],
@@ -46,7 +47,7 @@ class Forward:
         note: Callable[[str], None],
     ) -> None:
         self._model = model
-        self._watcher = watcher
+        self._hooks = hooks
         self._graph = fast.step_graph
         self._config = generation_config
         self._kwargs = model_kwargs
@@ -54,11 +55,11 @@ class Forward:
         self._note = note
         self._steps = 0
         self._run: StepRun | None = None
-        # Tokens that the keyword arguments do not cover yet: a graph does not need them.
-        self._uncovered = 0
-        self._own_preparation = _prepares_inputs_itself(model)
-        self._special_lengths = {
-            length + beyond for length in special_lengths(model) for beyond in range(BEYOND)
+        # Tokens that the graph has run and that are not in the keyword arguments yet.
+        self._pending_tokens = 0
+        self._prepares_inputs_itself = _prepares_inputs_itself(model)
+        self._compared_lengths = {
+            length + i for length in special_lengths(model) for i in range(MARGIN)
         }
         for name in CACHE_NAMES:
             fast.preallocate(model_kwargs.get(name), new_tokens)
@@ -71,7 +72,7 @@ class Forward:
         if self._run is not None:
             return self._replay(self._run, input_ids)
         inputs = self._inputs(input_ids)
-        if self._graph is not None and self._steps == 2 and _counts_tokens_as_usual(self._model):
+        if self._graph is not None and self._steps == 2:
             run = self._begin(self._graph, inputs)
             if run is not None:
                 same, own = run.matches_model(inputs["input_ids"], lambda: self._step(inputs))
@@ -80,6 +81,8 @@ class Forward:
         return self._step(inputs)
 
     def _begin(self, graph: DecodeGraph, inputs: dict[str, Any]) -> StepRun | None:
+        if not counts_tokens_as_usual(self._model):
+            return None  # the steps of a graph could not be added to the arguments afterwards
         try:
             return graph.begin(inputs, self._new_tokens - 1)
         except Exception as error:  # a fast path may never end a reply
@@ -87,12 +90,12 @@ class Forward:
             return None
 
     def _replay(self, run: StepRun, input_ids: Tensor) -> ForwardPass:
-        """A step by the graph, if it is still the step that the model would make."""
+        """A step by the graph, if the model would still run the same step."""
         length = input_ids.shape[1]
-        compare = length in self._special_lengths or (
+        compare = length in self._compared_lengths or (
             length >= _FIRST_COMPARISON and length & (length - 1) == 0
         )
-        if self._own_preparation or compare:
+        if self._prepares_inputs_itself or compare:
             inputs = self._inputs(input_ids)
             if not run.accepts(inputs):
                 self._give_up("the model prepares this step differently")
@@ -107,35 +110,33 @@ class Forward:
         except Exception as error:  # TorchScript raises RuntimeError, prepacked weights anything
             self._give_up(f"it failed ({type(error).__name__}: {error})")
             return self._step(self._inputs(input_ids))
-        self._uncovered += 1
+        self._pending_tokens += 1
         return forward_pass
 
     def _give_up(self, reason: str) -> None:
         self._run = None
-        first = reason.splitlines()[0][:200]
-        self._note(f"from step {self._steps - 1} on the step graph was not used: {first}")
+        line = reason.splitlines()[0][:200]
+        self._note(f"from step {self._steps - 1} on the step graph was not used: {line}")
 
     def _prompt(self, input_ids: Tensor) -> ForwardPass:
         if self._graph is not None:
             self._graph.release_copies(input_ids.shape[1])
-        if not self._watcher.splits_prompt or input_ids.shape[1] == 1:
-            with self._watcher.asking() as extra:
+        if not self._hooks.splits_prompt or input_ids.shape[1] == 1:
+            with self._hooks.forward_arguments() as extra:
                 arguments = {**self._kwargs, **extra}
-                return self._watched(self._model._prefill(input_ids, self._config, arguments))
-        mask = self._kwargs.get("attention_mask")
-        shorter = {} if mask is None else {"attention_mask": mask[:, :-1]}
-        arguments = {**self._kwargs, **shorter}
-        outputs = self._model._prefill(input_ids[:, :-1], self._config, arguments)
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, arguments)
+                return self._captured(prefill(self._model, input_ids, self._config, arguments))
+        arguments = dict(self._kwargs)
+        if arguments.get("attention_mask") is not None:
+            arguments["attention_mask"] = arguments["attention_mask"][:, :-1]
+        outputs = prefill(self._model, input_ids[:, :-1], self._config, arguments)
+        self._kwargs = next_kwargs(self._model, outputs, arguments)
         del outputs
         return self._step(self._inputs(input_ids))
 
     def _inputs(self, input_ids: Tensor) -> dict[str, Any]:
-        if self._uncovered:
-            self._kwargs = self._model._update_model_kwargs_for_generation(
-                {}, self._kwargs, num_new_tokens=self._uncovered
-            )
-            self._uncovered = 0
+        if self._pending_tokens:
+            self._kwargs = next_kwargs(self._model, {}, self._kwargs, self._pending_tokens)
+            self._pending_tokens = 0
         length = 1 if self._kwargs["use_cache"] else None
         inputs: dict[str, Any] = self._model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=length, **self._kwargs
@@ -143,22 +144,16 @@ class Forward:
         return inputs
 
     def _step(self, inputs: dict[str, Any]) -> ForwardPass:
-        with self._watcher.asking() as extra:
+        with self._hooks.forward_arguments() as extra:
             outputs = self._model(**{**inputs, **extra}, return_dict=True)
-        return self._watched(outputs)
+        return self._captured(outputs)
 
-    def _watched(self, outputs: Any) -> ForwardPass:
-        self._kwargs = self._model._update_model_kwargs_for_generation(outputs, self._kwargs)
-        # Copied, as a prompt's logits are many; before anything else runs the model again.
+    def _captured(self, outputs: Any) -> ForwardPass:
+        self._kwargs = next_kwargs(self._model, outputs, self._kwargs)
+        # A copy, so that the logits of a whole prompt are freed.
         logits = outputs.logits[0, -1].clone()
-        hidden = self._watcher.take_hidden()
-        return ForwardPass(logits, hidden, self._watcher.take_attention(outputs))
-
-
-def _counts_tokens_as_usual(model: Any) -> bool:
-    """Whether steps that a graph has run can be added to the keyword arguments afterwards."""
-    own = type(model)._update_model_kwargs_for_generation
-    return own is GenerationMixin._update_model_kwargs_for_generation
+        hidden_states = self._hooks.take_hidden_states()
+        return ForwardPass(logits, hidden_states, self._hooks.take_attention(outputs))
 
 
 def _prepares_inputs_itself(model: Any) -> bool:

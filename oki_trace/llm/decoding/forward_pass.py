@@ -1,7 +1,7 @@
-"""What one forward pass leaves behind, and who watches it.
+"""The result of one forward pass, and the interfaces that the decoding loop uses.
 
-The decoding loop knows its watcher (``capture/probe.py``) and the optional step
-graph (``fast/step_graph.py``) by the protocols here alone.
+The loop knows the hooks (``capture/hooks.py``) and the optional fast paths
+(``capture/speedups.py``, ``fast/step_graph.py``) only by the protocols below.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class LastQuery:
     """The inputs of one attention row: softmax(q Kᵀ · scaling + bias + mask).
 
     ``query`` (kv heads, heads per kv head, d) and ``key`` (kv heads, keys, d): each
-    key head serves a run of consecutive query heads. ``bias`` is a learned one;
-    it and ``mask``, boolean or additive, are (1 or heads, keys).
+    key head serves a run of consecutive query heads. The learned ``bias`` and the
+    ``mask``, boolean or additive, are (1 or heads, keys).
     """
 
     query: Tensor
@@ -41,8 +41,10 @@ class LastQuery:
         if self.bias is not None:
             scores = scores + self.bias
         if self.mask is not None:
-            hidden = self.mask.dtype == torch.bool
-            scores = scores.masked_fill(~self.mask, float("-inf")) if hidden else scores + self.mask
+            boolean = self.mask.dtype == torch.bool
+            scores = (
+                scores.masked_fill(~self.mask, float("-inf")) if boolean else scores + self.mask
+            )
         return scores.softmax(-1)
 
 
@@ -54,33 +56,33 @@ AttentionCapture = dict[int, Tensor | LastQuery]
 class ForwardPass:
     """The tensors of one forward pass at its last position, still on their devices.
 
-    ``logits`` (vocab,) in the model's dtype; ``hidden`` L+1 rows (width,), before
-    the final norm; ``attention`` by layer.
+    ``logits`` (vocab,) in the model's dtype; ``hidden_states`` L+1 rows (width,), before
+    the final norm; ``attention`` by layer, see ``attention_rows``.
     """
 
     logits: Tensor
-    hidden: tuple[Tensor, ...]
+    hidden_states: tuple[Tensor, ...]
     attention: AttentionCapture
 
 
-class Watcher(Protocol):
+class ForwardHooks(Protocol):
     """Reads hidden states and attention while the model runs."""
 
     @property
     def splits_prompt(self) -> bool:
         """Whether the prompt's last token must run through the model by itself."""
 
-    def attached(self) -> AbstractContextManager[None]:
-        """Watch the model while this context lasts."""
+    def attach(self) -> AbstractContextManager[None]:
+        """Hook the model while this context lasts."""
 
-    def asking(self) -> AbstractContextManager[dict[str, Any]]:
+    def forward_arguments(self) -> AbstractContextManager[dict[str, Any]]:
         """Around the forward pass of one step; yields extra arguments for the model."""
 
-    def take_hidden(self) -> tuple[Tensor, ...]:
-        """The hidden states of the last pass; empties the watcher."""
+    def take_hidden_states(self) -> tuple[Tensor, ...]:
+        """The hidden states of the last pass, and forget them."""
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """The attention of the pass that returned ``outputs``; empties the watcher."""
+        """The attention of the pass that returned ``outputs``, and forget it."""
 
 
 class StepRun(Protocol):
@@ -99,7 +101,7 @@ class StepRun(Protocol):
 
 
 class DecodeGraph(Protocol):
-    """A quicker way to run the decode steps of one model, with the same numbers."""
+    """A faster way to run the decode steps of one model, with the same numbers."""
 
     def begin(self, inputs: Mapping[str, Any], steps: int) -> StepRun | None:
         """For the next ``steps`` of a reply; None where ``inputs`` do not fit it."""
@@ -120,6 +122,6 @@ class FastPaths(Protocol):
 
 
 def cache_in(outputs: Any) -> tuple[str, Any] | None:
-    """The cache among a model's outputs, with its name there; None without one."""
+    """The cache among a model's outputs, with the name of its field; None without one."""
     named = ((name, getattr(outputs, name, None)) for name in CACHE_NAMES)
     return next((pair for pair in named if pair[1] is not None), None)

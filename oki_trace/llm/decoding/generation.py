@@ -1,8 +1,8 @@
-"""The settings of a reply: what was asked, over the model's own generation config.
+"""The settings of a reply: those requested, else those of the model's generation config.
 
-All of the config holds that is one choice a step. What is not (beam search,
-several replies at once, guesses by an assistant) is replaced by sampling or by
-greedy decoding, whichever was asked, and the reply says so.
+Every setting of the config that makes one choice per step is in force. Others (beam
+search, several replies at once, an assistant model's guesses) are replaced by sampling
+or by greedy decoding, whichever was requested, and the reply says so.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 from transformers import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
 from oki_trace.errors import CaptureError
+from oki_trace.llm.transformers_internals import default_generation_parameters
 from oki_trace.records import Generation, Sampling
 
-# By field of GenerationConfig: the value that turns it off, and what it is called.
+# By field of GenerationConfig: the value that switches it off, and its name.
 _REPLACED: dict[str, tuple[Any, str]] = {
     "num_beams": (1, "beam search"),
     "num_beam_groups": (1, "beam search in groups"),
@@ -31,16 +32,13 @@ _REPLACED: dict[str, tuple[Any, str]] = {
     "use_mtp": (None, "multi-token prediction"),
     "token_healing": (None, "token healing"),
 }
-# These change what generate() returns, not what is said; or they are seen to here.
-_SILENT: dict[str, Any] = {
-    "diversity_penalty": None,
-    "is_assistant": False,
-    "output_attentions": False,
-    "output_hidden_states": False,
-    "return_dict_in_generate": False,
-    "stop_strings": None,
+# Fields that change what generate() returns but not the tokens, or that are handled here.
+_SWITCHED_OFF: dict[str, Any] = {
+    **dict.fromkeys(("output_attentions", "output_hidden_states"), False),
+    **dict.fromkeys(("return_dict_in_generate", "is_assistant"), False),
+    **dict.fromkeys(("diversity_penalty", "stop_strings")),
 }
-# What changes the choice and has no field of its own in Generation: always, and when sampling.
+# Fields that change the choice and are not in Generation: always, and only when sampling.
 _OTHERS = (
     *("min_length", "min_new_tokens", "max_time", "stop_strings", "no_repeat_ngram_size"),
     *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size", "bad_words_ids"),
@@ -51,57 +49,60 @@ _OTHERS = (
 _OTHERS_SAMPLED = ("top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def generation_of(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
-    """The settings in force for this model: what was asked, else its generation config.
+def resolve_generation(model: Any, sampling: Sampling, prompt_len: int) -> Generation:
+    """The settings in force for this model: those requested, else its generation config's.
 
-    A reply that samples without a seed gets one, so that it can be had again.
-    Raises CaptureError when the prompt leaves no room in the model's context.
+    A reply that samples without a seed gets one, so that it can be reproduced.
+    Raises CaptureError when the prompt fills the model's context.
     """
-    room = context_length(model) - prompt_len
-    if room < 1:
+    context = context_length(model)
+    if prompt_len >= context:
         raise CaptureError(
             f"The prompt has {prompt_len:,} tokens, but the model's context holds "
-            f"{context_length(model):,}. Shorten the prompt or start a new conversation."
+            f"{context:,}. Shorten the prompt or start a new conversation."
         )
-    defaults = model.generation_config._get_default_generation_params()
-    given = model.generation_config.to_dict()
-    config = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    defaults = default_generation_parameters(model.generation_config)
+    own = model.generation_config.to_dict()
+    config = {**defaults, **{name: value for name, value in own.items() if value is not None}}
 
     def is_on(name: str, off: Any) -> bool:
         value = config.get(name)
         return value is not None and value is not False and value != off
 
+    def requested(name: str) -> Any:
+        value = getattr(sampling, name)
+        return config[name] if value is None else value
+
     eos = config.get("eos_token_id")
     sampled = not sampling.is_greedy
+    others = (*_OTHERS, *(_OTHERS_SAMPLED if sampled else ()))
+    replaced = [
+        words
+        for name, (off, words) in _REPLACED.items()
+        # generate() itself uses contrastive search only in greedy decoding.
+        if is_on(name, off) and not (sampled and name == "penalty_alpha")
+    ]
+    if has_own_generate(model):
+        replaced.append("a generate() of its own")
+    seed = secrets.randbelow(2**31) if sampling.seed is None else sampling.seed
     return Generation(
         do_sample=sampled,
-        max_new_tokens=min(sampling.max_new_tokens, room),
+        max_new_tokens=min(sampling.max_new_tokens, context - prompt_len),
         temperature=sampling.temperature if sampled else None,
-        top_p=_either(sampling.top_p, config["top_p"]) if sampled else None,
-        top_k=_either(sampling.top_k, config["top_k"]) if sampled else None,
-        repetition_penalty=_either(sampling.repetition_penalty, config["repetition_penalty"]),
-        seed=_either(sampling.seed, secrets.randbelow(2**31)) if sampled else None,
+        top_p=requested("top_p") if sampled else None,
+        top_k=requested("top_k") if sampled else None,
+        repetition_penalty=requested("repetition_penalty"),
+        seed=seed if sampled else None,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
-        others=tuple(
-            _words(name, config[name])
-            for name in (*_OTHERS, *(_OTHERS_SAMPLED if sampled else ()))
-            if is_on(name, defaults.get(name))
-        ),
-        replaced=tuple(
-            words
-            for name, (off, words) in _REPLACED.items()
-            if is_on(name, off)
-            # Only what generate() would have done: contrastive search is for greedy decoding.
-            and not (sampled and name == "penalty_alpha")
-        )
-        + (("a generate() of its own",) if has_own_generate(model) else ()),
+        others=tuple(_words(n, config[n]) for n in others if is_on(n, defaults.get(n))),
+        replaced=tuple(replaced),
     )
 
 
 def has_own_generate(model: Any) -> bool:
-    """Whether the model brings a ``generate()`` that is not transformers', which is not used.
+    """Whether the model has a ``generate()`` that is not transformers'; it is not used.
 
-    It may not hand over to another loop, or not with the same arguments.
+    It may not call another loop, or not with the same arguments.
     """
     if not isinstance(model, GenerationMixin):
         return False
@@ -111,7 +112,7 @@ def has_own_generate(model: Any) -> bool:
     return True
 
 
-def generate_of(model: Any) -> Callable[..., Any]:
+def generate_method(model: Any) -> Callable[..., Any]:
     """The ``generate()`` that prepares a reply. Raises CaptureError for a model without one."""
     if has_own_generate(model):
         return partial(GenerationMixin.generate, model)
@@ -133,8 +134,8 @@ def context_length(model: Any) -> int:
 def _stretched(config: Any) -> int:
     """The length that YaRN stretches the rotary embedding to; 0 without it.
 
-    Model cards switch it on by these parameters alone, and leave the config's own
-    length as it was.
+    Model cards switch it on by these parameters alone, without a change to the config's
+    own length.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     by_layer = [part for part in parameters.values() if isinstance(part, dict)]
@@ -146,40 +147,32 @@ def _stretched(config: Any) -> int:
     return max(lengths)
 
 
-def arguments_of(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What ``model.generate()`` is given so that it prepares these settings."""
-    own = (
-        ("temperature", generation.temperature),
-        ("top_p", generation.top_p),
-        ("top_k", generation.top_k),
-        ("repetition_penalty", generation.repetition_penalty),
-    )
-    # generate() hands its tokenizer, which this needs, to no loop but its own.
+def generate_arguments(generation: Generation, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The arguments with which ``model.generate()`` prepares these settings."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    own = {name: getattr(generation, name) for name in names}
+    # generate() passes its tokenizer, which this needs, to no loop but its own.
     strings = model.generation_config.stop_strings
     stopping = [StopStringCriteria(tokenizer, strings)] if strings else []
-    off = {**{name: value for name, (value, _) in _REPLACED.items()}, **_SILENT}
+    off = {**{name: value for name, (value, _) in _REPLACED.items()}, **_SWITCHED_OFF}
     return {
-        # Not every version has them all.
+        # No version of transformers has all of these.
         **{name: value for name, value in off.items() if hasattr(model.generation_config, name)},
         "do_sample": generation.do_sample,
         "max_new_tokens": generation.max_new_tokens,
-        **{name: value for name, value in own if value is not None},
+        **{name: value for name, value in own.items() if value is not None},
         "stopping_criteria": StoppingCriteriaList(stopping),
     }
 
 
-def stop_reason(token_id: int, length: int, generation_config: Any) -> str:
-    """Which stop a token met; ``length`` is that of prompt and reply, the token included."""
+def find_stop_reason(token_id: int, length: int, generation_config: Any) -> str:
+    """Why a reply ends with this token; ``length`` counts prompt and reply up to it."""
     eos = generation_config.eos_token_id
     if token_id in (eos if isinstance(eos, list) else [eos]):
         return "end of turn"
     if length >= generation_config.max_length:
         return "token limit"
     return "stop string" if generation_config.max_time is None else "stop string or time limit"
-
-
-def _either(asked: Any, default: Any) -> Any:
-    return default if asked is None else asked
 
 
 def _words(name: str, value: Any) -> str:

@@ -6,8 +6,8 @@ and those that the model itself ranked high are computed again in float32, so th
 and their order are exact. The draft remains in the sum over the many unlikely
 tokens, so a probability may be off by ``DRAFT_TOLERANCE``.
 
-Used on CPUs with bfloat16 instructions, for a large vocabulary, where the error
-measured at load allows it; never where exact tensors are asked for.
+Used on CPUs with bfloat16 instructions, for a large vocabulary, if the error
+measured at load allows it; never when exact tensors are requested.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from oki_trace.llm.capture.anatomy import Anatomy
+from oki_trace.llm.accelerate_internals import has_hook
 from oki_trace.llm.capture.distribution import top_k
 from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, TOLERANCE, LogitLens
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.loading.hardware import has_native_bfloat16
 
-# Tokens of each layer that are computed again, several times the number that is kept.
+# Tokens of each layer that are computed again: several times the number that is kept.
 RESCORED = 64
 MAX_TOP_K = RESCORED // 4
 # With a smaller vocabulary the head is not the bottleneck of a step.
@@ -41,8 +42,8 @@ class DraftLens:
     """The draft of one model's lens; ``error`` is the largest |Δprob| measured at load.
 
     ``split`` are the dimensions of the states that enter the head as two halves, upper
-    and lower bits: in a few dimensions states are so large that rounding them would
-    shift all logits together, which no sum over tokens averages out.
+    and lower bits: a few states are so large that rounding them would shift all logits
+    together, which no sum over tokens averages out.
     """
 
     lens: LogitLens
@@ -52,7 +53,7 @@ class DraftLens:
     max_top_k: int = MAX_TOP_K
 
     def projection(self) -> DraftProjection:
-        """For one reply: weights may change between two."""
+        """The projection for one reply: weights may change between replies."""
         return DraftProjection(self.lens, self.head, self.split)
 
 
@@ -66,11 +67,11 @@ class DraftProjection:
         self._rounded: Tensor | None = None
 
     @torch.no_grad()
-    def each(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
-        """As ``LogitLens.each``, for k up to ``MAX_TOP_K``."""
+    def project_steps(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+        """As ``LogitLens.project_steps``, for k up to ``MAX_TOP_K``."""
         if self._rounded is None:
             self._rounded = self._round()
-        states = self._lens.states(hidden)
+        states = self._lens.normed_states(hidden)
         upper = states.bfloat16()
         lower = (states - upper)[:, self._split].bfloat16()
         drafts = linear(torch.cat([upper, lower], 1), self._rounded)
@@ -98,28 +99,30 @@ class DraftProjection:
         scores = linear(states, self._head[ids])
         error = (scores - logits[:, ids]).abs().amax(-1)
         logits[:, ids] = scores
-        # No token left out may reach the k-th, were its draft twice as wrong as any measured.
+        # No omitted token may reach the k-th, even if its draft is twice as wrong as any measured.
         unsure = ~(scores.topk(k, -1).values[:, -1] - 2 * error > best[:, -1])
         return logits, unsure
 
 
 @torch.no_grad()
-def draft_lens(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> DraftLens:
+def draft_lens(lens: LogitLens, structure: ModelStructure, hidden: Sequence[Tensor]) -> DraftLens:
     """The draft of this model's lens, compared with the lens itself on streams (width,).
 
-    Raises NoDraft where it does not apply, or where its numbers differ too much.
+    Raises NoDraft if it does not apply, or if its numbers differ too much.
     """
-    head = _plain_head(anatomy.model)
-    if hidden[0].ndim != 1 or anatomy.position_axis != 1:
+    head = _plain_head(structure.model)
+    if hidden[0].ndim != 1 or structure.position_axis != 1:
         raise NoDraft("the model has several residual streams")
     streams = torch.stack([h.to(head.weight.device) for h in hidden])
-    weight, states = head.weight.detach(), lens.states(streams)
+    weight, states = head.weight.detach(), lens.normed_states(streams)
     if states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
         raise NoDraft("the head takes other states than the last norm returns")
     lost = (states - states.bfloat16()).square().mean(0) * weight.square().mean(0)
     split = lost.topk(weight.shape[1] // 8).indices
     none_wanted = torch.zeros(0, dtype=torch.long)
-    drafted = next(DraftProjection(lens, head, split).each(streams, [none_wanted], MAX_TOP_K))
+    drafted = next(
+        DraftProjection(lens, head, split).project_steps(streams, [none_wanted], MAX_TOP_K)
+    )
     whole = lens.project(streams)
     if drafted.shape != whole.shape:
         raise NoDraft("the head is more than one matrix")
@@ -135,7 +138,7 @@ def draft_lens(lens: LogitLens, anatomy: Anatomy, hidden: Sequence[Tensor]) -> D
 
 def _plain_head(model: Any) -> nn.Linear:
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or hasattr(head, "_hf_hook"):
+    if type(head) is not nn.Linear or head.bias is not None or has_hook(head):
         raise NoDraft("the head is not one plain matrix")
     if head.weight.dtype != torch.float32:
         raise NoDraft("the model does not compute in float32")

@@ -3,8 +3,7 @@
 transformers' dynamic cache rebuilds each layer's keys and values, one token
 longer, at every step. At a long context that copy takes as long as the model,
 and the freed tensors, each slightly too small for the next, fragment the heap.
-Here keys and values are the front of a larger tensor, and the model sees them
-as a view.
+Here keys and values are a view of the front of a larger tensor.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache
 
 from oki_trace.llm.capture.buffers import BufferPool, mark_persistent
+from oki_trace.llm.transformers_internals import DynamicLayer
 
-# The most tokens allocated beyond those present. Memory that nobody writes to costs a CPU
-# nothing, and a GPU little.
+# The most tokens allocated in advance. Memory that is never written to costs a CPU nothing.
 MAX_SPARE = 1024
 
 
@@ -74,7 +73,7 @@ class PreallocatedLayer(DynamicLayer):
 
     def _reserve(self, new: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         length = self.get_seq_length()
-        # The keys are another tensor when the cache was cropped or reordered meanwhile.
+        # The keys are another tensor if the cache was cropped or reordered meanwhile.
         if self.keys is not self._key_view or length + new > self._key_buffer.shape[-2]:
             self._key_buffer = self._grown(0, self.keys, keys, length + new)
             self._value_buffer = self._grown(1, self.values, values, length + new)
@@ -93,8 +92,8 @@ class PreallocatedLayer(DynamicLayer):
 def preallocate(cache: Any, tokens: int) -> None:
     """Let the plain layers of a dynamic cache grow in place by up to ``tokens`` tokens.
 
-    Beyond that, or beyond ``MAX_SPARE``, a layer moves to a larger tensor. Layers of
-    other kinds (windows, states, quantized ones) stay as they are.
+    Beyond that, or beyond ``MAX_SPARE``, a layer moves to a larger tensor. Layers with
+    a window, a state or quantized values are left unchanged.
     """
     if type(cache) is not DynamicCache or cache.offloading:
         return
@@ -105,12 +104,7 @@ def preallocate(cache: Any, tokens: int) -> None:
 
 
 def preallocated_layers(cache: Any) -> list[PreallocatedLayer]:
-    """The layers of a cache all of which are preallocated; else an empty list."""
-    if type(cache) is not DynamicCache:
-        return []
-    layers = [
-        layer
-        for layer in cache.layers
-        if type(layer) is PreallocatedLayer and layer.is_preallocated
-    ]
-    return layers if len(layers) == len(cache.layers) else []
+    """The layers of a cache if all are preallocated; else an empty list."""
+    layers: list[Any] = cache.layers if type(cache) is DynamicCache else []
+    usable = all(type(layer) is PreallocatedLayer and layer.is_preallocated for layer in layers)
+    return list(layers) if usable else []

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from oki_trace.llm.loading.hardware import has_native_bfloat16
+from oki_trace.llm.torch_internals import prepacked, prepacked_linear, scripted, version_of
 
-# Below this size torch multiplies itself and rounds differently (ATen's mkldnn_gemm_min_size).
+# Smaller products torch computes itself, and rounds differently (ATen's mkldnn_gemm_min_size).
 MIN_SIZE = 16**3
-# Numbers of a product that are compared, for each shape. Where two kernels sum in different
-# orders (as torch's own does below that size), one in 20,000 is rounded differently.
+# Numbers of a product that are compared, for each shape. Two kernels that sum in different
+# orders differ in one number of 20,000.
 CHECKED = 100_000
 # The share of the free memory that the copies may take.
 MEMORY_SHARE = 0.25
@@ -64,22 +65,17 @@ def _fits_into_memory(weights: Sequence[Tensor]) -> bool:
 @torch.no_grad()
 def _is_exact(weight: Tensor) -> bool:
     """Whether products with a copy equal torch's own, bit for bit, in many numbers."""
-    copied = _copy(weight)
+    copy = prepacked(weight)
     generator = torch.Generator().manual_seed(0)
     for _ in range(1 + CHECKED // len(weight)):
         x = torch.randn(1, 1, weight.shape[1], generator=generator).to(weight.dtype)
-        if not torch.equal(product(x, copied, None), linear(x, weight)):
+        if not torch.equal(prepacked_linear(x, copy, None), linear(x, weight)):
             return False
     return True
 
 
-def _copy(weight: Tensor) -> Tensor:
-    copied: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1)
-    return copied
-
-
 class PrepackedWeights:
-    """PrepackedWeights of weights in oneDNN's layout, kept from one reply to the next."""
+    """Copies of weights in oneDNN's layout, kept from one reply to the next."""
 
     def __init__(self) -> None:
         self._sources: list[tuple[int, int]] = []
@@ -88,16 +84,15 @@ class PrepackedWeights:
     def of(self, weights: Sequence[Tensor], steps: int) -> list[Tensor]:
         """A copy of each weight.
 
-        The weights themselves where ``steps`` are too few to be worth a copy, or where
-        the machine's memory could become short.
+        The weights themselves if ``steps`` are too few to be worth a copy, or if the
+        machine's memory could become short.
         """
-        sources = [(w.data_ptr(), w._version) for w in weights]
+        sources = [(w.data_ptr(), version_of(w)) for w in weights]
         if sources != self._sources:
             self.drop()
             if steps < WORTH_STEPS or not _fits_into_memory(weights):
                 return list(weights)
-            self._sources = sources
-            self._copies = [_copy(w) for w in weights]
+            self._sources, self._copies = sources, [prepacked(w) for w in weights]
         return self._copies
 
     def drop(self) -> None:
@@ -105,20 +100,14 @@ class PrepackedWeights:
         self._sources, self._copies = [], []
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``linear`` for a weight that may be prepacked."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y
-
-
 @contextmanager
 def multiplying_with(model: nn.Module, factors: Mapping[int, Tensor]) -> Iterator[None]:
-    """While this lasts, ``model`` multiplies with other tensors, prepacked or not.
+    """Within, ``model`` multiplies with other tensors, prepacked or not.
 
     ``factors`` by the id of the weight that each replaces.
     """
     # Scripted, since TorchScript's tracer takes no empty list, which is among the arguments.
-    multiply = torch.jit.script(product) if factors else product
+    multiply = scripted(prepacked_linear) if factors else prepacked_linear
     changed = [m for m in model.modules() if type(m) is nn.Linear and id(m.weight) in factors]
     for module in changed:
         module.__dict__["forward"] = _Multiplication(multiply, factors[id(module.weight)], module)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oki_trace.llm.accelerate_internals import has_hook
 from oki_trace.llm.decoding.forward_pass import (
     CACHE_NAMES,
     AttentionCapture,
@@ -27,10 +28,12 @@ from oki_trace.llm.decoding.forward_pass import (
 )
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights
+from oki_trace.llm.torch_internals import hooks_of, without_fusion
+from oki_trace.llm.transformers_internals import attention_implementation
 
-# The inputs that a model may be given at a step that the graph replays.
+# The inputs of a step that the graph can replay.
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-# After a prompt of so many tokens, its own tensors use the memory that copies would.
+# After a longer prompt, its own tensors need the memory that copies of weights would take.
 LONG_PROMPT = 1024
 
 
@@ -68,33 +71,33 @@ class StepGraph:
 
     @property
     def model(self) -> Any:
-        """The model, as long as somebody holds it; ``modules`` are those within it."""
+        """The model, or None once nothing else refers to it; ``modules`` are its submodules."""
         return self.reference()
 
     def begin(self, inputs: Mapping[str, Any], steps: int) -> GraphRun | None:
         """Run the next ``steps`` of a reply, the first of which has the model's ``inputs``.
 
-        None where that is not the step of the graph. Weights are read as they are now,
-        and prepacked only for many ``steps`` after a prompt that is not long.
+        None if that is not the step of the graph. Weights are read as they are now, and
+        prepacked only for many ``steps`` after a prompt that is not long.
         """
         cache = _cache_of(inputs)
         layers = preallocated_layers(cache)
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        fits = (
-            layers
-            and inputs.keys() <= {*_INPUTS, *CACHE_NAMES}
-            and (positions is not None) == self.takes_positions
-            and (positions is None or positions.tolist() == [[layers[0].get_seq_length()]])
-            and (mask is None or (mask.ndim == 2 and bool(mask.all())))
-            and is_plain(self.model)
-            and tuple(self.model.modules())[1:] == self.modules
-            and self.model.config._attn_implementation == self.implementation
-        )
-        weights = {name: tensor.detach() for name, tensor in named_weights(self.model)}
-        if not fits or tuple(weights) != self.weights:
+        if not layers or not is_plain(self.model):
             return None
-        worth = 0 if layers[0].get_seq_length() > LONG_PROMPT else steps
-        factors = self.copies.of([weights[name] for name in self.products], worth)
+        length = layers[0].get_seq_length()
+        mask = inputs.get("attention_mask")
+        weights = {name: tensor.detach() for name, tensor in named_weights(self.model)}
+        if not (
+            _is_next_token(inputs, length)
+            and (inputs.get("position_ids") is not None) == self.takes_positions
+            and (mask is None or (mask.ndim == 2 and bool(mask.all())))
+            and tuple(self.model.modules())[1:] == self.modules
+            and attention_implementation(self.model.config) == self.implementation
+            and tuple(weights) == self.weights
+        ):
+            return None
+        products = [weights[name] for name in self.products]
+        factors = self.copies.of(products, 0 if length > LONG_PROMPT else steps)
         return GraphRun(self, cache, layers, [*weights.values(), *factors])
 
     def release_copies(self, prompt_tokens: int) -> None:
@@ -103,38 +106,35 @@ class StepGraph:
             self.copies.drop()
 
 
+@dataclass(frozen=True)
 class GraphRun:
     """Runs the steps of one reply, each on the keys and values of those before it."""
 
-    def __init__(
-        self,
-        graph: StepGraph,
-        cache: Any,
-        layers: list[PreallocatedLayer],
-        weights: list[Tensor],
-    ) -> None:
-        self._graph = graph
-        self._cache = cache
-        self._layers = layers
-        self._weights = weights
+    graph: StepGraph
+    cache: Any
+    layers: list[PreallocatedLayer]
+    weights: list[Tensor]
+
+    @property
+    def length(self) -> int:
+        """The tokens in the cache."""
+        return self.layers[0].get_seq_length()
 
     def accepts(self, inputs: Mapping[str, Any]) -> bool:
         """Whether ``inputs`` are one more token after the steps it has run."""
-        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        length = self._layers[0].get_seq_length()
+        mask = inputs.get("attention_mask")
         return (
-            _cache_of(inputs) is self._cache
+            _cache_of(inputs) is self.cache
             and inputs["input_ids"].shape == (1, 1)
-            and inputs.keys() <= {*_INPUTS, *CACHE_NAMES}
-            and (positions is None or positions.tolist() == [[length]])
-            and (mask is None or mask.shape == (1, length + 1))
+            and _is_next_token(inputs, self.length)
+            and (mask is None or mask.shape == (1, self.length + 1))
         )
 
     def step(self, token: Tensor) -> ForwardPass:
         """The pass of one more token, (1, 1)."""
-        length = self._layers[0].get_seq_length()
+        length = self.length
         outputs = self._run(token, length)
-        for layer in self._layers:
+        for layer in self.layers:
             layer.set_length(length + 1)
         return self._pass(outputs)
 
@@ -145,41 +145,43 @@ class GraphRun:
 
         Both write to the same place of the cache. Compared are the logits, the hidden
         states, the queries, and the new keys and values. If any differs, weights may
-        have changed unseen, so their prepacked copies are dropped.
+        have changed unnoticed, so their prepacked copies are dropped.
         """
-        length = self._layers[0].get_seq_length()
+        length = self.length
         try:
             outputs = self._run(token, length)
         except Exception:  # TorchScript raises RuntimeError, prepacked weights anything
             return False, own()
         written = self._new_entries(length)
         expected = own()
-        graph_pass = self._pass(outputs)
-        ours = [*_tensors(graph_pass), *written]
+        replayed = self._pass(outputs)
+        ours = [*_tensors(replayed), *written]
         theirs = [*_tensors(expected), *self._new_entries(length)]
-        same = graph_pass.attention.keys() == expected.attention.keys() and all(
+        same = replayed.attention.keys() == expected.attention.keys() and all(
             torch.equal(left, right) for left, right in zip(ours, theirs, strict=True)
         )
         if not same:
-            self._graph.copies.drop()
+            self.graph.copies.drop()
         return same, expected
 
     def _run(self, token: Tensor, length: int) -> tuple[Tensor, ...]:
-        buffers = [buffer for layer in self._layers for buffer in layer.buffers(1)]
-        # The optimizer may fuse operations that the model computes one by one.
-        with torch.jit.optimized_execution(False):  # type: ignore[attr-defined]
-            return self._graph.function(token, *position_after(length), buffers, self._weights)
+        with without_fusion():
+            return self.graph.function(
+                token, *position_after(length), self._buffers(1), self.weights
+            )
+
+    def _buffers(self, new: int) -> list[Tensor]:
+        return [buffer for layer in self.layers for buffer in layer.buffers(new)]
 
     def _new_entries(self, length: int) -> list[Tensor]:
-        buffers = [buffer for layer in self._layers for buffer in layer.buffers(0)]
-        return [buffer.narrow(-2, length, 1).clone() for buffer in buffers]
+        return [buffer.narrow(-2, length, 1).clone() for buffer in self._buffers(0)]
 
     def _pass(self, outputs: tuple[Tensor, ...]) -> ForwardPass:
         logits, *rest = outputs
-        hidden, queries = rest[: self._graph.hidden], rest[self._graph.hidden :]
+        hidden, queries = rest[: self.graph.hidden], rest[self.graph.hidden :]
         attention: AttentionCapture = {
-            a.layer: LastQuery(query, self._layers[a.cache_layer].keys[0], a.scaling, None, None)
-            for a, query in zip(self._graph.attending, queries, strict=True)
+            a.layer: LastQuery(query, self.layers[a.cache_layer].keys[0], a.scaling, None, None)
+            for a, query in zip(self.graph.attending, queries, strict=True)
         }
         return ForwardPass(logits, tuple(hidden), attention)
 
@@ -188,25 +190,28 @@ def _cache_of(inputs: Mapping[str, Any]) -> Any:
     return next((inputs[name] for name in CACHE_NAMES if name in inputs), None)
 
 
+def _is_next_token(inputs: Mapping[str, Any], length: int) -> bool:
+    """Whether the graph knows all ``inputs``, and they are for the position ``length``."""
+    positions = inputs.get("position_ids")
+    return inputs.keys() <= {*_INPUTS, *CACHE_NAMES} and (
+        positions is None or positions.tolist() == [[length]]
+    )
+
+
 def position_after(length: int) -> tuple[Tensor, Tensor]:
     """The position of the token after ``length`` tokens, (1, 1), and a tensor of that length."""
     return torch.tensor([[length]]), torch.zeros(1).expand(length)
 
 
 def is_plain(model: nn.Module) -> bool:
-    """Whether it is nothing but its own code, on plain weights in the CPU's memory."""
-    if torch.is_autocast_enabled("cpu"):  # which keeps copies of weights beside them
+    """Whether it runs nothing but its own code, on plain weights in the CPU's memory."""
+    if torch.is_autocast_enabled("cpu"):  # it caches copies of the weights
         return False
     modules = list(model.modules())
-    hooks = (
-        hook
-        for m in modules
-        for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-    )
     return (
         not model.training
-        and all(_only_watches(hook) for hook in hooks)
-        and not any("forward" in m.__dict__ or hasattr(m, "_hf_hook") for m in modules)
+        and all(_only_watches(hook) for module in modules for hook in hooks_of(module))
+        and not any("forward" in m.__dict__ or has_hook(m) for m in modules)
         and all(
             type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype.is_floating_point
             for p in model.parameters()
@@ -215,7 +220,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def _only_watches(hook: Any) -> bool:
-    """Transformers' hooks answer output_attentions; ours are not needed, or are in the graph."""
+    """Transformers' hooks serve output_attentions; ours are not needed, or are in the graph."""
     return str(getattr(hook, "__module__", "")).startswith(("transformers.", "oki_trace.llm."))
 
 
@@ -225,7 +230,6 @@ def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _tensors(forward_pass: ForwardPass) -> list[Tensor]:
-    rows = (
-        row.query if isinstance(row, LastQuery) else row for row in forward_pass.attention.values()
-    )
-    return [forward_pass.logits, *forward_pass.hidden, *rows]
+    rows = forward_pass.attention.values()
+    queries = (row.query if isinstance(row, LastQuery) else row for row in rows)
+    return [forward_pass.logits, *forward_pass.hidden_states, *queries]

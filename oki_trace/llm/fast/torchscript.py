@@ -1,34 +1,31 @@
 """Tracing a decode step with TorchScript.
 
 The tracer runs the model once on real tensors and records the operations. It
-takes every decision of Python as constant, so a step is traced only where that
+takes every decision of Python as constant, so a step is traced only if that
 holds at every step: one token on a cache of keys and values that only grow, no
 attention mask left, and nothing decided by a tensor's value or by the number of
 tokens so far. Two steps of different lengths are then compared with the model
 itself, bit for bit.
+
+PyTorch has deprecated TorchScript, and does not support it on Python 3.14.
 """
 
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-from transformers import masking_utils
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations import sdpa_attention
+from torch import Tensor
+from transformers import DynamicCache
 
 from oki_trace.llm.capture import attention
-from oki_trace.llm.capture.anatomy import Anatomy
 from oki_trace.llm.capture.buffers import mark_persistent
-from oki_trace.llm.capture.probe import Probe
+from oki_trace.llm.capture.hooks import ModelHooks
+from oki_trace.llm.capture.model_structure import ModelStructure
 from oki_trace.llm.decoding.forward_pass import ForwardPass, LastQuery, cache_in
 from oki_trace.llm.fast.kv_cache import preallocate, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights, multiplying_with, prepackable
@@ -39,73 +36,79 @@ from oki_trace.llm.fast.step_graph import (
     named_weights,
     position_after,
 )
+from oki_trace.llm.torch_internals import no_torchscript, tensors_replaced, traced
+from oki_trace.llm.transformers_internals import (
+    ATTENTION_SOURCES,
+    DynamicLayer,
+    attention_implementation,
+)
 
 # These branch on the number of queries, which is always one.
-_BRANCH_ON_QUERIES = {attention.__file__, sdpa_attention.__file__, masking_utils.__file__}
-
-_TracerWarning: Any = torch.jit.TracerWarning  # type: ignore[attr-defined]
+_BRANCH_ON_QUERIES = {attention.__file__, *ATTENTION_SOURCES}
 
 
 class NotTraceable(Exception):
     """A decode step cannot be replayed; the message says why."""
 
 
-def trace_step(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def trace_step(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """The graph of one decode step. Takes as long as a dozen steps.
 
-    Raises NotTraceable where a step is not the same operations each time, or where
+    Raises NotTraceable if a step is not the same operations each time, or if
     TorchScript is not supported.
     """
-    if sys.version_info >= (3, 14):
-        raise NotTraceable("torch does not support TorchScript on Python 3.14")
+    if unsupported := no_torchscript():
+        raise NotTraceable(unsupported)
     if not is_plain(model):
         raise NotTraceable("the model has hooks, adapters or weights outside the CPU's memory")
     try:
-        with torch.no_grad(), probe.attached(pooled=False):
-            return _checked(model, anatomy, probe)
+        with torch.no_grad(), hooks.attach(pooled=False):
+            return _checked_graph(model, structure, hooks)
     except NotTraceable:
         raise
     except Exception as error:  # a model's own code can raise anything
         raise NotTraceable(f"tracing a step fails ({type(error).__name__}: {error})") from error
 
 
-def _checked(model: Any, anatomy: Anatomy, probe: Probe) -> StepGraph:
+def _checked_graph(model: Any, structure: ModelStructure, hooks: ModelHooks) -> StepGraph:
     """Trace a step, and compare it and the one after it with the model's own."""
-    ids = anatomy.probe_ids
+    ids = structure.dummy_ids
     outputs = model(input_ids=ids[:, :-2], use_cache=True, return_dict=True)
-    probe.take_hidden()
-    probe.take_attention(outputs)
+    hooks.take_hidden_states()
+    hooks.take_attention(outputs)
     named: tuple[str, Any] = cache_in(outputs) or ("", None)
     name, cache = named
     preallocate(cache, 2)
     if not preallocated_layers(cache):
         raise NotTraceable("its cache holds more than growing keys and values")
-    graph = _step_graph(model, probe, ids[:, -2:-1], name, cache)
+    graph = _step_graph(model, hooks, ids[:, -2:-1], name, cache)
     for token in ids[:, -2:].split(1, 1):
         inputs = {"input_ids": token, name: cache, "use_cache": True}
         if graph.takes_positions:
             inputs["position_ids"] = torch.tensor([[cache.get_seq_length()]])
         run = graph.begin(inputs, 0)
-        if run is None or not run.matches_model(token, partial(_own, model, probe, inputs))[0]:
+        own = partial(_own_pass, model, hooks, inputs)
+        if run is None or not run.matches_model(token, own)[0]:
             raise NotTraceable("a traced step gives different numbers")
     return graph
 
 
-def _own(model: Any, probe: Probe, inputs: Mapping[str, Any]) -> ForwardPass:
+def _own_pass(model: Any, hooks: ModelHooks, inputs: Mapping[str, Any]) -> ForwardPass:
     outputs = model(**inputs, return_dict=True)
-    logits = outputs.logits[0, -1]
-    return ForwardPass(logits, probe.take_hidden(), probe.take_attention(outputs))
+    return ForwardPass(
+        outputs.logits[0, -1], hooks.take_hidden_states(), hooks.take_attention(outputs)
+    )
 
 
 def _step_graph(
-    model: Any, probe: Probe, token: Tensor, cache_name: str, cache: DynamicCache
+    model: Any, hooks: ModelHooks, token: Tensor, cache_name: str, cache: DynamicCache
 ) -> StepGraph:
     length = cache.get_seq_length()
     buffers = [buffer for layer in preallocated_layers(cache) for buffer in layer.buffers(1)]
-    weights = {name: tensor.detach() for name, tensor in named_weights(model)}
+    own_weights = dict(named_weights(model))
     packing = prepackable(model)
     packed = {id(matrix) for matrix in packing.weights}
-    products = [name for name, tensor in named_weights(model) if id(tensor) in packed]
+    products = [name for name, tensor in own_weights.items() if id(tensor) in packed]
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     passes: list[ForwardPass] = []
 
@@ -118,48 +121,46 @@ def _step_graph(
         inputs = {"input_ids": token, cache_name: step_cache, "use_cache": True}
         if takes_positions:
             inputs["position_ids"] = position
-        values, factors = values[: len(weights)], values[len(weights) :]
-        by_name = dict(zip(weights, values, strict=True))
-        factor_of = {id(by_name[n]): factor for n, factor in zip(products, factors, strict=True)}
-        with _weights_replaced(model, by_name), multiplying_with(model, factor_of):
-            own = _own(model, probe, inputs)
+        # The tracer takes a model's own parameters as constants, so each is replaced.
+        weights = dict(zip(own_weights, values, strict=False))
+        replacements = {id(own_weights[name]): weight for name, weight in weights.items()}
+        factors = zip(products, values[len(weights) :], strict=True)
+        factor_of = {id(weights[name]): factor for name, factor in factors}
+        with tensors_replaced(model, replacements), multiplying_with(model, factor_of):
+            own = _own_pass(model, hooks, inputs)
         passes.append(own)
-        return (own.logits, *own.hidden, *(q.query for q in _queries(own)))
+        return (own.logits, *own.hidden_states, *(last.query for last in _queries(own)))
 
-    values = [*weights.values(), *(weights[name] for name in products)]
-    function = _traced(step, (token, *position_after(length), buffers, values))
-    (traced,) = passes
+    weights = [tensor.detach() for tensor in own_weights.values()]
+    factors = [own_weights[name].detach() for name in products]
+    example = token, *position_after(length), buffers, [*weights, *factors]
+    function = _graph(step, example)
+    (own,) = passes
     return StepGraph(
         function=function,
         reference=weakref.ref(model),
         modules=tuple(model.modules())[1:],
-        weights=tuple(weights),
+        weights=tuple(own_weights),
         products=tuple(products),
         copies=PrepackedWeights(),
         not_prepacked=packing.reason,
-        implementation=model.config._attn_implementation,
+        implementation=attention_implementation(model.config),
         takes_positions=takes_positions,
-        hidden=len(traced.hidden),
+        hidden=len(own.hidden_states),
         attending=tuple(
             AttendingLayer(layer, _cache_layer(last.key, buffers[::2], length + 1), last.scaling)
-            for layer, last in zip(traced.attention, _queries(traced), strict=True)
+            for layer, last in zip(own.attention, _queries(own), strict=True)
         ),
     )
 
 
-def _traced(step: Callable[..., Any], example: tuple[Any, ...]) -> Any:
-    """``step`` as a graph. Raises NotTraceable where Python branched on a tensor."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        _TracerWarning.ignore_lib_warnings()
-        function = torch.jit.trace(step, example, check_trace=False)
-    # For torch.compile alone; it would keep the model alive.
-    function.__dict__.pop("_torchdynamo_inline", None)
-    for warning in caught:
-        is_branch = issubclass(warning.category, _TracerWarning)
-        if is_branch and warning.filename not in _BRANCH_ON_QUERIES:
-            raise NotTraceable(f"{warning.filename}:{warning.lineno} branches on a tensor")
-    return function
+def _graph(step: Callable[..., Any], example: tuple[Any, ...]) -> Any:
+    """``step`` as a graph. Raises NotTraceable if Python branched on a tensor."""
+    graph, branches = traced(step, example)
+    for branch in branches:
+        if branch.filename not in _BRANCH_ON_QUERIES:
+            raise NotTraceable(f"{branch.filename}:{branch.lineno} branches on a tensor")
+    return graph
 
 
 def _cache_layer(key: Tensor, buffers: list[Tensor], tokens: int) -> int:
@@ -174,23 +175,8 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
-@contextmanager
-def _weights_replaced(model: nn.Module, replacements: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let ``model`` compute with other tensors: the tracer takes its parameters as constants."""
-    of = {id(tensor): replacements[name] for name, tensor in named_weights(model)}
-    kinds = ("_parameters", "_buffers")
-    before = [(module, kind, module.__dict__[kind]) for module in model.modules() for kind in kinds]
-    for module, kind, tensors in before:
-        module.__dict__[kind] = {key: of.get(id(t), t) for key, t in tensors.items()}
-    try:
-        yield
-    finally:
-        for module, kind, tensors in before:
-            module.__dict__[kind] = tensors
-
-
 def _queries(own: ForwardPass) -> list[LastQuery]:
-    """The last query of each layer, where attention is queries on the cache's keys alone."""
+    """The last query of each layer, if attention is queries on the cache's keys alone."""
     queries = []
     for last in own.attention.values():
         if not isinstance(last, LastQuery) or last.bias is not None or last.mask is not None:
@@ -227,7 +213,7 @@ class _TracedLayer(DynamicLayer):
 
 
 class _Length(int):
-    """Raises where code branches on it: the graph would hold for this length alone."""
+    """Raises if code branches on it: the graph would hold for this length alone."""
 
     def _branch(self, *others: object) -> NoReturn:
         raise NotTraceable("it branches on the number of tokens so far")

@@ -1,9 +1,8 @@
-"""What is being done with a model, told to whoever watches from outside.
+"""What a process is doing with a model, reported to whoever supervises it.
 
 A model's files are programs of others: its chat template may loop for ever, its
-tokenizer too, and its code need not listen to a request to stop. So what runs them
-says which of them it is at, and a process that holds the model can be ended with
-the reason.
+tokenizer too, and its code need not listen to a request to stop. So each phase is
+reported as it begins, and a process that holds the model can be ended with the reason.
 """
 
 from __future__ import annotations
@@ -13,13 +12,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 
-# Raised to end a program, not by its work. Other BaseExceptions are a library's way to
-# say that it failed: a panic of the tokenizers' Rust code is one.
-INTERRUPTIONS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
-
-class Doing(StrEnum):
-    """A phase of a reply, named as it stands in a sentence."""
+class Activity(StrEnum):
+    """A phase of a reply; its value completes "while …"."""
 
     READING = "the model's config and tokenizer were read"
     LOADING = "the model was loaded"
@@ -29,29 +24,21 @@ class Doing(StrEnum):
     DECODING = "the model computed"
 
 
-Tell = Callable[[Doing], None]
-
-_told: ContextVar[Tell | None] = ContextVar("told", default=None)
+_callback: ContextVar[Callable[[Activity], None] | None] = ContextVar("callback", default=None)
 
 
 @contextmanager
-def told_to(tell: Tell) -> Iterator[None]:
-    """While this lasts, ``tell`` is called at the beginning of each phase, in its thread."""
-    token = _told.set(tell)
+def reporting_to(callback: Callable[[Activity], None]) -> Iterator[None]:
+    """Within, ``callback`` is called at the beginning of each phase, in its thread."""
+    token = _callback.set(callback)
     try:
         yield
     finally:
-        _told.reset(token)
+        _callback.reset(token)
 
 
-def now_doing(what: Doing) -> None:
-    """The phase ``what`` begins, and any other ends."""
-    tell = _told.get()
-    if tell is not None:
-        tell(what)
-
-
-def why(error: BaseException) -> str:
-    """What ``error`` says, in one line: its kind and its first line."""
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    return f"{type(error).__name__}: {first}".rstrip(": .")
+def report_activity(activity: Activity) -> None:
+    """``activity`` begins, and any other ends."""
+    callback = _callback.get()
+    if callback is not None:
+        callback(activity)

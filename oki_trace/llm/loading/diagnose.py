@@ -1,50 +1,41 @@
 """Why a model could not be loaded, in one line that names the fix.
 
 transformers, the hub client, safetensors and torch each raise their own
-errors, many a paragraph long and some about something else altogether (a
-mistyped folder is looked up on the hub). Loading pays nothing for this: only
-after it failed are the files looked at and the error's chain of causes read.
+errors, many a paragraph long and some misleading (a mistyped folder is looked
+up on the hub). The files and the error's chain of causes are examined only
+after loading has failed, so a load that works pays nothing for it.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import re
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from oki_trace.errors import ModelError, OkiTraceError
+from oki_trace.llm.failures import first_line, is_out_of_memory
+from oki_trace.llm.loading.file_checks import parts_of_index, read_json, read_safetensors_header
 from oki_trace.llm.loading.locate import Source, snapshot
 
-_MEMORY = re.compile(r"out of memory|not enough memory|allocate memory|paging file", re.I)
-_LEARN = "Choose a decoder-only model that generates text."
+_DECODER_ONLY = "Choose a decoder-only model that generates text."
 
 
 def explain(error: BaseException, source: Source, cache_dir: str | None = None) -> ModelError:
     """The :class:`ModelError` to raise from ``error``."""
     chain = list(_causes(error))
     for cause in chain:
-        if isinstance(cause, ModelError):
-            return cause
         if isinstance(cause, OkiTraceError):
-            return ModelError(str(cause))
+            return cause if isinstance(cause, ModelError) else ModelError(str(cause))
     name = source.model_id
-    sentence = (
+    return ModelError(
         _memory(chain, name)
         or _files(source, cache_dir)
         or (_hub(chain, name) if source.is_hub else None)
-        or _kind(" ".join(str(cause) for cause in chain), name)
+        or _model_type(" ".join(str(cause) for cause in chain), name)
         or _missing_package(chain, name)
+        or f"{name} cannot be loaded: {type(error).__name__}: {first_line(error, 200)}. "
+        "Run again with --debug to see where, or choose another model."
     )
-    if sentence is None:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-        sentence = (
-            f"{name} cannot be loaded: {type(error).__name__}: {first[:200]}. "
-            "Run again with --debug to see where, or choose another model."
-        )
-    return ModelError(sentence)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -55,21 +46,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-# ---------------------------------------------------------------- memory
-
-
 def _memory(chain: list[BaseException], name: str) -> str | None:
-    for cause in chain:
-        if (
-            isinstance(cause, MemoryError)
-            or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM)
-            or (isinstance(cause, RuntimeError) and _MEMORY.search(str(cause)))
-        ):
-            return (
-                f"There is not enough memory to load {name}. Close other programs, load it in "
-                "4-bit (--4bit) or 16-bit (--dtype bf16), or choose a smaller model."
-            )
-    return None
+    if not any(map(is_out_of_memory, chain)):
+        return None
+    return (
+        f"There is not enough memory to load {name}. Close other programs, load it in "
+        "4-bit (--4bit) or 16-bit (--dtype bf16), or choose a smaller model."
+    )
 
 
 # ---------------------------------------------------------------- files
@@ -77,13 +60,12 @@ def _memory(chain: list[BaseException], name: str) -> str | None:
 
 def _files(source: Source, cache_dir: str | None) -> str | None:
     """What is wrong with the files themselves, if anything is."""
-    if source.folder is not None and source.gguf is not None:
-        return _gguf(source.folder / source.gguf)
     if source.folder is not None:
-        return _folder(source.folder)
-    here = snapshot(source.path, cache_dir)
-    damage = _damage(here) if here is not None else None
-    return f"{damage} Delete {here} and download it again." if damage else None
+        gguf = source.gguf
+        return _folder(source.folder) if gguf is None else _gguf(source.folder / gguf)
+    folder = snapshot(source.path, cache_dir)
+    damage = _damage(folder) if folder is not None else None
+    return f"{damage} Delete {folder} and download it again." if damage else None
 
 
 def _folder(folder: Path) -> str | None:
@@ -104,46 +86,23 @@ def _folder(folder: Path) -> str | None:
 
 
 def _damage(folder: Path) -> str | None:
-    """The first weight file that is missing or is not whole."""
+    """The first file that is missing or damaged."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
+        parts = parts_of_index(index)
+        if parts is None:
             return f"{index} is damaged."
-        missing = sorted(shard for shard in named if not (folder / shard).is_file())
+        missing = sorted(part for part in parts if not (folder / part).is_file())
         if missing:
-            return f"{folder} lacks {missing[0]} ({len(missing)} of {len(named)} parts missing)."
+            return f"{folder} lacks {missing[0]} ({len(missing)} of {len(parts)} parts missing)."
     for weights in sorted(folder.glob("*.safetensors")):
-        size = weights.stat().st_size
-        expected = safetensors_bytes(weights)
-        if expected is None:
+        size, header = weights.stat().st_size, read_safetensors_header(weights)
+        if header is None:
             return f"{weights} is not a whole safetensors file ({size:,} bytes)."
-        if size < expected:
-            return f"{weights} is cut short: {size:,} of {expected:,} bytes."
+        if size < header.file_bytes:
+            return f"{weights} is cut short: {size:,} of {header.file_bytes:,} bytes."
     config = folder / "config.json"
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{config} is not valid JSON."
-    return None
-
-
-def safetensors_bytes(path: Path) -> int | None:
-    """The length the file's own header promises; None if there is no readable header."""
-    with path.open("rb") as stream:
-        prefix = stream.read(8)
-        if len(prefix) < 8:
-            return None
-        (length,) = struct.unpack("<Q", prefix)
-        if length > 1 << 24:
-            return None
-        try:
-            header = json.loads(stream.read(length))
-            ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return None
-    return 8 + int(length) + max(ends, default=0)
+    return f"{config} is not valid JSON." if read_json(config) is None else None
 
 
 def _gguf(path: Path) -> str | None:
@@ -155,7 +114,7 @@ def _gguf(path: Path) -> str | None:
     try:
         tensors = GGUFReader(path).tensors
         whole = all(tensor.data.nbytes == tensor.n_bytes for tensor in tensors)
-    except Exception:  # the reader lets NumPy's errors about the mapped file through
+    except Exception:  # the reader raises NumPy's errors about the mapped file
         whole = False
     if whole:
         return None
@@ -202,14 +161,17 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
             "or HF_ENDPOINT, or name a local folder or smollm2."
         )
     if any_of(errors.RemoteEntryNotFoundError) or "config.json" in text:
-        return f"{name} on the hub has no config.json, so it is not a transformers model. {_LEARN}"
+        return (
+            f"{name} on the hub has no config.json, so it is not a transformers model. "
+            f"{_DECODER_ONLY}"
+        )
     return None
 
 
-# ---------------------------------------------------------------- the model's kind
+# ---------------------------------------------------------------- the type of model
 
 
-def _kind(text: str, name: str) -> str | None:
+def _model_type(text: str, name: str) -> str | None:
     if "trust_remote_code" in text:
         return (
             f"{name} runs code of its own, which is off. Read that code, then pass "
@@ -232,13 +194,12 @@ def _kind(text: str, name: str) -> str | None:
             "Use its safetensors version."
         )
     if "Unrecognized configuration class" in text:
-        return f"{name} is not a causal language model. {_LEARN}"
+        return f"{name} is not a causal language model. {_DECODER_ONLY}"
     return None
 
 
 def _missing_package(chain: list[BaseException], name: str) -> str | None:
-    for cause in chain:
-        if isinstance(cause, ImportError):
-            first = next((s for s in str(cause).splitlines() if s.strip()), "a package is missing")
-            return f"{name} needs a package that is not installed: {first.strip()[:160]}"
-    return None
+    missing = next((cause for cause in chain if isinstance(cause, ImportError)), None)
+    if missing is None:
+        return None
+    return f"{name} needs a package that is not installed: {first_line(missing)}"

@@ -1,8 +1,8 @@
-"""A model's files, looked at before any library reads them: cheaply, and with bounds.
+"""Cheap, bounded checks of a model's files before any library reads them.
 
-Whoever made the files may want to harm those who load them: with a pipe that never
-ends, a header that declares what no memory holds, a file of holes, or a config whose
-numbers no weights stand behind. Each is refused here in one line.
+The files may be meant to harm: a pipe that never ends, a header that declares more
+than fits into memory, a sparse file, or a config whose numbers no weights support.
+Each is refused in one line.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from pathlib import Path
 from typing import Any
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.loading.gguf_header import read_header
+from oki_trace.llm.loading.gguf_header import read_gguf_header
 
-_KINDS = {
+_FILE_TYPES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-_MOST_ENTRIES = 10_000
+_MAX_ENTRIES = 10_000
 _MB = 1_000_000
-# The largest there are: a config of 1 MB, a tokenizer of 35 MB, an index of 20 MB.
-_MOST_BYTES = {"config.json": 16 * _MB, ".jinja": 4 * _MB}
-_MOST_TEXT_BYTES = 150 * _MB
+# The largest published ones: a config of 1 MB, a tokenizer of 35 MB, an index of 20 MB.
+_MAX_BYTES = {"config.json": 16 * _MB, ".jinja": 4 * _MB}
+_MAX_TEXT_BYTES = 150 * _MB
 _TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".py")
-# What is read beside a GGUF file. Its folder may hold anything else.
-_BESIDE = (
+# The files that are read next to a GGUF file, whose folder may hold anything else.
+_NEXT_TO_GGUF = (
     *("config.json", "generation_config.json", "adapter_config.json", "processor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "tokenizer.model", "vocab.json", "merges.txt"),
 )
-_MOST_HEADER_BYTES = 16 * _MB
-# A file of which less than this share is on the disk is one of holes.
-_LEAST_SHARE = 0.25
+_MAX_HEADER_BYTES = 16 * _MB
+# A file with a smaller share of its bytes on the disk counts as sparse.
+_MIN_SHARE = 0.25
 
-# What is refused of a config's numbers, by the end of their names. Four times to a
-# thousand times what the largest model has.
-_MOST_OF = (
+# The largest number that is accepted, by the end of its name in the config: four times to a
+# thousand times that of the largest model.
+_MAX_NUMBERS = (
     (re.compile(r"(layers?|depths?|n_layer|num_blocks|block_count)$"), 2_000),
     (re.compile(r"(heads?|n_head|head_count|head_count_kv|experts?|expert_count)$"), 16_384),
     (re.compile(r"vocab_size$"), 1 << 24),
@@ -54,39 +54,50 @@ _MOST_OF = (
     (re.compile(r"(intermediate_size|n_inner|d_ff|feed_forward_length)$"), 1 << 22),
 )
 _LAYERS = re.compile(r"^(num_hidden_layers|n_layers?|num_layers|.*\.block_count)$")
-_AGAIN = "Copy or download it again, or choose another model."
+_UNREADABLE = (OSError, ValueError, RecursionError)
+_FIX = "Copy or download it again, or choose another model."
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What the weight files of a model hold, by their headers: how many tensors, how many bytes."""
+    """The number of tensors in a model's weight files and their size, by the files' headers."""
 
     tensors: int
     bytes: int
 
 
-def sound_folder(folder: Path) -> Weights | None:
-    """Look at a model folder; None where it has no weights. Raises ModelError."""
-    _plain_files(folder)
-    config = folder / "config.json"
-    whole = _index_is_here(folder)
-    found = [safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """A file's tensors, the bytes they take, and the length that the file should have."""
+
+    tensors: int
+    data_bytes: int
+    file_bytes: int
+
+
+def check_folder(folder: Path) -> Weights | None:
+    """Check a model folder; None if its weights are missing or incomplete. Raises ModelError."""
+    _check_files(folder)
+    # The headers of an incomplete download, and those of an adapter, do not describe the model.
+    complete = _has_all_parts(folder) and not (folder / "adapter_config.json").exists()
+    headers = [read_safetensors_header(path) for path in sorted(folder.glob("*.safetensors"))]
+    found = [header for header in headers if header is not None and header.tensors]
     weights = None
-    # What is damaged, not downloaded yet, or an adapter's, says nothing of the others.
-    if whole and found and all(found) and not (folder / "adapter_config.json").exists():
-        weights = Weights(sum(map(len, found)), sum(map(_bytes_of, found)))
+    if complete and found and len(found) == len(headers):
+        weights = Weights(sum(h.tensors for h in found), sum(h.data_bytes for h in found))
+    config = folder / "config.json"
     if config.is_file():
-        sound_numbers(_json(config), str(config), weights)
+        check_numbers(read_json(config), str(config), weights)
     return weights
 
 
-def sound_gguf(path: Path) -> Weights:
-    """Look at a GGUF file and what stands beside it. Raises ModelError."""
-    for name in _BESIDE:
-        _plain(path.with_name(name))
-    _is_on_disk(path)
+def check_gguf(path: Path) -> Weights:
+    """Check a GGUF file and the files that are read with it. Raises ModelError."""
+    for name in _NEXT_TO_GGUF:
+        _check_file(path.with_name(name))
+    _refuse_sparse(path)
     try:
-        header = read_header(path)
+        header = read_gguf_header(path)
     except ValueError as error:
         raise ModelError(f"{path} {error}. Download it again, or name another.") from error
     except OSError as error:
@@ -94,147 +105,147 @@ def sound_gguf(path: Path) -> Weights:
     size = path.stat().st_size
     if header.elements > 16 * size:
         raise ModelError(
-            f"{path} is cut short ({size:,} bytes for {header.elements:,} weights). {_AGAIN}"
+            f"{path} is cut short ({size:,} bytes for {header.elements:,} weights). {_FIX}"
         )
     weights = Weights(header.tensors, size)
-    sound_numbers(header.numbers, str(path), weights)
+    check_numbers(header.numbers, str(path), weights)
     return weights
 
 
-def sound_numbers(config: Any, name: str, weights: Weights | None) -> None:
-    """Refuse a config whose numbers no model has, or not with these weights."""
-    for key, value, inner in _numbers(config):
-        for pattern, most in _MOST_OF:
+def check_numbers(config: Any, name: str, weights: Weights | None) -> None:
+    """Refuse a config with numbers that no model has, or more layers than there are weights for."""
+    for key, value, of_text in _numbers(config):
+        for pattern, most in _MAX_NUMBERS:
             if pattern.search(key) and value > most:
                 raise ModelError(
-                    f"{name} says {key} = {value:,}, and no model has more than {most:,}. {_AGAIN}"
+                    f"{name} says {key} = {value:,}, and no model has more than {most:,}. {_FIX}"
                 )
-        if weights is not None and not inner and _LAYERS.match(key) and value > weights.tensors:
+        if weights is not None and of_text and _LAYERS.match(key) and value > weights.tensors:
             raise ModelError(
                 f"{name} says {key} = {value:,}, and its weights have {weights.tensors:,} tensors "
-                f"in all. {_AGAIN}"
+                f"in all. {_FIX}"
             )
 
 
-def _numbers(config: Any, depth: int = 0) -> Iterator[tuple[str, int, bool]]:
-    """The whole numbers of a config, and whether each is another part's than the text's."""
+def _numbers(config: Any, of_text: bool = True, depth: int = 0) -> Iterator[tuple[str, int, bool]]:
+    """The whole numbers of a config, and whether each describes the text part."""
     if not isinstance(config, Mapping) or depth > 6:
         return
     for key, value in config.items():
         if isinstance(value, Mapping):
-            for name, number, inner in _numbers(value, depth + 1):
-                yield name, number, inner or key != "text_config"
+            yield from _numbers(value, of_text and key == "text_config", depth + 1)
         elif isinstance(value, int) and not isinstance(value, bool):
-            yield str(key), value, False
+            yield str(key), value, of_text
 
 
-def safetensors_header(path: Path) -> dict[str, Any]:
-    """The tensors that a safetensors file names, by name. Empty where its header is damaged.
+def read_safetensors_header(path: Path) -> SafetensorsHeader | None:
+    """The header of a safetensors file; None if it is damaged.
 
-    Raises ModelError for one that would take more memory than a header should, or
-    whose tensors are not on the disk.
+    Raises ModelError for a header larger than any model's, and for a sparse file.
     """
-    _is_on_disk(path)
+    _refuse_sparse(path)
     try:
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             size = os.fstat(stream.fileno()).st_size
-            if _MOST_HEADER_BYTES < length <= size:
+            if _MAX_HEADER_BYTES < length <= size:
                 raise ModelError(
                     f"{path} has a header of {length:,} bytes, and no model needs more than "
-                    f"{_MOST_HEADER_BYTES:,}. {_AGAIN}"
+                    f"{_MAX_HEADER_BYTES:,}. {_FIX}"
                 )
-            header = json.loads(stream.read(length)) if length <= size else {}
-    except (ValueError, RecursionError, struct.error, OSError):
-        return {}  # what is wrong with it is said when it is read (``diagnose``)
-    if not isinstance(header, dict):
-        return {}
-    return {name: value for name, value in header.items() if name != "__metadata__"}
+            if length > size:
+                return None
+            header = json.loads(stream.read(length))
+        ends = [int(v["data_offsets"][1]) for k, v in header.items() if k != "__metadata__"]
+    except (*_UNREADABLE, struct.error, LookupError, TypeError, AttributeError):
+        return None
+    data_bytes = max(ends, default=0)
+    return SafetensorsHeader(len(ends), data_bytes, 8 + int(length) + data_bytes)
 
 
-def _bytes_of(header: Mapping[str, Any]) -> int:
-    ends = [value.get("data_offsets") for value in header.values() if isinstance(value, Mapping)]
-    whole = [end[1] for end in ends if isinstance(end, list) and len(end) == 2]
-    return max((end for end in whole if isinstance(end, int)), default=0)
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except _UNREADABLE:
+        return None
+
+
+def parts_of_index(index: Path) -> set[str] | None:
+    """The weight files that an index lists; None if it is damaged."""
+    content = read_json(index)
+    parts = content.get("weight_map") if isinstance(content, Mapping) else None
+    return {str(name) for name in parts.values()} if isinstance(parts, Mapping) else None
 
 
 # ---------------------------------------------------------------- files
 
 
-def _plain_files(folder: Path) -> None:
-    """Look at all files of a folder that a model may be read from."""
-    inner = folder / "additional_chat_templates"
-    for place in (folder, inner) if inner.is_dir() else (folder,):
+def _check_files(folder: Path) -> None:
+    """Check every file of a folder that may belong to a model."""
+    templates = folder / "additional_chat_templates"
+    for place in (folder, templates) if templates.is_dir() else (folder,):
         with os.scandir(place) as entries:
             for number, entry in enumerate(entries):
-                if number >= _MOST_ENTRIES:
-                    raise ModelError(f"{place} has more than {_MOST_ENTRIES:,} files. {_AGAIN}")
+                if number >= _MAX_ENTRIES:
+                    raise ModelError(f"{place} has more than {_MAX_ENTRIES:,} files. {_FIX}")
                 if entry.name.endswith((*_TEXTS, *_WEIGHTS)):
-                    _plain(Path(entry.path))
+                    _check_file(Path(entry.path))
 
 
-def _plain(path: Path) -> None:
-    """Refuse what is neither a file nor a folder, and a text of a size that no model has."""
+def _check_file(path: Path) -> None:
+    """Refuse anything but a file or a folder, and a text file larger than any model's."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
-        return  # a link that leads nowhere: missing, if it is asked for at all
-    kind = _KINDS.get(stat.S_IFMT(found.st_mode))
-    if kind is not None:
-        raise ModelError(f"{path} is {kind}, and a model's files are plain ones. {_AGAIN}")
-    if path.suffix in _TEXTS and stat.S_ISREG(found.st_mode):
-        most = _MOST_BYTES.get(path.name, _MOST_BYTES.get(path.suffix, _MOST_TEXT_BYTES))
-        if found.st_size > most:
+        return  # missing, or a broken link
+    file_type = _FILE_TYPES.get(stat.S_IFMT(status.st_mode))
+    if file_type is not None:
+        raise ModelError(f"{path} is {file_type}, and a model's files are plain ones. {_FIX}")
+    if path.suffix in _TEXTS and stat.S_ISREG(status.st_mode):
+        most = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix, _MAX_TEXT_BYTES))
+        if status.st_size > most:
             raise ModelError(
-                f"{path} has {found.st_size:,} bytes, and no model needs more than {most:,}. "
-                f"{_AGAIN}"
+                f"{path} has {status.st_size:,} bytes, and no model needs more than {most:,}. "
+                f"{_FIX}"
             )
 
 
-def _index_is_here(folder: Path) -> bool:
-    """Whether all that an index names is here; one that leads out of the folder is refused."""
-    whole = True
+def _has_all_parts(folder: Path) -> bool:
+    """Whether every listed weight file exists. Refuses an index that leads out of the folder."""
+    complete = True
     for index in folder.glob("*.index.json"):
-        named = _json(index)
-        parts = named.get("weight_map") if isinstance(named, Mapping) else None
-        for name in set(map(str, parts.values())) if isinstance(parts, Mapping) else ():
+        for name in parts_of_index(index) or ():
             if name != Path(name).name:
-                raise ModelError(f"{index} names {name}, which is not in the folder. {_AGAIN}")
-            whole = whole and (folder / name).is_file()
-    return whole
+                raise ModelError(f"{index} names {name}, which is not in the folder. {_FIX}")
+            complete = complete and (folder / name).is_file()
+    return complete
 
 
-def _is_on_disk(path: Path) -> None:
-    """Refuse a file that is mostly holes: zeros that take no room until they are read."""
+def _refuse_sparse(path: Path) -> None:
+    """Refuse a file that is mostly holes: it takes no space until it is read."""
     size = path.stat().st_size
-    held = _held(path, size)
-    if held < size * _LEAST_SHARE:
+    stored = _stored_bytes(path, size)
+    if stored < size * _MIN_SHARE:
         raise ModelError(
-            f"{path} is not whole: of its {size:,} bytes {held:,} are on the disk, the others are "
-            f"holes. {_AGAIN}"
+            f"{path} is not whole: of its {size:,} bytes {stored:,} are on the disk, the others "
+            f"are holes. {_FIX}"
         )
 
 
-def _held(path: Path, size: int) -> int:
-    """How many bytes of a file are on the disk; all of them where the system cannot tell."""
+def _stored_bytes(path: Path, size: int) -> int:
+    """The bytes of a file that are on the disk; its size if the system does not tell."""
     if not hasattr(os, "SEEK_DATA"):
         return size
-    held = at = 0
+    stored = at = 0
     with path.open("rb") as stream:
         number = stream.fileno()
         try:
-            while at < size and held < size * _LEAST_SHARE:
+            while at < size and stored < size * _MIN_SHARE:
                 begin = os.lseek(number, at, os.SEEK_DATA)
                 at = os.lseek(number, begin, os.SEEK_HOLE)
-                held += at - begin
+                stored += at - begin
         except OSError as error:
-            # ENXIO: nothing but a hole follows. Else the file system knows of none.
-            return held if error.errno == errno.ENXIO else size
-    return held
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None  # said when it is read
+            # ENXIO: only a hole follows. Other errors: the file system does not tell.
+            return stored if error.errno == errno.ENXIO else size
+    return stored

@@ -1,133 +1,129 @@
-"""What a GGUF file says of itself, read with bounds before any library reads it.
+"""The header of a GGUF file, read with bounds before any library reads it.
 
-The readers that follow make an object of each element of an array, whatever number
-of them the file declares. Here nothing is made of them, and every length is held
-against the file and against what models have.
+The libraries make an object of each element of an array, however many the file
+declares. Nothing is made of them here, and every length is compared with the file's
+and with those of published models.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-# By number in the file: the struct code of a scalar. 8 is a string, 9 an array.
+# The struct code of each scalar, by its number in the file; 8 is a string, 9 an array.
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIifBQqd", strict=True))
 _INTEGERS = frozenset("BbHhIiQq")
 _STRING, _ARRAY = 8, 9
 
 # The largest vocabularies have 262,144 tokens and 514,906 merges.
-MOST_ELEMENTS = 1 << 21
-_MOST_IN_ONE = 1 << 20
-_MOST_KEYS = 1 << 14
-_MOST_TENSORS = 1 << 17
-_MOST_DIMENSIONS = 8
-_MOST_NAME = 1 << 12
-_MOST_TEXT = 1 << 24
+MAX_ELEMENTS = 1 << 21
+_MAX_IN_ARRAY = 1 << 20
+_MAX_KEYS = 1 << 14
+_MAX_TENSORS = 1 << 17
+_MAX_DIMENSIONS = 8
+_MAX_NAME = 1 << 12
+_MAX_TEXT = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """How many ``tensors``, of how many ``elements`` together; its whole ``numbers``, by name."""
+    """The number of ``tensors``, of their ``elements`` together, and the integers by name."""
 
     tensors: int
     elements: int
-    numbers: dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int]
 
 
-class _Unsound(ValueError):
-    """What is wrong, to follow on the file's name."""
-
-
-def read_header(path: Path) -> GgufHeader:
-    """The file's header. Raises ValueError that says what is wrong with it."""
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The file's header. Raises ValueError with what is wrong, to follow the file's name."""
     try:
         with path.open("rb", buffering=1 << 20) as stream:
             return _Reader(stream, path.stat().st_size).header()
     except (struct.error, OverflowError) as error:
-        raise _Unsound("is cut short") from error
+        raise ValueError("is cut short") from error
 
 
 class _Reader:
     def __init__(self, stream: BinaryIO, size: int) -> None:
         self._stream = stream
         self._size = size
-        self._left = MOST_ELEMENTS
+        self._elements = 0
         self._order = "<"
 
     def header(self) -> GgufHeader:
         if self._stream.read(4) != b"GGUF":
-            raise _Unsound("is not a GGUF file")
-        version = self._number("I")
+            raise ValueError("is not a GGUF file")
+        version = self._scalar("I")
         if version & 0xFFFF == 0:
             self._order, version = ">", version >> 24
         if version not in (2, 3):
-            raise _Unsound(f"is of version {version} of GGUF, which is not read")
-        tensors, keys = self._number("Q"), self._number("Q")
-        self._most(tensors, _MOST_TENSORS, "tensors")
-        self._most(keys, _MOST_KEYS, "entries")
+            raise ValueError(f"is of version {version} of GGUF, which is not read")
+        tensors, keys = self._scalar("Q"), self._scalar("Q")
+        _limit(tensors, _MAX_TENSORS, "tensors")
+        _limit(keys, _MAX_KEYS, "entries")
         numbers: dict[str, int] = {}
         for _ in range(keys):
             name = self._name()
-            value = self._value(self._number("I"), name)
+            value = self._value(self._scalar("I"), name)
             if value is not None:
                 numbers[name] = value
         return GgufHeader(tensors, sum(self._tensor() for _ in range(tensors)), numbers)
 
     def _value(self, kind: int, name: str, depth: int = 0) -> int | None:
-        """A whole number; None for what is something else, which is passed over."""
+        """An integer; None for any other value, which is skipped."""
         if kind in _SCALARS:
-            value = self._number(_SCALARS[kind])
+            value: int = self._scalar(_SCALARS[kind])
             return value if _SCALARS[kind] in _INTEGERS else None
         if kind == _STRING:
-            self._pass(self._most(self._number("Q"), _MOST_TEXT, f"bytes in {name}"))
+            self._skip(_limit(self._scalar("Q"), _MAX_TEXT, f"bytes in {name}"))
             return None
         if kind != _ARRAY or depth > 2:
-            raise _Unsound(f"has an entry {name} of an unknown kind")
-        of, length = self._number("I"), self._number("Q")
-        self._most(length, _MOST_IN_ONE, f"values in {name}")
-        self._left -= length
-        if self._left < 0:
-            raise _Unsound(f"declares more than {MOST_ELEMENTS:,} values, and no model has them")
+            raise ValueError(f"has an entry {name} of an unknown kind")
+        of, length = self._scalar("I"), self._scalar("Q")
+        _limit(length, _MAX_IN_ARRAY, f"values in {name}")
+        self._elements += length
+        if self._elements > MAX_ELEMENTS:
+            raise ValueError(f"declares more than {MAX_ELEMENTS:,} values, and no model has them")
         if of in _SCALARS:
-            self._pass(length * struct.calcsize("<" + _SCALARS[of]))
+            self._skip(length * struct.calcsize("<" + _SCALARS[of]))
         else:
             for _ in range(length):
                 self._value(of, name, depth + 1)
         return None
 
     def _tensor(self) -> int:
+        """The number of a tensor's elements."""
         self._name()
-        dimensions = self._most(self._number("I"), _MOST_DIMENSIONS, "dimensions of a tensor")
         elements = 1
-        for _ in range(dimensions):
-            elements *= self._number("Q")
-        self._number("I")
-        if self._number("Q") > self._size:
-            raise _Unsound("is cut short")
+        for _ in range(_limit(self._scalar("I"), _MAX_DIMENSIONS, "dimensions of a tensor")):
+            elements *= self._scalar("Q")
+        self._scalar("I")
+        if self._scalar("Q") > self._size:
+            raise ValueError("is cut short")
         return elements
 
     def _name(self) -> str:
-        length = self._most(self._number("Q"), _MOST_NAME, "bytes in a name")
+        length = _limit(self._scalar("Q"), _MAX_NAME, "bytes in a name")
         return self._read(length).decode("utf-8", errors="replace")
 
-    def _most(self, number: int, most: int, what: str) -> int:
-        if number > most:
-            raise _Unsound(f"declares {number:,} {what}, and no model has more than {most:,}")
-        return number
-
-    def _number(self, code: str) -> int:
-        found: int = struct.unpack(self._order + code, self._read(struct.calcsize("<" + code)))[0]
-        return found
+    def _scalar(self, code: str) -> Any:
+        return struct.unpack(self._order + code, self._read(struct.calcsize("<" + code)))[0]
 
     def _read(self, length: int) -> bytes:
-        found = self._stream.read(length)
-        if len(found) < length:
-            raise _Unsound("is cut short")
-        return found
+        data = self._stream.read(length)
+        if len(data) < length:
+            raise ValueError("is cut short")
+        return data
 
-    def _pass(self, length: int) -> None:
+    def _skip(self, length: int) -> None:
         if self._stream.tell() + length > self._size:
-            raise _Unsound("is cut short")
+            raise ValueError("is cut short")
         self._stream.seek(length, 1)
+
+
+def _limit(number: int, most: int, what: str) -> int:
+    if number > most:
+        raise ValueError(f"declares {number:,} {what}, and no model has more than {most:,}")
+    return number

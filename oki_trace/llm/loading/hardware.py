@@ -1,8 +1,8 @@
-"""What this machine can do: which device, in which dtype, and whether it fits.
+"""The device and dtype for a model on this machine, and whether it fits into memory.
 
-The default dtype is the checkpoint's own where the hardware computes it
-natively. Where it does not, emulation is several times slower than another
-dtype that is native, and that one is taken.
+The default dtype is the checkpoint's own if the hardware computes it natively.
+Emulation is several times slower than another dtype that is native, so that one
+is used instead.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from oki_trace.errors import ModelError, UsageError
+from oki_trace.llm.accelerate_internals import execution_device
 from oki_trace.llm.loading.file_checks import Weights
 
 DTYPES = {
@@ -28,16 +29,14 @@ DTYPES = {
 
 
 def requested_dtype(name: str) -> torch.dtype | None:
-    """The dtype asked for; None for "auto"."""
-    if name == "auto":
-        return None
-    if name not in DTYPES:
+    """The dtype of that name; None for "auto"."""
+    if name != "auto" and name not in DTYPES:
         raise UsageError(f"There is no dtype {name!r}. Choose one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    return DTYPES.get(name)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device asked for; for "auto", the one that accelerate fills first."""
+    """The device of that name; for "auto", the one that accelerate fills first."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
         return accelerator or torch.device("cpu")
@@ -49,8 +48,8 @@ def pick_device(name: str) -> torch.device:
         ) from None
     if device.type == "cpu":
         return device
-    there = accelerator is not None and accelerator.type == device.type
-    if not there or (device.index or 0) >= torch.accelerator.device_count():
+    available = accelerator is not None and accelerator.type == device.type
+    if not available or (device.index or 0) >= torch.accelerator.device_count():
         raise ModelError(
             f"This torch ({torch.__version__}) sees no {name} device. Use --device auto or cpu, "
             "or install a torch build for that hardware."
@@ -59,6 +58,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def checkpoint_dtype(config: PreTrainedConfig) -> torch.dtype | None:
+    """The dtype that a config states, for the model or for its text part."""
     dtype = getattr(config, "dtype", None)
     if dtype is None:
         dtype = getattr(config.get_text_config(decoder=True), "dtype", None)
@@ -72,34 +72,32 @@ def has_native_bfloat16() -> bool:
 
 
 def native_dtype(own: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """``own`` if ``device`` computes it natively, else the widest quick dtype it has."""
+    """``own`` if ``device`` computes it natively, else the widest fast dtype it has."""
     if device.type == "cpu":
         return torch.bfloat16 if own == torch.bfloat16 and has_native_bfloat16() else torch.float32
     if own == torch.float32:
         return own
-    if own == torch.bfloat16 and device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bf16 else torch.float16
-    return torch.bfloat16 if own == torch.bfloat16 and device.type == "xpu" else torch.float16
+    native = device.type == "xpu" or (
+        device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.bfloat16 if own == torch.bfloat16 and native else torch.float16
 
 
 def input_device(model: Any) -> torch.device:
     """The device for the model's token ids; offloaded embeddings have none of their own."""
     embeddings = model.get_input_embeddings()
-    hook = getattr(embeddings, "_hf_hook", None)
-    execution = getattr(hook, "execution_device", None)
-    return embeddings.weight.device if execution is None else torch.device(execution)
+    return execution_device(embeddings) or embeddings.weight.device
 
 
 def computing_dtype(model: Any) -> torch.dtype:
-    """What the model computes in, in this thread: its own dtype, or that of autocast."""
+    """The dtype the model computes in, in this thread: its own, or that of autocast."""
     own: torch.dtype = model.dtype
-    # Weights that are offloaded are nowhere between two passes.
+    # Offloaded weights are on the meta device between two passes.
     kind = "cpu" if model.device.type == "meta" else model.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
 
 
-def must_fit(
+def check_memory(
     loader: Any,
     config: Any,
     model_id: str,
@@ -108,18 +106,18 @@ def must_fit(
     use_4bit: bool,
     weights: Weights | None = None,
 ) -> None:
-    """Refuse what this machine's memory cannot hold, before the system kills the process.
+    """Refuse a model that does not fit into memory, before the system kills the process.
 
-    ``loader`` is the class that makes the model (``kinds``). With ``weights``, a config
-    that declares more parameters than they have bits is refused as well.
+    ``loader`` is the class that makes the model (``model_classes``). With ``weights``, a
+    config that declares more parameters than they have bits is refused as well.
     """
     if getattr(config, "auto_map", None):
         return
     with torch.device("meta"):
         parameters = loader.from_config(copy.deepcopy(config)).num_parameters()
     if device.type == "cpu":
-        bytes_each = 0.6 if use_4bit else dtype.itemsize
-        needed, free = parameters * bytes_each, psutil.virtual_memory().available
+        needed = parameters * (0.6 if use_4bit else dtype.itemsize)
+        free = psutil.virtual_memory().available
         if needed > free:
             raise ModelError(
                 f"{model_id} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "

@@ -1,52 +1,44 @@
-"""Loading as seen from outside: transformers' progress bars, and our callback.
+"""Progress of a load: transformers' progress bars, and a callback.
 
 transformers draws bars for downloads and for loading weights. A person at a
 terminal wants them; a log file or a pipe would get hundreds of lines of them.
 A caller with a screen of its own (the explorer) wants the fraction instead.
-Every switch turned here belongs to the whole process, so each is put back as
-it was found.
+The switches belong to the whole process, so each is put back afterwards.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 Progress = Callable[[str, float | None], None]
-"""Told what is being done, and how far it is: 0 to 1, or None when that is unknown."""
+"""Called with the current activity and its fraction: 0 to 1, or None if it is unknown."""
 
 
-def silent(text: str, fraction: float | None) -> None:
-    """The callback of a caller who gave none."""
+def no_progress(text: str, fraction: float | None) -> None:
+    """The callback for callers without one."""
 
 
 @contextmanager
-def bars(progress: Progress | None = None) -> Iterator[None]:
-    """Within this block bars are drawn on a terminal only, and ``progress`` hears of them too."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
+def progress_bars(progress: Progress | None = None) -> Iterator[None]:
+    """Within, bars are drawn on a terminal only, and reported to ``progress`` as well."""
     from transformers.utils import logging
 
-    reader: Any = gguf
-    quiet = sys.stderr is None or not sys.stderr.isatty()
-    was_on = logging.is_progress_bar_enabled()
-    plain_tqdm = reader.tqdm  # the GGUF reader takes tqdm's own class and knows no switch
-    previous_hook: Any = None
-    if quiet:
-        logging.disable_progress_bar()
-        reader.tqdm = partial(plain_tqdm, disable=True)
-    if progress is not None:
-        previous_hook = logging.set_tqdm_hook(partial(_reporting, progress))
-    try:
-        yield
-    finally:
+    from oki_trace.llm.transformers_internals import silent_gguf_reader
+
+    with ExitStack() as stack:
+        if sys.stderr is None or not sys.stderr.isatty():
+            stack.enter_context(silent_gguf_reader())
+            if logging.is_progress_bar_enabled():
+                stack.callback(logging.enable_progress_bar)
+                logging.disable_progress_bar()
         if progress is not None:
-            logging.set_tqdm_hook(previous_hook)
-        reader.tqdm = plain_tqdm
-        if quiet and was_on:
-            logging.enable_progress_bar()
+            previous = logging.set_tqdm_hook(partial(_reporting, progress))
+            stack.callback(logging.set_tqdm_hook, previous)
+        yield
 
 
 def _reporting(

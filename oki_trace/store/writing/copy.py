@@ -10,7 +10,7 @@ and a few steps are in memory at a time, however large it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -19,6 +19,7 @@ from sqlalchemy import Connection, Row, insert, select
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
+from oki_trace.reporting import Progress
 from oki_trace.store.heartbeat import LIFE, is_gone
 from oki_trace.store.reading.damage import status_of
 from oki_trace.store.reading.reader import TraceReader
@@ -27,8 +28,6 @@ from oki_trace.store.schema.identity import Db
 from oki_trace.store.writing import closing, lifecycle
 from oki_trace.store.writing.rows import Bulk
 from oki_trace.store.writing.writer import TraceWriter
-
-Progress = Callable[[int, int], None]  # steps done, of all
 
 _BATCH = 64
 _ROWS = 10_000

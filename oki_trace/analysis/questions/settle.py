@@ -1,0 +1,103 @@
+"""settle: the layer at which the chosen token comes to the top of the Logit Lens."""
+
+from __future__ import annotations
+
+from oki_trace.analysis.question import Column, Drawing, Question, View
+
+_MEANS = (
+    Column("steps", "number", "steps"),
+    Column("settled", "share", "steps whose token stays on top in the end: 1 for greedy decoding"),
+    Column("layer", "number", "mean layer from which the token stays on top"),
+    Column("depth", "share", "the same layer as a share of the model's depth"),
+    Column("in_last_layer", "share", "steps that settle only in the last layer"),
+    Column("prob_at_layer", "share", "mean probability of the token at that layer"),
+    Column("prob", "share", "mean probability of the token in the end", label="probability"),
+)
+
+
+def _means(key: str, group: str, order: str) -> str:
+    """The statement of a view that has a row for each ``group`` of steps."""
+    return f"""
+WITH scope AS ($scope)
+SELECT {key},
+  count(*) AS steps,
+  avg((settle_layer IS NOT NULL)::INT) AS settled,
+  avg(settle_layer) AS layer,
+  avg(settle_layer / layers) AS depth,
+  avg((settle_layer = layers)::INT) AS in_last_layer,
+  avg(settle_prob) AS prob_at_layer,
+  avg(prob) AS prob
+FROM step JOIN scope USING (message_id)
+WHERE layers IS NOT NULL
+GROUP BY {group}
+ORDER BY {order}
+"""
+
+
+SETTLE = Question(
+    "settle",
+    "Where answers form",
+    "Where tokens settle",
+    "The first layer from which the chosen token stays on top of the Logit Lens.",
+    "A token that settles early followed from the context; one that settles in the last layer was "
+    "contested until then. The lens reads early layers badly, so a token may be decided before it "
+    "shows.",
+    {
+        "layer": View(
+            """
+WITH scope AS ($scope)
+SELECT model_id AS model, settle_layer AS layer, count(*) AS steps,
+  count(*) / sum(count(*)) OVER (PARTITION BY model_id) AS share,
+  sum(count(*)) OVER so_far / sum(count(*)) OVER (PARTITION BY model_id) AS cumulative_share,
+  avg(settle_prob) AS prob_at_layer
+FROM step JOIN scope USING (message_id)
+WHERE layers IS NOT NULL
+GROUP BY model_id, settle_layer
+WINDOW so_far AS (PARTITION BY model_id ORDER BY settle_layer NULLS LAST)
+ORDER BY model, layer NULLS LAST
+""",
+            (
+                Column("model", "name", "the model"),
+                Column("layer", "number", "first layer at which the token stays on top, if any"),
+                Column("steps", "number", "steps"),
+                Column("share", "share", "share of the model's steps", label="settles here"),
+                Column("cumulative_share", "share", "share that has settled by this layer"),
+                _MEANS[5],
+            ),
+            {
+                "steps": Drawing("columns", ("layer",), ("share",), line="cumulative_share"),
+                "probability": Drawing("lines", ("layer",), ("prob_at_layer",)),
+            },
+        ),
+        "model": View(
+            _means("model_id AS model, any_value(layers) AS layers", "model_id", "model"),
+            (
+                Column("model", "name", "the model"),
+                Column("layers", "number", "its last layer"),
+                *_MEANS,
+            ),
+            {"depth": Drawing("ranked", ("model",), ("depth", "in_last_layer"))},
+        ),
+        "position": View(
+            _means(
+                "CASE WHEN step_index < 2 THEN step_index"
+                " ELSE (2 ** floor(log2(step_index)))::INT END AS from_step",
+                "from_step",
+                "from_step",
+            ),
+            (Column("from_step", "number", "steps from this one up to the next row's"), *_MEANS),
+            {
+                "depth": Drawing("lines", ("from_step",), ("depth", "in_last_layer")),
+                "probability": Drawing("lines", ("from_step",), ("prob", "prob_at_layer")),
+            },
+        ),
+        "class": View(
+            _means("token_class AS class", "class", "depth DESC"),
+            (Column("class", "name", "kind of token"), *_MEANS),
+            {
+                "depth": Drawing("ranked", ("class",), ("depth", "in_last_layer")),
+                "probability": Drawing("ranked", ("class",), ("prob", "prob_at_layer")),
+            },
+        ),
+    },
+)

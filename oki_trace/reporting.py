@@ -1,0 +1,24 @@
+"""What long work tells its user: progress, and sizes and counts in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int], None]
+"""Takes how many of the steps, replies or messages are done, and how many there are."""
+
+
+def size(count: float) -> str:
+    """A number of bytes for people: ``2.1 MB``. Rounded before the unit is chosen."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.95 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} B" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 reply``, ``2,000 replies``."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
