@@ -75,7 +75,7 @@ def reopen() -> None:
     _reader.clear()
     _writer.clear()
     _catch_up.clear()
-    _trove.clear()
+    _query_session.clear()
     st.cache_data.clear()
 
 
@@ -400,8 +400,8 @@ def see_to_worker() -> None:
 # The engine is loaded by the first of them: no other page waits for it.
 
 
-@st.cache_resource(on_release=lambda trove: trove.close())
-def _trove(db: str) -> QuerySession:
+@st.cache_resource(on_release=lambda session: session.close())
+def _query_session(db: str) -> QuerySession:
     from oki_trace.analysis.query_session import QuerySession
 
     return QuerySession(db)
@@ -440,7 +440,7 @@ def _answer(db: str, stamp: str, state: QuestionState) -> Answer:
 
     subjects = (state.first, state.second)
     return catalog.answer(
-        _trove(db),
+        _query_session(db),
         state.question,
         subjects if catalog.QUESTIONS[state.question].compares else (),
         scope=state.scope(),
@@ -475,4 +475,4 @@ def sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Res
 
     Raises QuestionError, and what ``tick`` raises: the question is ended then.
     """
-    return _trove(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)
+    return _query_session(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)

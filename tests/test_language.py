@@ -25,8 +25,12 @@ RETIRED = {
     "pictured": "chart_panel",
     "readback": "row_mapping",
     "RoomyLayer": "PreallocatedLayer",
+    "Shelf": "BufferPool",
     "shortlist": "draft_lens",
     "standing": "token_rank",
+    "told_plainly": "translate_errors",
+    "trove": "QuerySession",
+    "Trove": "QuerySession",
     "Unlensed": "PendingLens",
     "verifying": "recompute",
 }

@@ -195,7 +195,7 @@ def test_a_damaged_tensor_is_told_in_its_own_words(tmp_path: Path) -> None:
                 session.sql(sql)
 
 
-def test_a_trove_that_is_still_open_lets_the_program_end_quietly(tmp_path: Path) -> None:
+def test_a_query_session_that_is_still_open_lets_the_program_end_quietly(tmp_path: Path) -> None:
     """As in the explorer, whose caches nobody empties."""
     path = str(tmp_path / "store.db")
     with TraceWriter(path) as writer:

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from typing import Any
 
 from oki_trace.errors import CaptureError
-from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.capture.checks import (
     SelectedAttention,
     SelectedLens,
@@ -56,11 +55,6 @@ class Instrument(CheckedModel):
     model: Any
     tokenizer: Any
     vocabulary: Vocabulary
-
-    @property
-    def moves_weights(self) -> bool:
-        """Whether accelerate's hooks move weights to where they are needed, call by call."""
-        return moves_weights(self.model)
 
     def draft_for(self, policy: CapturePolicy) -> LensProjection | None:
         """The draft of the lens for one reply; None where the reply needs an exact lens."""

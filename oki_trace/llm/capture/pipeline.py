@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
+from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.lens_worker import LensWorker
-from oki_trace.llm.capture.reduce import PendingLens, compute_lenses, make_step
+from oki_trace.llm.capture.reduce import StepReducer
 from oki_trace.llm.decoding.decode import decode
 from oki_trace.llm.decoding.decoder_thread import iterate_in_thread, with_thread_state
 from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, ReplyChecks, Step
@@ -33,14 +34,8 @@ def capture(
     """
     if generation.max_new_tokens == 0:
         return
-    lens, draft = instrument.lens.projection, instrument.draft_for(policy)
-    vocabulary, checker = instrument.vocabulary, instrument.checker()
-
-    def compute(steps: list[PendingLens]) -> list[Lens]:
-        if lens is None or not checker.lens_holds:
-            return []
-        return compute_lenses(steps, lens, draft, checker, vocabulary, policy.topk_lens)
-
+    reducer = StepReducer(instrument, policy)
+    checker = reducer.checker
     raw_steps = decode(
         instrument.model,
         instrument.tokenizer,
@@ -51,15 +46,16 @@ def capture(
         checker.note,
         forced,
     )
-    in_thread = not instrument.moves_weights
-    with LensWorker(with_thread_state(compute), in_thread=in_thread) as lens_worker:
+    # Weights that accelerate moves with each call cannot serve two threads.
+    in_thread = not moves_weights(instrument.model)
+    with LensWorker(with_thread_state(reducer.lenses), in_thread=in_thread) as lens_worker:
         try:
             with iterate_in_thread(raw_steps) if in_thread else closing(raw_steps) as steps:
                 for raw in steps:
                     stopped = raw.stop_reason is None and should_stop()
                     last = stopped or raw.stop_reason is not None
-                    step, pending = make_step(raw, vocabulary, policy, checker, last=last)
-                    # Only after make_step: a step that fails has no lens.
+                    step, pending = reducer.step(raw, last=last)
+                    # Only a step that was reduced has a lens.
                     lens_worker.add(pending)
                     yield step, "stopped" if stopped else raw.stop_reason
                     yield from lens_worker.poll()

@@ -21,7 +21,8 @@ from oki_trace.llm.capture.distribution import (
     model_distribution,
     summarize,
 )
-from oki_trace.llm.capture.lens import LensProjection, LogitLens
+from oki_trace.llm.capture.instrument import Instrument
+from oki_trace.llm.capture.lens import LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
@@ -46,66 +47,64 @@ class PendingLens:
     logits: Tensor | None
 
 
-def make_step(
-    raw: RawStep,
-    vocabulary: Vocabulary,
-    policy: CapturePolicy,
-    checker: ReplyChecker,
-    *,
-    last: bool = False,
-) -> tuple[Step, PendingLens]:
-    """The record of a step without its lens, and the inputs of the lens.
+class StepReducer:
+    """Reduces the steps of one reply. One thread calls ``step``, another may call ``lenses``."""
 
-    ``last``: no step follows.
-    """
-    logits = raw.logits.float()
-    model = model_distribution(logits)
-    k = max(policy.topk_logits, policy.topk_lens, 2)
-    summary = summarize(logits[None], model, raw.token_id, k)
-    is_checked = checker.is_due(raw.step_index, last=last)
-    attention = _at_positions(attention_rows(raw.attention), raw.position)
-    if is_checked:
-        checker.check_attention(raw.step_index, attention)
-    if not checker.attention_holds:
-        attention = {}
-    checked_logits = logits if is_checked else None
-    return _step(raw, attention, summary, vocabulary, policy), PendingLens(
-        raw.step_index, raw.token_id, raw.hidden_states, model, summary, checked_logits
-    )
+    def __init__(self, instrument: Instrument, policy: CapturePolicy) -> None:
+        self.checker = instrument.checker()
+        self._vocabulary = instrument.vocabulary
+        self._policy = policy
+        self._lens = instrument.lens.projection
+        self._draft = instrument.draft_for(policy)
 
+    def step(self, raw: RawStep, *, last: bool) -> tuple[Step, PendingLens]:
+        """The record of a step without its lens, and the inputs of the lens.
 
-@torch.no_grad()
-def compute_lenses(
-    steps: Sequence[PendingLens],
-    lens: LogitLens,
-    draft: LensProjection | None,
-    checker: ReplyChecker,
-    vocabulary: Vocabulary,
-    k: int,
-) -> list[Lens]:
-    """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
+        ``last``: no step follows.
+        """
+        logits = raw.logits.float()
+        model = model_distribution(logits)
+        k = max(self._policy.topk_logits, self._policy.topk_lens, 2)
+        summary = summarize(logits[None], model, raw.token_id, k)
+        is_checked = self.checker.is_due(raw.step_index, last=last)
+        attention = _at_positions(attention_rows(raw.attention), raw.position)
+        if is_checked:
+            self.checker.check_attention(raw.step_index, attention)
+        if not self.checker.attention_holds:
+            attention = {}
+        checked_logits = logits if is_checked else None
+        return _step(raw, attention, summary, self._vocabulary, self._policy), PendingLens(
+            raw.step_index, raw.token_id, raw.hidden_states, model, summary, checked_logits
+        )
 
-    Ends before a step at which the lens disagrees with the model.
-    """
-    steps = [step for step in steps if _lens_holds(step, lens, checker)]
-    if not steps:
-        return []
-    layers = len(steps[0].hidden_states) - 1
-    device = steps[0].hidden_states[-1].device
-    inner = torch.stack([h.to(device) for step in steps for h in step.hidden_states[:layers]])
-    exact_ids = [torch.tensor([*step.last_layer.token_ids[0], step.token_id]) for step in steps]
-    projection = draft if draft is not None and checker.draft_holds else lens
-    projected = projection.project_steps(inner, exact_ids, k)
-    lenses = []
-    for step, logits, hidden_states in zip(steps, projected, inner.split(layers), strict=True):
-        if projection is draft and checker.compares_draft(step.step_index):
-            exact_logits = lens.project(hidden_states)
-            checker.check_draft(step.step_index, logits, exact_logits)
-            logits = exact_logits
-        elif projection is draft and not checker.draft_holds:
-            logits = lens.project(hidden_states)
-        lenses.append(_lens(step, logits, vocabulary, k))
-    return lenses
+    @torch.no_grad()
+    def lenses(self, steps: Sequence[PendingLens]) -> list[Lens]:
+        """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
+
+        Ends before a step at which the lens disagrees with the model; empty without a lens.
+        """
+        lens, checker, k = self._lens, self.checker, self._policy.topk_lens
+        if lens is None:
+            return []
+        steps = [step for step in steps if _lens_holds(step, lens, checker)]
+        if not steps:
+            return []
+        layers = len(steps[0].hidden_states) - 1
+        device = steps[0].hidden_states[-1].device
+        inner = torch.stack([h.to(device) for step in steps for h in step.hidden_states[:layers]])
+        exact_ids = [torch.tensor([*step.last_layer.token_ids[0], step.token_id]) for step in steps]
+        draft = self._draft if checker.draft_holds else None
+        projected = (draft or lens).project_steps(inner, exact_ids, k)
+        lenses = []
+        for step, logits, hidden_states in zip(steps, projected, inner.split(layers), strict=True):
+            if draft is not None and checker.compares_draft(step.step_index):
+                exact_logits = lens.project(hidden_states)
+                checker.check_draft(step.step_index, logits, exact_logits)
+                logits = exact_logits
+            elif draft is not None and not checker.draft_holds:
+                logits = lens.project(hidden_states)
+            lenses.append(_lens(step, logits, self._vocabulary, k))
+        return lenses
 
 
 def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:

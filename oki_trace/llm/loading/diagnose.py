@@ -130,6 +130,7 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
     def any_of(*kinds: type[BaseException]) -> bool:
         return any(isinstance(cause, kinds) for cause in chain)
 
+    text = " ".join(str(cause) for cause in chain)
     if any_of(errors.GatedRepoError):
         return (
             f"{name} is gated: accept its terms on its hub page, then sign in with "
@@ -142,7 +143,6 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
         )
     if any_of(errors.RevisionNotFoundError):
         return f"{name} has no main revision on the hub. Download it, and name the folder."
-    text = " ".join(str(cause) for cause in chain)
     if "safetensors" in text and "does not appear to have" in text:
         return (
             f"{name} has no safetensors weights on the hub, and only safetensors is read. "
@@ -151,21 +151,17 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
     if any_of(errors.OfflineModeIsEnabled) or (
         is_offline_mode() and any_of(errors.LocalEntryNotFoundError, OSError)
     ):
-        return (
-            f"{name} is not in the hub's cache and HF_HUB_OFFLINE is set. Unset it to download "
-            "the model, or name a local folder or smollm2."
-        )
-    if any_of(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or "connect" in text:
-        return (
-            f"{name} is not in the hub's cache and the hub cannot be reached. Check the network "
-            "or HF_ENDPOINT, or name a local folder or smollm2."
-        )
-    if any_of(errors.RemoteEntryNotFoundError) or "config.json" in text:
-        return (
-            f"{name} on the hub has no config.json, so it is not a transformers model. "
-            f"{_DECODER_ONLY}"
-        )
-    return None
+        cause, fix = "HF_HUB_OFFLINE is set", "Unset it to download the model"
+    elif any_of(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or "connect" in text:
+        cause, fix = "the hub cannot be reached", "Check the network or HF_ENDPOINT"
+    elif any_of(errors.RemoteEntryNotFoundError) or "config.json" in text:
+        reason = "has no config.json, so it is not a transformers model"
+        return f"{name} on the hub {reason}. {_DECODER_ONLY}"
+    else:
+        return None
+    return (
+        f"{name} is not in the hub's cache and {cause}. {fix}, or name a local folder or smollm2."
+    )
 
 
 # ---------------------------------------------------------------- the type of model
