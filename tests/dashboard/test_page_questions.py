@@ -275,7 +275,7 @@ def test_two_steps_and_two_models_are_compared(filled: sample_stores.Samples) ->
     assert not app.exception
     assert "first" not in address(app)
     app = questions(question="compare", view="model", first="smollm2", second="tiny/model")
-    assert "No prompt was put to both" in app_pages.plainly(app.warning[0].value)
+    assert "No prompt has replies of both" in app_pages.plainly(app.warning[0].value)
     app = questions(question="compare", view="step", first="1:999999", second="nothing")
     assert not app.exception
 
