@@ -1,8 +1,8 @@
-"""The explorer's front door: ``streamlit run dashboard/Home.py``.
+"""The entry point of the explorer: ``streamlit run dashboard/Home.py``.
 
-It is two things. Streamlit's command finds ``app`` here and serves it: the server,
-with our guard around it. For each window that server then runs this file as a
-script, which draws the page.
+Streamlit imports this file once and serves its ``app``, the server with our guard
+around it. For each window the server then runs this file as a script, which draws
+the page.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Streamlit puts this folder on the path, and runs this file at every click; the
-# pages import it as a package.
+# Streamlit puts this folder on the path; the pages import it as a package.
 ROOT = str(Path(__file__).resolve().parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
@@ -27,7 +26,7 @@ else:
     from dashboard.guard import Guard
 
     def uncaught(error: Exception) -> bool:
-        """Tell what went wrong outside of every view, as in a click's callback."""
+        """Show an error outside of every view, such as in the callback of a click."""
         from dashboard import boundary
 
         return boundary.uncaught(error)

@@ -1,1 +1,1 @@
-"""The explorer: pages that read the store and ask the worker through it."""
+"""The explorer: pages that read the store, and queue replies in it for the worker."""

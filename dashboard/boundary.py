@@ -1,8 +1,8 @@
-"""Around each view and each part of one: what goes wrong is a sentence, a button and the details.
+"""Error boundaries around pages and their parts: a sentence, a button, and the details.
 
-A store that cannot be read says so in its own sentence. Everything unexpected has
-one of ours, and its traceback to copy. Never Streamlit's own box: it offers
-searches on the web that carry the message.
+An error of ours, such as a store that cannot be read, shows its own sentence; an
+unexpected one also its traceback, to copy. Streamlit's own error box is never
+shown: it offers web searches that contain the message.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import ParamSpec
 import streamlit as st
 
 from dashboard import data
-from dashboard.viewdata import replies
+from dashboard.viewdata import wording
 from oki_trace.errors import OkiTraceError
 from oki_trace.sanitize import inert
 
@@ -26,14 +26,14 @@ P = ParamSpec("P")
 
 _LOG = logging.getLogger(__name__)
 
-# Where the parts of a page leave what went wrong while the whole page is drawn.
+# Errors of the parts, while the whole page is drawn.
 _COLLECTING = "boundary-collecting"
-# Of a deep recursion nobody needs every line.
+# The traceback of a deep recursion is cut.
 _MOST_CHARACTERS = 20_000
 
 
 class _PartFailed(Exception):
-    """A part of the page failed; ``cause`` says how. The page tells it, once."""
+    """A part of the page failed with ``cause``, which the page shows once."""
 
     def __init__(self, cause: Exception) -> None:
         super().__init__()
@@ -41,25 +41,25 @@ class _PartFailed(Exception):
 
 
 def page(draw: Callable[[], None]) -> Callable[[], None]:
-    """``draw``, of a whole page, with every failure told where the page ends."""
+    """``draw``, of a whole page, with an error boundary around it."""
 
     @functools.wraps(draw)
     def drawn() -> None:
         try:
             draw()
         except _PartFailed as failed:
-            _tell(failed.cause, "page")
+            _show(failed.cause, "page")
         except Exception as error:
-            _tell(error, "page")
+            _show(error, "page")
 
     return drawn
 
 
 def part(draw: Callable[P, None], *, run_every: float | None = None) -> Callable[P, None]:
-    """``draw`` as a fragment, which is drawn by itself every ``run_every`` seconds, or on a click.
+    """``draw`` as a fragment, which reruns alone: on a click, or every ``run_every`` seconds.
 
-    Of several parts that fail with their page, the first ends the page, which tells it.
-    A part that fails by itself later tells it in its own place.
+    If parts fail while the page is drawn, the page shows the first error and ends. A part
+    that fails in a later rerun shows the error in its own place.
     """
     name = f"{draw.__module__}.{draw.__qualname__}"
 
@@ -70,7 +70,7 @@ def part(draw: Callable[P, None], *, run_every: float | None = None) -> Callable
         except Exception as error:
             collecting: list[Exception] | None = st.session_state.get(_COLLECTING)
             if collecting is None:
-                _tell(error, name)
+                _show(error, name)
             else:
                 collecting.append(error)
 
@@ -91,28 +91,28 @@ def part(draw: Callable[P, None], *, run_every: float | None = None) -> Callable
 
 
 def uncaught(error: Exception) -> bool:
-    """Tell what went wrong outside of every page and part; returns that it is told.
+    """Show an error outside of every page and part; returns that it is handled.
 
-    Streamlit calls it where it would show its own box. The page is not drawn then,
-    and a click on anything draws it anew.
+    Streamlit calls it in place of its own error box. The page is not drawn then; a
+    click on anything draws it again.
     """
-    _tell(error, "script")
+    _show(error, "script")
     return True
 
 
-def _tell(error: Exception, name: str) -> None:
-    """The sentence, the way to try again, and for what nobody expected the details."""
+def _show(error: Exception, name: str) -> None:
+    """The sentence, a button to try again, and the details of an unexpected error."""
     with st.container(key=f"failed-{name.replace('.', '-')}"):
         if isinstance(error, OkiTraceError):
-            st.error(replies.sentence(str(error)), icon=":material/error:")
+            st.error(wording.sentence(str(error)), icon=":material/error:")
         else:
             _LOG.error("A view failed.", exc_info=error)
             st.error(
                 "This view failed because of a bug in oki-trace "
-                f"({replies.plain(type(error).__name__)}).",
+                f"({wording.escape(type(error).__name__)}).",
                 icon=":material/error:",
             )
-        # As a callback, since where Streamlit asks for a box nothing can be drawn anew.
+        # A callback, because the page cannot be rerun from ``uncaught``.
         st.button("Try again", icon=":material/refresh:", key=f"again-{name}", on_click=data.reopen)
         if not isinstance(error, OkiTraceError):
             with st.expander("Details", icon=":material/bug_report:"):
@@ -121,13 +121,13 @@ def _tell(error: Exception, name: str) -> None:
 
 
 def details(error: Exception) -> str:
-    """The traceback, and what it happened with: plain text."""
+    """The versions and the traceback, as plain text."""
     lines = [
         *(f"{name} {version(name)}" for name in ("oki-trace", "streamlit")),
         f"Python {platform.python_version()} on {platform.platform()}",
     ]
-    told = "".join(traceback.format_exception(error))
-    if len(told) > _MOST_CHARACTERS:
+    text = "".join(traceback.format_exception(error))
+    if len(text) > _MOST_CHARACTERS:
         half = _MOST_CHARACTERS // 2
-        told = f"{told[:half]}\n…\n{told[-half:]}"
-    return inert(f"{', '.join(lines)}\n\n{told}")
+        text = f"{text[:half]}\n…\n{text[-half:]}"
+    return inert(f"{', '.join(lines)}\n\n{text}")

@@ -1,4 +1,4 @@
-"""Pictures as pure functions: rows in, an Altair chart out."""
+"""Charts as pure functions: rows in, an Altair chart out."""
 
 from __future__ import annotations
 
@@ -9,81 +9,86 @@ from typing import Any, TypeVar
 import altair as alt
 import pandas as pd
 
-from dashboard.viewdata.replies import Json
+from dashboard.viewdata.wording import Json
 
 HEIGHT = 270
 QUARTERS = [0, 0.25, 0.5, 0.75, 1]
-# Streamlit sets legends far from their charts.
+# Streamlit places legends far from their charts.
 LEGEND: dict[str, Any] = {"orient": "top", "symbolType": "circle", "padding": 0, "offset": 8}
 
 
-def trajectories(rows: Sequence[Json], field: str) -> alt.Chart:
-    """Tokens through the layers; ``field`` is "rank", on a log scale with 1 on top, or "prob".
+def layer_curves(rows: Sequence[Json], field: str) -> alt.Chart:
+    """Tokens by layer; ``field`` is "rank", on a log scale with 1 on top, or "prob".
 
-    Colours go by the order of the tokens: the chosen one has the accent.
+    Colours follow the order of the tokens: the chosen one, which is first, has the accent.
     """
     frame = pd.DataFrame(rows)
     names = list(dict.fromkeys(frame["token"]))
-    known = frame.dropna(subset=[field])
-    # Two lines may meet: the last drawn is on top, and it is to be the chosen one.
-    base = alt.Chart(frame).encode(
-        x=_layers(),
-        y=_ranks(known) if field == "rank" else _probs(),
-        color=alt.Color(
-            "token:N",
-            sort=names,
-            scale=alt.Scale(domain=names),
-            title=None,
-            legend=alt.Legend(**LEGEND, labelLimit=170, columns=3),
-        ),
-        tooltip=[
+    what = "Rank" if field == "rank" else "Probability"
+    return _lines(
+        frame,
+        _ranks(frame["rank"].dropna()) if field == "rank" else _probs(),
+        "token",
+        names,
+        [
             alt.Tooltip("token:N"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("rank:Q", format=","),
             alt.Tooltip("prob:Q", format=".4f", title="probability"),
         ],
+        f"{what} by layer of {', '.join(names)}",
     )
-    line: alt.Chart = base.mark_line(
-        point=alt.OverlayMarkDef(size=26, filled=True), strokeWidth=2, clip=False
-    )
-    what = "Rank" if field == "rank" else "Probability"
-    return _drawn(line, HEIGHT, f"{what} through the layers of {', '.join(names)}")
 
 
-def by_layer(rows: Sequence[Json]) -> alt.Chart:
-    """Entropy of each layer's distribution, and its distance from the final one, in nats."""
+def entropy_and_kl(rows: Sequence[Json]) -> alt.Chart:
+    """Entropy of each layer's distribution, and its KL divergence from the final one, in nats."""
     names = {"entropy": "entropy", "kl": "KL to the final layer"}
-    frame = pd.DataFrame(
-        [
-            {"layer": row["layer"], "what": name, "nats": row[key]}
-            for key, name in names.items()
-            for row in rows
-        ]
+    frame = (
+        pd.DataFrame(rows).rename(columns=names).melt("layer", var_name="what", value_name="nats")
     )
-    base = alt.Chart(frame).encode(
-        x=_layers(),
-        y=alt.Y("nats:Q", title="nats", axis=alt.Axis(tickCount=5)),
-        color=alt.Color(
-            "what:N",
-            sort=list(names.values()),
-            scale=alt.Scale(domain=list(names.values())),
-            title=None,
-            legend=alt.Legend(**LEGEND, labelLimit=170),
-        ),
-        tooltip=[
+    return _lines(
+        frame,
+        alt.Y("nats:Q", title="nats", axis=alt.Axis(tickCount=5)),
+        "what",
+        list(names.values()),
+        [
             alt.Tooltip("what:N", title="measure"),
             alt.Tooltip("layer:Q"),
             alt.Tooltip("nats:Q", format=".3f"),
         ],
+        "Entropy and KL to the final layer by layer, in nats",
     )
-    line: alt.Chart = base.mark_line(point=alt.OverlayMarkDef(size=22, filled=True), strokeWidth=2)
-    return _drawn(line, HEIGHT, "Entropy and KL to the final layer, layer by layer, in nats")
 
 
-def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
-    """How far two replies' distributions are apart, a bar a place: what is sure, and what may be.
+def _lines(
+    frame: pd.DataFrame,
+    y: alt.Y,
+    by: str,
+    names: Sequence[str],
+    tooltip: Sequence[alt.Tooltip],
+    description: str,
+) -> alt.Chart:
+    """A line over the layers for each of ``names``, the values of the column ``by``."""
+    colour = alt.Color(
+        f"{by}:N",
+        sort=names,
+        scale=alt.Scale(domain=names),
+        title=None,
+        legend=alt.Legend(**LEGEND, labelLimit=170, columns=3),
+    )
+    x = alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
+    line: alt.Chart = (
+        alt.Chart(frame)
+        .mark_line(point=alt.OverlayMarkDef(size=24, filled=True), strokeWidth=2, clip=False)
+        .encode(x=x, y=y, color=colour, tooltip=tooltip)
+    )
+    return _finished(line, HEIGHT, description)
 
-    ``divergence`` is the place, from 1, of the first token that differs.
+
+def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
+    """The distance of two replies' distributions, a bar for each place: its lower and upper bound.
+
+    ``divergence`` is the place, counted from 1, of the first token that differs.
     """
     frame = pd.DataFrame(rows)
     base = alt.Chart(frame).encode(
@@ -109,29 +114,29 @@ def apart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
         scale=_SAMENESS,
         legend=alt.Legend(**LEGEND, symbolOpacity=1),
     )
-    may = base.mark_bar(size=size, opacity=0.3).encode(
+    possible = base.mark_bar(size=size, opacity=0.3).encode(
         y=alt.Y(
             "low:Q",
             title="total variation",
             scale=scale,
-            axis=alt.Axis(values=[0, 0.25, 0.5, 0.75, 1]),
+            axis=alt.Axis(values=QUARTERS),
         ),
         y2="high:Q",
         color=colour,
     )
-    sure = base.mark_bar(size=size).encode(y=alt.Y("low:Q", scale=scale), color=colour)
-    parts = [may, sure]
+    certain = base.mark_bar(size=size).encode(y=alt.Y("low:Q", scale=scale), color=colour)
+    layers = [possible, certain]
     if divergence is not None:
         mark = alt.Chart(pd.DataFrame([{"place": divergence - 0.5}]))
-        parts.append(
+        layers.append(
             mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
         )
-    told = "Total variation between the two replies' distributions, place by place"
-    return _drawn(alt.LayerChart(layer=parts), 240, told)
+    description = "Total variation between the two replies' distributions, place by place"
+    return _finished(alt.LayerChart(layer=layers), 240, description)
 
 
-def growth(rows: Sequence[Json]) -> alt.Chart:
-    """A store's data over the time of its replies, running totals, stacked by kind."""
+def growth_chart(rows: Sequence[Json]) -> alt.Chart:
+    """Running totals of a store's data over the time of its replies, stacked by kind."""
     scale, unit = _unit(max(row["bytes"] for row in rows))
     frame = pd.DataFrame(rows)
     frame["amount"] = frame["bytes"] / scale
@@ -143,7 +148,7 @@ def growth(rows: Sequence[Json]) -> alt.Chart:
                 "when:T",
                 title=None,
                 axis=alt.Axis(
-                    grid=False, tickCount=6, labelFlush=True, format=_moments(frame["when"])
+                    grid=False, tickCount=6, labelFlush=True, format=_time_format(frame["when"])
                 ),
             ),
             y=alt.Y("amount:Q", stack=True, title=unit, axis=alt.Axis(tickCount=5)),
@@ -162,19 +167,19 @@ def growth(rows: Sequence[Json]) -> alt.Chart:
             ],
         )
     )
-    return _drawn(chart, HEIGHT, "The store's data over time: rows and full tensors")
+    return _finished(chart, HEIGHT, "The store's data over time: rows and full tensors")
 
 
 def _unit(most: float) -> tuple[float, str]:
-    """The factor and the name of the unit in which ``most`` bytes are told."""
+    """The factor and the name of the unit for up to ``most`` bytes."""
     for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if most >= factor:
             return factor, name
     return 1.0, "B"
 
 
-def _moments(when: pd.Series[Any]) -> str:
-    """How times are told on an axis: as finely as the span of them needs, and no finer."""
+def _time_format(when: pd.Series[Any]) -> str:
+    """The format of times on an axis: as fine as their span requires."""
     span = when.max() - when.min()
     if span < dt.timedelta(minutes=5):
         return "%H:%M:%S"
@@ -186,24 +191,20 @@ def _moments(when: pd.Series[Any]) -> str:
 Drawn = TypeVar("Drawn", alt.Chart, alt.LayerChart)
 
 
-def _drawn(chart: Drawn, height: int, told: str) -> Drawn:
-    """So high, called so by a screen reader, and as SVG, which stays sharp and can be saved."""
-    found: Drawn = chart.properties(
-        height=height, description=told, usermeta={"embedOptions": {"renderer": "svg"}}
+def _finished(chart: Drawn, height: int, description: str) -> Drawn:
+    """With a height, a description for screen readers, and as SVG, which can be saved."""
+    finished: Drawn = chart.properties(
+        height=height, description=description, usermeta={"embedOptions": {"renderer": "svg"}}
     )
-    return found
+    return finished
 
 
-# In the order of the theme's categories: the accent is what differs.
+# In the order of the theme's category colours: tokens that differ have the accent.
 _SAMENESS = alt.Scale(domain=["different tokens", "the same token"])
 
 
-def _layers() -> alt.X:
-    return alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1, grid=False))
-
-
-def _ranks(known: pd.DataFrame) -> alt.Y:
-    worst = max([10, *known["rank"].astype(int)])
+def _ranks(ranks: pd.Series[Any]) -> alt.Y:
+    worst = max([10, *ranks.astype(int)])
     return alt.Y(
         "rank:Q",
         title="rank",

@@ -1,7 +1,7 @@
-"""The one file of the explorer that talks to the store.
+"""The explorer's access to the store: no other module of it opens one.
 
-Reading goes through a read-only connection. Asking for a reply, or for its
-stop, is a small write; decoding is the worker's, in a process of its own.
+Reads use a read-only connection. Queueing or stopping a reply is a small write;
+the worker decodes it in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TextIO
+from typing import TYPE_CHECKING, BinaryIO, Concatenate, ParamSpec, TextIO, TypeVar
 
 import streamlit as st
 
@@ -66,15 +66,15 @@ def store_name() -> str:
 
 
 def open_store() -> None:
-    """Make the store if there is none. Raises StoreError where that cannot be."""
+    """Create the store if there is none. Raises StoreError."""
     _opened(store_name())
 
 
 def reopen() -> None:
-    """Open the store anew at the next reading: it may have been put back, moved or mended."""
+    """Reconnect at the next read: the store may have been restored, moved or repaired."""
     _reader.clear()
     _writer.clear()
-    _catch_up.clear()
+    _background_sync.clear()
     _query_session.clear()
     st.cache_data.clear()
 
@@ -82,8 +82,8 @@ def reopen() -> None:
 @st.cache_resource
 def _opened(db: str) -> None:
     migrate.ensure(db)
-    # Streamlit collects garbage after every run, through all that was ever
-    # imported: a tenth of a second in which nothing reaches the browser.
+    # Streamlit collects garbage after every run; without freezing, that scans every
+    # imported module: 0.1 s in which nothing reaches the browser.
     gc.collect()
     gc.freeze()
 
@@ -103,90 +103,118 @@ def _store() -> TraceReader:
 
 
 def version() -> int:
-    """A number that grows with every change of the store."""
+    """The version of the store, which grows with every change."""
     return _store().version()
 
 
-def recent(limit: int = 8) -> list[Conversation]:
-    """The conversations changed last."""
+def recent_conversations(limit: int = 8) -> list[Conversation]:
+    """The conversations changed most recently."""
     return _store().conversations(limit=limit)
 
 
-def find(search: str, by: ConversationFilter, limit: int, offset: int) -> list[Conversation]:
-    """A page of the conversations that fit, whose title or messages hold ``search``."""
+def find_conversations(
+    search: str, by: ConversationFilter, limit: int, offset: int
+) -> list[Conversation]:
+    """A page of the matching conversations; their title or messages contain ``search``."""
     return _store().conversations(search or None, by=by, limit=limit, offset=offset)
 
 
-def count(search: str, by: ConversationFilter) -> int:
-    """How many conversations fit."""
+def count_conversations(search: str, by: ConversationFilter) -> int:
+    """The number of matching conversations."""
     return _store().conversation_count(search or None, by=by)
 
 
-def totals(found: Sequence[Conversation]) -> dict[int, ConversationTotals]:
-    """What the replies of each took."""
-    return _store().conversation_totals([c.id for c in found])
+def conversation_totals(of: Sequence[Conversation]) -> dict[int, ConversationTotals]:
+    """Time and bytes of the replies of each conversation, by its id."""
+    return _store().conversation_totals([c.id for c in of])
 
 
-def rename(conversation_id: int, title: str) -> None:
-    """Give a conversation another title."""
+def rename_conversation(conversation_id: int, title: str) -> None:
+    """Change the title of a conversation."""
     _writer(store_name()).rename_conversation(conversation_id, require_storable(title, "The title"))
 
 
-def delete(conversation_id: int) -> None:
-    """Delete it for good. Raises StoreError while it is being written."""
+def delete_conversation(conversation_id: int) -> None:
+    """Delete a conversation. Raises StoreError while it is being written."""
     _writer(store_name()).delete_conversation(conversation_id)
 
 
-def exported(conversation_id: int, format: Format) -> bytes:
-    """The conversation with all its traces as a file; the tables of parquet in a zip."""
-    with tempfile.TemporaryDirectory(prefix="oki-trace-export-") as room:
-        path = Path(room) / "conversation"
+def export_file(conversation_id: int, format: Format) -> bytes:
+    """The conversation with all its traces as a file; Parquet tables come in a zip."""
+    with tempfile.TemporaryDirectory(prefix="oki-trace-export-") as folder:
+        path = Path(folder) / "conversation"
         export(_store(), conversation_id, format, path, io.StringIO())
         if path.is_dir():
             path = Path(shutil.make_archive(str(path), "zip", path))
         return path.read_bytes()
 
 
-def bring_in(files: Mapping[str, BinaryIO], progress: Progress) -> Imported:
-    """Import an export that was uploaded: a file, and perhaps its safetensors, by their suffix.
+def import_upload(files: Mapping[str, BinaryIO], progress: Progress) -> Imported:
+    """Import an uploaded export: a file, and perhaps its safetensors, by their suffix.
 
-    Raises ExchangeError for what is none, and then nothing of it is kept.
+    It is atomic. Raises ExchangeError for a file that is no export.
     """
     return import_files(files, store_name(), progress)
 
 
 def conversation(conversation_id: int) -> tuple[Conversation, list[Message]] | None:
-    """The conversation and its messages; None when it is not there."""
+    """The conversation and its messages; None if there is none with this id."""
     with _store().snapshot() as reader:
         try:
-            found = reader.conversation(conversation_id)
+            return reader.conversation(conversation_id), reader.messages(conversation_id)
         except NotFound:
             return None
-        return found, reader.messages(conversation_id)
 
 
 def message(message_id: int) -> Message | None:
-    """One message; None when it is not there."""
+    """One message; None if there is none with this id."""
     try:
         return _store().message(message_id)
     except NotFound:
         return None
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _cached(
+    max_entries: int,
+) -> Callable[[Callable[Concatenate[str, int, P], T]], Callable[Concatenate[Message, P], T]]:
+    """Caches a read of a reply, ``read(db, message_id, …)``, as a function of the message.
+
+    The number of tokens is part of the key: a live reply is read again as it grows.
+    """
+
+    def decorate(
+        read: Callable[Concatenate[str, int, P], T],
+    ) -> Callable[Concatenate[Message, P], T]:
+        def once(db: str, message_id: int, tokens: int, *args: P.args, **kwargs: P.kwargs) -> T:
+            return read(db, message_id, *args, **kwargs)
+
+        once.__qualname__ = read.__qualname__  # Streamlit's name of the cache
+        cached = st.cache_data(max_entries=max_entries, show_spinner=False)(once)
+
+        def of_message(message: Message, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            return cached(store_name(), message.id, message.tokens, *args, **kwargs)
+
+        return of_message
+
+    return decorate
+
+
 def steps(message: Message) -> list[StepSummary]:
-    """The reply's steps, light; of a finished reply they are read once."""
-    if message.status.is_live:
-        return _store().steps(message.id)
-    return _finished_steps(store_name(), message.id, message.tokens)
+    """The steps of a reply, without their details."""
+    return _store().steps(message.id) if message.status.is_live else _finished_steps(message)
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def _finished_steps(db: str, message_id: int, tokens: int) -> list[StepSummary]:
+@_cached(64)
+def _finished_steps(db: str, message_id: int) -> list[StepSummary]:
     return _reader(db).steps(message_id)
 
 
 def step(message: Message, index: int) -> Step | None:
-    """One step with everything but its tensors; None while it is not there."""
+    """One step with everything but its tensors; None until it is written."""
     try:
         return _store().step(message.id, index)
     except NotFound:
@@ -194,73 +222,49 @@ def step(message: Message, index: int) -> Step | None:
 
 
 def prompt(message: Message) -> Prompt | None:
-    """What the model was given; None before the reply has begun."""
-    return None if message.prompt_len is None else _prompt(store_name(), message.id)
+    """The prompt of a reply; None before the reply has begun."""
+    return None if message.prompt_len is None else _prompt(message)
 
 
-@st.cache_data(max_entries=16, show_spinner=False)
+@_cached(16)
 def _prompt(db: str, message_id: int) -> Prompt:
     return _reader(db).prompt(message_id)
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def _attentions(db: str, message_id: int, index: int) -> TensorRecord | None:
+@_cached(64)
+def attentions(db: str, message_id: int, index: int) -> TensorRecord | None:
+    """The attention of a step, every layer and head; None if it was not kept."""
     try:
         return _reader(db).tensor(message_id, index, "attentions")
     except NotFound:
         return None
 
 
-def attentions(message: Message, index: int) -> TensorRecord | None:
-    """Every layer's and head's weights of a step; None where they were not kept."""
-    return _attentions(store_name(), message.id, index)
-
-
 def head_count(message: Message, index: int) -> int | None:
-    """How many heads the step's full attention has; None where it was not kept. Reads no tensor."""
+    """The heads of a step's full attention, without reading it; None if it was not kept."""
     shape = _store().tensor_shape(message.id, index, "attentions")
     return None if shape is None else shape[1]
 
 
-# Of a finished reply all that follows is read once. ``tokens`` is part of what
-# it is kept under, so what was read of a reply that went on is not kept for it.
-
-
-def lens_grid(message: Message, first: int, end: int) -> LensGrid:
-    """What every layer would have said, from step ``first`` up to ``end``."""
-    return _lens_grid(store_name(), message.id, message.tokens, first, end)
-
-
-@st.cache_data(max_entries=16, show_spinner=False)
-def _lens_grid(db: str, message_id: int, tokens: int, first: int, end: int) -> LensGrid:
+@_cached(16)
+def lens_grid(db: str, message_id: int, first: int, end: int) -> LensGrid:
+    """The lens of every layer from step ``first`` up to ``end``."""
     return _reader(db).lens_grid(message_id, first, end)
 
 
-def attention_points(message: Message, layer: int, first: int, end: int) -> AttentionPoints:
-    """Where ``layer`` looked, heads averaged, from step ``first`` up to ``end``."""
-    return _attention_points(store_name(), message.id, message.tokens, layer, first, end)
-
-
-@st.cache_data(max_entries=32, show_spinner=False)
-def _attention_points(
-    db: str, message_id: int, tokens: int, layer: int, first: int, end: int
-) -> AttentionPoints:
+@_cached(32)
+def attention_points(db: str, message_id: int, layer: int, first: int, end: int) -> AttentionPoints:
+    """The kept attention of ``layer``, heads averaged, from step ``first`` up to ``end``."""
     return _reader(db).attention_points(message_id, layer, first, end)
 
 
+@_cached(32)
 def full_attention(
-    message: Message, layer: int, head: str, first: int, end: int
+    db: str, message_id: int, layer: int, head: str, first: int, end: int
 ) -> AttentionPoints:
-    """The same of one head, or over heads, at every position: from the full tensors."""
-    return _full_attention(store_name(), message.id, message.tokens, layer, head, first, end)
-
-
-@st.cache_data(max_entries=32, show_spinner=False)
-def _full_attention(
-    db: str, message_id: int, tokens: int, layer: int, head: str, first: int, end: int
-) -> AttentionPoints:
+    """The same from the full tensors: at every position, of one head or over the heads."""
     tensors = _reader(db).iter_tensors(message_id, "attentions", first, end)
-    return attention.full_points(tensors, layer, head)
+    return attention.full_attention_points(tensors, layer, head)
 
 
 def distances(
@@ -279,88 +283,87 @@ def distances(
 def _distances(
     db: str, left: int, right: int, steps: tuple[tuple[int, int], ...], tokens: tuple[int, int]
 ) -> list[Distance | None]:
-    found = step_distances(_reader(db), [(left, one, right, other) for one, other in steps])
-    return [None if one is None else one.distance for one in found]
+    measured = step_distances(_reader(db), [(left, one, right, other) for one, other in steps])
+    return [None if one is None else one.distance for one in measured]
 
 
-def replies(limit: int = 25) -> list[tuple[Conversation, Message]]:
-    """The replies that have tokens, of the conversations changed last."""
+def recent_replies(limit: int = 25) -> list[tuple[Conversation, Message]]:
+    """The replies with tokens in the conversations changed most recently."""
     with _store().snapshot() as reader:
         return [
-            (found, message)
-            for found in reader.conversations(limit=limit)
-            for message in reversed(reader.messages(found.id))
+            (conversation, message)
+            for conversation in reader.conversations(limit=limit)
+            for message in reversed(reader.messages(conversation.id))
             if message.tokens
         ]
 
 
 def last_reply(conversation_id: int) -> int | None:
-    """The last reply of a conversation that has tokens."""
-    opened = conversation(conversation_id)
-    ids = [m.id for m in opened[1] if m.tokens] if opened else []
-    return ids[-1] if ids else None
+    """The last reply with tokens in a conversation; None if there is none."""
+    _, messages = conversation(conversation_id) or (None, [])
+    return next((m.id for m in reversed(messages) if m.tokens), None)
 
 
 def message_bytes(message: Message) -> int:
-    """What the reply's tensors take in the store."""
+    """The size of a reply's tensors in the store."""
     return _store().message_bytes(message.id)
 
 
 def info() -> StoreInfo:
-    """Totals over the store."""
+    """Totals of the store."""
     return _store().info()
 
 
 def reply_sizes() -> list[ReplySize]:
-    """What each reply takes in the store, the oldest first."""
+    """The size of each reply in the store, the oldest first."""
     return _store().reply_sizes()
 
 
 def statuses() -> dict[Status, int]:
-    """How many replies are in each state."""
+    """The number of replies by status."""
     return _store().reply_statuses()
 
 
 def verification(progress: Progress) -> Verification:
-    """The check of the whole store: iterate for what is found. Reads all of it."""
+    """The check of the whole store; iterating over it reads the store and yields the findings."""
     return Verification(_store(), progress=progress)
 
 
 def prune_plan(days: float | None, max_bytes: int | None, *, tensors_only: bool) -> prune.PrunePlan:
-    """What would go that is older than ``days``, or for the data to fit into ``max_bytes``."""
+    """A plan to prune what is older than ``days``, or until the data fits into ``max_bytes``."""
     age = None if days is None else dt.timedelta(days=days)
     return prune.plan(_store(), older_than=age, max_bytes=max_bytes, tensors_only=tensors_only)
 
 
-def carry_out(plan: prune.PrunePlan, progress: Progress) -> prune.PrunePlan:
-    """Throw away what is planned; returns what went. There is no way back."""
+def prune_now(plan: prune.PrunePlan, progress: Progress) -> prune.PrunePlan:
+    """Carry out a prune plan; returns what was pruned. It cannot be undone."""
     return prune.prune(_writer(store_name()), plan, progress)
 
 
-def build_anew(on_tick: Callable[[], None]) -> vacuum.Vacuumed:
+def vacuum_store(on_tick: Callable[[], None]) -> vacuum.Vacuumed:
     """Vacuum the store. Raises StoreError while a reply is being generated."""
     return vacuum.vacuum(store_name(), on_tick)
 
 
 @st.cache_data(max_entries=32, ttl=60, show_spinner=False)
 def model_defaults(model_id: str) -> dict[str, float]:
-    """What the model's own generation config says of sampling, where it is known here."""
-    return model_defaults_of.read(model_id, Settings.from_environment().models_dir)
+    """The sampling settings in the model's own generation config, if it is on this machine."""
+    return model_defaults_of.sampling_defaults(model_id, Settings.from_environment().models_dir)
 
 
 @st.cache_data(max_entries=32, ttl=60, show_spinner=False)
 def template_switches(model_id: str) -> tuple[str, ...]:
     """The arguments with a field of their own that the model's chat template reads."""
-    return model_defaults_of.switches(model_id, Settings.from_environment().models_dir)
+    return model_defaults_of.template_switches(model_id, Settings.from_environment().models_dir)
 
 
-def builtin_is_here() -> bool:
+def builtin_model_fetched() -> bool:
     """Whether the built-in model has been fetched."""
     return (Settings.from_environment().models_dir / "smollm2").is_dir()
 
 
 def worker_state() -> WorkerState | None:
-    """What the process that owns the model is doing; None when there never was one."""
+    """The state of the worker; None if none was ever started."""
     return _store().worker()
 
 
@@ -370,34 +373,33 @@ def models_used() -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def ask(request: queueing.ReplyRequest, conversation_id: int | None) -> int:
-    """Queue a reply; returns the conversation's id. ``see_to_worker`` finds who answers."""
+def submit_message(request: queueing.ReplyRequest, conversation_id: int | None) -> int:
+    """Queue a reply; returns the conversation's id. ``ensure_worker`` starts the worker for it."""
     conversation, _ = queueing.submit(_writer(store_name()), request, conversation_id)
     return conversation
 
 
-def answer_for_tool(conversation_id: int, tool: str, content: str) -> None:
-    """Add a tool's answer while others are still awaited."""
+def add_tool_result(conversation_id: int, tool: str, content: str) -> None:
+    """Add the result of a tool while the results of others are still missing."""
     queueing.add_tool_result(_writer(store_name()), conversation_id, tool, content)
 
 
-def waiting() -> list[int]:
-    """The replies queued or under way in the whole store, in the order they are served."""
+def waiting_replies() -> list[int]:
+    """The queued and running replies of the whole store, in the order they are served."""
     return _store().waiting()
 
 
-def stop(message: Message) -> None:
-    """Ask for a reply to end after the token under way."""
+def stop_reply(message: Message) -> None:
+    """Stop a reply after its current token."""
     _writer(store_name()).request_stop(message.id)
 
 
-def see_to_worker() -> None:
-    """Start the process that answers, unless there is one."""
+def ensure_worker() -> None:
+    """Start the worker, unless it runs."""
     worker.ensure_running(store_name())
 
 
-# ------------------------------------------------------- questions across steps
-# The engine is loaded by the first of them: no other page waits for it.
+# Questions load DuckDB inside their functions: no other page waits for it.
 
 
 @st.cache_resource(on_release=lambda session: session.close())
@@ -408,7 +410,7 @@ def _query_session(db: str) -> QuerySession:
 
 
 @st.cache_resource
-def _catch_up(db: str) -> BackgroundSync:
+def _background_sync(db: str) -> BackgroundSync:
     from oki_trace.analysis.background_sync import BackgroundSync
 
     return BackgroundSync(db, _reader(db))
@@ -421,15 +423,15 @@ def questions() -> Mapping[str, Question]:
     return QUESTIONS
 
 
-def behind(wait_s: float) -> tuple[int, int] | None:
-    """How far the cache is behind the store: messages written, of all; None when it is not.
+def cache_backlog(wait_s: float) -> tuple[int, int] | None:
+    """The progress of the cache's sync: (messages written, of all); None if it is up to date.
 
-    It is brought in step meanwhile, and waited for so long. Raises StoreError.
+    A thread syncs it; this waits for it for up to ``wait_s``. Raises StoreError.
     """
-    return _catch_up(store_name()).behind(wait_s)
+    return _background_sync(store_name()).behind(wait_s)
 
 
-def answer(state: QuestionState) -> Answer:
+def answer_question(state: QuestionState) -> Answer:
     """The answer to a built-in question. Raises UsageError, QuestionError or NotFound."""
     return _answer(store_name(), _store().stamp(), state)
 
@@ -449,30 +451,30 @@ def _answer(db: str, stamp: str, state: QuestionState) -> Answer:
     )
 
 
-def write_csv(found: Answer, file: TextIO) -> None:
-    """An answer's rows, safe to be opened as a spreadsheet."""
+def write_csv(answer: Answer, file: TextIO) -> None:
+    """The rows of an answer, safe to open in a spreadsheet."""
     from oki_trace.analysis.results import write_csv as write
 
-    write([column.name for column in found.columns], found.rows, file)
+    write([column.name for column in answer.columns], answer.rows, file)
 
 
 def functions() -> Sequence[Function]:
-    """What SQL can ask of the full tensors."""
+    """The SQL functions that read full tensors."""
     from oki_trace.analysis.tables import FUNCTIONS
 
     return FUNCTIONS
 
 
 def tables() -> Sequence[Table]:
-    """What SQL can read."""
+    """The tables that SQL can read."""
     from oki_trace.analysis.tables import TABLES
 
     return TABLES
 
 
-def sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Result:
-    """The answer to somebody's own SQL as an Arrow table. ``tick`` is called meanwhile.
+def run_sql(query: str, limit: int, seconds: float, tick: Callable[[], None]) -> Result:
+    """The result of a user's SQL as an Arrow table. ``tick`` is called while it runs.
 
-    Raises QuestionError, and what ``tick`` raises: the question is ended then.
+    Raises QuestionError, and any error of ``tick``, which ends the query.
     """
     return _query_session(store_name()).sql_result(query, limit=limit, seconds=seconds, tick=tick)

@@ -1,9 +1,8 @@
-"""What the explorer's server answers to: its own pages, under its own names, in no frame.
+"""The server answers only its own pages, under its own host names, and in no frame.
 
-A page of somebody else, open in the same browser, may lend its own name to this
-machine's address (DNS rebinding), open a connection from another port of this
-machine, or show the explorer in a frame. The server itself has to refuse: whoever
-reaches it can read and delete everything.
+Another site, open in the same browser, may point its name at this machine (DNS
+rebinding), connect from another port of this machine, or frame the explorer. The
+server has to refuse: whoever reaches it can read and delete everything.
 """
 
 from __future__ import annotations
@@ -22,24 +21,24 @@ Receive = Callable[[], Awaitable[Scope]]
 Send = Callable[[Scope], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# Instead of names: every address, and the names that this machine gives itself. A name
-# of others' would have to be named: it could be one that was made to lead here.
+# In place of names: every IP address, and the host names of this machine. Any other
+# name has to be listed: it could be one that was pointed here (DNS rebinding).
 ANY = "*"
 # The ports that a browser leaves out.
-_USUAL_PORTS = (":80", ":443")
+_DEFAULT_PORTS = (":80", ":443")
 
 _REFUSED = {
     "host": b"The explorer is not served under this name. If it is yours, start the explorer "
     b"with --allow-host and the name.\n",
-    "origin": b"Another page cannot use the explorer.\n",
+    "origin": b"Pages of other sites cannot use the explorer.\n",
 }
 
 
 class Guard:
-    """Middleware around Streamlit: refuses what is not asked by a page of ours.
+    """Middleware around Streamlit that refuses requests which no page of ours sent.
 
     HTTP gets status 403 and a sentence; a WebSocket is closed before it opens,
-    which is a 403 too.
+    which is a 403 as well.
     """
 
     def __init__(self, app: App) -> None:
@@ -61,30 +60,29 @@ class Guard:
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:
-        # Known with the first request: the options are read after this was made.
+        # Read at the first request: the options are parsed after this object is created.
         return tuple(st.get_option("server.allowedHosts") or ())
 
 
 def refusal(host: str | None, origins: Iterable[str], names: Iterable[str]) -> str | None:
-    """Why a request is not answered, "host" or "origin"; None: it is.
+    """Why a request is refused, "host" or "origin"; None if it is answered.
 
-    ``host`` is its Host header, ``origins`` its Origin headers, ``names`` what the
-    explorer may be called. Without an Origin no page of a browser sent it, but for
-    one that asks for a document or a picture and can read neither.
+    ``host`` is its Host header, ``origins`` its Origin headers, ``names`` the host names
+    of the explorer. A request of a page without an Origin header is a navigation or an
+    image, whose response the page cannot read.
     """
     name = hostname(host)
     if host is None or name is None or not is_ours(name, names):
         return "host"
     for origin in origins:
-        if urlsplit(origin).scheme not in ("http", "https") or _place(origin) != _place(
-            f"//{host}"
-        ):
+        same = _host_and_port(origin) == _host_and_port(f"//{host}")
+        if urlsplit(origin).scheme not in ("http", "https") or not same:
             return "origin"
     return None
 
 
 def is_ours(name: str, names: Iterable[str]) -> bool:
-    """Whether ``name``, of a Host header, is one of ``names``, which may be ``ANY``."""
+    """Whether ``name``, from a Host header, is one of ``names``, which may contain ``ANY``."""
     known = {one.strip().lower().strip("[]").rstrip(".") for one in names}
     if name in known:
         return True
@@ -92,14 +90,14 @@ def is_ours(name: str, names: Iterable[str]) -> bool:
 
 
 def own_names() -> frozenset[str]:
-    """The names that this machine gives itself. Asks no name server, which might be elsewhere."""
+    """The host names of this machine, without asking a name server, which might be remote."""
     name = socket.gethostname().lower().rstrip(".")
     short = name.partition(".")[0]
     return frozenset({"localhost", name, short, f"{short}.local"})
 
 
 def hostname(host: str | None) -> str | None:
-    """The name or address in a Host header, in lower case; None where it is neither."""
+    """The name or address in a Host header, in lower case; None if the header is malformed."""
     if not host:
         return None
     try:
@@ -115,10 +113,10 @@ def hostname(host: str | None) -> str | None:
 
 
 def headers(host: str) -> dict[bytes, bytes]:
-    """What every answer says to the browser: no frame, nothing from elsewhere, nothing sent."""
+    """The headers of every response: no frame, no content from other origins, no referrer."""
     policy = {
         "default-src": "'self'",
-        # Charts are compiled in the browser, and the explorer's own elements come as text.
+        # Vega compiles charts in the browser, and Streamlit loads components from text.
         "script-src": "'self' 'unsafe-inline' 'unsafe-eval' blob: data:",
         "style-src": "'self' 'unsafe-inline' blob: data:",
         "img-src": "'self' blob: data:",
@@ -141,20 +139,20 @@ def headers(host: str) -> dict[bytes, bytes]:
     }
 
 
-def origins(found: Iterable[tuple[bytes, bytes]]) -> list[str]:
+def origins(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
     """The Origin headers of a request."""
-    return [value.decode("latin-1") for name, value in found if name.lower() == b"origin"]
+    return [value.decode("latin-1") for name, value in headers if name.lower() == b"origin"]
 
 
-def only(found: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """The header ``name``; None where it is absent, or there more than once."""
-    values = [value for one, value in found if one.lower() == name]
+def only(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
+    """The header ``name``; None if it is absent or repeated."""
+    values = [value for one, value in headers if one.lower() == name]
     return values[0].decode("latin-1") if len(values) == 1 else None
 
 
-def _place(address: str) -> str:
-    place = urlsplit(address).netloc.lower()
-    return next((place.removesuffix(port) for port in _USUAL_PORTS if place.endswith(port)), place)
+def _host_and_port(url: str) -> str:
+    netloc = urlsplit(url).netloc.lower()
+    return next((netloc.removesuffix(p) for p in _DEFAULT_PORTS if netloc.endswith(p)), netloc)
 
 
 def _is_address(name: str) -> bool:

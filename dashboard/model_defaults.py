@@ -1,7 +1,6 @@
-"""What a model's own files say of sampling and of its chat template, read without loading it.
+"""Sampling defaults and chat-template arguments from a model's files, without loading it.
 
-Only to be shown beside a field, or to show a field at all: what holds is worked out
-when the reply begins, from the model itself.
+The sidebar shows them; a reply takes its settings from the loaded model.
 """
 
 from __future__ import annotations
@@ -13,34 +12,34 @@ from pathlib import Path
 
 FILE = "generation_config.json"
 SETTINGS = ("top_p", "top_k", "repetition_penalty")
-# A real one has a few hundred bytes.
+# A real file has a few hundred bytes.
 MOST_BYTES = 100_000
-# Arguments that many chat templates read, and that have a field of their own.
+# Common arguments of chat templates, which have a field of their own.
 SWITCHES = ("enable_thinking", "reasoning_effort")
 TEMPLATES = ("chat_template.jinja", "tokenizer_config.json")
 # A tokenizer's configuration names every token that was added.
 MOST_TEMPLATE_BYTES = 4_000_000
 
 
-def read(model_id: str, models_dir: Path) -> dict[str, float]:
-    """The settings of ``SETTINGS`` that the config of a model here names; none where it is not.
+def sampling_defaults(model_id: str, models_dir: Path) -> dict[str, float]:
+    """Those of ``SETTINGS`` that the model's generation config sets; empty without a local one.
 
-    Asks nobody: of a model on the hub, what was fetched before is looked at.
+    Makes no request: of a model on the hub, it reads the local cache.
     """
     path = _file_of(model_id, models_dir, FILE)
     try:
         if path is None or path.stat().st_size > MOST_BYTES or not path.is_file():
             return {}
-        given = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    if not isinstance(given, dict):
+    if not isinstance(config, dict):
         return {}
-    return {name: float(given[name]) for name in SETTINGS if _is_number(given.get(name))}
+    return {name: float(config[name]) for name in SETTINGS if _is_number(config.get(name))}
 
 
-def switches(model_id: str, models_dir: Path) -> tuple[str, ...]:
-    """Those of ``SWITCHES`` that the chat template of a model here reads."""
+def template_switches(model_id: str, models_dir: Path) -> tuple[str, ...]:
+    """Those of ``SWITCHES`` that the model's chat template reads; empty without a local one."""
     for name in TEMPLATES:
         path = _file_of(model_id, models_dir, name)
         try:
@@ -73,7 +72,7 @@ def _file_of(model_id: str, models_dir: Path, name: str) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model_id, name)
+        path = try_to_load_from_cache(model_id, name)
     except HFValidationError:
         return None
-    return Path(found) if isinstance(found, str) else None
+    return Path(path) if isinstance(path, str) else None

@@ -1,4 +1,4 @@
-"""Every page's frame: the store, the navigation, and the page that is open."""
+"""The frame of every page: style, navigation, and the page that is open."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run() -> None:
     st.set_page_config(page_title="oki-trace", page_icon="🔎", layout="wide")
     style.logo()
     style.apply()
-    style.warn_of_strangers()
+    style.warn_if_public()
     pages = {
         "chat": _page("chat", "Chat", "chat", default=True),
         "map": _page("reply_map", "Reply map", "grid_on", url_path="map"),
@@ -26,13 +26,13 @@ def run() -> None:
         "store": _page("store", "Store", "database", url_path="store"),
     }
     st.session_state["pages"] = pages
-    # The first page has no path of its own; who types the one that the others suggest finds it too.
+    # The first page has no path; /chat, which the other paths suggest, leads to it as well.
     typed = _page("chat", "Chat", "chat", url_path="chat", visibility="hidden")
     st.navigation([*pages.values(), typed]).run()
 
 
 def _page(view: str, title: str, icon: str, **more: Any) -> Any:
-    """A page, whose view is loaded when it is opened first: none waits for another's libraries."""
+    """A page that imports its view when it is first opened: none waits for another's libraries."""
 
     def draw() -> None:
         data.open_store()

@@ -15,7 +15,7 @@ import pandas as pd
 
 from dashboard.viewdata import answers
 from dashboard.viewdata.answers import NEVER
-from dashboard.viewdata.replies import Json
+from dashboard.viewdata.wording import Json
 from oki_trace.analysis.question import Answer, Drawing
 
 Chart = alt.Chart | alt.LayerChart

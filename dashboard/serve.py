@@ -1,7 +1,8 @@
-"""Streamlit, with what the pages need loaded before it answers.
+"""``streamlit`` with the pages' libraries imported in advance, so the first page opens at once.
 
-``python dashboard/serve.py run dashboard/Home.py`` is ``streamlit run dashboard/Home.py``,
-but whoever opens the first page does not wait for libraries.
+``python dashboard/serve.py run dashboard/Home.py`` is ``streamlit run dashboard/Home.py``.
+Private names of Streamlit are used in this module alone: the logger of its cache, its
+table of emojis and its command.
 """
 
 from __future__ import annotations
@@ -15,35 +16,28 @@ from pathlib import Path
 from streamlit.runtime.caching import cache_data_api
 from streamlit.web import cli
 
-# This file is run by its path, and the pages import each other as a package.
+# This file runs by its path; the pages import each other as a package.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-# The page that opens first and all that it draws with, then the others.
-PARTS = (
-    *(
-        "dashboard.navigation",
-        "dashboard.data",
-        "dashboard.views.chat",
-        "streamlit.emojis",
-        "dashboard.charts",
-    ),
-    *("dashboard.views.chart_panel", "oki_trace.store.schema.migrate"),
+# The page that opens first, then the others.
+MODULES = (
+    *("dashboard.navigation", "dashboard.views.chat", "streamlit.emojis", "dashboard.charts"),
     *(f"dashboard.views.{name}" for name in ("conversations", "compare", "questions", "sql")),
 )
 
 
 def load() -> None:
-    """Import the pages and their libraries, draw a chart, and have it all kept."""
-    # Every cached function says once that no server runs yet, which is as it should be.
-    caching = logging.getLogger(cache_data_api.__name__)
-    level = caching.level
-    caching.setLevel(logging.ERROR)
-    for part in PARTS:
-        import_module(part)
-    caching.setLevel(level)
+    """Import the pages and their libraries, and draw a chart."""
+    # Without a server, every cached function warns that it caches in memory.
+    logger = logging.getLogger(cache_data_api.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    for name in MODULES:
+        import_module(name)
+    logger.setLevel(level)
     charts = import_module("dashboard.charts")
-    charts.by_layer([{"layer": 0, "entropy": 0.0, "kl": 0.0}]).to_dict()
-    # Else the first page does it: see data.open_store.
+    charts.entropy_and_kl([{"layer": 0, "entropy": 0.0, "kl": 0.0}]).to_dict()
+    # Before the first page does: see data.open_store.
     gc.collect()
     gc.freeze()
 

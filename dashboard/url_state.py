@@ -1,7 +1,6 @@
-"""What the address says is open: conversation, message and step.
+"""The open conversation, message and step, which only the URL holds.
 
-The address is the only place that holds it, so a link opens the same view and
-the browser's back button works.
+So a link opens the same view, and the browser's back button works.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import streamlit as st
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """A conversation, and perhaps one step of one of its replies."""
 
     conversation: int | None = None
@@ -21,7 +20,7 @@ class Place:
     step: int | None = None
 
     def query(self) -> dict[str, str]:
-        """As it stands in an address."""
+        """The parameters of the URL."""
         return {
             name: str(value)
             for name in ("conversation", "message", "step")
@@ -29,30 +28,31 @@ class Place:
         }
 
 
-def here() -> Place:
-    """The place in the address; what is no number counts as absent."""
-    return Place(_number("conversation"), _number("message"), _number("step"))
+def current() -> Location:
+    """The location in the URL; a parameter that is no number counts as absent."""
+    return Location(number("conversation"), number("message"), number("step"))
 
 
-def go(place: Place) -> None:
-    """Write ``place`` into the address."""
-    st.query_params.from_dict(place.query())
+def navigate(location: Location) -> None:
+    """Write ``location`` into the URL."""
+    st.query_params.from_dict(location.query())
 
 
-def keep(page: str, own: Collection[str]) -> None:
-    """Remember the address of a page whose parameters are ``own``, or put it back.
+def restore(page: str, own: Collection[str]) -> None:
+    """Remember the URL of a page whose parameters are ``own``, or restore it.
 
-    Leaving for another page leaves an entry in the browser's history that has this
-    page's path and the other's parameters. Who comes back to it finds what was here.
+    Leaving a page can leave an entry in the browser's history with the path of this
+    page and the parameters of the next one.
     """
-    now = st.query_params.to_dict()
-    kept = f"address-of-{page}"
-    if now.keys() <= set(own):
-        st.session_state[kept] = now
+    parameters = st.query_params.to_dict()
+    key = f"url-of-{page}"
+    if parameters.keys() <= set(own):
+        st.session_state[key] = parameters
     else:
-        st.query_params.from_dict(st.session_state.get(kept, {}))
+        st.query_params.from_dict(st.session_state.get(key, {}))
 
 
-def _number(name: str) -> int | None:
+def number(name: str) -> int | None:
+    """The parameter ``name`` of the URL; None if it is absent or no number."""
     value = st.query_params.get(name, "")
-    return int(value) if value.isdecimal() and len(value) < 18 else None
+    return int(value) if value.isascii() and value.isdecimal() and len(value) < 18 else None

@@ -241,7 +241,7 @@ def test_the_model_and_4bit_are_chosen_in_the_sidebar(
     migrate.ensure(db)
     monkeypatch.setenv("OKI_TRACE_DB", str(db))
     monkeypatch.setenv("OKI_TRACE_MODEL", "someone/a-model")
-    monkeypatch.setattr(data, "see_to_worker", lambda: None)
+    monkeypatch.setattr(data, "ensure_worker", lambda: None)
     app = AppTest.from_file(str(TESTS.parent / "dashboard" / "Home.py"), default_timeout=60).run()
     try:
         assert app.sidebar.selectbox(key="model").value == "someone/a-model"

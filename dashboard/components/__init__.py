@@ -1,9 +1,8 @@
-"""The explorer's own elements, drawn in the browser.
+"""The explorer's own components, drawn in the browser.
 
-Each is a JavaScript file, some with parts in files beside it, that gets plain
-data and writes it with ``textContent`` alone: what a model wrote can be no
-markup here. A click comes back as a trigger. They follow the theme through
-Streamlit's CSS variables.
+Each is a JavaScript file that gets plain data and writes it with ``textContent``
+alone, so that no text of a model becomes markup. Clicks come back as triggers. The
+theme comes from Streamlit's CSS variables.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _component(name: str, *parts: str) -> Callable[..., Any]:
-    """The element ``name``; ``parts`` are files that its script is made of besides."""
+    """The component ``name``; ``parts`` are further files of its script."""
 
     def read(file: str) -> str:
         return (_FOLDER / file).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-// Parts of a whole: a bar each, with its size. data: {label, name, rows: [{what, size, share, bytes,
+// Parts of a whole, each with a bar and its size. data: {label, name, rows: [{what, size, share, bytes,
 // tone, meaning}]}; tone: "accent", "blue" or "gray".
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");

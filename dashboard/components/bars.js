@@ -1,4 +1,4 @@
-// What was considered: the model's own probability, and beside it what sampling made of it.
+// The candidates: the model's own probability, and the probability after sampling.
 // data: {rows: [{text, prob, sampled, chosen, title}], sampled: bool, step}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
@@ -6,15 +6,15 @@ export default function ({ data, parentElement }) {
   const table = make("div", "table");
   table.setAttribute("role", "table");
   table.setAttribute("aria-label", "Candidates and their probabilities");
-  const csv = csvButton(`candidates-step-${data.step + 1}`, () => [
+  const csv = csvButton(`candidates-step-${data.step}`, () => [
     ["rank", "token", "token_id", "logit", "prob", "sampled_prob", "chosen"],
     ...data.rows.map((r, k) => [k + 1, r.text, r.id, r.logit, r.prob, r.sampled, Number(r.chosen)])]);
   const head = make("div", "row head");
   const own = make("span", "", data.sampled ? "the model's own" : "probability");
   own.title = "The model's own probability, before any sampling setting";
   const after = make("span", "", "after sampling");
-  after.title = "After temperature, cuts and penalties; a dash: removed by them";
-  const title = make("span", "title", "Considered");
+  after.title = "After temperature, cuts and penalties; a dash means removed";
+  const title = make("span", "title", "Candidates");
   title.setAttribute("role", "heading");
   title.setAttribute("aria-level", "4");
   head.append(title, own, ...(data.sampled ? [make("span"), after, csv] : [csv]));

@@ -1,12 +1,12 @@
-// A message that was typed by a person. data: {pieces: [{text, mark}], label}
+// A message of a user, the system or a tool. data: {pieces: [{text, mark}], label}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
-  const said = make("div", "said");
-  if (data.label) said.append(make("div", "who", data.label));
+  const bubble = make("div", "message");
+  if (data.label) bubble.append(make("div", "role", data.label));
   for (const piece of data.pieces) {
     const node = make("span", piece.mark ? "mark" : "", piece.text);
     if (piece.mark) node.title = "A special token to the model";
-    said.append(node);
+    bubble.append(node);
   }
-  root.replaceChildren(said);
+  root.replaceChildren(bubble);
 }

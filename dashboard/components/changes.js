@@ -1,11 +1,11 @@
-// What each layer promoted and suppressed, the last layer on top.
+// The tokens that each layer promoted and suppressed, the last layer on top.
 // data: {rows: [{layer, up: [{text, delta, shown, exact, chosen, title}], down: [..]}], columns, step}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const head = make("div", "head-row");
   head.append(
-    make("span", "grow", "change of probability from one layer to the next"),
-    csvButton(`changes-step-${data.step + 1}`, () => [
+    make("span", "grow", "Change of probability from one layer to the next"),
+    csvButton(`changes-step-${data.step}`, () => [
       ["layer", "token", "change", "exact"],
       ...data.rows.flatMap((r) => [...r.up, ...r.down].map(
         (c) => [r.layer, c.text, c.delta, Number(c.exact)]))]));

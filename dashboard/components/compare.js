@@ -1,11 +1,11 @@
-// Two replies side by side. A click on a token chooses it and what lies beside it; as a link, opened
-// in another tab, it leads to its step. Of each reply one token is a stop of the Tab key: the chosen
-// one, or the first; left and right lead on from it.
+// Two replies side by side. A click on a token selects its pair; opened in a new tab, the token is a
+// link to its step. In each reply one token is a tab stop, the selected or the first one; the left and
+// right keys move from it.
 // data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
-// empty}], chosen: pair or null, rows: what is saved}. Triggers: pick = a pair.
+// empty}], chosen: pair or null, rows: of the CSV}. Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
-  // Drawn anew, the token that had the keys has them still.
+  // The focused token stays focused when the element is redrawn.
   const held = root.getRootNode().activeElement;
   const at = held && root.contains(held) ? [...root.querySelectorAll(".token")].indexOf(held) : -1;
   root.replaceChildren(...data.sides.map((side, number) => {

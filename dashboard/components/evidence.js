@@ -1,12 +1,12 @@
-// Where the model looked, painted onto what it saw.
+// Attention, as shades of the text that the model saw.
 // data: {pieces: [{text, value, weight, kind, out, title}], seam: index of the reply's first token,
 // step}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const head = make("div", "head-row");
   const key = make("span", "grow");
-  key.append("no weight ", make("span", "ramp"), " most");
-  head.append(key, csvButton(`evidence-step-${data.step + 1}`, () => [
+  key.append("No weight ", make("span", "ramp"), " most");
+  head.append(key, csvButton(`evidence-step-${data.step}`, () => [
     ["position", "part", "token", "weight", "left_out"],
     ...data.pieces.map((p, at) => [at, p.kind, p.text, p.weight, Number(p.out)])]));
   const text = make("div", "text");
@@ -23,15 +23,15 @@ export default function ({ data, parentElement }) {
     nodes.push(node);
   });
   text.append(...nodes);
-  // What the shades tell, in words.
+  // The same for screen readers.
   const most = data.pieces.map((piece, at) => ({ ...piece, at })).filter((piece) => piece.weight)
     .sort((a, b) => b.weight - a.weight).slice(0, 5)
     .map((piece) => `${piece.text.trim() || "blank"} at position ${piece.at}, ${figure(piece.weight, 3)}`);
-  const spoken = make("div", "spoken", `Most attended: ${most.join("; ") || "nothing is shown"}.`);
+  const spoken = make("div", "spoken", `Most attended: ${most.join("; ") || "nothing"}.`);
   spoken.id = "most-attended";
   text.setAttribute("aria-describedby", spoken.id);
   root.replaceChildren(head, text, spoken);
-  // A long prompt is scrolled to where the model looked most.
+  // Scroll a long prompt to the most attended piece.
   const strongest = data.pieces.findIndex((piece) => piece.value === 1);
   const piece = text.querySelectorAll(".piece")[strongest];
   if (piece) text.scrollTop = piece.offsetTop - text.clientHeight * 0.7;

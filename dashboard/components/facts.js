@@ -1,10 +1,10 @@
-// The chosen token, its numbers, and the way to the next one.
+// The selected token, its numbers, and buttons to the next one.
 // data: {conversation, message, step, total, following, waiting, where, what, facts: [{name, value,
-// title}], rows: what is saved}, or {empty: true}. Triggers: pick = {conversation, message, step};
+// title}], rows: of the CSV}, or {empty: true}. Triggers: pick = {conversation, message, step};
 // refresh = a number.
 //
-// This element alone tells the server which step was chosen, one at a time: while an answer is
-// under way the marks already move, and the last wish is sent when it has come.
+// This element alone tells the server which step was selected, one at a time: while a response is
+// pending the marks already move, and the last selection is sent after it.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   const state = (root.state ??= { sent: null, since: 0, refreshed: null });
@@ -19,7 +19,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const underWay = () => state.sent && performance.now() - state.since < 3000;
 
   if (underWay() && !same(data, state.sent)) {
-    // Something older; what was asked for comes yet.
+    // An older response: the requested one is still pending.
   } else {
     const late = state.sent && !same(wish(), state.sent);
     state.sent = null;
@@ -49,7 +49,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     root.replaceChildren();
     return () => root.stop.abort();
   }
-  // Who presses a button has it still.
+  // A pressed button keeps the focus.
   const walk = (by, focus = false) => {
     const next = place.message === data.message ? place.step + by : data.step + by;
     if (next < 0 || next >= data.total) return;
@@ -63,18 +63,18 @@ export default function ({ data, parentElement, setTriggerValue }) {
   }, { signal });
 
   const where = make("div", "where");
-  const copy = button("copy link", "Copy a link to this step", async () => {
+  const copy = button("Copy link", "Copy a link to this step", async () => {
     const query = new URLSearchParams({
       conversation: data.conversation, message: data.message, step: data.step });
     await navigator.clipboard.writeText(`${location.origin}${location.pathname}?${query}`);
-    copy.textContent = "copied";
-    setTimeout(() => (copy.textContent = "copy link"), 1500);
+    copy.textContent = "Copied";
+    setTimeout(() => (copy.textContent = "Copy link"), 1500);
   });
   const back = button("←", "Previous token (left key)", () => walk(-1));
   const on = button("→", "Next token (right key)", () => walk(1));
   back.disabled = data.step === 0;
   on.disabled = data.step + 1 >= data.total;
-  // On a narrow page the panel is a sheet over the foot of it, which can be let down.
+  // On a narrow page the panel is a sheet at the bottom, which can be folded.
   const page = document.documentElement;
   const fold = button("", "", () => {
     page.classList.toggle("oki-folded");
@@ -83,15 +83,15 @@ export default function ({ data, parentElement, setTriggerValue }) {
   fold.classList.add("fold");
   const told = () => {
     const folded = page.classList.contains("oki-folded");
-    fold.textContent = folded ? "more" : "less";
-    fold.title = folded ? "Show all of this step" : "Show less of this step";
+    fold.textContent = folded ? "Show more" : "Show less";
+    fold.title = folded ? "Show the whole step" : "Show the token and its numbers only";
     fold.setAttribute("aria-label", fold.title);
     fold.setAttribute("aria-expanded", String(!folded));
   };
   told();
   const within = (root.getRootNode().host ?? root).closest(".st-key-panel");
   where.append(make("span", "grow", data.where), back, on, copy,
-    csvButton(`numbers-step-${data.step + 1}`, () => data.rows), ...(within ? [fold] : []));
+    csvButton(`numbers-step-${data.step}`, () => data.rows), ...(within ? [fold] : []));
   const what = make("div", "what", data.what);
   what.setAttribute("role", "heading");
   what.setAttribute("aria-level", "2");
@@ -102,7 +102,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     pair.append(make("dt", "", fact.name), make("dd", "", fact.value));
     list.append(pair);
   }
-  // Told to a screen reader when the step changes.
+  // Announced by screen readers when the step changes.
   const spoken = make("div", "spoken", `${data.where}: ${data.what.slice(0, 80)}`);
   spoken.setAttribute("aria-live", "polite");
   const focused = root.contains(root.getRootNode().activeElement)

@@ -1,8 +1,8 @@
-// What each layer would have said, the last layer on top.
+// The Logit Lens: the likeliest tokens at each layer, the last layer on top.
 // data: {rows: [{layer, cells: [{text, label, prob, shown, chosen, pinned, title}], rank, settled,
 // title}], pins: whether a token can be pinned, step}. Triggers: pin = a token's label.
-// The cells are one stop of the Tab key; the arrows, Home and End lead from cell to cell.
-const CELL = 118; // px: narrower, and a token and its number are no longer read
+// The cells are one tab stop; the arrows, Home and End move between them.
+const CELL = 118; // px: in narrower cells a token and its number are illegible
 
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
@@ -13,7 +13,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const width = Math.min(kept, Math.max(3, room));
     if (width === root.shows) return;
     root.shows = width;
-    // Drawn anew, the cell that had the keys has them still.
+    // The focused cell stays focused when the table is redrawn.
     const held = root.getRootNode().activeElement?.closest?.("[data-label]");
     root.replaceChildren(heading(data, kept), table(data, width));
     enter(root, root.at ?? [0, 0], Boolean(held && root.isConnected));
@@ -43,12 +43,12 @@ export default function ({ data, parentElement, setTriggerValue }) {
     else if (event.key === "Enter" || event.key === " ") cell.click();
     else return;
     event.preventDefault();
-    event.stopPropagation(); // left and right are not for the reply here
+    event.stopPropagation(); // left and right do not move through the reply here
   };
   return () => root.sizes.disconnect();
 }
 
-// The row and the column of a cell, and the one cell that the Tab key leads to.
+// The row and the column of a cell; and making a cell the tab stop.
 function spot(cell) {
   return [cell.parentElement.sectionRowIndex, cell.cellIndex - 1];
 }
@@ -68,8 +68,8 @@ function heading(data, kept) {
   const names = ["layer", "chosen_rank", "settled"];
   for (let k = 1; k <= kept; k += 1) names.push(`token_${k}`, `prob_${k}`);
   head.append(make("span", "grow",
-    `the stronger the colour, the more probable${data.pins ? "; click a token to pin it" : ""}`),
-    csvButton(`lens-step-${data.step + 1}`, () => [names, ...data.rows.map((r) => [
+    `The stronger the colour, the more probable${data.pins ? ". Click a token to pin it" : ""}`),
+    csvButton(`lens-step-${data.step}`, () => [names, ...data.rows.map((r) => [
       r.layer, r.rank, Number(r.settled), ...r.cells.flatMap((c) => [c.text, c.prob])])]));
   return head;
 }
@@ -77,8 +77,8 @@ function heading(data, kept) {
 function table(data, width) {
   const made = make("table");
   made.setAttribute("role", "grid");
-  made.setAttribute("aria-label", "Logit Lens: what each layer would have said. Arrow keys lead " +
-    `from token to token${data.pins ? ", Enter pins one" : ""}.`);
+  made.setAttribute("aria-label", "Logit Lens: the prediction of each layer. Arrow keys move " +
+    `between tokens${data.pins ? ", Enter pins one" : ""}.`);
   const columns = make("colgroup");
   columns.append(make("col", "layer"));
   for (let k = 0; k < width; k += 1) columns.append(make("col"));

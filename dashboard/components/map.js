@@ -1,7 +1,7 @@
-// A reply as a grid: steps across; layers (what each would have said) or positions (where each step
-// looked) down. Only what is in view is drawn, onto a canvas; the axes stay in sight.
-// data: see lens_shapes.lens_map and attention_shapes.attention_map; and {conversation, message,
-// name, height}. Triggers: load = {conversation, message, step}, for a step that is not in here.
+// A reply as a grid: steps across, layers (the lens) or positions (attention) down. Only the visible
+// part is drawn, onto a canvas; the axes stay in sight.
+// data: see viewdata/lens.py lens_map and viewdata/attention.py attention_map; and {conversation,
+// message, name, height}. Triggers: load = {conversation, message, step}, for a step outside the map.
 const ZOOMS = {
   lens: [[7, 7], [14, 14], [30, 17], [56, 19], [92, 22]],
   attention: [[4, 4], [8, 8], [14, 14], [30, 17], [56, 19]],
@@ -67,11 +67,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
   };
   const reveal = (at) => {
     const [w, h] = size();
-    // Where the step itself would stand: the end of what it could look at.
+    // The position of the step itself: the end of the positions it can attend to.
     const end = (data.positions ? data.steps[at].position : 0) * h;
     const high = frame.clientHeight - HEAD;
     if (end > frame.scrollTop + high || end < frame.scrollTop) {
-      frame.scrollTop = Math.floor((end - high * 0.8) / h) * h; // no row half under the head
+      frame.scrollTop = Math.floor((end - high * 0.8) / h) * h; // no row half under the header
     }
     const left = at * w, seen = frame.clientWidth - gutter();
     if (left < frame.scrollLeft || left + w > frame.scrollLeft + seen) {
@@ -188,7 +188,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   frame.scrollLeft = left;
   frame.scrollTop = top;
   follow();
-  // The theme may change under us: colours are read again when it does.
+  // When the theme changes, the colours are read again.
   const tick = () => {
     if (!root.isConnected || signal.aborted) return;
     if (look.stale()) {

@@ -1,18 +1,18 @@
-// What is in the cells of a map. A model is {title, down, columns, rows, steps, gutter, rowName, cell,
-// tell, summary, legend, csv, seam}: a cell by its column and row, what is told of it, its row's name.
+// The cells of a map. A model is {title, down, columns, rows, steps, gutter, rowName, cell, tell,
+// summary, legend, csv, seam}; cell and tell (its tooltip) take a column and a row.
 function numbers(text, Type) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Type(bytes.buffer);
 }
 
-// A weight in three characters, as narrow cells have room for no more; less than .01 is told by its
-// shade and on hover.
+// A weight in three characters, which fit into narrow cells; one below .01 shows only as a shade and
+// on hover.
 function weighed(weight) {
   const text = weight.toFixed(2);
   return text === "0.00" ? "" : text.startsWith("0") ? text.slice(1) : text.slice(0, 3);
 }
 
-// A part of a legend, which stays together where the line is broken.
+// A part of a legend, which does not break across lines.
 function item(...parts) {
   const node = make("span", "item");
   node.append(...parts);
@@ -32,11 +32,11 @@ function lensModel(data, state) {
     agreement: (i) => [prob[i], same[i] ? "accent" : "blue"],
     probability: (i) => [prob[i], "blue"],
     entropy: (i) => [entropy[i] / most, "blue"],
-    // Rank 1 is the strongest: the closer the layer is to what was said.
+    // Rank 1 has the strongest shade.
     rank: (i) => [1 - Math.log(rank[i]) / worst, "accent"],
   };
   return {
-    title: "Reply map: what each layer would have said", down: "layers", columns, rows: L,
+    title: "Reply map: the prediction of each layer", down: "layers", columns, rows: L,
     steps: data.steps,
     gutter: () => 52,
     rowName: (r) => String(L - 1 - r),
@@ -49,14 +49,14 @@ function lensModel(data, state) {
     },
     tell(c, r) {
       const step = data.steps[c];
-      if (r < 0) return [`step ${step.index + 1}: ${step.text}`,
+      if (r < 0) return [`step ${step.index}: ${step.text}`,
         `surprisal ${figure(step.surprisal, 2)} nats`];
       const i = at(c, r);
       return [
-        `layer ${L - 1 - r}, step ${step.index + 1}: ${data.words[top[i]]}  ${figure(prob[i], 3)}`,
+        `layer ${L - 1 - r}, step ${step.index}: ${data.words[top[i]]}  ${figure(prob[i], 3)}`,
         `final token ${step.text}: rank ${rank[i].toLocaleString("en")}, ${figure(mine[i], 3)}`,
         `entropy ${figure(entropy[i], 2)} nats · KL to the final layer ${figure(kl[i], 2)} nats`,
-        ...(data.settled[c] === L - 1 - r ? ["settled here: on top from this layer on"] : []),
+        ...(data.settled[c] === L - 1 - r ? ["settled: on top from this layer on"] : []),
       ];
     },
     summary: () => {
@@ -64,7 +64,7 @@ function lensModel(data, state) {
       const never = columns - layers.length;
       return (layers.length ? `Settled: ${layers.length} of ${columns} steps, at layers ${layers[0]} ` +
         `to ${layers.at(-1)}, half of them by layer ${layers[layers.length >> 1]}. ` : "") +
-        (never ? `${never} never had their token on top to the end. ` : "") +
+        (never ? `${never} did not settle. ` : "") +
         "The CSV button saves every cell.";
     },
     legend(look) {
@@ -102,12 +102,12 @@ function attentionModel(data) {
   });
   most ||= 1;
   return {
-    title: "Attention map: where each step looked", down: "positions",
+    title: "Reply map: attention of each step", down: "positions",
     columns: data.steps.length, rows: data.positions.length, steps: data.steps, seam: data.seam,
     gutter: ([, h]) => (h >= 14 ? 128 : 58),
     rowName: (r, [, h]) => (h >= 14 ? `${data.positions[r]}  ${r}` : String(r)),
     cell(c, r) {
-      if (r >= data.steps[c].position) return null; // not yet written
+      if (r >= data.steps[c].position) return null; // not generated yet
       const w = cells[c].get(r);
       if (w === undefined || Number.isNaN(w)) return { value: 0, tone: "blue", text: "" };
       if (without.has(r)) return { value: 0, tone: "blue", text: "", crossed: true };
@@ -115,15 +115,15 @@ function attentionModel(data) {
     },
     tell(c, r) {
       const step = data.steps[c];
-      const from = `step ${step.index + 1} ${step.text}`;
+      const from = `step ${step.index} ${step.text}`;
       if (r < 0) return [from, `position ${step.position}`];
       const to = `position ${r}  ${data.positions[r]}`;
-      if (r >= step.position) return [from, `${to}: not yet written`];
+      if (r >= step.position) return [from, `${to}: not generated yet`];
       const w = cells[c].get(r);
       const part = r < data.seam ? "prompt" : "reply";
       return [`${from} looked at`, `${to} (${part})`,
         w === undefined ? "not kept, or 0" : `weight ${figure(w, 4)}` +
-          (without.has(r) ? ", left out of the picture" : "")];
+          (without.has(r) ? ", left out" : "")];
     },
     summary: () => {
       const sums = new Map();
@@ -133,7 +133,7 @@ function attentionModel(data) {
       });
       const first = [...sums].sort((a, b) => b[1] - a[1]).slice(0, 3)
         .map(([at, sum]) => `${data.positions[at] ?? ""} at position ${at} (${figure(sum, 2)})`);
-      return (first.length ? `Most attended over these steps, weights added up: ${first.join(", ")}. `
+      return (first.length ? `Most attended, weights summed over these steps: ${first.join(", ")}. `
         : "") + "The CSV button saves every weight.";
     },
     legend: (look) => [item("weight 0", look.bar("blue"), `${figure(most, 2)} (square root)`)],

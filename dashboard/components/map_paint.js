@@ -1,7 +1,7 @@
-// How a map is drawn: its colours from the theme, its shapes one by one, and those onto a canvas.
+// Painting a map: the colours of the theme, its shapes, and drawing them on a canvas.
 const HEAD = 44; // px: the surprisal bars and the tokens
 const SHADES = 48;
-// How much of the tone the strongest cell has: text stays readable.
+// The share of the tone in the strongest cell, so that text stays readable.
 const DEPTH = { lens: { light: 0.72, dark: 0.6 }, attention: { light: 0.95, dark: 0.9 } };
 
 function theme(root, kind) {
@@ -57,7 +57,7 @@ function contrast(a, b) {
   return (x + 0.05) / (y + 0.05);
 }
 
-// What one cell, or one name on an axis, is drawn as; a canvas and an SVG both take it.
+// The boxes and texts of a map, for a canvas and for an SVG.
 function* shapes({ model, look, size: [w, h], x, y, width, height, chosen, cursor }) {
   const gutter = model.gutter([w, h]);
   const c0 = Math.max(0, Math.floor(x / w));
@@ -99,7 +99,7 @@ function* shapes({ model, look, size: [w, h], x, y, width, height, chosen, curso
     yield { box: [gutter + chosen * w - x - 0.5, HEAD - 18, w - gap + 1, height - HEAD + 18],
       stroke: look.text, wide: 1.25 };
   }
-  // The axes come last: what scrolls goes below them.
+  // The axes come last, on top of what scrolls.
   yield { box: [0, 0, width, HEAD], fill: look.back };
   const most = Math.max(1, ...model.steps.map((step) => step.surprisal ?? 0));
   const every = w >= 30 ? 1 : Math.ceil(44 / w);
@@ -111,7 +111,7 @@ function* shapes({ model, look, size: [w, h], x, y, width, height, chosen, curso
       yield { text: step.text, at: [left + (w - gap) / 2, HEAD - 9], room: w - 4,
         font: 11.5, bold: true, ink: look.text, code: true, align: "center" };
     } else if (step.index % every === 0) {
-      yield { text: String(step.index + 1), at: [left, HEAD - 9], font: 10.5, ink: look.gray, align: "left" };
+      yield { text: String(step.index), at: [left, HEAD - 9], font: 10.5, ink: look.gray, align: "left" };
     }
     if (c === chosen) {
       yield { box: [left + 0.5, HEAD - 18, Math.max(2, w - gap - 1), 17], stroke: look.text, wide: 1.5 };
@@ -153,12 +153,12 @@ function paint(pen, view) {
   }
 }
 
-// As much of the text as there is room for; the hover has all of it.
+// As much of the text as fits; the tooltip has all of it.
 function fit(pen, text, room) {
   if (room === undefined || pen.measureText(text).width <= room) return text;
   text = short(text);
   if (pen.measureText(text).width <= room) return text;
-  // Where there is hardly room for a letter, none is given to marks.
+  // In very narrow cells the letters take the room of the ellipsis.
   const dots = room < 40 ? "" : "…";
   const letters = [...(dots ? text : text.replace(/^␣(?=.)/, ""))];
   let kept = Math.min(letters.length, Math.max(1, Math.floor(room / 4)));

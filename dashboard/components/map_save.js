@@ -1,4 +1,4 @@
-// All of a map as a picture, also what is out of sight.
+// A whole map as a picture, with the parts out of sight.
 function whole(model, [w, h]) {
   return { x: 0, y: 0, width: model.gutter([w, h]) + model.columns * w, height: HEAD + model.rows * h };
 }

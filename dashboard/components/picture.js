@@ -1,7 +1,7 @@
-// Saves a chart of the page as a picture, and the rows it was drawn from. The chart itself draws it
-// as SVG, in the page's own elements; here it is only given a ground, and a font where ours is not.
-// data: {within: class of the element around the chart, name: of the file, rows: [[..]],
-// the first of them the names of the columns; without them the page offers the rows elsewhere}
+// Saves a chart of the page as a picture, and its rows as CSV. The chart is an SVG in the page; the
+// picture gets a background, and a font for where ours is missing.
+// data: {within: class of the element around the chart, name: of the file, rows: [[..]], with a header;
+// without rows there is no CSV button}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const chart = () => document.querySelector(`.${CSS.escape(data.within)} svg.marks`);
@@ -35,7 +35,7 @@ export default function ({ data, parentElement }) {
   );
 }
 
-// Three dots of the picture to one of the page, so that it is sharp on paper.
+// Three pixels of the picture to one of the page, sharp enough for print.
 function png({ text, width, height }, done) {
   const image = new Image();
   image.onload = () => {

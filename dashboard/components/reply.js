@@ -1,7 +1,7 @@
-// A reply as its tokens; each is a button. A click is told to all elements of the page.
-// Thinking is folded away by a button above; it opens when one of its tokens is chosen.
-// data: {tokens: [{text, value, mark, title, part}], thinking, fold, conversation, message, live, newest, blue, low, high,
-// name, status, bad, rows: what is saved, empty while it grows}
+// A reply as clickable tokens. A click selects the step in all elements of the page.
+// A button above folds the thinking; selecting one of its tokens opens it.
+// data: {tokens: [{text, value, mark, title, part}], thinking, fold, conversation, message, live,
+// newest, blue, low, high, name, status, bad, rows: of the CSV, empty while the reply is live}
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const signal = listening(root);
@@ -86,7 +86,7 @@ function mark(text, index) {
     node.removeAttribute("aria-selected");
     node.tabIndex = -1;
   }
-  // One stop for the Tab key: the chosen token, or the first.
+  // One tab stop: the selected token, or the first.
   const node = text.children[index ?? 0];
   if (node && index === null) node.tabIndex = 0;
   else if (node?.classList.contains("token")) {

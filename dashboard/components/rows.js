@@ -1,5 +1,4 @@
-// Saves what is shown beside it. data: {name: of the file, rows: [[..]], the first of them the names of
-// the columns}
+// Saves rows as CSV. data: {name: of the file, rows: [[..]], with a header}
 export default function ({ data, parentElement }) {
   parentElement.querySelector(".root").replaceChildren(csvButton(data.name, () => data.rows));
 }

@@ -6,7 +6,7 @@ function make(tag, name = "", text = "") {
   return node;
 }
 
-// A number with so many digits: a dash where it is not known, and never 0 for what is not 0.
+// A number with so many decimals: a dash if it is not known, "<0.01" if it would round to 0.
 function figure(value, digits) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const least = 10 ** -digits;
@@ -14,37 +14,37 @@ function figure(value, digits) {
   return unsigned(value.toFixed(digits));
 }
 
-// A zero has no sign, from whichever side it was rounded.
+// No "-0.00".
 function unsigned(text) {
   return Number(text) === 0 ? text.replace("-", "") : text;
 }
 
-// A piece of running text into its node. Where a line ends before it, the space it begins with is
-// drawn at the end of neither line, as in any text: else a sliver of its shade would stand alone there.
+// A piece of running text into its node. At a line break its leading space is not drawn, as in any
+// text: else a sliver of its shade would be left at the end of the line.
 function write(node, text) {
   if (/^ \S/.test(text)) node.replaceChildren(make("span", "gap", " "), text.slice(1));
   else node.textContent = text;
   return node;
 }
 
-// A token in little room: of a character that is told by its number, the number alone.
+// A token in a narrow cell: <U+0001> as U+1.
 function short(text) {
   return text.replace(/<U\+0*([0-9A-F]+)>/g, "U+$1");
 }
 
-// Which step this window looks at: one for all elements, so that a click in one shows in all at
-// once. "pick": someone chose a step. "shown": the panel shows it. "news": a live reply has grown.
+// The step that this window shows, shared by all elements, so that a click in one shows in all at
+// once. Events: "pick", a step was selected; "shown", the panel shows it; "news", a live reply grew.
 const place = (window.okiTrace ??= Object.assign(new EventTarget(), {
   conversation: null, message: null, step: null, newest: null,
 }));
 
-// ``reveal``: its token is scrolled to; ``focus``: it gets the keys.
+// ``reveal`` scrolls to its token, ``focus`` focuses it.
 function pick(conversation, message, step, { reveal = false, focus = false } = {}) {
   Object.assign(place, { conversation, message, step });
   place.dispatchEvent(new CustomEvent("pick", { detail: { reveal, focus } }));
 }
 
-// What listens on behalf of an element, until it is drawn anew or goes.
+// A signal for an element's listeners, which ends when it is redrawn or removed.
 function listening(root) {
   root.stop?.abort();
   root.stop = new AbortController();
@@ -60,7 +60,7 @@ function button(name, title, act) {
   return node;
 }
 
-// Saves what is shown; nothing is asked of any server.
+// Saves data from the browser, without a request.
 function save(name, type, parts) {
   const address = URL.createObjectURL(new Blob(parts, { type }));
   const link = make("a");
@@ -75,7 +75,7 @@ function csvButton(name, rows) {
     save(`${name}.csv`, "text/csv", [rows().map((row) => row.map(field).join(",")).join("\r\n")]));
 }
 
-// A spreadsheet takes some texts for formulas: an apostrophe keeps them text, as in results.py.
+// An apostrophe before texts that a spreadsheet would read as formulas, as in results.py.
 function field(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number") return Number.isNaN(value) ? "" : String(value);

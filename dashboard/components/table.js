@@ -1,5 +1,5 @@
 // A small table of texts. data: {label, name, head: [{text, num, title}], rows: [[text]], marked: [row]}
-// With a name it can be saved; without a head its first column is the heading of each row.
+// With a name it has a CSV button; without a head the first column is the heading of each row.
 export default function ({ data, parentElement }) {
   const root = parentElement.querySelector(".root");
   const made = make("table");

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dashboard.viewdata.replies import Json, clipped
+from dashboard.viewdata.wording import Json, shorten
 from oki_trace.analysis.question import Answer, Column, Drawing
 from oki_trace.sanitize import inert, visible
 
@@ -94,7 +94,7 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     counts: Counter[str] = Counter()
     labels = []
     for row in rows:
-        label = clipped(_label(row, named, of, "step" in drawing.x), 46)
+        label = shorten(_label(row, named, of, "step" in drawing.x), 46)
         counts[label] += 1
         labels.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
     return labels
@@ -112,7 +112,7 @@ def _label(row: Json, named: Sequence[str], of: Mapping[str, Column], is_step: b
             text = f"{row['message']}:{row['step']}"
         elif name in _NUMBERED:
             text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"
-        parts.append(clipped(text, longest))
+        parts.append(shorten(text, longest))
     if named[:2] == ["rival", "chosen"]:
         parts[:2] = [f"{parts[0]} → {parts[1]}"]
     return " · ".join(parts)

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from dashboard.viewdata.replies import (
+from dashboard.viewdata.replies import token_data, token_texts, token_tooltip
+from dashboard.viewdata.wording import (
     Column,
     Json,
-    clickable,
-    clipped,
     counted,
-    figure,
-    hover,
-    running_text,
+    format_number,
+    shorten,
     table_data,
 )
 from oki_trace.analysis.distance import FULL, Distance
@@ -115,8 +113,8 @@ def in_words(distance: Distance | None) -> str:
     if distance is None:
         return "not known"
     if distance.tv_most - distance.tv < 5e-4:
-        return figure(distance.tv, 3)
-    return f"{figure(distance.tv, 3)} to {figure(distance.tv_most, 3)}"
+        return format_number(distance.tv, 3)
+    return f"{format_number(distance.tv, 3)} to {format_number(distance.tv_most, 3)}"
 
 
 # -------------------------------------------------------------------- elements and charts
@@ -136,7 +134,7 @@ def replies_data(
     first = divergence(pairs)
     sides = []
     for message, of_side, side in zip(messages, steps, ("left", "right"), strict=True):
-        texts = running_text(of_side)
+        texts = token_texts(of_side)
         tokens: list[Json] = []
         for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True)):
             index = getattr(pair, side)
@@ -145,13 +143,12 @@ def replies_data(
             step, text = of_side[index], texts[index]
             tokens.append(
                 {
-                    "text": visible(step.token) if step.is_special else (clickable(text) or "◌"),
-                    "mark": step.is_special or not text.strip("\n"),
+                    **token_data(step, text),
                     "pair": number,
                     "same": pair.same,
                     "first": number == first,
                     "step": index,
-                    "title": f"{hover(step)}\ntotal variation {in_words(distance)}"
+                    "title": f"{token_tooltip(step)}\ntotal variation {in_words(distance)}"
                     + ("\nthe replies diverge here" if number == first else ""),
                 }
             )
@@ -193,8 +190,8 @@ def rows(pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps)
             "place": number + 1,
             "low": distance.tv,
             "high": distance.tv_most,
-            "left": clipped(visible(left[pair.left].token)),
-            "right": clipped(visible(right[pair.right].token)),
+            "left": shorten(visible(left[pair.left].token)),
+            "right": shorten(visible(right[pair.right].token)),
             "token": "the same token" if pair.same else "different tokens",
         }
         for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True))
@@ -216,7 +213,7 @@ def settings(left: Message, right: Message) -> Json:
 STEPS = (
     Column(""),
     Column("token"),
-    Column("step", "Counted from 1 in its own reply", True),
+    Column("step", "In its own reply, counted from 0", True),
     Column("prob", "The model's own probability, before any sampling setting", True),
     Column("rank", "Among all tokens of the vocabulary; 1 is the most likely", True),
     Column("surprisal", "-log prob of the chosen token, in nats", True),
@@ -235,13 +232,13 @@ def _numbers(step: Step | None) -> tuple[str, ...]:
     if step is None:
         return ("–",) * (len(STEPS) - 1)
     return (
-        clipped(visible(step.token)),
-        str(step.step_index + 1),
-        figure(step.prob, 3),
+        shorten(visible(step.token)),
+        str(step.step_index),
+        format_number(step.prob, 3),
         f"{step.rank:,}",
-        figure(step.surprisal, 2),
-        figure(step.entropy, 2),
-        figure(step.margin, 3),
+        format_number(step.surprisal, 2),
+        format_number(step.entropy, 2),
+        format_number(step.margin, 3),
     )
 
 
@@ -267,6 +264,6 @@ def _settings(message: Message) -> dict[str, str]:
         "seed": of(sampled, "seed"),
         "prompt tokens": of(message, "prompt_len"),
         "tokens": f"{message.tokens:,}",
-        "tokens/s": figure(speed, 1),
+        "tokens/s": format_number(speed, 1),
         "status": str(message.status),
     }

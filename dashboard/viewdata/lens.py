@@ -1,15 +1,15 @@
-"""What the layers would have said, as the page's elements draw it: pure functions, no Streamlit."""
+"""The Logit Lens of a step and of a reply, as the page's elements draw it: pure functions."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from dashboard.viewdata.attention import encoded, map_steps
-from dashboard.viewdata.replies import Json, figure, known
+from dashboard.viewdata.attention import base64_array, map_steps
+from dashboard.viewdata.wording import Json, finite, format_number
 from oki_trace.records import Lens, LensGrid, Step, StepSummary
 from oki_trace.sanitize import visible
 
@@ -17,9 +17,9 @@ LABEL_LENGTH = 60
 
 
 def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json:
-    """What each layer would have said, the last layer first; all that was kept of it.
+    """The data of ``components/lens.js``: the kept tokens of each layer, the last layer first.
 
-    ``pinned``: the tokens whose curves are drawn; None where there are no curves to pin to.
+    ``pinned`` are the tokens whose curves are drawn; None on a page without curves.
     """
     settle = lens.settle_layer
     rows = []
@@ -32,13 +32,13 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json
                 "cells": [
                     {
                         "text": visible(text),
-                        "label": label(text),
-                        "prob": known(prob),
-                        "shown": figure(prob, 2),
+                        "label": short_label(text),
+                        "prob": finite(prob),
+                        "shown": format_number(prob, 2),
                         "chosen": token_id == step.token_id,
-                        "pinned": label(text) in (pinned or ()),
+                        "pinned": short_label(text) in (pinned or ()),
                         "title": f"layer {layer}, rank {k + 1}: {visible(text)} "
-                        f"{figure(prob, 4)}"
+                        f"{format_number(prob, 4)}"
                         + ("" if pinned is None else "\nclick to pin its curve"),
                     }
                     for k, (token_id, text, prob) in enumerate(
@@ -48,50 +48,54 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json
                 "rank": int(lens.chosen_rank[layer]),
                 "settled": layer == settle,
                 "title": f"chosen token: rank {int(lens.chosen_rank[layer]):,}, "
-                f"prob {figure(float(lens.chosen_prob[layer]), 4)}\n"
-                f"entropy {figure(float(lens.entropy[layer]), 2, ' nats')} · "
-                f"KL to the final layer {figure(float(lens.kl[layer]), 2, ' nats')}",
+                f"prob {format_number(float(lens.chosen_prob[layer]), 4)}\n"
+                f"entropy {format_number(float(lens.entropy[layer]), 2, ' nats')} · "
+                f"KL to the final layer {format_number(float(lens.kl[layer]), 2, ' nats')}",
             }
         )
     return {"rows": rows, "pins": pinned is not None}
 
 
-def label(token: str) -> str:
-    """A token's name on a chip or a curve."""
+def short_label(token: str) -> str:
+    """The name of a token on a chip or a curve."""
     shown = visible(token)
     return shown if len(shown) <= LABEL_LENGTH else f"{shown[: LABEL_LENGTH - 1]}…"
 
 
-# ------------------------------------------------- what each layer made of the one before
-
-
 def changes_data(step: Step, lens: Lens, columns: int = 2) -> Json:
-    """What each layer promoted and suppressed: its probabilities less the layer before's.
+    """The data of ``components/changes.js``: the tokens that each layer promoted and suppressed.
 
-    Of a token that is in only one of the two lists the other probability is not
-    known, only that it is at most the last one of that list: the change is then
-    a bound, and ``exact`` is false. The chosen token is known in every layer.
+    A change is the probability at a layer minus that at the layer before. If a token
+    is in only one of the two lists, its other probability is at most the last one of
+    the other list: the change is then a bound, and ``exact`` is false. The chosen
+    token's probability is known at every layer.
     """
     rows = []
     for layer in range(len(lens.tokens) - 1, 0, -1):
-        found = _changes(step, lens, layer)
-        up = [one for one in found if one[1] > 0][:columns]
-        down = [one for one in reversed(found) if one[1] < 0][:columns]
+        changes = _changes(step, lens, layer)
+        up = [change for change in changes if change.delta > 0][:columns]
+        down = [change for change in reversed(changes) if change.delta < 0][:columns]
         rows.append(
             {
                 "layer": layer,
-                "up": [_change(one, step) for one in up],
-                "down": [_change(one, step) for one in down],
+                "up": [_change_data(change, step) for change in up],
+                "down": [_change_data(change, step) for change in down],
             }
         )
     return {"rows": rows, "columns": columns}
 
 
-Change = tuple[str, float, bool, int]
+class Change(NamedTuple):
+    """How much a layer changed the probability of a token; a bound if not ``exact``."""
+
+    token: str
+    delta: float
+    exact: bool
+    token_id: int
 
 
 def _changes(step: Step, lens: Lens, layer: int) -> list[Change]:
-    """(token, change, exact, id) of layer ``layer``, the most promoted first."""
+    """The changes at ``layer``, the most promoted first."""
     tokens: dict[int, str] = {}
     probs: list[dict[int, float]] = []
     for at in (layer - 1, layer):
@@ -108,105 +112,81 @@ def _changes(step: Step, lens: Lens, layer: int) -> list[Change]:
     if all(map(math.isfinite, chosen)):
         tokens.setdefault(step.token_id, step.token)
         before[step.token_id], after[step.token_id] = chosen
-    found = []
+    changes = []
     for token_id, token in tokens.items():
         old, new = before.get(token_id), after.get(token_id)
         if old is not None and new is not None:
-            found.append((token, new - old, True, token_id))
+            changes.append(Change(token, new - old, True, token_id))
         elif new is not None:
-            found.append((token, max(new - least[0], 0.0), False, token_id))
+            changes.append(Change(token, max(new - least[0], 0.0), False, token_id))
         elif old is not None:
-            found.append((token, min(least[1] - old, 0.0), False, token_id))
-    return sorted(found, key=lambda one: -one[1])
+            changes.append(Change(token, min(least[1] - old, 0.0), False, token_id))
+    return sorted(changes, key=lambda change: -change.delta)
 
 
-def _change(change: Change, step: Step) -> Json:
+def _change_data(change: Change, step: Step) -> Json:
     token, delta, exact, token_id = change
     sign = "+" if delta > 0 else "−"
-    size = figure(abs(delta), 2)
+    size = format_number(abs(delta), 2)
     bound = "" if exact else "at least "
     limit = "" if exact or size[0] == "<" else "≥" if delta > 0 else "≤"
     return {
         "text": visible(token),
-        "label": label(token),
+        "label": short_label(token),
         "delta": delta,
         "exact": exact,
         "shown": f"{limit}{sign}{size}",
         "chosen": token_id == step.token_id,
         "title": f"{visible(token)}: probability {bound}{abs(delta):.4f} "
-        f"{'more' if delta > 0 else 'less'} than one layer before"
-        + ("" if exact else "; it is among the kept tokens of only one of the two layers"),
+        f"{'more' if delta > 0 else 'less'} than at the layer before"
+        + ("" if exact else "; the token was kept at only one of the two layers"),
     }
 
 
-# ------------------------------------------------------------------------- curves
+def curve_rows(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> list[Json]:
+    """Rank and probability by layer of the chosen token, the runner-up and the pinned tokens.
 
-
-def curves(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> list[Json]:
-    """Rank and probability through the layers: the chosen token, the runner-up, the pinned ones.
-
-    One row a token and layer, in that order. The chosen token is known at every
-    layer; of the others a layer that does not have it among its kept tokens has
-    no value: a gap, not a zero.
+    A row for each token and layer, the tokens in that order. The chosen token is known
+    at every layer; for the others, a layer that did not keep the token has a gap, not a zero.
     """
+    candidates = zip(step.topk.tokens, step.topk.token_ids.tolist(), strict=True)
+    runner_up = next((short_label(t) for t, i in candidates if i != step.token_id), None)
+    kinds = {short_label(step.token): "chosen"}
+    if runner_up is not None:
+        kinds.setdefault(runner_up, "runner-up")
+    for name in pinned:
+        kinds.setdefault(name, "pinned")
     rows: list[Json] = []
-    mine = label(step.token)
-    for layer in range(len(lens.tokens)):
-        rows.append(
-            {
-                "token": mine,
-                "kind": "chosen",
-                "layer": layer,
-                "rank": int(lens.chosen_rank[layer]),
-                "prob": known(float(lens.chosen_prob[layer])),
-            }
-        )
-    other = next(
-        (
-            t
-            for t, i in zip(step.topk.tokens, step.topk.token_ids, strict=True)
-            if i != step.token_id
-        ),
-        None,
-    )
-    names = [] if other is None else [(label(other), "runner-up")]
-    names += [(name, "pinned") for name in pinned if name not in (mine, *(n for n, _ in names))]
-    for name, kind in names:
-        if name == mine:
-            continue
-        for layer, texts in enumerate(lens.tokens):
-            at = next((k for k, text in enumerate(texts) if label(text) == name), None)
-            rows.append(
-                {
-                    "token": name,
-                    "kind": kind,
-                    "layer": layer,
-                    "rank": None if at is None else at + 1,
-                    "prob": None if at is None else known(float(lens.probs[layer, at])),
-                }
-            )
+    for name, kind in kinds.items():
+        for layer, tokens in enumerate(lens.tokens):
+            rank, prob = None, None
+            if kind == "chosen":
+                rank = int(lens.chosen_rank[layer])
+                prob = finite(float(lens.chosen_prob[layer]))
+            elif (at := next((k for k, t in enumerate(tokens) if short_label(t) == name), -1)) >= 0:
+                rank, prob = at + 1, finite(float(lens.probs[layer, at]))
+            rows.append({"token": name, "kind": kind, "layer": layer, "rank": rank, "prob": prob})
     return rows
 
 
-def by_layer(lens: Lens) -> list[Json]:
-    """Entropy and KL to the final layer, a row a layer, in nats."""
+def layer_rows(lens: Lens) -> list[Json]:
+    """Entropy, and KL divergence from the final layer, for each layer, in nats."""
     return [
-        {"layer": layer, "entropy": known(float(entropy)), "kl": known(float(kl))}
+        {"layer": layer, "entropy": finite(float(entropy)), "kl": finite(float(kl))}
         for layer, (entropy, kl) in enumerate(zip(lens.entropy, lens.kl, strict=True))
     ]
 
 
-def pinnable(step: Step, lens: Lens) -> list[str]:
-    """The tokens that have a value somewhere: the candidates, then what the layers said."""
+def pinnable_tokens(step: Step, lens: Lens) -> list[str]:
+    """The tokens that have a curve: the candidates, then the kept tokens of the layers."""
     texts = [*step.topk.tokens, *(text for row in reversed(lens.tokens) for text in row)]
-    return [name for name in dict.fromkeys(map(label, texts)) if name != label(step.token)]
-
-
-# ---------------------------------------------------------------- the whole reply
+    return [
+        name for name in dict.fromkeys(map(short_label, texts)) if name != short_label(step.token)
+    ]
 
 
 def lens_map(grid: LensGrid, steps: Sequence[StepSummary]) -> Json:
-    """The lens over a stretch of the reply: steps across, layers down.
+    """The data of ``components/map.js``: the lens over a window of steps.
 
     The arrays are (steps, layers) in C order, little-endian, in base64.
     """
@@ -221,15 +201,15 @@ def lens_map(grid: LensGrid, steps: Sequence[StepSummary]) -> Json:
         "layers": layers,
         "words": [visible(token)[:40] for token in grid.tokens],
         "settled": [-1 if s.settle_layer is None else s.settle_layer for s in window],
-        "top": encoded(grid.top[grid_rows].astype("<u4")),
-        "same": encoded((grid.top_id[grid_rows] == chosen).astype("u1")),
-        "prob": encoded(grid.top_prob[grid_rows].astype("<f4")),
-        "entropy": encoded(grid.entropy[grid_rows].astype("<f4")),
-        "rank": encoded(grid.chosen_rank[grid_rows].astype("<u4")),
-        "chosen_prob": encoded(grid.chosen_prob[grid_rows].astype("<f4")),
-        "kl": encoded(grid.kl[grid_rows].astype("<f4")),
+        "top": base64_array(grid.top[grid_rows].astype("<u4")),
+        "same": base64_array((grid.top_id[grid_rows] == chosen).astype("u1")),
+        "prob": base64_array(grid.top_prob[grid_rows].astype("<f4")),
+        "entropy": base64_array(grid.entropy[grid_rows].astype("<f4")),
+        "rank": base64_array(grid.chosen_rank[grid_rows].astype("<u4")),
+        "chosen_prob": base64_array(grid.chosen_prob[grid_rows].astype("<f4")),
+        "kl": base64_array(grid.kl[grid_rows].astype("<f4")),
     }
 
 
 Curve = Literal["rank", "probability", "entropy and KL"]
-CURVES: tuple[Curve, ...] = ("rank", "probability", "entropy and KL")
+CURVES: tuple[Curve, ...] = get_args(Curve)

@@ -1,1 +1,1 @@
-"""A page or a part of one per module."""
+"""The pages and their parts, a module each."""

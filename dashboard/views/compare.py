@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from dashboard import boundary, charts, components, data, url_state
-from dashboard.viewdata import comparison, lens, replies
-from dashboard.views import chart_panel, empty_state
+from dashboard.viewdata import comparison, lens, replies, wording
+from dashboard.views import layout
 from oki_trace.analysis.distance import Distance
 from oki_trace.records import Message
 from oki_trace.sanitize import inert
@@ -19,53 +19,56 @@ SIDES = ("left", "right")
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    url_state.keep("compare", (*SIDES, "pair"))
+    url_state.restore("compare", (*SIDES, "pair"))
     st.title("Compare")
     offered = _offered()
     if not offered:
-        empty_state.first_trace("No replies yet: begin a conversation in Chat.")
+        layout.empty_state("replies", "compare it with another one")
         return
     with st.container(horizontal=True, key="compare-choice"):
         chosen = [_choice(side, offered) for side in SIDES]
     left, right = (data.message(one) if one is not None else None for one in chosen)
     if left is None or right is None:
-        st.caption("Choose two replies: of two models, two temperatures, two questions.")
+        st.caption("Choose two replies to compare them here.")
         return
     boundary.part(_replies)(left, right)
     st.markdown("#### Settings")
     components.table(data=comparison.settings(left, right), key="settings")
-    st.caption("In bold is what differs.")
+    st.caption("Settings that differ are bold.")
 
 
 def _offered() -> dict[int, str]:
-    """The replies to choose from, and how they are called: the address's, and the latest."""
-    found = {message.id: _name(title.title, message) for title, message in data.replies()}
+    """The replies to choose from, by id with their label: the latest, and those of the URL."""
+    offered = {
+        message.id: _label(conversation.title, message)
+        for conversation, message in data.recent_replies()
+    }
     for side in SIDES:
-        wanted = _in_address(side)
-        message = data.message(wanted) if wanted is not None and wanted not in found else None
+        wanted = url_state.number(side)
+        message = data.message(wanted) if wanted is not None and wanted not in offered else None
         opened = data.conversation(message.conversation_id) if message is not None else None
         if message is not None and opened is not None and message.tokens:
-            found[message.id] = _name(opened[0].title, message)
-    return found
+            offered[message.id] = _label(opened[0].title, message)
+    return offered
 
 
-def _name(title: str, message: Message) -> str:
+def _label(title: str, message: Message) -> str:
     sampling = message.generation
     how = (
         f"temperature {sampling.temperature:g}"
         if (sampling is not None and sampling.do_sample and sampling.temperature is not None)
         else "greedy"
     )
-    short = replies.clipped(inert(title, keep="").strip() or "Untitled", 40)
+    short = wording.shorten(inert(title, keep="").strip() or "Untitled", 40)
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
     return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
 
 def _choice(side: str, offered: Mapping[int, str]) -> int | None:
-    wanted = _in_address(side)
+    wanted = url_state.number(side)
     ids = list(offered)
     picked: int | None = st.selectbox(
-        f"{replies.plain(side.capitalize())} reply",
+        f"{wording.escape(side.capitalize())} reply",
         ids,
         index=ids.index(wanted) if wanted is not None and wanted in offered else None,
         format_func=offered.__getitem__,
@@ -76,11 +79,6 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
         st.query_params[side] = str(picked)
         st.query_params.pop("pair", None)
     return picked
-
-
-def _in_address(side: str) -> int | None:
-    value = st.query_params.get(side, "")
-    return int(value) if value.isascii() and value.isdecimal() and len(value) < 19 else None
 
 
 def _replies(left: Message, right: Message) -> None:
@@ -106,8 +104,8 @@ def _replies(left: Message, right: Message) -> None:
 
 
 def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
-    """The pair that is looked at: the address's, else where the replies part."""
-    wanted = _in_address("pair")
+    """The selected pair: that of the URL, else the one where the replies diverge."""
+    wanted = url_state.number("pair")
     if wanted is not None and wanted < len(pairs):
         return wanted
     return comparison.first_shown(pairs)
@@ -124,45 +122,44 @@ def _steps(
     pair: comparison.Pair,
     distance: Distance | None,
 ) -> None:
-    """The two steps of a pair: their numbers, what was considered, what the layers would say."""
+    """The two steps of a pair: numbers, candidates and lens."""
     st.markdown("#### Two steps")
     st.caption(
-        "At the place outlined above; click a token to choose another. Their total "
-        f"variation is {comparison.in_words(distance)}."
+        "Click a token above to select another pair. The total variation of this one is "
+        f"{comparison.in_words(distance)}."
     )
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
-    found = (left, right)
     components.table(data=comparison.steps_table(left, right), key="compare-steps")
     with st.container(key="two-steps"):
         columns = st.columns(2, gap="medium")
-    for side, column, message, step in zip(SIDES, columns, messages, found, strict=True):
+    for side, column, message, step in zip(SIDES, columns, messages, (left, right), strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
-                st.caption(f"The {replies.plain(side)} reply has no step here.")
+                st.caption(f"The {wording.escape(side)} reply has no step here.")
                 continue
-            components.bars(data=replies.bars_data(step), key=f"bars-{side}")
+            components.bars(data=replies.candidates_data(step), key=f"bars-{side}")
             if step.lens is None:
                 st.caption("This step has no lens.")
             else:
                 shown = lens.lens_data(step, step.lens, None)
                 components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
-            place = url_state.Place(message.conversation_id, message.id, step.step_index)
+            place = url_state.Location(message.conversation_id, message.id, step.step_index)
             if st.button(
                 "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
             ):
-                st.switch_page(st.session_state["pages"]["chat"], query_params=place.query())
+                layout.open_page("chat", place.query())
 
 
 def _distance_chart(
-    rows: list[replies.Json], first: int | None, *, exact: bool, one_model: bool
+    rows: list[wording.Json], first: int | None, *, exact: bool, one_model: bool
 ) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("No two steps with probabilities lie side by side.")
+        st.caption("Not available: no two steps with probabilities are side by side.")
         return
-    drawn = charts.apart(rows, None if first is None else first + 1)
-    chart_panel.chart(drawn, rows, "apart", "distances")
+    drawn = charts.distance_chart(rows, None if first is None else first + 1)
+    layout.chart(drawn, rows, "apart", "distances")
     notes = [
         "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common."
     ]
@@ -170,8 +167,8 @@ def _distance_chart(
         notes.append("Exact, from the full logits.")
     else:
         notes.append(
-            "Where the full logits of a step are missing, the full bar is the least that the "
-            "recorded candidates allow, the pale bar the most."
+            "Where the full logits of a step are missing, the solid bar is the lower bound that "
+            "the kept candidates allow, the pale bar the upper bound."
         )
     if not one_model:
         notes.append("Tokens of two vocabularies are matched by their texts.")

@@ -10,7 +10,7 @@ import streamlit as st
 
 from dashboard import data
 from dashboard.question_state import QuestionState
-from dashboard.viewdata import replies
+from dashboard.viewdata import wording
 from oki_trace.analysis.question import Question, parse_step
 from oki_trace.records import Role
 from oki_trace.sanitize import inert
@@ -124,7 +124,9 @@ def _scope(state: QuestionState, followed: bool) -> QuestionState:
 
 
 def _conversation(state: QuestionState, followed: bool) -> int | None:
-    titles = {str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent(50) if c.tokens}
+    titles = {
+        str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent_conversations(50) if c.tokens
+    }
     now = None if state.conversation is None else str(state.conversation)
     chosen: str | None = _choice(
         "Conversation",
@@ -156,7 +158,7 @@ def _reply(state: QuestionState, conversation: int | None, followed: bool) -> in
 
 
 def _title(text: str) -> str:
-    return replies.clipped(inert(" ".join(text.split()), keep="") or "Untitled", 40)
+    return wording.shorten(inert(" ".join(text.split()), keep="") or "Untitled", 40)
 
 
 # ---------------------------------------------------------------------- two subjects
@@ -195,7 +197,7 @@ def _models(state: QuestionState, followed: bool) -> Sequence[str]:
 def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequence[str]:
     names = {
         m.id: f"{m.id} · {_title(c.title)} · {_title(m.model_id or 'unknown model')}"
-        for c, m in data.replies()
+        for c, m in data.recent_replies()
     }
     subjects = []
     for name, now in (("First", state.first), ("Second", state.second)):

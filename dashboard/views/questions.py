@@ -18,7 +18,7 @@ import streamlit as st
 
 from dashboard import boundary, components, data, question_charts, question_state, url_state
 from dashboard.question_state import QuestionState
-from dashboard.viewdata import answers, replies
+from dashboard.viewdata import answers, wording
 from dashboard.views import cache_progress, question_controls, sql
 from oki_trace.analysis.question import Answer, Drawing, Question
 from oki_trace.errors import OkiTraceError
@@ -33,7 +33,7 @@ ALLOWED = "questions-allowed"
 def page() -> None:
     """Draw the page."""
     questions = data.questions()
-    url_state.keep("questions", question_state.parameters(questions))
+    url_state.restore("questions", question_state.parameters(questions))
     state = question_state.read(st.query_params.to_dict(), questions)
     question = questions[state.question]
     _list(state)
@@ -57,9 +57,9 @@ def page() -> None:
         return
     try:
         with st.spinner("Querying…"):
-            answer = data.answer(chosen)
+            answer = data.answer_question(chosen)
     except OkiTraceError as error:
-        st.warning(replies.sentence(str(error)), icon=":material/info:")
+        st.warning(wording.sentence(str(error)), icon=":material/info:")
         _offer_everything(chosen)
         return
     _answer(chosen, question, answer)
@@ -111,7 +111,7 @@ def _offer_everything(state: QuestionState) -> None:
 
 def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
     if answer.about:
-        st.markdown(replies.sentence(answer.about))
+        st.markdown(wording.sentence(answer.about))
     if not answer.rows:
         st.write("No steps match.")
         _offer_everything(state)
@@ -168,7 +168,7 @@ def _charts(answer: Answer) -> None:
     notes = [_cut(answer, drawing)]
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
-            st.caption(replies.plain(model))
+            st.caption(wording.escape(model))
         if number:  # the first one's stands above
             name = f"{answer.question}-{answer.view}-{number + 1}"
             components.picture(
@@ -182,8 +182,8 @@ def _charts(answer: Answer) -> None:
 
 
 def _by_model(
-    answer: Answer, drawing: Drawing, rows: Sequence[replies.Json]
-) -> list[tuple[str, list[replies.Json]]]:
+    answer: Answer, drawing: Drawing, rows: Sequence[wording.Json]
+) -> list[tuple[str, list[wording.Json]]]:
     """The marks of each chart: stacked shares have one for each model, others one in all."""
     models = answers.models(answer)[: answers.MOST_MODELS]
     if len(models) < 2:
@@ -203,7 +203,7 @@ def _cut(answer: Answer, drawing: Drawing) -> str:
 def _chart(
     answer: Answer,
     drawing: Drawing,
-    rows: Sequence[replies.Json],
+    rows: Sequence[wording.Json],
     places: Sequence[dict[str, int] | None],
     number: int,
 ) -> None:

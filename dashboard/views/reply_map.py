@@ -1,8 +1,7 @@
-"""The reply map: a whole reply at once, what each layer would have said or where each step looked.
+"""The reply map: the lens or the attention of a whole reply at once.
 
-In the chat it stands below the conversation; as a page of its own it has the
-whole width. Only what a window of steps needs is read, and full tensors only
-when a head is asked for.
+In the chat it is below the conversation; its own page has the full width. It reads
+one window of steps, and full tensors only when a head is chosen.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import boundary, components, data, url_state
-from dashboard.viewdata import attention, lens, replies
-from dashboard.views import empty_state, step_panel
+from dashboard.viewdata import attention, lens, replies, wording
+from dashboard.views import layout, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
 KINDS = ("layers", "attention")
-# Steps in one window: of rows many, of full tensors (each is read whole) few.
+# Steps in a window; fewer of full tensors, each of which is read whole.
 WINDOW = 512
 FULL_WINDOW = 64
 HEIGHT = 660
@@ -25,51 +24,43 @@ HEIGHT = 660
 
 @boundary.page
 def page() -> None:
-    """The map on a page of its own."""
-    place = url_state.here()
+    """The page of the map."""
+    place = url_state.current()
     opened = data.conversation(place.conversation) if place.conversation else None
     if opened is None:
         _choose()
         return
-    with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute",
-        vertical_alignment="center",
-        key="heading",
-    ):
-        st.text(opened[0].title[:200])
+    with layout.title_row(opened[0].title):
         if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
-            st.switch_page(st.session_state["pages"]["chat"], query_params=url_state.here().query())
+            layout.open_page("chat", url_state.current().query())
     boundary.part(_step)(opened[0].id)
     boundary.part(section)(opened[0].id, wide=True)
 
 
 def _choose() -> None:
-    """The latest conversations, for who comes here first."""
+    """The latest conversations to choose from."""
     st.title("Reply map")
-    found = [c for c in data.recent() if c.tokens]
-    if not found:
-        empty_state.first_trace(
-            "No replies yet: begin a conversation in Chat, and its map is here."
-        )
+    conversations = [c for c in data.recent_conversations() if c.tokens]
+    if not conversations:
+        layout.empty_state("replies", "see its map")
         return
-    st.caption("A whole reply at once. Choose a conversation:")
+    st.caption("Choose a conversation to see the map of its last reply:")
     with st.container(key="recent", gap=None):
-        for c in found:
-            if st.button(replies.plain(c.title[:80]), key=f"map-{c.id}", type="tertiary"):
-                url_state.go(url_state.Place(c.id))
+        for c in conversations:
+            if st.button(wording.escape(c.title[:80]), key=f"map-{c.id}", type="tertiary"):
+                url_state.navigate(url_state.Location(c.id))
                 st.rerun()
 
 
 def _step(conversation_id: int) -> None:
-    """The chosen step in short."""
-    found = step_panel.focus(conversation_id)
-    step = data.step(found[0], found[2]) if found else None
-    if found is None or step is None:
-        step_panel.head(replies.NO_STEP)
+    """The head of the chosen step."""
+    selected = step_panel.selected_step(conversation_id)
+    step = data.step(selected[0], selected[2]) if selected else None
+    if selected is None or step is None:
+        step_panel.draw_head(replies.NO_STEP)
         return
-    message, steps, index = found
-    step_panel.head(
+    message, steps, index = selected
+    step_panel.draw_head(
         replies.facts_data(
             step, steps[index], len(steps), conversation=conversation_id, message=message.id
         )
@@ -77,33 +68,25 @@ def _step(conversation_id: int) -> None:
 
 
 def section(conversation_id: int, *, wide: bool = False) -> None:
-    """The map of the reply that is open."""
-    found = step_panel.focus(conversation_id)
-    capture = found[0].capture if found else None
-    if found is None or capture is None:
+    """The map of the selected reply."""
+    selected = step_panel.selected_step(conversation_id)
+    capture = selected[0].capture if selected else None
+    if selected is None or capture is None:
         if wide:
-            st.caption("This conversation has no reply with tokens yet.")
+            st.caption("No tokens yet. Send a message in Chat, then see the map of its reply here.")
         return
-    message, steps, index = found
-    with st.container(horizontal=True, vertical_alignment="center", key="map-head"):
-        st.markdown("#### Reply map", width="content")
-        kind = st.segmented_control(
-            "What to map",
-            KINDS,
-            default="layers",
-            required=True,
-            key="map_kind",
-            label_visibility="collapsed",
-        )
+    message, steps, index = selected
+    with layout.section_row("Reply map", "map-head"):
+        kind = layout.choice("Map", KINDS, "map_kind")
         layer, head = None, attention.MEAN
         if kind == "attention" and capture.attention_layers:
-            layer = step_panel.layer_of(capture.attention_layers, key="map_layer")
+            layer = step_panel.layer_select(capture.attention_layers, key="map_layer")
             count = data.head_count(message, index)
-            head = step_panel.head_of(message, count, key="map_head")
+            head = step_panel.head_select(message, count, key="map_head")
         size = WINDOW if head == attention.MEAN else FULL_WINDOW
         first, end = _window(message, len(steps), index, size)
-    if message.status.is_live and not st.toggle("Draw what is there so far", key="map_live"):
-        st.caption("Still decoding: the map is drawn when the reply has ended.")
+    if message.status.is_live and not st.toggle("Draw the finished steps", key="map_live"):
+        st.caption("Decoding… The map is drawn when the reply ends.")
     elif kind == "attention":
         _attention(message, capture, steps, layer, head, first, end)
     else:
@@ -111,7 +94,7 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
 
 
 def _window(message: Message, count: int, index: int, size: int) -> tuple[int, int]:
-    """The stretch of steps to show: the one with the chosen step, until another is chosen."""
+    """The window of steps to show, [first, end): the one with the selected step at first."""
     if count <= size:
         return 0, count
     starts = list(range(0, count, size))
@@ -120,7 +103,7 @@ def _window(message: Message, count: int, index: int, size: int) -> tuple[int, i
         starts,
         index=index // size,
         format_func=lambda n: f"steps {n + 1:,} to {min(n + size, count):,} of {count:,}",
-        # Another step may be in another window, and then that one is wanted.
+        # Selecting a step outside the window selects its window.
         key=f"map_window_{message.id}_{size}_{index // size}",
         label_visibility="collapsed",
         width=230,
@@ -132,19 +115,17 @@ def _layers(
     message: Message, capture: CaptureReport, steps: Sequence[StepSummary], first: int, end: int
 ) -> None:
     if not capture.logit_lens_available:
-        st.caption(replies.sentence(f"Lens not available: {capture.lens_reason}"))
+        st.caption(wording.sentence(f"Lens not available: {capture.lens_reason}"))
         return
-    doubt = replies.doubt_of(message)
-    if doubt:
-        st.warning(replies.plain(doubt), icon=":material/warning:")
+    layout.check_warning(message)
     grid = data.lens_grid(message, first, end)
     if not len(grid.step_index):
-        st.caption("None of these steps has its lens yet.")
+        st.caption("The lens of these steps is not computed yet.")
         return
     _draw(message, lens.lens_map(grid, steps), "layers", first)
     st.caption(
         "Each cell is the likeliest token if that layer were the last; the top row is the model's "
-        "own. Click a cell to go to its step."
+        "own. Click a cell to select its step."
     )
 
 
@@ -159,31 +140,31 @@ def _attention(
 ) -> None:
     prompt = data.prompt(message)
     if layer is None or prompt is None:
-        st.caption(replies.sentence(f"Attention: {capture.evidence_provenance}"))
+        st.caption(wording.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     if head == attention.MEAN:
-        found = data.attention_points(message, layer, first, end)
+        points = data.attention_points(message, layer, first, end)
         note = f"The {capture.policy.topk_evidence:,} most attended positions of each step."
     else:
-        found = data.full_attention(message, layer, head, first, end)
+        points = data.full_attention(message, layer, head, first, end)
         note = f"Every position, from the full tensors, {FULL_WINDOW:d} steps at a time."
-    park = step_panel.leave_out("map_sink")
-    without = attention.parked(prompt, steps) if park else frozenset()
-    shown = attention.attention_map(prompt, steps, found, first, end, without)
+    hide_sinks = step_panel.sink_toggle("map_sink")
+    without = attention.sink_positions(prompt, steps) if hide_sinks else frozenset()
+    shown = attention.attention_map(prompt, steps, points, first, end, without)
     _draw(message, shown, f"attention-layer-{layer}-{head.replace(' ', '-')}", first)
-    st.caption(f"{note} The line is where the reply begins. Click a cell to go to its step.")
+    st.caption(f"{note} The line marks the start of the reply. Click a cell to select its step.")
 
 
-def _draw(message: Message, shown: replies.Json, name: str, first: int) -> None:
+def _draw(message: Message, shown: wording.Json, name: str, first: int) -> None:
     components.reply_map(
         key="reply-map",
         data={
             **shown,
             "conversation": message.conversation_id,
             "message": message.id,
-            "name": f"{name}-message-{message.id}-from-step-{first + 1}",
+            "name": f"{name}-message-{message.id}-from-step-{first}",
             "height": HEIGHT,
         },
-        # A step of another reply was chosen: that it is drawn anew is all.
+        # A step of another reply was selected: the rerun is enough.
         on_load_change=lambda: None,
     )

@@ -1,4 +1,4 @@
-"""The sidebar of the chat: which model, how it samples, what is kept."""
+"""The sidebar of the chat: the model, sampling, capture, and recent conversations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, get_args
 import streamlit as st
 
 from dashboard import data, url_state
-from dashboard.model_defaults import SETTINGS
-from dashboard.viewdata import replies
+from dashboard.viewdata import replies, wording
 from oki_trace import queueing
 from oki_trace import settings as environment
 from oki_trace.errors import UsageError
@@ -22,7 +21,6 @@ from oki_trace.records import (
     Sampling,
     TemplateOptions,
     TensorMode,
-    WorkerState,
 )
 from oki_trace.template_options import options_from, parse_tools
 
@@ -35,10 +33,9 @@ STATES = {
     "gone": ("Not running", "gray"),
 }
 
-
 TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
 
-# Of an argument of the chat template: as the turns before had it, else as it is by default.
+# Of an argument of the chat template: the value of earlier turns, or the template's default.
 UNCHANGED = "unchanged"
 SWITCHES = {
     "enable_thinking": ("Thinking", (UNCHANGED, "true", "false")),
@@ -47,44 +44,44 @@ SWITCHES = {
 
 Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None, TemplateOptions]
 
-# What was chosen, by the key of its widget. A widget's own state is gone as soon as
-# it is not drawn: on another page, or while its part of the sidebar is shut.
+# The settings by the key of their widget. Streamlit drops the state of a widget that is
+# not drawn: on another page, or while its part of the sidebar is closed.
 CHOSEN = "chat-settings"
-# The conversation whose model was chosen last.
+# The conversation that the model was last taken from.
 FOLLOWED = "chat-followed"
 
 
-def settings(conversation: int | None, messages: Sequence[Message]) -> Settings | None:
-    """Draw the settings; None, with the reason shown, when they make no sense.
+def draw_settings(conversation: int | None, messages: Sequence[Message]) -> Settings | None:
+    """Draw the settings and return them; None, with an error shown, if they are invalid.
 
-    ``messages`` are those of the ``conversation`` that is open, whose model goes on
-    with it unless another is chosen.
+    ``messages`` are those of the open ``conversation``, which keeps its model unless
+    another is chosen.
     """
     _follow(conversation, messages)
     with st.sidebar:
-        if st.button("New conversation", icon=":material/add:", width="stretch"):
-            url_state.go(url_state.Place())
+        if st.button("Start a chat", icon=":material/add:", width="stretch"):
+            url_state.navigate(url_state.Location())
             st.rerun()
         choice = _model(messages)
-        # Shut, it is not drawn: its widgets are the most costly of the page.
+        # Closed, it is not drawn: its widgets are the most costly of the page.
         part = st.expander("Sampling and capture", key="sampling", on_change="rerun")
         if part.open:
             with part:
                 _sampling_widgets(data.model_defaults(choice.model_id) if choice else {})
                 _template_widgets(data.template_switches(choice.model_id) if choice else ())
         try:
-            sampling, policy, system = _asked()
+            sampling, policy, system = _requested()
             template = _template(data.template_switches(choice.model_id) if choice else ())
         except UsageError as error:
-            st.error(replies.sentence(str(error)))
+            st.error(wording.sentence(str(error)))
             return None
         if not part.open:
-            st.caption(replies.plain(replies.settings_line(sampling, policy, system)))
+            st.caption(wording.escape(replies.settings_summary(sampling, policy, system)))
     return None if choice is None else (choice, sampling, policy, system, template)
 
 
 def _chosen() -> dict[str, Any]:
-    """What is chosen of everything, the defaults where nothing was."""
+    """Every setting: as chosen, or its default."""
     policy, sampling = CapturePolicy(), Sampling()
     defaults = {
         "model": environment.Settings.from_environment().model_id,
@@ -111,14 +108,14 @@ def _chosen() -> dict[str, Any]:
 
 
 def _seeded(key: str) -> str:
-    """``key``, of a widget that comes back as it was left."""
+    """``key``, of a widget that keeps its value while it is not drawn."""
     if key not in st.session_state:
         st.session_state[key] = _chosen()[key]
     return key
 
 
 def _follow(conversation: int | None, messages: Sequence[Message]) -> None:
-    """On coming to a conversation, choose what answered it last, loaded as it was then."""
+    """On opening a conversation, choose the model of its last reply, loaded the same way."""
     if st.session_state.get(FOLLOWED) == conversation:
         return
     st.session_state[FOLLOWED] = conversation
@@ -132,11 +129,11 @@ def _follow(conversation: int | None, messages: Sequence[Message]) -> None:
 
 
 def last_choice(messages: Sequence[Message]) -> ModelChoice | None:
-    """The model of the conversation's last reply; None where no reply says which."""
+    """The model of the conversation's last reply; None if no reply names it."""
     last = queueing.last_choice(messages)
     if last is not None:
         return last
-    # A trace that was imported may know the name alone.
+    # An imported trace may name the model alone.
     names = [m.model_id for m in messages if m.role is Role.ASSISTANT and m.model_id]
     return ModelChoice(names[-1]) if names else None
 
@@ -153,21 +150,21 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         accept_new_options=True,
         placeholder="Choose a model",
         help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). "
-        "Type to name another one.",
+        "Type to enter another one.",
     )
     name = (name or "").strip()
     last = last_choice(messages)
     if not name:
-        st.caption("Choose the model that is to answer.")
+        st.caption("Choose a model to send a message.")
     elif last is not None and last.model_id != name:
         st.caption(
-            f"The last reply here is by {replies.plain(replies.clipped(last.model_id, 60))}."
+            f"The last reply here is by {wording.escape(wording.shorten(last.model_id, 60))}."
         )
     four_bit = st.toggle(
         "4-bit weights",
         key=_seeded("four_bit"),
-        help="Loads with bitsandbytes; where that cannot be done the model is loaded in its own "
-        "precision, and its card says so.",
+        help="Loads the model with bitsandbytes. If that fails, it is loaded in its own precision, "
+        "and its card says so.",
     )
     loaded: ModelChoice | None = st.session_state.get(CHOSEN, {}).get("loaded")
     if loaded is not None and loaded.model_id == name:
@@ -176,52 +173,34 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
 
 
 def _sampling_widgets(own: Mapping[str, float]) -> None:
-    """``own`` is what the model's generation config says, which holds where a field is empty."""
+    """``own`` are the settings of the model's generation config, used where a field is empty."""
     temperature = st.slider(
-        "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 is greedy."
+        "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 decodes greedily."
     )
     off = temperature == 0
-    usual = {one: _usual(own, one) for one in SETTINGS}
-    st.number_input(
-        "Top-p",
-        0.01,
-        1.0,
-        None,
-        0.05,
-        key=_seeded("top_p"),
-        disabled=off,
-        placeholder=usual["top_p"],
-        help="Empty leaves it to the model's own generation config.",
-    )
-    st.number_input(
-        "Top-k",
-        0,
-        1000,
-        None,
-        key=_seeded("top_k"),
-        disabled=off,
-        placeholder=usual["top_k"],
-        help="0 keeps every token. Empty leaves it to the model's own generation config.",
-    )
-    st.number_input("Seed", 0, None, None, key=_seeded("seed"), disabled=off, placeholder="any")
-    st.number_input(
-        "Repetition penalty",
-        0.01,
-        10.0,
-        None,
-        0.05,
-        key=_seeded("penalty"),
-        placeholder=usual["repetition_penalty"],
-        help="1 is off. Empty leaves it to the model's own generation config.",
-    )
-    st.number_input("Most new tokens", 1, 8192, key=_seeded("max_new_tokens"))
+
+    def optional(
+        field: str, key: str, low: float, high: float | None, step: float, **more: Any
+    ) -> None:
+        """A number that may stay empty: the generation config's setting applies then."""
+        setting = "repetition_penalty" if key == "penalty" else key
+        value = f", {own[setting]:g}" if setting in own else ""
+        more.setdefault("placeholder", f"the model's own{value}")
+        st.number_input(field, low, high, None, step, key=_seeded(key), **more)
+
+    empty = "Empty: as in the model's generation config."
+    optional("Top-p", "top_p", 0.01, 1.0, 0.05, disabled=off, help=empty)
+    optional("Top-k", "top_k", 0, 1000, 1, disabled=off, help=f"0 keeps every token. {empty}")
+    optional("Seed", "seed", 0, None, 1, disabled=off, placeholder="any")
+    optional("Repetition penalty", "penalty", 0.01, 10.0, 0.05, help=f"1 is off. {empty}")
+    st.number_input("Maximum new tokens", 1, 8192, key=_seeded("max_new_tokens"))
     st.selectbox(
         "Full tensors",
         TENSORS,
         key=_seeded("tensors"),
         help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
         "compact: a third of that, within stated bounds. exact: the model's own bits. "
-        "none: the rows alone.",
+        "none: no full tensors.",
     )
     with st.container(horizontal=True, key="kept"):
         for name, key, of_what in (
@@ -235,8 +214,8 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
     st.text_area("System message", key=_seeded("system"), placeholder="none", height=80)
 
 
-def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
-    """What the settings ask for. Raises UsageError for what makes no sense."""
+def _requested() -> tuple[Sampling, CapturePolicy, str | None]:
+    """The request that the settings make. Raises UsageError for invalid ones."""
     chosen = _chosen()
     off = chosen["temperature"] == 0
     sampling = Sampling(
@@ -254,37 +233,35 @@ def _asked() -> tuple[Sampling, CapturePolicy, str | None]:
     return sampling, policy, chosen["system"] if chosen["system"].strip() else None
 
 
-def _usual(own: Mapping[str, float], name: str) -> str:
-    """What an empty field stands for."""
-    return f"the model's own, {own[name]:g}" if name in own else "the model's own"
-
-
 def _template_widgets(switches: Sequence[str]) -> None:
-    """What the chat template is given; ``switches`` are arguments that it is known to read."""
+    """Arguments of the chat template; ``switches`` are those that it is known to read."""
     for name in switches:
         label, values = SWITCHES[name]
         st.selectbox(
-            label, values, key=_seeded(name), help=f"The template's own {replies.plain(name)}."
+            label,
+            values,
+            key=_seeded(name),
+            help=f"The argument {wording.escape(name)} of the chat template.",
         )
     st.text_area(
         "Template arguments",
         key=_seeded("template_args"),
         placeholder="enable_thinking=false",
         height=80,
-        help="One KEY=VALUE a line, for the model's chat template. Kept for the next turns; "
-        "KEY=null takes one back.",
+        help="For the model's chat template, a KEY=VALUE on each line. They apply to later turns "
+        "as well; KEY=null removes one.",
     )
     st.text_area(
         "Tools",
         key=_seeded("tools"),
         placeholder="none",
         height=80,
-        help="JSON schemas of functions, in a list. Calls are shown, never executed.",
+        help="A JSON list of function schemas. Calls are shown, never executed.",
     )
 
 
 def _template(switches: Sequence[str]) -> TemplateOptions:
-    """What the chat template is given. Raises UsageError for what cannot be read."""
+    """The arguments and tools of the chat template. Raises UsageError for invalid ones."""
     chosen = _chosen()
     lines = [f"{name}={chosen[name]}" for name in switches if chosen[name] != UNCHANGED]
     lines += [line for line in chosen["template_args"].splitlines() if line.strip()]
@@ -293,62 +270,60 @@ def _template(switches: Sequence[str]) -> TemplateOptions:
 
 
 def model_card(messages: Sequence[Message]) -> None:
-    """The model of the last reply, and how far what is shown of it can be trusted."""
+    """The model of the last reply, and how far its numbers can be trusted."""
     message = next((m for m in reversed(messages) if m.capture is not None), None)
     if message is None or message.capture is None:
         return
     capture = message.capture
     with st.sidebar, st.container(border=True, gap="xsmall", key="model-card"):
-        name = replies.clipped(message.model_id or "unknown model", 60)
-        st.caption(f"**{replies.plain(name)}**")
+        name = wording.shorten(message.model_id or "unknown model", 60)
+        st.caption(f"**{wording.escape(name)}**")
         st.caption(
-            replies.plain(replies.model_line(capture)),
-            help=replies.plain(capture.fast_paths) if capture.speedups else None,
+            wording.escape(replies.model_summary(capture)),
+            help=wording.escape(capture.fast_paths) if capture.speedups else None,
         )
         with st.container(horizontal=True, gap="xsmall"):
-            for badge in replies.trust(message):
+            for badge in replies.trust_badges(message):
                 st.badge(
-                    replies.plain(badge.name), color=badge.colour, help=replies.plain(badge.meaning)
+                    wording.escape(badge.name),
+                    color=badge.colour,
+                    help=wording.escape(badge.meaning),
                 )
 
 
 def worker_card() -> None:
-    """What the process that owns the model is doing."""
+    """The state of the worker."""
     state = data.worker_state()
     if state is None:
         return
     label, colour = STATES.get(state.state, ("Unknown", "gray"))
     with st.container(border=True, gap="xsmall"):
         st.badge(label, color=colour)  # type: ignore[arg-type]
-        text = _detail(state)
+        text = state.detail or state.model_id
+        if state.state == "gone":
+            text = "It starts with the next message."
         if text:
-            st.caption(replies.plain(text))
+            st.caption(wording.escape(text))
         if state.state == "loading" and state.progress is not None:
             st.progress(min(max(state.progress, 0.0), 1.0))
 
 
-def _detail(state: WorkerState) -> str:
-    if state.state == "gone":
-        return "It starts with the next message."
-    return state.detail or state.model_id or ""
-
-
 def recent_conversations(current: int | None) -> None:
-    """The latest conversations, to go on with."""
-    found = data.recent()
-    if not found:
+    """Buttons that open the latest conversations."""
+    conversations = data.recent_conversations()
+    if not conversations:
         return
     with st.sidebar, st.container(key="recent", gap=None):
         st.caption("Recent")
-        for c in found:
+        for c in conversations:
             chosen = c.id == current
-            label = replies.plain(c.title[:60].strip()) or "Untitled"
+            label = wording.escape(c.title[:60].strip()) or "Untitled"
             if st.button(
                 f"**{label}**" if chosen else label,
                 key=f"open-{c.id}",
                 type="tertiary",
                 width="stretch",
-                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else replies.plain(c.status)}",
+                help=f"{c.tokens:,} tokens · {'damaged' if c.damage else wording.escape(c.status)}",
             ):
-                url_state.go(url_state.Place(c.id))
+                url_state.navigate(url_state.Location(c.id))
                 st.rerun()

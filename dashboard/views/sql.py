@@ -1,4 +1,4 @@
-"""SQL: somebody's own question over the whole store, read-only, with the tables beside it."""
+"""SQL: the user's own queries over the whole store, read-only, next to a list of the tables."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import streamlit as st
 
 from dashboard import boundary, components, data
-from dashboard.viewdata import replies, sql_table
-from dashboard.views import cache_progress
+from dashboard.viewdata import sql_table, wording
+from dashboard.views import cache_progress, layout
 from oki_trace.errors import OkiTraceError
 
 ROWS, MOST_ROWS = 1_000, 100_000
 SECONDS, MOST_SECONDS = 10, 120
 TABLE_HEIGHT = 460
 
-# What the editor holds, and what the address holds of it.
+# Session keys: the text of the editor, and the text that the URL had last.
 TEXT, SEEN = "sql-text", "sql-seen"
 RESULT = "sql-result"
-# The text that somebody here wrote, chose or ran; that of a link waits for a click.
+# The text that was written or chosen here, and may run; the text of a link waits for a click.
 ALLOWED = "sql-allowed"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The text of a question and its limits."""
+class Query:
+    """A query and its limits."""
 
     text: str
     rows: int
@@ -36,9 +36,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it: a table, an Arrow one, or the one line that says why not."""
+    """The result of a query: an Arrow table, or an error in one line."""
 
-    asked: Asked
+    query: Query
     table: Any = None
     cut: bool = False
     took_s: float = 0.0
@@ -50,9 +50,9 @@ def page() -> None:
     """Draw the page."""
     st.title("SQL")
     st.write(
-        "One SELECT statement, in [DuckDB's SQL](https://duckdb.org/docs/stable/sql/introduction), "
-        "over all that the store holds. It can change nothing, and read nothing but these tables "
-        "and, by these functions, the kept tensors."
+        "One SELECT statement in [DuckDB's SQL](https://duckdb.org/docs/stable/sql/introduction). "
+        "It can read these tables and, through these functions, the full tensors; it cannot "
+        "change anything."
     )
     if not cache_progress.ready():
         return
@@ -61,18 +61,18 @@ def page() -> None:
     with right, st.container(key="sql-tables", gap="xsmall"):
         _tables()
     with left:
-        asked, pressed = _editor()
+        query, pressed = _editor()
         result: Result | None = st.session_state.get(RESULT)
         if pressed:
-            allow(asked.text)
-        if asked.text and asked.text != st.session_state.get(ALLOWED):
-            _unasked()
+            allow(query.text)
+        if query.text and query.text != st.session_state.get(ALLOWED):
+            _ask_before_running()
             return
-        if asked.text and (pressed or result is None or result.asked != asked):
-            with st.spinner("Asking…"):
-                result = _ask(asked, st.empty())
+        if query.text and (pressed or result is None or result.query != query):
+            with st.spinner("Running the query…"):
+                result = _run(query, st.empty())
             st.session_state[RESULT] = result
-        if result is not None and asked.text:
+        if result is not None and query.text:
             _result(result)
 
 
@@ -81,11 +81,11 @@ def allow(text: str) -> None:
     st.session_state[ALLOWED] = text.strip()
 
 
-def _unasked() -> None:
+def _ask_before_running() -> None:
     with st.container(border=True, key="sql-unasked"):
-        st.markdown("This query came with the link. It can change nothing, but it may take long.")
+        st.markdown("This query came with the link. It cannot change anything, but may take long.")
         st.button(
-            "Run it",
+            "Run query",
             icon=":material/play_arrow:",
             key="sql-run-link",
             on_click=lambda: allow(st.session_state[TEXT]),
@@ -97,23 +97,23 @@ def _tables() -> None:
     for table in data.tables():
         with st.expander(f"**{table.name}**", expanded=table.name == "step"):
             st.caption(f"A row is {table.meaning}.")
-            st.markdown(sql_table.column_list(table))
+            st.markdown(sql_table.columns_as_markdown(table))
     st.markdown("#### Functions")
     for function in data.functions():
         with st.expander(f"**{function.name}**"):
             st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
             st.code(f"{function.name}({', '.join(function.parameters)})", language="sql")
-            st.caption(f"Returns `{function.returns}`; NULL where there is nothing to read.")
+            st.caption(f"Returns `{function.returns}`; NULL if the tensor was not kept.")
 
 
-def _editor() -> tuple[Asked, bool]:
-    # Without one, what was there before the page was left, or something to begin with.
+def _editor() -> tuple[Query, bool]:
+    # Without a query in the URL: the text of the last visit, or the first example.
     first = next(iter(sql_table.EXAMPLES.values()))
     if SEEN not in st.session_state and not st.query_params.get("sql"):
         allow(first)
-    address = st.query_params.get("sql") or st.session_state.get(SEEN, first)
-    if TEXT not in st.session_state or st.session_state.get(SEEN) != address:
-        st.session_state[TEXT] = address
+    in_url = st.query_params.get("sql") or st.session_state.get(SEEN, first)
+    if TEXT not in st.session_state or st.session_state.get(SEEN) != in_url:
+        st.session_state[TEXT] = in_url
     with st.container(key="sql-editor"):
         st.selectbox(
             "Example",
@@ -125,7 +125,7 @@ def _editor() -> tuple[Asked, bool]:
             on_change=_take_example,
         )
         text = st.text_area(
-            "Your question",
+            "Query",
             key=TEXT,
             height=190,
             on_change=lambda: allow(st.session_state[TEXT]),
@@ -133,21 +133,21 @@ def _editor() -> tuple[Asked, bool]:
             label_visibility="collapsed",
         )
     with st.container(horizontal=True, vertical_alignment="bottom", key="sql-limits"):
-        rows = st.number_input("Rows at most", 1, MOST_ROWS, ROWS, 100, key="sql-rows", width=140)
+        rows = st.number_input("Maximum rows", 1, MOST_ROWS, ROWS, 100, key="sql-rows", width=140)
         seconds = st.number_input(
-            "Seconds at most", 1, MOST_SECONDS, SECONDS, key="sql-seconds", width=140
+            "Maximum seconds", 1, MOST_SECONDS, SECONDS, key="sql-seconds", width=140
         )
         pressed = st.button(
             "Run",
             type="primary",
             icon=":material/play_arrow:",
             key="sql-run",
-            help="Or Ctrl + Enter in the text",
+            help="Or press Ctrl + Enter in the text",
         )
-    if text != address:
+    if text != in_url:
         st.query_params.from_dict({"sql": text} if text else {})
     st.session_state[SEEN] = text
-    return Asked(text.strip(), rows, float(seconds)), pressed
+    return Query(text.strip(), rows, float(seconds)), pressed
 
 
 def _take_example() -> None:
@@ -157,83 +157,69 @@ def _take_example() -> None:
         allow(st.session_state[TEXT])
 
 
-def _ask(asked: Asked, place: Any) -> Result:
+def _run(query: Query, place: Any) -> Result:
     began = time.perf_counter()
 
     def tick() -> None:
-        """Draw something now and then: that is when Streamlit ends a page that was left."""
+        """Drawing lets Streamlit end the run of a page that was left."""
         place.caption(f"{time.perf_counter() - began:.0f} s")
 
     try:
-        found = data.sql(asked.text, asked.rows, asked.seconds, tick)
+        answer = data.run_sql(query.text, query.rows, query.seconds, tick)
     except OkiTraceError as error:
-        return Result(asked, error=str(error))
+        return Result(query, error=str(error))
     finally:
         place.empty()
-    return Result(asked, found.table, found.cut, time.perf_counter() - began)
+    return Result(query, answer.table, answer.cut, time.perf_counter() - began)
 
 
 def _result(result: Result) -> None:
     if result.error:
-        st.error(replies.sentence(result.error), icon=":material/error:")
+        st.error(wording.sentence(result.error), icon=":material/error:")
         return
     table = result.table
     with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
-        show = st.segmented_control(
-            "Show",
-            ("table", "chart"),
-            default="table",
-            required=True,
-            key="sql-show",
-            label_visibility="collapsed",
-        )
-        count = "1 row" if table.num_rows == 1 else f"{table.num_rows:,} rows"
-        more = ", and there are more: raise the limit to see them" if result.cut else ""
-        st.caption(f"{count} in {_time(result.took_s)}{more}.", width="stretch")
+        show = layout.choice("Show", ("table", "chart"), "sql-show")
+        count = wording.counted(table.num_rows, "row")
+        more = " There are more: raise the limit to see them." if result.cut else ""
+        st.caption(f"{count} in {_time(result.took_s)}.{more}", width="stretch")
         for name, make, mime in (
             ("CSV", sql_table.as_csv, "text/csv"),
             ("JSON", sql_table.as_json, "application/json"),
             ("Parquet", sql_table.as_parquet, "application/vnd.apache.parquet"),
         ):
-            st.download_button(
-                name,
-                partial(make, table),
-                f"answer.{name.lower()}",
-                mime,
-                key=f"sql-{name.lower()}",
-                icon=":material/download:",
-                on_click="ignore",
-            )
-    found = sql_table.frame(table)
+            file, key = f"answer.{name.lower()}", f"sql-{name.lower()}"
+            layout.export_button(name, partial(make, table), file, key, mime=mime)
+    rows = sql_table.frame(table)
     if show == "chart":
-        _chart(found)
-    elif found.empty and not len(found.columns):
-        st.caption("The answer has no columns.")
+        _chart(rows)
+    elif rows.empty and not len(rows.columns):
+        st.caption("The result has no columns.")
     else:
-        height: Any = "content" if len(found) <= 12 else TABLE_HEIGHT
-        st.dataframe(found, hide_index=True, height=height, key="sql-table")
+        height: Any = "content" if len(rows) <= 12 else TABLE_HEIGHT
+        st.dataframe(rows, hide_index=True, height=height, key="sql-table")
 
 
 def _time(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def _chart(found: Any) -> None:
-    upwards = sql_table.numeric(found)
-    columns = list(found.columns)
-    if not upwards or found.empty:
-        st.caption("A chart needs a column of numbers.")
+def _chart(rows: Any) -> None:
+    numeric = sql_table.numeric_columns(rows)
+    columns = list(rows.columns)
+    if not numeric or rows.empty:
+        st.caption("A chart needs a column of numbers. Select one in the query.")
         return
     with st.container(horizontal=True, vertical_alignment="bottom", key="sql-chart-head"):
-        # By the columns there are: another question's may not have those chosen.
+        # Keyed by the columns: those of another query may not have the chosen ones.
         mark = hash(tuple(columns))
         x = st.selectbox("x", columns, key=f"sql-x-{mark}", width=170)
-        usual = next((i for i, name in enumerate(upwards) if name != x), 0)
-        y = st.selectbox("y", upwards, index=usual, key=f"sql-y-{mark}", width=170)
+        usual = next((i for i, name in enumerate(numeric) if name != x), 0)
+        y = st.selectbox("y", numeric, index=usual, key=f"sql-y-{mark}", width=170)
         colour = st.selectbox(
             "Colour", columns, index=None, key=f"sql-colour-{mark}", placeholder="none", width=170
         )
-        kind = sql_table.kind_for(found, x)
+        kind = sql_table.default_chart(rows, x)
         drawn = st.segmented_control(
             "As",
             sql_table.CHARTS,
@@ -245,6 +231,6 @@ def _chart(found: Any) -> None:
             data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql", width=100
         )
     with st.container(key="sql-chart"):
-        st.altair_chart(sql_table.chart(found, x, y, colour, drawn), key="sql-drawn")
-    if len(found) > sql_table.MOST_MARKS:
+        st.altair_chart(sql_table.chart(rows, x, y, colour, drawn), key="sql-drawn")
+    if len(rows) > sql_table.MOST_MARKS:
         st.caption(f"The first {sql_table.MOST_MARKS:,} rows are drawn.")

@@ -1,7 +1,7 @@
-"""One step of a reply: what was considered, what was looked at, what each layer would have said.
+"""The step panel: candidates, attention and Logit Lens of one step of a reply.
 
-It is a part of the page that is drawn by itself; its head (``components.facts``)
-is where a click on any token of the page arrives.
+It is a part of the page that reruns alone. Its head (``components.facts``) receives
+the clicks on all tokens of the page.
 """
 
 from __future__ import annotations
@@ -11,87 +11,82 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import components, data, url_state
-from dashboard.viewdata import attention, lens, replies
+from dashboard.viewdata import attention, lens, replies, wording
+from dashboard.views import layout
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 
-Focus = tuple[Message, list[StepSummary], int]
+SelectedStep = tuple[Message, list[StepSummary], int]
 
 TABLES = ("tokens", "changes")
 
 
-def focus(conversation_id: int) -> Focus | None:
-    """The reply and step to show: the address's, else where the last reply hesitated most.
+def selected_step(conversation_id: int) -> SelectedStep | None:
+    """The reply and step of the URL, else the last reply's most surprising step.
 
-    While a reply is live and nothing is chosen, its newest token whose lens is
-    there is followed.
+    Of a live reply without a chosen step it is the newest step that has its lens.
     """
-    place = url_state.here()
+    place = url_state.current()
     opened = data.conversation(conversation_id)
-    begun = [m for m in opened[1] if m.role is Role.ASSISTANT and m.tokens] if opened else []
-    if not begun:
+    started = [m for m in opened[1] if m.role is Role.ASSISTANT and m.tokens] if opened else []
+    if not started:
         return None
-    message = next((m for m in begun if m.id == place.message), begun[-1])
+    message = next((m for m in started if m.id == place.message), started[-1])
     steps = data.steps(message)
     if not steps:
         return None
     if place.message == message.id and place.step is not None:
         return message, steps, min(place.step, len(steps) - 1)
     if message.status.is_live:
-        return message, steps, replies.newest(steps) or 0
-    return message, steps, replies.most_surprising(steps, message.parts) or 0
+        return message, steps, replies.newest_step(steps) or 0
+    return message, steps, replies.most_surprising_step(steps, message.parts) or 0
 
 
 def show(conversation_id: int) -> None:
     """Draw the panel."""
-    found = focus(conversation_id)
-    step = data.step(found[0], found[2]) if found else None
-    capture = found[0].capture if found else None
-    if found is None or step is None or capture is None:
-        head(replies.NO_STEP)
-        st.caption("When there is a reply, the step of one of its tokens shows here.")
+    selected = selected_step(conversation_id)
+    step = data.step(selected[0], selected[2]) if selected else None
+    capture = selected[0].capture if selected else None
+    if selected is None or step is None or capture is None:
+        draw_head(replies.NO_STEP)
+        st.caption("No tokens yet. Send a message, then see a step of its reply here.")
         return
-    message, steps, index = found
-    head(
+    message, steps, index = selected
+    draw_head(
         replies.facts_data(
             step,
             steps[index],
             len(steps),
             conversation=conversation_id,
             message=message.id,
-            following=message.status.is_live and url_state.here().step is None,
+            following=message.status.is_live and url_state.current().step is None,
         )
     )
-    components.bars(data=replies.bars_data(step), key="bars")
-    st.caption(replies.plain(replies.decision(step, message.generation)))
+    components.bars(data=replies.candidates_data(step), key="bars")
+    st.caption(wording.escape(replies.decision_text(step, message.generation)))
     effects = replies.effects_data(step)
     if effects:
         components.table(data=effects, key="effects")
-    doubt = replies.doubt_of(message)
-    if doubt:
-        st.warning(replies.plain(doubt), icon=":material/warning:")
+    layout.check_warning(message)
     _evidence(message, capture, steps, step)
     _lens(message, capture, step)
 
 
-def head(shown: replies.Json) -> None:
-    """The token and its numbers; every click on a token of the page arrives here."""
+def draw_head(shown: wording.Json) -> None:
+    """The token and its numbers; it receives every click on a token of the page."""
     components.facts(
         data=shown,
         key="facts",
         on_pick_change=_picked,
-        on_refresh_change=lambda: None,  # that it is drawn anew is all
+        on_refresh_change=lambda: None,  # the rerun is enough
     )
 
 
 def _picked() -> None:
     chosen = st.session_state["facts"].pick
     if chosen:
-        url_state.go(
-            url_state.Place(*(int(chosen[name]) for name in ("conversation", "message", "step")))
+        url_state.navigate(
+            url_state.Location(*(int(chosen[name]) for name in ("conversation", "message", "step")))
         )
-
-
-# ------------------------------------------------------------------------ evidence
 
 
 def _evidence(
@@ -99,43 +94,43 @@ def _evidence(
 ) -> None:
     prompt = data.prompt(message)
     if step.evidence is None or prompt is None:
-        with st.container(key="evidence-head"):
-            st.markdown("#### Evidence", width="content")
-        st.caption(replies.sentence(f"Attention: {capture.evidence_provenance}"))
+        layout.section_row("Evidence", "evidence-head")
+        st.caption(wording.sentence(f"Attention: {capture.evidence_provenance}"))
         return
     count = data.head_count(message, step.step_index)
-    with st.container(horizontal=True, vertical_alignment="center", key="evidence-head"):
-        st.markdown("#### Evidence", width="content")
-        layer = layer_of([one.layer for one in step.attention])
-        which = head_of(message, count)
-    park = leave_out()
-    if which == attention.MEAN:
-        weights = attention.kept_row(step, layer)
+    with layout.section_row("Evidence", "evidence-head"):
+        layer = layer_select([one.layer for one in step.attention])
+        head = head_select(message, count)
+    hide_sinks = sink_toggle()
+    if head == attention.MEAN:
+        weights = attention.kept_weights(step, layer)
     else:
         tensor = data.attentions(message, step.step_index)
         assert tensor is not None
-        weights = attention.positions(*attention.full_row(tensor, layer, which))
+        weights = attention.weights_by_position(*attention.head_weights(tensor, layer, head))
     seen = [s for s in steps if s.position < step.position]
-    found = attention.evidence(
+    evidence = attention.without_positions(
         weights,
-        attention.parked(prompt, seen) if park else (),
-        scale=which != attention.MAXIMUM,
+        attention.sink_positions(prompt, seen) if hide_sinks else (),
+        scale=head != attention.MAXIMUM,
     )
     components.evidence(
         data={
-            **attention.evidence_data(prompt, steps, step.position, found),
+            **attention.evidence_data(prompt, steps, step.position, evidence),
             "step": step.step_index,
         },
         key="evidence",
     )
-    notes = attention.notes(found, which, len(weights), None if count else replies.absence(message))
+    notes = attention.evidence_notes(
+        evidence, head, len(weights), None if count else replies.why_no_tensors(message)
+    )
     if capture.attention_check is not None:
-        notes = f"{notes} Attention check {replies.check(capture.attention_check)}."
+        notes = f"{notes} Attention check {replies.format_difference(capture.attention_check)}."
     st.caption(notes)
 
 
-def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
-    """The layer to look at, as chosen; the final one with attention at first."""
+def layer_select(offered: Sequence[int], key: str = "evidence_layer") -> int:
+    """A choice of layers, the last one with attention first."""
     final = offered[-1]
     return st.selectbox(
         "Layer",
@@ -147,9 +142,9 @@ def layer_of(offered: Sequence[int], key: str = "evidence_layer") -> int:
     )
 
 
-def head_of(message: Message, count: int | None, key: str = "evidence_head") -> str:
-    """The head to look at, as chosen, of what was kept."""
-    offered = attention.heads(count)
+def head_select(message: Message, count: int | None, key: str = "evidence_head") -> str:
+    """A choice of heads; single ones need the full tensors."""
+    offered = attention.head_options(count)
     return st.selectbox(
         "Head",
         offered,
@@ -159,43 +154,29 @@ def head_of(message: Message, count: int | None, key: str = "evidence_head") -> 
         disabled=count is None,
         help=None
         if count is not None
-        else f"Single heads and the maximum need the full tensors, {replies.absence(message)}.",
+        else f"Single heads need the full tensors, {replies.why_no_tensors(message)}.",
     )
 
 
-def leave_out(key: str = "no_sink") -> bool:
-    """Whether to leave out what attention is parked on."""
+def sink_toggle(key: str = "no_sink") -> bool:
+    """Whether to leave out the attention sinks."""
     return st.toggle(
         "Leave out the first token and the chat template",
         value=True,
         key=key,
-        help="Models park attention they have no use for on the first token (a sink) and on "
-        "special tokens. What is left is scaled so that it adds up to 1.",
+        help="Models park unused attention on the first token (a sink) and on special tokens. "
+        "The rest is scaled so that it adds up to 1.",
     )
 
 
-# ---------------------------------------------------------------------------- lens
-
-
 def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
-    with st.container(horizontal=True, vertical_alignment="center", key="lens-head"):
-        st.markdown("#### Logit Lens", width="content")
-        if step.lens is None:
-            view = None
-        else:
-            view = st.segmented_control(
-                "Show",
-                TABLES,
-                default="tokens",
-                required=True,
-                key="lens_view",
-                label_visibility="collapsed",
-            )
+    with layout.section_row("Logit Lens", "lens-head"):
+        view = None if step.lens is None else layout.choice("Show", TABLES, "lens_view")
     if step.lens is None:
         if not capture.logit_lens_available:
-            st.caption(replies.sentence(f"Not available: {capture.lens_reason}"))
+            st.caption(wording.sentence(f"Not available: {capture.lens_reason}"))
         elif message.status.is_live:
-            st.caption("A few steps behind; it comes before the reply ends.")
+            st.caption("The lens is a few steps behind; it arrives before the reply ends.")
         else:
             st.caption("The reply ended before this step's lens was computed.")
         return
@@ -206,8 +187,8 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             key="changes",
         )
         st.caption(
-            "Probability at a layer less that at the layer before it. With ≥ or ≤ the token is "
-            "among the kept ones of only one of the two, and the change is at least that large."
+            "Probability at a layer minus that at the layer before. ≥ and ≤ mark a bound: the "
+            "token was kept at only one of the two layers."
         )
     else:
         components.lens(
@@ -216,16 +197,16 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
             on_pin_change=_pin,
         )
         error = message.lens_check
-        check = "" if error is None else f" Lens check {replies.check(error)}."
+        check = "" if error is None else f" Lens check {replies.format_difference(error)}."
         st.caption(
-            "What the model would say if a layer were its last, through its own final norm and "
-            f"head. Early layers often give nonsense.{check}"
+            "The prediction if a layer were the last, through the model's own final norm and head. "
+            f"Early layers often give nonsense.{check}"
         )
     _curves(step)
 
 
 def _pin() -> None:
-    """Pin the token that was clicked, or let it go."""
+    """Pin the clicked token, or unpin it."""
     label = st.session_state["lens"].pin
     if label is None:
         return
@@ -234,43 +215,32 @@ def _pin() -> None:
 
 
 def _curves(step: Step) -> None:
-    # A chat that has no charts yet does not wait for the libraries that draw them.
+    # Imported here: a chat without charts does not wait for Altair.
     from dashboard import charts
-    from dashboard.views import chart_panel
 
     assert step.lens is not None
-    with st.container(horizontal=True, vertical_alignment="center", key="curves-head"):
-        st.markdown("#### Through the layers", width="content")
-        curve = st.segmented_control(
-            "Curve",
-            lens.CURVES,
-            default="rank",
-            required=True,
-            key="curve",
-            label_visibility="collapsed",
-        )
+    with layout.section_row("By layer", "curves-head"):
+        curve = layout.choice("Curve", lens.CURVES, "curve")
     if curve == "entropy and KL":
-        found = lens.by_layer(step.lens)
-        name = f"layers-step-{step.step_index + 1}"
-        chart_panel.chart(charts.by_layer(found), found, "by_layer", name)
-        st.caption(
-            "In nats. KL is how far the final distribution is from what the layer would have said."
-        )
+        rows = lens.layer_rows(step.lens)
+        name = f"layers-step-{step.step_index}"
+        layout.chart(charts.entropy_and_kl(rows), rows, "by_layer", name)
+        st.caption("In nats. KL is the divergence of the layer's prediction from the final one.")
         return
     kept: list[str] = st.session_state.get("pins") or []
     pinned = st.multiselect(
         "Pinned tokens",
-        list(dict.fromkeys([*kept, *lens.pinnable(step, step.lens)])),
+        list(dict.fromkeys([*kept, *lens.pinnable_tokens(step, step.lens)])),
         key="pins",
         placeholder="Pin a token: type it, or click it above",
         label_visibility="collapsed",
         accept_new_options=True,
     )
-    rows = lens.curves(step, step.lens, pinned)
-    drawn = charts.trajectories(rows, "rank" if curve == "rank" else "prob")
-    chart_panel.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index + 1}")
+    rows = lens.curve_rows(step, step.lens, pinned)
+    drawn = charts.layer_curves(rows, "rank" if curve == "rank" else "prob")
+    layout.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index}")
     k = step.lens.probs.shape[1]
     st.caption(
-        f"The chosen token is known at every layer; of others the {k:d} likeliest of each layer "
-        "were kept, and where they are not among them there is a gap."
+        f"Of each layer the {k:d} likeliest tokens were kept: a gap means that a token was not "
+        "among them. The chosen token is known at every layer."
     )

@@ -1,8 +1,8 @@
-"""Store: where the traces are, what takes the room, whether all is well, and making room.
+"""Store: disk usage, growth and health of the store; verify, prune and vacuum.
 
-What reads or changes much runs while it is watched: it shows how far it is, and
-a click on anything else ends it. Nothing is half done then: a check changes
-nothing, pruning goes reply by reply, a vacuum is atomic.
+Long operations run in the page and show their progress; a click on anything else
+ends them. That is safe: a check changes nothing, pruning goes reply by reply, and a
+vacuum is atomic.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from dashboard import boundary, charts, components, data
-from dashboard.viewdata import replies, storage
-from dashboard.views import chart_panel, empty_state
+from dashboard.viewdata import storage, wording
+from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
 
@@ -36,46 +36,45 @@ def page() -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="store-head"):
         st.text(info.url, width="stretch")
         components.rows(
-            data={"name": "store", "rows": storage.totals(info)}, key="save-store", width=60
+            data={"name": "store", "rows": storage.total_rows(info)}, key="save-store", width=60
         )
     with st.container(horizontal=True, key="store-tiles"):
         for name, value, meaning in storage.tiles(info):
-            st.metric(name, value, border=True, help=replies.plain(meaning), width=210)
-    _room(info)
+            st.metric(name, value, border=True, help=wording.escape(meaning), width=210)
+    _disk_usage(info)
     _health(info)
-    _make_room(info)
+    _reclaim(info)
 
 
-def _room(info: StoreInfo) -> None:
-    st.markdown("#### What takes the room")
-    components.amounts(data=storage.room(info), key="room")
-    grown = storage.growth(data.reply_sizes(), info.row_bytes_per_token)
+def _disk_usage(info: StoreInfo) -> None:
+    st.markdown("#### Disk usage")
+    components.amounts(data=storage.disk_usage(info), key="disk-usage")
+    grown = storage.growth_rows(data.reply_sizes(), info.row_bytes_per_token)
     st.markdown("#### Growth")
     if not grown:
-        empty_state.first_trace("There is no reply yet: begin a conversation in Chat.")
+        layout.empty_state("replies", "see how the store grows")
         return
-    chart_panel.chart(charts.growth(grown), grown, "growth", "store-growth")
+    layout.chart(charts.growth_chart(grown), grown, "growth", "store-growth")
     st.caption(
-        "What is in the store now, by the time of its replies. A reply's rows are reckoned from "
-        "its tokens, at the average of the store."
+        "The data in the store now, by the time of its replies. The size of a reply's rows is "
+        "estimated from its tokens."
     )
-
-
-# -------------------------------------------------------------------------- health
 
 
 def _health(info: StoreInfo) -> None:
     st.markdown("#### Health")
-    components.table(data=storage.health(info, data.statuses(), data.worker_state()), key="health")
+    components.table(
+        data=storage.health_table(info, data.statuses(), data.worker_state()), key="health"
+    )
     wanted = st.button(
         "Verify",
         icon=":material/fact_check:",
         key="verify",
         disabled=not info.messages,
-        help="Checks the file, every tensor's checksum, and that all that is kept of a step "
-        "agrees. Reads all of the store and changes nothing.",
+        help="Checks the file, the checksum of every tensor, and the invariants of every step. "
+        "Reads the whole store and changes nothing.",
     )
-    # A place of its own, so that what stands below stays while it works.
+    # Its own place keeps the rest of the page in position.
     place = st.empty()
     if wanted:
         _verify(place)
@@ -87,57 +86,54 @@ def _verify(place: DeltaGenerator) -> None:
     bar = place.progress(0.0, "Checking the file…")
 
     def progress(done: int, of_all: int) -> None:
-        rest = storage.left(time.monotonic() - began, done, of_all)
+        rest = storage.time_left(time.monotonic() - began, done, of_all)
         share = done / of_all if of_all else 1.0
         bar.progress(
             min(share, 1.0),
-            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{replies.plain(rest)}. "
-            "A click on anything else ends the check.",
+            f"{done:,} of {of_all:,} steps{', ' if rest else ''}{wording.escape(rest)}. "
+            "Click anything else to stop the check.",
         )
 
     check = data.verification(progress)
-    found: list[str] = []
-    faults = 0
+    findings: list[str] = []
+    count = 0
     try:
         for finding in check:
-            faults += 1
-            if len(found) < FINDINGS:
-                found.append(str(finding))
+            count += 1
+            if len(findings) < FINDINGS:
+                findings.append(str(finding))
     except OkiTraceError as error:
-        found.append(str(error))
-        faults += 1
-    looked = ", ".join(
-        replies.counted(number, noun)
+        findings.append(str(error))
+        count += 1
+    checked = ", ".join(
+        wording.counted(number, noun)
         for number, noun in (
             (check.messages, "message"),
             (check.steps, "step"),
             (check.tensors, "tensor"),
         )
     )
-    verdict = f"{replies.counted(faults, 'fault')} found." if faults else "No problems found."
+    verdict = f"{wording.counted(count, 'problem')} found." if count else "No problems found."
     when = time.strftime("%H:%M")
-    st.session_state["verified"] = (f"Checked {looked} at {when}. {verdict}", not faults, found)
+    st.session_state["verified"] = (f"Checked {checked} at {when}. {verdict}", not count, findings)
 
 
 def _last(name: str, place: DeltaGenerator) -> None:
-    """What came of it the last time in this window."""
-    told = st.session_state.get(name)
-    if told is None:
+    """The last result of an operation in this window."""
+    result = st.session_state.get(name)
+    if result is None:
         return
-    sentence, good, lines = told
+    sentence, good, lines = result
     with place.container():
         box, icon = (st.success, ":material/check:") if good else (st.error, ":material/error:")
-        box(replies.plain(sentence), icon=icon)
+        box(wording.escape(sentence), icon=icon)
         if lines:
-            st.dataframe({"found": lines}, hide_index=True, key=f"{name}-lines")
+            st.dataframe({"problem": lines}, hide_index=True, key=f"{name}-lines")
 
 
-# ----------------------------------------------------------------------- make room
-
-
-def _make_room(info: StoreInfo) -> None:
-    st.markdown("#### Make room")
-    _last("made-room", st.empty())
+def _reclaim(info: StoreInfo) -> None:
+    st.markdown("#### Reclaim space")
+    _last("reclaimed", st.empty())
     with st.container(horizontal=True, vertical_alignment="bottom", key="prune-form"):
         days = st.number_input(
             "Older than, days", 0.0, None, None, 1.0, key="prune-days", placeholder="any", width=170
@@ -152,11 +148,11 @@ def _make_room(info: StoreInfo) -> None:
             placeholder="any",
             width=210,
         )
-        kind = st.selectbox("What goes", list(KINDS), key="prune-kind", width=200)
+        kind = st.selectbox("Prune", list(KINDS), key="prune-kind", width=200)
     if days is None and most is None:
         st.caption(
-            "Give an age or a size to see what would go; nothing goes before you say so. Without "
-            "the full tensors a reply keeps its tokens, candidates, attention and lens."
+            "Enter an age or a size to preview what a prune removes. Without its full tensors a "
+            "reply keeps its tokens, candidates, attention and lens."
         )
     else:
         _prune(days, None if most is None else round(most * 1e9), tensors_only=KINDS[kind])
@@ -165,7 +161,7 @@ def _make_room(info: StoreInfo) -> None:
 
 def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
     plan = data.prune_plan(days, most, tensors_only=tensors_only)
-    st.write(replies.plain(storage.plan_told(plan)))
+    st.write(wording.escape(storage.plan_sentence(plan)))
     if not plan.items:
         return
     st.dataframe(
@@ -183,32 +179,30 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
     if len(plan.items) > storage.LISTED:
         st.caption(f"And {len(plan.items) - storage.LISTED:,} more.")
     with st.popover(f"Prune {storage.size(plan.frees_bytes)}", icon=":material/delete_sweep:"):
-        st.write("This is thrown away for good. There is no way back.")
-        sure = st.button("Prune for good", key="prune", type="primary")
+        st.write("Prune the data listed above? This cannot be undone.")
+        sure = st.button("Prune permanently", key="prune", type="primary")
     if sure:
         bar = st.progress(0.0, "Pruning…")
-        went = _done(
-            lambda: data.carry_out(
-                plan, lambda done, of_all: _show(bar, done, of_all, "thrown away")
-            )
+        pruned = _try(
+            lambda: data.prune_now(plan, lambda done, of_all: _show(bar, done, of_all, "pruned"))
         )
-        if went is not None:
+        if pruned is not None:
             _tell(
-                f"Freed {storage.size(went.frees_bytes)}. The store uses it for what comes "
-                "next; a vacuum gives it back to the disk."
+                f"Freed {storage.size(pruned.frees_bytes)} for new data. Vacuum the store to "
+                "return it to the disk."
             )
 
 
 def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
-    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {replies.plain(what)}")
+    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {wording.escape(what)}")
 
 
 def _vacuum(info: StoreInfo) -> None:
     free = f" {storage.size(info.free_bytes)} are free now." if info.free_bytes else ""
     with st.popover("Vacuum", icon=":material/compress:"):
         st.write(
-            "Builds the store anew without gaps, which gives the free room back to the disk."
-            f"{free} It needs as much free disk as the data takes, and nobody can write meanwhile."
+            f"Rebuilds the store without gaps, which returns free space to the disk.{free} It "
+            "needs as much free disk space as the data takes, and blocks writes."
         )
         sure = st.button("Vacuum now", key="vacuum", type="primary")
     if not sure:
@@ -217,28 +211,26 @@ def _vacuum(info: StoreInfo) -> None:
     place = st.empty()
 
     def tick() -> None:
-        place.caption(f"Building the store anew… {time.monotonic() - began:.0f} s")
+        place.caption(f"Rebuilding the store… {time.monotonic() - began:.0f} s")
 
     tick()
-    done = _done(lambda: data.build_anew(tick))
-    if done is not None:
-        given = storage.size(max(0, done.before - done.after))
-        _tell(
-            f"{storage.size(done.before)} before, {storage.size(done.after)} now: "
-            f"{given} given back."
-        )
+    vacuumed = _try(lambda: data.vacuum_store(tick))
+    if vacuumed is not None:
+        reclaimed = storage.size(max(0, vacuumed.before - vacuumed.after))
+        before, after = storage.size(vacuumed.before), storage.size(vacuumed.after)
+        _tell(f"Reclaimed {reclaimed}: {before} before, {after} now.")
 
 
-def _done(work: Callable[[], Result]) -> Result | None:
-    """What comes of ``work``; None, with the reason on the page, when it cannot be done."""
+def _try(work: Callable[[], Result]) -> Result | None:
+    """The result of ``work``; None, with the error on the page, if it fails."""
     try:
         return work()
     except OkiTraceError as error:
-        st.error(replies.sentence(str(error)))
+        st.error(wording.sentence(str(error)))
         return None
 
 
 def _tell(sentence: str) -> None:
-    """Say it above, on the page drawn anew with the new numbers."""
-    st.session_state["made-room"] = (sentence, True, [])
+    """Show ``sentence`` after a rerun, which has the new numbers."""
+    st.session_state["reclaimed"] = (sentence, True, [])
     st.rerun()

@@ -107,7 +107,7 @@ def test_the_explorer_asks_a_new_question(db: str) -> None:
     from dashboard import data
 
     data.reopen()
-    assert data.behind(60.0) is None
+    assert data.cache_backlog(60.0) is None
     app = page(question="lengths", characters=5)
     assert not app.exception
     assert app.title[0].value == "Lengths"

@@ -106,7 +106,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("ask", "settle", "2"), 2, "takes no 2"),
         (("ask", "compare", "2"), 2, "compare takes two steps"),
         (("ask", "compare", "2:5", "2"), 2, "compare takes two steps"),
-        (("ask", "compare", "a", "b"), 1, "No prompt was put to both"),
+        (("ask", "compare", "a", "b"), 1, "No prompt has replies of both"),
         (("ask", "compare", "2:5", "2:99"), 1, "no step 99"),
         (("ask", "compare", "1", "2"), 1, "Message 1 has no steps to compare"),
         (("sql", "SELECT * FROM steps"), 1, 'Did you mean "step"?'),

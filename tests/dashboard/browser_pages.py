@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from playwright.sync_api import BrowserContext, Locator, Page, expect
 
-from dashboard.viewdata.replies import figure
+from dashboard.viewdata.wording import format_number
 from oki_trace.records import Step
 from oki_trace.sanitize import visible
 from tests.dashboard import server
@@ -68,7 +68,7 @@ def ask(page: Page, text: str) -> None:
 
 def set_most_new_tokens(page: Page, number: int) -> None:
     page.get_by_text("Sampling and capture").click()
-    box = page.get_by_label("Most new tokens")
+    box = page.get_by_label("Maximum new tokens")
     box.fill(str(number))
     box.press("Enter")
 
@@ -163,15 +163,15 @@ def expected_panel(step: Step, total: int) -> Panel:
         "where": f"step {step.step_index + 1} of {total} · position {step.position}",
         "what": visible(step.token),
         "facts": {
-            "prob": figure(step.prob, 3),
+            "prob": format_number(step.prob, 3),
             "rank": f"{step.rank:,}",
-            "surprisal": figure(-step.logprob, 2, " nats"),
-            "entropy": figure(step.entropy, 2, " nats"),
-            "margin": figure(step.margin, 3),
+            "surprisal": format_number(-step.logprob, 2, " nats"),
+            "entropy": format_number(step.entropy, 2, " nats"),
+            "margin": format_number(step.margin, 3),
             "settled": "–" if settled is None else f"layer {settled}",
         },
         "considered": [
-            (visible(token), figure(prob, 3))
+            (visible(token), format_number(prob, 3))
             for token, prob in zip(step.topk.tokens, step.topk.probs.tolist(), strict=True)
         ],
         "lens": [
@@ -179,7 +179,7 @@ def expected_panel(step: Step, total: int) -> Panel:
                 str(layer),
                 # A character that is told by its number, in short.
                 re.sub("<U\\+0*([0-9A-F]+)>", r"U+\1", visible(lens.tokens[layer][0])),
-                figure(float(lens.probs[layer, 0]), 2),
+                format_number(float(lens.probs[layer, 0]), 2),
                 f"#{lens.chosen_rank[layer]:,}",
             )
             for layer in range(len(lens.tokens) - 1, -1, -1)

@@ -174,7 +174,7 @@ def test_an_unexpected_error_is_a_sentence_with_details(
     whole(again(app))
 
 
-PARTS = ("step", "prompt", "lens_grid", "steps", "recent", "worker_state")
+PARTS = ("step", "prompt", "lens_grid", "steps", "recent_conversations", "worker_state")
 
 
 @pytest.mark.parametrize("function", PARTS)

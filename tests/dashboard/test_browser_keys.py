@@ -99,18 +99,18 @@ def test_the_tab_key_leads_through_the_whole_panel(
         "Previous token (left key)",
         "Next token (right key)",
         "Copy a link to this step",
-        "Save numbers-step-4 as CSV",
-        "Save candidates-step-4 as CSV",
+        "Save numbers-step-3 as CSV",
+        "Save candidates-step-3 as CSV",
         "Layer",
         "Head",
         "Leave out the first token and the chat template",
-        "Save evidence-step-4 as CSV",
+        "Save evidence-step-3 as CSV",
         "The prompt and the reply so far, shaded by attention",
         "tokens",
-        "Save lens-step-4 as CSV",
+        "Save lens-step-3 as CSV",
         "rank",
         "Pinned tokens",
-        "Save curves-step-4 as CSV",
+        "Save curves-step-3 as CSV",
     ]
     assert [name for name in panel if name in order] == order
 

@@ -50,7 +50,7 @@ def test_a_search_that_finds_nothing_says_so(explorer: server.Explorer, browse: 
     page = browse(explorer.url + "conversations")
     page.get_by_role("textbox", name="Search").fill("no such words")
     page.keyboard.press("Enter")
-    expect(page.get_by_text("Nothing found.")).to_be_visible()
+    expect(page.get_by_text("No conversation matches.")).to_be_visible()
 
 
 def test_recent_conversations_open_from_the_sidebar(
@@ -60,7 +60,7 @@ def test_recent_conversations_open_from_the_sidebar(
     page.locator(".st-key-recent").get_by_text(sample_stores.QUESTIONS[0]).first.click()
     expect(page.locator(".root.reply")).to_have_count(2)
     assert browser_pages.place(page) == {"conversation": samples.first[0]}
-    page.get_by_role("button", name="New conversation").click()
+    page.get_by_role("button", name="Start a chat").click()
     expect(page.locator(".root.reply")).to_have_count(0)
     assert browser_pages.place(page) == {}
 

@@ -142,14 +142,14 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     page.get_by_role("button", name="Edit in SQL").click()
     expect(page.get_by_role("heading", name="SQL", exact=True)).to_be_visible()
     table(page)
-    expect(page.get_by_label("Your question")).to_have_value(answer.sql)
+    expect(page.get_by_label("Query")).to_have_value(answer.sql)
 
 
 def test_sql_is_run_drawn_and_saved(explorer: server.Explorer, browse: Browse) -> None:
     """Text from outside stays text: no address in it is asked for."""
     page = browse(explorer.url + "sql")
     table(page)
-    editor = page.get_by_label("Your question")
+    editor = page.get_by_label("Query")
     bad = "http://evil.test/x.png"
     editor.fill(
         f"SELECT '{bad}' AS image, '<img src={bad}>' AS title, 1.5 AS \"a.b\" UNION ALL\n"
@@ -174,7 +174,7 @@ def test_sql_is_run_drawn_and_saved(explorer: server.Explorer, browse: Browse) -
 @pytest.mark.parametrize("width", [1440, 800])
 def test_sql_fits_and_a_link_runs_it(explorer: server.Explorer, browse: Browse, width: int) -> None:
     page = browse(explorer.url + "sql?sql=" + quote("SELECT 6 * 7 AS answer"), width=width)
-    page.get_by_role("button", name="Run it").click()
+    page.get_by_role("button", name="Run query").click()
     expect(page.get_by_text("1 row in")).to_be_visible()
     table(page)
     expect(page.get_by_text("the token's text")).to_be_visible()

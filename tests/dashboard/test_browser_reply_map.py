@@ -82,7 +82,7 @@ def test_a_reply_and_the_numbers_of_a_step_are_saved(
             # In a spreadsheet's file what looks like a formula has an apostrophe before it.
             told_by = one[name].removeprefix("'")
             assert (float(told_by) == value) if isinstance(value, float) else told_by == str(value)
-    (alone,) = rows(saved(page, "Save numbers-step-3"))
+    (alone,) = rows(saved(page, "Save numbers-step-2"))
     assert alone == found[2]
 
 
@@ -98,7 +98,7 @@ def test_a_cell_tells_its_layer_and_leads_to_its_step(
     layer = len(lens.tokens) - 6
     frame(page).hover(position=at(3, 5))
     tip = page.locator(".root.map .tip")
-    expect(tip).to_contain_text(f"layer {layer}, step 4: {visible(lens.tokens[layer][0])}")
+    expect(tip).to_contain_text(f"layer {layer}, step 3: {visible(lens.tokens[layer][0])}")
     expect(tip).to_contain_text(f"rank {lens.chosen_rank[layer]:,}")
     frame(page).click(position=at(3, 5))
     until(lambda: browser_pages.place(page).get("step") == 3, "the step in the address")
@@ -117,7 +117,7 @@ def test_the_map_is_walked_with_the_keys(
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowDown")
     spoken = page.locator(".root.map [aria-live]")
-    expect(spoken).to_contain_text("layer 29, step 3")
+    expect(spoken).to_contain_text("layer 29, step 2")
     page.keyboard.press("ArrowRight")
     expect(page.locator(".root.facts .where")).to_contain_text("step 4 of")
 
@@ -136,7 +136,7 @@ def test_a_map_tells_in_words_what_it_shows(
     until(lambda: "Most attended" in description(page), "the words on the attention map")
     with TraceReader(explorer.db) as reader:
         prompt = reader.prompt(samples.first[1])
-    parked = attention.parked(prompt, steps)
+    parked = attention.sink_positions(prompt, steps)
     sums: dict[int, float] = {}
     for at, weight in zip(points.position.tolist(), points.weight.tolist(), strict=True):
         if at not in parked:
@@ -282,11 +282,11 @@ def test_a_chart_is_saved_as_rows_and_pictures(
     with TraceReader(explorer.db) as reader:
         lens = reader.step(samples.first[1], 5).lens
     assert lens is not None
-    found = [r for r in rows(saved(page, "Save curves-step-6")) if r["kind"] == "chosen"]
+    found = [r for r in rows(saved(page, "Save curves-step-5")) if r["kind"] == "chosen"]
     assert [int(row["rank"]) for row in found] == lens.chosen_rank.tolist()
     for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
         with page.expect_download() as download:
-            page.get_by_role("button", name=f"Save curves-step-6 as {kind}").click()
+            page.get_by_role("button", name=f"Save curves-step-5 as {kind}").click()
         assert Path(download.value.path()).read_bytes().startswith(start)
 
 
@@ -297,11 +297,11 @@ def test_on_a_narrow_page_the_step_can_be_let_down(
     sheet = page.locator("[data-testid=stColumn]:has(.st-key-panel)")
     page.locator(".root.lens tr").first.wait_for()
     tall = sheet.bounding_box()
-    page.get_by_role("button", name="Show less of this step").click()
+    page.get_by_role("button", name="Show the token and its numbers only").click()
     low = sheet.bounding_box()
     assert tall and low and low["height"] < tall["height"] / 2
     expect(page.locator(".root.facts .where")).to_be_in_viewport()
-    page.get_by_role("button", name="Show all of this step").click()
+    page.get_by_role("button", name="Show the whole step").click()
     until(lambda: (sheet.bounding_box() or low)["height"] == tall["height"], "the sheet")
     assert browser_pages.overflow(page) == []
 

@@ -113,7 +113,7 @@ def test_no_text_is_a_link_on_any_page(
     for path, shown in pages(samples).items():
         page.goto(explorer.url + path)
         if path.startswith("sql"):
-            page.get_by_role("button", name="Run it").click()
+            page.get_by_role("button", name="Run query").click()
         page.locator(shown).first.wait_for()
         expect(page.get_by_test_id("stStatusWidget")).to_have_count(0)
         hrefs = page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
@@ -142,7 +142,7 @@ def test_tables_offer_no_download_of_their_own(
 ) -> None:
     """It would hold formulas as they are; our own button guards them."""
     page = browse(explorer.url + "sql?sql=SELECT+'=1+1'+AS+formula")
-    page.get_by_role("button", name="Run it").click()
+    page.get_by_role("button", name="Run query").click()
     table = page.get_by_test_id("stDataFrame")
     table.locator("canvas").first.wait_for()
     table.hover()
@@ -301,9 +301,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import streamlit as st
 
-from dashboard.viewdata import replies as shapes
+from dashboard.viewdata import replies as viewdata
 
-made = shapes.plain if st.query_params.get("as") == "plain" else str
+made = viewdata.plain if st.query_params.get("as") == "plain" else str
 for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):
     shown = made(text)
     with st.container(key=f"text-{{number}}"):

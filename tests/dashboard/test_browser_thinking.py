@@ -92,8 +92,8 @@ def test_thinking_is_folded_and_a_tool_is_answered(
     until(lambda: browser_pages.panel(page)["what"] == "<", "the step of the thinking token")
     # On a narrow screen the sidebar is folded away, and narrower than what is in it.
     assert [wide for wide in browser_pages.overflow(page) if not wide.startswith("sidebar")] == []
-    page.get_by_label("Answer of the tool").fill("18 degrees")
-    page.get_by_role("button", name="Send answer").click()
+    page.get_by_label("Tool result").fill("18 degrees")
+    page.get_by_role("button", name="Send result").click()
 
     def answered() -> bool:
         with TraceReader(db) as reader:
@@ -101,4 +101,4 @@ def test_thinking_is_folded_and_a_tool_is_answered(
         return [(m.content, m.tool_name) for m in said] == [("18 degrees", "get_weather")]
 
     until(answered, "the tool's answer in the store")
-    expect(page.locator(".root.bubble .who")).to_have_text("tool get_weather")
+    expect(page.locator(".root.bubble .role")).to_have_text("tool get_weather")

@@ -36,7 +36,7 @@ def test_hostile_text_is_text(
     page.locator(".root.map canvas").wait_for()
     page.locator(".root.lens tr").first.wait_for()
     assert browser_pages.tokens(page) == [*sample_stores.HOSTILE, " end"]
-    bubbles = page.locator(".root.bubble .said").all_text_contents()
+    bubbles = page.locator(".root.bubble .message").all_text_contents()
     assert bubbles == list(sample_stores.HOSTILE)
     assert (page.locator(".root.evidence .text").text_content() or "").startswith(
         "".join(sample_stores.HOSTILE)
@@ -109,7 +109,7 @@ def test_twenty_thousand_characters_without_a_space_fit(
     page = browse(browser_pages.of(explorer, samples.long, 0), width)
     page.locator(".root.lens tr").first.wait_for()
     assert browser_pages.tokens(page) == [sample_stores.LONG, " end"]
-    assert page.locator(".root.bubble .said").text_content() == sample_stores.LONG
+    assert page.locator(".root.bubble .message").text_content() == sample_stores.LONG
     assert browser_pages.overflow(page) == []
     title = page.get_by_test_id("stText").filter(has_text="WWWW").first.bounding_box()
     assert title is not None

@@ -72,7 +72,7 @@ def test_chat_shows_a_step(filled_store: sample_stores.Samples) -> None:
     assert app.text[0].value == sample_stores.QUESTIONS[0]
     with_evidence = app.selectbox(key="evidence_head")
     assert with_evidence.value == attention.MEAN
-    for head in attention.heads(9):
+    for head in attention.head_options(9):
         app.selectbox(key="evidence_head").set_value(head).run()
         assert not app.exception
     app.selectbox(key="evidence_layer").set_value(1).run()
@@ -187,15 +187,15 @@ def test_a_live_reply_is_shown_as_far_as_it_is(
         app.run()
         assert not app.exception
         captions = [c.value for c in app.caption]
-        assert "Queued: 1 reply before it." in captions
-        assert any("the map is drawn when the reply has ended" in c for c in captions)
+        assert "Queued behind 1 reply." in captions
+        assert any("The map is drawn when the reply ends" in c for c in captions)
         assert not app.chat_input[0].disabled
         app.toggle(key="map_live").set_value(True).run()
         assert not app.exception
         app.query_params["message"], app.query_params["step"] = str(running), "3"
         app.run()
         assert not app.exception
-        assert any("A few steps behind" in c.value for c in app.caption)
+        assert any("The lens is a few steps behind" in c.value for c in app.caption)
 
 
 def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str], None]) -> None:
@@ -250,7 +250,7 @@ def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
 @pytest.fixture
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is sent stays queued."""
-    monkeypatch.setattr(data, "see_to_worker", lambda: None)
+    monkeypatch.setattr(data, "ensure_worker", lambda: None)
 
 
 def queued(app: AppTest, db: str, text: str = "Go on.") -> Message:
@@ -305,7 +305,7 @@ def test_an_empty_setting_shows_the_models_own(
 )
 def test_a_config_that_makes_no_sense_says_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "generation_config.json").write_text(text)
-    assert model_defaults.read(str(tmp_path), tmp_path) == {}
+    assert model_defaults.sampling_defaults(str(tmp_path), tmp_path) == {}
 
 
 def test_a_conversation_keeps_its_model(
@@ -342,7 +342,7 @@ def asked_for(number: int) -> ModelChoice | None:
         from dashboard.views import sidebar
 
         opened = data.conversation(conversation)
-        settings = sidebar.settings(conversation, opened[1] if opened else ())
+        settings = sidebar.draw_settings(conversation, opened[1] if opened else ())
         st.session_state["asked-for"] = settings[0] if settings else None
 
     drawn = AppTest.from_function(draw, default_timeout=60, args=(number,)).run()
@@ -374,7 +374,7 @@ def test_no_model_answers_where_none_is_named(
     app.selectbox(key="model").set_value(None).run()
     assert not app.exception
     assert app.chat_input[0].disabled
-    assert any("Choose the model" in caption.value for caption in app.sidebar.caption)
+    assert any("Choose a model to send" in caption.value for caption in app.sidebar.caption)
 
 
 def test_settings_hold_while_they_are_out_of_sight(empty_store: str) -> None:
@@ -439,7 +439,7 @@ def test_arguments_of_the_models_own_template_have_a_field(
     model = tmp_path / "thinker"
     model.mkdir()
     (model / "chat_template.jinja").write_text("{% if enable_thinking %}<think>{% endif %}")
-    assert model_defaults.switches(str(model), tmp_path) == ("enable_thinking",)
+    assert model_defaults.template_switches(str(model), tmp_path) == ("enable_thinking",)
     monkeypatch.setenv("OKI_TRACE_MODEL", str(model))
     app = open_settings(app_pages.chat())
     assert not app.exception

@@ -10,7 +10,7 @@ from tests.dashboard import app_pages, sample_stores
 def test_compare_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
     app = app_pages.comparing()
     assert not app.exception
-    assert "begin a conversation in Chat" in app.markdown[-1].value
+    assert "No replies yet. Start a chat" in app.markdown[-1].value
     assert not app_pages.comparing(1, 2).exception
 
 

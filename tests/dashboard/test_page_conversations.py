@@ -31,7 +31,7 @@ from tests.dashboard import app_pages, sample_stores
 def test_conversations_on_an_empty_store_say_so(empty_store: str) -> None:
     app = app_pages.conversations()
     assert not app.exception
-    assert "No conversations yet" in app.markdown[-1].value
+    assert "No conversations yet. Start a chat, then find it here." in app.markdown[-1].value
 
 
 def test_conversations_are_listed_and_searched(filled_store: sample_stores.Samples) -> None:
@@ -43,10 +43,10 @@ def test_conversations_are_listed_and_searched(filled_store: sample_stores.Sampl
     app.text_input(key="search").set_value("WHAT RIVER").run()
     assert list(app.dataframe[0].value["id"]) == [filled_store.first[0]]
     app.text_input(key="search").set_value("no such words").run()
-    assert "Nothing found" in app.caption[0].value
+    assert "No conversation matches" in app.caption[0].value
     # Wildcards of the store's own language are text.
     app.text_input(key="search").set_value("%").run()
-    assert "Nothing found" in app.caption[0].value
+    assert "No conversation matches" in app.caption[0].value
 
 
 def test_conversations_are_narrowed_by_model_status_and_date(
@@ -67,7 +67,7 @@ def test_conversations_are_narrowed_by_model_status_and_date(
     app.date_input(key="since").set_value(dt.date(2020, 1, 1)).run()
     assert ids(app) == every
     app.date_input(key="until").set_value(dt.date(2020, 1, 2)).run()
-    assert "Nothing found" in app.caption[0].value
+    assert "No conversation matches" in app.caption[0].value
     app.date_input(key="until").set_value(dt.datetime.now().astimezone().date()).run()
     assert ids(app) == every
 
@@ -113,7 +113,7 @@ def test_conversations_are_renamed_exported_and_deleted(
         app.button(key="rename").click().run()
         assert not app.exception
         assert reader.conversation(1).title == "Another"
-        document = json.loads(data.exported(1, Format.JSON))
+        document = json.loads(data.export_file(1, Format.JSON))
         assert document["conversation"]["title"] == "Another"
         app = app_pages.acting(1, 2)
         assert "Delete 2 conversations" in app.markdown[0].value
@@ -150,7 +150,8 @@ def test_all_that_is_found_is_saved_not_one_page_of_it(
     with TraceWriter(db) as writer:
         for number in range(70):
             writer.create_conversation(f"=SUM({number})" if number else "Zero")
-    assert [button.label for button in app_pages.conversations().get("download_button")] == ["CSV"]
+    buttons = app_pages.conversations().get("download_button")
+    assert [button.label for button in buttons] == ["Export CSV"]
     found = conversations_view._csv("SUM", ConversationFilter(), 69)
     rows = list(csv.DictReader(io.StringIO(found)))
     assert [row["title"] for row in rows] == [f"'=SUM({n})" for n in range(69, 0, -1)]

@@ -28,7 +28,7 @@ def filled(
     # What it takes to write the cache is no part of what is tested.
     from dashboard import data
 
-    assert data.behind(60.0) is None
+    assert data.cache_backlog(60.0) is None
     return samples
 
 
@@ -106,7 +106,7 @@ def test_a_cache_being_written_shows_how_far_it_is(
     open_store(db)
     with TraceWriter(db) as writer:
         made.whole(writer)
-    monkeypatch.setattr(data, "behind", lambda wait_s: (3, 12))
+    monkeypatch.setattr(data, "cache_backlog", lambda wait_s: (3, 12))
     app = questions()
     assert not app.exception
     (bar,) = app.get("progress")
@@ -275,7 +275,7 @@ def test_two_steps_and_two_models_are_compared(filled: sample_stores.Samples) ->
     assert not app.exception
     assert "first" not in address(app)
     app = questions(question="compare", view="model", first="smollm2", second="tiny/model")
-    assert "No prompt was put to both" in app_pages.plainly(app.warning[0].value)
+    assert "No prompt has replies of both" in app_pages.plainly(app.warning[0].value)
     app = questions(question="compare", view="step", first="1:999999", second="nothing")
     assert not app.exception
 
@@ -360,13 +360,13 @@ def test_sql_from_a_link_waits_for_a_click(
     from dashboard import data
 
     ran: list[str] = []
-    ask = data.sql
+    ask = data.run_sql
 
     def counted(query: str, *limits: Any) -> Any:
         ran.append(query)
         return ask(query, *limits)
 
-    monkeypatch.setattr(data, "sql", counted)
+    monkeypatch.setattr(data, "run_sql", counted)
     app = page("sql", sql="SELECT 6 * 7 AS answer")
     assert not app.exception and not app.dataframe and not ran
     assert app.text_area(key="sql-text").value == "SELECT 6 * 7 AS answer"
@@ -406,10 +406,10 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
 def test_more_rows_than_the_limit_are_told_of(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT * FROM range(5000)")
     assert len(app.dataframe[0].value) == 1000
-    assert any("there are more" in caption.value for caption in app.caption)
+    assert any("There are more" in caption.value for caption in app.caption)
     app.number_input(key="sql-rows").set_value(6000).run()
     assert len(app.dataframe[0].value) == 5000
-    assert not any("there are more" in caption.value for caption in app.caption)
+    assert not any("There are more" in caption.value for caption in app.caption)
 
 
 def test_a_result_without_numbers_has_no_chart(filled: sample_stores.Samples) -> None:

@@ -12,7 +12,7 @@ from tests.dashboard import app_pages, sample_stores
 def test_the_map_on_an_empty_store_leads_to_the_chat(empty_store: str) -> None:
     app = app_pages.wide_map()
     assert not app.exception
-    assert "begin a conversation in Chat" in app.markdown[-1].value
+    assert "No replies yet. Start a chat, then see its map here." in app.markdown[-1].value
 
 
 @pytest.mark.parametrize("story", ["first", "hostile", "long", "bare", "unknown", "failed"])

@@ -90,7 +90,7 @@ def test_a_store_tells_what_is_in_it(filled_store: sample_stores.Samples) -> Non
 
 
 def test_what_takes_the_room_is_told_in_bars_and_bytes(filled_store: sample_stores.Samples) -> None:
-    room = app_pages.shown(store(), "room")
+    room = app_pages.shown(store(), "disk-usage")
     with TraceReader(filled_store.db) as reader:
         info = reader.info()
     sizes = {row["what"]: row["bytes"] for row in room["rows"]}
@@ -135,8 +135,8 @@ def test_what_is_wrong_is_listed(tmp_path: Path, open_store: Open) -> None:
         connection.exec_driver_sql("UPDATE tensor SET data = zeroblob(length(data))")
     app = store().button(key="verify").click().run()
     assert not app.exception
-    assert "fault" in app.error[0].value
-    assert "checksum" in " ".join(app.dataframe[0].value["found"])
+    assert "problem" in app.error[0].value
+    assert "checksum" in " ".join(app.dataframe[0].value["problem"])
 
 
 def test_tensors_are_pruned_and_the_room_given_back(tmp_path: Path, open_store: Open) -> None:
@@ -176,19 +176,19 @@ def test_a_large_store_is_shown_in_few_points(tmp_path: Path, open_store: Open) 
     assert any(caption.value == "And 5 more." for caption in app.caption)
 
 
-# ------------------------------------------------------------------------- shapes
+# --- viewdata
 
 
 def test_growth_ends_with_all_there_is() -> None:
     start = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
     sizes = [ReplySize(start + dt.timedelta(days=n), 10, 1000) for n in range(1001)]
-    rows = storage.growth(sizes, 5.0)
+    rows = storage.growth_rows(sizes, 5.0)
     assert len(rows) <= 2 * storage.POINTS + 2
     assert [row["bytes"] for row in rows[-2:]] == [1_001_000, 50_050]
     assert rows[-1]["when"] == sizes[-1].created_at
     assert [row["bytes"] for row in rows[::2]] == sorted(row["bytes"] for row in rows[::2])
-    assert charts.growth(rows).to_dict()
-    assert storage.growth([], 0.0) == []
+    assert charts.growth_chart(rows).to_dict()
+    assert storage.growth_rows([], 0.0) == []
 
 
 @pytest.mark.parametrize(
@@ -200,10 +200,10 @@ def test_sizes_as_people_say_them(count: float, told: str) -> None:
 
 
 def test_what_is_left_is_told_once_it_can_be() -> None:
-    assert storage.left(1.0, 10, 100) == ""
-    assert storage.left(10.0, 0, 100) == ""
-    assert storage.left(10.0, 50, 100) == "about 10 s left"
-    assert storage.left(60.0, 10, 100) == "about 9 min left"
+    assert storage.time_left(1.0, 10, 100) == ""
+    assert storage.time_left(10.0, 0, 100) == ""
+    assert storage.time_left(10.0, 50, 100) == "about 10 s left"
+    assert storage.time_left(60.0, 10, 100) == "about 9 min left"
 
 
 # ------------------------------------------------------------------- in and out
@@ -219,9 +219,11 @@ def test_what_is_exported_can_be_uploaded(
     db = str(tmp_path / "store.db")
     open_store(db)
     fill(db, sample_stores.HOSTILE[:1])
-    exported = data.exported(1, format)
+    exported = data.export_file(1, format)
     seen: list[tuple[int, int]] = []
-    done = data.bring_in({suffix: io.BytesIO(exported)}, lambda *progress: seen.append(progress))
+    done = data.import_upload(
+        {suffix: io.BytesIO(exported)}, lambda *progress: seen.append(progress)
+    )
     assert done.steps == 3
     assert seen
     with TraceReader(db) as reader:
@@ -231,6 +233,6 @@ def test_what_is_exported_can_be_uploaded(
 
 def test_an_upload_that_is_none_leaves_nothing(empty_store: str) -> None:
     with pytest.raises(ExchangeError):
-        data.bring_in({".json": io.BytesIO(b"Dear diary")}, lambda done, of_all: None)
+        data.import_upload({".json": io.BytesIO(b"Dear diary")}, lambda done, of_all: None)
     with TraceReader(empty_store) as reader:
         assert reader.conversation_count() == 0

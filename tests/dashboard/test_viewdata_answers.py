@@ -210,7 +210,7 @@ def test_any_result_can_be_shown() -> None:
     assert list(frame.columns) == NAMES
     assert frame["list"].tolist()[0] == "[1, 2]"
     assert frame["bytes"].tolist()[0] == "00ff"
-    assert sql_table.numeric(frame) == ["x", "x_2"]
+    assert sql_table.numeric_columns(frame) == ["x", "x_2"]
     assert sql_table.frame(pa.table({})).empty
 
 
@@ -254,4 +254,4 @@ def test_more_colours_than_can_be_told_apart_are_one() -> None:
     ("values", "kind"), [([1, 2], "lines"), ([2, 1], "points"), (["a", "b"], "bars")]
 )
 def test_the_usual_chart(values: list[object], kind: str) -> None:
-    assert sql_table.kind_for(sql_table.frame(pa.table({"x": values})), "x") == kind
+    assert sql_table.default_chart(sql_table.frame(pa.table({"x": values})), "x") == kind

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dashboard.viewdata import attention as shapes
+from dashboard.viewdata import attention as viewdata
 from oki_trace.records import AttentionPoints, Prompt, StepSummary, TensorRecord
 from tests import builders
 
@@ -36,8 +36,8 @@ def said() -> list[StepSummary]:
 
 
 def pieces(position: int, weights: dict[int, float], without: Sequence[int] = ()) -> list:
-    found = shapes.evidence(weights, without)
-    return shapes.evidence_data(prompt(), said(), position, found)["pieces"]
+    found = viewdata.without_positions(weights, without)
+    return viewdata.evidence_data(prompt(), said(), position, found)["pieces"]
 
 
 def test_evidence_is_what_the_model_saw_and_no_more() -> None:
@@ -59,18 +59,20 @@ def test_evidence_puts_each_weight_on_its_position() -> None:
 def test_a_weight_on_a_line_end_can_be_seen() -> None:
     """A line end alone has no width to be shaded."""
     broken = replace(prompt(), tokens=("<s>", "user:", "\n", "</s>"))
-    found = shapes.evidence_data(broken, said(), 4, shapes.evidence({2: 1.0}))["pieces"][2]
+    found = viewdata.evidence_data(broken, said(), 4, viewdata.without_positions({2: 1.0}))[
+        "pieces"
+    ][2]
     assert found["text"].endswith("\n")
     assert found["text"].strip()
 
 
 def test_what_is_left_out_is_told_and_the_rest_adds_up_to_one() -> None:
     weights = {0: 0.6, 2: 0.1, 3: 0.1, 4: 0.2}
-    found = shapes.evidence(weights, shapes.parked(prompt(), said()))
+    found = viewdata.without_positions(weights, viewdata.sink_positions(prompt(), said()))
     assert found.scaled
     assert found.shown == pytest.approx({2: 1 / 3, 4: 2 / 3})
-    assert (found.first, found.others) == pytest.approx((0.6, 0.1))
-    told = shapes.notes(found, shapes.MEAN, 4, None)
+    assert found.left_out == pytest.approx({0: 0.6, 3: 0.1})
+    told = viewdata.evidence_notes(found, viewdata.MEAN, 4, None)
     assert "60 %" in told and "10 %" in told and "add up to 1" in told
     first = pieces(5, weights, [0])[0]
     assert first["value"] == 0
@@ -78,32 +80,34 @@ def test_what_is_left_out_is_told_and_the_rest_adds_up_to_one() -> None:
 
 
 def test_a_maximum_over_heads_is_not_scaled() -> None:
-    found = shapes.evidence({0: 0.9, 2: 0.8}, [0], scale=False)
+    found = viewdata.without_positions({0: 0.9, 2: 0.8}, [0], scale=False)
     assert found.shown == {2: 0.8}
-    assert "not scaled" in shapes.notes(found, shapes.MAXIMUM, 2, None)
+    assert "not scaled" in viewdata.evidence_notes(found, viewdata.MAXIMUM, 2, None)
 
 
 def test_nothing_left_out_is_nothing_scaled() -> None:
-    found = shapes.evidence({0: 0.5, 1: 0.25})
+    found = viewdata.without_positions({0: 0.5, 1: 0.25})
     assert found.shown == {0: 0.5, 1: 0.25}
     assert not found.scaled
-    assert "Left out" not in shapes.notes(found, shapes.MEAN, 2, None)
+    assert "Left out" not in viewdata.evidence_notes(found, viewdata.MEAN, 2, None)
 
 
 def test_weights_that_are_no_numbers_are_left_alone() -> None:
-    assert shapes.evidence({0: float("nan"), 1: 0.5}).shown == {1: 0.5}
+    assert viewdata.without_positions({0: float("nan"), 1: 0.5}).shown == {1: 0.5}
 
 
 def test_without_full_tensors_there_is_no_head_to_choose() -> None:
-    assert shapes.heads(None) == [shapes.MEAN]
-    assert len(shapes.heads(9)) == 12
-    found = shapes.evidence({1: 1.0})
-    assert "were not kept" in shapes.notes(found, shapes.MEAN, 1, "which were not kept")
+    assert viewdata.head_options(None) == [viewdata.MEAN]
+    assert len(viewdata.head_options(9)) == 12
+    found = viewdata.without_positions({1: 1.0})
+    assert "were not kept" in viewdata.evidence_notes(
+        found, viewdata.MEAN, 1, "which were not kept"
+    )
 
 
 def test_parked_are_the_first_the_template_and_special_tokens() -> None:
     steps = [*said(), builders.summary(3, "<|im_end|>", position=7, is_special=True)]
-    assert shapes.parked(prompt(), steps) == {0, 1, 3, 7}
+    assert viewdata.sink_positions(prompt(), steps) == {0, 1, 3, 7}
 
 
 def tensor(rng: np.random.Generator) -> TensorRecord:
@@ -115,11 +119,11 @@ def test_a_head_is_read_from_its_own_layer(rng: np.random.Generator) -> None:
     full = tensor(rng)
     for layer, row in ((1, 0), (4, 1)):
         for head, expected in (
-            (shapes.EVERY, full.array[row].mean(0)),
-            (shapes.MAXIMUM, full.array[row].max(0)),
+            (viewdata.MEAN_EVERYWHERE, full.array[row].mean(0)),
+            (viewdata.MAXIMUM, full.array[row].max(0)),
             ("head 2", full.array[row, 2]),
         ):
-            weights, offset = shapes.full_row(full, layer, head)
+            weights, offset = viewdata.head_weights(full, layer, head)
             assert offset == 2
             np.testing.assert_array_equal(weights, expected)
 
@@ -128,29 +132,31 @@ def test_bfloat16_bits_are_read_as_the_numbers_they_are(rng: np.random.Generator
     exact = tensor(rng)
     bits = (exact.array.view(np.uint32) >> 16).astype(np.uint16)
     half = replace(exact, array=bits, dtype="bfloat16")
-    weights, _ = shapes.full_row(half, 1, "head 0")
+    weights, _ = viewdata.head_weights(half, 1, "head 0")
     np.testing.assert_allclose(weights, exact.array[0, 0], rtol=1 / 128)
 
 
 def test_positions_count_from_the_offset() -> None:
     weights = np.array([0.0, 0.25, 0.75], dtype=np.float32)
-    assert shapes.positions(weights, 10) == {11: 0.25, 12: 0.75}
+    assert viewdata.weights_by_position(weights, 10) == {11: 0.25, 12: 0.75}
 
 
 def test_full_points_are_every_weight_that_is_not_nought(rng: np.random.Generator) -> None:
     full = tensor(rng)
     array = np.array(full.array)
     array[:, :, 3] = 0
-    found = shapes.full_points([(7, replace(full, array=array)), (9, full)], 4, "head 1")
+    found = viewdata.full_attention_points(
+        [(7, replace(full, array=array)), (9, full)], 4, "head 1"
+    )
     assert found.step_index.tolist() == [7] * 4 + [9] * 5
     assert found.position.tolist() == [2, 3, 4, 6, 2, 3, 4, 5, 6]
     assert found.weight[0] == array[1, 1, 0]
-    assert not len(shapes.full_points([], 4, "head 1").weight)
+    assert not len(viewdata.full_attention_points([], 4, "head 1").weight)
 
 
 def test_the_attention_map_names_all_positions_that_were_there() -> None:
     found = AttentionPoints(np.array([1, 2]), np.array([0, 5]), np.array([0.5, 0.25], np.float32))
-    data = shapes.attention_map(prompt(), said(), found, 1, 3, frozenset({0}))
+    data = viewdata.attention_map(prompt(), said(), found, 1, 3, frozenset({0}))
     assert [s["index"] for s in data["steps"]] == [1, 2]
     assert data["positions"] == ["<s>", "user:", "␣hi", "</s>", "␣one", "␣two"]
     assert data["seam"] == 4

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dashboard.viewdata import lens as shapes
+from dashboard.viewdata import lens as viewdata
 from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
 from tests import builders
@@ -27,7 +27,7 @@ def settling(rng: np.random.Generator, ranks: Sequence[int]) -> Lens:
 
 def test_lens_has_the_last_layer_on_top(rng: np.random.Generator) -> None:
     lens = settling(rng, [9, 1_234, 1, 1])
-    rows = shapes.lens_data(builders.step(0, rng), lens)["rows"]
+    rows = viewdata.lens_data(builders.step(0, rng), lens)["rows"]
     assert [row["layer"] for row in rows] == [3, 2, 1, 0]
     assert [row["rank"] for row in rows] == [1, 1, 1234, 9]
     assert [row["settled"] for row in rows] == [False, True, False, False]
@@ -45,12 +45,12 @@ def test_lens_marks_the_chosen_token_by_its_id(rng: np.random.Generator) -> None
         settling(rng, [1, 1, 1, 1]), token_ids=ids, tokens=((" a", " a", " a", " a", " a"),) * 4
     )
     step = replace(builders.step(0, rng), token_id=8, token=" a")
-    cells = shapes.lens_data(step, lens)["rows"][0]["cells"]
+    cells = viewdata.lens_data(step, lens)["rows"][0]["cells"]
     assert [c["chosen"] for c in cells][:3] == [False, True, False]
 
 
 def test_lens_that_never_settles_marks_no_layer(rng: np.random.Generator) -> None:
-    data = shapes.lens_data(builders.step(0, rng), settling(rng, [1, 1, 1, 2]))
+    data = viewdata.lens_data(builders.step(0, rng), settling(rng, [1, 1, 1, 2]))
     assert not any(row["settled"] for row in data["rows"])
 
 
@@ -79,7 +79,7 @@ def chose(rng: np.random.Generator, token_id: int) -> Step:
 
 def test_changes_of_tokens_in_both_layers_are_exact(rng: np.random.Generator) -> None:
     lens = two_layers([[1, 2], [2, 1]], [[0.6, 0.3], [0.8, 0.1]], [0.3, 0.8])
-    (row,) = shapes.changes_data(chose(rng, 2), lens)["rows"]
+    (row,) = viewdata.changes_data(chose(rng, 2), lens)["rows"]
     assert row["layer"] == 1
     assert [(c["text"], c["exact"], c["chosen"]) for c in row["up"]] == [("␣t2", True, True)]
     assert row["up"][0]["delta"] == pytest.approx(0.5)
@@ -89,7 +89,7 @@ def test_changes_of_tokens_in_both_layers_are_exact(rng: np.random.Generator) ->
 def test_changes_of_tokens_in_one_layer_are_bounds(rng: np.random.Generator) -> None:
     """What is not among the kept ones has at most the probability of the last that is."""
     lens = two_layers([[1, 2], [3, 1]], [[0.6, 0.2], [0.5, 0.4]], [0.6, 0.4])
-    (row,) = shapes.changes_data(chose(rng, 1), lens)["rows"]
+    (row,) = viewdata.changes_data(chose(rng, 1), lens)["rows"]
     up, down = row["up"][0], row["down"]
     assert (up["text"], up["exact"]) == ("␣t3", False)
     assert up["delta"] == pytest.approx(0.3)
@@ -100,7 +100,7 @@ def test_changes_of_tokens_in_one_layer_are_bounds(rng: np.random.Generator) -> 
 
 def test_the_chosen_token_is_known_though_no_layer_kept_it(rng: np.random.Generator) -> None:
     lens = two_layers([[1], [1]], [[0.9], [0.9]], [0.01, 0.08])
-    (row,) = shapes.changes_data(chose(rng, 5), lens)["rows"]
+    (row,) = viewdata.changes_data(chose(rng, 5), lens)["rows"]
     assert [(c["text"], c["exact"]) for c in row["up"]] == [("␣t5", True)]
 
 
@@ -111,7 +111,7 @@ def test_curves_have_gaps_where_nothing_was_kept(rng: np.random.Generator) -> No
     lens = two_layers([[1, 2], [2, 3]], [[0.6, 0.3], [0.8, 0.1]], [0.3, 0.8])
     step = chose(rng, 2)
     step = replace(step, topk=replace(step.topk, token_ids=np.array([2, 3]), tokens=(" t2", " t3")))
-    rows = shapes.curves(step, lens, ["␣t1", "␣nowhere"])
+    rows = viewdata.curve_rows(step, lens, ["␣t1", "␣nowhere"])
     found = {(r["token"], r["layer"]): (r["kind"], r["rank"], r["prob"]) for r in rows}
     assert found["␣t2", 0] == ("chosen", 2, pytest.approx(0.3))
     assert found["␣t3", 0] == ("runner-up", None, None)
@@ -124,18 +124,18 @@ def test_curves_have_gaps_where_nothing_was_kept(rng: np.random.Generator) -> No
 def test_a_pin_that_is_shown_already_is_shown_once(rng: np.random.Generator) -> None:
     lens = two_layers([[1, 2], [2, 1]], [[0.6, 0.3], [0.8, 0.1]], [0.3, 0.8])
     step = chose(rng, 2)
-    runner_up = shapes.label(step.topk.tokens[1])
-    rows = shapes.curves(step, lens, ["␣t2", runner_up])
+    runner_up = viewdata.short_label(step.topk.tokens[1])
+    rows = viewdata.curve_rows(step, lens, ["␣t2", runner_up])
     assert len(rows) == len({(r["token"], r["layer"]) for r in rows})
 
 
 def test_labels_are_short_whatever_the_token(rng: np.random.Generator) -> None:
-    assert len(shapes.label("W" * 20_000)) == shapes.LABEL_LENGTH
+    assert len(viewdata.short_label("W" * 20_000)) == viewdata.LABEL_LENGTH
     step = builders.step(0, rng, with_lens=True)
     assert step.lens is not None
-    offered = shapes.pinnable(step, step.lens)
+    offered = viewdata.pinnable_tokens(step, step.lens)
     assert len(offered) == len(set(offered))
-    assert shapes.label(step.token) not in offered
+    assert viewdata.short_label(step.token) not in offered
 
 
 # --------------------------------------------------------------------------------- map
@@ -160,7 +160,7 @@ def test_the_map_has_a_column_a_step_and_a_row_a_layer() -> None:
         kl=np.zeros((2, 2), np.float32),
     )
     steps = [builders.summary(i, f" {i}", settle_layer=None if i == 2 else 1) for i in range(4)]
-    data = shapes.lens_map(grid, steps)
+    data = viewdata.lens_map(grid, steps)
     assert [s["index"] for s in data["steps"]] == [1, 2]
     assert data["layers"] == 2
     assert data["words"] == ["␣a", "␣b"]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dashboard.viewdata import lens, replies
+from dashboard.viewdata import lens, replies, wording
 from oki_trace.records import (
     Message,
     Part,
@@ -33,7 +33,7 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(5)
 
 
-def reply(steps: Sequence[StepSummary], **values: Any) -> replies.Json:
+def reply(steps: Sequence[StepSummary], **values: Any) -> wording.Json:
     given: dict[str, Any] = {
         "conversation": 1,
         "message": 2,
@@ -59,20 +59,20 @@ def bytewise(*parts: bytes) -> list[StepSummary]:
 def test_running_text_puts_a_character_with_the_token_that_ends_it() -> None:
     smile = "🙂".encode()
     steps = bytewise(b" ok", smile[:1], smile[1:3], smile[3:] + b"!", b" bye")
-    assert replies.running_text(steps) == [" ok", "", "", "🙂!", " bye"]
+    assert replies.token_texts(steps) == [" ok", "", "", "🙂!", " bye"]
 
 
 def test_running_text_marks_what_is_no_character() -> None:
-    assert replies.running_text(bytewise(b"a", b"\xff", b"b")) == ["a", "\ufffd", "b"]
+    assert replies.token_texts(bytewise(b"a", b"\xff", b"b")) == ["a", "\ufffd", "b"]
     # Half a character and then something else: one mark, nothing lost.
-    assert "".join(replies.running_text(bytewise(b"\xf0\x9f", b"b"))) == "\ufffdb"
+    assert "".join(replies.token_texts(bytewise(b"\xf0\x9f", b"b"))) == "\ufffdb"
 
 
 def test_running_text_is_the_text_of_the_reply() -> None:
     text = "Ça va? 日本語 🙂👩‍🚀 end"
     raw = text.encode()
     steps = bytewise(*(raw[i : i + 2] for i in range(0, len(raw), 2)))
-    assert "".join(replies.running_text(steps)) == text
+    assert "".join(replies.token_texts(steps)) == text
 
 
 # ----------------------------------------------------------------------- colours
@@ -84,12 +84,12 @@ def test_surprisal_is_shaded_against_the_most_surprising_token() -> None:
         builders.summary(1, logprob=-2.0),
         builders.summary(2, logprob=0.0),
     ]
-    assert replies.scale(steps, "surprisal", LAYERS) == ([0.25, 1.0, 0.0], "0", "2.0 nats")
+    assert replies.shades(steps, "surprisal", LAYERS) == ([0.25, 1.0, 0.0], "0", "2.0 nats")
 
 
 def test_entropy_has_its_own_scale() -> None:
     steps = [builders.summary(0, entropy=1.0), builders.summary(1, entropy=4.0)]
-    assert replies.scale(steps, "entropy", LAYERS) == ([0.25, 1.0], "0", "4.0 nats")
+    assert replies.shades(steps, "entropy", LAYERS) == ([0.25, 1.0], "0", "4.0 nats")
 
 
 @pytest.mark.parametrize("colour", ["surprisal", "entropy"])
@@ -99,7 +99,7 @@ def test_small_differences_are_not_blown_up(colour: replies.Colour) -> None:
         builders.summary(0, logprob=-0.01, entropy=0.01),
         builders.summary(1, logprob=-0.02, entropy=0.02),
     ]
-    shades, _, high = replies.scale(steps, colour, LAYERS)
+    shades, _, high = replies.shades(steps, colour, LAYERS)
     assert shades == pytest.approx([0.01, 0.02])
     assert high == "1.0 nats"
 
@@ -110,7 +110,7 @@ def test_margin_is_darkest_at_a_tie() -> None:
         builders.summary(1, margin=0.0),
         builders.summary(2, margin=0.75),
     ]
-    shades, low, high = replies.scale(steps, "margin", LAYERS)
+    shades, low, high = replies.shades(steps, "margin", LAYERS)
     assert shades == [0.0, 1.0, 0.25]
     assert (low, high) == ("1", "0 (a near tie)")
 
@@ -121,9 +121,9 @@ def test_settle_layer_is_shaded_from_the_replys_own_lowest() -> None:
         builders.summary(1, settle_layer=3),
         builders.summary(2, settle_layer=None),
     ]
-    assert replies.scale(steps, "settle layer", LAYERS) == ([0.0, 1.0, None], "layer 1", "3")
+    assert replies.shades(steps, "settle layer", LAYERS) == ([0.0, 1.0, None], "layer 1", "3")
     alike = [builders.summary(0, settle_layer=3), builders.summary(1, settle_layer=3)]
-    assert replies.scale(alike, "settle layer", LAYERS)[0] == [0.0, 0.0]
+    assert replies.shades(alike, "settle layer", LAYERS)[0] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("colour", replies.COLOURS)
@@ -139,13 +139,13 @@ def test_every_colour_stays_within_its_scale(colour: replies.Colour) -> None:
         )
         for i in range(50)
     ]
-    shades, _, _ = replies.scale(steps, colour, LAYERS)
+    shades, _, _ = replies.shades(steps, colour, LAYERS)
     assert all(shade is not None and 0 <= shade <= 1 for shade in shades)
 
 
 @pytest.mark.parametrize("colour", replies.COLOURS)
 def test_no_steps_have_no_shades(colour: replies.Colour) -> None:
-    assert replies.scale([], colour, 0)[0] == []
+    assert replies.shades([], colour, 0)[0] == []
 
 
 # --------------------------------------------------------------------- the reply
@@ -200,8 +200,8 @@ def test_most_surprising_is_the_least_likely_token() -> None:
         builders.summary(1, logprob=-3.0),
         builders.summary(2, logprob=-0.2),
     ]
-    assert replies.most_surprising(steps) == 1
-    assert replies.most_surprising([]) is None
+    assert replies.most_surprising_step(steps) == 1
+    assert replies.most_surprising_step([]) is None
 
 
 # ---------------------------------------------------------------------- one step
@@ -232,7 +232,7 @@ def test_facts_show_what_sampling_did_beside_the_models_own(rng: np.random.Gener
 
 def test_bars_are_the_candidates_in_their_order(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
-    data = replies.bars_data(step)
+    data = replies.candidates_data(step)
     assert [row["prob"] for row in data["rows"]] == step.topk.probs.tolist()
     assert [row["text"] for row in data["rows"]] == [replies.visible(t) for t in step.topk.tokens]
     assert [row["chosen"] for row in data["rows"]] == [True, *[False] * 9]
@@ -242,7 +242,7 @@ def test_bars_are_the_candidates_in_their_order(rng: np.random.Generator) -> Non
 
 def test_bars_of_a_greedy_step_have_one_probability(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
-    data = replies.bars_data(replace(step, topk=replace(step.topk, sampled_probs=None)))
+    data = replies.candidates_data(replace(step, topk=replace(step.topk, sampled_probs=None)))
     assert not data["sampled"]
     assert all(row["sampled"] is None for row in data["rows"])
 
@@ -251,7 +251,7 @@ def test_bars_show_what_sampling_removed(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
     cut = np.zeros(10, dtype=np.float32)
     cut[0] = 1
-    data = replies.bars_data(replace(step, topk=replace(step.topk, sampled_probs=cut)))
+    data = replies.candidates_data(replace(step, topk=replace(step.topk, sampled_probs=cut)))
     assert [row["sampled"] for row in data["rows"]] == [1.0, *[0.0] * 9]
 
 
@@ -260,19 +260,19 @@ def test_bars_show_what_sampling_removed(rng: np.random.Generator) -> None:
     [(0.0, "0.000"), (0.0004, "<0.001"), (0.0006, "0.001"), (1.0, "1.000"), (float("nan"), "–")],
 )
 def test_a_figure_is_never_nought_for_what_is_not(value: float, shown: str) -> None:
-    assert replies.figure(value, 3) == shown
+    assert wording.format_number(value, 3) == shown
 
 
 def test_the_newest_step_is_the_last_with_a_lens() -> None:
     steps = [builders.summary(0), builders.summary(1), builders.summary(2, settle_layer=None)]
-    assert replies.newest(steps) == 1
-    assert replies.newest(steps[2:]) == 2
-    assert replies.newest([]) is None
+    assert replies.newest_step(steps) == 1
+    assert replies.newest_step(steps[2:]) == 2
+    assert replies.newest_step([]) is None
 
 
 def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
-    told = replies.decision(step, builders.generation())
+    told = replies.decision_text(step, builders.generation())
     assert told.startswith("Drawn: it had 0.500 among 12 tokens, and noise +2.25 kept it above ")
     assert told.endswith("Greedy would have said “␣greedy”.")
     effects = replies.effects_data(step)
@@ -283,16 +283,18 @@ def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
         "top-p 0.9",
     ]
     beams = replace(builders.generation(), replaced=("beam search",))
-    assert replies.decision(step, beams).endswith("The reply was sampled in place of beam search.")
+    assert replies.decision_text(step, beams).endswith(
+        "The reply was sampled in place of beam search."
+    )
 
 
 def test_a_decision_that_is_not_recorded_is_not_made_up(rng: np.random.Generator) -> None:
     step = replace(builders.step(0, rng), decision=None, sampled_prob=0.25)
-    told = replies.decision(step, builders.generation())
-    assert told == "Drawn: it had 0.250; how the settings came to that is not recorded."
+    told = replies.decision_text(step, builders.generation())
+    assert told == "Drawn with probability 0.250; the effect of each setting was not recorded."
     greedy = replace(builders.generation(), do_sample=False)
-    assert replies.decision(step, greedy).startswith("Greedy")
-    assert replies.decision(step, None).startswith("Greedy")
+    assert replies.decision_text(step, greedy).startswith("Greedy")
+    assert replies.decision_text(step, None).startswith("Greedy")
     assert replies.effects_data(step) is None
 
 
@@ -301,11 +303,11 @@ def test_a_long_token_does_not_fill_the_sentence(rng: np.random.Generator) -> No
     assert step.decision is not None
     greedy = replace(step.decision.greedy, token="W" * 20_000)
     long = replace(step, decision=replace(step.decision, greedy=greedy))
-    assert len(replies.decision(long, builders.generation())) < 300
+    assert len(replies.decision_text(long, builders.generation())) < 300
 
 
 def test_a_sentence_is_read_as_it_is() -> None:
-    assert replies.sentence("no *norm* in [x](y)") == r"no \*norm\* in \[x\]\(y\)."
+    assert wording.sentence("no *norm* in [x](y)") == r"no \*norm\* in \[x\]\(y\)."
 
 
 def sendable(step: Step, shown: StepSummary) -> bool:
@@ -314,11 +316,11 @@ def sendable(step: Step, shown: StepSummary) -> bool:
     for data in (
         *(reply([shown], colour=colour) for colour in replies.COLOURS),
         replies.facts_data(step, shown, 1),
-        replies.bars_data(step),
+        replies.candidates_data(step),
         lens.lens_data(step, step.lens),
         lens.changes_data(step, step.lens),
-        lens.curves(step, step.lens),
-        lens.by_layer(step.lens),
+        lens.curve_rows(step, step.lens),
+        lens.layer_rows(step.lens),
     ):
         json.dumps(data, ensure_ascii=False, allow_nan=False).encode("utf-8")
     return True
@@ -342,35 +344,35 @@ def test_a_token_of_unknown_surprisal_leaves_the_others_theirs() -> None:
         builders.summary(1, logprob=-2.0),
         builders.summary(2, logprob=-1.0),
     ]
-    assert replies.scale(steps, "surprisal", LAYERS) == ([None, 1.0, 0.5], "0", "2.0 nats")
-    assert replies.most_surprising(steps) == 1
+    assert replies.shades(steps, "surprisal", LAYERS) == ([None, 1.0, 0.5], "0", "2.0 nats")
+    assert replies.most_surprising_step(steps) == 1
 
 
 def test_badges_tell_what_was_checked_and_what_was_drafted() -> None:
     report = builders.report()
     message = replied(capture=report)
-    checked, drafted, attention = replies.trust(message)
+    checked, drafted, attention = replies.trust_badges(message)
     assert checked.name == "lens check 2e-06" and "at the last layer" in checked.meaning
     assert drafted.name == "lens draft 2e-05" and "bfloat16" in drafted.meaning
     assert attention.name == "attention check 1e-06"
-    whole = replies.trust(replied(capture=replace(report, lens_draft=None)))
+    whole = replies.trust_badges(replied(capture=replace(report, lens_draft=None)))
     assert [badge.name for badge in whole] == [checked.name, attention.name]
-    assert replies.doubt_of(message) is None
+    assert replies.check_warning(message) is None
 
 
 def test_badges_tell_the_largest_error_of_load_and_reply() -> None:
     here = ReplyChecks((0, 1), lens=3e-5, draft=4e-4)
-    checked, drafted, _ = replies.trust(replied(capture=builders.report(), checks=here))
+    checked, drafted, _ = replies.trust_badges(replied(capture=builders.report(), checks=here))
     assert (checked.name, drafted.name) == ("lens check 3e-05", "lens draft 4e-04")
 
 
 def test_a_reply_whose_check_failed_says_so_first() -> None:
     fault = "the lens of step 4 is not kept: its last layer differs"
     message = replied(capture=builders.report(), checks=ReplyChecks((0, 4), fault=fault))
-    first = replies.trust(message)[0]
+    first = replies.trust_badges(message)[0]
     assert (first.name, first.colour) == ("check failed", "red")
     assert first.meaning.startswith("The lens of step 4 is not kept")
-    assert "do not rely on the lens" in str(replies.doubt_of(message))
+    assert "do not rely on the lens" in str(replies.check_warning(message))
 
 
 def replied(**values: Any) -> Message:
@@ -397,7 +399,7 @@ def test_thinking_is_folded_and_stays_its_steps() -> None:
     data = reply(steps, parts=parts)
     assert [token.get("part") for token in data["tokens"]] == ["thinking"] * 3 + [None]
     assert (data["thinking"], data["fold"]) == ("Thinking · 3 tokens", True)
-    assert replies.most_surprising(steps, parts) == 3
+    assert replies.most_surprising_step(steps, parts) == 3
     alone = reply(steps[:2], parts=(Part("thinking", "Hm", 0, 2),))
     assert alone["fold"] is False
     assert reply(steps)["thinking"] == ""

@@ -1,7 +1,7 @@
 """No text that a model or a user wrote reaches Markdown unescaped, read from the source.
 
 Whatever Streamlit reads as Markdown has to be made of words of ours, of numbers,
-and of what went through ``replies.plain`` or ``replies.sentence``.
+and of what went through ``wording.escape`` or ``wording.sentence``.
 """
 
 from __future__ import annotations
@@ -27,26 +27,30 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-OURS = {"first_trace", "_choice"}
+LABELS |= {"section_row", "choice", "export_button", "_choice"}
+OURS = {"empty_state"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
-SAFE_CALLS = {"plain", "sentence", "counted", "size", "figure", "check", "_time", "len", "told"}
+SAFE_CALLS = {"escape", "sentence", "counted", "size", "format_number"}
+SAFE_CALLS |= {"format_difference", "_time", "len", "told"}
 # Of these modules each sentence is made of words of ours and of numbers.
-SAFE_CALLS |= {"in_words", "verdict", "absence", "notes", "_cut"}
+SAFE_CALLS |= {"in_words", "verdict", "why_no_tensors", "evidence_notes", "_cut"}
 # Words of ours that are looked up: names and meanings that stand in our own sources.
 OUR_WORDS = {
     # Our tables, their columns and our functions.
     "sql.py": {"table.name", "table.meaning", "function.name", "function.returns"}
-    | {"function.meaning[:1].upper()", "function.meaning[1:]", "sql_table.column_list(table)"},
+    | {"function.meaning[:1].upper()", "function.meaning[1:]"}
+    | {"sql_table.columns_as_markdown(table)"},
     # Our questions, their groups, options and columns.
     "questions.py": {"group", "question.group", "question.title", "question.meaning"}
     | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
     "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"},
     "store.py": {"name"},
+    "sidebar.py": {"field"},
     # Its callers are looked at.
-    "empty_state.py": {"why"},
+    "layout.py": {"nothing", "then", "title", "label", "name"},
     # The engine's writer of CSV, and no element of a page.
-    "data.py": {"[column.name for column in found.columns]"},
+    "data.py": {"[column.name for column in answer.columns]"},
 }
 # Number formats: what they do not fit raises an error.
 NUMBERS = tuple("dfge%n,")
@@ -165,8 +169,10 @@ def is_safe(node: ast.expr, module: Module, seen: frozenset[str] = frozenset()) 
 def read_as_markdown(call: ast.Call) -> Iterator[ast.expr]:
     """The arguments of ``call`` that Streamlit reads as Markdown."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else ast.unparse(call.func)
-    if name in BODIES | LABELS | OURS:
+    if name in BODIES | LABELS:
         yield from call.args[:1]
+    if name in OURS:
+        yield from call.args
     if name == "progress":
         yield from call.args[1:2]
     if name in BODIES | LABELS | HELPED | OURS | {"progress", "box"}:
@@ -198,15 +204,15 @@ def page(message, titles):
     for name in titles:
         st.write("by " + name)
     bar.progress(0.5, message.detail)
-    known = shapes.plain(title)
+    known = wording.escape(title)
     known = title
     st.badge(known)
 """
 FINE = """
 def page(message, titles):
-    label = shapes.plain(message.title) or "Untitled"
+    label = wording.escape(message.title) or "Untitled"
     st.button(f"**{label}**" if message else label, help=f"{message.tokens:,} tokens")
-    st.caption(" ".join(shapes.plain(title) for title in titles))
+    st.caption(" ".join(wording.escape(title) for title in titles))
     for name, key in (("One", "a"), ("Two", message.key)):
         st.caption(name)
     st.text(message.title)
