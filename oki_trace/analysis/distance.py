@@ -88,7 +88,7 @@ def between_logits(a: Logits, b: Logits) -> list[Distance]:
     # By convexity JS is no more than this, which is 0 where the two distributions are equal.
     np.minimum(js, (kl + kl_reverse) / 4, out=js)
     values = np.maximum(np.stack([kl, kl_reverse, js, tv, tv], axis=1), 0).astype(np.float64)
-    return [Distance(*row, FULL) for row in values.tolist()]
+    return [Distance(*row, basis=FULL) for row in values.tolist()]
 
 
 def between(p: Probs, q: Probs) -> Distance:

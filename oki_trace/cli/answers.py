@@ -18,13 +18,13 @@ from oki_trace.cli.output import (
     bar,
     cell,
     console,
-    inert,
     print_error,
     print_json,
     print_text,
     table,
     token,
 )
+from oki_trace.sanitize import inert
 
 _BAR_WIDTH = 20
 # The longest text in a cell of a terminal's table.

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_json, print_text
+from oki_trace.cli.output import console, print_json, print_text
 from oki_trace.cli.watchdog import watchdog
 from oki_trace.reporting import size
+from oki_trace.sanitize import inert
 
 
 def bench(

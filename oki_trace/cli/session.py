@@ -12,10 +12,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, inert, print_error
+from oki_trace.cli.output import console, print_error
 from oki_trace.cli.watchdog import Watchdog, watchdog
 from oki_trace.errors import UsageError
 from oki_trace.records import Message, ModelChoice, PartKind, Status, TurnEnd
+from oki_trace.sanitize import inert
 
 if TYPE_CHECKING:
     from oki_trace.llm.loading.load import LoadedModel

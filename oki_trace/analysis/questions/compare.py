@@ -162,7 +162,7 @@ def _steps(session: QuerySession, request: Request) -> Answer:
         second_step=second_step,
     )
     rows = session.ask(sql, parameters).rows
-    return request.answer(rows, sql, parameters, _sentence(found and found.distance))
+    return request.answer(rows, sql, parameters, _sentence(found.distance if found else None))
 
 
 def _replies(session: QuerySession, request: Request) -> Answer:
@@ -214,7 +214,7 @@ def _mean(answer: Answer, weights: Any) -> Distance | None:
         return None
     values = np.array([row[:5] for row in known])
     means = np.average(values, axis=0, weights=[row[-1] for row in known]).tolist()
-    return Distance(*means, " and ".join(sorted({row[5] for row in known})))
+    return Distance(*means, basis=" and ".join(sorted({row[5] for row in known})))
 
 
 def _sentence(d: Distance | None) -> str:
