@@ -22,7 +22,7 @@ def test_it_is_behind_until_it_has_read_what_is_new(
     """How far it is can be asked meanwhile, by whoever comes; it is written once."""
     db = str(tmp_path / "store.db")
     half_way, go_on = threading.Event(), threading.Event()
-    write = background_sync.BackgroundSync._note
+    write = background_sync.BackgroundSync._progress
     calls = []
 
     def note(self: BackgroundSync, done: int, of_all: int) -> None:
@@ -32,7 +32,7 @@ def test_it_is_behind_until_it_has_read_what_is_new(
             half_way.set()
             assert go_on.wait(30)
 
-    monkeypatch.setattr(background_sync.BackgroundSync, "_note", note)
+    monkeypatch.setattr(background_sync.BackgroundSync, "_progress", note)
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         for _ in range(3):
             made.whole(writer)
