@@ -94,7 +94,7 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
     base = alt.Chart(frame).encode(
         x=alt.X(
             "place:Q",
-            title="place in the replies",
+            title="token number",
             axis=alt.Axis(tickMinStep=1, grid=False),
             scale=alt.Scale(domain=[0.5, frame["place"].max() + 0.5], nice=False),
         ),
@@ -131,7 +131,7 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
         layers.append(
             mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
         )
-    description = "Total variation between the two replies' distributions, place by place"
+    description = "Total variation between the two replies' distributions, token by token"
     return _finished(alt.LayerChart(layer=layers), 240, description)
 
 

@@ -132,7 +132,7 @@ def evidence_notes(evidence: Evidence, head: str, kept: int, no_tensors: str | N
     ]
     notes = []
     if shares and head == MAXIMUM:
-        notes.append("The rest is not scaled: a maximum over heads is no distribution.")
+        notes.append("The rest is not scaled: a maximum over heads is not a distribution.")
     elif shares:
         rest = "; the rest is scaled to add up to 1" if evidence.scaled else ""
         notes.append(f"Left out: {' and '.join(shares)}{rest}.")

@@ -246,7 +246,7 @@ def _import() -> None:
     by_suffix = {PurePath(file.name).suffix.lower(): file for file in files}
     fits = len(files) == 1 or (len(files) == 2 == len(by_suffix) and ".safetensors" in by_suffix)
     if files and not fits:
-        st.caption("Choose one export: a file, and perhaps its safetensors file.")
+        st.caption("Choose one export: a file, with its safetensors file if it has one.")
     if not st.button("Import", key="import", type="primary", disabled=not files or not fits):
         return
     bar = st.progress(0.0, "Checking the file…")

@@ -135,7 +135,7 @@ def _conversation(state: QuestionState, followed: bool) -> int | None:
         230,
         format_func=lambda number: titles.get(number, number),
         accept_new_options=True,
-        help="One of the latest, or any by its number.",
+        help="Choose a recent conversation, or type the number of any.",
     )
     number = parse_step((chosen or "").strip())
     return number and number[0]

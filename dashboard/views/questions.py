@@ -90,7 +90,7 @@ def _wait_for_click(state: QuestionState) -> None:
     with st.container(border=True, key="ask-unasked"):
         st.markdown("This question came with the link. It reads full tensors, which may take long.")
         st.button(
-            "Ask it",
+            "Run the question",
             icon=":material/play_arrow:",
             key="ask-link",
             on_click=lambda: _allow(state),
@@ -147,7 +147,7 @@ def _charts(answer: Answer) -> None:
         name = next(iter(offered))
         if len(offered) > 1:
             name = st.segmented_control(
-                "What is drawn",
+                "Chart",
                 list(offered),
                 default=name,
                 required=True,
@@ -197,7 +197,7 @@ def _cut(answer: Answer, drawing: Drawing) -> str:
     if drawing.kind == "ranked" and len(answer.rows) > answers.MOST_BARS:
         return f"The first {answers.MOST_BARS} rows are drawn; the table has all."
     left = len(answers.models(answer)) - answers.MOST_MODELS
-    return f"{left} models with fewer steps are in the table alone." if left > 0 else ""
+    return f"{left} models with fewer steps are only in the table." if left > 0 else ""
 
 
 def _chart(
@@ -273,7 +273,7 @@ def _named(state: QuestionState, answer: Answer) -> int | None:
         index=None,
         format_func=lambda at: names[at],
         key=f"named-{hash(state)}",
-        placeholder="Or by its name",
+        placeholder="Open by name",
         label_visibility="collapsed",
         width=170,
     )

@@ -164,7 +164,7 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         "4-bit weights",
         key=_seeded("four_bit"),
         help="Loads the model with bitsandbytes. If that fails, it is loaded in its own precision, "
-        "and its card says so.",
+        "and the model card says so.",
     )
     loaded: ModelChoice | None = st.session_state.get(CHOSEN, {}).get("loaded")
     if loaded is not None and loaded.model_id == name:

@@ -241,6 +241,6 @@ def _curves(step: Step) -> None:
     layout.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index}")
     k = step.lens.probs.shape[1]
     st.caption(
-        f"Of each layer the {k:d} likeliest tokens were kept: a gap means that a token was not "
+        f"The {k:d} most likely tokens of each layer are kept; a gap means that a token was not "
         "among them. The chosen token is known at every layer."
     )

@@ -133,7 +133,7 @@ def prune(
 
 
 def vacuum(db: options.Db = None, json: options.Json = False) -> None:
-    """Rebuild the store, so that the disk gets back the space of deleted data.
+    """Rebuild the store to return the space of deleted data to the disk.
 
     This needs free disk space as large as the data, in the store's folder and for
     temporary files. It is refused while a reply is being generated.
