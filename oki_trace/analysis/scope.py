@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from dataclasses import dataclass
+from string import Template
 from typing import Any
 
 from oki_trace.errors import UsageError
@@ -51,12 +52,14 @@ class Scope:
       FROM message AS earlier
       WHERE earlier.conversation_id = m.conversation_id AND earlier.position <= m.position
         AND {" AND ".join(earlier)})""")
-        where = "\n    AND ".join(conditions)
-        return f"""
+        return compose(
+            """
   SELECT id AS message_id, model_id
   FROM message AS m
-  WHERE {where}
-"""
+  WHERE $conditions
+""",
+            conditions="\n    AND ".join(conditions),
+        )
 
     def parameters(self) -> dict[str, Any]:
         """The conditions that were given, as values for DuckDB."""
@@ -67,6 +70,14 @@ class Scope:
         if "role" in given:
             given["role"] = str(given["role"])
         return given
+
+
+def compose(statement: str, **fragments: str) -> str:
+    """``statement`` with SQL of this package in place of ``$name``; parameters stay as they are.
+
+    Values never come in this way: they are bound as parameters.
+    """
+    return Template(statement).safe_substitute(fragments)
 
 
 def parse_time(text: str, *, end: bool = False) -> dt.datetime:

@@ -104,12 +104,14 @@ def every_question() -> None:
     """In each of its views, on the reply that is there, which kept its tensors."""
     from oki_trace.analysis.catalog import QUESTIONS
 
+    subjects = {"step": ("2:0", "2:1"), "reply": ("2", "2"), "model": ("smollm2", "smollm2")}
     for question in QUESTIONS.values():
-        for view in question.views:
-            assert command("ask", question.name, "--by", view, "--format", "csv")
+        for name, view in question.views.items():
+            two = subjects[view.compares] if view.compares else ()
+            assert command("ask", question.name, *two, "--by", name, "--format", "csv")
+            if two:
+                assert "from full logits" in command("ask", question.name, *two)
     assert command("ask", "heads")
-    for two in (("2:0", "2:1"), ("2", "2"), ("smollm2", "smollm2")):
-        assert "from full logits" in command("ask", "compare", *two)
 
 
 def a_page(name: str) -> None:

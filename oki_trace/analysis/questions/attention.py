@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from oki_trace.analysis.question import Column, Drawing, Question, View
+from oki_trace.analysis.scope import compose
 
 SHARES = ("first_token", "system", "user", "assistant", "template", "reply", "rest", "missing")
 _STACKED = ("reply", "assistant", "user", "system", "template", "first_token", "rest", "missing")
@@ -31,21 +32,28 @@ def _by_step(rows: str, key: str = "", steps: str = "steps") -> str:
     """
     sums = "".join(f",\n    sum(attention_layer.{share}) AS {share}" for share in SHARES)
     means = "".join(f",\n  sum(of_step.{share}) / sum(row_count) AS {share}" for share in SHARES)
-    return f"""
+    return compose(
+        """
 WITH scope AS ($scope),
 of_step AS (
-  SELECT step_index, {key}count(*) AS row_count, count(*) FILTER (is_evidence) AS steps{sums}
-  FROM {rows}
+  SELECT step_index, ${key}count(*) AS row_count, count(*) FILTER (is_evidence) AS steps$sums
+  FROM $rows
   GROUP BY ALL
 )
 SELECT
   CASE WHEN step_index < 2 THEN step_index ELSE (2 ** floor(log2(step_index)))::INT END
     AS from_step,
-  {key}sum({steps}) AS steps{means}
+  ${key}sum($steps) AS steps$means
 FROM of_step
 GROUP BY ALL
 ORDER BY ALL
-"""
+""",
+        key=key,
+        sums=sums,
+        rows=rows,
+        steps=steps,
+        means=means,
+    )
 
 
 _ROWS = "attention_layer JOIN scope USING (message_id)"
@@ -61,13 +69,17 @@ ATTENTION = Question(
     "a step reads, not why.",
     {
         "layer": View(
-            f"""
+            compose(
+                """
 WITH scope AS ($scope)
-SELECT model_id AS model, layer, count(*) AS steps, {_MEANS}
-FROM {_ROWS}
+SELECT model_id AS model, layer, count(*) AS steps, $means
+FROM $rows
 GROUP BY model_id, layer
 ORDER BY model, layer
 """,
+                means=_MEANS,
+                rows=_ROWS,
+            ),
             (_MODEL, _LAYER, *_COLUMNS),
             {"shares": Drawing("stacked", ("layer",), _STACKED)},
             bar="first_token",

@@ -13,6 +13,7 @@ import numpy as np
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import Answer, Column, Drawing, Option, Question, Request, View
+from oki_trace.analysis.scope import compose
 from oki_trace.analysis.step_distance import one_vocabulary, step_distances
 from oki_trace.errors import QuestionError
 
@@ -46,14 +47,15 @@ aligned AS (
   )
 )"""
 
-_REPLIES = f"""
+_REPLIES = compose(
+    """
 WITH pair AS (
   SELECT one.id AS first, two.id AS second,
     coalesce(one.prompt_hash = two.prompt_hash, false) AS same_prompt
   FROM message AS one, message AS two
   WHERE one.id = $first AND two.id = $second
 ),
-{_ALIGNED},
+$aligned,
 measured AS MATERIALIZED (
   SELECT *, distance(first, step, second, step) AS d FROM aligned
 )
@@ -62,9 +64,12 @@ SELECT step, chosen, other, if(same_before, 'yes', 'no') AS same_before, d.kl AS
   d.top_rank AS top_rank, d.basis AS basis
 FROM measured
 ORDER BY step
-"""
+""",
+    aligned=_ALIGNED,
+)
 
-_MODELS = f"""
+_MODELS = compose(
+    """
 WITH scope AS ($scope),
 pair AS (
   SELECT any_value(question.content) AS prompt,
@@ -79,7 +84,7 @@ pair AS (
   ORDER BY first
   LIMIT $top
 ),
-{_ALIGNED},
+$aligned,
 numbered AS (
   SELECT *, count(*) OVER () AS all_steps, row_number() OVER (ORDER BY first, step) - 1 AS number,
     count(*) FILTER (chosen = other) OVER of_pair AS common_prefix, count(*) OVER of_pair AS steps
@@ -99,7 +104,9 @@ SELECT any_value(prompt) AS prompt, first AS reply, second AS other,
 FROM measured JOIN pair USING (first, second)
 GROUP BY first, second
 ORDER BY first
-"""
+""",
+    aligned=_ALIGNED,
+)
 
 _STEPS = """
 WITH one AS (

@@ -9,12 +9,14 @@ from __future__ import annotations
 from oki_trace.analysis.head_targets import HEAD_TARGETS
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import Answer, Column, Drawing, Option, Question, Request, View
+from oki_trace.analysis.scope import compose
 from oki_trace.errors import QuestionError
 
 
 def _statement(columns: str, where: str, limit: str) -> str:
     each = range(1, len(HEAD_TARGETS) + 1)
-    return f"""
+    return compose(
+        """
 WITH scope AS ($scope),
 with_tensors AS (
   SELECT message_id, model_id FROM scope WHERE keeps(message_id, 'attentions')
@@ -31,19 +33,26 @@ sampled AS MATERIALIZED (
 means AS (
   SELECT model, h.layer AS layer, h.head AS head, count(*) AS steps_read,
     any_value(steps) AS steps, avg(h.focus) AS focus,
-    [{", ".join(f"avg(h.shares[{i}])" for i in each)}] AS shares,
-    [{", ".join(f"stddev_pop(h.shares[{i}])" for i in each)}] AS spreads
+    [$shares] AS shares,
+    [$spreads] AS spreads
   FROM sampled GROUP BY model, h.layer, h.head
 ),
 targets AS (
   SELECT *, list_position(shares, list_max(shares)) AS most FROM means WHERE list_max(shares) > 0
 )
-SELECT model, layer, head, {list(HEAD_TARGETS)}[most] AS looks_at,
+SELECT model, layer, head, $targets[most] AS looks_at,
   shares[most] AS share, spreads[most] AS spread, focus, shares[1] AS first_token,
-  shares[-1] AS reply{columns}
-FROM targets{where}
-ORDER BY share DESC, model, layer, head{limit}
-"""
+  shares[-1] AS reply$columns
+FROM targets$where
+ORDER BY share DESC, model, layer, head$limit
+""",
+        shares=", ".join(f"avg(h.shares[{i}])" for i in each),
+        spreads=", ".join(f"stddev_pop(h.shares[{i}])" for i in each),
+        targets=str(list(HEAD_TARGETS)),
+        columns=columns,
+        where=where,
+        limit=limit,
+    )
 
 
 # All heads, to count those that are left out: the tensors are read once.

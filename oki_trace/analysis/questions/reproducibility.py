@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from oki_trace.analysis.question import Column, Drawing, Option, Question, View
+from oki_trace.analysis.scope import compose
 
 # A row for each reply: its prompt, its settings, and the means over its steps.
 _REPLIES = """\
@@ -59,8 +60,9 @@ REPRODUCIBILITY = Question(
     "small between quantisations.",
     {
         "prompt": View(
-            f"""
-{_REPLIES},
+            compose(
+                """
+$replies,
 places AS (
   SELECT prompt_hash, step_index, stddev_pop(prob) AS prob_spread,
     count(DISTINCT token_id) > 1 OR count(*) < any_value(times) AS has_diverged
@@ -88,6 +90,8 @@ GROUP BY prompt_hash
 ORDER BY replies DESC, prompt
 LIMIT $top
 """,
+                replies=_REPLIES,
+            ),
             (
                 _PROMPT,
                 _COUNT,
@@ -109,8 +113,9 @@ LIMIT $top
             },
         ),
         "setting": View(
-            f"""
-{_REPLIES}
+            compose(
+                """
+$replies
 SELECT any_value(prompt) AS prompt, model, precision, temperature, count(*) AS replies,
   count(DISTINCT text) AS texts, avg(tokens) AS tokens, stddev_pop(tokens) AS tokens_spread,
   avg(surprisal) AS surprisal, stddev_pop(surprisal) AS surprisal_spread,
@@ -120,6 +125,8 @@ GROUP BY prompt_hash, model, precision, temperature
 ORDER BY prompt, model, precision, temperature
 LIMIT $top
 """,
+                replies=_REPLIES,
+            ),
             (_PROMPT, _MODEL, _PRECISION, _TEMPERATURE, _COUNT, _TEXTS, *_SPREADS, _DEPTH),
             {
                 name: Drawing(
@@ -132,13 +139,16 @@ LIMIT $top
             },
         ),
         "reply": View(
-            f"""
-{_REPLIES}
+            compose(
+                """
+$replies
 SELECT prompt, message, model, precision, temperature, seed, tokens, surprisal, entropy, depth, text
 FROM repeated
 ORDER BY prompt, model, precision, temperature, seed, message
 LIMIT $top
 """,
+                replies=_REPLIES,
+            ),
             (
                 _PROMPT,
                 Column("message", "name", "the reply"),

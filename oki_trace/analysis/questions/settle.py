@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from oki_trace.analysis.question import Column, Drawing, Question, View
+from oki_trace.analysis.scope import compose
 
 _MEANS = (
     Column("steps", "number", "steps"),
@@ -17,9 +18,10 @@ _MEANS = (
 
 def _means(key: str, group: str, order: str) -> str:
     """The statement of a view that has a row for each ``group`` of steps."""
-    return f"""
+    return compose(
+        """
 WITH scope AS ($scope)
-SELECT {key},
+SELECT $key,
   count(*) AS steps,
   avg((settle_layer IS NOT NULL)::INT) AS settled,
   avg(settle_layer) AS layer,
@@ -29,9 +31,13 @@ SELECT {key},
   avg(prob) AS prob
 FROM step JOIN scope USING (message_id)
 WHERE layers IS NOT NULL
-GROUP BY {group}
-ORDER BY {order}
-"""
+GROUP BY $group
+ORDER BY $order
+""",
+        key=key,
+        group=group,
+        order=order,
+    )
 
 
 SETTLE = Question(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from oki_trace.analysis.question import Column, Drawing, Option, Question, View
+from oki_trace.analysis.scope import compose
 
 
 def _least_certain(order: str) -> str:
     """The statement for the first steps in an ``order``, with the alternatives to each."""
-    return f"""
+    return compose(
+        """
 WITH scope AS ($scope),
 chosen AS (
   SELECT step.* FROM step JOIN scope USING (message_id)
   WHERE entropy IS NOT NULL
-  ORDER BY {order}, message_id, step_index
+  ORDER BY $order, message_id, step_index
   LIMIT $top
 ),
 alternatives AS (
@@ -27,8 +29,10 @@ SELECT conversation_id AS conversation, message_id AS message, step_index AS ste
   prob, entropy, margin, alternatives.tokens[:3] AS alternatives,
   alternatives.probs[:3] AS alternative_probs
 FROM chosen LEFT JOIN alternatives ON step_id = chosen.id JOIN message ON message.id = message_id
-ORDER BY {order}, message_id, step_index
-"""
+ORDER BY $order, message_id, step_index
+""",
+        order=order,
+    )
 
 
 _STEP = (

@@ -121,10 +121,9 @@ def _file_size(file: Path) -> int:
 
 def _measure_sqlite(connection: Connection) -> tuple[int, int]:
     """(bytes of the pages in use, bytes of the free pages)."""
-    page_size, pages, free = (
-        connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-        for name in ("page_size", "page_count", "freelist_count")
-    )
+    page_size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    free = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
     return (pages - free) * page_size, free * page_size
 
 
