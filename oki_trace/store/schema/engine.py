@@ -193,6 +193,8 @@ def _connect_postgresql(
     try:
         # Without a transaction, which could be idle for too long before its limit is set.
         connection.autocommit = True
+        # In one message and first: a limit of the role's own would end a longer statement.
+        cursor.execute("; ".join(_POSTGRESQL))
         cursor.execute("SELECT current_setting('server_encoding'), current_database()")
         encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
         if encoding != "UTF8":
@@ -200,8 +202,6 @@ def _connect_postgresql(
                 f"The PostgreSQL database {name} has the encoding {encoding}, which cannot hold "
                 "every text: make one with `createdb -E UTF8 -T template0 NAME`, and give that."
             )
-        for setting in _POSTGRESQL:
-            cursor.execute(setting)
         connection.autocommit = False
     except BaseException:
         connection.close()
