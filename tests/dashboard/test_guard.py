@@ -145,7 +145,7 @@ def test_who_opens_it_to_others_names_what_it_is_called(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["*", "*.example", "a b", "host:80", "http://x", "", "a/b", "é"])
 def test_a_name_to_be_allowed_is_a_name(name: str) -> None:
-    with pytest.raises(UsageError, match="is no name of a machine"):
+    with pytest.raises(UsageError, match="is not a host name"):
         checked_name(name)
 
 

@@ -81,7 +81,7 @@ def test_ui_opens_to_others_only_when_that_is_meant(tmp_path: Path) -> None:
     assert not Path(db).exists()
     nowhere = _ui(Path(db), "--host", "192.0.2.77", "--public")
     assert nowhere.returncode == 2
-    assert "no address of this machine" in nowhere.stderr
+    assert "is not an address of this machine" in nowhere.stderr
     command = ["oki_trace", "ui", "--host", "0.0.0.0", "--public", "--port", str(port), "--db", db]
     explorer = server.start(command, db, port, tmp_path / "output.txt")
     try:
