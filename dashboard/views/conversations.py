@@ -190,8 +190,8 @@ def actions(chosen: Sequence[Conversation]) -> None:
     """The actions for the selected conversations."""
     if not chosen:
         st.caption(
-            "Click a row to open it. Tick its box to rename, export or delete it; tick two to "
-            "compare them."
+            "Click a row to open it. Select its checkbox to rename, export or "
+            "delete it; select two to compare them."
         )
         return
     one = chosen[0]

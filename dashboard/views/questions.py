@@ -88,7 +88,7 @@ def _allow(state: QuestionState) -> None:
 
 def _wait_for_click(state: QuestionState) -> None:
     with st.container(border=True, key="ask-unasked"):
-        st.markdown("This question came with the link. It reads full tensors, which may take long.")
+        st.markdown("This question came from a link. It reads full tensors: that may take a while.")
         st.button(
             "Run the question",
             icon=":material/play_arrow:",
@@ -162,7 +162,7 @@ def _charts(answer: Answer) -> None:
     drawing = offered[name]
     rows = answers.marks(answer, drawing)
     if not rows:
-        st.caption("There are no numbers to draw.")
+        st.caption("There is nothing to plot.")
         return
     places = answers.step_places(answer)
     notes = [_cut(answer, drawing)]
@@ -243,7 +243,7 @@ def _table(state: QuestionState, answer: Answer, step_view: str | None) -> None:
             key="answer-csv",
             icon=":material/download:",
             on_click="ignore",
-            help="Save all rows, with the exact texts of the tokens",
+            help="Save all rows, with the exact token text",
         )
     frame = pd.DataFrame(answers.table(answer))
     height: Any = "content" if len(frame) <= 11 else TABLE_HEIGHT

@@ -85,7 +85,7 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
             head = step_panel.head_select(message, count, key="map_head")
         size = WINDOW if head == attention.MEAN else FULL_WINDOW
         first, end = _window(message, len(steps), index, size)
-    if message.status.is_live and not st.toggle("Draw the finished steps", key="map_live"):
+    if message.status.is_live and not st.toggle("Show steps so far", key="map_live"):
         st.caption("Decoding… The map is drawn when the reply ends.")
     elif kind == "attention":
         _attention(message, capture, steps, layer, head, first, end)
@@ -120,7 +120,7 @@ def _layers(
     layout.check_warning(message)
     grid = data.lens_grid(message, first, end)
     if not len(grid.step_index):
-        st.caption("The lens of these steps is not computed yet.")
+        st.caption("The lens of these steps has not been computed yet.")
         return
     _draw(message, lens.lens_map(grid, steps), "layers", first)
     st.caption(

@@ -149,8 +149,7 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         key=_seeded("model"),
         accept_new_options=True,
         placeholder="Choose a model",
-        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). "
-        "Type to enter another one.",
+        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). Or type another.",
     )
     name = (name or "").strip()
     last = last_choice(messages)
@@ -175,7 +174,12 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
 def _sampling_widgets(own: Mapping[str, float]) -> None:
     """``own`` are the settings of the model's generation config, used where a field is empty."""
     temperature = st.slider(
-        "Temperature", 0.0, 2.0, step=0.05, key=_seeded("temperature"), help="0 decodes greedily."
+        "Temperature",
+        0.0,
+        2.0,
+        step=0.05,
+        key=_seeded("temperature"),
+        help="0 means greedy decoding.",
     )
     off = temperature == 0
 

@@ -181,7 +181,7 @@ def _result(result: Result) -> None:
     with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
         show = layout.choice("Show", ("table", "chart"), "sql-show")
         count = wording.counted(table.num_rows, "row")
-        more = " There are more: raise the limit to see them." if result.cut else ""
+        more = " More rows exist; raise the maximum to see them." if result.cut else ""
         st.caption(f"{count} in {_time(result.took_s)}.{more}", width="stretch")
         for name, make, mime in (
             ("CSV", sql_table.as_csv, "text/csv"),
@@ -208,7 +208,7 @@ def _chart(rows: Any) -> None:
     numeric = sql_table.numeric_columns(rows)
     columns = list(rows.columns)
     if not numeric or rows.empty:
-        st.caption("A chart needs a column of numbers. Select one in the query.")
+        st.caption("A chart needs a numeric column; add one to the query.")
         return
     with st.container(horizontal=True, vertical_alignment="bottom", key="sql-chart-head"):
         # Keyed by the columns: those of another query may not have the chosen ones.

@@ -164,7 +164,7 @@ def sink_toggle(key: str = "no_sink") -> bool:
         "Leave out the first token and the chat template",
         value=True,
         key=key,
-        help="Models park unused attention on the first token (a sink) and on special tokens. "
+        help="Models put surplus attention on the first token (a sink) and on special tokens. "
         "The rest is scaled so that it adds up to 1.",
     )
 
@@ -200,7 +200,7 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
         check = "" if error is None else f" Lens check {replies.format_difference(error)}."
         st.caption(
             "The prediction if a layer were the last, through the model's own final norm and head. "
-            f"Early layers often give nonsense.{check}"
+            f"Predictions of early layers are often meaningless.{check}"
         )
     _curves(step)
 

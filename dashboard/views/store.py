@@ -91,7 +91,7 @@ def _verify(place: DeltaGenerator) -> None:
         bar.progress(
             min(share, 1.0),
             f"{done:,} of {of_all:,} steps{', ' if rest else ''}{wording.escape(rest)}. "
-            "Click anything else to stop the check.",
+            "Any other click stops the check.",
         )
 
     check = data.verification(progress)

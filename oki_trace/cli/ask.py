@@ -46,18 +46,18 @@ def ask(
         str | None, typer.Option(help="Only where the reply or a message before it has this text.")
     ] = None,
     top: Annotated[
-        int | None, typer.Option("--top", "-n", min=1, help="At most this many rows.")
+        int | None, typer.Option("--top", "-n", min=1, help="Maximum number of rows.")
     ] = None,
-    least: Annotated[float | None, typer.Option(help="The lowest probability that counts.")] = None,
+    least: Annotated[float | None, typer.Option(help="Minimum probability.")] = None,
     sample: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many steps' tensors to read: 64 for heads, 640 for two models."
+            min=1, help="Number of steps whose tensors are read: 64 for heads, 640 for two models."
         ),
     ] = None,
     set_option: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any option of the question."),
+        typer.Option("--set", metavar="NAME=VALUE", help="Set any option of the question."),
     ] = None,
     format: Annotated[AnswerFormat, _FORMAT] = "table",
     show_sql: Annotated[
@@ -109,9 +109,9 @@ def sql(
     tables: Annotated[bool, typer.Option("--tables", help="List the tables and columns.")] = False,
     format: Annotated[ResultFormat, _FORMAT] = "table",
     limit: Annotated[
-        int, typer.Option("--limit", "-n", min=1, help="At most this many rows.")
+        int, typer.Option("--limit", "-n", min=1, help="Maximum number of rows.")
     ] = 1000,
-    timeout: Annotated[float, typer.Option(help="At most this many seconds.")] = 30.0,
+    timeout: Annotated[float, typer.Option(help="Time limit in seconds.")] = 30.0,
     memory: Annotated[
         str, typer.Option(help="The most memory that the statement may use.")
     ] = "512MB",

@@ -16,7 +16,7 @@ def ui(
     port: Annotated[int | None, typer.Option(help="The port to serve on.")] = None,
     host: Annotated[
         str,
-        typer.Option(help="The address; only this machine can reach the default."),
+        typer.Option(help="Address to listen on; the default is reachable only from this machine."),
     ] = "127.0.0.1",
     public: Annotated[
         bool,

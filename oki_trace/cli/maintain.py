@@ -78,7 +78,9 @@ def prune(
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Prune until the data fits, as in 10GB."),
+        typer.Option(
+            metavar="SIZE", help="Prune until the data is at most this size, such as 10GB."
+        ),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete whole conversations, not only full tensors.")

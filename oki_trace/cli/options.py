@@ -54,7 +54,7 @@ NoFast = Annotated[
     typer.Option(
         "--no-fast",
         callback=_switch_fast_paths_off,
-        help="Turn the optional fast paths off: the same numbers, slower.",
+        help="Turn off the optional fast paths; results are the same but take longer.",
     ),
 ]
 # Suffixes of the files of an SQLite store.
@@ -105,7 +105,7 @@ class Turns:
         typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
     ] = None
     system: Annotated[str | None, typer.Option(help="The system message.")] = None
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="The most tokens in a reply.")] = 256
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum number of new tokens.")] = 256
     temperature: Annotated[
         float | None, typer.Option(help="Sample; without it, decoding is greedy.")
     ] = None
@@ -114,7 +114,7 @@ class Turns:
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1, repetition is less likely.")
+        float | None, typer.Option(help="Values above 1 discourage repetition.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None
     four_bit: FourBit = False

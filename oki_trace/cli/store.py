@@ -90,7 +90,7 @@ def verify(
     """Check all checksums, and that the stored numbers agree with each other.
 
     Prints one line per problem; the exit status is 1 if there is any. The store is not
-    changed. A model that cannot be loaded is reported, and is not a problem.
+    changed. A model that cannot be loaded is reported but does not count as a problem.
 
     Example: oki-trace verify 1 --recompute
 

@@ -109,7 +109,7 @@ def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
         assert [row[name] for name in DISTANCES] == pytest.approx(
             each.mean(axis=0), rel=1e-6, abs=1e-6
         )
-        assert answer.about.startswith(f"8 of {STEPS} steps, evenly spread, of 1 prompts: ")
+        assert answer.about.startswith(f"8 of {STEPS} steps, evenly spaced, of 1 prompts: ")
 
 
 def test_logits_that_are_no_numbers_leave_the_lists(tmp_path: Path) -> None:

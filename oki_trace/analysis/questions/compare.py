@@ -195,7 +195,7 @@ def _replies(session: QuerySession, request: Request) -> Answer:
 def _models(session: QuerySession, request: Request) -> Answer:
     """A row for each prompt: the first reply of each model, compared up to where they diverge.
 
-    Later steps follow different texts. Of all steps, ``sample`` are read, evenly spread, and the
+    Later steps follow different texts. Of all steps, ``sample`` are read, evenly spaced, and the
     first of each reply.
     """
     first, second = request.subjects
@@ -207,7 +207,7 @@ def _models(session: QuerySession, request: Request) -> Answer:
         )
     steps = answer.column("steps")
     count, read = sum(steps), sum(answer.column("steps_read"))
-    of_all = f"{count:,} steps" if read == count else f"{read:,} of {count:,} steps, evenly spread,"
+    of_all = f"{count:,} steps" if read == count else f"{read:,} of {count:,} steps, evenly spaced,"
     about = f"{of_all} of {len(answer.rows)} prompts: {_sentence(_mean(answer, steps))}"
     return request.answer(answer.rows, sql, parameters, about)
 

@@ -70,7 +70,7 @@ def _run(session: QuerySession, request: Request) -> Answer:
     others = tuple(row[:-2] for row in rows if row[3] != HEAD_TARGETS[0])
     steps_read = sum({row[0]: row[-2] for row in rows}.values())
     about = (
-        f"{steps_read} of {rows[0][-1]:,} steps read, evenly spread; {len(rows) - len(others)} of "
+        f"{steps_read} of {rows[0][-1]:,} steps read, evenly spaced; {len(rows) - len(others)} of "
         f"{len(rows)} heads give most of their weight to the first token."
     )
     return request.answer(others[: int(request.options["top"])], *request.bind(), about)
