@@ -78,9 +78,7 @@ def prune(
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(
-            metavar="SIZE", help="Prune until the data is at most this size, such as 10GB."
-        ),
+        typer.Option(metavar="SIZE", help="Prune until the data fits in this size, such as 10GB."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete whole conversations, not only full tensors.")

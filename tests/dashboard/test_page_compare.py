@@ -20,7 +20,7 @@ def test_two_replies_are_compared(filled_store: sample_stores.Samples) -> None:
     assert not app.exception
     assert [box.value for box in app.selectbox] == [left, right]
     assert app.markdown[0].value.startswith("They diverge at token 1;")
-    assert any("the least that the recorded" in caption.value for caption in app.caption)
+    assert any("the lower bound that the kept" in caption.value for caption in app.caption)
     assert app_pages.shown(app, "compare-replies")["chosen"] == 0
     table = app_pages.shown(app, "settings")
     settings = {name: values for name, *values in table["rows"]}
