@@ -269,7 +269,7 @@ def test_two_steps_and_two_models_are_compared(filled: sample_stores.Samples) ->
     app = questions(question="compare", view="step", **steps)
     assert not app.exception
     assert app.number_input(key="ask-Second-step").value == 2
-    assert {"both", "first", "second"} >= set(app.dataframe[0].value["listed"])
+    assert {"both", "first", "second"} >= set(app.dataframe[0].value["listed_in"])
     assert charts(app) == 1
     app.button_group(key="ask-view-compare").set_value("model").run()
     assert not app.exception
