@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(found: Callable[[], T | None], what: str, *, seconds: float = 90.0) -> T:
+def until(found: Callable[[], T | None], what: str, *, seconds: float = 200.0) -> T:
     """What ``found`` returns once it is neither None nor false; fails after ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:

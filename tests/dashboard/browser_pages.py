@@ -22,7 +22,7 @@ LOCAL = {"data", "blob", "about"}
 PROBES = ("/_stcore/health", "/_stcore/host-config")
 
 # Long enough for a machine whose cores are shared: a box stays disabled while a model loads.
-TIMEOUT_MS = 90_000
+TIMEOUT_MS = 200_000
 expect.set_options(timeout=TIMEOUT_MS)
 
 
