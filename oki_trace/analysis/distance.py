@@ -88,7 +88,10 @@ def between_logits(a: Logits, b: Logits) -> list[Distance]:
     # By convexity JS is no more than this, which is 0 where the two distributions are equal.
     np.minimum(js, (kl + kl_reverse) / 4, out=js)
     values = np.maximum(np.stack([kl, kl_reverse, js, tv, tv], axis=1), 0).astype(np.float64)
-    return [Distance(*row, basis=FULL) for row in values.tolist()]
+    return [
+        Distance(kl, kl_reverse, js, tv, tv_most, FULL)
+        for kl, kl_reverse, js, tv, tv_most in values.tolist()
+    ]
 
 
 def between(p: Probs, q: Probs) -> Distance:

@@ -220,8 +220,12 @@ def _mean(answer: Answer, weights: Any) -> Distance | None:
     if not known:
         return None
     values = np.array([row[:5] for row in known])
-    means = np.average(values, axis=0, weights=[row[-1] for row in known]).tolist()
-    return Distance(*means, basis=" and ".join(sorted({row[5] for row in known})))
+    kl, kl_reverse, js, tv, tv_most = np.average(
+        values, axis=0, weights=[row[-1] for row in known]
+    ).tolist()
+    return Distance(
+        kl, kl_reverse, js, tv, tv_most, " and ".join(sorted({row[5] for row in known}))
+    )
 
 
 def _sentence(d: Distance | None) -> str:
