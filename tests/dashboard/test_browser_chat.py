@@ -136,7 +136,7 @@ def test_a_reply_outlives_reloads_and_tabs(live: server.Explorer, browse: Browse
 
 def test_a_second_message_waits_its_turn(live: server.Explorer, browse: Browse) -> None:
     page = browse(live.url)
-    browser_pages.set_most_new_tokens(page, 24)
+    browser_pages.set_most_new_tokens(page, 60)
     browser_pages.ask(page, STORY)
     browser_pages.wait_for_tokens(page, 2)
     browser_pages.ask(page, "What is the capital of Italy?")

@@ -178,6 +178,7 @@ def test_nothing_leaves_the_machine(
 def test_the_witness_sees_what_would_leave(browser: Browser) -> None:
     witness = browser_pages.Witness()
     context = browser.new_context()
+    context.set_default_timeout(browser_pages.TIMEOUT_MS)
     witness.watch(context)
     page = context.new_page()
     page.set_content("<img src='http://evil.test/x.png'><script>console.error('no')</script>")

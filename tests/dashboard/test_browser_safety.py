@@ -70,6 +70,7 @@ def test_a_page_of_others_neither_frames_nor_reaches_the_explorer(
     explorer: server.Explorer, browser: Browser
 ) -> None:
     context = browser.new_context()
+    context.set_default_timeout(browser_pages.TIMEOUT_MS)
     refused: list[str] = []
     with another_page(explorer) as address:
         page = context.new_page()
@@ -301,9 +302,9 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import streamlit as st
 
-from dashboard.viewdata import replies as viewdata
+from dashboard.viewdata import wording
 
-made = viewdata.plain if st.query_params.get("as") == "plain" else str
+made = wording.escape if st.query_params.get("as") == "plain" else str
 for number, text in enumerate(json.loads(Path({texts!r}).read_text("utf-8"))):
     shown = made(text)
     with st.container(key=f"text-{{number}}"):
@@ -352,6 +353,7 @@ def test_plain_text_is_plain_wherever_markdown_is_read(browser: Browser, tmp_pat
         run, str(tmp_path / "store.db"), port, tmp_path / "output.txt", tmp_path
     )
     context = browser.new_context()
+    context.set_default_timeout(browser_pages.TIMEOUT_MS)
     # What the raw texts ask for is not fetched.
     context.route(lambda address: f":{port}/" not in address, lambda route: route.abort())
     try:
