@@ -64,6 +64,8 @@ def ask(page: Page, text: str) -> None:
     box = ready_for_a_message(page)
     box.fill(text)
     box.press("Enter")
+    # A page that is behind may not have taken the text in when Enter comes.
+    until(lambda: box.input_value() != text or box.press("Enter"), "the message to be sent")
 
 
 def set_most_new_tokens(page: Page, number: int) -> None:
