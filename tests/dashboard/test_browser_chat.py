@@ -141,7 +141,7 @@ def test_a_second_message_waits_its_turn(live: server.Explorer, browse: Browse) 
     browser_pages.wait_for_tokens(page, 2)
     browser_pages.ask(page, "What is the capital of Italy?")
     expect(page.locator(".root.reply")).to_have_count(2)
-    expect(page.get_by_text("Queued: 1 reply before it.")).to_be_visible()
+    expect(page.get_by_text("Queued behind 1 reply.")).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_have_count(2)
     until(lambda: "complete" in browser_pages.status(page), "the second reply to be complete")
     with TraceReader(live.db) as reader:
