@@ -49,6 +49,8 @@ Settings = tuple[ModelChoice, Sampling, CapturePolicy, str | None, TemplateOptio
 CHOSEN = "chat-settings"
 # The conversation that the model was last taken from.
 FOLLOWED = "chat-followed"
+# What each widget showed when it was first drawn.
+FIRST = "chat-first"
 
 
 def draw_settings(conversation: int | None, messages: Sequence[Message]) -> Settings | None:
@@ -107,11 +109,22 @@ def _chosen() -> dict[str, Any]:
     return {**defaults, **kept}
 
 
-def _seeded(key: str) -> str:
-    """``key``, of a widget that keeps its value while it is not drawn."""
-    if key not in st.session_state:
-        st.session_state[key] = _chosen()[key]
-    return key
+def _default(key: str) -> Any:
+    """What the widget ``key`` shows while the browser has no value of its own for it.
+
+    A default, not a value set in the session state: that is sent to the browser once, and lost
+    when a click interrupts the run that sends it. It stays the same while the widget is drawn:
+    a field that is emptied would otherwise take what it held before.
+    """
+    first: dict[str, Any] = st.session_state.setdefault(FIRST, {})
+    if key not in st.session_state or key not in first:
+        first[key] = _chosen()[key]
+    return first[key]
+
+
+def _setting(key: str) -> dict[str, Any]:
+    """The key of a widget and its default."""
+    return {"key": key, "value": _default(key)}
 
 
 def _follow(conversation: int | None, messages: Sequence[Message]) -> None:
@@ -145,8 +158,8 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
     name = st.selectbox(
         "Model",
         known,
-        index=None,
-        key=_seeded("model"),
+        index=0 if chosen else None,
+        key="model",
         accept_new_options=True,
         placeholder="Choose a model",
         help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). Or type another.",
@@ -161,7 +174,9 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         )
     four_bit = st.toggle(
         "4-bit weights",
-        key=_seeded("four_bit"),
+        # Streamlit warns of a default beside a value that `_follow` has just set.
+        _default("four_bit") and "four_bit" not in st.session_state,
+        key="four_bit",
         help="Loads the model with bitsandbytes. If that fails, it is loaded in its own precision, "
         "and the model card says so.",
     )
@@ -178,7 +193,7 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         0.0,
         2.0,
         step=0.05,
-        key=_seeded("temperature"),
+        **_setting("temperature"),
         help="0 means greedy decoding.",
     )
     off = temperature == 0
@@ -190,18 +205,19 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         setting = "repetition_penalty" if key == "penalty" else key
         value = f", {own[setting]:g}" if setting in own else ""
         more.setdefault("placeholder", f"the model's own{value}")
-        st.number_input(field, low, high, None, step, key=_seeded(key), **more)
+        st.number_input(field, low, high, step=step, **_setting(key), **more)
 
     empty = "Empty: as in the model's generation config."
     optional("Top-p", "top_p", 0.01, 1.0, 0.05, disabled=off, help=empty)
     optional("Top-k", "top_k", 0, 1000, 1, disabled=off, help=f"0 keeps every token. {empty}")
     optional("Seed", "seed", 0, None, 1, disabled=off, placeholder="any")
     optional("Repetition penalty", "penalty", 0.01, 10.0, 0.05, help=f"1 is off. {empty}")
-    st.number_input("Maximum new tokens", 1, 8192, key=_seeded("max_new_tokens"))
+    st.number_input("Maximum new tokens", 1, 8192, **_setting("max_new_tokens"))
     st.selectbox(
         "Full tensors",
         TENSORS,
-        key=_seeded("tensors"),
+        TENSORS.index(_default("tensors")),
+        key="tensors",
         help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
         "compact: a third of that, within stated bounds. exact: the model's own bits. "
         "none: no full tensors.",
@@ -213,9 +229,9 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
             ("Lens", "topk_lens", "tokens of each layer"),
         ):
             st.number_input(
-                name, 1, 1000, key=_seeded(key), width=76, help=f"How many {of_what} are kept."
+                name, 1, 1000, **_setting(key), width=76, help=f"How many {of_what} are kept."
             )
-    st.text_area("System message", key=_seeded("system"), placeholder="none", height=80)
+    st.text_area("System message", **_setting("system"), placeholder="none", height=80)
 
 
 def _requested() -> tuple[Sampling, CapturePolicy, str | None]:
@@ -244,12 +260,13 @@ def _template_widgets(switches: Sequence[str]) -> None:
         st.selectbox(
             label,
             values,
-            key=_seeded(name),
+            values.index(_default(name)),
+            key=name,
             help=f"The argument {wording.escape(name)} of the chat template.",
         )
     st.text_area(
         "Template arguments",
-        key=_seeded("template_args"),
+        **_setting("template_args"),
         placeholder="enable_thinking=false",
         height=80,
         help="For the model's chat template, a KEY=VALUE on each line. They apply to later turns "
@@ -257,7 +274,7 @@ def _template_widgets(switches: Sequence[str]) -> None:
     )
     st.text_area(
         "Tools",
-        key=_seeded("tools"),
+        **_setting("tools"),
         placeholder="none",
         height=80,
         help="A JSON list of function schemas. Calls are shown, never executed.",

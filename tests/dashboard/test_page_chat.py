@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -370,9 +372,14 @@ def test_no_model_answers_where_none_is_named(
 ) -> None:
     db = str(tmp_path / "store.db")
     open_store(db)
-    app = app_pages.chat()
-    app.selectbox(key="model").set_value(None).run()
-    assert not app.exception
+    with TraceWriter(db) as writer:
+        request = queueing.ReplyRequest(queueing.new_messages("Hello."), ModelChoice("gone/model"))
+        conversation, reply = queueing.submit(writer, request, claim=True)
+        queueing.fail(writer, reply, "There is no such model.")
+    with closing(sqlite3.connect(db)) as store, store:
+        store.execute("UPDATE message SET model_id = NULL, choice = NULL")
+    app = app_pages.chat(conversation=conversation)
+    assert app.selectbox(key="model").value is None
     assert app.chat_input[0].disabled
     assert any("Choose a model to send" in caption.value for caption in app.sidebar.caption)
 
