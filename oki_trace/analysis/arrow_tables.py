@@ -18,6 +18,7 @@ from oki_trace.analysis.head_targets import COUNTED_AS
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.store.reading.bulk_read import Columns
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import arrow
 
 # Steps in memory at a time: about 40 MB of Python values.
 STEPS_AT_ONCE = 256
@@ -30,15 +31,7 @@ Tables = dict[str, pa.Table]
 
 def to_arrow(name: str, columns: dict[str, Any]) -> pa.Table:
     """Columns by name as the Arrow table ``name``; other columns are left out."""
-    schema = BY_NAME[name].schema
-    return pa.table([_array(columns[f.name], f.type) for f in schema], schema=schema)
-
-
-def _array(values: Any, kind: pa.DataType) -> pa.Array:
-    if isinstance(values, np.ndarray):
-        # NaN becomes NULL, also on the way to an integer.
-        return pa.array(values, from_pandas=True).cast(kind)
-    return pa.array(values, type=kind)
+    return arrow.to_arrow(columns, BY_NAME[name].schema)
 
 
 def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:

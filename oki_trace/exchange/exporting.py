@@ -51,7 +51,7 @@ def export(
             from oki_trace.exchange.tables import FILES
 
             with replacing_folder(output, FILES) as folder:
-                write_tables(chosen.reader, conversation_id, folder, message_id, progress)
+                write_tables(chosen, folder)
             return [output]
         with ExitStack() as files:
             file = standard if output is None else files.enter_context(replacing(output))

@@ -94,7 +94,7 @@ def write_v1(chosen: Selection, file: TextIO) -> None:
     for place, reply in enumerate(chosen.replies):
         head = chosen.head(reply)
         file.write(",\n" if place else "")
-        steps = step_objects(head.prompt, chosen.iter_steps(reply))
+        steps = step_objects(head.start.prompt, chosen.iter_steps(reply))
         _write_steps(file, _only(head_object(head), V1_TRACE), map(_v1_step, steps))
     file.write("\n]\n" if several else "\n")
 

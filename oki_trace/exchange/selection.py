@@ -10,7 +10,7 @@ from functools import cached_property
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
-from oki_trace.records import Conversation, Message, Role, Step
+from oki_trace.records import Conversation, Message, Role, Step, TurnEnd, TurnStart
 from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import Reader
 
@@ -53,19 +53,14 @@ class Selection:
         capture = reply.capture
         if not tensors and self.reader.message_bytes(reply.id):
             capture = replace(capture, tensors_left_out=True)
-        return TraceHead(
-            model_id=reply.model_id or "",
-            prompt=self.reader.prompt(reply.id),
-            generation=reply.generation,
-            capture=capture,
-            messages=history(self.messages, reply.id),
-            output=reply.content,
-            status=reply.status,
-            reason=reply.reason,
-            checks=reply.checks,
-            parts=reply.parts,
-            template=reply.template,
+        start = TurnStart(
+            reply.model_id or "", self.reader.prompt(reply.id), reply.generation, capture
         )
+        end = TurnEnd(
+            *(reply.status, reply.content, reply.reason or "", reply.seconds or 0.0),
+            *(reply.checks, reply.parts),
+        )
+        return TraceHead(start, end, history(self.messages, reply.id), reply.template)
 
     def has_tensors(self) -> bool:
         """Whether the store has any full tensor of the exported replies."""
