@@ -232,8 +232,8 @@ def _lens(lens: Lens) -> list[Json]:
     ]
 
 
-def known_id(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
+def known_id(token_id: int | None) -> int | None:
+    return token_id if token_id is not None and token_id >= 0 else None
 
 
 def _number(value: float | None) -> float | None:
