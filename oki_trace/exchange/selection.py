@@ -20,7 +20,8 @@ class Selection:
     """A conversation at one instant: its messages, of which ``traced`` are exported with traces.
 
     ``reader`` reads that instant, and only within ``selected``. ``single`` is the
-    reply whose trace is exported alone; None for a whole conversation.
+    reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
+    full tensors are exported too; a trace without them says so.
     """
 
     reader: Reader
@@ -28,6 +29,7 @@ class Selection:
     messages: Sequence[Message]
     traced: frozenset[int]
     single: Message | None = None
+    tensors: bool = True
     progress: Progress = lambda done, total: None
     _done: int = 0
 
@@ -47,11 +49,11 @@ class Selection:
             self._done += 1
             self.progress(self._done, self.steps)
 
-    def head(self, reply: Message, *, tensors: bool = True) -> TraceHead:
-        """The trace of a reply without its steps. ``tensors``: whether they are exported too."""
+    def head(self, reply: Message) -> TraceHead:
+        """The trace of a reply without its steps."""
         assert reply.generation is not None and reply.capture is not None
         capture = reply.capture
-        if not tensors and self.reader.message_bytes(reply.id):
+        if not self.tensors and self.reader.message_bytes(reply.id):
             capture = replace(capture, tensors_left_out=True)
         start = TurnStart(
             reply.model_id or "", self.reader.prompt(reply.id), reply.generation, capture
@@ -73,6 +75,8 @@ def selected(
     conversation_id: int,
     message_id: int | None = None,
     progress: Progress | None = None,
+    *,
+    tensors: bool = True,
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
 
@@ -94,7 +98,8 @@ def selected(
             traced = {message_id: single}
             messages = [m for m in messages if m.position <= single.position]
         report = progress or (lambda done, total: None)
-        yield Selection(instant, conversation, messages, frozenset(traced), single, report)
+        chosen = (instant, conversation, messages, frozenset(traced), single)
+        yield Selection(*chosen, tensors=tensors, progress=report)
 
 
 def is_traced(message: Message) -> bool:
