@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oki_trace.errors import ExchangeError
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.source import opened
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import SUFFIX, TABLES
@@ -35,10 +35,10 @@ _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
 # Bytes of a cell; the other columns are settings and reports as JSON.
 _MAX_CELL = {
-    "token": 4 * schema.MAX_TOKEN,
-    "token_bytes": 4 * schema.MAX_TOKEN,
-    "content": 4 * schema.MAX_TEXT,
-    "prompt": 4 * schema.MAX_TEXT,
+    "token": 4 * validation.MAX_TOKEN,
+    "token_bytes": 4 * validation.MAX_TOKEN,
+    "content": 4 * validation.MAX_TEXT,
+    "prompt": 4 * validation.MAX_TEXT,
     "title": 400_000,
 }
 _MAX_OTHER_CELL = 1_000_000
@@ -197,7 +197,7 @@ class TableCursor:
             return [_time(value) for value in column.cast(pa.int64()).to_pylist()]
         if pa.types.is_list(kind):
             longest = pc.max(pc.list_value_length(column)).as_py() or 0
-            if longest > schema.MAX_LAYERS + 1:
+            if longest > validation.MAX_LAYERS + 1:
                 raise refused(f"the table {self.name}: {name} has too many entries")
         values: list[Any] = column.to_pylist()
         if pa.types.is_floating(kind):
@@ -225,7 +225,7 @@ def _value_type(kind: Any) -> Any:
 
 
 def _time(microseconds: int | None) -> Any:
-    """A datetime, or a text that ``schema`` refuses for a time outside Python's range."""
+    """A datetime, or a text that ``validation`` refuses for a time outside Python's range."""
     try:
         return microseconds and _EPOCH + dt.timedelta(microseconds=microseconds)
     except OverflowError:
