@@ -93,7 +93,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy:
-    """The data that is stored for every step.
+    """What is stored of every step.
 
     ``topk_logits``, ``topk_evidence`` and ``topk_lens`` are the numbers of candidates, of
     attended positions per layer, and of tokens per lens layer. ``tensors``: "exact"
@@ -162,7 +162,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """The input of a chat template besides the messages.
+    """What a chat template gets in addition to the messages.
 
     ``arguments`` by name, such as ``enable_thinking``; ``tools`` are JSON schemas of
     functions, in the form that ``apply_chat_template`` accepts.
@@ -195,7 +195,7 @@ class TemplateOptions:
         return bool(self.arguments or self.tools)
 
     def over(self, earlier: TemplateOptions | None) -> TemplateOptions:
-        """These options added to those of an earlier reply; null removes an earlier argument."""
+        """These, added to those of an earlier reply. A null removes an earlier argument."""
         before = earlier or TemplateOptions()
         arguments = {**before.arguments, **self.arguments}
         return TemplateOptions(

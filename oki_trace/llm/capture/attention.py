@@ -1,4 +1,4 @@
-"""Captures the attention of the newest position without giving up the fused kernel.
+"""The attention of the newest position, at the price of the fused kernel.
 
 Asking transformers for ``output_attentions`` forces eager attention, which holds
 layers × heads × T × T weights; a trace needs only the row of the newest position.
@@ -40,7 +40,7 @@ AttentionRows = dict[int, Tensor]
 
 
 def attention_rows(capture: AttentionCapture) -> AttentionRows:
-    """The captured rows; a row of which only the inputs were kept is computed here."""
+    """The captured rows, each computed where only its inputs were kept."""
     return {layer: _row(captured) for layer, captured in capture.items()}
 
 
