@@ -1,7 +1,7 @@
-"""The explorer's access to the store: no other module of it opens one.
+"""Reads and writes the store for the explorer; no other module of the explorer opens it.
 
 Reads use a read-only connection. Queueing or stopping a reply is a small write;
-the worker decodes it in a process of its own.
+the worker decodes it in a separate process.
 """
 
 from __future__ import annotations

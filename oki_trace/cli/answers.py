@@ -1,4 +1,4 @@
-"""Answers and rows in a terminal, as CSV, JSON and Parquet."""
+"""Prints answers and rows as tables, CSV, JSON and Parquet."""
 
 from __future__ import annotations
 

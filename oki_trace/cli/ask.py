@@ -168,7 +168,7 @@ def sql(
 
 
 def _session(db: str | None) -> QuerySession:
-    """The store, ready for questions; reports progress where the cache is far behind."""
+    """The store, ready for questions; reports progress if the cache is far behind."""
     from oki_trace.analysis.query_session import QuerySession
     from oki_trace.cli.answers import CacheProgress
 

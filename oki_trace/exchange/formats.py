@@ -1,4 +1,4 @@
-"""The names of the formats, by themselves: the command line's help needs no more."""
+"""The names of the export formats, in a module that the command line's help imports fast."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The safetensors file beside an export: its names, and reading it a step at a time.
+"""Reads the safetensors file next to an export, one step at a time.
 
-The format is a JSON header followed by the arrays. Their names are such as
-``message-2/step-5/logits``. The metadata, whose values are text, has as JSON
-what an array does not say: ``layers`` by ``message-2/attentions`` (or by a
-tensor's full name where a step differs), and ``key_offset`` by full name where
-it is not 0.
+The format is a JSON header followed by the arrays, with names such as
+``message-2/step-5/logits``. The values of the metadata are text. They contain, as
+JSON, facts that an array does not include: ``layers`` by ``message-2/attentions`` (or
+by a tensor's full name where a step differs), and ``key_offset`` by full name where it
+is not 0.
 
-The header may name the tensors in any order; an index of 64 bytes a tensor is
-kept in memory.
+The header may list the tensors in any order; an index of 64 bytes per tensor is kept
+in memory.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def decode(
 
 
 class TensorFile:
-    """A safetensors file of an export, none of which is trusted. Raises ExchangeError."""
+    """The safetensors file of an export, which is not trusted. Raises ExchangeError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

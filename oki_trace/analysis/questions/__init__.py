@@ -36,9 +36,9 @@ def answer(
     view: str | None = None,
     **options: float,
 ) -> Answer:
-    """Ask a question by its name. Options that it does not have are ignored.
+    """Answer a question by name. Options that the question does not have are ignored.
 
-    ``subjects``: the two steps, replies or models of a question that compares. Raises UsageError
+    ``subjects``: the two steps, replies or models that the question compares. Raises UsageError
     for a question, view or subject that does not exist, else QuestionError or NotFound.
     """
     question = _named(name)
@@ -55,7 +55,7 @@ def answer(
 
 
 def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float]:
-    """Options of a question as ``NAME=VALUE``. Raises UsageError for what it does not allow."""
+    """Options of a question as ``NAME=VALUE``. Raises UsageError for invalid ones."""
     options = _named(name).options
     parsed: dict[str, float] = {}
     for pair in pairs:

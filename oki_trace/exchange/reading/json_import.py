@@ -1,4 +1,4 @@
-"""Conversations and traces from JSON: a document, lines, a trace, or a list of traces.
+"""Imports conversations and traces from JSON: a document, lines, a trace, or a list of traces.
 
 One step is in memory at a time. A document whose names are in the order of an
 export is read once, from start to end. In any other, and in version 1, a name

@@ -1,9 +1,9 @@
-"""A conversation from its folder of Parquet tables, read step by step.
+"""Imports a conversation from a folder of Parquet tables, step by step.
 
-The rows of each table are in the order of messages and steps, so one cursor a
+The rows of each table are in the order of messages and steps, so one cursor per
 table is enough; a row that belongs to no step, or is out of order, is an
-ExchangeError. Rows become the fields of a trace object, and are then read as
-those of JSON are.
+ExchangeError. Rows become the fields of a trace object, which are then read in the
+same way as those of a JSON file.
 """
 
 from __future__ import annotations

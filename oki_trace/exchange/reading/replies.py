@@ -1,10 +1,10 @@
-"""A reply before its steps, from the validated fields of a file.
+"""Builds a reply, without its steps, from the validated fields of a file.
 
-``validation`` has checked each field by itself; this checks several together.
-Nothing is made up: a missing number becomes NaN, a missing rank 0, and a token
-known by its text alone gets an id below ``BLANK``, the same for the same text.
-The one exception is a chosen token whose id is known: every mention of its text
-is that token.
+``validation`` has checked each field by itself; this module checks several together.
+Nothing is invented: a missing number becomes NaN, a missing rank 0, and a token of
+which only the text is known gets an id below ``BLANK``, the same for the same text.
+There is one exception: if the id of a chosen token is known, every token with that
+text gets the same id.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TEXTLESS = 100_000
 
 
 class TokenIds:
-    """Ids for the tokens of one reply that the file knows by their text alone."""
+    """Ids for the tokens of one reply of which the file has only the text."""
 
     def __init__(self, known: dict[str, int] | None = None) -> None:
         self._by_text = dict(known or {})
@@ -40,7 +40,7 @@ class TokenIds:
 
 @dataclass
 class Survey:
-    """What the head of a version 1 trace does not say, collected from its steps."""
+    """Facts that the head of a version 1 trace lacks, collected from its steps."""
 
     steps: int = 0
     first: int = 0

@@ -1,7 +1,7 @@
-"""A step and its full tensors, from the validated fields of a file.
+"""Builds a step and its full tensors from the validated fields of a file.
 
-``validation`` has checked each field by itself; this checks several together.
-Nothing is made up (see ``replies``).
+``validation`` has checked each field by itself; this module checks several together.
+Nothing is invented (see ``replies``).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _candidates(entries: Sequence[validation.Candidate], ids: TokenIds, where: s
 def _attention(
     values: validation.Step, capture: CaptureReport, position: int, where: str
 ) -> tuple[LayerAttention, ...]:
-    """Of every layer; of the last alone where there is only evidence."""
+    """The attention of every layer, or of the last alone if the file has only evidence."""
     layers = values.get("attention") or []
     evidence = values.get("evidence") or []
     if not layers and evidence:

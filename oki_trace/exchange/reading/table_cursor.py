@@ -1,10 +1,10 @@
-"""One Parquet table of an import, row by row, bounded before anything is expanded.
+"""Reads a Parquet table of an import row by row, and checks sizes before it unpacks values.
 
-A few kilobytes of Parquet can expand to gigabytes: every row may refer to one
-long text of a dictionary, and a run of one value may have any length. So texts
-are read as dictionaries and their length is checked there, a few rows are in
-memory at a time, and columns that are not needed are not read. The size of an
-unpacked page is bounded by the memory of the process (see ``reading.process``).
+A few kilobytes of Parquet can expand to gigabytes: every row may refer to one long
+text of a dictionary, and a run of one value may have any length. Texts are therefore
+read as dictionaries whose lengths are checked, a few rows are in memory at a time,
+and columns that are not needed are not read. The size of an unpacked page is bounded
+by the memory limit of the process (see ``reading.process``).
 """
 
 from __future__ import annotations
