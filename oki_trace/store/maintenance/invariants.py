@@ -1,4 +1,4 @@
-"""Checks the invariants of a step: numbers that are stored more than once must agree.
+"""Invariants of a step: the numbers that are stored more than once must agree.
 
 The probability is in the step, in the candidates, in the lens at the last layer and
 in the logits; the evidence is in the rows and in the attentions. Each function yields
@@ -26,7 +26,7 @@ _ROUNDED_TO = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
-    """Compare the rows of a step with each other. ``complete``: no part of the reply is missing."""
+    """The rows of a step among themselves. ``complete``: nothing is missing of the reply."""
     if message.prompt_len is not None and step.position != message.prompt_len + step.step_index:
         yield f"it is at position {step.position}, the prompt has {message.prompt_len} tokens"
     yield from _candidates_agree(message, step)
@@ -101,7 +101,7 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
 
 
 def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[str]:
-    """Compare the names of a step's tensors with those that the capture report announces.
+    """The names of a step's tensors against those that were announced.
 
     All of them may have been pruned, or left out of the file that was imported.
     """
@@ -123,7 +123,7 @@ def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[
 
 
 def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
-    """Compare a full tensor with the rows of its step."""
+    """A full tensor against the rows of its step."""
     kind = codec.removesuffix(_PACKING)
     values = tensor.to_float32()
     if tensor.name == "logits":
