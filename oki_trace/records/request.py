@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from oki_trace.errors import UsageError
 
 TensorMode = Literal["exact", "half", "compact", "none"]
+PromptTrace = Literal["light", "full"]
 PartKind = Literal["thinking", "answer", "tool_call"]
 
 # Parameters of apply_chat_template() itself, and names that it sets.
@@ -99,12 +100,15 @@ class CapturePolicy:
     attended positions per layer, and of tokens per lens layer. ``tensors``: "exact"
     stores the full tensors in the model's dtype, "half" as 16-bit floats, "compact" with
     a bounded error in about a fifth of the space of 32-bit floats, "none" not at all.
+    ``trace_prompt``: the tokens of the prompt become steps too, "light" with the best token
+    of each lens layer and no full tensors, "full" like the reply's; None: they do not.
     """
 
     topk_logits: int = 10
     topk_evidence: int = 10
     topk_lens: int = 5
     tensors: TensorMode = "half"
+    trace_prompt: PromptTrace | None = None
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
@@ -113,6 +117,14 @@ class CapturePolicy:
             _require(whole, f"{name} must be a whole number from 1 to 1000")
         modes = get_args(TensorMode)
         _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
+        levels = (None, *get_args(PromptTrace))
+        _require(self.trace_prompt in levels, "trace_prompt must be light, full or None")
+
+    @property
+    def for_prompt(self) -> CapturePolicy:
+        """What is stored of the steps of the prompt."""
+        light = self.trace_prompt != "full"
+        return replace(self, topk_lens=1, tensors="none") if light else self
 
 
 @dataclass(frozen=True, slots=True)

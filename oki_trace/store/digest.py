@@ -38,8 +38,8 @@ BEFORE_DIGESTS = ""
 
 _STEP_BYTES = 16
 _MESSAGE_BYTES = 32
-# step_index, position, token_id, is_special, rank, sampled_prob and the other measured
-# numbers, how many candidates and layers of attention there are
+# step_index (-1: a given token), position, token_id, is_special, rank, sampled_prob and the
+# other measured numbers, how many candidates and layers of attention there are
 _OF_STEP = struct.Struct("<qqq?q7dqq")
 _UNKNOWN = -1
 

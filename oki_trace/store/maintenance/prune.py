@@ -147,7 +147,7 @@ def _delete_tensors(connection: Connection, message_id: int, limit: int) -> list
     steps = connection.execute(
         select(Step.id, Step.tensor_bytes)
         .where(Step.message_id == message_id, Step.tensor_bytes > 0)
-        .order_by(Step.step_index)
+        .order_by(Step.step_index.nulls_last())
         .limit(limit)
     ).all()
     if steps:
