@@ -94,7 +94,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy:
-    """What is stored of every step.
+    """The data that is stored for every step.
 
     ``topk_logits``, ``topk_evidence`` and ``topk_lens`` are the numbers of candidates, of
     attended positions per layer, and of tokens per lens layer. ``tensors``: "exact"
@@ -174,7 +174,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """What a chat template gets in addition to the messages.
+    """The input of a chat template besides the messages.
 
     ``arguments`` by name, such as ``enable_thinking``; ``tools`` are JSON schemas of
     functions, in the form that ``apply_chat_template`` accepts.
@@ -207,7 +207,7 @@ class TemplateOptions:
         return bool(self.arguments or self.tools)
 
     def over(self, earlier: TemplateOptions | None) -> TemplateOptions:
-        """These, added to those of an earlier reply. A null removes an earlier argument."""
+        """These options added to those of an earlier reply; null removes an earlier argument."""
         before = earlier or TemplateOptions()
         arguments = {**before.arguments, **self.arguments}
         return TemplateOptions(

@@ -1,4 +1,4 @@
-"""The attention of the newest position, or of every position, beside the fused kernel.
+"""Captures the attention of the newest position, or of every position.
 
 Asking transformers for ``output_attentions`` forces eager attention, which holds
 layers × heads × T × T weights; a trace needs only the row of the newest position.
@@ -50,7 +50,7 @@ EveryQuery = Literal["mean", "heads"]
 
 
 def attention_rows(capture: AttentionCapture) -> AttentionRows:
-    """The captured rows, each computed where only its inputs were kept."""
+    """The captured rows; a row of which only the inputs were kept is computed here."""
     return {layer: _row(captured) for layer, captured in capture.items()}
 
 

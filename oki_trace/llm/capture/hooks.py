@@ -41,7 +41,7 @@ class ModelHooks:
         return tuple(hidden_states[layer] for layer in sorted(hidden_states))
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """By layer, of the pass that returned ``outputs``; empty without a tap."""
+        """The attention by layer, of the pass that returned ``outputs``; empty without a tap."""
         return self._tap.take(outputs) if self._tap else {}
 
     def take_every_query(self, outputs: Any) -> QueryRows:

@@ -1,4 +1,4 @@
-"""Invariants of a step: the numbers that are stored more than once must agree.
+"""Checks the invariants of a step: numbers that are stored more than once must agree.
 
 The probability is in the step, in the candidates, in the lens at the last layer and
 in the logits; the evidence is in the rows and in the attentions. Each function yields
@@ -26,7 +26,7 @@ _ROUNDED_TO = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
-    """The rows of a step among themselves. ``complete``: nothing is missing of the reply."""
+    """Compare the rows of a step with each other. ``complete``: no part of the reply is missing."""
     is_given = step.step_index < 0
     if is_given != (step.origin == "given"):
         yield f"its origin is {step.origin}, its step_index says otherwise"
@@ -110,7 +110,7 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
 
 
 def names_agree(message: Message, step: Step, names: Set[str]) -> Iterator[str]:
-    """The names of a step's tensors against those that were announced.
+    """Compare the names of a step's tensors with those that the capture report announces.
 
     All of them may have been pruned, or left out of the file that was imported.
     """
@@ -133,7 +133,7 @@ def names_agree(message: Message, step: Step, names: Set[str]) -> Iterator[str]:
 
 
 def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
-    """A full tensor against the rows of its step."""
+    """Compare a full tensor with the rows of its step."""
     kind = codec.removesuffix(_PACKING)
     values = tensor.to_float32()
     if tensor.name == "logits":

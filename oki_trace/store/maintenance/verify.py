@@ -1,9 +1,9 @@
-"""Checking the guarantees of a store on the store itself.
+"""Verifies that the data of a store keeps the store's guarantees.
 
 Every problem is a Finding, one line; nothing is changed. A step's rows are compared
-with each other and with its full tensors, within what the tensors' codec allows. A few
-steps are in memory at a time, however large the store, and each few are of one
-instant, so a reply may go on meanwhile.
+with each other and with its full tensors, within the error that the tensors' codec
+allows. A few steps are in memory at a time, however large the store. They are read from
+one snapshot, so a reply can be generated meanwhile.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class Verification:
                 yield f"its {name} is {time.stored!r}"
 
     def _message(self, message: Message, place: int) -> Iterator[str]:
-        """A message as a whole, against its place and its digest."""
+        """Compare a message as a whole with its place and its digest."""
         if message.position != place:
             yield f"it is at position {message.position} instead of {place}"
         if message.damage is not None:

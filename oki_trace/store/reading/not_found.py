@@ -1,4 +1,4 @@
-"""The errors for an id or a tensor that a store does not have, each with the reason or the fix."""
+"""Errors for ids and tensors that a store does not have, with the reason or the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading full tensors. Every tensor is checked as it is decoded; see ``codecs.tensors``."""
+"""Reads full tensors, and checks each one when it decodes it; see ``codecs.tensors``."""
 
 from __future__ import annotations
 
