@@ -112,7 +112,7 @@ def translate_errors(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         message = str(error)
         if isinstance(error, duckdb.InterruptException):
-            raise QuestionError("The question was interrupted: ask it again.") from error
+            raise QuestionError("The question was interrupted: run it again.") from error
         if isinstance(error, duckdb.OutOfMemoryException | MemoryError):
             raise out_of_memory(memory_bytes) from error
         if "Out of Memory Error" in message:

@@ -1,4 +1,4 @@
-"""Messages as rows, with the settings of a reply as columns.
+"""Reads messages as rows, with the settings of a reply as columns.
 
 ``prompt_hash`` is a digest of the roles and contents of the messages before a reply. It is the same
 for all replies to the same messages, whatever the model.

@@ -1,4 +1,4 @@
-"""Distances between many pairs of steps, from the store.
+"""Computes the distances between many pairs of steps of a store.
 
 Only this module decides how two recorded steps are compared: from the full logits if both sides
 kept them and share a vocabulary, else from the candidate lists. Tensors are read a few steps at a

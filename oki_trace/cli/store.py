@@ -154,6 +154,6 @@ def _line(one: Recomputed) -> str:
     if not one.numbers_agree:
         parts.append("more than rounding explains")
     if one.text_differences:
-        parts.append(f"{counted(one.text_differences, 'text')} not what the token ids make")
+        parts.append(f"{counted(one.text_differences, 'text')} different from its token ids")
     steps = counted(one.steps, "token")
     return f"{message}: {steps} recomputed with {one.model_id}: {', '.join(parts)}"

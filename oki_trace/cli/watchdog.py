@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a command even while native code or a template is running.
+"""Ends a command on Ctrl-C or SIGTERM, even while native code or a template is running.
 
 Python runs signal handlers only between two bytecode instructions of the main thread,
 which a tokenizer or an endless template may never reach. A thread therefore receives each

@@ -1,4 +1,4 @@
-"""Summarizes exceptions from a model's code and its libraries, and detects out of memory."""
+"""Summarizes exceptions from a model's code and its libraries, and detects lack of memory."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def answer(
         raise UsageError(f"{name} takes no {subjects[0]}: narrow it down with options, as --model.")
     view = view or next(iter(question.views))
     if view not in question.views:
-        raise UsageError(f"{name} can be asked by {', '.join(question.views)}, not by {view}.")
+        raise UsageError(f"{name} has the views {', '.join(question.views)}, not {view}.")
     values = {key: options.get(key, option.default) for key, option in question.options.items()}
     request = Request(question, view, scope or Scope(), values, subjects)
     return (question.run or run_statement)(session, request)
@@ -70,7 +70,7 @@ def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float]:
 
 def _named(name: str) -> Question:
     if name not in QUESTIONS:
-        raise UsageError(f"There is no question {name}: ask {', '.join(QUESTIONS)}.")
+        raise UsageError(f"There is no question {name}: choose one of {', '.join(QUESTIONS)}.")
     return QUESTIONS[name]
 
 

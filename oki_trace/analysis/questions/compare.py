@@ -1,4 +1,4 @@
-"""compare: how far the distributions of two steps, two replies or two models are apart.
+"""compare: the distances between the distributions of two steps, two replies or two models.
 
 The SQL function ``distance`` computes every distance, from the full logits if both sides kept
 them and share a vocabulary, else from the candidate lists. Its ``basis`` says which.

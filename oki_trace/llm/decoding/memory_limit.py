@@ -1,4 +1,4 @@
-"""A limit on the memory of this process while a model's chat template is rendered.
+"""Limits the memory of this process while a model's chat template is rendered.
 
 A template is a program: one line of it can allocate more memory than there is. On
 systems with such a limit it gets a MemoryError instead, and its turn fails with the

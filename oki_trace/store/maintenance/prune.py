@@ -76,7 +76,7 @@ def plan(
     of their last change. Raises UsageError when both limits are None.
     """
     if older_than is None and max_bytes is None:
-        raise UsageError("Nothing says what to prune: give an age, a size, or both.")
+        raise UsageError("There is no limit for pruning: give an age, a size, or both.")
     before = None if older_than is None else (now or lifecycle.now()) - older_than
     with reader.snapshot() as instant:
         info = instant.info()

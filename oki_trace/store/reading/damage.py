@@ -65,7 +65,7 @@ class Damage:
                 raise ValueError("not JSON")
             return None if value is None else read(value)
         except (*_WRONG_KIND, OkiTraceError) as error:
-            self.add(f"its {name} makes no sense ({type(error).__name__})")
+            self.add(f"its {name} is invalid ({type(error).__name__})")
             return None
 
     def number(self, name: str, value: Any, kind: type[_N]) -> _N | None:

@@ -1,4 +1,4 @@
-"""Creating and upgrading a store; only Alembic creates the schema.
+"""Creates and upgrades a store; only Alembic creates the schema.
 
 Guarantees: an upgrade is atomic; a file with an older schema is copied before it is
 changed; two processes can open a new store at the same moment; a file that is not a
