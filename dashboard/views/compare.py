@@ -156,12 +156,12 @@ def _distance_chart(
 ) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("Not available: no two steps with probabilities are side by side.")
+        st.caption("Not available: no pair has probabilities on both sides.")
         return
-    drawn = charts.distance_chart(rows, None if first is None else first + 1)
+    drawn = charts.distance_chart(rows, first)
     layout.chart(drawn, rows, "apart", "distances")
     notes = [
-        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common."
+        "Total variation of the models' own probabilities: 0 if equal, 1 if nothing is in common."
     ]
     if exact:
         notes.append("Exact, from the full logits.")
@@ -171,7 +171,7 @@ def _distance_chart(
             "the kept candidates allow, the pale bar the upper bound."
         )
     if not one_model:
-        notes.append("Tokens of two vocabularies are matched by their texts.")
+        notes.append("Tokens of different vocabularies are matched by their text.")
     if first is not None:
         notes.append("After the dashed line the models continue different texts.")
     st.caption(" ".join(notes))

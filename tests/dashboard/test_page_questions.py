@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from dashboard.viewdata import sql_table
@@ -181,6 +182,44 @@ def test_a_link_opens_the_same_and_another_link_another(filled: sample_stores.Sa
     assert not app.exception
     assert app.selectbox(key="ask-model").value is None
     assert "settle_layer" in app.code[0].value
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "key", "query"),
+    [
+        ("questions", "answer_question", "ask-model", {"model": "smollm2"}),
+        ("sql", "run_sql", "sql-text", {}),
+    ],
+)
+def test_a_value_of_an_interrupted_run_is_sent_to_the_browser_again(
+    name: str,
+    call: str,
+    key: str,
+    query: dict[str, str],
+    filled: sample_stores.Samples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dashboard import data
+
+    def sent(app: AppTest) -> bool:
+        (widget,) = (one for one in (*app.selectbox, *app.text_area) if one.key == key)
+        return bool(widget.proto.set_value)
+
+    calls = []
+    answer = getattr(data, call)
+
+    def once_interrupted(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            st.rerun()
+        return answer(*given, **more)
+
+    monkeypatch.setattr(data, call, once_interrupted)
+    app = page(name, **query)
+    assert not app.exception
+    assert len(calls) == 2
+    assert sent(app), "by the run that was not interrupted"
+    assert not sent(app.run())
 
 
 def test_another_question_is_asked_about_the_same_replies(filled: sample_stores.Samples) -> None:
