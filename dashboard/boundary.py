@@ -1,4 +1,4 @@
-"""Error boundaries around pages and their parts: a sentence, a button, and the details.
+"""Error boundaries around pages and their parts: an error becomes one sentence and a button.
 
 An error of ours, such as a store that cannot be read, shows its own sentence; an
 unexpected one also its traceback, to copy. Streamlit's own error box is never

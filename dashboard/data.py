@@ -1,7 +1,7 @@
-"""The explorer's access to the store: no other module of it opens one.
+"""Reads and writes the store for the explorer; no other module of the explorer opens it.
 
 Reads use a read-only connection. Queueing or stopping a reply is a small write;
-the worker decodes it in a process of its own.
+the worker decodes it in a separate process.
 """
 
 from __future__ import annotations
@@ -297,7 +297,7 @@ def _background_sync(db: str) -> BackgroundSync:
 
 def questions() -> Mapping[str, Question]:
     """All built-in questions, by name."""
-    from oki_trace.analysis.catalog import QUESTIONS
+    from oki_trace.analysis.questions import QUESTIONS
 
     return QUESTIONS
 
@@ -317,13 +317,13 @@ def answer_question(state: QuestionState) -> Answer:
 
 @st.cache_data(max_entries=32, show_spinner=False)
 def _answer(db: str, stamp: str, state: QuestionState) -> Answer:
-    from oki_trace.analysis import catalog
+    from oki_trace.analysis import questions
 
     subjects = (state.first, state.second)
-    return catalog.answer(
+    return questions.answer(
         _query_session(db),
         state.question,
-        subjects if catalog.QUESTIONS[state.question].compares else (),
+        subjects if questions.QUESTIONS[state.question].compares else (),
         scope=state.scope(),
         view=state.view,
         **dict(state.options),

@@ -1,4 +1,4 @@
-"""The server answers only its own pages, under its own host names, and in no frame.
+"""Makes the server answer only its own pages, under its own host names, and in no frame.
 
 Another site, open in the same browser, may point its name at this machine (DNS
 rebinding), connect from another port of this machine, or frame the explorer. The

@@ -1,6 +1,6 @@
-"""The open conversation, message and step, which only the URL holds.
+"""The open conversation, message and step, as URL parameters.
 
-So a link opens the same view, and the browser's back button works.
+Only the URL holds them, so a link opens the same view and the browser's back button works.
 """
 
 from __future__ import annotations

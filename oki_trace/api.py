@@ -1,4 +1,4 @@
-"""``run_traced``: a trace with one call, for scripts and notebooks."""
+"""``run_traced``: generates and traces a reply in one call, for scripts and notebooks."""
 
 from __future__ import annotations
 

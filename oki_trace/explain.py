@@ -1,4 +1,4 @@
-"""Why a token was chosen, in words: the same sentences in the terminal, the explorer and exports.
+"""Explains in words why a token was chosen, for the terminal, the explorer and exports.
 
 Pure functions of records that need no library and no store.
 """

@@ -1,7 +1,7 @@
-"""Generating a queued reply: each step is in the store as soon as it is decoded.
+"""Generates a queued reply and stores each step as soon as it is decoded.
 
-``run_traced``, the command line and the worker all come here, so a reply is stored
-in the same way whoever requested it.
+``run_traced``, the command line and the worker all use this module, so a reply is
+stored in the same way whoever requested it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text from users: characters that no store or tokenizer can hold are refused, never changed."""
+"""Refuses text from users that no store or tokenizer can hold; text is never changed."""
 
 from __future__ import annotations
 

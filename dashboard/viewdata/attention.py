@@ -1,4 +1,4 @@
-"""Attention of a step and of a reply, as the page's elements draw it: pure functions."""
+"""The data of attention views, for a step or a reply: pure functions."""
 
 from __future__ import annotations
 

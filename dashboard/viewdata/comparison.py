@@ -1,4 +1,4 @@
-"""Two replies side by side: pure functions, no Streamlit.
+"""The data of the Compare page, two replies side by side: pure functions, no Streamlit.
 
 Replies are aligned by their tokens. The distance of two steps is the total variation, from 0 (the
 same) to 1 (nothing in common), as ``analysis.step_distance`` measures it: exact where both kept

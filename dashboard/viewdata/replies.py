@@ -1,4 +1,4 @@
-"""The reply and the numbers of one step, as the page's elements draw them: pure functions.
+"""The data of a reply's tokens and of one step's numbers: pure functions.
 
 A token shown alone has its spaces and line ends made visible; within running
 text it appears as it is.

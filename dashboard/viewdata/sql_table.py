@@ -1,4 +1,4 @@
-"""Results of SQL as a table, a chart and files, and example queries: pure functions.
+"""The table, chart and files of an SQL result, and example queries: pure functions.
 
 A query can name its columns anything, so a chart never uses those names as fields,
 where Vega-Lite would interpret some of them.

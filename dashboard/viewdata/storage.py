@@ -1,4 +1,4 @@
-"""The size and the state of a store, as its page draws them: pure functions."""
+"""The data of the Store page, its size and its state: pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DuckDB connections to our tables, with limits, and without access to other files or networks.
+"""DuckDB connections to the cache's tables, with limits and without access to files or networks.
 
 A connection sees one state of the store: the Parquet files of one manifest, and a copy of the
 messages that were running when it was opened.
@@ -50,7 +50,7 @@ def connect(
     reader: TraceReader,
     **config: str | int,
 ) -> duckdb.DuckDBPyConnection:
-    """A locked connection with our tables and functions.
+    """A locked-down connection with our tables and functions.
 
     Each table is the union of its Parquet ``files`` and its ``live`` Arrow table; the functions
     read tensors through ``reader``. ``config``: settings of DuckDB.

@@ -1,9 +1,9 @@
-"""The check of the user's SQL: one statement that reads our tables, and nothing else.
+"""Checks the user's SQL: it must be one statement that reads our tables and nothing else.
 
 DuckDB itself has no access to other files, networks or settings (``engine``). But a SELECT may
-hold a COPY or an INSERT in its WITH clause, and the cache's own files are readable. So the syntax
-tree that DuckDB parses is checked first: only nodes that read, only table functions that read
-nothing.
+contain a COPY or an INSERT in its WITH clause, and the cache's own files are readable. The syntax
+tree from DuckDB's parser is therefore checked first: it may contain only nodes that read, and only
+table functions that read no file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""All commands, in the order of the help."""
+"""The application of the command line: all commands, in the order of the help."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Commands(TyperGroup):
-    """All commands. They end quietly when the reader of their output does (``| head``)."""
+    """All commands. A command ends quietly when the reader of its output does (``| head``)."""
 
     def invoke(self, ctx: Any) -> Any:
         arguments = list(ctx.args)

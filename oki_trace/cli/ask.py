@@ -78,7 +78,7 @@ def ask(
     """
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is not a probability. Give a number from 0 to 1.")
-    from oki_trace.analysis import catalog
+    from oki_trace.analysis import questions
     from oki_trace.analysis.scope import Scope, parse_time
     from oki_trace.cli import answers
 
@@ -91,9 +91,9 @@ def ask(
     scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
     chosen = {name: value for name, value in given.items() if value is not None}
-    chosen |= catalog.parse_options(question, set_option or ())
+    chosen |= questions.parse_options(question, set_option or ())
     with _session(db) as session:
-        answer = catalog.answer(
+        answer = questions.answer(
             session, question, tuple(what or ()), scope=scope, view=by, **chosen
         )
     if show_sql:
@@ -168,7 +168,7 @@ def sql(
 
 
 def _session(db: str | None) -> QuerySession:
-    """The store, ready for questions; reports progress where the cache is far behind."""
+    """The store, ready for questions; reports progress if the cache is far behind."""
     from oki_trace.analysis.query_session import QuerySession
     from oki_trace.cli.answers import CacheProgress
 

@@ -1,4 +1,4 @@
-"""``bench``: the cost of tracing on this machine."""
+"""``bench``: measures the cost of tracing on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``list`` and ``show``: conversations, replies and steps in a terminal."""
+"""``list`` and ``show``: print conversations, replies and steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``run``, ``chat`` and ``demo``: traced turns in the terminal."""
+"""``run``, ``chat`` and ``demo``: generate traced replies in the terminal."""
 
 from __future__ import annotations
 

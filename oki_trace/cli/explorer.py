@@ -1,4 +1,4 @@
-"""``ui``: the explorer in the browser."""
+"""``ui``: opens the explorer in the browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``rename``, ``delete``, ``prune`` and ``vacuum``: commands that change a store."""
+"""``rename``, ``delete``, ``prune`` and ``vacuum``: change a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``migrate``, ``info`` and ``verify``: the store as a whole."""
+"""``migrate``, ``info`` and ``verify``: create, describe and check a store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``export``, ``import`` and ``copy``: conversations as files, and between stores."""
+"""``export``, ``import`` and ``copy``: move conversations to files and to other stores."""
 
 from __future__ import annotations
 

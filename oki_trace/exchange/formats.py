@@ -1,4 +1,4 @@
-"""The export formats by themselves: the command line's help and the explorer's list need no more."""
+"""The export formats, in a module that the command line's help imports fast."""
 
 from __future__ import annotations
 

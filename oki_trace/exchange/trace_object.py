@@ -1,6 +1,6 @@
 """The trace object: one assistant message as plain JSON values.
 
-It has every field of a version 1 trace under the same name, and those that
+It has every field of a version 1 trace, under the same name, and the fields that
 version 2 adds.
 """
 

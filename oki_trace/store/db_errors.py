@@ -1,4 +1,4 @@
-"""Database errors as one sentence that names the fix.
+"""Translates database errors into one sentence that names the fix.
 
 No message contains a password, a statement or its parameters: those hold the user's
 own text.
@@ -46,7 +46,7 @@ _POSTGRESQL = {
 
 @contextmanager
 def translate_errors(store: str) -> Iterator[None]:
-    """Turn what SQLAlchemy raises about ``store`` into a StoreError."""
+    """Turn SQLAlchemy's errors about ``store`` into a StoreError."""
     try:
         yield
     except DBAPIError as error:

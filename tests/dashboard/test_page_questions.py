@@ -11,8 +11,8 @@ import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from dashboard.viewdata import sql_table
-from oki_trace.analysis.catalog import QUESTIONS
 from oki_trace.analysis.folder import folder_of
+from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate

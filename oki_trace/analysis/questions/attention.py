@@ -1,4 +1,4 @@
-"""attention: the parts of the text that attention goes to, by layer and by step."""
+"""attention: how attention is divided among the parts of the text, by layer and by step."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """compare: how far the distributions of two steps, two replies or two models are apart.
 
-The SQL function ``distance`` computes every distance, from the full logits where both sides kept
-them and share a vocabulary, else from the lists of candidates. Its ``basis`` says which.
+The SQL function ``distance`` computes every distance, from the full logits if both sides kept
+them and share a vocabulary, else from the candidate lists. Its ``basis`` says which.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _run(session: QuerySession, request: Request) -> Answer:
 
 
 def _steps(session: QuerySession, request: Request) -> Answer:
-    """A row for each candidate, the likelier first; the distance in ``about``."""
+    """A row for each candidate, the most likely first; the distance is in ``about``."""
     numbers = [int(number) for step in request.subjects for number in step.split(":")]
     first, first_step, second, second_step = numbers
     lists = (

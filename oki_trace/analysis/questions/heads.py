@@ -1,7 +1,7 @@
 """heads: attention heads that give most of their weight to one kind of position.
 
-The attention tensors are large, so an even sample of the steps is read. Heads keep their habits,
-and the answer says how many steps it is based on.
+The attention tensors are large, so only an even sample of the steps is read. A head's targets vary
+little from step to step, and the answer says how many steps it is based on.
 """
 
 from __future__ import annotations

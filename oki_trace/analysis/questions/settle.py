@@ -1,4 +1,4 @@
-"""settle: the layer at which the chosen token comes to the top of the Logit Lens."""
+"""settle: the layer from which the chosen token stays on top of the Logit Lens."""
 
 from __future__ import annotations
 

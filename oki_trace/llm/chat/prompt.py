@@ -1,4 +1,4 @@
-"""From messages to the model's prompt.
+"""Renders messages as the model's prompt.
 
 The prompt is written by the tokenizer's own chat template, or in the plain
 ``USER: … ASSISTANT:`` form if it has none. A template writes its special tokens
@@ -37,7 +37,7 @@ def render(
     vocabulary: Vocabulary | None = None,
     options: TemplateOptions | None = None,
 ) -> Prompt:
-    """The prompt for the assistant's next message, or for the rest of a last one of its own.
+    """The prompt for the assistant's next message, or for the rest of its last message.
 
     ``options`` are for the chat template. Raises CaptureError if the template
     refuses the messages, omits the text of one, or does not accept the options, and

@@ -16,7 +16,7 @@ TEMPLATE_BYTES = 1_000_000_000
 
 
 class MemoryLimit:
-    """Notified of each phase, it limits the memory of those in ``limited``."""
+    """Limits the memory of the phases in ``limited``; it is notified of each phase."""
 
     def __init__(self, *limited: Activity) -> None:
         self._limited = limited

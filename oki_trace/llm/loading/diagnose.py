@@ -1,4 +1,4 @@
-"""Why a model could not be loaded, in one line that names the fix.
+"""Explains why a model could not be loaded, in one line that names the fix.
 
 transformers, the hub client, safetensors and torch each raise their own
 errors, many a paragraph long and some misleading (a mistyped folder is looked

@@ -1,6 +1,6 @@
 """Cheap, bounded checks of a model's files before any library reads them.
 
-The files may be meant to harm: a pipe that never ends, a header that declares more
+The files may be malicious: a pipe that never ends, a header that declares more
 than fits into memory, a sparse file, or a config whose numbers no weights support.
 Each is refused in one line.
 """

@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with bounds before any library reads it.
+"""Reads the header of a GGUF file, with bounds, before any library reads it.
 
-The libraries make an object of each element of an array, however many the file
-declares. Nothing is made of them here, and every length is compared with the file's
+The libraries create an object for each element of an array, however many the file
+declares. This module creates none, and compares every length with the file's length
 and with those of published models.
 """
 

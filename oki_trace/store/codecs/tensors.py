@@ -1,4 +1,4 @@
-"""Encoding full tensors to bytes and decoding them.
+"""Encodes full tensors to bytes, and decodes them.
 
 Activations hardly compress, so precision decides the size, not the compression level.
 Codecs:

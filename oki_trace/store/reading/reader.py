@@ -1,7 +1,7 @@
-"""Reading a store: records come out, nothing goes in.
+"""Reads a store and returns records.
 
-Guarantees: a reader cannot change the store; one call, and everything read through
-one Snapshot, sees one instant; a step is never seen without its candidates and
+Guarantees: a reader cannot change the store; one call, or everything read through one
+Snapshot, sees a single state of the store; a step always has its candidates and
 attention, and its lens, which may follow a few steps later, is complete or missing.
 No transaction outlives its call, so the write-ahead log is never held open.
 

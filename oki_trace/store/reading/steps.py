@@ -1,6 +1,6 @@
-"""Reading steps: rows become the records they were made from.
+"""Reads steps: turns rows back into records.
 
-NULL in a measured column was not a number, and is NaN in the record.
+NULL in a measured column stands for NaN, and is NaN in the record.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class StepReads(ReadConnection):
     ) -> Iterator[records.Step]:
         """The steps from ``first`` up to ``end``, a batch in memory at a time.
 
-        Each batch is one instant.
+        Each batch is read from one snapshot.
         """
         while end is None or first < end:
             until = first + BATCH if end is None else min(first + BATCH, end)

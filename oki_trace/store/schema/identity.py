@@ -1,4 +1,4 @@
-"""The address of a store, its mark as ours, and the number of its schema.
+"""The address of a store, the mark that identifies it, and its schema number.
 
 A SQLite store has our ``application_id`` in its header from the first write on, and the
 number of its schema in ``user_version``; on PostgreSQL, Alembic's table has both.

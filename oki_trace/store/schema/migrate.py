@@ -33,7 +33,7 @@ _ADVISORY_LOCK = 0x6F6B6974
 
 
 def ensure(db: Db) -> None:
-    """Create the store if it does not exist, upgrade it if it is older; else cheap."""
+    """Create the store if it does not exist, upgrade it if it is older; otherwise cheap."""
     url = identity.address(db)
     store = identity.shown(url)
     path = identity.file_of(url)

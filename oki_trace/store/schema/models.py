@@ -89,8 +89,8 @@ class Message(Base):
     ``owner`` names the process that generates a running reply; ``heartbeat_at`` is the
     time of its last heartbeat by the server's clock, on PostgreSQL only.
     ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
-    message as it ended, and until then its prompt only; empty: the message was recorded
-    by a program without digests.
+    message as it ended, and until then its prompt only; it is empty if a version without
+    digests recorded the message.
     """
 
     __tablename__ = "message"

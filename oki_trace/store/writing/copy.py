@@ -1,4 +1,4 @@
-"""Copying conversations from one store to another, whatever engine each is on.
+"""Copies conversations from one store to another, on either engine.
 
 Guarantees: a conversation is copied in one transaction; rows and blobs are the same,
 and only the ids belong to the target; a conversation that the target already has (by

@@ -1,4 +1,4 @@
-"""The digest of a message, computed from its rows once nothing more is written to it.
+"""Computes the digest of a message from its rows, when the message has ended.
 
 While a reply is being written, the column holds the digest of its prompt.
 """

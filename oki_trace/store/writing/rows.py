@@ -1,4 +1,4 @@
-"""Steps, lenses and prompts as rows, inserted in bulk.
+"""Inserts steps, lenses and prompts as rows, in bulk.
 
 One step is about five hundred rows. Python releases its lock around each call into the
 database, and in a process that decodes at the same time it may wait milliseconds to

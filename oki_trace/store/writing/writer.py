@@ -1,4 +1,4 @@
-"""Writing a store: conversations, replies and their steps.
+"""Writes conversations, replies and their steps to a store.
 
 Each method is one atomic transaction that also increments the store's version. Steps are
 numbered from 0 without a gap, and only a running reply accepts steps. Methods are
@@ -39,7 +39,7 @@ _BUMP_VERSION = update(models.StoreState).values(version=models.StoreState.versi
 
 @dataclass(slots=True)
 class _Reply:
-    """What this process remembers of a reply it writes, so that a step needs no query."""
+    """The state of a reply that this process writes, kept so that a step needs no query."""
 
     tensors: records.TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
