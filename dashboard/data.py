@@ -220,7 +220,8 @@ def _distances(
     left: Message, right: Message, steps: list[tuple[int, int]]
 ) -> list[Distance | None]:
     pairs = [(left.id, one, right.id, other) for one, other in steps]
-    return [one and one.distance for one in step_distances(store(), pairs)]
+    measured = step_distances(store(), pairs)
+    return [None if one is None else one.distance for one in measured]
 
 
 def recent_replies(limit: int = 25) -> list[tuple[Conversation, Message]]:

@@ -210,8 +210,9 @@ def _compare(chosen: Sequence[Conversation]) -> None:
 
 def _export(one: Conversation) -> None:
     with st.popover("Export", icon=":material/download:"):
+        formats = list(Format)
         format = st.selectbox(
-            "Format", list(Format), format_func=attrgetter("label"), key="format", width=300
+            "Format", formats, format_func=attrgetter("label"), key="format", width=300
         )
         st.download_button(
             "Export",
