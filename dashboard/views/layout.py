@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from dashboard import components
+from dashboard import components, url_state
 from dashboard.viewdata import replies, wording
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import Message
@@ -43,6 +43,12 @@ def open_page(name: str, query: Mapping[str, object]) -> None:
     """Leave for another page, with these parameters in its URL."""
     parameters = {key: str(value) for key, value in query.items()}
     st.switch_page(st.session_state["pages"][name], query_params=parameters)
+
+
+def open_in_chat(place: url_state.Location, key: str) -> None:
+    """A button that opens ``place`` in the chat."""
+    if st.button("Open in chat", icon=":material/chat:", key=f"open-{key}", type="tertiary"):
+        open_page("chat", place.query())
 
 
 def empty_state(nothing: str, then: str) -> None:

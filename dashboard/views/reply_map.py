@@ -31,8 +31,7 @@ def page() -> None:
         _choose()
         return
     with layout.title_row(opened[0].title):
-        if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
-            layout.open_page("chat", url_state.current().query())
+        layout.open_in_chat(url_state.current(), "map")
     boundary.part(_head)(opened[0].id)
     boundary.part(section)(opened[0].id, wide=True)
 

@@ -409,7 +409,7 @@ def test_sql_from_a_link_waits_for_a_click(
     app = page("sql", sql="SELECT 6 * 7 AS answer")
     assert not app.exception and not app.dataframe and not ran
     assert app.text_area(key="sql-text").value == "SELECT 6 * 7 AS answer"
-    assert any("came with the link" in text.value for text in app.markdown)
+    assert any("came from a link" in text.value for text in app.markdown)
     # Nor by a change of anything else.
     app.number_input(key="sql-rows").set_value(10).run()
     assert not ran
@@ -432,7 +432,7 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
 ) -> None:
     app = page("questions", **query)
     assert not app.exception and not app.dataframe
-    assert any("came with the link" in text.value for text in app.markdown)
+    assert any("came from a link" in text.value for text in app.markdown)
     app.run()
     assert not app.dataframe
     # Chosen on the page, it is asked at once.
@@ -445,17 +445,17 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
 def test_more_rows_than_the_limit_are_told_of(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT * FROM range(5000)")
     assert len(app.dataframe[0].value) == 1000
-    assert any("There are more" in caption.value for caption in app.caption)
+    assert any("More rows exist" in caption.value for caption in app.caption)
     app.number_input(key="sql-rows").set_value(6000).run()
     assert len(app.dataframe[0].value) == 5000
-    assert not any("There are more" in caption.value for caption in app.caption)
+    assert not any("More rows exist" in caption.value for caption in app.caption)
 
 
 def test_a_result_without_numbers_has_no_chart(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT content FROM message")
     app.button_group(key="sql-show").set_value("chart").run()
     assert not app.exception
-    assert any("needs a column of numbers" in caption.value for caption in app.caption)
+    assert any("needs a numeric column" in caption.value for caption in app.caption)
 
 
 def test_the_explorer_changes_nothing_by_asking(filled: sample_stores.Samples) -> None:
