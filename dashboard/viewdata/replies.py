@@ -276,7 +276,7 @@ def decision_text(step: Step, generation: Generation | None) -> str:
     if step.decision is None and generation is not None and generation.do_sample:
         sampled = step.sampled_prob
         prob = "" if sampled is None else f" with probability {format_number(sampled, 3)}"
-        text = f"Drawn{prob}; the effect of each setting was not recorded."
+        text = f"Sampled{prob}; the effect of each setting was not recorded."
     else:
         text = explain(step, lambda token: quoted(shorten(visible(token))))
     replaced = explain_generation(generation) if generation is not None else ""

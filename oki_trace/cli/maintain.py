@@ -39,7 +39,7 @@ def rename(
 
 
 def delete(
-    conversations: Annotated[list[int], typer.Argument(help="Numbers, as in: oki-trace list")],
+    conversations: Annotated[list[int], typer.Argument(help="The numbers, from: oki-trace list")],
     yes: Yes = False,
     db: options.Db = None,
     json: options.Json = False,
@@ -74,11 +74,11 @@ def delete(
 
 def prune(
     older_than: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Such as 12h, 30d, 8w or 1y.")
+        str | None, typer.Option(metavar="AGE", help="The minimum age, such as 12h, 30d, 8w or 1y.")
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Prune until the data fits in this size, such as 10GB."),
+        typer.Option(metavar="SIZE", help="Prune until the data fits this size, such as 10GB."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete whole conversations, not only full tensors.")

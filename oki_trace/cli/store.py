@@ -37,7 +37,7 @@ def migrate(db: options.Db = None, json: options.Json = False) -> None:
 
 
 def info(db: options.Db = None, json: options.Json = False) -> None:
-    """Show where the store is, what it contains and how large it is.
+    """Show the location, the contents and the size of the store.
 
     Example: oki-trace info --json
     """
@@ -79,7 +79,7 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
 def verify(
     conversation: Annotated[
         int | None,
-        typer.Argument(help="The number, as in: oki-trace list", show_default="the whole store"),
+        typer.Argument(help="The number, from: oki-trace list", show_default="the whole store"),
     ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Also run each model again on the stored tokens.")
@@ -87,7 +87,7 @@ def verify(
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Check all checksums, and that the stored numbers agree with each other.
+    """Check all checksums, and whether the stored numbers agree with each other.
 
     Prints one line per problem; the exit status is 1 if there is any. The store is not
     changed. A model that cannot be loaded is reported but does not count as a problem.

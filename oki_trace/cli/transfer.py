@@ -23,14 +23,14 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="html: a report to read; json, jsonl, parquet: everything; "
-            "trace-v1: for viewers of that format.",
+            help="json, jsonl and parquet have all data; html is a report to read; "
+            "trace-v1 is for viewers of version 1.",
         ),
     ] = Format.JSON,
     message: options.MessageId = None,
     tensors: Annotated[
         bool,
-        typer.Option("--tensors", help="Write the full tensors too, as safetensors beside json."),
+        typer.Option("--tensors", help="Also write the full tensors, to a .safetensors file."),
     ] = False,
     output: Annotated[
         Path | None,
@@ -38,7 +38,7 @@ def export(
             "--output",
             "-o",
             show_default="standard output",
-            help="File, or folder for parquet; - is standard output.",
+            help="The file, or the folder for parquet; - is standard output.",
         ),
     ] = None,
     db: options.Db = None,
@@ -83,9 +83,7 @@ def import_(
     path: Annotated[
         Path, typer.Argument(help="A file, a folder or a zip of tables; - is standard input.")
     ],
-    memory: Annotated[
-        str, typer.Option(help="The most memory that reading the file may use.")
-    ] = "400MB",
+    memory: Annotated[str, typer.Option(help="Memory limit for reading the file.")] = "400MB",
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -93,7 +91,7 @@ def import_(
 
     The file is checked completely before the store changes, and the import is atomic.
     Conversations get new numbers, which are printed. The tensors of name.json are read
-    from name.safetensors beside it.
+    from name.safetensors in the same folder.
 
     Example: oki-trace import paris.json
 
@@ -137,7 +135,7 @@ def copy(
     to: Annotated[str, typer.Option(metavar="PATH_OR_URL", help="The target store.")],
     conversations: Annotated[
         list[int] | None,
-        typer.Argument(help="Numbers, as in: oki-trace list", show_default="all"),
+        typer.Argument(help="The numbers, from: oki-trace list", show_default="all"),
     ] = None,
     db: options.Db = None,
     json: options.Json = False,

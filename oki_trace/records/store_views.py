@@ -19,6 +19,7 @@ from oki_trace.records.trace import (
     FloatArray,
     Generation,
     IntArray,
+    Origin,
     ReplyChecks,
     surprisal_of,
 )
@@ -128,7 +129,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """A step in brief, without its candidates, attention and lens.
+    """A step in brief, without its candidates, attention and lens; see ``Step``.
 
     ``greedy_id`` is the token that greedy decoding would have chosen; None when decoding
     was plainly greedy.
@@ -148,6 +149,7 @@ class StepSummary:
     margin: float
     settle_layer: int | None
     greedy_id: int | None = None
+    origin: Origin = "sampled"
 
     @property
     def surprisal(self) -> float:

@@ -14,6 +14,7 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 Segment = Literal["template", "system", "user", "assistant", "thinking", "tool_call", "tool"]
+Origin = Literal["sampled", "forced", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,7 @@ class LayerAttention:
 class Lens:
     """The Logit Lens of one step (nostalgebraist, 2020): one row per layer, 0 to L.
 
+    ``step_index`` is that of its step.
     ``token_ids``, ``logits``, ``probs``: (L+1, k), rank 1 first; ``tokens``
     likewise. ``entropy``, ``chosen_rank``, ``chosen_prob``, ``kl``: (L+1,),
     ``kl`` being KL(model's own distribution ‖ this layer's), in nats.
@@ -240,7 +242,11 @@ def surprisal_of(logprob: float) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One generated token, and everything captured when it was chosen.
+    """One position at which the model predicted the next token, and everything captured there.
+
+    ``origin``: the sampler chose the token (``sampled``), a user did (``forced``), or it is
+    part of the text that the model was given (``given``). ``step_index`` counts generated
+    tokens from 0; it is -1 for given ones, which ``position`` identifies.
 
     ``margin`` is the probability of rank 1 minus that of rank 2. ``token_bytes`` are the
     bytes of the token, which may be a part of a UTF-8 character. ``sampled_prob`` is its
@@ -269,6 +275,7 @@ class Step:
     attention: tuple[LayerAttention, ...] = ()
     lens: Lens | None = None
     decision: Decision | None = None
+    origin: Origin = "sampled"
     tensors: tuple[TensorRecord, ...] = field(default=(), repr=False)
     digest: bytes | None = field(default=None, repr=False)
     tensor_digest: bytes | None = field(default=None, repr=False)

@@ -17,7 +17,7 @@ from oki_trace.store.reading.damage import Damage
 from oki_trace.store.reading.not_found import no_conversation, no_message
 from oki_trace.store.schema.models import Conversation, Message, PromptToken, Step
 
-# Steps are numbered without a gap, so their count is one look into an index.
+# Generated steps are numbered without a gap, so their count is one look into an index.
 TOKEN_COUNT = (
     select(func.coalesce(func.max(Step.step_index) + 1, 0))
     .where(Step.message_id == Message.id)
@@ -137,7 +137,11 @@ def text_so_far(connection: Connection, message_id: int) -> str:
     """The text of a reply that has no final text, from the bytes of its tokens."""
     token_bytes = connection.execute(
         select(Step.token_bytes)
-        .where(Step.message_id == message_id, Step.is_special.is_(False))
+        .where(
+            Step.message_id == message_id,
+            Step.step_index.is_not(None),
+            Step.is_special.is_(False),
+        )
         .order_by(Step.step_index)
     ).scalars()
     return b"".join(token_bytes).decode("utf-8", errors="replace")

@@ -143,8 +143,10 @@ class PromptToken(Base):
 
 
 class Step(Base):
-    """One generated token. ``settle_layer`` is written with the step's lens.
+    """A position at which the model predicted the next token, which ``origin`` says more about.
 
+    ``step_index`` counts the generated tokens of a reply and is NULL for a given one.
+    ``settle_layer`` is written with the step's lens.
     ``decision`` explains the choice of the token, ``greedy_id`` is the token that greedy
     decoding would have chosen; both NULL when decoding was plainly greedy.
     ``tensor_bytes`` is the stored size of the step's tensors, so that a total need not
@@ -153,11 +155,16 @@ class Step(Base):
     """
 
     __tablename__ = "step"
-    __table_args__ = (sa.UniqueConstraint("message_id", "step_index"), _NEVER_REUSED)
+    __table_args__ = (
+        sa.UniqueConstraint("message_id", "step_index"),
+        sa.UniqueConstraint("message_id", "position"),
+        _NEVER_REUSED,
+    )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     message_id: Mapped[int] = mapped_column(BigId, _child_of("message.id"))
-    step_index: Mapped[int]
+    step_index: Mapped[int | None]
+    origin: Mapped[str] = mapped_column(sa.String(8), server_default="sampled")
     position: Mapped[int]
     token_id: Mapped[int]
     token: Mapped[str] = mapped_column(ModelText)

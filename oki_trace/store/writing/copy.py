@@ -160,11 +160,11 @@ class _Copier:
         after = -1
         while steps := instant.rows(
             select(models.Step.__table__)
-            .where(models.Step.message_id == message_id, models.Step.step_index > after)
-            .order_by(models.Step.step_index)
+            .where(models.Step.message_id == message_id, models.Step.position > after)
+            .order_by(models.Step.position)
             .limit(_BATCH)
         ):
-            after = steps[-1].step_index
+            after = steps[-1].position
             self._steps(instant, connection, steps, new_id)
             self._advance(len(steps))
         if is_abandoned:

@@ -60,7 +60,8 @@ def compute(connection: Connection, message_id: int, prompt: str | None = None) 
     steps = connection.execute(
         select(Step.digest, Step.tensor_digest)
         .where(Step.message_id == message_id)
-        .order_by(Step.step_index),
+        # Given tokens first: a reply's steps are in the order of their numbers.
+        .order_by(Step.step_index.is_not(None), Step.step_index, Step.position),
         execution_options={"yield_per": _ROWS},
     )
     for step_digest, tensor_digest in steps:
