@@ -126,7 +126,7 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     picture(page)
     with QuerySession(explorer.db) as session:
         answer = questions.answer(session, "uncertainty", view="token", least=0.0)
-    found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
+    found = list(csv.reader(io.StringIO(saved(page, "Export CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1
     png = saved(page, "Save uncertainty-token as PNG").read_bytes()
