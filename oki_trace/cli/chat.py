@@ -74,8 +74,7 @@ def chat(turns: options.Turns) -> None:
 
     The line "/tool NAME RESULT" passes the result of a tool that the last reply called.
 
-    Ctrl-C ends the current reply and keeps its tokens so far; at the prompt it ends
-    the chat.
+    Ctrl-C ends the current reply and keeps its tokens so far; at the prompt it ends the chat.
 
     Example: oki-trace chat --temperature 0.7
 

@@ -92,8 +92,9 @@ def prune(
 ) -> None:
     """Delete old or excess data, the oldest first: full tensors, or conversations with --all.
 
-    Without --all every row stays: tokens, candidates, attention and lens. A reply that
-    is being generated is skipped. To return the disk space, run: oki-trace vacuum
+    Without --all every row stays: tokens, candidates, attention and lens.
+
+    A reply that is being generated is skipped. To return the disk space, run: oki-trace vacuum
 
     Example: oki-trace prune --older-than 30d --dry-run
 
@@ -135,8 +136,9 @@ def prune(
 def vacuum(db: options.Db = None, json: options.Json = False) -> None:
     """Rebuild the store to return the space of deleted data to the disk.
 
-    This needs free disk space as large as the data, in the store's folder and for
-    temporary files. It is refused while a reply is being generated.
+    It needs space for a copy of the data, in the store's folder and for temporary files.
+
+    It is refused while a reply is being generated.
 
     Example: oki-trace vacuum
     """

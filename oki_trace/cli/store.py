@@ -89,8 +89,9 @@ def verify(
 ) -> None:
     """Check all checksums, and whether the stored numbers agree with each other.
 
-    Prints one line per problem; the exit status is 1 if there is any. The store is not
-    changed. A model that cannot be loaded is reported but does not count as a problem.
+    Prints one line per problem; the exit status is 1 if there is any. The store is not changed.
+
+    A model that cannot be loaded is reported but does not count as a problem.
 
     Example: oki-trace verify 1 --recompute
 

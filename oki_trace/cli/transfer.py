@@ -90,8 +90,10 @@ def import_(
     """Import a file that export wrote: json, jsonl, parquet or trace-v1.
 
     The file is checked completely before the store changes, and the import is atomic.
-    Conversations get new numbers, which are printed. The tensors of name.json are read
-    from name.safetensors in the same folder.
+
+    Conversations get new numbers, which are printed.
+
+    The tensors of name.json are read from name.safetensors in the same folder.
 
     Example: oki-trace import paris.json
 
@@ -143,8 +145,10 @@ def copy(
     """Copy conversations to another store, a file or a PostgreSQL database.
 
     Each conversation is copied atomically and gets a new number, which is printed.
-    Conversations that the target already has are skipped, so repeat the command to
-    finish an interrupted copy. The source store is not changed.
+
+    Conversations that the target already has are skipped. The source store is not changed.
+
+    Repeat the command to finish an interrupted copy.
 
     Example: oki-trace copy --to postgresql://me@host/traces
 
