@@ -80,7 +80,7 @@ class Cache:
     def _step(
         self, reader: TraceReader, parts: tuple[Part, ...], progress: Progress | None
     ) -> tuple[Part, ...]:
-        """Drop messages that are gone, write new ones, join small parts."""
+        """Drop deleted messages, write new ones, and merge small parts."""
         stored = {str(mark.id): mark for mark in reader.message_marks() if not mark.status.is_live}
         kept: list[Part] = []
         written: set[str] = set()

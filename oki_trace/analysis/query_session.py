@@ -85,7 +85,7 @@ class QuerySession:
     ) -> Result:
         """The result as an Arrow table of at most ``limit`` rows.
 
-        The statement runs in a process of its own, which is killed after ``seconds``.
+        The statement runs in a separate process, which is killed after ``seconds``.
         ``memory_bytes`` is the memory it may use beyond that of the process. ``tick`` is called
         while it runs, and an error that it raises ends the question. Raises a one-line
         QuestionError for any other failure.

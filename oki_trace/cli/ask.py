@@ -69,7 +69,7 @@ def ask(
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Ask a built-in question about the whole store, or about a part of it.
+    """Ask a built-in question about all or some of the replies in the store.
 
     Example: oki-trace ask settle --by class
 

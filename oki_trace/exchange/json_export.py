@@ -47,7 +47,7 @@ _encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
 def write_conversation(chosen: Selection, file: TextIO, *, tensors: bool = False) -> None:
     """Write the document of a conversation, or the trace object of a single reply.
 
-    ``tensors``: whether they are exported beside it.
+    ``tensors``: whether the full tensors are exported as well.
     """
     if chosen.single is not None:
         _write_trace(file, chosen, chosen.single, tensors)

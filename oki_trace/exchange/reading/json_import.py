@@ -47,7 +47,7 @@ class _TraceOutOfOrder(_OutOfOrder):
 
 
 class JsonImport:
-    """Reads one file into ``staging``; ``tensors`` is the file beside it."""
+    """Reads one file into ``staging``; ``tensors`` is its safetensors file."""
 
     def __init__(
         self, stream: JsonStream, staging: Staging, tensors: TensorFile | None = None

@@ -30,7 +30,7 @@ _PROGRESS_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The file to read, and ``staging``, the file to write in a folder of its own.
+    """The file to read, and ``staging``, the file to write, in a separate folder.
 
     ``memory_bytes``: the memory that reading may take beyond the program itself.
     """

@@ -1,8 +1,8 @@
 """The temporary store that an import fills before the target store is touched.
 
-Every check of the file is made on the way into it, whatever the file's length;
-then the conversations are copied as any others are (store/writing/copy.py), in
-one transaction each. It grows to ``most_bytes`` and no further.
+Every value of the file is checked before it is written to this store. The conversations
+are then copied to the target store like any others (``store/writing/copy.py``), in one
+transaction each. The temporary store grows to at most ``most_bytes``.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class _Record:
 
 
 class Document(TypedDict, total=False):
-    """What a file says about itself."""
+    """The format and version of a file."""
 
     format: Label | None
     version: Count | None

@@ -33,7 +33,7 @@ class BufferPool:
         return like.new_empty(shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in a buffer of its own."""
+        """A copy of ``tensor`` in a new buffer."""
         return self.take(tensor.shape, tensor).copy_(tensor)
 
 
