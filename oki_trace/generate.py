@@ -64,6 +64,7 @@ def generate_reply(
         should_stop=lambda: should_stop() or recorder.stop_requested,
         on_text=on_text,
         template=reply.template,
+        traced_before=lambda prompt: max(reader.traced_prefix(reply, prompt.token_ids)[1], 1),
     )
 
 

@@ -10,6 +10,7 @@ down_revision = "3c9a7e5d1b42"
 branch_labels = None
 depends_on = None
 
+ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 # SQLite rebuilds the table, which must go on without reusing ids.
 _KEPT = {"sqlite_autoincrement": True}
 
@@ -47,9 +48,12 @@ def upgrade() -> None:
         step.create_unique_constraint("uq_step_message_id_step_index", ["message_id", "step_index"])
         step.create_unique_constraint("uq_step_message_id_position", ["message_id", "position"])
     _set_last_id(last)
+    # The message whose text was scored under this or another model.
+    op.add_column("message", sa.Column("score_of", ID, nullable=True))
 
 
 def downgrade() -> None:
+    op.drop_column("message", "score_of")
     op.execute("DELETE FROM tensor WHERE step_id IN (SELECT id FROM step WHERE step_index IS NULL)")
     for table in ("topk_entry", "attention_layer", "attention_entry", "lens_layer", "lens_entry"):
         op.execute(

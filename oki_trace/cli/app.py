@@ -12,7 +12,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from oki_trace.cli import ask, bench, browse, chat, explorer, maintain, store, transfer
+from oki_trace.cli import (
+    ask,
+    bench,
+    browse,
+    chat,
+    explorer,
+    maintain,
+    score,
+    store,
+    transfer,
+)
 
 _SHORT_OPTION = re.compile("No such option: -[^-]")
 # Its name is private in typer.
@@ -98,7 +108,7 @@ def root(
 
 
 for _command in (
-    *(chat.demo, chat.run, chat.chat, browse.list_, browse.show, ask.ask, ask.sql),
+    *(chat.demo, chat.run, chat.chat, score.score, browse.list_, browse.show, ask.ask, ask.sql),
     *(transfer.export, transfer.import_, store.info, store.migrate),
     *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
     *(store.verify, transfer.copy, explorer.ui, bench.bench),

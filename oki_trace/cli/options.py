@@ -13,7 +13,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TemplateOptions, TensorMode
+from oki_trace.records import (
+    CapturePolicy,
+    ModelChoice,
+    PromptTrace,
+    Sampling,
+    TemplateOptions,
+    TensorMode,
+)
 from oki_trace.settings import Settings
 
 
@@ -57,6 +64,13 @@ NoFast = Annotated[
         help="Turn off the optional fast paths; results are the same but take longer.",
     ),
 ]
+TracePrompt = Annotated[
+    str,
+    typer.Option(
+        help="Steps for the prompt's tokens too: none, light (no full tensors, one lens token per "
+        "layer) or full."
+    ),
+]
 # Suffixes of the files of an SQLite store.
 _STORE_FILES = ("", "-wal", "-shm")
 
@@ -90,9 +104,12 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
-def policy_of(tensors: str) -> CapturePolicy:
+def policy_of(tensors: str, trace_prompt: str = "none") -> CapturePolicy:
     """What a command stores of each step. Raises UsageError for an unknown mode."""
-    return CapturePolicy(tensors=tensors)  # type: ignore[arg-type]
+    if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
+        raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
+    level: Any = None if trace_prompt == "none" else trace_prompt
+    return CapturePolicy(tensors=tensors, trace_prompt=level)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -121,6 +138,7 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
+    trace_prompt: TracePrompt = "none"
     template_arg: Annotated[
         list[str] | None,
         typer.Option(

@@ -79,6 +79,7 @@ class Message:
     are not known. ``template``: what its chat template got in addition to the messages.
     ``tool_name``: the tool whose result a tool message holds.
 
+    ``score_of``: the message whose text was scored, in this store; it may be gone since.
     ``tensors_pruned_at``: when its full tensors were pruned; None: never. ``digest``
     covers the message as it ended (see ``store.digest``): None before that, "" if it was
     recorded by a program without digests. ``damage``: the impossible values in its row;
@@ -102,6 +103,7 @@ class Message:
     reason: str | None = None
     seconds: float | None = None
     tokens: int = 0
+    score_of: int | None = None
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
     parts: tuple[Part, ...] = ()

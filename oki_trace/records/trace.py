@@ -77,6 +77,8 @@ class CaptureReport:
 
     ``tensors_left_out``: the full tensors of ``policy`` were captured, but the file from
     which this reply was imported does not have them.
+
+    ``windows``: the length and stride of the windows in which a long text was scored.
     """
 
     policy: CapturePolicy
@@ -96,6 +98,7 @@ class CaptureReport:
     cache_check: float | None = None
     speedups: dict[str, str | None] = field(default_factory=dict)
     tensors_left_out: bool = False
+    windows: tuple[int, int] | None = None
 
     @property
     def fast_paths(self) -> str:
@@ -324,6 +327,21 @@ class ReplyChecks:
     attention: float | None = None
     fault: str | None = None
     notes: tuple[str, ...] = ()
+
+    def after(self, earlier: ReplyChecks) -> ReplyChecks:
+        """These checks, joined with those of the prompt before the reply."""
+
+        def largest(name: str) -> float | None:
+            values = [getattr(one, name) for one in (self, earlier)]
+            return max((value for value in values if value is not None), default=None)
+
+        faults = [one.fault for one in (earlier, self) if one.fault is not None]
+        return ReplyChecks(
+            self.steps,
+            **{name: largest(name) for name in ("lens", "draft", "attention")},
+            fault="; ".join(faults) or None,
+            notes=tuple(dict.fromkeys(earlier.notes + self.notes)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

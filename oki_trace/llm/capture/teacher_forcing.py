@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from oki_trace.errors import CaptureError
+from oki_trace.errors import CaptureError, UsageError
 from oki_trace.llm.capture.attention import QueryRows
 from oki_trace.llm.capture.distribution import log_probs
 from oki_trace.llm.capture.hooks import ModelHooks
@@ -31,7 +31,7 @@ from oki_trace.llm.decoding.forward_pass import AttentionCapture, cache_in
 from oki_trace.llm.decoding.sampling import Choice
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
-from oki_trace.records import CapturePolicy, Step
+from oki_trace.records import CapturePolicy, ReplyChecks, Step
 
 # Bytes of logits and of attention rows that a chunk may have, and its length in tokens.
 _CHUNK_BYTES = 2**26
@@ -43,33 +43,59 @@ _TOLERANCE_16_BIT = 1e-1
 _continues_exactly: weakref.WeakKeyDictionary[ModelHooks, bool] = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class Windows:
+    """Overlapping windows of ``length`` tokens, each ``stride`` tokens after the one before.
+
+    Each token is predicted once, in the first window that has it, so all but those of the
+    first window see at least ``length - stride`` tokens before them.
+    """
+
+    length: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride < self.length:
+            raise UsageError(
+                f"A stride of {self.stride} does not fit a window of {self.length} tokens. Choose "
+                "one from 1 to the window's length minus 1."
+            )
+
+    def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """Where each window begins and ends in a text of so many tokens."""
+        for start in range(0, tokens, self.stride):
+            end = min(start + self.length, tokens)
+            yield start, end
+            if end == tokens:
+                return
+
+
 def teacher_force(
     instrument: Instrument,
     token_ids: Sequence[int],
     policy: CapturePolicy,
     *,
     first: int = 1,
+    windows: Windows | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[Step]:
-    """The steps of the tokens from position ``first`` on, each with its lens.
+) -> Iterator[Step | ReplyChecks]:
+    """The steps of the tokens from position ``first`` on, each with its lens, and the checks.
 
     The token at position 0 has no step, because nothing predicted it. ``policy`` is that of
     these steps. ``should_stop`` is called after every chunk. Raises CaptureError on NaN or
     infinite logits.
     """
     reducer = StepReducer(instrument, policy)
-    first, end = max(first, 1), len(token_ids)
     pending: list[tuple[Step, PendingLens]] = []
-    for done, chunk in _chunks(instrument, token_ids, policy, first):
-        for raw in chunk:
-            step, lens = reducer.step(raw, last=raw.position == end - 1)
-            pending.append((replace(step, step_index=-1, origin="given"), lens))
-            if len(pending) == BATCH_STEPS or raw.position == end - 1:
-                yield from _with_lenses(reducer, pending)
-                pending = []
-        if done < end - 1 and should_stop():
-            break
+    for raw in _raw_steps(instrument, token_ids, policy, max(first, 1), windows, should_stop):
+        step, lens = reducer.step(raw, last=raw.position == len(token_ids) - 1)
+        pending.append((replace(step, step_index=-1, origin="given"), lens))
+        if len(pending) == BATCH_STEPS:
+            yield from _with_lenses(reducer, pending)
+            pending = []
     yield from _with_lenses(reducer, pending)
+    # The checks name generated steps by their numbers, which these do not have.
+    yield replace(reducer.checker.report(), steps=())
 
 
 def _with_lenses(
@@ -81,46 +107,54 @@ def _with_lenses(
         yield replace(step, lens=by_position.get(step.position))
 
 
-def _chunks(
-    instrument: Instrument, token_ids: Sequence[int], policy: CapturePolicy, first: int
-) -> Iterator[tuple[int, Iterator[RawStep]]]:
-    """Run the text; yields where each chunk ends, and its steps from ``first`` on."""
-    forward = _Forward(instrument, token_ids, policy)
-    # Nothing is read of what the last token predicts, so it does not run.
-    end = len(token_ids) - 1
-    if not _in_chunks(instrument):
-        yield end, forward.steps(0, end, first)
-        return
-    length = _chunk_length(instrument, len(token_ids), policy)
-    for start in range(0, end, length):
-        stop = min(start + length, end)
-        if stop < first:
-            forward.skip(start, stop)
-        else:
-            yield stop, forward.steps(start, stop, first)
+def _raw_steps(
+    instrument: Instrument,
+    token_ids: Sequence[int],
+    policy: CapturePolicy,
+    first: int,
+    windows: Windows | None,
+    should_stop: Callable[[], bool],
+) -> Iterator[RawStep]:
+    """Run the text, chunk after chunk; yields the steps from position ``first`` on."""
+    in_chunks = _in_chunks(instrument)
+    spans = windows.spans(len(token_ids)) if windows else [(0, len(token_ids))]
+    for window_start, window_end in spans:
+        forward = _Forward(instrument, token_ids[:window_end], window_start, policy)
+        # Nothing is read of what the last token predicts, so it does not run.
+        end = window_end - 1
+        length = _chunk_length(instrument, window_end - window_start, policy)
+        for start in range(window_start, end, length if in_chunks else max(end, 1)):
+            stop = min(start + length, end) if in_chunks else end
+            if stop < first:
+                forward.skip(start, stop)
+                continue
+            yield from forward.steps(start, stop, first, use_cache=in_chunks)
+            first = stop + 1
+            if should_stop():
+                return
 
 
 class _Forward:
-    """The passes over one text, chunk after chunk."""
+    """The passes over one window, chunk after chunk; positions count from the text's start."""
 
     def __init__(
-        self, instrument: Instrument, token_ids: Sequence[int], policy: CapturePolicy
+        self, instrument: Instrument, token_ids: Sequence[int], first: int, policy: CapturePolicy
     ) -> None:
+        """The window begins at position ``first`` and ends with the last of ``token_ids``."""
         self._model = instrument.model
         self._hooks = instrument.hooks
         self._ids = torch.tensor([list(token_ids)], device=input_device(self._model))
         self._heads = policy.tensors != "none"
-        self._lens = instrument.lens.projection
         self._cache: dict[str, Any] = {}
 
     @torch.no_grad()
     def skip(self, start: int, stop: int) -> None:
         """Run the positions from ``start`` up to ``stop`` for the cache alone."""
-        self._run(start, stop)
+        self._run(start, stop, use_cache=True)
 
-    def steps(self, start: int, stop: int, first: int) -> Iterator[RawStep]:
+    def steps(self, start: int, stop: int, first: int, *, use_cache: bool) -> Iterator[RawStep]:
         """The steps that the positions from ``start`` up to ``stop`` predict."""
-        logits, hidden_states, attention = self._captured(start, stop)
+        logits, hidden_states, attention = self._captured(start, stop, use_cache)
         keys = {layer: rows.shape[2] for layer, rows in attention.items()}
         for i in range(max(0, first - 1 - start), stop - start):
             position = start + i + 1
@@ -144,23 +178,24 @@ class _Forward:
             )
 
     @torch.no_grad()
-    def _captured(self, start: int, stop: int) -> tuple[Tensor, tuple[Tensor, ...], QueryRows]:
+    def _captured(
+        self, start: int, stop: int, use_cache: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], QueryRows]:
         hooks = self._hooks
         with hooks.attach(every_query="heads" if self._heads else "mean"):
             with hooks.forward_arguments() as arguments:
-                outputs = self._run(start, stop, **arguments)
+                outputs = self._run(start, stop, use_cache, **arguments)
             return outputs.logits[0], hooks.take_hidden_states(), hooks.take_every_query(outputs)
 
-    def _run(self, start: int, stop: int, **arguments: Any) -> Any:
-        whole = start == 0 and stop == self._ids.shape[1] - 1
+    def _run(self, start: int, stop: int, use_cache: bool, **arguments: Any) -> Any:
         outputs = self._model(
             input_ids=self._ids[:, start:stop],
-            use_cache=not whole,
+            use_cache=use_cache,
             return_dict=True,
             **self._cache,
             **arguments,
         )
-        named = cache_in(outputs)
+        named = cache_in(outputs) if use_cache else None
         self._cache = {} if named is None else {named[0]: named[1]}
         return outputs
 

@@ -60,6 +60,22 @@ def render(
     )
 
 
+def text_prompt(tokenizer: Any, text: str, vocabulary: Vocabulary) -> Prompt:
+    """A text by itself, without a chat template, after the tokens that the tokenizer adds.
+
+    Raises CaptureError for half a character.
+    """
+    _refuse_unencodable(text)
+    ids, offsets = _encode(tokenizer, text, templated=False)
+    added = len(ids) - len(_encode(tokenizer, text, templated=True)[0])
+    return Prompt(
+        text=text,
+        token_ids=tuple(ids),
+        tokens=tuple(vocabulary.text(i) for i in ids),
+        segments=tuple("template" if at < added else "user" for at in range(len(offsets))),
+    )
+
+
 def _encode(
     tokenizer: Any, text: str, *, templated: bool
 ) -> tuple[list[int], list[tuple[int, int]]]:

@@ -61,7 +61,12 @@ def _template(document: Document) -> records.TemplateOptions:
 
 def _capture(document: Document) -> records.CaptureReport:
     layers = tuple(document["attention_layers"])
-    nested = {"policy": _policy(document["policy"]), "attention_layers": layers}
+    windows = document.get("windows")
+    nested = {
+        "policy": _policy(document["policy"]),
+        "attention_layers": layers,
+        "windows": None if windows is None else tuple(windows),
+    }
     return _record(records.CaptureReport, document | nested)
 
 

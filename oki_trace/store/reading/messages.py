@@ -116,6 +116,7 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
         reason=row.reason,
         seconds=damage.number("seconds", row.seconds, float),
         tokens=row.tokens,
+        score_of=damage.number("score_of", row.score_of, int),
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
         **{
             name: damage.part(name, read, getattr(row, name))

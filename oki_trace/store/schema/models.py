@@ -88,6 +88,7 @@ class Message(Base):
 
     ``owner`` names the process that generates a running reply; ``heartbeat_at`` is the
     time of its last heartbeat by the server's clock, on PostgreSQL only.
+    ``score_of``: the message of this store whose text was scored; it may be gone since.
     ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
     message as it ended, and until then its prompt only; it is empty if a version without
     digests recorded the message.
@@ -112,6 +113,7 @@ class Message(Base):
     owner: Mapped[str | None] = mapped_column(sa.Text)
     heartbeat_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
+    score_of: Mapped[int | None] = mapped_column(BigId)
     tensors_pruned_at: Mapped[dt.datetime | None]
     seconds: Mapped[float | None]
     reason: Mapped[str | None] = mapped_column(ModelText)

@@ -146,7 +146,8 @@ class _Copier:
     ) -> None:
         table = models.Message
         (row,) = instant.rows(select(table.__table__).where(table.id == message_id))
-        values = {**_values(row), "conversation_id": conversation_id}
+        # In another store, the id of the scored message means another message.
+        values = {**_values(row), "conversation_id": conversation_id, "score_of": None}
         is_abandoned = row.status == Status.RUNNING.value
         if is_abandoned:
             # Its process is dead, so nothing will be added.

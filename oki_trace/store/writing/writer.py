@@ -153,10 +153,12 @@ class TraceWriter:
         claim: bool = False,
         created_at: dt.datetime | None = None,
         template: records.TemplateOptions | None = None,
+        score_of: int | None = None,
     ) -> int:
         """Queue a reply to the conversation so far; returns its id.
 
         ``claim``: this process generates it itself, so no worker may take it.
+        ``score_of``: the message whose text it scores.
         """
         if claim:
             self._heartbeat.start()
@@ -173,6 +175,7 @@ class TraceWriter:
                 policy=documents.to_document(policy),
                 template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
+                score_of=score_of,
             )
 
     def claim_next_reply(self) -> int | None:
