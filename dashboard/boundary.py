@@ -1,4 +1,4 @@
-"""Error boundaries around pages and their parts: a sentence, a button, and the details.
+"""Error boundaries around pages and their parts: an error becomes one sentence and a button.
 
 An error of ours, such as a store that cannot be read, shows its own sentence; an
 unexpected one also its traceback, to copy. Streamlit's own error box is never
@@ -19,6 +19,7 @@ import streamlit as st
 
 from dashboard import data
 from dashboard.viewdata import wording
+from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 from oki_trace.sanitize import inert
 
@@ -47,6 +48,7 @@ def page(draw: Callable[[], None]) -> Callable[[], None]:
     def drawn() -> None:
         try:
             draw()
+            st.session_state.pop(layout.UNSENT, None)
         except _PartFailed as failed:
             _show(failed.cause, "page")
         except Exception as error:

@@ -86,27 +86,28 @@ def _lines(
 
 
 def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerChart:
-    """The distance of two replies' distributions, a bar for each place: its lower and upper bound.
+    """The distance of two replies' distributions, a bar for each pair: its lower and upper bound.
 
-    ``divergence`` is the place, counted from 1, of the first token that differs.
+    ``divergence`` is the number of the first pair that differs.
     """
     frame = pd.DataFrame(rows)
+    last = int(frame["pair"].max())
     base = alt.Chart(frame).encode(
         x=alt.X(
-            "place:Q",
-            title="token number",
+            "pair:Q",
+            title="pair of steps",
             axis=alt.Axis(tickMinStep=1, grid=False),
-            scale=alt.Scale(domain=[0.5, frame["place"].max() + 0.5], nice=False),
+            scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
         ),
         tooltip=[
-            alt.Tooltip("place:Q"),
+            alt.Tooltip("pair:Q"),
             alt.Tooltip("left:N"),
             alt.Tooltip("right:N"),
             alt.Tooltip("low:Q", format=".4f", title="at least"),
             alt.Tooltip("high:Q", format=".4f", title="at most"),
         ],
     )
-    size = max(1.0, min(14.0, 420 / float(frame["place"].max())))
+    size = max(1.0, min(14.0, 420 / (last + 1)))
     scale = alt.Scale(domain=[0, 1])
     colour = alt.Color(
         "token:N",
@@ -127,9 +128,9 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
     certain = base.mark_bar(size=size).encode(y=alt.Y("low:Q", scale=scale), color=colour)
     layers = [possible, certain]
     if divergence is not None:
-        mark = alt.Chart(pd.DataFrame([{"place": divergence - 0.5}]))
+        mark = alt.Chart(pd.DataFrame([{"pair": divergence - 0.5}]))
         layers.append(
-            mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="place:Q")
+            mark.mark_rule(color="gray", strokeDash=[4, 3], strokeWidth=1.5).encode(x="pair:Q")
         )
     description = "Total variation between the two replies' distributions, token by token"
     return _finished(alt.LayerChart(layer=layers), 240, description)
@@ -137,9 +138,8 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
 
 def growth_chart(rows: Sequence[Json]) -> alt.Chart:
     """Running totals of a store's data over the time of its replies, stacked by kind."""
-    scale, unit = _unit(max(row["bytes"] for row in rows))
     frame = pd.DataFrame(rows)
-    frame["amount"] = frame["bytes"] / scale
+    in_bytes = alt.Axis(tickCount=5, labelExpr="format(datum.value, '~s') + 'B'")
     chart: alt.Chart = (
         alt.Chart(frame)
         .mark_area(interpolate="step-after", line=True, opacity=0.75)
@@ -151,7 +151,7 @@ def growth_chart(rows: Sequence[Json]) -> alt.Chart:
                     grid=False, tickCount=6, labelFlush=True, format=_time_format(frame["when"])
                 ),
             ),
-            y=alt.Y("amount:Q", stack=True, title=unit, axis=alt.Axis(tickCount=5)),
+            y=alt.Y("bytes:Q", stack=True, title=None, axis=in_bytes),
             color=alt.Color(
                 "what:N",
                 title=None,
@@ -168,14 +168,6 @@ def growth_chart(rows: Sequence[Json]) -> alt.Chart:
         )
     )
     return _finished(chart, HEIGHT, "The store's data over time: rows and full tensors")
-
-
-def _unit(most: float) -> tuple[float, str]:
-    """The factor and the name of the unit for up to ``most`` bytes."""
-    for factor, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if most >= factor:
-            return factor, name
-    return 1.0, "B"
 
 
 def _time_format(when: pd.Series[Any]) -> str:

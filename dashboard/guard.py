@@ -1,4 +1,4 @@
-"""The server answers only its own pages, under its own host names, and in no frame.
+"""Makes the server answer only its own pages, under its own host names, and in no frame.
 
 Another site, open in the same browser, may point its name at this machine (DNS
 rebinding), connect from another port of this machine, or frame the explorer. The
@@ -10,16 +10,14 @@ from __future__ import annotations
 import functools
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
 import streamlit as st
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Scope]]
-Send = Callable[[Scope], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 # In place of names: every IP address, and the host names of this machine. Any other
 # name has to be listed: it could be one that was pointed here (DNS rebinding).
@@ -28,9 +26,14 @@ ANY = "*"
 _DEFAULT_PORTS = (":80", ":443")
 
 _REFUSED = {
-    "host": b"The explorer is not served under this name. If it is yours, start the explorer "
-    b"with --allow-host and the name.\n",
-    "origin": b"Pages of other sites cannot use the explorer.\n",
+    "host": "The explorer is not served under this name. If it is yours, start the explorer "
+    "with --allow-host and the name.\n",
+    "origin": "Pages of other sites cannot use the explorer.\n",
+}
+_REFUSED_HEADERS = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
 }
 
 
@@ -41,22 +44,28 @@ class Guard:
     which is a 403 as well.
     """
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        host = only(scope["headers"], b"host")
-        why = refusal(host, origins(scope["headers"]), self._names)
-        if why is not None:
-            await _refuse(scope, send, why)
-        elif scope["type"] == "http":
-            assert host is not None
-            await self._app(scope, receive, _with_headers(send, headers(host)))
-        else:
+        received = Headers(scope=scope)
+        hosts = received.getlist("host")
+        host = hosts[0] if len(hosts) == 1 else None
+        why = refusal(host, received.getlist("origin"), self._names)
+        if scope["type"] == "http":
+            if why is None:
+                assert host is not None
+                await self._app(scope, receive, _with_headers(send, headers(host)))
+            else:
+                response = PlainTextResponse(_REFUSED[why], 403, _REFUSED_HEADERS)
+                await response(scope, receive, send)
+        elif why is None:
             await self._app(scope, receive, send)
+        else:
+            await WebSocketClose(code=1008)(scope, receive, send)
 
     @functools.cached_property
     def _names(self) -> tuple[str, ...]:
@@ -112,7 +121,7 @@ def hostname(host: str | None) -> str | None:
     return name if name and (letters or _is_address(name)) else None
 
 
-def headers(host: str) -> dict[bytes, bytes]:
+def headers(host: str) -> dict[str, str]:
     """The headers of every response: no frame, no content from other origins, no referrer."""
     policy = {
         "default-src": "'self'",
@@ -131,23 +140,12 @@ def headers(host: str) -> dict[bytes, bytes]:
         "frame-ancestors": "'none'",
     }
     return {
-        b"content-security-policy": "; ".join(f"{k} {v}" for k, v in policy.items()).encode(),
-        b"x-frame-options": b"DENY",
-        b"x-content-type-options": b"nosniff",
-        b"referrer-policy": b"no-referrer",
-        b"cross-origin-resource-policy": b"same-origin",
+        "content-security-policy": "; ".join(f"{k} {v}" for k, v in policy.items()),
+        "x-frame-options": "DENY",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cross-origin-resource-policy": "same-origin",
     }
-
-
-def origins(headers: Iterable[tuple[bytes, bytes]]) -> list[str]:
-    """The Origin headers of a request."""
-    return [value.decode("latin-1") for name, value in headers if name.lower() == b"origin"]
-
-
-def only(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> str | None:
-    """The header ``name``; None if it is absent or repeated."""
-    values = [value for one, value in headers if one.lower() == name]
-    return values[0].decode("latin-1") if len(values) == 1 else None
 
 
 def _host_and_port(url: str) -> str:
@@ -163,26 +161,10 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _with_headers(send: Send, ours: dict[bytes, bytes]) -> Send:
-    async def sent(message: Scope) -> None:
+def _with_headers(send: Send, ours: Mapping[str, str]) -> Send:
+    async def sent(message: Message) -> None:
         if message["type"] == "http.response.start":
-            theirs = [(n, v) for n, v in message.get("headers", ()) if n.lower() not in ours]
-            message = {**message, "headers": [*theirs, *ours.items()]}
+            MutableHeaders(scope=message).update(ours)
         await send(message)
 
     return sent
-
-
-async def _refuse(scope: Scope, send: Send, why: str) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008, "reason": ""})
-        return
-    fixed = {
-        b"content-type": b"text/plain; charset=utf-8",
-        b"x-content-type-options": b"nosniff",
-        b"content-security-policy": b"default-src 'none'; frame-ancestors 'none'",
-        b"x-frame-options": b"DENY",
-        b"content-length": str(len(_REFUSED[why])).encode(),
-    }
-    await send({"type": "http.response.start", "status": 403, "headers": [*fixed.items()]})
-    await send({"type": "http.response.body", "body": _REFUSED[why]})

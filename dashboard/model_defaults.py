@@ -26,12 +26,9 @@ def sampling_defaults(model_id: str, models_dir: Path) -> dict[str, float]:
 
     Makes no request: of a model on the hub, it reads the local cache.
     """
-    path = _file_of(model_id, models_dir, FILE)
     try:
-        if path is None or path.stat().st_size > MOST_BYTES or not path.is_file():
-            return {}
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(_text_of(model_id, models_dir, FILE, MOST_BYTES))
+    except (ValueError, RecursionError):
         return {}
     if not isinstance(config, dict):
         return {}
@@ -41,13 +38,7 @@ def sampling_defaults(model_id: str, models_dir: Path) -> dict[str, float]:
 def template_switches(model_id: str, models_dir: Path) -> tuple[str, ...]:
     """Those of ``SWITCHES`` that the model's chat template reads; empty without a local one."""
     for name in TEMPLATES:
-        path = _file_of(model_id, models_dir, name)
-        try:
-            if path is None or not path.is_file() or path.stat().st_size > MOST_TEMPLATE_BYTES:
-                continue
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError):
-            continue
+        text = _text_of(model_id, models_dir, name, MOST_TEMPLATE_BYTES)
         if found := tuple(switch for switch in SWITCHES if re.search(rf"\b{switch}\b", text)):
             return found
     return ()
@@ -55,6 +46,17 @@ def template_switches(model_id: str, models_dir: Path) -> tuple[str, ...]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _text_of(model_id: str, models_dir: Path, name: str, most_bytes: int) -> str:
+    """The text of a model's file; empty where it cannot be read."""
+    path = _file_of(model_id, models_dir, name)
+    try:
+        if path is not None and path.is_file() and path.stat().st_size <= most_bytes:
+            return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        pass
+    return ""
 
 
 def _file_of(model_id: str, models_dir: Path, name: str) -> Path | None:

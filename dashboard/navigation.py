@@ -1,4 +1,4 @@
-"""The frame of every page: style, navigation, and the page that is open."""
+"""The common frame of all pages: style and navigation."""
 
 from __future__ import annotations
 

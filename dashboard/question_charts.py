@@ -21,7 +21,10 @@ from oki_trace.analysis.question import Answer, Drawing
 Chart = alt.Chart | alt.LayerChart
 
 COLOURS = ("#cf6a37", "#3f7fbf", "#2a9d8f", "#c06a9a", "#b08a1e", "#8a9099")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
+SHAPES = (
+    *("circle", "square", "triangle-up", "diamond", "cross", "triangle-down"),
+    *("triangle-left", "stroke"),
+)
 # The parts of a stack: those that are texts in colours, the last ones in greys.
 PARTS = (
     *("#cf6a37", "#2a9d8f", "#3f7fbf", "#c06a9a", "#d9b44a"),
@@ -46,7 +49,10 @@ def chart(
         "cells": _cells,
         "dots": _dots,
     }[drawing.kind]
-    drawn = draw(answer, drawing, rows, clickable)
+    drawn = draw(answer, drawing, rows)
+    if clickable:
+        pick = alt.selection_point(name=PICK, fields=["at"], on="click")
+        drawn = drawn.add_params(pick).configure_bar(cursor="pointer")
     measures = ", ".join(answers.spoken(answer, name) for name in drawing.y)
     title = f"{measures} by {_along(drawing)}"
     # SVG stays sharp and can be saved, however many marks there are.
@@ -70,12 +76,16 @@ def _ordered(rows: Sequence[Json], title: str) -> alt.X:
         names = [*map(str, range(max(numbers, default=0) + 1)), *last]
         # In a narrow chart the last label does not fit.
         title = f"{title} (last bar: {last[0]})" if last else title
+    return _names(names, title, grid=False)
+
+
+def _names(names: Sequence[str], title: str, *, grid: bool) -> alt.X:
     return alt.X(
         "x:N",
         title=title,
         sort=names,
         scale=alt.Scale(domain=names, paddingInner=0.15),
-        axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=False, ticks=False),
+        axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=grid, ticks=False),
     )
 
 
@@ -115,6 +125,15 @@ def _colour(names: Sequence[str], range_: Sequence[str] = COLOURS, **more: Any) 
     )
 
 
+def _shape(names: Sequence[str]) -> alt.Shape:
+    return alt.Shape(
+        "what:N",
+        sort=list(names),
+        scale=alt.Scale(domain=list(names), range=list(SHAPES)[: len(names)]),
+        legend=alt.Legend(orient="top", title=None) if len(names) > 1 else None,
+    )
+
+
 def _kinds(rows: Sequence[Json]) -> list[str]:
     return list(dict.fromkeys(row["what"] for row in rows))
 
@@ -125,9 +144,9 @@ def _by_model(answer: Answer, rows: Sequence[Json], drawing: Drawing) -> list[Js
     return [{**row, "what": row["model"]} for row in rows if row["what"] == first]
 
 
-def _columns(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _columns(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     if len({row["model"] for row in rows}) > 1:
-        return _lines(answer, drawing, rows, clickable)
+        return _lines(answer, drawing, rows)
     names = _kinds(rows)
     if drawing.colour == "same_before":
         names = ["after the same text", "after different texts"]
@@ -160,7 +179,7 @@ def _columns(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: 
     return alt.LayerChart(layer=[bars, line]).properties(height=HEIGHT)
 
 
-def _lines(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _lines(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     if len({row["model"] for row in rows}) > 1:
         rows = _by_model(answer, rows, drawing)
         drawing = Drawing("lines", drawing.x, drawing.y[:1])
@@ -172,19 +191,13 @@ def _lines(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bo
         color=_colour(names),
         tooltip=_tooltip(answer, "measure" if len(drawing.y) > 1 else None),
     )
-    shape = alt.Shape(
-        "what:N",
-        sort=names,
-        scale=alt.Scale(domain=names, range=list(SHAPES)[: len(names)]),
-        legend=alt.Legend(orient="top", title=None) if len(names) > 1 else None,
-    )
     # No line connects a number with "never".
     line = base.mark_line(strokeWidth=2).encode(detail="numbered:N")
-    points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=shape)
+    points = base.mark_point(size=44, filled=True, opacity=1).encode(shape=_shape(names))
     return alt.LayerChart(layer=[line, points]).properties(height=HEIGHT)
 
 
-def _ranked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _ranked(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     labels = list(dict.fromkeys(row["x"] for row in rows))
     names = _kinds(rows)
     base = alt.Chart(pd.DataFrame(rows)).encode(
@@ -207,14 +220,9 @@ def _ranked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: b
         tooltip=_tooltip(answer, "measure" if len(names) > 1 else None),
     )
     several = len(names) > 1
-    bars: alt.Chart = base.mark_bar(
-        cornerRadiusEnd=2, cursor="pointer" if clickable else alt.Undefined
-    )
-    bars = bars.encode(color=_colour(names))
+    bars: alt.Chart = base.mark_bar(cornerRadiusEnd=2).encode(color=_colour(names))
     if several:
         bars = bars.encode(yOffset=alt.YOffset("what:N", sort=names))
-    if clickable:
-        bars = bars.add_params(alt.selection_point(name=PICK, fields=["at"], on="click"))
     height = len(labels) * (30 if several else 24) + (110 if several else 70)
     if not drawing.spread:
         return bars.properties(height=height)
@@ -222,7 +230,7 @@ def _ranked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: b
     return alt.LayerChart(layer=[bars, whisker]).properties(height=height)
 
 
-def _stacked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _stacked(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     visible = {row["what"] for row in rows if row["y"] >= LEAST_PART}
     parts = {
         name: colour
@@ -247,7 +255,7 @@ def _stacked(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: 
     return drawn.properties(height=HEIGHT)
 
 
-def _cells(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _cells(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     frame = pd.DataFrame(rows)
     drawn: alt.Chart = (
         alt.Chart(frame)
@@ -277,7 +285,7 @@ def _upwards(layers: Sequence[int]) -> alt.Y:
     )
 
 
-def _dots(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: bool) -> Chart:
+def _dots(answer: Answer, drawing: Drawing, rows: Sequence[Json]) -> Chart:
     frame = pd.DataFrame(rows)
     names = sorted(_kinds(rows))
     heads = [str(n) for n in range(max(int(row["x"]) for row in rows) + 1)]
@@ -286,20 +294,10 @@ def _dots(answer: Answer, drawing: Drawing, rows: Sequence[Json], clickable: boo
         alt.Chart(frame)
         .mark_point(filled=True, opacity=0.95)
         .encode(
-            x=alt.X(
-                "x:N",
-                title="head",
-                sort=heads,
-                scale=alt.Scale(domain=heads),
-                axis=alt.Axis(labelAngle=0, labelOverlap="parity", grid=True, ticks=False),
-            ),
+            x=_names(heads, "head", grid=True),
             y=_upwards(layers),
             color=_colour(names, (*COLOURS, "#7d848d", "#d9b44a")),
-            shape=alt.Shape(
-                "what:N",
-                sort=names,
-                scale=alt.Scale(domain=names, range=[*SHAPES, "triangle-left", "stroke"]),
-            ),
+            shape=_shape(names),
             size=alt.Size("y:Q", scale=alt.Scale(domain=[0, 1], range=[20, 260]), legend=None),
             tooltip=_tooltip(answer),
         )

@@ -1,7 +1,7 @@
-"""The state of the Questions page, and how the address holds it: pure functions, no Streamlit.
+"""The state of the Questions page as URL parameters: pure functions, no Streamlit.
 
-The address is the only place that holds the state, so a link opens the same question in the same
-view of the same replies. A part of it that makes no sense counts as absent.
+Only the URL holds the state, so a link opens the same question in the same view of the same
+replies. An invalid parameter counts as absent.
 """
 
 from __future__ import annotations

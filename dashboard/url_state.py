@@ -1,12 +1,12 @@
-"""The open conversation, message and step, which only the URL holds.
+"""The open conversation, message and step, as URL parameters.
 
-So a link opens the same view, and the browser's back button works.
+Only the URL holds them, so a link opens the same view and the browser's back button works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import streamlit as st
 
@@ -21,11 +21,7 @@ class Location:
 
     def query(self) -> dict[str, str]:
         """The parameters of the URL."""
-        return {
-            name: str(value)
-            for name in ("conversation", "message", "step")
-            if (value := getattr(self, name)) is not None
-        }
+        return {name: str(value) for name, value in asdict(self).items() if value is not None}
 
 
 def current() -> Location:

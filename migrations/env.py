@@ -1,4 +1,4 @@
-"""How Alembic connects to a store: through the program's own engine, in one transaction.
+"""Connects Alembic to a store through the program's own engine, in one transaction.
 
 ``oki-trace migrate`` passes its connection; the ``alembic`` command line uses the store
 that ``OKI_TRACE_DB`` names.

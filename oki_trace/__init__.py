@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from oki_trace.api import run_traced
+    from oki_trace.api import run_traced, score_traced
     from oki_trace.llm.loading.load import load_model_and_tokenizer
 
-__all__ = ["__version__", "load_model_and_tokenizer", "run_traced"]
+__all__ = ["__version__", "load_model_and_tokenizer", "run_traced", "score_traced"]
 
 try:
     __version__ = version("oki-trace")
@@ -19,6 +19,7 @@ except PackageNotFoundError:
 _HOME = {
     "load_model_and_tokenizer": "oki_trace.llm.loading.load",
     "run_traced": "oki_trace.api",
+    "score_traced": "oki_trace.api",
 }
 
 

@@ -1,4 +1,4 @@
-"""``run_traced``: a trace with one call, for scripts and notebooks."""
+"""``run_traced``: generates and traces a reply in one call, for scripts and notebooks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
 from oki_trace.exchange.trace_object import TraceHead, trace_object
+from oki_trace.input_text import require_storable
+from oki_trace.llm.capture.instrument import Instrument
+from oki_trace.llm.capture.teacher_forcing import Windows
 from oki_trace.llm.chat.template_arguments import refuse_unknown
 from oki_trace.llm.loading.load import load_model_and_tokenizer
 from oki_trace.queueing import ReplyRequest
@@ -17,11 +20,13 @@ from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     ModelChoice,
+    PromptTrace,
     Role,
     Sampling,
     TemplateOptions,
     TensorMode,
 )
+from oki_trace.scoring import GivenText, of_messages, of_text, score_given, score_into_store
 from oki_trace.settings import Settings
 from oki_trace.template_options import as_schema
 from oki_trace.tracing import Collector, prepare, trace_turn
@@ -46,6 +51,7 @@ def run_traced(
     tensors: TensorMode = "half",
     template_args: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    trace_prompt: PromptTrace | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -56,32 +62,98 @@ def run_traced(
     ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL, also
     stores the conversation there, and ``tensors`` says how its full tensors are stored.
     ``template_args`` (such as ``enable_thinking``) and ``tools``, JSON schemas of
-    functions, go to the chat template. Raises UsageError for invalid arguments,
+    functions, go to the chat template. ``trace_prompt`` ("light" or "full") also traces the
+    prompt's tokens, in ``prompt_steps`` of the trace. Raises UsageError for invalid arguments,
     ModelError when the model cannot be loaded or traced.
     """
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, "none" if db is None else tensors)
-    if (model is None) != (tokenizer is None):
-        raise UsageError("Give both model and tokenizer, or neither.")
-    name = getattr(model, "name_or_path", "") or type(model).__name__
+    kept = "none" if db is None else tensors
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, trace_prompt)
+    name = _name_of(model, tokenizer)
     request = ReplyRequest(
         _turns(prompt, messages),
-        ModelChoice(Settings.from_environment().model_id if model is None else str(name)),
+        ModelChoice(name),
         Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
         policy,
         TemplateOptions(dict(template_args or {}), tuple(as_schema(tool) for tool in tools or ())),
     )
-    if model is None:
-        model, tokenizer = load_model_and_tokenizer(request.choice.model_id)
-    loaded = _Loaded(model, tokenizer, request.choice.model_id)
-    refuse_unknown(tokenizer, request.template or TemplateOptions())
+    loaded = _load(model, tokenizer, name)
+    refuse_unknown(loaded.tokenizer, request.template or TemplateOptions())
     collector = Collector()
     if db is not None:
         _store(os.fspath(db), request, loaded, collector)
     else:
-        handle = prepare(model, tokenizer, [collector])
+        handle = prepare(loaded.model, loaded.tokenizer, [collector])
         rest: Any = (request.messages, request.sampling, policy, [collector])
         trace_turn(handle, loaded.model_id, *rest, template=request.template)
     return _result(collector, request)
+
+
+def score_traced(
+    text: str | None = None,
+    messages: Sequence[Mapping[str, Any]] | None = None,
+    model: Any = None,
+    tokenizer: Any = None,
+    topk_logits: int = 10,
+    topk_evidence: int = 10,
+    topk_lens: int = 5,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    db: str | os.PathLike[str] | None = None,
+    tensors: TensorMode = "none",
+) -> dict[str, Any]:
+    """Score a given text without generating; return its trace object.
+
+    Exactly one of ``text``, as it is, and ``messages``, in the model's chat template, is
+    given. Every token but the first is a step in ``prompt_steps``: its logprob in nats, its
+    rank, the distribution, attention and Logit Lens from the position before it. A text
+    longer than the model's context needs a ``window`` of so many tokens, each ``stride``
+    tokens after the one before (half a window by default). The other arguments are those of
+    ``run_traced``. Raises UsageError for invalid arguments, ModelError when the model cannot
+    be loaded or traced, CaptureError for a text that cannot be scored.
+    """
+    if (text is None) == (messages is None):
+        raise UsageError("Give exactly one of text and messages.")
+    turns = _turns(text, messages)
+    for turn in turns:
+        require_storable(turn.content, "The text")
+    kept = "none" if db is None else tensors
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, "full")
+    loaded = _load(model, tokenizer, _name_of(model, tokenizer))
+    windows = Windows(window, stride or max(window // 2, 1)) if window is not None else None
+
+    def given(instrument: Instrument) -> GivenText:
+        own = instrument.tokenizer, instrument.vocabulary
+        return of_text(*own, turns[0].content) if text is not None else of_messages(*own, turns)
+
+    collector = Collector()
+    if db is not None:
+        from oki_trace.store.writing.writer import TraceWriter
+
+        choice = ModelChoice(loaded.model_id)
+        with TraceWriter(os.fspath(db)) as writer:
+            score_into_store(
+                writer, loaded, choice, policy, given, sinks=[collector], windows=windows
+            )
+    else:
+        handle = prepare(loaded.model, loaded.tokenizer, ())
+        score_given(handle, loaded.model_id, given(handle), policy, [collector], windows=windows)
+    return _result(collector, ReplyRequest(turns, ModelChoice(loaded.model_id)))[1]
+
+
+def _name_of(model: Any, tokenizer: Any) -> str:
+    """The name that the trace gives the model; the default model's if none is given."""
+    if (model is None) != (tokenizer is None):
+        raise UsageError("Give both model and tokenizer, or neither.")
+    if model is None:
+        return Settings.from_environment().model_id
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+def _load(model: Any, tokenizer: Any, name: str) -> _Loaded:
+    if model is None:
+        model, tokenizer = load_model_and_tokenizer(name)
+    return _Loaded(model, tokenizer, name)
 
 
 class _Loaded(NamedTuple):
@@ -121,4 +193,4 @@ def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str,
     head = TraceHead(start, end, request.messages, request.template)
     lenses = {lens.step_index: lens for lens in collector.lenses}
     steps = [replace(step, lens=lenses.get(step.step_index)) for step in collector.steps]
-    return end.output, trace_object(head, steps)
+    return end.output, trace_object(head, steps, collector.prompt_steps)

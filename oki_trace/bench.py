@@ -1,4 +1,4 @@
-"""The cost of tracing: plain ``generate()`` and the traced run, in pairs, in one process.
+"""Measures the cost of tracing: pairs of plain ``generate()`` and traced runs in one process.
 
 Both decode the same greedy tokens from the same prompt. The traced run ends when the
 reply is complete in a temporary store on disk. Machines drift, so the figures are medians
@@ -32,7 +32,7 @@ PROMPT = "Write a long story about a lighthouse keeper and the sea."
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """Tokens per second of both; ``ratio`` is traced over plain, so 1.0 is free."""
+    """Tokens per second of both; ``ratio`` is traced / plain, so 1.0 means no cost."""
 
     model_id: str
     dtype: str

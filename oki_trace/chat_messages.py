@@ -1,4 +1,4 @@
-"""Messages in the form of transformers, read into this project's records."""
+"""Converts messages in the form of transformers to this project's records."""
 
 from __future__ import annotations
 

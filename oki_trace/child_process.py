@@ -1,4 +1,4 @@
-"""A separate Python process, for work whose crash or memory must not end this one.
+"""Starts and limits a separate Python process, for work that may crash or use up memory.
 
 ``start`` starts one, and the process calls ``limit_memory`` before it reads untrusted
 input.
@@ -70,7 +70,7 @@ def address_space() -> int | None:
 def limit_memory(more: int) -> None:
     """Limit this process to ``more`` bytes than it has now, where the system supports it.
 
-    Elsewhere the process that started it has to watch it.
+    Elsewhere the parent process must watch its memory.
     """
     used = address_space()
     if used is None:

@@ -6,7 +6,7 @@
     │   └── CaptureError      the model runs, but a turn cannot be traced
     ├── StoreError            the trace store cannot be opened, read or written
     │   ├── StoreBusy         another process held it for too long
-    │   ├── DamagedSteps      the steps of one reply hold impossible values
+    │   ├── DamagedSteps      the steps of one reply have invalid values
     │   ├── NotFound          no such conversation, message, step or tensor
     │   ├── SchemaError       the store is older or newer than this program, or not ours
     │   └── TensorError       a stored tensor is damaged
@@ -41,7 +41,7 @@ class StoreError(OkiTraceError):
 
 
 class DamagedSteps(StoreError):
-    """The steps of one reply hold impossible values; other replies can be read."""
+    """The steps of one reply have invalid values; other replies can be read."""
 
 
 class StoreBusy(StoreError):

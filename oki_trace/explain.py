@@ -1,4 +1,4 @@
-"""Why a token was chosen, in words: the same sentences in the terminal, the explorer and exports.
+"""Explains in words why a token was chosen, for the terminal, the explorer and exports.
 
 Pure functions of records that need no library and no store.
 """
@@ -27,13 +27,14 @@ def explain(step: Step, quote: Quote = quoted) -> str:
     """
     decision = step.decision
     if decision is None:
-        return f"Greedy: {_TOP}." if step.rank == 1 else "How it was chosen is not recorded."
+        unknown = "The trace does not record how this token was chosen."
+        return f"Greedy: {_TOP}." if step.rank == 1 else unknown
     if decision.candidates == 1:
-        return "The settings left this token alone: there was nothing to choose from."
+        return "The settings removed every other token."
     if not decision.drawn:
         return _explain_greedy(step, quote)
     return (
-        f"Drawn: it had {_prob(step.sampled_prob)} among {decision.candidates:,} tokens"
+        f"Sampled with probability {_prob(step.sampled_prob)} from {decision.candidates:,} tokens"
         f"{_explain_noise(step, decision, quote)}. {_compare_greedy(step, decision, quote)}."
     )
 
@@ -83,28 +84,28 @@ def _explain_greedy(step: Step, quote: Quote) -> str:
         return f"Greedy: {_TOP}, before and after the settings."
     first = f", {quote(step.topk.tokens[0])}" if step.topk.tokens else ""
     return (
-        f"Greedy, after the settings: they took this token from {_prob(step.prob)}"
-        f" (rank {step.rank:,}) to {_prob(step.sampled_prob)}, above the model's own first{first}."
+        f"Greedy, after the settings: they changed its probability from {_prob(step.prob)}"
+        f" (rank {step.rank:,}) to {_prob(step.sampled_prob)}, above {_TOP}{first}."
     )
 
 
 def _explain_noise(step: Step, decision: Decision, quote: Quote) -> str:
-    """What the noise did, against the greedy token if that is another, else the runner-up."""
+    """The effect of the noise, compared with the greedy token or, if it is this, the runner-up."""
     rival: Contender | None = decision.greedy
     if not step.differs_from_greedy or decision.greedy.prob == 0:
         rival = decision.runner_up
     if rival is None or decision.noise is None:
         return ""
-    verb = "carried it above" if rival.prob > (step.sampled_prob or 0) else "kept it above"
+    verb = "raised it above" if rival.prob > (step.sampled_prob or 0) else "kept it above"
     other = f"{quote(rival.token)} ({_prob(rival.prob)}, noise {_noise(rival.noise)})"
-    return f", and noise {_noise(decision.noise)} {verb} {other}"
+    return f"; noise {_noise(decision.noise)} {verb} {other}"
 
 
 def _compare_greedy(step: Step, decision: Decision, quote: Quote) -> str:
     if not step.differs_from_greedy:
-        return "Greedy would have said the same"
+        return "Greedy decoding would have chosen the same token"
     removed = ", which the settings removed" if decision.greedy.prob == 0 else ""
-    return f"Greedy would have said {quote(decision.greedy.token)}{removed}"
+    return f"Greedy decoding would have chosen {quote(decision.greedy.token)}{removed}"
 
 
 def _json(value: object) -> str:

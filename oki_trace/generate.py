@@ -1,7 +1,7 @@
-"""Generating a queued reply: each step is in the store as soon as it is decoded.
+"""Generates a queued reply and stores each step as soon as it is decoded.
 
-``run_traced``, the command line and the worker all come here, so a reply is stored
-in the same way whoever requested it.
+``run_traced``, the command line and the worker all use this module, so a reply is
+stored in the same way whoever requested it.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def generate_reply(
         should_stop=lambda: should_stop() or recorder.stop_requested,
         on_text=on_text,
         template=reply.template,
+        traced_before=lambda prompt: max(reader.traced_prefix(reply, prompt.token_ids)[1], 1),
     )
 
 

@@ -1,6 +1,8 @@
-"""Text from users: characters that no store or tokenizer can hold are refused, never changed."""
+"""Refuses text from users that no store or tokenizer can hold; text is never changed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from oki_trace.errors import UsageError
 from oki_trace.sanitize import inert
@@ -26,6 +28,14 @@ def require_storable(text: str, name: str) -> str:
             "as with iconv -t UTF-8."
         ) from error
     return text
+
+
+def read_text(path: Path) -> str:
+    """The text of a file, with its line ends. Raises UsageError if it cannot be read."""
+    try:
+        return path.read_bytes().decode("utf-8", "surrogateescape")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): name a text file.") from error
 
 
 def _around(text: str, at: int) -> str:

@@ -1,4 +1,4 @@
-"""The process that holds the model for a worker, which may kill it at any moment.
+"""The process that holds the model; the worker starts it and may kill it at any moment.
 
 Everything that uses a model's files runs here: configs, templates, tokenizers, weights,
 decoding. It writes each step to the store itself, so a kill loses no written step.

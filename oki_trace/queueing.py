@@ -1,4 +1,4 @@
-"""Queueing a reply: the request is written to the store, and a process with the model takes it.
+"""Queues a reply: writes the request to the store, from which a process with the model takes it.
 
 Importing this loads no model.
 """

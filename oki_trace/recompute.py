@@ -1,7 +1,7 @@
 """Runs the model again on a stored prompt and reply, and compares the numbers.
 
-The reply is decoded step by step with the model's own cache, as it was then, and each step
-is forced to the stored token (teacher forcing). A single pass over the whole text would
+The reply is decoded step by step with the model's own cache, as it was recorded, and each
+step is forced to the stored token (teacher forcing). A single pass over the whole text would
 differ by the rounding of the cache.
 """
 
@@ -41,7 +41,7 @@ _EXTRA_CANDIDATES = 10
 
 @dataclass(frozen=True, slots=True)
 class Recomputed:
-    """How far a stored reply is from its model's present numbers.
+    """The differences between a stored reply and its model's present numbers.
 
     ``logprob_difference`` is the largest |Δlogprob| (nats) over tokens and candidates,
     ``entropy_difference`` the largest |Δentropy| (nats), ``lens_difference`` the largest

@@ -1,11 +1,11 @@
-"""What long work tells its user: progress, and sizes and counts in words."""
+"""The progress callback of long operations, and sizes and counts in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Takes how many of the steps, replies or messages are done, and how many there are."""
+"""Called with the number of finished steps, replies or messages, and with their total."""
 
 
 def size(count: float) -> str:

@@ -1,7 +1,7 @@
 """Makes text from a model safe to show.
 
-Spaces, line ends, control characters and direction marks become symbols, so that
-nothing is hidden, nothing reorders its surroundings, and no terminal obeys it.
+Spaces, line ends, control characters and direction marks become symbols, so that no
+text is hidden, none changes the order of the text around it, and none controls the terminal.
 """
 
 from __future__ import annotations

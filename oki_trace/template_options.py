@@ -1,4 +1,4 @@
-"""Arguments and tools of a chat template, from ``KEY=VALUE`` texts and a JSON file."""
+"""Reads arguments and tools of a chat template from ``KEY=VALUE`` texts and a JSON file."""
 
 from __future__ import annotations
 

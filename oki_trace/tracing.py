@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
+from oki_trace.llm.capture.teacher_forcing import Windows, teacher_force
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.llm.decoding.generation import resolve_generation
+from oki_trace.llm.decoding.generation import require_context, resolve_generation
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
@@ -27,6 +28,7 @@ from oki_trace.records import (
     ChatMessage,
     Lens,
     PartKind,
+    Prompt,
     ReplyChecks,
     Sampling,
     Status,
@@ -54,6 +56,7 @@ class Collector:
     """A sink that keeps the reply in memory."""
 
     started: TurnStart | None = None
+    prompt_steps: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     lenses: list[Lens] = field(default_factory=list)
     ended: TurnEnd | None = None
@@ -62,7 +65,7 @@ class Collector:
         self.started = start
 
     def step(self, step: Step) -> None:
-        self.steps.append(step)
+        (self.prompt_steps if step.origin == "given" else self.steps).append(step)
 
     def lens(self, lens: Lens) -> None:
         self.lenses.append(lens)
@@ -74,6 +77,11 @@ class Collector:
 def never() -> bool:
     """The default for ``should_stop``."""
     return False
+
+
+def _nothing(prompt: Prompt) -> int:
+    """The default for ``traced_before``."""
+    return 0
 
 
 def prepare(model: Any, tokenizer: Any, sinks: Sequence[Sink]) -> Instrument:
@@ -99,12 +107,14 @@ def trace_turn(
     should_stop: Callable[[], bool] = never,
     on_text: OnText | None = None,
     template: TemplateOptions | None = None,
+    traced_before: Callable[[Prompt], int] = _nothing,
 ) -> TurnEnd:
     """Decode the assistant's next message and pass every step to the sinks.
 
     ``should_stop`` is called after every step. ``on_text`` gets the text in whole
     characters, each piece with the kind of its part; the rest of an incomplete
-    character comes at the end. ``template`` goes to the chat template. Raises
+    character comes at the end. ``template`` goes to the chat template. ``traced_before``
+    returns the length of the prompt's beginning that is traced elsewhere. Raises
     CaptureError when the turn fails; the sinks then have all steps before it, and the
     end with its reason.
     """
@@ -117,13 +127,51 @@ def trace_turn(
         report_activity(Activity.DECODING)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, handle.report(policy)))
-        turn.follow(capture(handle, prompt, generation, policy, should_stop))
+        if policy.trace_prompt is not None:
+            first = traced_before(prompt)
+            turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop)
+        if turn.reason != "stopped":
+            turn.follow(capture(handle, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
     if turn.checks is not None and turn.checks.fault is not None:
         forget(handle.model)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+def trace_text(
+    handle: Instrument,
+    model_id: str,
+    prompt: Prompt,
+    policy: CapturePolicy,
+    sinks: Sequence[Sink],
+    *,
+    output: str = "",
+    first: int = 1,
+    windows: Windows | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> TurnEnd:
+    """Trace a given text without generating: every token from position ``first`` on is a step.
+
+    ``output`` is the text that the message is stored with. Raises CaptureError as
+    ``trace_turn`` does, and for a text that is longer than the model's context if there
+    are no ``windows``.
+    """
+    turn = _Turn(handle.tokenizer, sinks, None)
+    turn.output = output
+    with _ending(turn.end), lock_model(handle.model):
+        require_embeddings(handle.model, prompt.token_ids, handle.vocabulary)
+        require_context(handle.model, len(prompt), windows.length if windows else None)
+        generation = resolve_generation(handle.model, Sampling(max_new_tokens=0), 0)
+        report_activity(Activity.DECODING)
+        report = handle.report(replace(policy, trace_prompt=policy.trace_prompt or "full"))
+        pair = None if windows is None else (windows.length, windows.stride)
+        for sink in sinks:
+            sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
+        turn.reason = "scored"
+        turn.follow_given(handle, prompt, policy, first, should_stop, windows)
+    return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 
 
 @contextmanager
@@ -164,12 +212,13 @@ class _Turn:
         self._on_text = on_text
         self._began = time.perf_counter()
         self.reason = "token limit"
+        self.output = ""
         self.checks: ReplyChecks | None = None
 
     def follow(self, events: Iterator[tuple[Step, str | None] | Lens | ReplyChecks]) -> None:
         for event in events:
             if isinstance(event, ReplyChecks):
-                self.checks = event
+                self.checks = event if self.checks is None else event.after(self.checks)
             elif isinstance(event, Lens):
                 for sink in self._sinks:
                     sink.lens(event)
@@ -181,9 +230,36 @@ class _Turn:
                 self._send(self.text.fresh)
                 self.reason = end_reason or self.reason
 
+    def follow_given(
+        self,
+        handle: Instrument,
+        prompt: Prompt,
+        policy: CapturePolicy,
+        first: int,
+        should_stop: Callable[[], bool],
+        windows: Windows | None = None,
+    ) -> None:
+        """Trace the given tokens from position ``first`` on."""
+
+        def stop() -> bool:
+            if should_stop():
+                self.reason = "stopped"
+            return self.reason == "stopped"
+
+        given = teacher_force(
+            handle, prompt.token_ids, policy, first=first, windows=windows, should_stop=stop
+        )
+        for event in given:
+            if isinstance(event, ReplyChecks):
+                self.checks = event
+            else:
+                for sink in self._sinks:
+                    sink.step(event)
+
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self._began
         output, parts = self.text.finish()
+        output = output or self.output
         end = TurnEnd(status, output, reason, seconds, self.checks, parts)
         for sink in self._sinks:
             sink.end(end)

@@ -1,9 +1,9 @@
 """The explorer's background process, which serves the queued replies of one store.
 
-Pages communicate with it through the store: a queued reply is the request, its steps are
-the answer, and a stop is a flag on it. So a page may be reloaded, closed or opened twice
-while a reply is decoded. A machine has one worker per store; it exits when the explorer
-that started it is gone and no reply is queued.
+Pages communicate with the worker through the store: a queued reply is the request, its steps
+are the answer, and a stop request is a flag on the reply. A page can therefore be reloaded,
+closed or opened twice while a reply is decoded. A machine has one worker per store; it exits
+when the explorer that started it has ended and no reply is queued.
 
 The model runs in a separate process (``model_process``), because a model's files may
 contain anything. The worker kills that process when it ignores a stop or exceeds a limit;

@@ -37,31 +37,33 @@ def step(**changes: Any) -> Step:
     [
         (
             {},
-            "Drawn: it had 0.07 among 1,234 tokens, and noise +2.90 carried it above “ the” "
-            "(0.610, noise -0.40). Greedy would have said “ the”.",
+            "Sampled with probability 0.07 from 1,234 tokens; noise +2.90 raised it above “ the” "
+            "(0.610, noise -0.40). Greedy decoding would have chosen “ the”.",
         ),
         (
             {"greedy": ROME},
-            "Drawn: it had 0.07 among 1,234 tokens, and noise +2.90 kept it above “ a” "
-            "(0.03, noise +3.10). Greedy would have said the same.",
+            "Sampled with probability 0.07 from 1,234 tokens; noise +2.90 kept it above “ a” "
+            "(0.03, noise +3.10). Greedy decoding would have chosen the same token.",
         ),
         (
             {"greedy": ROME, "runner_up": Contender(4, " a", 0.09, 0.5)},
-            "Drawn: it had 0.07 among 1,234 tokens, and noise +2.90 carried it above “ a” "
-            "(0.09, noise +0.50). Greedy would have said the same.",
+            "Sampled with probability 0.07 from 1,234 tokens; noise +2.90 raised it above “ a” "
+            "(0.09, noise +0.50). Greedy decoding would have chosen the same token.",
         ),
         (
             {"greedy": Contender(3, " the", 0.0, -0.4)},
-            "Drawn: it had 0.07 among 1,234 tokens, and noise +2.90 kept it above “ a” "
-            "(0.03, noise +3.10). Greedy would have said “ the”, which the settings removed.",
+            "Sampled with probability 0.07 from 1,234 tokens; noise +2.90 kept it above “ a” "
+            "(0.03, noise +3.10). Greedy decoding would have chosen “ the”, which the settings "
+            "removed.",
         ),
         (
             {"noise": None, "greedy": Contender(3, " the", 0.61, None), "runner_up": None},
-            "Drawn: it had 0.07 among 1,234 tokens. Greedy would have said “ the”.",
+            "Sampled with probability 0.07 from 1,234 tokens. Greedy decoding would have chosen "
+            "“ the”.",
         ),
         (
             {"candidates": 1},
-            "The settings left this token alone: there was nothing to choose from.",
+            "The settings removed every other token.",
         ),
         (
             {"drawn": False, "rank": 1},
@@ -69,8 +71,8 @@ def step(**changes: Any) -> Step:
         ),
         (
             {"drawn": False, "sampled_prob": 0.4, "noise": None},
-            "Greedy, after the settings: they took this token from 0.05 (rank 2) to 0.400, above "
-            "the model's own first, “{first}”.",
+            "Greedy, after the settings: they changed its probability from 0.05 (rank 2) to 0.400, "
+            "above the model's most likely token, “{first}”.",
         ),
     ],
     ids=[
@@ -86,13 +88,15 @@ def test_why_this_token(changes: dict[str, Any], sentence: str) -> None:
 def test_without_a_decision() -> None:
     plain = replace(step(), decision=None, rank=1)
     assert explain(plain) == "Greedy: the model's most likely token."
-    assert explain(replace(plain, rank=3)) == "How it was chosen is not recorded."
+    assert explain(replace(plain, rank=3)) == "The trace does not record how this token was chosen."
     assert effects_table(plain) == []
 
 
 def test_tokens_are_shown_as_the_caller_shows_them() -> None:
     said = explain(step(), lambda text: f"<{text.strip()}>")
-    assert said.endswith("above <the> (0.610, noise -0.40). Greedy would have said <the>.")
+    assert said.endswith(
+        "above <the> (0.610, noise -0.40). Greedy decoding would have chosen <the>."
+    )
 
 
 def test_the_table_has_the_model_itself_and_what_did_something() -> None:

@@ -13,7 +13,7 @@ export default function ({ data, parentElement }) {
   const own = make("span", "", data.sampled ? "the model's own" : "probability");
   own.title = "The model's own probability, before any sampling setting";
   const after = make("span", "", "after sampling");
-  after.title = "After temperature, cuts and penalties; a dash means removed";
+  after.title = "After temperature, truncation and penalties; a dash means removed";
   const title = make("span", "title", "Candidates");
   title.setAttribute("role", "heading");
   title.setAttribute("aria-level", "4");

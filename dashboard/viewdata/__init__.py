@@ -1,1 +1,1 @@
-"""What the pages show, as pure functions of records."""
+"""The content of the pages, as pure functions of records."""

@@ -1,4 +1,4 @@
-"""An answer as charts and tables draw it: pure functions, no Streamlit.
+"""The data of an answer's charts and tables: pure functions, no Streamlit.
 
 A token's text is made visible before it goes into a chart or a table.
 """

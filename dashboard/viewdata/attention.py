@@ -1,4 +1,4 @@
-"""Attention of a step and of a reply, as the page's elements draw it: pure functions."""
+"""The data of attention views, for a step or a reply: pure functions."""
 
 from __future__ import annotations
 
@@ -31,19 +31,12 @@ def head_weights(tensor: TensorRecord, layer: int, head: str) -> tuple[np.ndarra
 
     ``head`` is one of ``head_options``. Raises ValueError for a layer without attention.
     """
-    rows = as_float32(tensor)[tensor.layers.index(layer)]
+    rows = tensor.to_float32()[tensor.layers.index(layer)]
     if head in (MEAN, MEAN_EVERYWHERE):
         return rows.mean(0), tensor.key_offset
     if head == MAXIMUM:
         return rows.max(0), tensor.key_offset
     return rows[int(head.split()[-1])], tensor.key_offset
-
-
-def as_float32(tensor: TensorRecord) -> np.ndarray:
-    """The values of a tensor in float32."""
-    if tensor.dtype == "bfloat16":  # stored as its bits, the upper half of a float32
-        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
-    return tensor.array.astype(np.float32)
 
 
 def weights_by_position(weights: np.ndarray, offset: int) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""Two replies side by side: pure functions, no Streamlit.
+"""The data of the Compare page, two replies side by side: pure functions, no Streamlit.
 
 Replies are aligned by their tokens. The distance of two steps is the total variation, from 0 (the
 same) to 1 (nothing in common), as ``analysis.step_distance`` measures it: exact where both kept
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any
 
-from dashboard.viewdata.replies import token_data, token_texts, token_tooltip
+from dashboard.viewdata.replies import MEANINGS, token_data, token_texts, token_tooltip
 from dashboard.viewdata.wording import (
     Column,
     Json,
@@ -35,7 +35,7 @@ Distances = Sequence[Distance | None]
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A place in both replies: the step of each, None where a reply has no step."""
+    """A pair of steps, one of each reply; None where a reply has no step."""
 
     left: int | None
     right: int | None
@@ -78,18 +78,10 @@ def divergence(pairs: Sequence[Pair]) -> int | None:
 def verdict(pairs: Sequence[Pair]) -> str:
     """How much the two replies have in common, in a sentence."""
     first = divergence(pairs)
-    same = sum(pair.same for pair in pairs)
     if first is None:
-        return "The one token is the same." if same == 1 else f"All {same:,} tokens are the same."
-    other = len(pairs) - same
-    return (
-        f"They diverge at token {first + 1:,}; {counted(same, 'token')} {_are(same)} the same, "
-        f"{counted(other, 'place')} {_are(other)} not."
-    )
-
-
-def _are(number: int) -> str:
-    return "is" if number == 1 else "are"
+        return f"Both replies have the same {counted(len(pairs), 'token')}."
+    same = sum(pair.same for pair in pairs)
+    return f"The replies diverge at step {first:,}; {same:,} of {len(pairs):,} pairs match."
 
 
 def first_shown(pairs: Sequence[Pair]) -> int | None:
@@ -127,7 +119,7 @@ def replies_data(
     distances: Distances,
     chosen: int | None = None,
 ) -> Json:
-    """The data of the element with both replies (see ``components/compare.js``).
+    """The data of ``components/compare.js``: both replies, token by token.
 
     ``chosen``: the number of the pair that is shown below.
     """
@@ -166,14 +158,14 @@ def replies_data(
 def sheet(
     pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps
 ) -> list[list[Any]]:
-    """Both replies as rows of a CSV: the tokens of each place, and the total variation."""
+    """Both replies as rows of a CSV: the tokens of each pair, and the total variation."""
     table: list[list[Any]] = [
         [
-            *("place", "left_step", "left_token", "right_step", "right_token", "same"),
+            *("pair", "left_step", "left_token", "right_step", "right_token", "same"),
             *("least_total_variation", "most_total_variation"),
         ]
     ]
-    for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True), start=1):
+    for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True)):
         tokens = [
             None if at is None else visible(steps[at].token)
             for at, steps in ((pair.left, left), (pair.right, right))
@@ -187,7 +179,7 @@ def rows(pairs: Sequence[Pair], distances: Distances, left: Steps, right: Steps)
     """A row for each pair whose distance is known, for the chart."""
     return [
         {
-            "place": number + 1,
+            "pair": number,
             "low": distance.tv,
             "high": distance.tv_most,
             "left": shorten(visible(left[pair.left].token)),
@@ -214,11 +206,10 @@ STEPS = (
     Column(""),
     Column("token"),
     Column("step", "In its own reply, counted from 0", True),
-    Column("prob", "The model's own probability, before any sampling setting", True),
-    Column("rank", "Among all tokens of the vocabulary; 1 is the most likely", True),
-    Column("surprisal", "-log prob of the chosen token, in nats", True),
-    Column("entropy", "Of the whole next-token distribution, in nats", True),
-    Column("margin", "Probability of the likeliest token less the next one's", True),
+    *(
+        Column(name, MEANINGS[name], True)
+        for name in ("prob", "rank", "surprisal", "entropy", "margin")
+    ),
 )
 
 

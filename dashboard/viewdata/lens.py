@@ -1,4 +1,4 @@
-"""The Logit Lens of a step and of a reply, as the page's elements draw it: pure functions."""
+"""The data of Logit Lens views, for a step or a reply: pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reply and the numbers of one step, as the page's elements draw them: pure functions.
+"""The data of a reply's tokens and of one step's numbers: pure functions.
 
 A token shown alone has its spaces and line ends made visible; within running
 text it appears as it is.
@@ -43,7 +43,7 @@ COLOURS: tuple[Colour, ...] = get_args(Colour)
 
 MEANINGS = {
     "prob": "The model's own probability, before any sampling setting",
-    "sampled": "Its probability after temperature, cuts and penalties",
+    "sampled": "Its probability after temperature, truncation and penalties",
     "rank": "Among all tokens of the vocabulary; 1 is the most likely",
     "surprisal": "-log prob of the chosen token, in nats",
     "entropy": "Of the whole next-token distribution, in nats: 0 when the model is certain",
@@ -230,9 +230,6 @@ def bubble_data(text: str, label: str, prompt: Prompt | None = None) -> Json:
     }
 
 
-NO_STEP: Json = {"empty": True}
-
-
 def facts_data(
     step: Step,
     summary: StepSummary,
@@ -279,7 +276,7 @@ def decision_text(step: Step, generation: Generation | None) -> str:
     if step.decision is None and generation is not None and generation.do_sample:
         sampled = step.sampled_prob
         prob = "" if sampled is None else f" with probability {format_number(sampled, 3)}"
-        text = f"Drawn{prob}; the effect of each setting was not recorded."
+        text = f"Sampled{prob}; the effect of each setting was not recorded."
     else:
         text = explain(step, lambda token: quoted(shorten(visible(token))))
     replaced = explain_generation(generation) if generation is not None else ""
@@ -331,8 +328,8 @@ LENS_CHECK = (
 )
 LENS_DRAFT = (
     "For speed, inner layers were drafted in bfloat16 and their best tokens computed in float32. "
-    "This is the largest difference in probability that it made, at load and at a step of this "
-    "reply. With exact tensors nothing is drafted"
+    "This is the largest difference in probability that drafting made, at load and at a step of "
+    "this reply. With exact tensors, nothing is drafted"
 )
 ATTENTION_CHECK = (
     "The largest difference in weight between the captured attention and the model's own eager "
@@ -378,7 +375,7 @@ def check_warning(message: Message) -> str | None:
 
 EFFECT_COLUMNS = (
     Column("setting"),
-    Column("removed", "How many tokens it took out", True),
+    Column("removed", "How many tokens it removed", True),
     Column("with prob", "The total probability of the removed tokens", True),
     Column("chosen after", "The chosen token's probability after this setting", True),
 )

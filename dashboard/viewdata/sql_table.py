@@ -1,4 +1,4 @@
-"""Results of SQL as a table, a chart and files, and example queries: pure functions.
+"""The table, chart and files of an SQL result, and example queries: pure functions.
 
 A query can name its columns anything, so a chart never uses those names as fields,
 where Vega-Lite would interpret some of them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import altair as alt
@@ -80,13 +81,6 @@ def column_names(table: Any) -> list[str]:
     return distinct(inert(name, keep="") or "(no name)" for name in table.schema.names)
 
 
-def rows(table: Any) -> list[tuple[Any, ...]]:
-    """The rows of an Arrow table as Python values."""
-    from oki_trace.analysis.values import rows_of
-
-    return rows_of(table)
-
-
 def frame(table: Any) -> pd.DataFrame:
     """The table on the page: numbers, times and booleans keep their type, the rest is text."""
     from oki_trace.analysis.results import plain
@@ -105,19 +99,28 @@ def frame(table: Any) -> pd.DataFrame:
 
 
 def as_csv(table: Any) -> str:
+    """CSV with a header."""
+    from oki_trace.analysis.values import rows_of
+
+    return csv_text(column_names(table), rows_of(table))
+
+
+def csv_text(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """CSV with a header; text that a spreadsheet would read as a formula is quoted."""
     from oki_trace.analysis.results import write_csv
 
     file = io.StringIO()
-    write_csv(column_names(table), rows(table), file)
+    write_csv(names, rows, file)
     return file.getvalue()
 
 
 def as_json(table: Any) -> str:
     """A list of objects, as ``oki-trace sql --format json`` prints it."""
     from oki_trace.analysis.results import objects
+    from oki_trace.analysis.values import rows_of
 
-    return json.dumps(objects(column_names(table), rows(table)), indent=2, allow_nan=False) + "\n"
+    listed = objects(column_names(table), rows_of(table))
+    return json.dumps(listed, indent=2, allow_nan=False) + "\n"
 
 
 def as_parquet(table: Any) -> bytes:

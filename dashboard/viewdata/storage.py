@@ -1,4 +1,4 @@
-"""The size and the state of a store, as its page draws them: pure functions."""
+"""The data of the Store page, its size and its state: pure functions."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def tiles(info: StoreInfo) -> list[tuple[str, str, str]]:
         else "No tokens yet."
     )
     return [
-        ("On disk", size(info.bytes), "All files of the store, its log and free space included"),
+        ("On disk", size(info.bytes), "All files of the store, including its log and free space"),
         ("Per token", a_token, detail),
         ("Conversations", f"{info.conversations:,}", f"With {counted(info.messages, 'message')}"),
-        ("Tokens", f"{info.steps:,}", "Generated and traced: one step each"),
+        ("Tokens", f"{info.steps:,}", "Generated tokens; each is traced as one step"),
     ]
 
 

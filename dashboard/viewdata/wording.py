@@ -1,4 +1,4 @@
-"""Numbers, texts and tables as the pages show them: pure functions, no Streamlit."""
+"""Formats numbers, texts and tables for the pages: pure functions, no Streamlit."""
 
 from __future__ import annotations
 

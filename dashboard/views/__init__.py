@@ -1,1 +1,1 @@
-"""The pages and their parts, a module each."""
+"""The pages and their parts, one module each."""

@@ -14,9 +14,15 @@ import streamlit as st
 from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import replies, storage, wording
 from dashboard.views import layout, reply_map, sidebar, step_panel
-from oki_trace.errors import OkiTraceError
 from oki_trace.explain import call_line
-from oki_trace.queueing import ReplyRequest, last_template, new_messages, unanswered_calls
+from oki_trace.queueing import (
+    ReplyRequest,
+    add_tool_result,
+    last_template,
+    new_messages,
+    submit,
+    unanswered_calls,
+)
 from oki_trace.records import Message, Prompt, Role, Status, WorkerState
 
 POLL_SECONDS = 0.3
@@ -81,30 +87,26 @@ def _send(
     text: str, settings: sidebar.Settings, conversation: int | None, tool: str | None = None
 ) -> None:
     choice, sampling, policy, system, template = settings
-    try:
+    with layout.errors_shown():
         opened = data.conversation(conversation) if conversation else None
         before = opened[1] if opened else ()
         template = template.over(last_template(before))
-        waiting = unanswered_calls(before) if tool is not None else []
-        if tool is not None and conversation is not None and len(waiting) > 1:
-            data.add_tool_result(conversation, tool, text)
+        if tool is not None and conversation is not None and len(unanswered_calls(before)) > 1:
+            add_tool_result(data.writer(), conversation, tool, text)
         else:
             messages = new_messages(text, system=None if conversation else system, tool=tool)
             request = ReplyRequest(messages, choice, sampling, policy, template)
-            conversation = data.submit_message(request, conversation)
-    except OkiTraceError as error:
-        st.error(wording.sentence(str(error)))
-        return
-    url_state.navigate(url_state.Location(conversation))
-    st.rerun()
+            conversation, _ = submit(data.writer(), request, conversation)
+        url_state.navigate(url_state.Location(conversation))
+        st.rerun()
 
 
 def _welcome(settings: sidebar.Settings | None) -> None:
     with st.container(key="welcome", width=760):
         st.title("See what your model does")
         st.write(
-            "Send a message, then click any token of the reply: it shows the candidates, "
-            "where the model looked, and what each layer would have said."
+            "Send a message, then click any token of the reply to see its candidates, the "
+            "positions that the model attended to, and the prediction of each layer."
         )
         _input(settings, None, live=False)
         st.caption("Or start with an example:")
@@ -177,7 +179,7 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
         return
     steps = data.steps(message)
     live = message.status.is_live
-    size = storage.size(data.message_bytes(message)) if steps and not live else ""
+    size = storage.size(data.store().message_bytes(message.id)) if steps and not live else ""
     components.reply(
         key=f"reply-{message.id}",
         data=replies.reply_data(
@@ -197,14 +199,14 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
 
 
 def _live_controls(message: Message) -> None:
-    with st.container(horizontal=True, vertical_alignment="center"):
+    with layout.row(f"live-{message.id}"):
         if st.button("Stop", key=f"stop-{message.id}", icon=":material/stop_circle:"):
-            data.stop_reply(message)
+            data.writer().request_stop(message.id)
         state = data.worker_state()
         if state is None or state.state == "gone":
             data.ensure_worker()
         if message.status is Status.QUEUED:
-            before = sum(reply < message.id for reply in data.waiting_replies())
+            before = sum(reply < message.id for reply in data.store().waiting())
             if before:
                 st.caption(f"Queued behind {wording.counted(before, 'reply')}.")
             elif state is None or state.state in ("gone", "starting"):

@@ -118,9 +118,7 @@ def _pick() -> None:
 
 
 def _steps(
-    messages: tuple[Message, Message],
-    pair: comparison.Pair,
-    distance: Distance | None,
+    messages: tuple[Message, Message], pair: comparison.Pair, distance: Distance | None
 ) -> None:
     """The two steps of a pair: numbers, candidates and lens."""
     st.markdown("#### Two steps")
@@ -144,11 +142,9 @@ def _steps(
             else:
                 shown = lens.lens_data(step, step.lens, None)
                 components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
-            place = url_state.Location(message.conversation_id, message.id, step.step_index)
-            if st.button(
-                "Open in chat", icon=":material/chat:", key=f"open-{side}", type="tertiary"
-            ):
-                layout.open_page("chat", place.query())
+            layout.open_in_chat(
+                url_state.Location(message.conversation_id, message.id, step.step_index), side
+            )
 
 
 def _distance_chart(
@@ -156,22 +152,18 @@ def _distance_chart(
 ) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
-        st.caption("Not available: no two steps with probabilities are side by side.")
+        st.caption("Not available: no pair has probabilities on both sides.")
         return
-    drawn = charts.distance_chart(rows, None if first is None else first + 1)
-    layout.chart(drawn, rows, "apart", "distances")
+    layout.chart(charts.distance_chart(rows, first), rows, "apart", "distances")
     notes = [
-        "Total variation of the models' own probabilities: 0 is the same, 1 nothing in common."
+        "Total variation of the models' own probabilities: 0 if equal, 1 if nothing is in common.",
+        "Exact, from the full logits."
+        if exact
+        else "Where the full logits of a step are missing, the solid bar is the lower bound that "
+        "the kept candidates allow, the pale bar the upper bound.",
     ]
-    if exact:
-        notes.append("Exact, from the full logits.")
-    else:
-        notes.append(
-            "Where the full logits of a step are missing, the solid bar is the lower bound that "
-            "the kept candidates allow, the pale bar the upper bound."
-        )
     if not one_model:
-        notes.append("Tokens of two vocabularies are matched by their texts.")
+        notes.append("Tokens of different vocabularies are matched by their text.")
     if first is not None:
         notes.append("After the dashed line the models continue different texts.")
     st.caption(" ".join(notes))

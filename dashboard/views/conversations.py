@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import PurePath
 
 import pandas as pd
@@ -13,8 +14,9 @@ import streamlit as st
 from dashboard import boundary, data
 from dashboard.viewdata import wording
 from dashboard.views import layout
-from oki_trace.errors import OkiTraceError
 from oki_trace.exchange.formats import Format
+from oki_trace.exchange.importing import import_files
+from oki_trace.input_text import require_storable
 from oki_trace.records import Conversation, ConversationFilter, Status
 from oki_trace.sanitize import inert
 
@@ -22,29 +24,20 @@ PAGE_SIZE = 50
 ANY = "any"
 STATUSES = (ANY, *(status.value for status in Status))
 
-# Export formats by their label, with the suffix of the file.
-FORMATS = {
-    "JSON": (Format.JSON, "json"),
-    "JSON lines": (Format.JSONL, "jsonl"),
-    "Parquet tables, with full tensors": (Format.PARQUET, "zip"),
-    "HTML report, to read": (Format.HTML, "html"),
-    "trace of version 1": (Format.TRACE_V1, "v1.json"),
-}
+# The suffixes of the files of an export.
 UPLOADS = ("json", "jsonl", "zip", "safetensors")
 
 
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    with st.container(
-        horizontal=True, horizontal_alignment="distribute", key="conversations-title"
-    ):
+    with layout.row("conversations-title", distribute=True):
         st.title("Conversations", width="content")
         with st.popover("Import", icon=":material/upload:"):
             _import()
     _imported()
     search, by = _wanted()
-    total = data.count_conversations(search, by)
+    total = data.store().conversation_count(search, by=by)
     if not total:
         if search or by != ConversationFilter():
             st.caption("No conversation matches. Clear the search or the filters.")
@@ -52,7 +45,7 @@ def page() -> None:
             layout.empty_state("conversations", "find it")
         return
     pages = -(-total // PAGE_SIZE)
-    with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-head"):
+    with layout.row("conversations-head", align="bottom"):
         st.caption(
             f"{wording.counted(total, 'conversation')}, sorted by last change", width="stretch"
         )
@@ -62,10 +55,12 @@ def page() -> None:
             "conversations.csv",
             "conversations-csv",
             mime="text/csv",
-            help="All matching conversations, not only this page",
+            help="All matching conversations, not only those on this page",
         )
         number = _page_number(pages)
-    conversations = data.find_conversations(search, by, PAGE_SIZE, (number - 1) * PAGE_SIZE)
+    conversations = data.store().conversations(
+        search, by=by, limit=PAGE_SIZE, offset=(number - 1) * PAGE_SIZE
+    )
     # The actions are above the table, which has to be drawn first to know the selected rows.
     place = st.container()
     named = _named(conversations)
@@ -75,7 +70,7 @@ def page() -> None:
 
 
 def _wanted() -> tuple[str, ConversationFilter]:
-    with st.container(horizontal=True, vertical_alignment="bottom", key="conversations-filter"):
+    with layout.row("conversations-filter", align="bottom"):
         search = st.text_input(
             "Search", key="search", placeholder="text in titles and messages", width=280
         )
@@ -84,7 +79,7 @@ def _wanted() -> tuple[str, ConversationFilter]:
         )
         status = st.selectbox("Status", STATUSES, key="of_status", width=130)
         since = st.date_input("Changed from", None, key="since", width=150)
-        until = st.date_input("to", None, key="until", width=150)
+        until = st.date_input("Changed to", None, key="until", width=150)
     return (search or "").strip(), ConversationFilter(
         model_id=None if model in (None, ANY) else model,
         status=None if status == ANY else Status(status),
@@ -111,7 +106,7 @@ def _csv(search: str, by: ConversationFilter, total: int) -> str:
     """All matching conversations, without text that a spreadsheet would read as a formula."""
     from oki_trace.analysis.results import for_a_spreadsheet
 
-    frame = _frame(data.find_conversations(search, by, total, 0))
+    frame = _frame(data.store().conversations(search, by=by, limit=total))
     for name in ("title", "model"):
         frame[name] = frame[name].map(for_a_spreadsheet)
     return str(frame.to_csv(index=False))
@@ -119,7 +114,7 @@ def _csv(search: str, by: ConversationFilter, total: int) -> str:
 
 def _frame(conversations: Sequence[Conversation]) -> pd.DataFrame:
     """The rows of the table."""
-    totals = data.conversation_totals(conversations)
+    totals = data.store().conversation_totals([c.id for c in conversations])
     return pd.DataFrame(
         {
             "id": [c.id for c in conversations],
@@ -137,19 +132,12 @@ def _frame(conversations: Sequence[Conversation]) -> pd.DataFrame:
 
 def _named(conversations: Sequence[Conversation]) -> list[Conversation]:
     """The one chosen by name: for the keyboard, since arrow keys in the table open a row."""
-    at = st.selectbox(
-        "Choose a conversation",
-        range(len(conversations)),
-        index=None,
-        format_func=lambda n: (
-            f"{conversations[n].id} · "
-            f"{wording.shorten(inert(conversations[n].title, keep='').strip(), 60)}"
-        ),
-        key=f"named-{hash(tuple(c.id for c in conversations))}",
-        placeholder="Choose a conversation by name",
-        label_visibility="collapsed",
-        width=420,
-    )
+    names = [
+        f"{c.id} · {wording.shorten(inert(c.title, keep='').strip(), 60)}" for c in conversations
+    ]
+    key = f"named-{hash(tuple(c.id for c in conversations))}"
+    hint = "Choose a conversation by name"
+    at = layout.pick("Choose a conversation", names, key, hint, 420)
     return [] if at is None else [conversations[at]]
 
 
@@ -173,7 +161,7 @@ def _table(conversations: Sequence[Conversation]) -> list[Conversation]:
             "messages": number(width="small"),
             "tokens": number(format="localized", width="small"),
             "tokens/s": number(
-                format="%.1f", width="small", help="Over the replies with a known duration"
+                format="%.1f", width="small", help="Of the replies whose duration is known"
             ),
             "tensors": number(
                 format="bytes", width="small", help="Size of the full tensors in the store"
@@ -195,7 +183,7 @@ def actions(chosen: Sequence[Conversation]) -> None:
         )
         return
     one = chosen[0]
-    with st.container(horizontal=True, vertical_alignment="center", key="conversations-actions"):
+    with layout.row("conversations-actions"):
         if len(chosen) == 1:
             if st.button("Open", icon=":material/open_in_new:", key="open"):
                 layout.open_page("chat", {"conversation": one.id})
@@ -213,19 +201,23 @@ def _compare(chosen: Sequence[Conversation]) -> None:
         icon=":material/compare_arrows:",
         key="compare",
         disabled=None in replies,
-        help="One of them has no reply." if None in replies else "Their last replies, side by side",
+        help="One of the conversations has no reply."
+        if None in replies
+        else "Compares their last replies side by side.",
     ):
         layout.open_page("compare", {"left": replies[0], "right": replies[1]})
 
 
 def _export(one: Conversation) -> None:
     with st.popover("Export", icon=":material/download:"):
-        name = st.selectbox("Format", list(FORMATS), key="format", width=300)
-        format, suffix = FORMATS[name]
+        formats = list(Format)
+        format = st.selectbox(
+            "Format", formats, format_func=attrgetter("label"), key="format", width=300
+        )
         st.download_button(
-            "Download",
+            "Export",
             partial(data.export_file, one.id, format),
-            f"conversation-{one.id}.{suffix}",
+            f"conversation-{one.id}.{format.suffix}",
             key="export",
             on_click="ignore",
             type="primary",
@@ -236,8 +228,8 @@ def _export(one: Conversation) -> None:
 def _import() -> None:
     """An upload of an export, which is checked and imported atomically."""
     files = st.file_uploader(
-        "A JSON or JSON lines export, a zip of Parquet tables, or a trace of version 1. Add the "
-        "safetensors file of an export that has one.",
+        "A JSON or JSON lines export, a zip of Parquet tables, or a trace of version 1. If the "
+        "export has a safetensors file, add it too.",
         UPLOADS,
         accept_multiple_files=True,
         key=f"upload-{st.session_state.get('uploads', 0)}",
@@ -246,7 +238,9 @@ def _import() -> None:
     by_suffix = {PurePath(file.name).suffix.lower(): file for file in files}
     fits = len(files) == 1 or (len(files) == 2 == len(by_suffix) and ".safetensors" in by_suffix)
     if files and not fits:
-        st.caption("Choose one export: a file, with its safetensors file if it has one.")
+        st.caption(
+            "Choose one export at a time: its file and, if it has one, its safetensors file."
+        )
     if not st.button("Import", key="import", type="primary", disabled=not files or not fits):
         return
     bar = st.progress(0.0, "Checking the file…")
@@ -256,15 +250,11 @@ def _import() -> None:
             words = f"{done:,} of {of_all:,} steps saved" if of_all else f"{done:,} steps checked"
             bar.progress(done / of_all if of_all else 0.0, words)
 
-    try:
-        done = data.import_upload(by_suffix, progress)
-    except OkiTraceError as error:
-        st.error(wording.sentence(str(error)))
-        return
-    # A new key is the only way to clear an uploader.
-    st.session_state["uploads"] = st.session_state.get("uploads", 0) + 1
-    st.session_state["imported"] = done
-    st.rerun()
+    with layout.errors_shown():
+        st.session_state["imported"] = import_files(by_suffix, data.store_name(), progress)
+        # A new key is the only way to clear an uploader.
+        st.session_state["uploads"] = st.session_state.get("uploads", 0) + 1
+        st.rerun()
 
 
 def _imported() -> None:
@@ -285,7 +275,10 @@ def _rename(one: Conversation) -> None:
     with st.popover("Rename", icon=":material/edit:"):
         title = st.text_input("New title", one.title, key=f"title-{one.id}", width=360)
         if st.button("Rename", key="rename", type="primary", disabled=not title.strip()):
-            _do(partial(data.rename_conversation, one.id, title.strip()))
+            with layout.errors_shown():
+                name = require_storable(title.strip(), "The title")
+                data.writer().rename_conversation(one.id, name)
+                st.rerun()
 
 
 def _delete(chosen: Sequence[Conversation]) -> None:
@@ -299,15 +292,7 @@ def _delete(chosen: Sequence[Conversation]) -> None:
             )
         )
         if st.button("Delete permanently", key="delete", type="primary"):
-            _do(*[partial(data.delete_conversation, c.id) for c in chosen])
-
-
-def _do(*actions: partial[None]) -> None:
-    """Run the actions and redraw the list, or show the error."""
-    try:
-        for action in actions:
-            action()
-    except OkiTraceError as error:
-        st.error(wording.sentence(str(error)))
-        return
-    st.rerun()
+            with layout.errors_shown():
+                for c in chosen:
+                    data.writer().delete_conversation(c.id)
+                st.rerun()

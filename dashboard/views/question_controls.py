@@ -11,6 +11,7 @@ import streamlit as st
 from dashboard import data
 from dashboard.question_state import QuestionState
 from dashboard.viewdata import wording
+from dashboard.views import layout
 from oki_trace.analysis.question import Question, parse_step
 from oki_trace.records import Role
 from oki_trace.sanitize import inert
@@ -22,7 +23,7 @@ SHOWN = "question-shown"
 def draw(state: QuestionState, question: Question) -> QuestionState:
     """Draw the controls in the state of the address; returns the state that they have now."""
     followed = st.session_state.get(SHOWN) != state
-    with st.container(horizontal=True, vertical_alignment="bottom", key="ask-head"):
+    with layout.row("ask-head", align="bottom"):
         chosen = _view(state, question, followed)
         chosen = _options(chosen, question, followed)
     subject = question.views[chosen.view].compares
@@ -34,20 +35,13 @@ def draw(state: QuestionState, question: Question) -> QuestionState:
     return chosen
 
 
-def _seed(key: str, value: Any, followed: bool) -> str:
-    """The widget ``key`` takes ``value`` when the address has changed, or it is new."""
-    if followed or key not in st.session_state:
-        st.session_state[key] = value
-    return key
-
-
 def _view(state: QuestionState, question: Question, followed: bool) -> QuestionState:
     if len(question.views) < 2:
         return state
     chosen = st.segmented_control(
         "View",
         list(question.views),
-        key=_seed(f"ask-view-{question.name}", state.view, followed),
+        key=layout.seed(f"ask-view-{question.name}", state.view, followed),
         format_func=lambda name: question.views[name].label or f"by {name}",
         required=True,
         label_visibility="collapsed",
@@ -71,7 +65,7 @@ def _options(state: QuestionState, question: Question, followed: bool) -> Questi
             0.0 if option.is_share else option.least,
             1.0 if option.is_share else 10_000,
             step=0.05 if option.is_share else 1,
-            key=_seed(f"ask-{name}-{question.name}", now, followed),
+            key=layout.seed(f"ask-{name}-{question.name}", now, followed),
             help=meaning[:1].upper() + meaning[1:] + ".",
             width=150,
         )
@@ -93,9 +87,9 @@ def _choice(
 
 def _scope(state: QuestionState, followed: bool) -> QuestionState:
     def seed(name: str) -> str:
-        return _seed(f"ask-{name}", getattr(state, name), followed)
+        return layout.seed(f"ask-{name}", getattr(state, name), followed)
 
-    with st.container(horizontal=True, vertical_alignment="bottom", key="ask-scope"):
+    with layout.row("ask-scope", align="bottom"):
         models = data.models_used()
         model = _choice("Model", models, seed("model"), 170, accept_new_options=True)
         conversation = _conversation(state, followed)
@@ -131,11 +125,11 @@ def _conversation(state: QuestionState, followed: bool) -> int | None:
     chosen: str | None = _choice(
         "Conversation",
         list(titles),
-        _seed("ask-conversation", now, followed),
+        layout.seed("ask-conversation", now, followed),
         230,
         format_func=lambda number: titles.get(number, number),
         accept_new_options=True,
-        help="Choose a recent conversation, or type the number of any.",
+        help="Choose a recent conversation, or type the number of another.",
     )
     number = parse_step((chosen or "").strip())
     return number and number[0]
@@ -150,7 +144,7 @@ def _reply(state: QuestionState, conversation: int | None, followed: bool) -> in
     now = state.message if state.message in ids else None
     if len(ids) < 2:
         return now
-    key = _seed(f"ask-message-{conversation}", now, followed)
+    key = layout.seed(f"ask-message-{conversation}", now, followed)
     chosen: int | None = _choice(
         "Reply", ids, key, 130, format_func=lambda number: f"message {number}"
     )
@@ -165,16 +159,15 @@ def _title(text: str) -> str:
 
 
 def _subjects(state: QuestionState, subject: str, followed: bool) -> QuestionState:
-    with st.container(horizontal=True, vertical_alignment="bottom", key="ask-sides"):
+    with layout.row("ask-sides", align="bottom"):
         if subject == "model":
             first, second = _models(state, followed)
         else:
             first, second = _replies(state, followed, with_step=subject == "step")
         is_pair = subject == "reply" and first and second
         icon = ":material/compare_arrows:"
-        if is_pair and st.button("Side by side", icon=icon, key="side-by-side"):
-            query = {"left": first, "right": second}
-            st.switch_page(st.session_state["pages"]["compare"], query_params=query)
+        if is_pair and st.button("Compare side by side", icon=icon, key="side-by-side"):
+            layout.open_page("compare", {"left": first, "right": second})
     return replace(state, first=first, second=second)
 
 
@@ -184,7 +177,7 @@ def _models(state: QuestionState, followed: bool) -> Sequence[str]:
         _choice(
             name,
             used,
-            _seed(f"ask-{name}", now or None, followed),
+            layout.seed(f"ask-{name}", now or None, followed),
             260,
             hint="Choose a model",
             accept_new_options=True,
@@ -205,14 +198,14 @@ def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequen
         chosen = _choice(
             f"{name} reply",
             list(names),
-            _seed(f"ask-{name}-reply", message, followed),
+            layout.seed(f"ask-{name}-reply", message, followed),
             330,
             hint="Choose a reply",
             format_func=lambda number: names.get(number, f"message {number}"),
         )
         subject = "" if chosen is None else str(chosen)
         if chosen is not None and with_step:
-            key = _seed(f"ask-{name}-step", step or 0, followed)
+            key = layout.seed(f"ask-{name}-step", step or 0, followed)
             subject = f"{chosen}:{st.number_input('Step', 0, None, key=key, width=110)}"
         subjects.append(subject)
     return subjects

@@ -6,10 +6,8 @@ address, and a change of a widget is written back to it.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,8 +16,8 @@ import streamlit as st
 
 from dashboard import boundary, components, data, question_charts, question_state, url_state
 from dashboard.question_state import QuestionState
-from dashboard.viewdata import answers, wording
-from dashboard.views import cache_progress, question_controls, sql
+from dashboard.viewdata import answers, sql_table, wording
+from dashboard.views import cache_progress, layout, question_controls, sql
 from oki_trace.analysis.question import Answer, Drawing, Question
 from oki_trace.errors import OkiTraceError
 
@@ -50,10 +48,11 @@ def page() -> None:
         st.query_params.from_dict(chosen.query())
     view = question.views[chosen.view]
     if view.compares and not (chosen.first and chosen.second):
-        st.caption("Choose two to see how far their distributions are apart.")
+        st.caption("Choose two to see how far apart their distributions are.")
         return
     if view.reads_tensors and chosen not in st.session_state.get(ALLOWED, ()):
-        _wait_for_click(chosen)
+        note = "It reads full tensors, which may take a while."
+        layout.wait_for_click("question", note, "ask-link", on_click=lambda: _allow(chosen))
         return
     try:
         with st.spinner("Querying…"):
@@ -86,17 +85,6 @@ def _allow(state: QuestionState) -> None:
     st.session_state[ALLOWED] = {*st.session_state.get(ALLOWED, ()), state}
 
 
-def _wait_for_click(state: QuestionState) -> None:
-    with st.container(border=True, key="ask-unasked"):
-        st.markdown("This question came from a link. It reads full tensors: that may take a while.")
-        st.button(
-            "Run the question",
-            icon=":material/play_arrow:",
-            key="ask-link",
-            on_click=lambda: _allow(state),
-        )
-
-
 def _go(state: QuestionState) -> None:
     query = state.query()
     _allow(question_state.read(query, data.questions()))
@@ -123,7 +111,7 @@ def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
         st.code(answer.sql, language="sql", wrap_lines=True)
         if st.button("Edit in SQL", icon=":material/edit:", key="to-sql"):
             sql.allow(answer.sql)
-            st.switch_page(st.session_state["pages"]["sql"], query_params={"sql": answer.sql})
+            layout.open_page("sql", {"sql": answer.sql})
 
 
 def _step_view(question: Question, state: QuestionState) -> str | None:
@@ -138,43 +126,28 @@ def _step_view(question: Question, state: QuestionState) -> str | None:
 
 def _charts(answer: Answer) -> None:
     offered = answers.drawings(answer)
-    with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute" if len(offered) > 1 else "right",
-        vertical_alignment="center",
-        key="picture-head",
-    ):
+    file = f"{answer.question}-{answer.view}"
+    with layout.row("picture-head", distribute=True):
         name = next(iter(offered))
         if len(offered) > 1:
-            name = st.segmented_control(
-                "Chart",
-                list(offered),
-                default=name,
-                required=True,
-                key=f"drawn-{answer.question}-{answer.view}",
-                label_visibility="collapsed",
-            )
-        components.picture(
-            data={"within": "st-key-picture-0", "name": f"{answer.question}-{answer.view}"},
-            key="save-picture",
-            width=100,
-        )
+            name = layout.choice("Chart", list(offered), f"drawn-{file}")
+        else:
+            st.space("stretch")
+        picture = {"within": "st-key-picture-0", "name": file}
+        components.picture(data=picture, key="save-picture", width=100)
     drawing = offered[name]
     rows = answers.marks(answer, drawing)
     if not rows:
-        st.caption("There is nothing to plot.")
+        st.caption("Nothing to plot.")
         return
     places = answers.step_places(answer)
     notes = [_cut(answer, drawing)]
     for number, (model, part) in enumerate(_by_model(answer, drawing, rows)):
         if model:
             st.caption(wording.escape(model))
-        if number:  # the first one's stands above
-            name = f"{answer.question}-{answer.view}-{number + 1}"
-            components.picture(
-                data={"within": f"st-key-picture-{number}", "name": name},
-                key=f"save-picture-{number}",
-            )
+        if number:  # the button of the first chart is above
+            picture = {"within": f"st-key-picture-{number}", "name": f"{file}-{number + 1}"}
+            components.picture(data=picture, key=f"save-picture-{number}")
         with st.container(key=f"picture-{number}"):
             _chart(answer, drawing, part, places, number)
     if any(notes):
@@ -224,60 +197,39 @@ def _chart(
 
 def _table(state: QuestionState, answer: Answer, step_view: str | None) -> None:
     leads = step_view is not None or answers.step_places(answer)[0] is not None
-    count = "1 row" if len(answer.rows) == 1 else f"{len(answer.rows):,} rows"
-    with st.container(
-        horizontal=True,
-        horizontal_alignment="distribute",
-        vertical_alignment="center",
-        key="rows-head",
-    ):
+    count = wording.counted(len(answer.rows), "row")
+    with layout.row("rows-head", distribute=True):
         goal = "compare its two steps" if step_view else "open it in Chat"
         st.caption(f"{count}. Click one to {goal}." if leads else f"{count}.", width="stretch")
         if leads and (named := _named(state, answer)) is not None:
             _follow(state, answer, step_view, named)
-        st.download_button(
+        layout.export_button(
             "CSV",
-            partial(_csv, answer),
+            lambda: sql_table.csv_text([c.name for c in answer.columns], answer.rows),
             f"{answer.question}-{answer.view}.csv",
-            "text/csv",
-            key="answer-csv",
-            icon=":material/download:",
-            on_click="ignore",
-            help="Save all rows, with the exact token text",
+            "answer-csv",
+            mime="text/csv",
+            help="All rows, with the exact text of the tokens",
         )
     frame = pd.DataFrame(answers.table(answer))
-    height: Any = "content" if len(frame) <= 11 else TABLE_HEIGHT
-    config = _column_config(answer, frame)
-    if not leads:
-        st.dataframe(frame, hide_index=True, height=height, key="rows", column_config=config)
-        return
-    shown = st.dataframe(
+    shown: Any = st.dataframe(
         frame,
         hide_index=True,
-        height=height,
+        height="content" if len(frame) <= 11 else TABLE_HEIGHT,
         key=f"rows-{hash(state)}",
-        column_config=config,
-        on_select="rerun",
+        column_config=_column_config(answer, frame),
+        on_select="rerun" if leads else "ignore",
         selection_mode="single-cell",
     )
-    if shown.selection.cells:
+    if leads and shown.selection.cells:
         _follow(state, answer, step_view, int(shown.selection.cells[0][0]))
 
 
 def _named(state: QuestionState, answer: Answer) -> int | None:
     """A row chosen by its name, for the keyboard: in the table, an arrow key opens a row."""
-    names = answers.row_names(answer)
-    chosen: int | None = st.selectbox(
-        "Open a row",
-        range(len(names)),
-        index=None,
-        format_func=lambda at: names[at],
-        key=f"named-{hash(state)}",
-        placeholder="Open by name",
-        label_visibility="collapsed",
-        width=170,
+    return layout.pick(
+        "Open a row", answers.row_names(answer), f"named-{hash(state)}", "Open by name", 170
     )
-    return chosen
 
 
 def _follow(state: QuestionState, answer: Answer, step_view: str | None, row: int) -> None:
@@ -306,13 +258,6 @@ def _column_config(answer: Answer, frame: pd.DataFrame) -> Any:
     return config
 
 
-def _csv(answer: Answer) -> str:
-    file = io.StringIO()
-    data.write_csv(answer, file)
-    return file.getvalue()
-
-
 def _open(place: dict[str, int] | None) -> None:
     if place is not None:
-        query = {name: str(value) for name, value in place.items()}
-        st.switch_page(st.session_state["pages"]["chat"], query_params=query)
+        layout.open_page("chat", place)

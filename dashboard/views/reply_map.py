@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import boundary, components, data, url_state
-from dashboard.viewdata import attention, lens, replies, wording
+from dashboard.viewdata import attention, lens, wording
 from dashboard.views import layout, step_panel
 from oki_trace.records import CaptureReport, Message, StepSummary
 
@@ -31,9 +31,8 @@ def page() -> None:
         _choose()
         return
     with layout.title_row(opened[0].title):
-        if st.button("Open in chat", icon=":material/chat:", type="tertiary"):
-            layout.open_page("chat", url_state.current().query())
-    boundary.part(_step)(opened[0].id)
+        layout.open_in_chat(url_state.current(), "map")
+    boundary.part(_head)(opened[0].id)
     boundary.part(section)(opened[0].id, wide=True)
 
 
@@ -52,19 +51,9 @@ def _choose() -> None:
                 st.rerun()
 
 
-def _step(conversation_id: int) -> None:
-    """The head of the chosen step."""
-    selected = step_panel.selected_step(conversation_id)
-    step = data.step(selected[0], selected[2]) if selected else None
-    if selected is None or step is None:
-        step_panel.draw_head(replies.NO_STEP)
-        return
-    message, steps, index = selected
-    step_panel.draw_head(
-        replies.facts_data(
-            step, steps[index], len(steps), conversation=conversation_id, message=message.id
-        )
-    )
+def _head(conversation_id: int) -> None:
+    """The selected step."""
+    step_panel.draw_head(conversation_id)
 
 
 def section(conversation_id: int, *, wide: bool = False) -> None:
@@ -73,7 +62,7 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
     capture = selected[0].capture if selected else None
     if selected is None or capture is None:
         if wide:
-            st.caption("No tokens yet. Send a message in Chat, then see the map of its reply here.")
+            st.caption("No tokens yet. Send a message in Chat to see the map of its reply here.")
         return
     message, steps, index = selected
     with layout.section_row("Reply map", "map-head"):
@@ -125,7 +114,7 @@ def _layers(
     _draw(message, lens.lens_map(grid, steps), "layers", first)
     st.caption(
         "Each cell is the likeliest token if that layer were the last; the top row is the model's "
-        "own. Click a cell to select its step."
+        "own prediction. Click a cell to select its step."
     )
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import streamlit as st
 
 from dashboard import data, url_state
 from dashboard.viewdata import replies, wording
+from dashboard.views import layout
 from oki_trace import queueing
 from oki_trace import settings as environment
-from oki_trace.errors import UsageError
 from oki_trace.records import (
     CapturePolicy,
     Message,
@@ -65,27 +65,25 @@ def draw_settings(conversation: int | None, messages: Sequence[Message]) -> Sett
             url_state.navigate(url_state.Location())
             st.rerun()
         choice = _model(messages)
+        switches = data.template_switches(choice.model_id) if choice else ()
         # Closed, it is not drawn: its widgets are the most costly of the page.
         part = st.expander("Sampling and capture", key="sampling", on_change="rerun")
         if part.open:
             with part:
                 _sampling_widgets(data.model_defaults(choice.model_id) if choice else {})
-                _template_widgets(data.template_switches(choice.model_id) if choice else ())
-        try:
+                _template_widgets(switches)
+        with layout.errors_shown():
             sampling, policy, system = _requested()
-            template = _template(data.template_switches(choice.model_id) if choice else ())
-        except UsageError as error:
-            st.error(wording.sentence(str(error)))
-            return None
-        if not part.open:
-            st.caption(wording.escape(replies.settings_summary(sampling, policy, system)))
-    return None if choice is None else (choice, sampling, policy, system, template)
+            template = _template(switches)
+            if not part.open:
+                st.caption(wording.escape(replies.settings_summary(sampling, policy, system)))
+            return None if choice is None else (choice, sampling, policy, system, template)
+    return None
 
 
 def _chosen() -> dict[str, Any]:
     """Every setting: as chosen, or its default."""
-    policy, sampling = CapturePolicy(), Sampling()
-    defaults = {
+    defaults: dict[str, Any] = {
         "model": environment.Settings.from_environment().model_id,
         "four_bit": False,
         "temperature": 0.0,
@@ -93,11 +91,8 @@ def _chosen() -> dict[str, Any]:
         "top_k": None,
         "seed": None,
         "penalty": None,
-        "max_new_tokens": sampling.max_new_tokens,
-        "tensors": policy.tensors,
-        "topk_logits": policy.topk_logits,
-        "topk_evidence": policy.topk_evidence,
-        "topk_lens": policy.topk_lens,
+        "max_new_tokens": Sampling().max_new_tokens,
+        **asdict(CapturePolicy()),
         "system": "",
         "enable_thinking": UNCHANGED,
         "reasoning_effort": UNCHANGED,
@@ -162,7 +157,7 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         key="model",
         accept_new_options=True,
         placeholder="Choose a model",
-        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in). Or type another.",
+        help="A Hugging Face id, a folder, a .gguf file, or smollm2 (built in).",
     )
     name = (name or "").strip()
     last = last_choice(messages)
@@ -207,11 +202,11 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         more.setdefault("placeholder", f"the model's own{value}")
         st.number_input(field, low, high, step=step, **_setting(key), **more)
 
-    empty = "Empty: as in the model's generation config."
+    empty = "If empty, the model's generation config applies."
     optional("Top-p", "top_p", 0.01, 1.0, 0.05, disabled=off, help=empty)
     optional("Top-k", "top_k", 0, 1000, 1, disabled=off, help=f"0 keeps every token. {empty}")
-    optional("Seed", "seed", 0, None, 1, disabled=off, placeholder="any")
-    optional("Repetition penalty", "penalty", 0.01, 10.0, 0.05, help=f"1 is off. {empty}")
+    optional("Seed", "seed", 0, None, 1, disabled=off, placeholder="random")
+    optional("Repetition penalty", "penalty", 0.01, 10.0, 0.05, help=f"1 turns it off. {empty}")
     st.number_input("Maximum new tokens", 1, 8192, **_setting("max_new_tokens"))
     st.selectbox(
         "Full tensors",
@@ -239,17 +234,11 @@ def _requested() -> tuple[Sampling, CapturePolicy, str | None]:
     chosen = _chosen()
     off = chosen["temperature"] == 0
     sampling = Sampling(
-        max_new_tokens=int(chosen["max_new_tokens"]),
-        temperature=None if off else chosen["temperature"],
-        top_p=None if off else chosen["top_p"],
-        top_k=None if off or chosen["top_k"] is None else int(chosen["top_k"]),
+        max_new_tokens=chosen["max_new_tokens"],
         repetition_penalty=chosen["penalty"],
-        seed=None if off or chosen["seed"] is None else int(chosen["seed"]),
+        **{key: None if off else chosen[key] for key in ("temperature", "top_p", "top_k", "seed")},
     )
-    logits, evidence, lens = (
-        int(chosen[key]) for key in ("topk_logits", "topk_evidence", "topk_lens")
-    )
-    policy = CapturePolicy(logits, evidence, lens, chosen["tensors"])
+    policy = CapturePolicy(**{key: chosen[key] for key in asdict(CapturePolicy())})
     return sampling, policy, chosen["system"] if chosen["system"].strip() else None
 
 
@@ -269,8 +258,8 @@ def _template_widgets(switches: Sequence[str]) -> None:
         **_setting("template_args"),
         placeholder="enable_thinking=false",
         height=80,
-        help="For the model's chat template, a KEY=VALUE on each line. They apply to later turns "
-        "as well; KEY=null removes one.",
+        help="Arguments of the model's chat template, one KEY=VALUE per line. They apply to later "
+        "turns too; KEY=null removes one.",
     )
     st.text_area(
         "Tools",

@@ -12,6 +12,7 @@ import streamlit as st
 from dashboard import boundary, components, data
 from dashboard.viewdata import sql_table, wording
 from dashboard.views import cache_progress, layout
+from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.errors import OkiTraceError
 
 ROWS, MOST_ROWS = 1_000, 100_000
@@ -66,7 +67,9 @@ def page() -> None:
         if pressed:
             allow(query.text)
         if query.text and query.text != st.session_state.get(ALLOWED):
-            _ask_before_running()
+            note = "It cannot change anything, but may take long."
+            text = query.text
+            layout.wait_for_click("query", note, "sql-run-link", on_click=lambda: allow(text))
             return
         if query.text and (pressed or result is None or result.query != query):
             with st.spinner("Running the query…"):
@@ -81,25 +84,14 @@ def allow(text: str) -> None:
     st.session_state[ALLOWED] = text.strip()
 
 
-def _ask_before_running() -> None:
-    with st.container(border=True, key="sql-unasked"):
-        st.markdown("This query came with the link. It cannot change anything, but may take long.")
-        st.button(
-            "Run query",
-            icon=":material/play_arrow:",
-            key="sql-run-link",
-            on_click=lambda: allow(st.session_state[TEXT]),
-        )
-
-
 def _tables() -> None:
     st.markdown("#### Tables")
-    for table in data.tables():
+    for table in TABLES:
         with st.expander(f"**{table.name}**", expanded=table.name == "step"):
             st.caption(f"A row is {table.meaning}.")
             st.markdown(sql_table.columns_as_markdown(table))
     st.markdown("#### Functions")
-    for function in data.functions():
+    for function in FUNCTIONS:
         with st.expander(f"**{function.name}**"):
             st.caption(f"{function.meaning[:1].upper()}{function.meaning[1:]}.")
             st.code(f"{function.name}({', '.join(function.parameters)})", language="sql")
@@ -112,8 +104,7 @@ def _editor() -> tuple[Query, bool]:
     if SEEN not in st.session_state and not st.query_params.get("sql"):
         allow(first)
     in_url = st.query_params.get("sql") or st.session_state.get(SEEN, first)
-    if TEXT not in st.session_state or st.session_state.get(SEEN) != in_url:
-        st.session_state[TEXT] = in_url
+    layout.seed(TEXT, in_url, st.session_state.get(SEEN) != in_url)
     with st.container(key="sql-editor"):
         st.selectbox(
             "Example",
@@ -132,18 +123,13 @@ def _editor() -> tuple[Query, bool]:
             placeholder="SELECT token, prob FROM step ORDER BY prob LIMIT 10",
             label_visibility="collapsed",
         )
-    with st.container(horizontal=True, vertical_alignment="bottom", key="sql-limits"):
+    with layout.row("sql-limits", align="bottom"):
         rows = st.number_input("Maximum rows", 1, MOST_ROWS, ROWS, 100, key="sql-rows", width=140)
         seconds = st.number_input(
             "Maximum seconds", 1, MOST_SECONDS, SECONDS, key="sql-seconds", width=140
         )
-        pressed = st.button(
-            "Run",
-            type="primary",
-            icon=":material/play_arrow:",
-            key="sql-run",
-            help="Or press Ctrl + Enter in the text",
-        )
+        icon, hint = ":material/play_arrow:", "Or press Ctrl + Enter in the text"
+        pressed = st.button("Run", type="primary", icon=icon, key="sql-run", help=hint)
     if text != in_url:
         st.query_params.from_dict({"sql": text} if text else {})
     st.session_state[SEEN] = text
@@ -153,8 +139,8 @@ def _editor() -> tuple[Query, bool]:
 def _take_example() -> None:
     chosen = st.session_state["sql-example"]
     if chosen is not None:
-        st.session_state[TEXT] = sql_table.EXAMPLES[chosen]
-        allow(st.session_state[TEXT])
+        layout.seed(TEXT, sql_table.EXAMPLES[chosen], True)
+        allow(sql_table.EXAMPLES[chosen])
 
 
 def _run(query: Query, place: Any) -> Result:
@@ -178,7 +164,7 @@ def _result(result: Result) -> None:
         st.error(wording.sentence(result.error), icon=":material/error:")
         return
     table = result.table
-    with st.container(horizontal=True, vertical_alignment="center", key="sql-result-head"):
+    with layout.row("sql-result-head"):
         show = layout.choice("Show", ("table", "chart"), "sql-show")
         count = wording.counted(table.num_rows, "row")
         more = " More rows exist; raise the maximum to see them." if result.cut else ""
@@ -210,7 +196,7 @@ def _chart(rows: Any) -> None:
     if not numeric or rows.empty:
         st.caption("A chart needs a numeric column; add one to the query.")
         return
-    with st.container(horizontal=True, vertical_alignment="bottom", key="sql-chart-head"):
+    with layout.row("sql-chart-head", align="bottom"):
         # Keyed by the columns: those of another query may not have the chosen ones.
         mark = hash(tuple(columns))
         x = st.selectbox("x", columns, key=f"sql-x-{mark}", width=170)
@@ -221,15 +207,10 @@ def _chart(rows: Any) -> None:
         )
         kind = sql_table.default_chart(rows, x)
         drawn = st.segmented_control(
-            "As",
-            sql_table.CHARTS,
-            default=kind,
-            required=True,
-            key=f"sql-as-{mark}-{x}",
+            "Chart type", sql_table.CHARTS, default=kind, required=True, key=f"sql-as-{mark}-{x}"
         )
-        components.picture(
-            data={"within": "st-key-sql-chart", "name": "answer"}, key="save-sql", width=100
-        )
+        picture = {"within": "st-key-sql-chart", "name": "answer"}
+        components.picture(data=picture, key="save-sql", width=100)
     with st.container(key="sql-chart"):
         st.altair_chart(sql_table.chart(rows, x, y, colour, drawn), key="sql-drawn")
     if len(rows) > sql_table.MOST_MARKS:

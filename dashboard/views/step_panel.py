@@ -43,24 +43,11 @@ def selected_step(conversation_id: int) -> SelectedStep | None:
 
 def show(conversation_id: int) -> None:
     """Draw the panel."""
-    selected = selected_step(conversation_id)
-    step = data.step(selected[0], selected[2]) if selected else None
-    capture = selected[0].capture if selected else None
-    if selected is None or step is None or capture is None:
-        draw_head(replies.NO_STEP)
-        st.caption("No tokens yet. Send a message, then see a step of its reply here.")
+    selected = draw_head(conversation_id, follow=True)
+    if selected is None:
+        st.caption("No tokens yet. Send a message to see the steps of its reply here.")
         return
-    message, steps, index = selected
-    draw_head(
-        replies.facts_data(
-            step,
-            steps[index],
-            len(steps),
-            conversation=conversation_id,
-            message=message.id,
-            following=message.status.is_live and url_state.current().step is None,
-        )
-    )
+    message, capture, steps, step = selected
     components.bars(data=replies.candidates_data(step), key="bars")
     st.caption(wording.escape(replies.decision_text(step, message.generation)))
     effects = replies.effects_data(step)
@@ -71,14 +58,34 @@ def show(conversation_id: int) -> None:
     _lens(message, capture, step)
 
 
-def draw_head(shown: wording.Json) -> None:
-    """The token and its numbers; it receives every click on a token of the page."""
+def draw_head(
+    conversation_id: int, *, follow: bool = False
+) -> tuple[Message, CaptureReport, list[StepSummary], Step] | None:
+    """Draw the selected token and its numbers, which receive every click on a token of the page.
+
+    ``follow``: without a selected step, move on with a live reply. Returns what is drawn.
+    """
+    drawn, shown = None, {"empty": True}
+    selected = selected_step(conversation_id)
+    step = data.step(selected[0], selected[2]) if selected else None
+    if selected is not None and step is not None and selected[0].capture is not None:
+        message, steps, index = selected
+        drawn = message, selected[0].capture, steps, step
+        shown = replies.facts_data(
+            step,
+            steps[index],
+            len(steps),
+            conversation=conversation_id,
+            message=message.id,
+            following=follow and message.status.is_live and url_state.current().step is None,
+        )
     components.facts(
         data=shown,
         key="facts",
         on_pick_change=_picked,
         on_refresh_change=lambda: None,  # the rerun is enough
     )
+    return drawn
 
 
 def _picked() -> None:

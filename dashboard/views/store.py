@@ -7,9 +7,8 @@ vacuum is atomic.
 
 from __future__ import annotations
 
+import datetime as dt
 import time
-from collections.abc import Callable
-from typing import TypeVar
 
 import pandas as pd
 import streamlit as st
@@ -20,12 +19,12 @@ from dashboard.viewdata import storage, wording
 from dashboard.views import layout
 from oki_trace.errors import OkiTraceError
 from oki_trace.records import StoreInfo
+from oki_trace.store.maintenance import prune, vacuum
+from oki_trace.store.maintenance.verify import Verification
 
 FINDINGS = 200
 
 KINDS = {"full tensors only": True, "whole conversations": False}
-
-Result = TypeVar("Result")
 
 
 @boundary.page
@@ -33,7 +32,7 @@ def page() -> None:
     """Draw the page."""
     st.title("Store")
     info = data.info()
-    with st.container(horizontal=True, vertical_alignment="center", key="store-head"):
+    with layout.row("store-head"):
         st.text(info.url, width="stretch")
         components.rows(
             data={"name": "store", "rows": storage.total_rows(info)}, key="save-store", width=60
@@ -49,7 +48,7 @@ def page() -> None:
 def _disk_usage(info: StoreInfo) -> None:
     st.markdown("#### Disk usage")
     components.amounts(data=storage.disk_usage(info), key="disk-usage")
-    grown = storage.growth_rows(data.reply_sizes(), info.row_bytes_per_token)
+    grown = storage.growth_rows(data.store().reply_sizes(), info.row_bytes_per_token)
     st.markdown("#### Growth")
     if not grown:
         layout.empty_state("replies", "see how the store grows")
@@ -63,9 +62,8 @@ def _disk_usage(info: StoreInfo) -> None:
 
 def _health(info: StoreInfo) -> None:
     st.markdown("#### Health")
-    components.table(
-        data=storage.health_table(info, data.statuses(), data.worker_state()), key="health"
-    )
+    statuses = data.store().reply_statuses()
+    components.table(data=storage.health_table(info, statuses, data.worker_state()), key="health")
     wanted = st.button(
         "Verify",
         icon=":material/fact_check:",
@@ -94,7 +92,7 @@ def _verify(place: DeltaGenerator) -> None:
             "Any other click stops the check.",
         )
 
-    check = data.verification(progress)
+    check = Verification(data.store(), progress=progress)
     findings: list[str] = []
     count = 0
     try:
@@ -134,12 +132,19 @@ def _last(name: str, place: DeltaGenerator) -> None:
 def _reclaim(info: StoreInfo) -> None:
     st.markdown("#### Reclaim space")
     _last("reclaimed", st.empty())
-    with st.container(horizontal=True, vertical_alignment="bottom", key="prune-form"):
+    with layout.row("prune-form", align="bottom"):
         days = st.number_input(
-            "Older than, days", 0.0, None, None, 1.0, key="prune-days", placeholder="any", width=170
+            "Older than (days)",
+            0.0,
+            None,
+            None,
+            1.0,
+            key="prune-days",
+            placeholder="any",
+            width=170,
         )
         most = st.number_input(
-            "Until the data fits into, GB",
+            "Shrink the data to (GB)",
             0.0,
             None,
             None,
@@ -155,12 +160,17 @@ def _reclaim(info: StoreInfo) -> None:
             "reply keeps its tokens, candidates, attention and lens."
         )
     else:
-        _prune(days, None if most is None else round(most * 1e9), tensors_only=KINDS[kind])
+        _prune(days, most, tensors_only=KINDS[kind])
     _vacuum(info)
 
 
-def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
-    plan = data.prune_plan(days, most, tensors_only=tensors_only)
+def _prune(days: float | None, gigabytes: float | None, *, tensors_only: bool) -> None:
+    plan = prune.plan(
+        data.store(),
+        older_than=None if days is None else dt.timedelta(days=days),
+        max_bytes=None if gigabytes is None else round(gigabytes * 1e9),
+        tensors_only=tensors_only,
+    )
     st.write(wording.escape(storage.plan_sentence(plan)))
     if not plan.items:
         return
@@ -183,22 +193,20 @@ def _prune(days: float | None, most: int | None, *, tensors_only: bool) -> None:
         sure = st.button("Prune permanently", key="prune", type="primary")
     if sure:
         bar = st.progress(0.0, "Pruning…")
-        pruned = _try(
-            lambda: data.prune_now(plan, lambda done, of_all: _show(bar, done, of_all, "pruned"))
-        )
-        if pruned is not None:
+
+        def progress(done: int, of_all: int) -> None:
+            bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} pruned")
+
+        with layout.errors_shown():
+            pruned = prune.prune(data.writer(), plan, progress)
             _tell(
                 f"Freed {storage.size(pruned.frees_bytes)} for new data. Vacuum the store to "
                 "return it to the disk."
             )
 
 
-def _show(bar: DeltaGenerator, done: int, of_all: int, what: str) -> None:
-    bar.progress(done / of_all if of_all else 1.0, f"{done:,} of {of_all:,} {wording.escape(what)}")
-
-
 def _vacuum(info: StoreInfo) -> None:
-    free = f" {storage.size(info.free_bytes)} are free now." if info.free_bytes else ""
+    free = f" {storage.size(info.free_bytes)} is free now." if info.free_bytes else ""
     with st.popover("Vacuum", icon=":material/compress:"):
         st.write(
             f"Rebuilds the store without gaps, which returns free space to the disk.{free} It "
@@ -214,20 +222,11 @@ def _vacuum(info: StoreInfo) -> None:
         place.caption(f"Rebuilding the store… {time.monotonic() - began:.0f} s")
 
     tick()
-    vacuumed = _try(lambda: data.vacuum_store(tick))
-    if vacuumed is not None:
+    with layout.errors_shown():
+        vacuumed = vacuum.vacuum(data.store_name(), tick)
         reclaimed = storage.size(max(0, vacuumed.before - vacuumed.after))
         before, after = storage.size(vacuumed.before), storage.size(vacuumed.after)
         _tell(f"Reclaimed {reclaimed}: {before} before, {after} now.")
-
-
-def _try(work: Callable[[], Result]) -> Result | None:
-    """The result of ``work``; None, with the error on the page, if it fails."""
-    try:
-        return work()
-    except OkiTraceError as error:
-        st.error(wording.sentence(str(error)))
-        return None
 
 
 def _tell(sentence: str) -> None:

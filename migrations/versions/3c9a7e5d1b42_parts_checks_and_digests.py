@@ -1,4 +1,4 @@
-"""Parts, template arguments, checks and digests of replies; heartbeats are named alike."""
+"""Adds parts, template arguments, checks and digests of replies; renames heartbeat columns."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A reply's rows from the store as Arrow tables, with the columns derived for all questions.
+"""Reads a reply's rows as Arrow tables and adds the derived columns that questions use.
 
-Measured values are the store's own, not rounded (the 32-bit floats of entries were measured as
-32-bit floats); NaN is NULL.
+Measured values are those of the store, not rounded (the floats of entries are 32-bit, as they were
+measured); NaN is NULL.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def to_arrow(name: str, columns: dict[str, Any]) -> pa.Table:
 def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
     """The prompt of a reply, and its step tables, some steps at a time.
 
-    A running reply has its steps so far; each batch is read at one instant.
+    A running reply has its steps so far; each batch is read from one snapshot.
     """
     prompt = reader.prompt_columns(message_id)
     yield {"prompt_token": to_arrow("prompt_token", prompt)}

@@ -1,6 +1,6 @@
-"""Synchronising the cache in a background thread, for a page that must stay responsive.
+"""Synchronises the cache in a background thread, so that a page stays responsive.
 
-The first question about a large store waits for minutes of writing. The writing goes on when the
+Writing the cache of a large store for the first time takes minutes. The thread continues when the
 user leaves the page.
 """
 
@@ -14,7 +14,7 @@ from oki_trace.store.schema.identity import Db
 
 
 class BackgroundSync:
-    """The synchronisation of one store's cache; any thread may ask how far it is."""
+    """The synchronisation of one store's cache; any thread may read its progress."""
 
     def __init__(self, db: Db, reader: TraceReader) -> None:
         self._cache = Cache(db)

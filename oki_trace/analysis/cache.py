@@ -1,11 +1,11 @@
-"""The finished messages of a store as Parquet files, synchronised with the store.
+"""The query cache: the finished messages of a store as Parquet files, in sync with the store.
 
-Every message is written once, by the first question after it has ended, so generating costs nothing
-more. Before each question the cache is compared with the store, and the part of a message that is
-gone is rewritten without it.
+The first question after a message has ended writes the message to the cache, so generation does not
+pay for it. Before each question the cache is compared with the store, and a part that contains a
+deleted message is rewritten without it.
 
-Eight parts of about one size are joined, up to 32,768 steps: each message is rewritten at most
-three times as the store grows, and n steps need at most n / 32,768 + 22 files a table.
+Eight parts of about the same size are merged, up to 32,768 steps: each message is rewritten at most
+three times as the store grows, and n steps need at most n / 32,768 + 22 files per table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Cache:
         self.folder = Folder(folder_of(db))
 
     def in_step(self, reader: TraceReader) -> bool:
-        """Whether it holds the finished messages of the store, and nothing else."""
+        """Whether the cache holds exactly the finished messages of the store."""
         return self.folder.manifest().stamp == reader.stamp()
 
     def sync(self, reader: TraceReader, progress: Progress | None = None) -> Manifest:
@@ -81,7 +81,7 @@ class Cache:
     def _step(
         self, reader: TraceReader, parts: tuple[Part, ...], progress: Progress | None
     ) -> tuple[Part, ...]:
-        """Drop messages that are gone, write new ones, join small parts."""
+        """Drop deleted messages, write new ones, and merge small parts."""
         stored = {str(mark.id): mark for mark in reader.message_marks() if not mark.status.is_live}
         kept: list[Part] = []
         written: set[str] = set()
@@ -228,7 +228,7 @@ def _conversations(reader: TraceReader) -> pa.Table:
 
 
 def _identity(mark: MessageMark) -> str:
-    """What tells a message from one with its id in another store at the same address."""
+    """Distinguishes a message from one with the same id in another store at this address."""
     return f"{mark.conversation_id} {mark.status} {mark.created_at.isoformat()}"
 
 

@@ -30,8 +30,8 @@ Logits = NDArray[np.float32]
 class Distance:
     """``basis``: "full logits", where ``tv`` and ``tv_most`` are the same exact number; or "top-k".
 
-    From the lists of candidates the total variation is at least ``tv`` and at most ``tv_most``,
-    and the divergences are estimates that err low.
+    From candidate lists, the total variation is at least ``tv`` and at most ``tv_most``,
+    and the divergences are estimates that tend to be too low.
     """
 
     kl: float
@@ -103,13 +103,13 @@ def between(p: Probs, q: Probs) -> Distance:
 
 
 def between_lists(a: Mapping[Hashable, float], b: Mapping[Hashable, float]) -> Distance | None:
-    """The distance as far as two lists of the most likely tokens determine it.
+    """The distance, as far as two lists of the most likely tokens determine it.
 
     None where a list is empty or has a probability that is no number.
 
-    For the estimates, a token that only one list has is given the most that the other allows: no
-    more than its smallest entry, no more than the first list gives it, and together no more
-    than the list leaves of 1. The remaining probability counts as one token.
+    For the estimates, a token that is in only one list gets the highest probability that the other
+    list allows: at most its smallest entry, at most the probability in the first list, and
+    in total at most 1 minus the sum of the list. The rest of the probability counts as one token.
     """
     if not a or not b or not all(map(math.isfinite, (*a.values(), *b.values()))):
         return None
@@ -133,7 +133,7 @@ def _filled(
 
 
 def _tv_bounds(p: Mapping[Hashable, float], q: Mapping[Hashable, float]) -> tuple[float, float]:
-    """The least and the most that the total variation of two distributions can be.
+    """The smallest and the largest possible total variation of two distributions.
 
     A token that only one list has is at most as likely in the other as the last on that list.
     """

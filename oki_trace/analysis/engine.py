@@ -1,4 +1,4 @@
-"""DuckDB connections to our tables, with limits, and without access to other files or networks.
+"""DuckDB connections to the cache's tables, with limits and without access to files or networks.
 
 A connection sees one state of the store: the Parquet files of one manifest, and a copy of the
 messages that were running when it was opened.
@@ -50,7 +50,7 @@ def connect(
     reader: TraceReader,
     **config: str | int,
 ) -> duckdb.DuckDBPyConnection:
-    """A locked connection with our tables and functions.
+    """A locked-down connection with our tables and functions.
 
     Each table is the union of its Parquet ``files`` and its ``live`` Arrow table; the functions
     read tensors through ``reader``. ``config``: settings of DuckDB.
@@ -112,7 +112,7 @@ def translate_errors(memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         message = str(error)
         if isinstance(error, duckdb.InterruptException):
-            raise QuestionError("The question was interrupted: ask it again.") from error
+            raise QuestionError("The question was interrupted: run it again.") from error
         if isinstance(error, duckdb.OutOfMemoryException | MemoryError):
             raise out_of_memory(memory_bytes) from error
         if "Out of Memory Error" in message:

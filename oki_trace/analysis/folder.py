@@ -1,9 +1,9 @@
-"""The cache's folder: where it is, its lock and its manifest.
+"""The cache's folder: its location, its lock and its manifest.
 
 A part is a folder of Parquet files, one for each table. It is written under another name, renamed
 when it is complete, and never changed. The manifest lists the valid parts and is replaced
-atomically, so a reader sees all of a change or nothing. The next change removes what the manifest
-does not list.
+atomically, so a reader sees a change completely or not at all. The next change removes folders that
+the manifest does not list.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Folder:
             return EMPTY
 
     def commit(self, manifest: Manifest) -> None:
-        """Replace the manifest, and remove what it does not list. Needs the lock."""
+        """Replace the manifest, and remove folders that it does not list. Needs the lock."""
         document = {"format": FORMAT, **asdict(manifest)}
         fresh = self.path / f".{_MANIFEST}.{uuid.uuid4().hex}"
         _write(fresh, json.dumps(document))
@@ -130,7 +130,7 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
 
     def marks(self, part: Part) -> dict[str, str]:
-        """The messages of a part by id, each with a mark that tells it from another of this id."""
+        """The messages of a part by id, each with a mark that identifies it beyond its id."""
         text = (self.path / part.name / _MESSAGES).read_text(encoding="utf-8")
         try:
             marks: dict[str, str] = json.loads(text)

@@ -1,4 +1,4 @@
-"""Messages between the sandbox and its process.
+"""The message format between the sandbox and its process.
 
 A frame is two lengths (4 and 8 bytes), a header in JSON and a payload of bytes.
 """

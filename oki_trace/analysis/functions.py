@@ -1,7 +1,7 @@
 """SQL functions over the full tensors, read from the store.
 
 Tensors are too large for the cache, so these functions read them from the store, and only for the
-steps that the statement comes to. A step or a tensor that does not exist gives NULL.
+steps that the statement reaches. The result is NULL for a step or a tensor that does not exist.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The kinds of position that an attention head looks at, and its weight on each."""
+"""Computes the weight that each attention head puts on each kind of position."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Messages as rows, with the settings of a reply as columns.
+"""Reads messages as rows, with the settings of a reply as columns.
 
-``prompt_hash`` is the same for all replies to the same words: a digest of the roles and contents of
-the messages before, for whichever model.
+``prompt_hash`` is a digest of the roles and contents of the messages before a reply. It is the same
+for all replies to the same messages, whatever the model.
 """
 
 from __future__ import annotations

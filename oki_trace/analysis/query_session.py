@@ -1,7 +1,7 @@
-"""Questions and SQL over one store.
+"""Answers questions and SQL over one store.
 
 ``QuerySession`` synchronises the cache before each question, and keeps a connection until the store
-changes: a page keeps a session open, a command opens one for a single question.
+changes. A page keeps a session open; a command opens one for a single question.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIME_LIMIT_S = 30.0
 
 
 class QuerySession:
-    """A store that is queried. One question at a time; others wait for it."""
+    """Queries one store, one question at a time; other threads wait."""
 
     def __init__(self, db: Db, progress: Progress | None = None) -> None:
         self.reader = TraceReader(db)
@@ -85,10 +85,10 @@ class QuerySession:
     ) -> Result:
         """The result as an Arrow table of at most ``limit`` rows.
 
-        The statement runs in a process of its own, which is killed after ``seconds``.
+        The statement runs in a separate process, which is killed after ``seconds``.
         ``memory_bytes`` is the memory it may use beyond that of the process. ``tick`` is called
-        while it runs, and an error that it raises ends the question. Raises QuestionError, in one
-        line, for anything else that goes wrong.
+        while it runs, and an error that it raises ends the question. Raises a one-line
+        QuestionError for any other failure.
         """
         limits = Limits(limit, seconds, memory_bytes)
         try:

@@ -1,4 +1,4 @@
-"""A question and its answer as records: shared by the command line, the explorer and tests."""
+"""Questions and answers as records, shared by the command line, the explorer and tests."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Option:
         return "0 to 1" if self.is_share else f"a whole number from {self.least}"
 
     def parse(self, text: str) -> float | None:
-        """The value that ``text`` gives; None when the option does not allow it."""
+        """The value of ``text``; None when the option does not allow it."""
         try:
             value = float(text) if self.is_share else int(text)
         except ValueError:
@@ -152,7 +152,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A question as it is asked. ``options`` holds a value for every option of the question."""
+    """A question with its arguments. ``options`` has a value for every option of the question."""
 
     question: Question
     view: str

@@ -1,4 +1,4 @@
-"""Results as CSV, JSON and Parquet."""
+"""Writes results as CSV, JSON and Parquet."""
 
 from __future__ import annotations
 

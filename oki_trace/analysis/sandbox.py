@@ -1,9 +1,9 @@
-"""The user's SQL, run by a process of its own that can be killed, so that limits hold.
+"""Runs the user's SQL in a separate process with limits, which can be killed.
 
 DuckDB's own limits do not cover a text of two gigabytes, a growing recursion or a plan of a
-thousand branches. So the statement runs in ``sandbox_process``, with a memory limit that the system
-enforces. The process is killed when its time is over, when the caller gives up, and when this
-program ends; otherwise it is kept for the next question.
+thousand branches. The statement therefore runs in ``sandbox_process``, with a memory limit that the
+operating system enforces. The process is killed when its time runs out, when the caller gives up,
+and when this program ends; otherwise it is kept for the next question.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The most rows, seconds, and bytes beyond those of the process, for a statement."""
+    """Limits of a statement: rows, seconds, and bytes beyond those of the process."""
 
     rows: int
     seconds: float
@@ -97,7 +97,7 @@ class Sandbox:
     ) -> Result:
         """The result of one SELECT. ``tick`` is called while it runs; its errors end the question.
 
-        Raises QuestionError, in one line, for anything else that goes wrong.
+        Raises a one-line QuestionError for any other failure.
         """
         try:
             length = len(sql.encode())

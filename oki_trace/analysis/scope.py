@@ -1,4 +1,4 @@
-"""The replies that a question is about: by model, conversation, date, role and text."""
+"""Selects the replies that a question covers: by model, conversation, date, role and text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OF_EARLIER = {
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Every reply that meets all conditions given.
+    """The replies that meet all of these conditions; None: no condition.
 
     ``since`` and ``until`` (exclusive) are aware times. ``text``: a message of the conversation,
     up to and including the reply, contains it; ``role``: the role of that message.

@@ -1,9 +1,9 @@
-"""The check of the user's SQL: one statement that reads our tables, and nothing else.
+"""Checks the user's SQL: it must be one statement that reads our tables and nothing else.
 
 DuckDB itself has no access to other files, networks or settings (``engine``). But a SELECT may
-hold a COPY or an INSERT in its WITH clause, and the cache's own files are readable. So the syntax
-tree that DuckDB parses is checked first: only nodes that read, only table functions that read
-nothing.
+contain a COPY or an INSERT in its WITH clause, and the cache's own files are readable. The syntax
+tree from DuckDB's parser is therefore checked first: it may contain only nodes that read, and only
+table functions that read no file.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _MOST_SELECTS = 1_000
 _ONLY_TABLES = (
     "{} is not allowed: a question can read only the tables that `oki-trace sql --tables` lists."
 )
-TOO_DEEP = "The statement is nested too deeply: ask with fewer subqueries and brackets."
-_ONE_SELECT = "Ask with one SELECT statement: nothing can be changed."
+TOO_DEEP = "The statement is nested too deeply: use fewer subqueries and brackets."
+_ONE_SELECT = "Write one SELECT statement: the store is read-only."
 
 
 def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -72,11 +72,11 @@ def check(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         if kind in ("BASE_TABLE", "SHOW_REF"):
             _check_table(node)
         if kind == "FUNCTION" and _name(node) in _REFUSED:
-            raise QuestionError(f"{_name(node)}() is not allowed: ask without it.")
+            raise QuestionError(f"{_name(node)}() is not allowed: leave it out.")
         selects += kind == "SELECT_NODE"
         if selects > _MOST_SELECTS:
             raise QuestionError(
-                f"The statement has more than {_MOST_SELECTS:,} SELECTs: ask with fewer."
+                f"The statement has more than {_MOST_SELECTS:,} SELECTs: use fewer."
             )
 
 

@@ -1,8 +1,8 @@
-"""Distances between many pairs of steps, from the store.
+"""Computes the distances between many pairs of steps of a store.
 
-The one place that decides how two recorded steps are compared: from the full logits where both
-sides kept them and share a vocabulary, else from the lists of candidates. Tensors are read a few
-steps at a time, by as many threads as there are cores.
+Only this module decides how two recorded steps are compared: from the full logits if both sides
+kept them and share a vocabulary, else from the candidate lists. Tensors are read a few steps at a
+time, by as many threads as the machine has cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class StepDistance:
-    """``shared``: candidates in both lists. ``top_rank``: the rank that the first's likeliest
+    """``shared``: candidates in both lists. ``top_rank``: the rank that the first's top
     token has in the second; None when it is not in the second's list and there are no logits.
     """
 

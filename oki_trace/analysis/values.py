@@ -1,7 +1,7 @@
-"""The values of a result as Arrow, Parquet and Python can hold them.
+"""Converts the values of a result so that Arrow, Parquet and Python can hold them.
 
-Python's dates end with the year 9999, Arrow's numbers with 38 digits, and Parquet has no unions: a
-value that one of them would lose becomes DuckDB's own text.
+Python's dates end with the year 9999, Arrow's numbers have at most 38 digits, and Parquet has no
+unions. A value that one of them cannot hold becomes text, as DuckDB writes it.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _accept_any_text() -> None:
-    """Escape what an encoding cannot hold, so that no text ends a command by an error.
+    """Escape characters that an encoding cannot hold, so that no text ends a command.
 
     ``input_text`` refuses such text from the user.
     """

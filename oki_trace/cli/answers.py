@@ -1,4 +1,4 @@
-"""Answers and rows in a terminal, as CSV, JSON and Parquet."""
+"""Prints answers and rows as tables, CSV, JSON and Parquet."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from oki_trace.analysis import catalog, results
+from oki_trace.analysis import questions, results
 from oki_trace.analysis.engine import Rows
 from oki_trace.analysis.question import Answer, Column
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
@@ -33,17 +33,17 @@ _MAX_CELL = 60
 
 def print_questions(*, as_json: bool) -> None:
     """List the questions and their views."""
-    questions = catalog.QUESTIONS.values()
+    every = questions.QUESTIONS.values()
     if as_json:
         print_json(
             [
                 {"name": q.name, "meaning": q.meaning, "reading": q.reading, "by": list(q.views)}
-                for q in questions
+                for q in every
             ]
         )
         return
     rows = table("question", "by", "meaning")
-    for question in questions:
+    for question in every:
         rows.add_row(question.name, ", ".join(question.views), question.meaning)
     console().print(rows)
     print_text()
@@ -104,7 +104,7 @@ def print_answer(answer: Answer, format: str) -> None:
         results.write_csv(names, answer.rows, text)
         _write(text.getvalue(), None)
         return
-    question = catalog.QUESTIONS[answer.question]
+    question = questions.QUESTIONS[answer.question]
     print_text(question.meaning, "bold")
     if answer.about:
         print_text(answer.about)

@@ -1,4 +1,4 @@
-"""All commands, in the order of the help."""
+"""The application of the command line: all commands, in the order of the help."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from oki_trace.cli import ask, bench, browse, chat, explorer, maintain, store, transfer
+from oki_trace.cli import (
+    ask,
+    bench,
+    browse,
+    chat,
+    explorer,
+    maintain,
+    score,
+    store,
+    transfer,
+)
 
 _SHORT_OPTION = re.compile("No such option: -[^-]")
 # Its name is private in typer.
@@ -20,7 +30,7 @@ _UsageError: Any = typer.BadParameter.__mro__[1]
 
 
 class _Commands(TyperGroup):
-    """All commands. They end quietly when the reader of their output does (``| head``)."""
+    """All commands. A command ends quietly when the reader of its output does (``| head``)."""
 
     def invoke(self, ctx: Any) -> Any:
         arguments = list(ctx.args)
@@ -59,7 +69,7 @@ def _dash_advice(message: str, arguments: list[str], command: str) -> str:
         return ""
     text = texts[0] if texts else "-5 + 3"
     separator = "" if not message else " " if message.endswith(".") else ". "
-    return f"{separator}A text that begins with - goes after --: oki-trace {command} -- " + (
+    return f"{separator}Put a text that begins with - after --: oki-trace {command} -- " + (
         shlex.quote(text)
     )
 
@@ -98,7 +108,7 @@ def root(
 
 
 for _command in (
-    *(chat.demo, chat.run, chat.chat, browse.list_, browse.show, ask.ask, ask.sql),
+    *(chat.demo, chat.run, chat.chat, score.score, browse.list_, browse.show, ask.ask, ask.sql),
     *(transfer.export, transfer.import_, store.info, store.migrate),
     *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
     *(store.verify, transfer.copy, explorer.ui, bench.bench),

@@ -23,7 +23,7 @@ _FORMAT = typer.Option("--format", "-f", help="The output format.")
 
 def ask(
     question: Annotated[
-        str | None, typer.Argument(help="The name of a question; without it, all are listed.")
+        str | None, typer.Argument(help="The name of a question; without a name, all are listed.")
     ] = None,
     what: Annotated[
         list[str] | None,
@@ -35,15 +35,18 @@ def ask(
         int | None, typer.Option("--conversation", "-c", help="Only this conversation.")
     ] = None,
     message: Annotated[int | None, typer.Option(help="Only this reply.")] = None,
-    since: Annotated[str | None, typer.Option(help="From this date or time on.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only replies from this date or time on.")
+    ] = None,
     until: Annotated[
-        str | None, typer.Option(help="Up to this time, or to the end of this date.")
+        str | None, typer.Option(help="Only replies before this time, or up to this date.")
     ] = None,
     role: Annotated[
-        Role | None, typer.Option(help="Only after a message of this role; see --text.")
+        Role | None, typer.Option(help="Only replies after a message of this role; see --text.")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Only where the reply or a message before it has this text.")
+        str | None,
+        typer.Option(help="Only if the reply, or an earlier message, contains this text."),
     ] = None,
     top: Annotated[
         int | None, typer.Option("--top", "-n", min=1, help="Maximum number of rows.")
@@ -52,7 +55,7 @@ def ask(
     sample: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Number of steps whose tensors are read: 64 for heads, 640 for two models."
+            min=1, help="Maximum number of steps to read; default 64 for heads, 640 for two models."
         ),
     ] = None,
     set_option: Annotated[
@@ -66,7 +69,7 @@ def ask(
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Ask a built-in question about the whole store, or about a part of it.
+    """Ask a built-in question about all or some of the replies in the store.
 
     Example: oki-trace ask settle --by class
 
@@ -78,7 +81,7 @@ def ask(
     """
     if least is not None and not 0 <= least <= 1:
         raise UsageError(f"--least {least} is not a probability. Give a number from 0 to 1.")
-    from oki_trace.analysis import catalog
+    from oki_trace.analysis import questions
     from oki_trace.analysis.scope import Scope, parse_time
     from oki_trace.cli import answers
 
@@ -91,9 +94,9 @@ def ask(
     scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
     chosen = {name: value for name, value in given.items() if value is not None}
-    chosen |= catalog.parse_options(question, set_option or ())
+    chosen |= questions.parse_options(question, set_option or ())
     with _session(db) as session:
-        answer = catalog.answer(
+        answer = questions.answer(
             session, question, tuple(what or ()), scope=scope, view=by, **chosen
         )
     if show_sql:
@@ -112,17 +115,15 @@ def sql(
         int, typer.Option("--limit", "-n", min=1, help="Maximum number of rows.")
     ] = 1000,
     timeout: Annotated[float, typer.Option(help="Time limit in seconds.")] = 30.0,
-    memory: Annotated[
-        str, typer.Option(help="The most memory that the statement may use.")
-    ] = "512MB",
+    memory: Annotated[str, typer.Option(help="Memory limit for the statement.")] = "512MB",
     output: options.Output = None,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="First rebuild the cache from the store.")
+        bool, typer.Option("--rebuild", help="Rebuild the cache from the store first.")
     ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Query the whole store with your own SQL, in DuckDB's dialect. The store is not changed.
+    """Query the whole store with your own SQL, in DuckDB's dialect. Read-only.
 
     Example: oki-trace sql "SELECT layer, avg(kl) FROM lens_layer GROUP BY layer ORDER BY layer"
 
@@ -168,7 +169,7 @@ def sql(
 
 
 def _session(db: str | None) -> QuerySession:
-    """The store, ready for questions; reports progress where the cache is far behind."""
+    """The store, ready for questions; reports progress if the cache is far behind."""
     from oki_trace.analysis.query_session import QuerySession
     from oki_trace.cli.answers import CacheProgress
 

@@ -1,4 +1,4 @@
-"""``bench``: the cost of tracing on this machine."""
+"""``bench``: measures the cost of tracing on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bench(
     no_fast: options.NoFast = False,
     json: options.Json = False,
 ) -> None:
-    """Compare the speed of plain generate() with the traced run, in pairs of runs.
+    """Compare the speed of plain generate() and of traced runs, in alternating pairs.
 
     The traces are written to a temporary store.
 

@@ -1,4 +1,4 @@
-"""``list`` and ``show``: conversations, replies and steps in a terminal."""
+"""``list`` and ``show``: print conversations, replies and steps."""
 
 from __future__ import annotations
 
@@ -37,9 +37,12 @@ BAR_WIDTH = 24
 
 def list_(
     search: Annotated[
-        str | None, typer.Option("--search", "-s", help="Only conversations with this text.")
+        str | None,
+        typer.Option("--search", "-s", help="Only conversations that contain this text."),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 50,
+    limit: Annotated[
+        int, typer.Option("--limit", "-n", min=1, help="Maximum number of rows.")
+    ] = 50,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -78,7 +81,7 @@ def list_(
 def show(
     conversation: options.Number,
     message: options.MessageId = None,
-    step: Annotated[int | None, typer.Option(help="One step of the reply, in detail.")] = None,
+    step: Annotated[int | None, typer.Option(help="Show this step in detail.")] = None,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:

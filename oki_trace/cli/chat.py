@@ -1,4 +1,4 @@
-"""``run``, ``chat`` and ``demo``: traced turns in the terminal."""
+"""``run``, ``chat`` and ``demo``: generate traced replies in the terminal."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="PROMPT is the result of this tool, which the last reply called.",
+            help="PROMPT is the result of this tool call of the last reply.",
         ),
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Generate and trace one reply, streamed to the terminal.
 
-    Ctrl-C ends the reply; its tokens so far are kept, and the exit status is 130.
+    Ctrl-C ends the reply and keeps its tokens so far; the exit status is 130.
 
     Example: oki-trace run "What is the capital of France?"
 
@@ -72,10 +72,9 @@ def run(
 def chat(turns: options.Turns) -> None:
     """Chat with a model and trace every reply. An empty line or Ctrl-D ends the chat.
 
-    A line "/tool NAME RESULT" gives the result of a tool that the last reply called.
+    The line "/tool NAME RESULT" passes the result of a tool that the last reply called.
 
-    Ctrl-C ends the current reply and keeps its tokens so far; at the prompt it ends
-    the chat.
+    Ctrl-C ends the current reply and keeps its tokens so far; at the prompt it ends the chat.
 
     Example: oki-trace chat --temperature 0.7
 

@@ -1,4 +1,4 @@
-"""``ui``: the explorer in the browser."""
+"""``ui``: opens the explorer in the browser."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def ui(
     port: Annotated[int | None, typer.Option(help="The port to serve on.")] = None,
     host: Annotated[
         str,
-        typer.Option(help="Address to listen on; the default is reachable only from this machine."),
+        typer.Option(help="The address to listen on; only this machine can reach the default."),
     ] = "127.0.0.1",
     public: Annotated[
         bool,
         typer.Option(
-            "--public", help="Confirm that other machines may reach --host. There is no password."
+            "--public", help="Allow a --host that other machines can reach. There is no password."
         ),
     ] = False,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A host name that browsers may use, as behind a proxy. Repeatable.",
+            help="Another host name for the explorer, such as that of a proxy. Repeatable.",
         ),
     ] = None,
     no_fast: options.NoFast = False,

@@ -1,4 +1,4 @@
-"""``rename``, ``delete``, ``prune`` and ``vacuum``: commands that change a store."""
+"""``rename``, ``delete``, ``prune`` and ``vacuum``: change a store."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rename(
 
 
 def delete(
-    conversations: Annotated[list[int], typer.Argument(help="Numbers, as in: oki-trace list")],
+    conversations: Annotated[list[int], typer.Argument(help="The numbers, from: oki-trace list")],
     yes: Yes = False,
     db: options.Db = None,
     json: options.Json = False,
@@ -74,11 +74,11 @@ def delete(
 
 def prune(
     older_than: Annotated[
-        str | None, typer.Option(metavar="AGE", help="Such as 12h, 30d, 8w or 1y.")
+        str | None, typer.Option(metavar="AGE", help="The minimum age, such as 12h, 30d, 8w or 1y.")
     ] = None,
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Prune until the data fits in this size, such as 10GB."),
+        typer.Option(metavar="SIZE", help="Prune until the data fits this size, such as 10GB."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Delete whole conversations, not only full tensors.")
@@ -92,8 +92,9 @@ def prune(
 ) -> None:
     """Delete old or excess data, the oldest first: full tensors, or conversations with --all.
 
-    Without --all every row stays: tokens, candidates, attention and lens. A reply that
-    is being generated is skipped. To return the disk space, run: oki-trace vacuum
+    Without --all every row stays: tokens, candidates, attention and lens.
+
+    A reply that is being generated is skipped. To return the disk space, run: oki-trace vacuum
 
     Example: oki-trace prune --older-than 30d --dry-run
 
@@ -135,8 +136,9 @@ def prune(
 def vacuum(db: options.Db = None, json: options.Json = False) -> None:
     """Rebuild the store to return the space of deleted data to the disk.
 
-    This needs free disk space as large as the data, in the store's folder and for
-    temporary files. It is refused while a reply is being generated.
+    It needs space for a copy of the data, in the store's folder and for temporary files.
+
+    It is refused while a reply is being generated.
 
     Example: oki-trace vacuum
     """

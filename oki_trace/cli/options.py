@@ -13,7 +13,14 @@ from typing import Annotated, Any, get_args
 import typer
 
 from oki_trace.errors import UsageError
-from oki_trace.records import CapturePolicy, ModelChoice, Sampling, TemplateOptions, TensorMode
+from oki_trace.records import (
+    CapturePolicy,
+    ModelChoice,
+    PromptTrace,
+    Sampling,
+    TemplateOptions,
+    TensorMode,
+)
 from oki_trace.settings import Settings
 
 
@@ -28,7 +35,7 @@ Db = Annotated[
     typer.Option(metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Number = Annotated[int, typer.Argument(help="The number, as in: oki-trace list")]
+Number = Annotated[int, typer.Argument(help="The number, from: oki-trace list")]
 MessageId = Annotated[int | None, typer.Option("--message", help="Only this message.")]
 Output = Annotated[
     Path | None,
@@ -54,7 +61,14 @@ NoFast = Annotated[
     typer.Option(
         "--no-fast",
         callback=_switch_fast_paths_off,
-        help="Turn off the optional fast paths; results are the same but take longer.",
+        help="Turn off the optional fast paths. Results are the same, but take longer.",
+    ),
+]
+TracePrompt = Annotated[
+    str,
+    typer.Option(
+        help="Steps for the prompt's tokens too: none, light (no full tensors, one lens token per "
+        "layer) or full."
     ),
 ]
 # Suffixes of the files of an SQLite store.
@@ -90,9 +104,12 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
-def policy_of(tensors: str) -> CapturePolicy:
+def policy_of(tensors: str, trace_prompt: str = "none") -> CapturePolicy:
     """What a command stores of each step. Raises UsageError for an unknown mode."""
-    return CapturePolicy(tensors=tensors)  # type: ignore[arg-type]
+    if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
+        raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
+    level: Any = None if trace_prompt == "none" else trace_prompt
+    return CapturePolicy(tensors=tensors, trace_prompt=level)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -102,15 +119,15 @@ class Turns:
     model: Model = None
     conversation: Annotated[
         int | None,
-        typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
+        typer.Option("--conversation", "-c", help="Continue this conversation with its model."),
     ] = None
     system: Annotated[str | None, typer.Option(help="The system message.")] = None
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum number of new tokens.")] = 256
     temperature: Annotated[
-        float | None, typer.Option(help="Sample; without it, decoding is greedy.")
+        float | None, typer.Option(help="Sampling temperature. Without it, decoding is greedy.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(help="Nucleus sampling: the probability to keep.")
+        float | None, typer.Option(help="Nucleus sampling: the total probability to keep.")
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None
     repetition_penalty: Annotated[
@@ -121,16 +138,17 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
+    trace_prompt: TracePrompt = "none"
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="For the chat template, such as enable_thinking=false; also for later turns.",
+            help="A chat template argument, such as enable_thinking=false. Later turns keep it.",
         ),
     ] = None
     tools: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Tool schemas in JSON; calls are shown, never executed."),
+        typer.Option(metavar="FILE", help="Tool schemas in JSON. Calls are shown, never executed."),
     ] = None
     no_fast: NoFast = False
     db: Db = None

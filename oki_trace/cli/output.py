@@ -1,4 +1,4 @@
-"""How the command line prints: colours on a terminal, plain text into a pipe.
+"""Prints for the command line: with colours on a terminal, as plain text into a pipe.
 
 Text from a model never reaches the terminal unchanged: control characters, escape
 sequences and direction marks become symbols.

@@ -76,7 +76,7 @@ class Session:
         system = self.system if conversation is None else None
         messages = queueing.new_messages(content, system=system, tool=tool)
         request = replace(self.request, messages=messages)
-        with _reply_stream() as stream:
+        with reply_stream() as stream:
             conversation, reply_id = queueing.submit(self.writer, request, conversation, claim=True)
             self.dog.end_reply = partial(self.writer.end_abandoned, reply_id, Status.STOPPED)
             end = generate_reply(
@@ -104,7 +104,7 @@ def open_session(turns: options.Turns) -> Iterator[Session]:
     from oki_trace.store.writing.writer import TraceWriter
 
     db = options.store_of(turns.db)
-    sampling, policy = turns.sampling(), options.policy_of(turns.tensors)
+    sampling, policy = turns.sampling(), options.policy_of(turns.tensors, turns.trace_prompt)
     template = turns.template()
     if turns.system and turns.conversation is not None:
         raise UsageError("A system message begins a conversation. Leave out --system or -c.")
@@ -113,12 +113,12 @@ def open_session(turns: options.Turns) -> Iterator[Session]:
         template = template.over(queueing.last_template(before))
         choice = turns.choice(queueing.last_choice(before))
         # Checked before the weights are read and before anything is stored.
-        loaded = _load(choice, partial(refuse_unknown, options=template))
+        loaded = load_model(choice, partial(refuse_unknown, options=template))
         request = queueing.ReplyRequest((), choice, sampling, policy, template)
         yield Session(writer, reader, loaded, request, turns.system, dog)
 
 
-def _load(choice: ModelChoice, check_tokenizer: Callable[[Any], None]) -> LoadedModel:
+def load_model(choice: ModelChoice, check_tokenizer: Callable[[Any], None]) -> LoadedModel:
     """Load the model, with a spinner on a terminal; warnings become lines on stderr."""
     from oki_trace.llm.loading.load import load
 
@@ -140,7 +140,7 @@ def _load(choice: ModelChoice, check_tokenizer: Callable[[Any], None]) -> Loaded
     return loaded
 
 
-class _ReplyStream:
+class ReplyStream:
     """Writes a reply as it grows; a signal, or a reader that has gone, ends the reply.
 
     ``exit_status`` is None until one of these happens.
@@ -175,9 +175,9 @@ class _ReplyStream:
 
 
 @contextmanager
-def _reply_stream() -> Iterator[_ReplyStream]:
+def reply_stream() -> Iterator[ReplyStream]:
     """Ctrl-C and SIGTERM end the reply, and all that was decoded is kept."""
-    stream = _ReplyStream()
+    stream = ReplyStream()
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, stream.on_signal) for number in numbers]
     try:

@@ -1,4 +1,4 @@
-"""``migrate``, ``info`` and ``verify``: the store as a whole."""
+"""``migrate``, ``info`` and ``verify``: create, describe and check a store."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def migrate(db: options.Db = None, json: options.Json = False) -> None:
 
 
 def info(db: options.Db = None, json: options.Json = False) -> None:
-    """Show where the store is, what it contains and how large it is.
+    """Show the location, the contents and the size of the store.
 
     Example: oki-trace info --json
     """
@@ -79,7 +79,7 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
 def verify(
     conversation: Annotated[
         int | None,
-        typer.Argument(help="The number, as in: oki-trace list", show_default="the whole store"),
+        typer.Argument(help="The number, from: oki-trace list", show_default="the whole store"),
     ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Also run each model again on the stored tokens.")
@@ -87,10 +87,11 @@ def verify(
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Check all checksums, and that the stored numbers agree with each other.
+    """Check all checksums, and whether the stored numbers agree with each other.
 
-    Prints one line per problem; the exit status is 1 if there is any. The store is not
-    changed. A model that cannot be loaded is reported but does not count as a problem.
+    Prints one line per problem; the exit status is 1 if there is any. The store is not changed.
+
+    A model that cannot be loaded is reported but does not count as a problem.
 
     Example: oki-trace verify 1 --recompute
 
@@ -154,6 +155,6 @@ def _line(one: Recomputed) -> str:
     if not one.numbers_agree:
         parts.append("more than rounding explains")
     if one.text_differences:
-        parts.append(f"{counted(one.text_differences, 'text')} not what the token ids make")
+        parts.append(f"{counted(one.text_differences, 'text')} different from its token ids")
     steps = counted(one.steps, "token")
     return f"{message}: {steps} recomputed with {one.model_id}: {', '.join(parts)}"

@@ -1,4 +1,4 @@
-"""``export``, ``import`` and ``copy``: conversations as files, and between stores."""
+"""``export``, ``import`` and ``copy``: move conversations to files and to other stores."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="html: a report to read; json, jsonl, parquet: everything; "
-            "trace-v1: for viewers of that format.",
+            help="json, jsonl and parquet have all data; html is a report to read; "
+            "trace-v1 is for viewers of version 1.",
         ),
     ] = Format.JSON,
     message: options.MessageId = None,
     tensors: Annotated[
         bool,
-        typer.Option("--tensors", help="Write the full tensors too, as safetensors beside json."),
+        typer.Option("--tensors", help="Also write the full tensors, to a .safetensors file."),
     ] = False,
     output: Annotated[
         Path | None,
@@ -38,7 +38,7 @@ def export(
             "--output",
             "-o",
             show_default="standard output",
-            help="File, or folder for parquet; - is standard output.",
+            help="The file, or the folder for parquet; - is standard output.",
         ),
     ] = None,
     db: options.Db = None,
@@ -83,17 +83,17 @@ def import_(
     path: Annotated[
         Path, typer.Argument(help="A file, a folder or a zip of tables; - is standard input.")
     ],
-    memory: Annotated[
-        str, typer.Option(help="The most memory that reading the file may use.")
-    ] = "400MB",
+    memory: Annotated[str, typer.Option(help="Memory limit for reading the file.")] = "400MB",
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
     """Import a file that export wrote: json, jsonl, parquet or trace-v1.
 
     The file is checked completely before the store changes, and the import is atomic.
-    Conversations get new numbers, which are printed. The tensors of name.json are read
-    from name.safetensors beside it.
+
+    Conversations get new numbers, which are printed.
+
+    The tensors of name.json are read from name.safetensors in the same folder.
 
     Example: oki-trace import paris.json
 
@@ -137,7 +137,7 @@ def copy(
     to: Annotated[str, typer.Option(metavar="PATH_OR_URL", help="The target store.")],
     conversations: Annotated[
         list[int] | None,
-        typer.Argument(help="Numbers, as in: oki-trace list", show_default="all"),
+        typer.Argument(help="The numbers, from: oki-trace list", show_default="all"),
     ] = None,
     db: options.Db = None,
     json: options.Json = False,
@@ -145,8 +145,10 @@ def copy(
     """Copy conversations to another store, a file or a PostgreSQL database.
 
     Each conversation is copied atomically and gets a new number, which is printed.
-    Conversations that the target already has are skipped, so repeat the command to
-    finish an interrupted copy. The source store is not changed.
+
+    Conversations that the target already has are skipped. The source store is not changed.
+
+    Repeat the command to finish an interrupted copy.
 
     Example: oki-trace copy --to postgresql://me@host/traces
 

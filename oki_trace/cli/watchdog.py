@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM end a command even while native code or a template is running.
+"""Ends a command on Ctrl-C or SIGTERM, even while native code or a template is running.
 
-Python runs its signal handlers only between two bytecode instructions of the main thread,
-and a tokenizer or an endless template may never get there. So a thread receives each
-signal at once. If the command does not obey in time, the thread ends the reply in the
+Python runs signal handlers only between two bytecode instructions of the main thread,
+which a tokenizer or an endless template may never reach. A thread therefore receives each
+signal at once. If the command does not react in time, the thread ends the reply in the
 store, and then the process.
 """
 

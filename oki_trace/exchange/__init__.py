@@ -1,1 +1,1 @@
-"""Traces leaving and entering the store as files."""
+"""Exports traces to files and imports them."""

@@ -1,4 +1,4 @@
-"""Exporting a conversation in any format, and telling what the format leaves out."""
+"""Exports a conversation in any format, and reports what the format leaves out."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _beside(format: Format, output: Path | None) -> Path | None:
 
 
 def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
-    """What the export does not hold, as sentences."""
+    """Sentences about the data that the export leaves out."""
     if chosen.conversation.damage:
         yield (
             f"Conversation {chosen.conversation.id} is damaged: {chosen.conversation.damage}; it "

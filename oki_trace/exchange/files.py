@@ -1,4 +1,4 @@
-"""Files and folders that are written atomically."""
+"""Writes files and folders atomically."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Importing: a separate process reads and checks a whole file before the store is touched.
+"""Imports files: a separate process reads and checks the whole file before the store changes.
 
-A file may come from anyone. The reading process limits the memory, disk and
-time that it takes, and ends with this process.
+A file may come from anyone. The reading process has limits on memory, disk and time,
+and ends with this process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A conversation as JSON: one document, or a line for each step; and traces of version 1.
+"""Exports a conversation as JSON, as JSON lines with one step each, or as version 1 traces.
 
 The document is ``{"format": "oki-trace", "version": 2, "conversation": {…},
 "messages": [{id, role, content, status, …, trace?}]}`` with one step a line. The

@@ -1,7 +1,7 @@
-"""A conversation as a folder of Parquet tables, which any data frame opens.
+"""Exports a conversation as a folder of Parquet tables, which any data frame library opens.
 
-Rows stand in the order of messages and steps, so a reader can take them step by
-step. Of each table a few megabytes are in memory at a time, of the tensors too.
+Rows are in the order of messages and steps, so a reader can read them step by step.
+At any time, a few megabytes of each table are in memory, including the tensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why a file is not imported, as one sentence."""
+"""Errors that say in one sentence why a file is not imported."""
 
 from __future__ import annotations
 

@@ -17,11 +17,11 @@ from oki_trace.store.reading.reader import Reader
 
 @dataclass
 class Selection:
-    """A conversation at one instant: its messages, of which ``traced`` are exported with traces.
+    """A snapshot of a conversation: its messages, of which ``traced`` are exported with traces.
 
-    ``reader`` reads that instant, and only within ``selected``. ``single`` is the
+    ``reader`` reads that snapshot, and only within ``selected``. ``single`` is the
     reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
-    full tensors are exported too; a trace without them says so.
+    the full tensors are exported as well; a trace without them says so.
     """
 
     reader: Reader
@@ -80,7 +80,7 @@ def selected(
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
 
-    All of it is read at one instant, while replies may be running. Raises
+    Everything is read from one snapshot, while replies may be running. Raises
     NotFound if the conversation, or its traced message, does not exist.
     """
     with reader.snapshot() as instant:

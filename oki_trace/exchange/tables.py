@@ -1,4 +1,4 @@
-"""The tables of a Parquet export: the store's, under the same names.
+"""The tables of a Parquet export: those of the store, with the same names.
 
 Settings and reports are JSON text, as in a trace object. ``data`` of a tensor is the array itself,
 little-endian, in C order, so that ``numpy.frombuffer(data, dtype).reshape(shape)`` reads it

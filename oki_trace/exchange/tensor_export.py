@@ -1,8 +1,8 @@
-"""Writes full tensors as a safetensors file (see ``tensor_file.py``), one after another.
+"""Writes full tensors to a safetensors file (see ``tensor_file.py``), one after another.
 
-The library of the format needs all tensors in memory, and has no bfloat16 for
-NumPy. This takes constant memory, whatever the length of the replies; every
-reader of safetensors opens the file.
+The safetensors library needs all tensors in memory, and has no bfloat16 for NumPy.
+This module uses constant memory, whatever the length of the replies, and every
+safetensors reader can open the file.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""The safetensors file beside an export: its names, and reading it a step at a time.
+"""Reads the safetensors file next to an export, one step at a time.
 
-The format is a JSON header followed by the arrays. Their names are such as
-``message-2/step-5/logits``. The metadata, whose values are text, has as JSON
-what an array does not say: ``layers`` by ``message-2/attentions`` (or by a
-tensor's full name where a step differs), and ``key_offset`` by full name where
-it is not 0.
+The format is a JSON header followed by the arrays, with names such as
+``message-2/step-5/logits``. The values of the metadata are text. They contain, as
+JSON, facts that an array does not include: ``layers`` by ``message-2/attentions`` (or
+by a tensor's full name where a step differs), and ``key_offset`` by full name where it
+is not 0.
 
-The header may name the tensors in any order; an index of 64 bytes a tensor is
-kept in memory.
+The header may list the tensors in any order; an index of 64 bytes per tensor is kept
+in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import Field, Json
 from typing_extensions import TypedDict
 
 from oki_trace.errors import ExchangeError
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.json_stream import JsonStream
 from oki_trace.exchange.reading.source import opened
 from oki_trace.records import TensorRecord
@@ -39,8 +39,8 @@ CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16
 # Little-endian; NumPy has no bfloat16, so its bits are stored.
 ITEMS = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
-Shape = Annotated[list[schema.Large], Field(max_length=3)]
-Layers = Annotated[list[schema.Large], Field(max_length=schema.MAX_LAYERS + 1)]
+Shape = Annotated[list[validation.Large], Field(max_length=3)]
+Layers = Annotated[list[validation.Large], Field(max_length=validation.MAX_LAYERS + 1)]
 
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
@@ -57,13 +57,13 @@ _MESSAGE, _STEP, _WHICH, _KIND, _SHAPE, _START = 0, 1, 2, 3, slice(4, 7), 7
 class _Entry(TypedDict):
     dtype: Literal["F64", "F32", "F16", "BF16"]
     shape: Shape
-    data_offsets: Annotated[list[schema.Large], Field(min_length=2, max_length=2)]
+    data_offsets: Annotated[list[validation.Large], Field(min_length=2, max_length=2)]
 
 
 class _Metadata(TypedDict):
     format: Literal["oki-trace"]
     layers: Json[dict[str, Layers]]
-    key_offset: Json[dict[str, schema.Large]]
+    key_offset: Json[dict[str, validation.Large]]
 
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
@@ -86,7 +86,7 @@ def decode(
 
 
 class TensorFile:
-    """A safetensors file of an export, none of which is trusted. Raises ExchangeError."""
+    """The safetensors file of an export, which is not trusted. Raises ExchangeError."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -141,9 +141,9 @@ class TensorFile:
             # A name that comes twice is noticed in the index, which takes less memory.
             for name in stream.items(unique=False):
                 if name == "__metadata__":
-                    metadata.append(schema.read(_Metadata, stream.value(), name))
+                    metadata.append(validation.read(_Metadata, stream.value(), name))
                 else:
-                    entry = schema.read(_Entry, stream.value(), name[:60])
+                    entry = validation.read(_Entry, stream.value(), name[:60])
                     places.extend(self._place(name, entry, size - self._data))
             stream.end()
             (only,) = metadata

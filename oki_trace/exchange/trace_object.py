@@ -1,6 +1,6 @@
 """The trace object: one assistant message as plain JSON values.
 
-It has every field of a version 1 trace under the same name, and those that
+It has every field of a version 1 trace, under the same name, and the fields that
 version 2 adds.
 """
 
@@ -48,9 +48,19 @@ class TraceHead:
     template: TemplateOptions | None = None
 
 
-def trace_object(head: TraceHead, steps: Iterable[Step], *, timed: bool = False) -> Json:
+def trace_object(
+    head: TraceHead,
+    steps: Iterable[Step],
+    prompt_steps: Iterable[Step] = (),
+    *,
+    timed: bool = False,
+) -> Json:
     """The trace of one reply; ``timed`` as in ``step_objects``."""
-    return {**head_object(head), "steps": list(step_objects(head.start.prompt, steps, timed=timed))}
+    return {
+        **head_object(head),
+        "steps": list(step_objects(head.start.prompt, steps, timed=timed)),
+        "prompt_steps": list(step_objects(head.start.prompt, prompt_steps, timed=timed)),
+    }
 
 
 def head_object(head: TraceHead) -> Json:
@@ -107,8 +117,9 @@ def step_objects(prompt: Prompt, steps: Iterable[Step], *, timed: bool = False) 
     for step in steps:
         fields = _step(step, len(prompt), ids, tokens)
         yield {**fields, **_recorded(step)} if timed else fields
-        ids.append(step.token_id)
-        tokens.append(step.token)
+        if step.origin != "given":  # a given token is in the prompt already
+            ids.append(step.token_id)
+            tokens.append(step.token)
 
 
 def _recorded(step: Step) -> Json:
@@ -120,7 +131,8 @@ def _recorded(step: Step) -> Json:
 def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> Json:
     evidence = step.evidence
     return {
-        "step": step.step_index,
+        "step": step.step_index if step.step_index >= 0 else None,
+        "origin": step.origin,
         "chosen_token": step.token,
         "chosen_id": known_id(step.token_id),
         "chosen_bytes": step.token_bytes.hex(),

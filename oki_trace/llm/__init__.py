@@ -1,4 +1,4 @@
-"""A local language model, and what it does when it picks a token."""
+"""Loads local language models, runs them, and captures how each token is chosen."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""The hooks by which accelerate moves weights to where they are needed, call by call.
+"""Detects the hooks with which accelerate moves weights and inputs between devices.
 
-``tests/llm/test_internals.py`` names whatever a version has removed or changed.
+``tests/llm/test_internals.py`` fails for each name that a new version removes or changes.
 """
 
 from __future__ import annotations

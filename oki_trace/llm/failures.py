@@ -1,4 +1,4 @@
-"""What an exception means, for exceptions of a model's code and of the libraries around it."""
+"""Summarizes exceptions from a model's code and its libraries, and detects lack of memory."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Everything that is used of the tokenizers library beyond its documented interface.
+"""The only module that uses undocumented parts of the tokenizers library.
 
-``tests/llm/test_internals.py`` names whatever a version has removed or changed.
+``tests/llm/test_internals.py`` fails for each name that a new version removes or changes.
 """
 
 from __future__ import annotations

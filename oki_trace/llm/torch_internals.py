@@ -1,7 +1,7 @@
-"""Everything that is used of torch beyond its documented interface, and TorchScript.
+"""The only module that uses undocumented parts of torch, or TorchScript.
 
 ``pyproject.toml`` bounds torch above because of this module, and
-``tests/llm/test_internals.py`` names whatever a version has removed or changed.
+``tests/llm/test_internals.py`` fails for each name that a new version removes or changes.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def version_of(tensor: Tensor) -> int:
 
 @contextmanager
 def tensors_replaced(model: nn.Module, replacements: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within, ``model`` computes with other parameters and buffers, given by the id of its own."""
+    """In this context, ``model`` uses the ``replacements`` of parameters and buffers, by id."""
     kinds = ("_parameters", "_buffers")
     before = [(module, kind, module.__dict__[kind]) for module in model.modules() for kind in kinds]
     for module, kind, tensors in before:
@@ -74,7 +74,7 @@ def uncompiled(model: Any) -> Any:
 
 @contextmanager
 def compiled_calls_off(model: nn.Module) -> Iterator[None]:
-    """Within, undo ``module.compile()`` and ``module.forward = torch.compile(module.forward)``."""
+    """In this context, modules run uncompiled, whether ``compile()`` or their forward was set."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules():
         for name in ("_compiled_call_impl", "forward"):

@@ -1,7 +1,7 @@
-"""Everything that is used of transformers beyond its documented interface.
+"""The only module that uses undocumented parts of transformers.
 
 ``pyproject.toml`` bounds transformers above because of this module, and
-``tests/llm/test_internals.py`` names whatever a version has removed or changed.
+``tests/llm/test_internals.py`` fails for each name that a new version removes or changes.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def attention_configs(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def eager_attention(configs: Sequence[Any]) -> Iterator[None]:
-    """Within, models with these configs run their own eager attention."""
+    """In this context, models with these configs run their own eager attention."""
     before = [(config, config._attn_implementation_internal) for config in configs]
     for config, _ in before:
         config._attn_implementation_internal = "eager"
@@ -95,7 +95,7 @@ def forget_quantization(model: Any) -> None:
 
 @contextmanager
 def silent_gguf_reader() -> Iterator[None]:
-    """Within, the GGUF reader draws no progress bar: it ignores transformers' own switch."""
+    """In this context, the GGUF reader draws no bar; it ignores transformers' switch for bars."""
     from transformers import modeling_gguf_pytorch_utils
 
     reader: Any = modeling_gguf_pytorch_utils

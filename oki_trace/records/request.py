@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from oki_trace.errors import UsageError
 
 TensorMode = Literal["exact", "half", "compact", "none"]
+PromptTrace = Literal["light", "full"]
 PartKind = Literal["thinking", "answer", "tool_call"]
 
 # Parameters of apply_chat_template() itself, and names that it sets.
@@ -93,18 +94,21 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class CapturePolicy:
-    """What is stored of every step.
+    """The data that is stored for every step.
 
     ``topk_logits``, ``topk_evidence`` and ``topk_lens`` are the numbers of candidates, of
     attended positions per layer, and of tokens per lens layer. ``tensors``: "exact"
     stores the full tensors in the model's dtype, "half" as 16-bit floats, "compact" with
     a bounded error in about a fifth of the space of 32-bit floats, "none" not at all.
+    ``trace_prompt``: the tokens of the prompt become steps too, "light" with the best token
+    of each lens layer and no full tensors, "full" like the reply's; None: they do not.
     """
 
     topk_logits: int = 10
     topk_evidence: int = 10
     topk_lens: int = 5
     tensors: TensorMode = "half"
+    trace_prompt: PromptTrace | None = None
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
@@ -113,6 +117,14 @@ class CapturePolicy:
             _require(whole, f"{name} must be a whole number from 1 to 1000")
         modes = get_args(TensorMode)
         _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
+        levels = (None, *get_args(PromptTrace))
+        _require(self.trace_prompt in levels, "trace_prompt must be light, full or None")
+
+    @property
+    def for_prompt(self) -> CapturePolicy:
+        """What is stored of the steps of the prompt."""
+        light = self.trace_prompt != "full"
+        return replace(self, topk_lens=1, tensors="none") if light else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +174,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class TemplateOptions:
-    """What a chat template gets in addition to the messages.
+    """The input of a chat template besides the messages.
 
     ``arguments`` by name, such as ``enable_thinking``; ``tools`` are JSON schemas of
     functions, in the form that ``apply_chat_template`` accepts.
@@ -195,7 +207,7 @@ class TemplateOptions:
         return bool(self.arguments or self.tools)
 
     def over(self, earlier: TemplateOptions | None) -> TemplateOptions:
-        """These, added to those of an earlier reply. A null removes an earlier argument."""
+        """These options added to those of an earlier reply; null removes an earlier argument."""
         before = earlier or TemplateOptions()
         arguments = {**before.arguments, **self.arguments}
         return TemplateOptions(

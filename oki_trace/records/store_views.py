@@ -19,6 +19,7 @@ from oki_trace.records.trace import (
     FloatArray,
     Generation,
     IntArray,
+    Origin,
     ReplyChecks,
     surprisal_of,
 )
@@ -78,6 +79,7 @@ class Message:
     are not known. ``template``: what its chat template got in addition to the messages.
     ``tool_name``: the tool whose result a tool message holds.
 
+    ``score_of``: the message whose text was scored, in this store; it may be gone since.
     ``tensors_pruned_at``: when its full tensors were pruned; None: never. ``digest``
     covers the message as it ended (see ``store.digest``): None before that, "" if it was
     recorded by a program without digests. ``damage``: the impossible values in its row;
@@ -101,6 +103,7 @@ class Message:
     reason: str | None = None
     seconds: float | None = None
     tokens: int = 0
+    score_of: int | None = None
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
     parts: tuple[Part, ...] = ()
@@ -128,7 +131,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class StepSummary:
-    """A step in brief, without its candidates, attention and lens.
+    """A step in brief, without its candidates, attention and lens; see ``Step``.
 
     ``greedy_id`` is the token that greedy decoding would have chosen; None when decoding
     was plainly greedy.
@@ -148,6 +151,7 @@ class StepSummary:
     margin: float
     settle_layer: int | None
     greedy_id: int | None = None
+    origin: Origin = "sampled"
 
     @property
     def surprisal(self) -> float:

@@ -14,6 +14,7 @@ FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
 Segment = Literal["template", "system", "user", "assistant", "thinking", "tool_call", "tool"]
+Origin = Literal["sampled", "forced", "given"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """What could be captured of this model, how, and how accurately.
+    """The data that could be captured from this model, how, and how accurately.
 
     ``lens_check`` is the largest |Δlogprob| between the lens at the last layer and the
     model's own logits, ``attention_check`` the largest |Δweight| between the captured
@@ -76,6 +77,8 @@ class CaptureReport:
 
     ``tensors_left_out``: the full tensors of ``policy`` were captured, but the file from
     which this reply was imported does not have them.
+
+    ``windows``: the length and stride of the windows in which a long text was scored.
     """
 
     policy: CapturePolicy
@@ -95,6 +98,7 @@ class CaptureReport:
     cache_check: float | None = None
     speedups: dict[str, str | None] = field(default_factory=dict)
     tensors_left_out: bool = False
+    windows: tuple[int, int] | None = None
 
     @property
     def fast_paths(self) -> str:
@@ -123,7 +127,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one sampling setting did to the distribution.
+    """The effect of one sampling setting on the distribution.
 
     It removed ``removed`` tokens with the probability ``removed_mass`` in total;
     ``chosen_prob`` is the probability of the chosen token after it.
@@ -185,6 +189,7 @@ class LayerAttention:
 class Lens:
     """The Logit Lens of one step (nostalgebraist, 2020): one row per layer, 0 to L.
 
+    ``step_index`` is that of its step.
     ``token_ids``, ``logits``, ``probs``: (L+1, k), rank 1 first; ``tokens``
     likewise. ``entropy``, ``chosen_rank``, ``chosen_prob``, ``kl``: (L+1,),
     ``kl`` being KL(model's own distribution ‖ this layer's), in nats.
@@ -240,7 +245,11 @@ def surprisal_of(logprob: float) -> float:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """One generated token, and everything captured when it was chosen.
+    """One position at which the model predicted the next token, and everything captured there.
+
+    ``origin``: the sampler chose the token (``sampled``), a user did (``forced``), or it is
+    part of the text that the model was given (``given``). ``step_index`` counts generated
+    tokens from 0; it is -1 for given ones, which ``position`` identifies.
 
     ``margin`` is the probability of rank 1 minus that of rank 2. ``token_bytes`` are the
     bytes of the token, which may be a part of a UTF-8 character. ``sampled_prob`` is its
@@ -269,6 +278,7 @@ class Step:
     attention: tuple[LayerAttention, ...] = ()
     lens: Lens | None = None
     decision: Decision | None = None
+    origin: Origin = "sampled"
     tensors: tuple[TensorRecord, ...] = field(default=(), repr=False)
     digest: bytes | None = field(default=None, repr=False)
     tensor_digest: bytes | None = field(default=None, repr=False)
@@ -317,6 +327,21 @@ class ReplyChecks:
     attention: float | None = None
     fault: str | None = None
     notes: tuple[str, ...] = ()
+
+    def after(self, earlier: ReplyChecks) -> ReplyChecks:
+        """These checks, joined with those of the prompt before the reply."""
+
+        def largest(name: str) -> float | None:
+            values = [getattr(one, name) for one in (self, earlier)]
+            return max((value for value in values if value is not None), default=None)
+
+        faults = [one.fault for one in (earlier, self) if one.fault is not None]
+        return ReplyChecks(
+            self.steps,
+            **{name: largest(name) for name in ("lens", "draft", "attention")},
+            fault="; ".join(faults) or None,
+            notes=tuple(dict.fromkeys(earlier.notes + self.notes)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

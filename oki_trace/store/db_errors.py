@@ -1,4 +1,4 @@
-"""Database errors as one sentence that names the fix.
+"""Translates database errors into one sentence that names the fix.
 
 No message contains a password, a statement or its parameters: those hold the user's
 own text.
@@ -17,7 +17,7 @@ from oki_trace.errors import StoreBusy, StoreError
 _LOCKED = "another process is writing to it: wait for it to finish, or stop it"
 _IN_USE = "another process is using it: wait for it to finish, or stop it"
 _FULL = "the disk is full: free some space, or delete conversations"
-_READ_ONLY = "it may not be written to: check the permissions of the file and folder"
+_READ_ONLY = "it is not writable: check the permissions of the file and folder"
 _NO_TABLES = "its tables are missing: run `oki-trace migrate`"
 _NO_ANSWER = "the server does not answer: check that it runs, and the address"
 
@@ -46,7 +46,7 @@ _POSTGRESQL = {
 
 @contextmanager
 def translate_errors(store: str) -> Iterator[None]:
-    """Turn what SQLAlchemy raises about ``store`` into a StoreError."""
+    """Turn SQLAlchemy's errors about ``store`` into a StoreError."""
     try:
         yield
     except DBAPIError as error:

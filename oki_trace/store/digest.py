@@ -6,7 +6,7 @@ digests of all its steps, so that no step can be changed, left out or moved. Dig
 cover values, not their encoding: they are the same in a copy, in an import of an
 export, on either engine and in every codec. Values that JSON does not distinguish
 have the same digest: infinities and NaN, -0 and 0, and all unknown token ids.
-Digests find damage and mistakes; somebody who forges a trace can compute new ones.
+Digests detect damage and mistakes, but not forgery: a forger can compute new digests.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ BEFORE_DIGESTS = ""
 
 _STEP_BYTES = 16
 _MESSAGE_BYTES = 32
-# step_index, position, token_id, is_special, rank, sampled_prob and the other measured
-# numbers, how many candidates and layers of attention there are
+# step_index (-1: a given token), position, token_id, is_special, rank, sampled_prob and the
+# other measured numbers, how many candidates and layers of attention there are
 _OF_STEP = struct.Struct("<qqq?q7dqq")
 _UNKNOWN = -1
 
@@ -108,9 +108,9 @@ def of_tensors(tensors: Iterable[TensorRecord]) -> bytes | None:
 
 
 def is_as_recorded(step: Step) -> bool:
-    """Whether a step and its full tensors match the digests that it brings along.
+    """Whether a step and its full tensors match the digests that it has.
 
-    A step without digests does, and so do tensors that were left out.
+    True for a step without digests, and for tensors that were left out.
     """
     if step.digest is not None and step.digest != of_whole_step(step):
         return False

@@ -1,9 +1,9 @@
-"""Disk space reserved for the moment when the disk is full: a file beside the store.
+"""A file next to the store that reserves disk space for deletions on a full disk.
 
-Every change of a store, a deletion too, is first written to its log, and even reading
-needs a little shared memory beside the file. On a full disk neither is possible, so
-nothing could be deleted. A writer therefore keeps a file of zeros, which is removed
-before a deletion and created again afterwards.
+Every change to a store, including a deletion, is first written to its log, and even
+reading needs a little shared memory next to the file. On a full disk neither is
+possible, so nothing could be deleted. A writer therefore keeps a file of zeros, which
+is removed before a deletion and created again afterwards.
 """
 
 from __future__ import annotations

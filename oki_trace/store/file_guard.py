@@ -1,7 +1,7 @@
-"""Whether a store's file is still the one that was opened.
+"""Checks that a store's file is still the one that was opened.
 
-On POSIX an open SQLite file that is deleted, moved or replaced still accepts writes
-that nobody will ever read, and still returns its old content. So the file is
+On POSIX, an open SQLite file that is deleted, moved or replaced still accepts writes
+that nobody will ever read, and still returns its old content. The file is therefore
 checked before each transaction.
 """
 
@@ -20,7 +20,7 @@ class FileGuard:
         self._identity = None if file is None else _identity(file)
 
     def require(self) -> None:
-        """Raise StoreError unless it is still the same file; takes microseconds."""
+        """Raise StoreError unless the file is still the same; takes microseconds."""
         if self._file is not None and _identity(self._file) != self._identity:
             raise StoreError(
                 f"The store {self._file} was deleted, moved or replaced while it was in use: put "

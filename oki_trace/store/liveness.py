@@ -1,11 +1,11 @@
-"""Whether the process behind a running reply or a worker is alive.
+"""Decides whether the process that runs a reply or a worker is alive.
 
-A process is named ``host:pid:start``; its start time tells it from a later process
-with the same number. On this machine the operating system says whether it is alive.
-On another machine, where only a user of a PostgreSQL store can be, a process writes
-the server's time beside its reply every BEAT_SECONDS and counts as dead after
-SILENCE_SECONDS without one. Both times come from the server's clock, so the clocks
-of the machines need not agree.
+A process is named ``host:pid:start``; the start time distinguishes it from a later
+process with the same number. On this machine, the operating system says whether it is
+alive. Processes on other machines share only a PostgreSQL store: a process writes the
+server's time to its reply every BEAT_SECONDS, and counts as dead after SILENCE_SECONDS
+without a heartbeat. Both times come from the server's clock, so the clocks of the
+machines need not agree.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ LIFE: tuple[ColumnElement[Any], ...] = (
 
 
 def status_of(text: object) -> Status:
-    """A stored status as it is read; a reply with an unknown one has failed."""
+    """The status of a stored value; an unknown value counts as failed."""
     try:
         return Status(str(text))
     except ValueError:

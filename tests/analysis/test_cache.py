@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from oki_trace.analysis import cache, catalog
+from oki_trace.analysis import cache, questions
 from oki_trace.analysis.folder import Folder, folder_of
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
@@ -187,10 +187,10 @@ class TestInStep:
                 made.finish(writer, reply)
                 replies.append(reply)
             two = tuple(f"{reply}:0" for reply in replies)
-            assert "from full logits" in catalog.answer(session, "compare", two).about
+            assert "from full logits" in questions.answer(session, "compare", two).about
             rows = session.ask("SELECT * FROM topk_entry ORDER BY ALL").rows
             prune_tensors(writer, replies[0])
-            assert "from top-10" in catalog.answer(session, "compare", two).about
+            assert "from top-10" in questions.answer(session, "compare", two).about
             assert session.ask("SELECT * FROM topk_entry ORDER BY ALL").rows == rows
 
     def test_a_new_title_is_seen(self, db: str) -> None:
@@ -361,7 +361,7 @@ def test_heads_are_found_where_few_replies_kept_their_tensors(tmp_path: Path) ->
         writer.append(kept, [builders.step(0, rng, with_lens=True, with_tensors=True)])
         made.finish(writer, kept)
         made.whole(writer, steps=400)
-        found = catalog.answer(session, "heads", sample=2)
+        found = questions.answer(session, "heads", sample=2)
         assert found.about.startswith("1 of 1 steps read")
         with pytest.raises(QuestionError, match="No attention tensors are stored"):
-            catalog.answer(session, "heads", scope=Scope(conversation=conversation + 1))
+            questions.answer(session, "heads", scope=Scope(conversation=conversation + 1))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.tables import FUNCTIONS
 from oki_trace.errors import QuestionError
@@ -82,7 +82,7 @@ def test_two_models_up_to_where_they_part(tmp_path: Path) -> None:
     with TraceWriter(path) as writer, QuerySession(path) as session:
         a = reply(writer, 0, said, model="one")
         b = reply(writer, 1, [*said[:2], " the", *said[3:]], model="two")
-        answer = catalog.answer(session, "compare", ("one", "two"))
+        answer = questions.answer(session, "compare", ("one", "two"))
         (row,) = rows(session, answer.sql)
         assert (row["reply"], row["other"], row["common_prefix"], row["steps"]) == (a, b, 2, 3)
         each = np.array(
@@ -101,7 +101,7 @@ def test_two_models_from_an_even_sample_of_their_steps(tmp_path: Path) -> None:
     with TraceWriter(path) as writer, QuerySession(path) as session:
         a = reply(writer, 0, [" a"] * STEPS, model="one")
         b = reply(writer, 1, [" a"] * STEPS, model="two")
-        answer = catalog.answer(session, "compare", ("one", "two"), sample=8)
+        answer = questions.answer(session, "compare", ("one", "two"), sample=8)
         (row,) = rows(session, answer.sql)
         assert (row["common_prefix"], row["steps"], row["steps_read"]) == (STEPS, STEPS, 8)
         read = range(0, STEPS, STEPS // 8)
@@ -133,7 +133,7 @@ def test_another_vocabulary_is_compared_by_the_tokens_texts(tmp_path: Path) -> N
         a = reply(writer, 0, [" a"])
         b = reply(writer, 1, [" a"], vocab=7, topk=7)
         what = f"{a}:0", f"{b}:0"
-        answer = catalog.answer(session, "compare", what)
+        answer = questions.answer(session, "compare", what)
         assert "from top-7" in answer.about
         found = {row["token"]: row for row in rows(session, answer.sql)}
         tops = [session.reader.step(message, 0).topk for message in (a, b)]

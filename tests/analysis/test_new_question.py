@@ -1,4 +1,4 @@
-"""The guide's promise: a question is one module and its name in the catalogue.
+"""The guide's promise: a question is one module and its name in ``QUESTIONS``.
 
 The module below stands for a new file in ``oki_trace/analysis/questions``. Nothing else is
 changed, and the command line and the explorer ask it, with an option of its own.
@@ -15,7 +15,7 @@ import pytest
 import streamlit as st
 from streamlit.testing.v1 import AppTest
 
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.question import Column, Drawing, Option, Question, View
 from oki_trace.cli import main
 from oki_trace.store.writing.writer import TraceWriter
@@ -53,7 +53,7 @@ ORDER BY message
 @pytest.fixture
 def db(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A store with two replies of three steps whose token is " the", and the question."""
-    monkeypatch.setitem(catalog.QUESTIONS, LENGTHS.name, LENGTHS)
+    monkeypatch.setitem(questions.QUESTIONS, LENGTHS.name, LENGTHS)
     path = str(tmp_path / "store.db")
     monkeypatch.setenv("OKI_TRACE_DB", path)
     with TraceWriter(path) as writer:

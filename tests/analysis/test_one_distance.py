@@ -11,7 +11,7 @@ import pytest
 import streamlit as st
 
 from dashboard.viewdata import comparison
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.records import Candidates, Step
 from oki_trace.store.writing.writer import TraceWriter
@@ -68,8 +68,8 @@ def test_the_page_the_command_line_and_numpy_agree(db: str, topk: int, tensors: 
         a = reply(writer, one, topk=topk, tensors=tensors)
         b = reply(writer, two, topk=topk, tensors=tensors)
     with QuerySession(db) as session:
-        answer = catalog.answer(session, "compare", (str(a), str(b)))
-        about = catalog.answer(session, "compare", (f"{a}:3", f"{b}:3")).about
+        answer = questions.answer(session, "compare", (str(a), str(b)))
+        about = questions.answer(session, "compare", (f"{a}:3", f"{b}:3")).about
     from dashboard import data
 
     left = data.message(a)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.arrow_tables import token_class
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
@@ -126,7 +126,7 @@ def ask(
     session: QuerySession, name: str, view: str | None = None, **given: Any
 ) -> list[dict[str, Any]]:
     """The rows of an answer; its SQL, which stands alone, gives the same ones."""
-    answer = catalog.answer(session, name, view=view, **given)
+    answer = questions.answer(session, name, view=view, **given)
     again = session.sql(answer.sql)
     assert len(again.rows) == len(answer.rows)
     assert again.columns == tuple(column.name for column in answer.columns)
@@ -307,7 +307,7 @@ def test_looked(session: QuerySession, facts: list[Facts]) -> None:
 
 
 def test_heads(session: QuerySession, facts: list[Facts]) -> None:
-    answer = catalog.answer(session, "heads", sample=1000, top=1000)
+    answer = questions.answer(session, "heads", sample=1000, top=1000)
     assert len(ask(session, "heads", sample=1000, top=1000)) == len(answer.rows)
     names = [column.name for column in answer.columns]
     assert f"{len(facts)} of {len(facts)} steps" in answer.about
@@ -348,7 +348,7 @@ def test_heads(session: QuerySession, facts: list[Facts]) -> None:
 def test_compare_steps(session: QuerySession, facts: list[Facts]) -> None:
     a, b = facts[6], facts[-1]
     what = f"{a.message}:{a.index}", f"{b.message}:{b.index}"
-    answer = catalog.answer(session, "compare", what)
+    answer = questions.answer(session, "compare", what)
     assert len(ask(session, "compare", subjects=what)) == len(answer.rows)
     p, q = a.probs, b.probs
     m = (p + q) / 2
@@ -371,7 +371,7 @@ def test_compare_replies(session: QuerySession, facts: list[Facts]) -> None:
     greedy, drawn = sorted({f.message for f in facts})[1:3]
     one = [f for f in facts if f.message == greedy]
     two = [f for f in facts if f.message == drawn]
-    answer = catalog.answer(session, "compare", (str(greedy), str(drawn)))
+    answer = questions.answer(session, "compare", (str(greedy), str(drawn)))
     alike = next(
         i for i, (f, g) in enumerate(zip(one, two, strict=False)) if f.token_id != g.token_id
     )

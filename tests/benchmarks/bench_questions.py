@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.questions.compare import SAMPLE
@@ -60,7 +60,7 @@ def measure(path: Path, steps: int) -> dict[str, Any]:
                 asked(session, question.name, view, scope=scope)
                 for scope in (Scope(), Scope(conversation=conversation))
             ]
-            for question in catalog.QUESTIONS.values()
+            for question in questions.QUESTIONS.values()
             for view in question.views
             if not question.views[view].reads_tensors and not question.compares
         }
@@ -122,7 +122,7 @@ def asked(session: QuerySession, name: str, view: str | None = None, **given: An
     taken = []
     for _ in range(TIMES):
         began = time.perf_counter()
-        catalog.answer(session, name, view=view, **given)
+        questions.answer(session, name, view=view, **given)
         taken.append((time.perf_counter() - began) * 1000)
     return statistics.median(taken)
 

@@ -204,11 +204,11 @@ def test_why_a_token_was_drawn(oki: Oki, small: Path) -> None:
     for step in reply["trace"]["steps"]:
         decision = step["decision"]
         lines = plain(oki("show", 1, "--step", step["step"]))
-        assert lines[1].startswith(f"Drawn: it had {said(step['sampled_prob'])} among ")
+        assert lines[1].startswith(f"Sampled with probability {said(step['sampled_prob'])} from ")
         assert f"noise {decision['noise']:+.2f} " in lines[1]
         differs = decision["greedy"]["token_id"] != step["chosen_id"]
         assert decision["differs_from_greedy"] is differs
-        assert lines[1].endswith("the same.") is not differs
+        assert lines[1].endswith("the same token.") is not differs
         differing += differs
         processors = [(p["name"], p["setting"]) for p in decision["processors"]]
         assert processors == [

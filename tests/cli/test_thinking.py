@@ -165,7 +165,7 @@ def test_slips_are_one_line(tmp_path: Path, oki: Oki) -> None:
     ("template", "arguments", "words"),
     [
         (THINK, ("--template-arg", "enable_thinkng=true"), "has no argument enable_thinkng"),
-        (WITHOUT_TOOLS, ("--tools", "tools.json"), "takes no tools. Leave out --tools"),
+        (WITHOUT_TOOLS, ("--tools", "tools.json"), "accepts no tools. Leave out --tools"),
     ],
 )
 def test_a_refused_template_option_stores_nothing_and_reads_no_weights(

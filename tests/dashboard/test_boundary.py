@@ -144,7 +144,7 @@ def test_a_store_that_fails_on_the_way_is_a_sentence(
         raise error(f"The store {SECRET} failed: wait for it to finish.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_store", fail)
+        patch.setattr(data, "store", fail)
         app = page(name, conversation=1, message=2, left=2, right=2).run()
         broken(app, "wait for it to finish")
         assert "www." not in app.error[0].value, "no address that a browser would follow"
@@ -162,7 +162,7 @@ def test_an_unexpected_error_is_a_sentence_with_details(
         raise KeyError(SECRET)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_store", fail)
+        patch.setattr(data, "store", fail)
         app = page(name, conversation=1, message=2, left=2, right=2).run()
     broken(app, "a bug in oki-trace (KeyError)")
     assert SECRET not in app.error[0].value

@@ -18,7 +18,7 @@ if not os.environ.get("OKI_TRACE_REQUIRE_BROWSER"):
 
 from playwright.sync_api import Locator, Page, expect
 
-from oki_trace.analysis import catalog
+from oki_trace.analysis import questions
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.scope import Scope
 from tests.dashboard import browser_pages, sample_stores, server
@@ -59,7 +59,7 @@ def test_a_bar_and_a_row_lead_to_their_step(
     page = browse(link)
     with QuerySession(explorer.db) as session:
         scope = Scope(conversation=conversation)
-        answer = catalog.answer(session, "uncertainty", view="entropy", scope=scope)
+        answer = questions.answer(session, "uncertainty", view="entropy", scope=scope)
     steps = [
         dict(zip(("conversation", "message", "step"), row[:3], strict=True)) for row in answer.rows
     ]
@@ -125,8 +125,8 @@ def test_an_answer_is_saved_as_csv_and_its_picture_as_png_and_svg(
     page = browse(explorer.url + "questions?question=uncertainty&view=token&least=0")
     picture(page)
     with QuerySession(explorer.db) as session:
-        answer = catalog.answer(session, "uncertainty", view="token", least=0.0)
-    found = list(csv.reader(io.StringIO(saved(page, "CSV").read_text(encoding="utf-8"))))
+        answer = questions.answer(session, "uncertainty", view="token", least=0.0)
+    found = list(csv.reader(io.StringIO(saved(page, "Export CSV").read_text(encoding="utf-8"))))
     assert found[0] == [column.name for column in answer.columns]
     assert len(found) == len(answer.rows) + 1
     png = saved(page, "Save uncertainty-token as PNG").read_bytes()

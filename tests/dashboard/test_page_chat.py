@@ -90,7 +90,7 @@ def test_the_panel_tells_why_the_token_was_chosen(filled_store: sample_stores.Sa
     conversation, message = filled_store.without_tensors
     app = app_pages.chat(conversation=conversation, message=message, step=1)
     assert not app.exception
-    assert "Greedy would have said “␣greedy”." in told(app)
+    assert "Greedy decoding would have chosen “␣greedy”." in told(app)
     rows = app_pages.shown(app, "effects")["rows"]
     assert [row[0] for row in rows] == ["the model itself", "temperature 0.7", "top-p 0.9"]
     conversation, message = filled_store.first

@@ -19,7 +19,7 @@ def test_two_replies_are_compared(filled_store: sample_stores.Samples) -> None:
     app = app_pages.comparing(left, right)
     assert not app.exception
     assert [box.value for box in app.selectbox] == [left, right]
-    assert app.markdown[0].value.startswith("They diverge at token 1;")
+    assert app.markdown[0].value.startswith("The replies diverge at step 0;")
     assert any("the lower bound that the kept" in caption.value for caption in app.caption)
     assert app_pages.shown(app, "compare-replies")["chosen"] == 0
     table = app_pages.shown(app, "settings")
@@ -31,7 +31,7 @@ def test_two_replies_are_compared(filled_store: sample_stores.Samples) -> None:
     assert differ == {name for name, (one, two) in settings.items() if one != two}
     app.selectbox(key="compare-right").set_value(left).run()
     assert not app.exception
-    assert app.markdown[0].value == "All 3 tokens are the same."
+    assert app.markdown[0].value == "Both replies have the same 3 tokens."
     assert app.query_params["right"] in (str(left), [str(left)])
 
 

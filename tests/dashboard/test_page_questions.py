@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from dashboard.viewdata import sql_table
-from oki_trace.analysis.catalog import QUESTIONS
 from oki_trace.analysis.folder import folder_of
+from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
@@ -181,6 +182,44 @@ def test_a_link_opens_the_same_and_another_link_another(filled: sample_stores.Sa
     assert not app.exception
     assert app.selectbox(key="ask-model").value is None
     assert "settle_layer" in app.code[0].value
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "key", "query"),
+    [
+        ("questions", "answer_question", "ask-model", {"model": "smollm2"}),
+        ("sql", "run_sql", "sql-text", {}),
+    ],
+)
+def test_a_value_of_an_interrupted_run_is_sent_to_the_browser_again(
+    name: str,
+    call: str,
+    key: str,
+    query: dict[str, str],
+    filled: sample_stores.Samples,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dashboard import data
+
+    def sent(app: AppTest) -> bool:
+        (widget,) = (one for one in (*app.selectbox, *app.text_area) if one.key == key)
+        return bool(widget.proto.set_value)
+
+    calls = []
+    answer = getattr(data, call)
+
+    def once_interrupted(*given: Any, **more: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 1:
+            st.rerun()
+        return answer(*given, **more)
+
+    monkeypatch.setattr(data, call, once_interrupted)
+    app = page(name, **query)
+    assert not app.exception
+    assert len(calls) == 2
+    assert sent(app), "by the run that was not interrupted"
+    assert not sent(app.run())
 
 
 def test_another_question_is_asked_about_the_same_replies(filled: sample_stores.Samples) -> None:
@@ -370,7 +409,7 @@ def test_sql_from_a_link_waits_for_a_click(
     app = page("sql", sql="SELECT 6 * 7 AS answer")
     assert not app.exception and not app.dataframe and not ran
     assert app.text_area(key="sql-text").value == "SELECT 6 * 7 AS answer"
-    assert any("came with the link" in text.value for text in app.markdown)
+    assert any("came from a link" in text.value for text in app.markdown)
     # Nor by a change of anything else.
     app.number_input(key="sql-rows").set_value(10).run()
     assert not ran
@@ -393,7 +432,7 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
 ) -> None:
     app = page("questions", **query)
     assert not app.exception and not app.dataframe
-    assert any("came with the link" in text.value for text in app.markdown)
+    assert any("came from a link" in text.value for text in app.markdown)
     app.run()
     assert not app.dataframe
     # Chosen on the page, it is asked at once.
@@ -406,17 +445,17 @@ def test_full_tensors_wait_for_a_click_where_a_link_asks(
 def test_more_rows_than_the_limit_are_told_of(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT * FROM range(5000)")
     assert len(app.dataframe[0].value) == 1000
-    assert any("There are more" in caption.value for caption in app.caption)
+    assert any("More rows exist" in caption.value for caption in app.caption)
     app.number_input(key="sql-rows").set_value(6000).run()
     assert len(app.dataframe[0].value) == 5000
-    assert not any("There are more" in caption.value for caption in app.caption)
+    assert not any("More rows exist" in caption.value for caption in app.caption)
 
 
 def test_a_result_without_numbers_has_no_chart(filled: sample_stores.Samples) -> None:
     app = sql(sql="SELECT content FROM message")
     app.button_group(key="sql-show").set_value("chart").run()
     assert not app.exception
-    assert any("needs a column of numbers" in caption.value for caption in app.caption)
+    assert any("needs a numeric column" in caption.value for caption in app.caption)
 
 
 def test_the_explorer_changes_nothing_by_asking(filled: sample_stores.Samples) -> None:

@@ -15,6 +15,7 @@ from dashboard import charts, data
 from dashboard.viewdata import storage
 from oki_trace.errors import ExchangeError
 from oki_trace.exchange.formats import Format
+from oki_trace.exchange.importing import import_files
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -221,9 +222,7 @@ def test_what_is_exported_can_be_uploaded(
     fill(db, sample_stores.HOSTILE[:1])
     exported = data.export_file(1, format)
     seen: list[tuple[int, int]] = []
-    done = data.import_upload(
-        {suffix: io.BytesIO(exported)}, lambda *progress: seen.append(progress)
-    )
+    done = import_files({suffix: io.BytesIO(exported)}, db, lambda *progress: seen.append(progress))
     assert done.steps == 3
     assert seen
     with TraceReader(db) as reader:
@@ -233,6 +232,6 @@ def test_what_is_exported_can_be_uploaded(
 
 def test_an_upload_that_is_none_leaves_nothing(empty_store: str) -> None:
     with pytest.raises(ExchangeError):
-        data.import_upload({".json": io.BytesIO(b"Dear diary")}, lambda done, of_all: None)
+        import_files({".json": io.BytesIO(b"Dear diary")}, empty_store)
     with TraceReader(empty_store) as reader:
         assert reader.conversation_count() == 0

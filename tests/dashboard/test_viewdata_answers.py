@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from dashboard import question_charts, question_state
 from dashboard.question_state import QuestionState
 from dashboard.viewdata import answers, sql_table
-from oki_trace.analysis.catalog import QUESTIONS
 from oki_trace.analysis.question import Answer, Question, View
+from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.errors import QuestionError
 from oki_trace.records import Role
 from oki_trace.sanitize import visible

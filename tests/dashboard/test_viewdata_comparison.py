@@ -102,7 +102,7 @@ def test_the_chart_has_the_pairs_whose_distance_is_known() -> None:
     found = [between_lists({"a": 0.9}, {"a": 0.9}), None]
     assert found[0] is not None and found[0].tv == 0
     rows = comparison.rows(pairs, found, steps, steps)
-    assert [(row["place"], row["token"]) for row in rows] == [(1, "the same token")]
+    assert [(row["pair"], row["token"]) for row in rows] == [(0, "the same token")]
     json.dumps(rows, allow_nan=False)
 
 
@@ -113,7 +113,7 @@ def test_both_replies_are_saved_place_by_place() -> None:
     names, *rows = comparison.sheet(pairs, found, left, right)
     assert [dict(zip(names, row, strict=True)) for row in rows] == [
         {
-            "place": 1,
+            "pair": 0,
             "left_step": 0,
             "left_token": "a",
             "right_step": 0,
@@ -123,7 +123,7 @@ def test_both_replies_are_saved_place_by_place() -> None:
             "most_total_variation": 0.1,
         },
         {
-            "place": 2,
+            "pair": 1,
             "left_step": 1,
             "left_token": "b",
             "right_step": 1,
@@ -133,7 +133,7 @@ def test_both_replies_are_saved_place_by_place() -> None:
             "most_total_variation": None,
         },
         {
-            "place": 3,
+            "pair": 2,
             "left_step": None,
             "left_token": None,
             "right_step": 2,
@@ -148,11 +148,11 @@ def test_both_replies_are_saved_place_by_place() -> None:
 @pytest.mark.parametrize(
     ("left", "right", "told"),
     [
-        ("a", "a", "The one token is the same."),
-        ("ab", "ab", "All 2 tokens are the same."),
-        ("ab", "ac", "They diverge at token 2; 1 token is the same, 1 place is not."),
-        ("abc", "abde", "They diverge at token 3; 2 tokens are the same, 2 places are not."),
-        ("a", "b", "They diverge at token 1; 0 tokens are the same, 1 place is not."),
+        ("a", "a", "Both replies have the same 1 token."),
+        ("ab", "ab", "Both replies have the same 2 tokens."),
+        ("ab", "ac", "The replies diverge at step 1; 1 of 2 pairs match."),
+        ("abc", "abde", "The replies diverge at step 2; 2 of 4 pairs match."),
+        ("a", "b", "The replies diverge at step 0; 0 of 1 pairs match."),
     ],
 )
 def test_what_two_replies_share_is_told_in_a_sentence(left: str, right: str, told: str) -> None:

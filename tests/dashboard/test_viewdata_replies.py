@@ -273,8 +273,10 @@ def test_the_newest_step_is_the_last_with_a_lens() -> None:
 def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
     told = replies.decision_text(step, builders.generation())
-    assert told.startswith("Drawn: it had 0.500 among 12 tokens, and noise +2.25 kept it above ")
-    assert told.endswith("Greedy would have said “␣greedy”.")
+    assert told.startswith(
+        "Sampled with probability 0.500 from 12 tokens; noise +2.25 kept it above "
+    )
+    assert told.endswith("Greedy decoding would have chosen “␣greedy”.")
     effects = replies.effects_data(step)
     assert effects is not None
     assert [row[0] for row in effects["rows"]] == [
@@ -291,7 +293,7 @@ def test_the_decision_is_told_in_sentences(rng: np.random.Generator) -> None:
 def test_a_decision_that_is_not_recorded_is_not_made_up(rng: np.random.Generator) -> None:
     step = replace(builders.step(0, rng), decision=None, sampled_prob=0.25)
     told = replies.decision_text(step, builders.generation())
-    assert told == "Drawn with probability 0.250; the effect of each setting was not recorded."
+    assert told == "Sampled with probability 0.250; the effect of each setting was not recorded."
     greedy = replace(builders.generation(), do_sample=False)
     assert replies.decision_text(step, greedy).startswith("Greedy")
     assert replies.decision_text(step, None).startswith("Greedy")

@@ -24,10 +24,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oki_trace import records
-from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.importing import import_path
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.tables import TABLES
 from oki_trace.records import (
     CapturePolicy,
@@ -253,22 +253,22 @@ def test_every_name_that_is_written_is_read(exported: Path) -> None:
     trace = message["trace"]
     step = trace["steps"][0]
     pairs: list[tuple[Json, type[Any], set[str]]] = [
-        (document, schema.Document, {"conversation", "messages"}),
-        (document["conversation"], schema.Conversation, set()),
-        (message, schema.Message, {"trace"}),
-        (trace, schema.Trace, {"steps"}),
+        (document, validation.Document, {"conversation", "messages"}),
+        (document["conversation"], validation.Conversation, set()),
+        (message, validation.Message, {"trace"}),
+        (trace, validation.Trace, {"steps"}),
         (trace["generation"], records.Generation, set()),
         (trace["capture"], records.CaptureReport, set()),
-        (step, schema.Step, set()),
-        (step["decision"], schema.Decision, {"text", "differs_from_greedy"}),
-        (step["decision"]["greedy"], schema.Contender, set()),
+        (step, validation.Step, set()),
+        (step["decision"], validation.Decision, {"text", "differs_from_greedy"}),
+        (step["decision"]["greedy"], validation.Contender, set()),
         (step["decision"]["processors"][0], records.Effect, set()),
-        (step["logits_topk"][0], schema.Candidate, set()),
-        (step["evidence"][0], schema.Evidence, {"token_id", "in_prompt"}),
-        (step["attention"][0], schema.AttentionLayer, set()),
-        (step["attention"][0]["topk"][0], schema.Attended, set()),
-        (step["logit_lens"][0], schema.LensLayer, set()),
-        (step["logit_lens"][0]["topk"][0], schema.LensToken, set()),
+        (step["logits_topk"][0], validation.Candidate, set()),
+        (step["evidence"][0], validation.Evidence, {"token_id", "in_prompt"}),
+        (step["attention"][0], validation.AttentionLayer, set()),
+        (step["attention"][0]["topk"][0], validation.Attended, set()),
+        (step["logit_lens"][0], validation.LensLayer, set()),
+        (step["logit_lens"][0]["topk"][0], validation.LensToken, set()),
     ]
     for written, kind, more in pairs:
         assert set(written) - more <= set(kind.__annotations__), kind

@@ -17,11 +17,10 @@ import pytest
 from safetensors import safe_open
 
 from oki_trace.errors import ExchangeError, NotFound, UsageError
-from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.exchange.json_export import V1_CANDIDATE, V1_EVIDENCE, V1_STEP, V1_TRACE
-from oki_trace.exchange.reading import json_stream, table_cursor
+from oki_trace.exchange.reading import json_stream, table_cursor, validation
 from oki_trace.exchange.tables import FILES, TABLES
 from oki_trace.records import CapturePolicy, ModelChoice, Sampling, Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
@@ -262,8 +261,9 @@ def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
     missing = [n for n in sorted(names(document) | columns | set(TABLES)) if f"`{n}`" not in page]
     assert missing == []
     for limit in (
-        *(schema.MAX_PROMPT, schema.MAX_STEPS, schema.MAX_MESSAGES, schema.MAX_ENTRIES),
-        *(schema.MAX_LAYERS, schema.MAX_CELLS, schema.MAX_TEXT, schema.MAX_TOKEN),
+        *(validation.MAX_PROMPT, validation.MAX_STEPS, validation.MAX_MESSAGES),
+        *(validation.MAX_ENTRIES, validation.MAX_LAYERS, validation.MAX_CELLS),
+        *(validation.MAX_TEXT, validation.MAX_TOKEN),
         *(table_cursor.MAX_ROWS, json_stream.MAX_VALUE_CHARACTERS),
     ):
         assert f"{limit:,}" in page

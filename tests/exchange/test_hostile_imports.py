@@ -19,10 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from oki_trace.errors import OkiTraceError
-from oki_trace.exchange import schema
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
-from oki_trace.exchange.reading import json_stream, source
+from oki_trace.exchange.reading import json_stream, source, validation
 from oki_trace.exchange.tables import TABLES
 from oki_trace.store.reading.reader import TraceReader
 from tests.exchange import stories
@@ -205,8 +204,8 @@ def test_what_does_not_fit_is_refused(
 def test_too_many_messages_are_refused(
     exports: dict[Format, Path], tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert schema.MAX_MESSAGES == 10_000
-    monkeypatch.setattr(schema, "MAX_MESSAGES", 100)
+    assert validation.MAX_MESSAGES == 10_000
+    monkeypatch.setattr(validation, "MAX_MESSAGES", 100)
 
     def add(document: Any) -> None:
         document.update(messages=[{"role": "user", "content": ""}] * 101)
@@ -237,7 +236,7 @@ def test_a_value_without_end_is_given_up_on(
 def test_steps_without_end_are_given_up_on(
     tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "MAX_STEPS", 10)
+    monkeypatch.setattr(validation, "MAX_STEPS", 10)
     file = tmp_path / "x.json"
     file.write_text(json.dumps({"prompt": "", "output": "", "steps": [{"chosen_token": "a"}] * 11}))
     refused(file, db, "more than 10")
@@ -247,7 +246,7 @@ def test_traces_of_version_1_have_so_many_steps_in_total(
     exports: dict[Format, Path], tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reading a million would take minutes; a document may have as many in each reply."""
-    monkeypatch.setattr(schema, "MAX_STEPS", 3)
+    monkeypatch.setattr(validation, "MAX_STEPS", 3)
     trace = {"prompt": "", "output": "", "steps": [{"chosen_token": "a"}] * 2}
     file = tmp_path / "x.json"
     for text in (json.dumps([trace, trace]), json.dumps([trace, trace]).replace("_", "\\u005f")):

@@ -157,7 +157,7 @@ def test_the_step_shows_what_was_recorded(page: Any, report: Path) -> None:
     assert page.locator("table tr").count() == len(step.lens.tokens)
     ranks = page.locator("table td.num.dim:last-child").all_text_contents()
     assert ranks == [f"#{rank}" for rank in reversed(step.lens.chosen_rank.tolist())]
-    assert "Greedy would have said" in page.locator(".why").text_content()
+    assert "Greedy decoding would have chosen" in page.locator(".why").text_content()
     painted = page.locator(".piece").evaluate_all(
         "nodes => nodes.flatMap((n, i) => n.style.getPropertyValue('--v') ? [i] : [])"
     )

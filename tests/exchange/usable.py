@@ -135,7 +135,7 @@ def comes_back(db: Path, number: int, folder: Path) -> None:
 
 def ask_all(db: Path, oki: Oki) -> None:
     """Every question has an answer, or one sentence that says why not."""
-    from oki_trace.analysis.catalog import QUESTIONS
+    from oki_trace.analysis.questions import QUESTIONS
 
     for name in QUESTIONS:
         what = ("1:0", "1:0") if name == "compare" else ()

@@ -40,7 +40,7 @@ def array(name: str, of: int, length: int, values: bytes = b"") -> bytes:
     [
         (gguf_with(array("x", GGUF_STRING, 1 << 60)), "declares 1,152,921,504,606,846,976 values"),
         (gguf_with(array("x", GGUF_STRING, 1 << 24, bytes(8 << 24))), "16,777,216 values in x"),
-        (gguf_with(array("x", GGUF_UINT32, 1 << 19)), "is cut short"),
+        (gguf_with(array("x", GGUF_UINT32, 1 << 19)), "is truncated"),
         (gguf_with(entry("x", GGUF_STRING, struct.pack("<Q", 1 << 50))), "bytes in x"),
         (gguf_with(entry("x", 77, b"")), "an entry x of an unknown kind"),
         (gguf_with(tensors=1 << 40), "declares 1,099,511,627,776 tensors"),
@@ -50,7 +50,7 @@ def array(name: str, of: int, length: int, values: bytes = b"") -> bytes:
             "declares more than 2,097,152 values",
         ),
         (b"GGUF" + struct.pack("<I", 99), "version 99"),
-        (b"GGUF", "is cut short"),
+        (b"GGUF", "is truncated"),
         (
             gguf_with(entry("llama.block_count", GGUF_UINT32, struct.pack("<I", 10**9))),
             "llama.block_count = 1,000,000,000",
@@ -85,7 +85,7 @@ def test_the_header_of_a_whole_gguf(tmp_path: Path) -> None:
     # Wherever it is cut within its header, the error says so.
     for length in range(4, 3000, 7):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cut short"):
+        with pytest.raises(ValueError, match="is truncated"):
             read_gguf_header(path)
 
 

@@ -378,7 +378,7 @@ def test_options_that_the_template_ignores_are_refused() -> None:
         CaptureError, match=r"no argument enable_thinkng\. It reads enable_thinking"
     ):
         render(tokenizer(THINK), [HELLO], options=TemplateOptions({"enable_thinkng": False}))
-    with pytest.raises(CaptureError, match="takes no tools"):
+    with pytest.raises(CaptureError, match="accepts no tools"):
         render(tokenizer(BRACKETS), [HELLO], options=TemplateOptions({}, (WEATHER,)))
     with pytest.raises(CaptureError, match="has no chat template"):
         render(tokenizer(None), [HELLO], options=TemplateOptions({"x": 1}))

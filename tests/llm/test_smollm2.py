@@ -62,7 +62,7 @@ def test_it_answers(smollm2: tuple[Any, Any]) -> None:
 def test_another_wheel_is_refused(tmp_path: Path) -> None:
     wheel = tmp_path / smollm2.WHEEL
     wheel.write_bytes(b"PK not this one")
-    with pytest.raises(ModelError, match="is not the wheel this program knows"):
+    with pytest.raises(ModelError, match="is not the expected wheel"):
         smollm2.ensure_smollm2(tmp_path)
     assert left_in(tmp_path) == {smollm2.WHEEL}
 

@@ -102,7 +102,7 @@ def on_the_command_line(folder: Path) -> list[str]:
 
 def every_question() -> None:
     """In each of its views, on the reply that is there, which kept its tensors."""
-    from oki_trace.analysis.catalog import QUESTIONS
+    from oki_trace.analysis.questions import QUESTIONS
 
     subjects = {"step": ("2:0", "2:1"), "reply": ("2", "2"), "model": ("smollm2", "smollm2")}
     for question in QUESTIONS.values():

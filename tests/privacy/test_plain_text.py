@@ -27,8 +27,8 @@ LABELS |= {"text_input", "text_area", "date_input", "file_uploader", "tabs", "li
 NAMED = {"help", "label", "body", "text"}
 # Streamlit's own and ours that take such words.
 HELPED = {"NumberColumn", "TextColumn", "DatetimeColumn", "chat_input"}
-LABELS |= {"section_row", "choice", "export_button", "_choice"}
-OURS = {"empty_state"}
+LABELS |= {"section_row", "choice", "pick", "export_button", "_choice"}
+OURS = {"empty_state", "wait_for_click"}
 
 # What gives text that is safe there: escaped, or a number in words of ours.
 SAFE_CALLS = {"escape", "sentence", "counted", "size", "format_number"}
@@ -48,9 +48,7 @@ OUR_WORDS = {
     "store.py": {"name"},
     "sidebar.py": {"field"},
     # Its callers are looked at.
-    "layout.py": {"nothing", "then", "title", "label", "name"},
-    # The engine's writer of CSV, and no element of a page.
-    "data.py": {"[column.name for column in answer.columns]"},
+    "layout.py": {"nothing", "then", "title", "label", "name", "noun", "note"},
 }
 # Number formats: what they do not fit raises an error.
 NUMBERS = tuple("dfge%n,")

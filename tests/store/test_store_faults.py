@@ -200,7 +200,7 @@ def test_what_may_not_be_written_is_told_and_left_as_it_is(tmp_path: Path, which
     [
         ("55P03", "another process is using it", StoreBusy),
         ("53100", "the disk is full", StoreError),
-        ("25006", "it may not be written to", StoreError),
+        ("25006", "it is not writable", StoreError),
         ("42P01", "its tables are missing", StoreError),
         ("08006", "the server does not answer", StoreError),
         ("57P01", "the server does not answer", StoreError),
@@ -234,7 +234,7 @@ def test_sqlites_errors_are_told_by_their_codes(tmp_path: Path) -> None:
         other.execute("CREATE TABLE present (x)")
         errors = {
             "its tables are missing": sqlite_error(good, "SELECT * FROM absent"),
-            "it may not be written": sqlite_error(
+            "it is not writable": sqlite_error(
                 good, "PRAGMA query_only = ON", "DELETE FROM present"
             ),
             "not a database": sqlite_error(bad, "SELECT * FROM present"),

@@ -1,7 +1,7 @@
 """heads: attention heads that give most of their weight to one kind of position.
 
-The attention tensors are large, so an even sample of the steps is read. Heads keep their habits,
-and the answer says how many steps it is based on.
+The attention tensors are large, so only an even sample of the steps is read. A head's targets vary
+little from step to step, and the answer says how many steps it is based on.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ HEADS = Question(
     "Attention",
     "Specialised heads",
     "Attention heads that give most of their weight to one kind of position, the strongest first.",
-    "From the full attention tensors of a sample of the steps. Heads that attend mostly to the "
-    "first token are counted and left out: they have nothing to do at these steps.",
+    "The shares come from the full attention tensors of a sample of the steps. Heads that attend "
+    "mostly to the first token are counted but not listed: they do nothing at these steps.",
     {
         "head": View(
             _statement("", "\nWHERE most > 1", "\nLIMIT $top"),

@@ -1,1 +1,1 @@
-"""Reading files that may be hostile into a staging store, in a process of its own."""
+"""Reads files that may be malicious into a staging store, in a separate process."""

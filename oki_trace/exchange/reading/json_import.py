@@ -1,4 +1,4 @@
-"""Conversations and traces from JSON: a document, lines, a trace, or a list of traces.
+"""Imports conversations and traces from JSON: a document, lines, a trace, or a list of traces.
 
 One step is in memory at a time. A document whose names are in the order of an
 export is read once, from start to end. In any other, and in version 1, a name
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
-from oki_trace.exchange import schema
 from oki_trace.exchange.json_export import JSONL
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.json_stream import JsonStream
 from oki_trace.exchange.reading.replies import Survey, TokenIds, turn_start
 from oki_trace.exchange.reading.staging import Staging
@@ -27,9 +27,9 @@ Json = dict[str, Any]
 # Takes an object without its long part, and whether it has one: the stream is then at that part.
 Use = Callable[[Json, bool], None]
 
-_DOCUMENT = {"conversation", *schema.Document.__annotations__}
-_MESSAGE = set(schema.Message.__annotations__)
-_TRACE = set(schema.Trace.__annotations__)
+_DOCUMENT = {"conversation", *validation.Document.__annotations__}
+_MESSAGE = set(validation.Message.__annotations__)
+_TRACE = set(validation.Trace.__annotations__)
 # The names that an export writes before each long part; it writes none of ours after one.
 _BEFORE = {
     "messages": {"format", "version", "conversation"},
@@ -47,7 +47,7 @@ class _TraceOutOfOrder(_OutOfOrder):
 
 
 class JsonImport:
-    """Reads one file into ``staging``; ``tensors`` is the file beside it."""
+    """Reads one file into ``staging``; ``tensors`` is its safetensors file."""
 
     def __init__(
         self, stream: JsonStream, staging: Staging, tensors: TensorFile | None = None
@@ -76,7 +76,7 @@ class JsonImport:
             self._history.clear()
             if isinstance(error, _TraceOutOfOrder):
                 # Reading that many takes minutes; counting them takes a second.
-                self._check_length(self._stream.count("chosen_token", schema.MAX_STEPS + 1))
+                self._check_length(self._stream.count("chosen_token", validation.MAX_STEPS + 1))
             self._stream.seek(0)
             self._list() if first == "[" else self._in_any_order()
         self._stream.end()
@@ -84,8 +84,8 @@ class JsonImport:
             raise refused("the file of tensors has some that belong to no step")
 
     def _check_length(self, steps: int) -> None:
-        if steps > schema.MAX_STEPS:
-            raise refused(f"its traces have more than {schema.MAX_STEPS:,} steps in total")
+        if steps > validation.MAX_STEPS:
+            raise refused(f"its traces have more than {validation.MAX_STEPS:,} steps in total")
 
     # ------------------------------------------------------------- a conversation
 
@@ -136,7 +136,9 @@ class JsonImport:
     def _begin(self, head: Json) -> None:
         _check_version(head, "the document")
         conversation = head["conversation"] or {}
-        self._staging.begin(schema.read(schema.Conversation, conversation, "the conversation"))
+        self._staging.begin(
+            validation.read(validation.Conversation, conversation, "the conversation")
+        )
 
     def _conversation(self, head: Json) -> None:
         """A document; the stream is at its messages."""
@@ -146,7 +148,7 @@ class JsonImport:
 
     def _message(self, values: Json, has_trace: bool) -> None:
         where = f"message {self._staging.messages + 1}"
-        message = schema.read(schema.Message, values, where)
+        message = validation.read(validation.Message, values, where)
         if not has_trace or self._is_null():
             self._staging.add_message(message, where)
             return
@@ -173,7 +175,7 @@ class JsonImport:
         if self._in_order and not trace.get("capture"):
             # Its steps have to be surveyed first.
             raise _TraceOutOfOrder
-        messages: list[schema.EarlierMessage] = list(trace.get("messages") or ())
+        messages: list[validation.EarlierMessage] = list(trace.get("messages") or ())
         if not messages and trace.get("prompt"):
             messages = [{"role": Role.USER, "content": trace["prompt"] or ""}]
         history = [(message["role"], message["content"]) for message in messages]
@@ -184,7 +186,7 @@ class JsonImport:
         for message in messages[len(self._history) :]:
             self._staging.add_message(_without_steps(message), f"{where}, messages")
         output = trace.get("output") or ""
-        reply: schema.Message = {
+        reply: validation.Message = {
             "role": Role.ASSISTANT,
             "content": output,
             "status": trace.get("status") or Status.COMPLETE,
@@ -194,7 +196,7 @@ class JsonImport:
         self._history = [*history, (Role.ASSISTANT, output)]
 
     def _reply(
-        self, message: schema.Message, trace: schema.Trace, has_steps: bool, where: str
+        self, message: validation.Message, trace: validation.Trace, has_steps: bool, where: str
     ) -> None:
         """A reply; the stream is at its steps, if it has any."""
         survey = None if trace.get("capture") else self._survey(has_steps, where)
@@ -210,7 +212,7 @@ class JsonImport:
         def records() -> Iterator[Step]:
             for index, value in enumerate(values):
                 here = f"{where}, step {index}"
-                fields = schema.read(schema.Step, value, here)
+                fields = validation.read(validation.Step, value, here)
                 step = step_record(fields, index, start, ids, first, here)
                 tensors = self._tensors_of(number, index)
                 yield replace(step, tensors=check_tensors(tensors, step, start.capture, here))
@@ -225,7 +227,7 @@ class JsonImport:
         place = self._stream.tell()
         survey = Survey()
         for value in self._steps(has_steps, where):
-            survey.add(schema.read(schema.Step, value, f"{where}, step {survey.steps}"))
+            survey.add(validation.read(validation.Step, value, f"{where}, step {survey.steps}"))
         self._stream.seek(place)
         self._surveyed += survey.steps
         self._check_length(self._surveyed)
@@ -309,7 +311,7 @@ class _Lines:
         while self._next is not None or self._stream.peek():
             line = self._stream.value() if self._next is None else self._next
             self._next = line
-            if schema.read(schema.Line, line, "a line")["message"] != number:
+            if validation.read(validation.Line, line, "a line")["message"] != number:
                 break
             self._next = None
             yield line
@@ -323,14 +325,14 @@ class _Lines:
             raise refused("a line belongs to no message, or is out of order")
 
 
-def _read_trace(values: Json, where: str) -> schema.Trace:
+def _read_trace(values: Json, where: str) -> validation.Trace:
     _check_version(values, where)
-    return schema.read(schema.Trace, values, where)
+    return validation.read(validation.Trace, values, where)
 
 
 def _check_version(values: Json, where: str) -> None:
     """Version 1 does not name itself; a version after ours is refused."""
-    head = schema.read(schema.Document, values, where)
+    head = validation.read(validation.Document, values, where)
     if (head.get("format") or FORMAT) != FORMAT:
         raise refused(f"{where} is of another format")
     version = head.get("version") or 1
@@ -340,12 +342,12 @@ def _check_version(values: Json, where: str) -> None:
         )
 
 
-def _without_steps(message: schema.EarlierMessage) -> schema.Message:
+def _without_steps(message: validation.EarlierMessage) -> validation.Message:
     """A message before a trace: its steps are not in the file, so its parts have none."""
     parts = [{**part, "start": None, "end": None} for part in message.get("parts") or ()]
     return {
         "role": message["role"],
         "content": message["content"],
-        "parts": cast("list[schema.Part]", parts) or None,
+        "parts": cast("list[validation.Part]", parts) or None,
         "tool_name": message.get("tool_name"),
     }

@@ -1,8 +1,8 @@
-"""JSON read one value at a time, from a file that may be hostile.
+"""Reads JSON one value at a time, from a file that may be malicious.
 
-The standard library parses each value; this walks the objects and lists around
-them. So a document of any length is read with one value in memory, and names
-that are not needed are skipped without holding their values. Anything that is
+The standard library parses each value; this module walks the objects and lists around
+the values. A document of any length is therefore read with one value in memory, and
+names that are not needed are skipped without holding their values. Anything that is
 not strictly JSON (NaN, Infinity, a name twice in one object, a number out of
 range, bytes that are not UTF-8, endless nesting) is an ExchangeError.
 """

@@ -1,9 +1,9 @@
-"""A conversation from its folder of Parquet tables, read step by step.
+"""Imports a conversation from a folder of Parquet tables, step by step.
 
-The rows of each table are in the order of messages and steps, so one cursor a
+The rows of each table are in the order of messages and steps, so one cursor per
 table is enough; a row that belongs to no step, or is out of order, is an
-ExchangeError. Rows become the fields of a trace object, and are then read as
-those of JSON are.
+ExchangeError. Rows become the fields of a trace object, which are then read in the
+same way as those of a JSON file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from typing_extensions import TypedDict
 
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.json_stream import loads
 from oki_trace.exchange.reading.replies import TokenIds, turn_start
 from oki_trace.exchange.reading.staging import Staging
@@ -55,7 +55,7 @@ class _TensorRow(TypedDict):
     dtype: Literal["float64", "float32", "float16", "bfloat16"]
     shape: Shape
     layers: Layers | None
-    key_offset: schema.Large | None
+    key_offset: validation.Large | None
     data: bytes
 
 
@@ -67,7 +67,7 @@ def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = la
             cursors[name] = TableCursor(folder, name, _KEYS.get(name, "step_id"), pulse)
             closing.callback(cursors[name].close)
         conversation = _conversation(cursors["conversation"])
-        staging.begin(schema.read(schema.Conversation, conversation, "the conversation"))
+        staging.begin(validation.read(validation.Conversation, conversation, "the conversation"))
         for place, row in enumerate(cursors["message"].of(conversation["id"])):
             where = f"message {staging.messages + 1}"
             if row["position"] not in (None, place):
@@ -87,7 +87,7 @@ def _conversation(cursor: TableCursor) -> Row:
 def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
     for name in _DOCUMENTS:
         row[name] = _document(row[name], f"{where}, {name}")
-    message = schema.read(schema.Message, row, where)
+    message = validation.read(validation.Message, row, where)
     if row["capture"] is None:
         staging.add_message(message, where)
         return
@@ -96,7 +96,7 @@ def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
         raise refused(f"{where}: id is missing")
     at = f"{where}, trace"
     prompt = _prompt(cursors["prompt_token"].of(number), where)
-    trace = schema.read(schema.Trace, {"version": None, **row, **prompt}, at)
+    trace = validation.read(validation.Trace, {"version": None, **row, **prompt}, at)
     ids = TokenIds()
     start = turn_start(trace, ids, None, at)
     left_out = start.capture.tensors_left_out
@@ -104,7 +104,7 @@ def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
     def steps() -> Iterator[Step]:
         for index, values in enumerate(cursors["step"].of(number)):
             here = f"{where}, step {index}"
-            fields = schema.read(schema.Step, _step(values, cursors, here), here)
+            fields = validation.read(validation.Step, _step(values, cursors, here), here)
             step = step_record(fields, index, start, ids, 0, here)
             rows = cursors["tensor"].take(values["id"], len(get_args(TensorName)), here)
             tensors = tuple(_tensor(row, here) for row in rows)
@@ -120,8 +120,8 @@ def _prompt(rows: Iterator[Row], where: str) -> dict[str, list[Any]]:
     tokens: list[str] = []
     segments: list[str] = []
     for position, row in enumerate(rows):
-        if position >= schema.MAX_PROMPT:
-            raise refused(f"{where}: its prompt has more than {schema.MAX_PROMPT:,} tokens")
+        if position >= validation.MAX_PROMPT:
+            raise refused(f"{where}: its prompt has more than {validation.MAX_PROMPT:,} tokens")
         if row["position"] != position:
             raise refused(f"{where}: the tokens of its prompt are out of order")
         ids.append(known_id(row["token_id"]))
@@ -134,7 +134,7 @@ def _step(row: Row, cursors: Cursors, where: str) -> Row:
     """The fields of a step of a trace object."""
     attention = _by_layer(cursors, "attention", row["id"], where)
     lens = _by_layer(cursors, "lens", row["id"], where)
-    candidates = cursors["topk_entry"].take(row["id"], schema.MAX_ENTRIES, where)
+    candidates = cursors["topk_entry"].take(row["id"], validation.MAX_ENTRIES, where)
     return {
         **row,
         **{name: row[column] for name, column in _RENAMED.items()},
@@ -149,9 +149,9 @@ def _step(row: Row, cursors: Cursors, where: str) -> Row:
 
 def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> list[Row]:
     """The rows of the layers of a step, each with its entries as ``topk``."""
-    layers = cursors[f"{kind}_layer"].take(step, schema.MAX_LAYERS + 1, where)
+    layers = cursors[f"{kind}_layer"].take(step, validation.MAX_LAYERS + 1, where)
     entries: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
-    for entry in _entries(cursors[f"{kind}_entry"].take(step, schema.MAX_CELLS, where)):
+    for entry in _entries(cursors[f"{kind}_entry"].take(step, validation.MAX_CELLS, where)):
         if entry["layer"] not in entries:
             raise refused(f"{where}: the table {kind}_entry has a layer that {kind}_layer has not")
         entries[entry["layer"]].append(entry)
@@ -172,7 +172,7 @@ def _entries(rows: list[Row]) -> list[Row]:
 
 
 def _tensor(row: Row, where: str) -> TensorRecord:
-    fields = schema.read(_TensorRow, row, f"{where}, tensor")
+    fields = validation.read(_TensorRow, row, f"{where}, tensor")
     dtype, shape, data = fields["dtype"], fields["shape"], fields["data"]
     if not len(data) == byte_count(dtype, shape) <= MAX_RAW_BYTES:
         raise refused(f"{where}: a tensor is not as large as its shape says")

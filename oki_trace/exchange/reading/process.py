@@ -1,4 +1,4 @@
-"""The process that reads a file which may be hostile; ``supervisor`` starts and ends it.
+"""The process that reads a file that may be malicious; ``supervisor`` starts and ends it.
 
 It reads one request from standard input, a line of JSON, limits its own memory
 before the first byte of the file is parsed, and ends when its input is closed,
@@ -30,7 +30,7 @@ _PROGRESS_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The file to read, and ``staging``, the file to write in a folder of its own.
+    """The file to read, and ``staging``, the file to write, in a separate folder.
 
     ``memory_bytes``: the memory that reading may take beyond the program itself.
     """
@@ -43,11 +43,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was read. ``tensors_from``: the file of its tensors.
+    """The result of reading. ``tensors_from``: the file of the tensors.
 
-    ``changed`` messages differ from what was recorded, by their digests;
-    ``without_digest`` have none, so a change would not be noticed. ``error``: the
-    class and the sentence of the error that refuses the file.
+    ``changed`` counts the messages that do not match their digests, ``without_digest``
+    those that have none, so that a change would not be noticed. ``error``: the class
+    and the sentence of the error that refuses the file.
     """
 
     messages: int = 0
@@ -59,7 +59,7 @@ class Outcome:
 
 
 class Progress:
-    """Reports progress to the parent now and then; every call shows that reading goes on."""
+    """Reports progress to the parent now and then; every call counts as progress."""
 
     def __init__(self, channel: TextIO) -> None:
         self._channel = channel
@@ -103,7 +103,7 @@ def _end_with_parent() -> None:
 
 
 def serve(request: Request, progress: Progress, limit: Callable[[int], None]) -> Outcome:
-    """Read the file. Whatever a hostile file causes becomes one sentence."""
+    """Read the file. Any error that a malicious file causes becomes one sentence."""
     try:
         return _read(request, progress, limit)
     except MemoryError:
@@ -123,7 +123,7 @@ def serve(request: Request, progress: Progress, limit: Callable[[int], None]) ->
 
 
 def _read(request: Request, progress: Progress, limit: Callable[[int], None]) -> Outcome:
-    """Find out what the path holds, and read it into the staging store."""
+    """Detect the format of the path, and read it into the staging store."""
     from oki_trace.exchange.reading.json_import import JsonImport
     from oki_trace.exchange.reading.json_stream import JsonStream
     from oki_trace.exchange.reading.staging import Staging

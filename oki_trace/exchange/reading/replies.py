@@ -1,10 +1,10 @@
-"""A reply before its steps, from the validated fields of a file.
+"""Builds a reply, without its steps, from the validated fields of a file.
 
-``schema`` has checked each field by itself; this checks several together.
-Nothing is made up: a missing number becomes NaN, a missing rank 0, and a token
-known by its text alone gets an id below ``BLANK``, the same for the same text.
-The one exception is a chosen token whose id is known: every mention of its text
-is that token.
+``validation`` has checked each field by itself; this module checks several together.
+Nothing is invented: a missing number becomes NaN, a missing rank 0, and a token of
+which only the text is known gets an id below ``BLANK``, the same for the same text.
+There is one exception: if the id of a chosen token is known, every token with that
+text gets the same id.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
+from oki_trace.exchange.reading.validation import value_or
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.schema import value_or
 from oki_trace.exchange.trace_object import BLANK
 from oki_trace.records import CapturePolicy, CaptureReport, Generation, Part, Prompt, TurnStart
 
@@ -23,7 +23,7 @@ _TEXTLESS = 100_000
 
 
 class TokenIds:
-    """Ids for the tokens of one reply that the file knows by their text alone."""
+    """Ids for the tokens of one reply of which the file has only the text."""
 
     def __init__(self, known: dict[str, int] | None = None) -> None:
         self._by_text = dict(known or {})
@@ -40,7 +40,7 @@ class TokenIds:
 
 @dataclass
 class Survey:
-    """What the head of a version 1 trace does not say, collected from its steps."""
+    """Facts that the head of a version 1 trace lacks, collected from its steps."""
 
     steps: int = 0
     first: int = 0
@@ -52,11 +52,11 @@ class Survey:
     _least_prompt_len: int = 0
     _known_prompt_len: int | None = None
 
-    def add(self, step: schema.Step) -> None:
+    def add(self, step: validation.Step) -> None:
         """The next step. Some trace writers count from 1."""
         index, self.steps = self.steps, self.steps + 1
-        if self.steps > schema.MAX_STEPS:
-            raise refused(f"a reply has more than {schema.MAX_STEPS:,} steps")
+        if self.steps > validation.MAX_STEPS:
+            raise refused(f"a reply has more than {validation.MAX_STEPS:,} steps")
         if index == 0:
             self.first = int(step.get("step") == 1)
         token_id = step.get("chosen_id")
@@ -84,7 +84,9 @@ class Survey:
         return self._least_prompt_len if known is None else known
 
 
-def turn_start(trace: schema.Trace, ids: TokenIds, survey: Survey | None, where: str) -> TurnStart:
+def turn_start(
+    trace: validation.Trace, ids: TokenIds, survey: Survey | None, where: str
+) -> TurnStart:
     """A reply before its first step; ``survey`` where the trace has no ``capture``."""
     survey = survey or Survey()
     capture = trace.get("capture") or _capture_v1(trace, survey)
@@ -95,12 +97,12 @@ def turn_start(trace: schema.Trace, ids: TokenIds, survey: Survey | None, where:
         model_id=value_or(trace, "model_id", "unknown"),
         prompt=_prompt(trace, ids, survey, where),
         generation=trace.get("generation")
-        or Generation(**{**schema.GENERATION, "max_new_tokens": survey.steps}),
+        or Generation(**{**validation.GENERATION, "max_new_tokens": survey.steps}),
         capture=capture,
     )
 
 
-def _prompt(trace: schema.Trace, ids: TokenIds, survey: Survey, where: str) -> Prompt:
+def _prompt(trace: validation.Trace, ids: TokenIds, survey: Survey, where: str) -> Prompt:
     text = value_or(trace, "prompt", "")
     tokens = trace.get("prompt_tokens")
     if tokens is None:
@@ -123,7 +125,7 @@ def _prompt(trace: schema.Trace, ids: TokenIds, survey: Survey, where: str) -> P
     )
 
 
-def _capture_v1(trace: schema.Trace, survey: Survey) -> CaptureReport:
+def _capture_v1(trace: validation.Trace, survey: Survey) -> CaptureReport:
     """The part of a report that follows from the steps."""
     candidates, evidence, lens = survey.topk
     available = value_or(trace, "logit_lens_available", survey.layers > 0)
@@ -136,10 +138,12 @@ def _capture_v1(trace: schema.Trace, survey: Survey) -> CaptureReport:
         "lens_reason": None if available else "not in the imported trace",
         "versions": "imported from trace version 1",
     }
-    return CaptureReport(**{**schema.CAPTURE, **known})
+    return CaptureReport(**{**validation.CAPTURE, **known})
 
 
-def reply_parts(parts: Sequence[schema.Part] | None, steps: int, where: str) -> tuple[Part, ...]:
+def reply_parts(
+    parts: Sequence[validation.Part] | None, steps: int, where: str
+) -> tuple[Part, ...]:
     """The parts of a reply of ``steps`` steps, each of which begins where the last one ends."""
     checked: list[Part] = []
     before = 0

@@ -1,8 +1,8 @@
 """The temporary store that an import fills before the target store is touched.
 
-Every check of the file is made on the way into it, whatever the file's length;
-then the conversations are copied as any others are (store/writing/copy.py), in
-one transaction each. It grows to ``most_bytes`` and no further.
+Every value of the file is checked before it is written to this store. The conversations
+are then copied to the target store like any others (``store/writing/copy.py``), in one
+transaction each. The temporary store grows to at most ``most_bytes``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.replies import reply_parts
+from oki_trace.exchange.reading.validation import value_or
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.schema import value_or
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -80,14 +80,14 @@ class Staging:
             self._open_writer = TraceWriter(self.path, keeps_reserve=False)
         return self._open_writer
 
-    def begin(self, conversation: schema.Conversation) -> None:
+    def begin(self, conversation: validation.Conversation) -> None:
         """Begin a new conversation, which the messages that follow belong to."""
         self._conversation = self._writer.create_conversation(
             value_or(conversation, "title", "Imported"), created_at=conversation.get("created_at")
         )
         self._ids.clear()
 
-    def add_message(self, message: schema.Message, where: str) -> None:
+    def add_message(self, message: validation.Message, where: str) -> None:
         """Add a message without a trace, or a reply that failed before its first token."""
         role, status = message["role"], self._checked_status(message, where)
         if message.get("tokens"):
@@ -113,7 +113,7 @@ class Staging:
 
     def add_reply(
         self,
-        message: schema.Message,
+        message: validation.Message,
         start: TurnStart,
         steps: Iterable[Step],
         where: str,
@@ -136,8 +136,8 @@ class Staging:
         for step in steps:
             as_recorded = as_recorded and is_as_recorded(step)
             count += 1
-            if count > schema.MAX_STEPS:
-                raise refused(f"{where} has more than {schema.MAX_STEPS:,} steps")
+            if count > validation.MAX_STEPS:
+                raise refused(f"{where} has more than {validation.MAX_STEPS:,} steps")
             batch.append(step)
             rows += _row_count(step)
             tensor_bytes += sum(tensor.array.nbytes for tensor in step.tensors)
@@ -163,7 +163,9 @@ class Staging:
             self._writer.append(reply, steps, faithful=True)
         self._check_size()
 
-    def _compare_digest(self, number: int, message: schema.Message, *, as_recorded: bool) -> None:
+    def _compare_digest(
+        self, number: int, message: validation.Message, *, as_recorded: bool
+    ) -> None:
         """Count the message if it, or a step of it, differs from its digest."""
         digest = message.get("digest")
         self.without_digest += digest is None
@@ -182,11 +184,11 @@ class Staging:
         assert self._conversation is not None
         return self._conversation
 
-    def _checked_status(self, message: schema.Message, where: str) -> Status:
+    def _checked_status(self, message: validation.Message, where: str) -> Status:
         """The status of the next message, which is counted and has a new id."""
         self.messages += 1
-        if self.messages > schema.MAX_MESSAGES:
-            raise refused(f"there are more than {schema.MAX_MESSAGES:,} messages")
+        if self.messages > validation.MAX_MESSAGES:
+            raise refused(f"there are more than {validation.MAX_MESSAGES:,} messages")
         number = message.get("id")
         if number is not None:
             if number in self._ids:
@@ -194,7 +196,7 @@ class Staging:
             self._ids.add(number)
         return message.get("status") or Status.COMPLETE
 
-    def _queue(self, message: schema.Message, start: TurnStart | None = None) -> int:
+    def _queue(self, message: validation.Message, start: TurnStart | None = None) -> int:
         return self._writer.queue_reply(
             self._conversation_id(),
             message.get("choice") or ModelChoice(start.model_id if start else ""),
@@ -211,7 +213,7 @@ def _row_count(step: Step) -> int:
     return len(step.topk.tokens) + sum(len(one.positions) for one in step.attention) + lens
 
 
-def _end(message: schema.Message, status: Status, steps: int, where: str) -> TurnEnd:
+def _end(message: validation.Message, status: Status, steps: int, where: str) -> TurnEnd:
     """How the reply ended. One that was running when it was exported was interrupted."""
     if status.is_live:
         status = Status.INTERRUPTED

@@ -1,7 +1,7 @@
-"""A step and its full tensors, from the validated fields of a file.
+"""Builds a step and its full tensors from the validated fields of a file.
 
-``schema`` has checked each field by itself; this checks several together.
-Nothing is made up (see ``replies``).
+``validation`` has checked each field by itself; this module checks several together.
+Nothing is invented (see ``replies``).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.replies import TokenIds
+from oki_trace.exchange.reading.validation import value_or
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.schema import value_or
 from oki_trace.exchange.trace_object import BLANK
 from oki_trace.records import (
     Candidates,
@@ -39,7 +39,7 @@ _SPECIAL = re.compile(r"<\|[^<>|]{1,60}\|>|</?(s|eos|bos|pad)>")
 
 
 def step_record(
-    values: schema.Step, index: int, start: TurnStart, ids: TokenIds, first: int, where: str
+    values: validation.Step, index: int, start: TurnStart, ids: TokenIds, first: int, where: str
 ) -> Step:
     """Step ``index`` of a reply; the file counts from ``first``. Raises ExchangeError."""
     if value_or(values, "step", index + first) != index + first:
@@ -87,7 +87,7 @@ def _log(prob: float) -> float:
     return math.log(prob) if prob > 0 else -math.inf if prob == 0 else NAN
 
 
-def _candidates(entries: Sequence[schema.Candidate], ids: TokenIds, where: str) -> Candidates:
+def _candidates(entries: Sequence[validation.Candidate], ids: TokenIds, where: str) -> Candidates:
     where = f"{where}, logits_topk"
     _check_ranks(entries, where)
     logits, probs = _floats(entries, "logit"), _floats(entries, "prob")
@@ -104,9 +104,9 @@ def _candidates(entries: Sequence[schema.Candidate], ids: TokenIds, where: str) 
 
 
 def _attention(
-    values: schema.Step, capture: CaptureReport, position: int, where: str
+    values: validation.Step, capture: CaptureReport, position: int, where: str
 ) -> tuple[LayerAttention, ...]:
-    """Of every layer; of the last alone where there is only evidence."""
+    """The attention of every layer, or of the last alone if the file has only evidence."""
     layers = values.get("attention") or []
     evidence = values.get("evidence") or []
     if not layers and evidence:
@@ -118,8 +118,8 @@ def _attention(
     if not set(numbers) <= set(capture.attention_layers):
         raise refused(f"{where}: attention is of layers that capture does not name")
     lists = [layer.get("topk") or [] for layer in layers]
-    if sum(map(len, lists)) > schema.MAX_CELLS:
-        raise refused(f"{where}: attention has more than {schema.MAX_CELLS:,} entries")
+    if sum(map(len, lists)) > validation.MAX_CELLS:
+        raise refused(f"{where}: attention has more than {validation.MAX_CELLS:,} entries")
     # One array for all layers: a model has dozens, and each list is short.
     entries = list(chain.from_iterable(lists))
     positions = np.array([entry["position"] for entry in entries], dtype=np.int64)
@@ -150,10 +150,10 @@ def _attention(
 
 
 def _lens(
-    values: schema.Step, index: int, token_id: int, layers: int, ids: TokenIds, where: str
+    values: validation.Step, index: int, token_id: int, layers: int, ids: TokenIds, where: str
 ) -> Lens | None:
     """A row for each layer of the model; a layer that the file does not have is blank."""
-    rows: dict[int, schema.LensLayer] = {}
+    rows: dict[int, validation.LensLayer] = {}
     for row in values.get("logit_lens") or ():
         here = f"{where}, logit_lens of layer {row['layer']}"
         if row["layer"] in rows:
@@ -166,11 +166,11 @@ def _lens(
         return None
     count = layers + 1
     k = max(1, *(len(row.get("topk") or ()) for row in rows.values()))
-    if count * k > schema.MAX_CELLS:
-        raise refused(f"{where}: logit_lens has more than {schema.MAX_CELLS:,} entries")
-    blanks: list[schema.LensToken] = [{"token": ""}] * k
-    missing: schema.LensLayer = {"layer": 0}
-    cells: list[schema.LensToken] = []
+    if count * k > validation.MAX_CELLS:
+        raise refused(f"{where}: logit_lens has more than {validation.MAX_CELLS:,} entries")
+    blanks: list[validation.LensToken] = [{"token": ""}] * k
+    missing: validation.LensLayer = {"layer": 0}
+    cells: list[validation.LensToken] = []
     token_ids, tokens, numbers = [], [], []
     for layer in range(count):
         row = rows.get(layer, missing)
@@ -201,8 +201,8 @@ def _lens(
     )
 
 
-def _decision(values: schema.Decision, ids: TokenIds) -> Decision:
-    def contender(token: schema.Contender) -> Contender:
+def _decision(values: validation.Decision, ids: TokenIds) -> Decision:
+    def contender(token: validation.Contender) -> Contender:
         text, prob = token["token"], value_or(token, "sampled_prob", NAN)
         return Contender(ids.of(token.get("token_id"), text), text, prob, token.get("noise"))
 

@@ -1,7 +1,7 @@
-"""Starts the reading process, watches it, and ends it in any case.
+"""Starts the process that reads an import, watches it, and always ends it.
 
-It is ended when it shows no progress for ``STUCK_SECONDS``, and when it takes
-more memory than it may, where the system does not enforce that.
+The process is killed when it makes no progress for ``STUCK_SECONDS``, and when it
+exceeds its memory limit on a system that does not enforce the limit.
 """
 
 from __future__ import annotations

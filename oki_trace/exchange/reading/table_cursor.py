@@ -1,10 +1,10 @@
-"""One Parquet table of an import, row by row, bounded before anything is expanded.
+"""Reads a Parquet table of an import row by row, and checks sizes before it unpacks values.
 
-A few kilobytes of Parquet can expand to gigabytes: every row may refer to one
-long text of a dictionary, and a run of one value may have any length. So texts
-are read as dictionaries and their length is checked there, a few rows are in
-memory at a time, and columns that are not needed are not read. The size of an
-unpacked page is bounded by the memory of the process (see ``reading.process``).
+A few kilobytes of Parquet can expand to gigabytes: every row may refer to one long
+text of a dictionary, and a run of one value may have any length. Texts are therefore
+read as dictionaries whose lengths are checked, a few rows are in memory at a time,
+and columns that are not needed are not read. The size of an unpacked page is bounded
+by the memory limit of the process (see ``reading.process``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from oki_trace.errors import ExchangeError
-from oki_trace.exchange import schema
+from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.source import opened
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import SUFFIX, TABLES
@@ -35,10 +35,10 @@ _BATCH_ROWS = 1024
 _BUFFER_BYTES = 1 << 20
 # Bytes of a cell; the other columns are settings and reports as JSON.
 _MAX_CELL = {
-    "token": 4 * schema.MAX_TOKEN,
-    "token_bytes": 4 * schema.MAX_TOKEN,
-    "content": 4 * schema.MAX_TEXT,
-    "prompt": 4 * schema.MAX_TEXT,
+    "token": 4 * validation.MAX_TOKEN,
+    "token_bytes": 4 * validation.MAX_TOKEN,
+    "content": 4 * validation.MAX_TEXT,
+    "prompt": 4 * validation.MAX_TEXT,
     "title": 400_000,
 }
 _MAX_OTHER_CELL = 1_000_000
@@ -197,7 +197,7 @@ class TableCursor:
             return [_time(value) for value in column.cast(pa.int64()).to_pylist()]
         if pa.types.is_list(kind):
             longest = pc.max(pc.list_value_length(column)).as_py() or 0
-            if longest > schema.MAX_LAYERS + 1:
+            if longest > validation.MAX_LAYERS + 1:
                 raise refused(f"the table {self.name}: {name} has too many entries")
         values: list[Any] = column.to_pylist()
         if pa.types.is_floating(kind):
@@ -225,7 +225,7 @@ def _value_type(kind: Any) -> Any:
 
 
 def _time(microseconds: int | None) -> Any:
-    """A datetime, or a text that ``schema`` refuses for a time outside Python's range."""
+    """A datetime, or a text that ``validation`` refuses for a time outside Python's range."""
     try:
         return microseconds and _EPOCH + dt.timedelta(microseconds=microseconds)
     except OverflowError:

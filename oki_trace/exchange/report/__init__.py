@@ -1,7 +1,7 @@
 """A conversation as one self-contained HTML file.
 
-It opens without a network and makes no request, which its content security
-policy enforces too. Text of a model or a user is data and never markup.
+The file opens without a network and makes no request; its content security policy
+forbids any. Text from a model or a user is data and never markup.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Reading hidden states, attention and the Logit Lens, and checking them."""
+"""Captures hidden states, attention and the Logit Lens, and checks them."""

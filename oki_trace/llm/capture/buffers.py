@@ -1,7 +1,7 @@
 """Memory for the tensors that outlive a forward pass, allocated together.
 
-Allocated one by one among the pass's own, far larger tensors, they would
-fragment the free memory: a long prompt then takes half as much again.
+If they were allocated one by one between the much larger tensors of the pass, they
+would fragment the free memory, and a long prompt would take half as much again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BufferPool:
         return like.new_empty(shape)
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in a buffer of its own."""
+        """A copy of ``tensor`` in a new buffer."""
         return self.take(tensor.shape, tensor).copy_(tensor)
 
 

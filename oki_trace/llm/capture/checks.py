@@ -1,8 +1,8 @@
-"""Which lens and which attention tap agree with the model itself.
+"""Selects the lens and the attention tap that agree with the model itself.
 
-Checked once per load, on a few short forward passes: the lens at the last layer
-against all of the model's own logits; the captured attention against the model's own
-eager attention, in one pass and with a cache. A part that does not agree is not used,
+Once per load, a few short forward passes compare the lens at the last layer with all
+of the model's own logits, and the captured attention with the model's own eager
+attention, in one pass and with a cache. A part that does not agree is not used,
 and the reason is recorded. A model that treats long texts differently (a window, a
 selection of keys, another rotary scaling) is also checked on a text longer than that,
 where this machine can run one in a few seconds.
@@ -56,7 +56,7 @@ PROVENANCE = "attention of the newest position, final layer with attention, head
 
 @dataclass(frozen=True)
 class SelectedLens:
-    """The lens, its largest |Δlogprob|, and why there is none.
+    """The lens and its largest |Δlogprob|, or the reason why there is none.
 
     ``draft_inputs``: hidden states of inner layers, to compare a draft of the lens on.
     """

@@ -1,4 +1,4 @@
-"""Why a token was chosen: what each sampling setting did, and how the draw went.
+"""Explains the choice of a token: the effect of each sampling setting, and the draw.
 
 ``choose`` (``decoding/sampling.py``) only keeps the tensors of a choice, so the
 decoding thread does no more than decoding needs; this runs in another thread.

@@ -1,4 +1,4 @@
-"""Rows of logits reduced to their k best tokens and a few numbers about all tokens.
+"""Reduces rows of logits to their k best tokens and statistics over the vocabulary.
 
 A lens makes one row per layer at every step, each as long as the vocabulary, so
 this part of capture touches the most memory. Every pass over the rows counts, and
@@ -46,7 +46,7 @@ class Distribution:
 
 @torch.no_grad()
 def model_distribution(logits: Tensor) -> ModelDistribution:
-    """Of the model's own logits (vocab,) in fp32."""
+    """The distribution of the model's own logits (vocab,) in fp32."""
     shifted = logits - logits.max()
     weights = shifted.exp()
     total = weights.sum()

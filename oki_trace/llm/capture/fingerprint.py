@@ -1,6 +1,6 @@
-"""A fingerprint of a model and its tokenizer, which shows whether either was changed.
+"""Fingerprints of a model and its tokenizer, which detect a change to either.
 
-The checks of a model hold for the model as it was. Between two traces a user may
+The checks of a model are valid until the model changes. Between two traces a user may
 replace a module, resize the embeddings, cast, quantize, prune, train, add an adapter
 or a hook, or choose another attention implementation. All of this changes the
 identities compared here, which are read before each reply, in a few milliseconds and
@@ -24,7 +24,7 @@ Fingerprint = tuple[Any, ...]
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Of the model as it is now, in the calling thread."""
+    """The fingerprint of the model as it is now, in the calling thread."""
     return (
         *map(_module, model.modules()),
         *map(_parameter, model.parameters()),
@@ -36,7 +36,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> Fingerprint:
-    """Of a tokenizer's vocabulary as it is now; its chat template is read at every use."""
+    """The fingerprint of a tokenizer's vocabulary; its chat template is read at every use."""
     return (
         id(tokenizer),
         len(tokenizer),

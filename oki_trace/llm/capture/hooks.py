@@ -1,7 +1,8 @@
 """The forward hooks on a model: the residual stream at every layer, and the attention.
 
-Only the newest position is kept, copied at once, so that the activations of a long
-prompt are freed as they are in a plain run.
+Of a reply's passes only the newest position is kept, copied at once, so that the
+activations of a long prompt are freed as they are in a plain run. Of given text every
+position is kept, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from oki_trace.llm.capture.attention import AttentionTap
+from oki_trace.llm.capture.attention import AttentionTap, EveryQuery, QueryRows
 from oki_trace.llm.capture.buffers import BufferPool
 from oki_trace.llm.capture.model_structure import ModelStructure, residual_stream
 from oki_trace.llm.decoding.forward_pass import AttentionCapture
@@ -28,18 +29,24 @@ class ModelHooks:
         self._tap = tap
         self._hidden_states: dict[int, Tensor] = {}
         self._pool = BufferPool(0)
+        self._every_position = False
 
     def take_hidden_states(self) -> tuple[Tensor, ...]:
         """L+1 rows (width,): the input of block 1, then the output of each block.
 
-        (streams, width) where the model carries several residual streams.
+        (streams, width) where the model carries several residual streams. All positions,
+        (T, width), under ``attach(every_query=…)``.
         """
         hidden_states, self._hidden_states = self._hidden_states, {}
         return tuple(hidden_states[layer] for layer in sorted(hidden_states))
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """By layer, of the pass that returned ``outputs``; empty without a tap."""
+        """The attention by layer, of the pass that returned ``outputs``; empty without a tap."""
         return self._tap.take(outputs) if self._tap else {}
+
+    def take_every_query(self, outputs: Any) -> QueryRows:
+        """By layer, the weights of all queries of a pass under ``attach(every_query=…)``."""
+        return self._tap.take_every_query(outputs) if self._tap else {}
 
     @property
     def splits_prompt(self) -> bool:
@@ -51,11 +58,16 @@ class ModelHooks:
         return self._tap.forward_arguments() if self._tap else nullcontext({})
 
     @contextmanager
-    def attach(self, *, pooled: bool = True) -> Iterator[None]:
+    def attach(
+        self, *, pooled: bool = True, every_query: EveryQuery | None = None
+    ) -> Iterator[None]:
         """Hook the model while this context lasts.
 
-        With ``pooled``, the buffers for the first pass are allocated together.
+        With ``pooled``, the buffers for the first pass are allocated together. With
+        ``every_query``, all positions of a pass are captured, and that much of their
+        attention.
         """
+        pooled = pooled and every_query is None
         self._pool = BufferPool(len(self._blocks) + 1 if pooled else 0)
         handles = [
             self._blocks[0].register_forward_pre_hook(self._keep_input, with_kwargs=True),
@@ -64,10 +76,13 @@ class ModelHooks:
                 for layer, block in enumerate(self._blocks, 1)
             ),
         ]
+        tap = self._tap.attach(every_query) if self._tap else nullcontext()
+        self._every_position = every_query is not None
         try:
-            with self._tap.attach() if self._tap else nullcontext():
+            with tap:
                 yield
         finally:
+            self._every_position = False
             for handle in handles:
                 handle.remove()
             self._hidden_states.clear()
@@ -83,8 +98,10 @@ class ModelHooks:
         return keep_output
 
     def _newest(self, stream: Tensor) -> Tensor:
-        """A copy of a residual stream's last position: (width,).
+        """A copy of a residual stream's last position, (width,), or of all, (T, width).
 
         The axis before that of the positions is a batch of one.
         """
+        if self._every_position:
+            return stream.select(self._axis - 1, 0).movedim(self._axis - 1, 0).clone()
         return self._pool.copy(stream.select(self._axis, -1).select(self._axis - 1, 0))

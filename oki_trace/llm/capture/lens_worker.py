@@ -1,4 +1,4 @@
-"""The lens in a thread of its own, a few steps behind the decoder.
+"""Computes the lens in its own thread, a few steps behind the decoder.
 
 It costs several times as much as the model's own head, so it is computed for a few
 steps together, and no token waits for the lens of an earlier one.

@@ -1,4 +1,4 @@
-"""Where a model keeps its blocks, and which modules follow the last one.
+"""Finds a model's blocks, and the modules that run after the last block.
 
 No model family is named here. One short forward pass is recorded, and the parts
 are recognised by what they do: the blocks are the list of modules, one per layer,

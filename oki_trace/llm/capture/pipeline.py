@@ -1,7 +1,7 @@
-"""Capturing a reply: each step as it is decoded, and a few steps later its lens.
+"""Captures a reply: each step when it is decoded, and its lens a few steps later.
 
-``decode`` makes the tensors of each step in one thread, ``reduce`` turns them into
-records in this one, and the ``LensWorker`` computes their lenses in a third.
+``decode`` computes the tensors of each step in one thread, ``reduce`` turns them into
+records in the caller's thread, and the ``LensWorker`` computes the lenses in a third.
 """
 
 from __future__ import annotations

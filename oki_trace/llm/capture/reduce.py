@@ -1,6 +1,6 @@
-"""The tensors of a decoded step reduced to plain records.
+"""Reduces the tensors of a decoded step to plain records.
 
-They are reduced on their own device, and copied to the CPU once.
+The tensors are reduced on their own device, and copied to the CPU once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, S
 
 @dataclass(frozen=True)
 class PendingLens:
-    """What the lens of a step is computed from, and no more: several of these are in memory.
+    """The inputs of a step's lens, and nothing else: several of these are in memory.
 
     ``hidden_states`` are L+1 rows (width,); ``last_layer`` summarizes the row of layer
     L, which is the model's own; ``logits`` (vocab,) in fp32 only where the lens of this

@@ -1,6 +1,6 @@
-"""A reply's own numbers compared with its model while it is decoded.
+"""Compares the numbers of a reply with its model while the reply is decoded.
 
-The checks at load hold for the model as it was then, on a short text. Here the lens
+The checks at load cover the model as it was loaded, on a short text. Here the lens
 at the last layer is compared with the logits that a token was chosen from, at the
 first step, at each power of two, and at the last one; and each head's weights are
 summed. Numbers that disagree are not stored from then on, the reply says so, and the
@@ -24,7 +24,7 @@ _DRAFT_CHECK_STEPS = (0, 4)
 
 
 class ReplyChecker:
-    """Collects the checks of one reply. One thread checks the lens, another all else."""
+    """Collects the checks of one reply. One thread checks the lens, another everything else."""
 
     def __init__(self, dtype: torch.dtype, *, full_rows: bool) -> None:
         """``full_rows``: the weights of each head sum to 1, else to at most 1."""

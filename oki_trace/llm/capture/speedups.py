@@ -1,4 +1,4 @@
-"""Which of the optional fast paths one model uses, and why not the others.
+"""Decides which optional fast paths a model uses, and says why the others are off.
 
 The only module that imports ``llm/fast``. ``OKI_TRACE_FAST=0`` switches all of
 them off; tracing then takes longer and gives the same tokens and numbers.
@@ -93,7 +93,7 @@ def are_off() -> bool:
 
 
 def _reason_off() -> str | None:
-    """Why this process uses no fast paths; None where it does."""
+    """Why this process uses no fast paths; None if it uses them."""
     if not Settings.from_environment().fast:
         return "switched off by OKI_TRACE_FAST"
     try:

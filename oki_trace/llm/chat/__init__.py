@@ -1,1 +1,1 @@
-"""Messages to a prompt, and a reply's tokens to its parts."""
+"""Renders messages as a prompt, and splits a reply's tokens into parts."""

@@ -1,4 +1,4 @@
-"""The markers of a model's replies, by its chat template.
+"""Finds the markers around thinking, answer and tool calls in the replies of a model.
 
 A tokenizer may declare how its replies are parsed (``response_template``, in
 transformers' ``parse_response``). Otherwise the common markers are looked up in the

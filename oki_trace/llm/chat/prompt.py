@@ -1,4 +1,4 @@
-"""From messages to the model's prompt.
+"""Renders messages as the model's prompt.
 
 The prompt is written by the tokenizer's own chat template, or in the plain
 ``USER: … ASSISTANT:`` form if it has none. A template writes its special tokens
@@ -37,7 +37,7 @@ def render(
     vocabulary: Vocabulary | None = None,
     options: TemplateOptions | None = None,
 ) -> Prompt:
-    """The prompt for the assistant's next message, or for the rest of a last one of its own.
+    """The prompt for the assistant's next message, or for the rest of its last message.
 
     ``options`` are for the chat template. Raises CaptureError if the template
     refuses the messages, omits the text of one, or does not accept the options, and
@@ -57,6 +57,22 @@ def render(
         token_ids=tuple(ids),
         tokens=tuple(vocabulary.text(i) for i in ids),
         segments=tuple(_segment_of(start, end, written.spans) for start, end in offsets),
+    )
+
+
+def text_prompt(tokenizer: Any, text: str, vocabulary: Vocabulary) -> Prompt:
+    """A text by itself, without a chat template, after the tokens that the tokenizer adds.
+
+    Raises CaptureError for half a character.
+    """
+    _refuse_unencodable(text)
+    ids, offsets = _encode(tokenizer, text, templated=False)
+    added = len(ids) - len(_encode(tokenizer, text, templated=True)[0])
+    return Prompt(
+        text=text,
+        token_ids=tuple(ids),
+        tokens=tuple(vocabulary.text(i) for i in ids),
+        segments=tuple("template" if at < added else "user" for at in range(len(offsets))),
     )
 
 

@@ -1,4 +1,4 @@
-"""A reply's text as it grows, and its parts once it has ended.
+"""The text of a reply while it grows, and its parts when it has ended.
 
 For most models, which use no markers, it is the text that the tokenizer decodes.
 Where thinking and calls are marked, each piece comes with the kind of its part.

@@ -26,12 +26,12 @@ def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
     text = template_text(tokenizer)
     if not text:
         raise CaptureError(
-            "The model has no chat template, so it can be given no tools and no template "
+            "The model has no chat template, so it accepts no tools and no template "
             "arguments. Leave them out."
         )
     if options.tools and not _reads(text, "tools"):
         raise CaptureError(
-            "The model's chat template takes no tools. Leave out --tools, or choose a model that "
+            "The model's chat template accepts no tools. Leave out --tools, or choose a model that "
             "was trained with tools."
         )
     for name in options.arguments:
@@ -39,7 +39,7 @@ def refuse_unknown(tokenizer: Any, options: TemplateOptions) -> None:
             known = ", ".join(_arguments_of(text)) or "none"
             raise CaptureError(
                 f"The model's chat template has no argument {name}. It reads {known}. "
-                f"{name}=null takes one back that an earlier turn had."
+                f"{name}=null removes an argument of an earlier turn."
             )
 
 

@@ -1,4 +1,4 @@
-"""Tool calls in the text that models write, read into a name and arguments.
+"""Parses tool calls in a model's text into a name and arguments.
 
 Nothing is executed. A call that cannot be read keeps its text, without a name.
 """

@@ -1,4 +1,4 @@
-"""Messages in the form that a chat template reads.
+"""Converts messages to the form that a chat template reads.
 
 Templates differ in where they read thinking, in whether a content is a text or a
 list of parts, and in whether a call's arguments are an object or a text. None of this

@@ -1,9 +1,9 @@
-"""The decoding loop: one step per token, with the tensors it was chosen by.
+"""The decoding loop: one step per token, with the tensors from which it was chosen.
 
-It knows nothing of text, of the store or of the capture policy. ``generate()`` does
+This module knows nothing about text, the store or the capture policy. ``generate()`` does
 the preparation (generation config, logits processors, stopping criteria, the
 right cache for the model) and calls the loop below as its ``custom_generate``, so
-that every setting has the meaning it has there and greedy tokens are its tokens.
+every setting keeps its meaning and greedy decoding gives the same tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decoding in a thread of its own, a few steps ahead of their reduction and storage.
+"""Decodes in its own thread, a few steps ahead of reduction and storage.
 
 A decode step on a CPU mostly waits for memory: with one core less it is hardly
 slower, often not at all. That core reduces the tensors, computes the lens and feeds

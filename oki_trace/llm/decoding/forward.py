@@ -1,4 +1,4 @@
-"""The forward passes of one reply: the prompt's, then one per token, all of them captured.
+"""The forward passes of one reply: one for the prompt and one per token, all captured.
 
 The model is called as ``generate()`` calls it. Where decode steps can be replayed
 as a graph (``fast/step_graph.py``), the first one is run both ways, and if

@@ -99,6 +99,21 @@ def resolve_generation(model: Any, sampling: Sampling, prompt_len: int) -> Gener
     )
 
 
+def require_context(model: Any, tokens: int, window: int | None) -> None:
+    """Raise CaptureError unless a text of so many tokens, or each window of it, fits."""
+    context = context_length(model)
+    if window is not None and window > context:
+        raise CaptureError(
+            f"A window of {window:,} tokens is longer than the model's context. Choose one of at "
+            f"most {context:,}."
+        )
+    if window is None and tokens > context:
+        raise CaptureError(
+            f"The text has {tokens:,} tokens, but the model's context holds {context:,}. Score it "
+            f"in overlapping windows: --window {context} --stride {context // 2}."
+        )
+
+
 def has_own_generate(model: Any) -> bool:
     """Whether the model has a ``generate()`` that is not transformers'; it is not used.
 

@@ -1,4 +1,4 @@
-"""A limit on the memory of this process while a model's chat template is rendered.
+"""Limits the memory of this process while a model's chat template is rendered.
 
 A template is a program: one line of it can allocate more memory than there is. On
 systems with such a limit it gets a MemoryError instead, and its turn fails with the
@@ -16,7 +16,7 @@ TEMPLATE_BYTES = 1_000_000_000
 
 
 class MemoryLimit:
-    """Notified of each phase, it limits the memory of those in ``limited``."""
+    """Limits the memory of the phases in ``limited``; it is notified of each phase."""
 
     def __init__(self, *limited: Activity) -> None:
         self._limited = limited

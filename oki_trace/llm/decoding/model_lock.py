@@ -1,4 +1,4 @@
-"""One trace at a time on a model, by its own uncompiled code.
+"""A lock that lets a model run one trace at a time, with its uncompiled code.
 
 A trace attaches hooks to the model; two at once would read each other's tensors. So a
 second thread waits, whichever object it refers to the model by (an adapter shares its
@@ -24,7 +24,7 @@ from oki_trace.llm.torch_internals import compiled_calls_off
 
 
 class _Lock:
-    """A lock that its own thread cannot take again."""
+    """A lock that the thread that holds it cannot take again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -51,7 +51,7 @@ _locks_lock = threading.Lock()
 
 @contextmanager
 def lock_model(model: Any) -> Iterator[None]:
-    """While this lasts, no other thread traces the model, and none of it runs compiled.
+    """In this context, no other thread traces the model, and no part of it runs compiled.
 
     ``model`` is unwrapped (``torch_internals.uncompiled``). Raises CaptureError in a thread that
     holds the lock already.

@@ -1,4 +1,4 @@
-"""How the next token is chosen, with every intermediate result kept.
+"""Chooses the next token, and keeps every intermediate result.
 
 The processors and warpers are those that ``generate()`` sets up, called one by
 one, so that the effect of each can be read from the scores around it. The

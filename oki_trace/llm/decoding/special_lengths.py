@@ -1,7 +1,7 @@
-"""The lengths beyond which a model treats a text differently, from its config.
+"""Reads from a model's config the lengths beyond which it treats a text differently.
 
-A window, a chunk, a selection of keys, a rotary scaling that switches: a check on a
-shorter text says nothing about a longer one.
+Such a length is that of an attention window, a chunk, a selection of keys or a switch of
+the rotary scaling. A check on a shorter text says nothing about a longer one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Optional fast paths: the same numbers in less time.
 
-Nothing outside this package imports it but ``capture/speedups.py``, which does
-without it when it is switched off or missing.
+Only ``capture/speedups.py`` imports this package. It works without the package if the
+fast paths are switched off or the package is missing.
 """

@@ -1,4 +1,4 @@
-"""The lens of a float32 model for less than half the cost, with a bounded error.
+"""Drafts a float32 model's lens in bfloat16: half the cost or less, and a bounded error.
 
 Most of a lens is the head, applied to every layer of every step. Here the logits
 are first drafted with the head in bfloat16; then the best tokens of each layer

@@ -102,7 +102,7 @@ class PrepackedWeights:
 
 @contextmanager
 def multiplying_with(model: nn.Module, factors: Mapping[int, Tensor]) -> Iterator[None]:
-    """Within, ``model`` multiplies with other tensors, prepacked or not.
+    """In this context, ``model`` multiplies with other tensors, prepacked or not.
 
     ``factors`` by the id of the weight that each replaces.
     """

@@ -1,4 +1,4 @@
-"""Tracing a decode step with TorchScript.
+"""Traces a decode step with TorchScript.
 
 The tracer runs the model once on real tensors and records the operations. It
 takes every decision of Python as constant, so a step is traced only if that

@@ -1,1 +1,1 @@
-"""Finding and loading a model and its tokenizer."""
+"""Finds and loads a model and its tokenizer."""

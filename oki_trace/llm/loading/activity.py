@@ -1,8 +1,8 @@
-"""What a process is doing with a model, reported to whoever supervises it.
+"""Reports what a process is doing with a model to the process that supervises it.
 
-A model's files are programs of others: its chat template may loop for ever, its
-tokenizer too, and its code need not listen to a request to stop. So each phase is
-reported as it begins, and a process that holds the model can be ended with the reason.
+A model's files contain code from others: its chat template or tokenizer may loop for
+ever, and its code may ignore a request to stop. Each phase is therefore reported when
+it begins, so that the process can be ended with the reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _callback: ContextVar[Callable[[Activity], None] | None] = ContextVar("callback"
 
 @contextmanager
 def reporting_to(callback: Callable[[Activity], None]) -> Iterator[None]:
-    """Within, ``callback`` is called at the beginning of each phase, in its thread."""
+    """In this context, ``callback`` is called at the beginning of each phase, in its thread."""
     token = _callback.set(callback)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Why a model could not be loaded, in one line that names the fix.
+"""Explains why a model could not be loaded, in one line that names the fix.
 
 transformers, the hub client, safetensors and torch each raise their own
 errors, many a paragraph long and some misleading (a mistyped folder is looked
@@ -98,9 +98,9 @@ def _damage(folder: Path) -> str | None:
     for weights in sorted(folder.glob("*.safetensors")):
         size, header = weights.stat().st_size, read_safetensors_header(weights)
         if header is None:
-            return f"{weights} is not a whole safetensors file ({size:,} bytes)."
+            return f"{weights} is not a complete safetensors file ({size:,} bytes)."
         if size < header.file_bytes:
-            return f"{weights} is cut short: {size:,} of {header.file_bytes:,} bytes."
+            return f"{weights} is truncated: {size:,} of {header.file_bytes:,} bytes."
     config = folder / "config.json"
     return f"{config} is not valid JSON." if read_json(config) is None else None
 
@@ -118,7 +118,7 @@ def _gguf(path: Path) -> str | None:
         whole = False
     if whole:
         return None
-    return f"{path} is cut short ({path.stat().st_size:,} bytes). Copy or download it again."
+    return f"{path} is truncated ({path.stat().st_size:,} bytes). Copy or download it again."
 
 
 # ---------------------------------------------------------------- the hub
@@ -146,7 +146,7 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
     if "safetensors" in text and "does not appear to have" in text:
         return (
             f"{name} has no safetensors weights on the hub, and only safetensors is read. "
-            "Choose a model, or a conversion of it, that has them."
+            "Choose a model or a conversion that has them."
         )
     if any_of(errors.OfflineModeIsEnabled) or (
         is_offline_mode() and any_of(errors.LocalEntryNotFoundError, OSError)
@@ -170,7 +170,7 @@ def _hub(chain: list[BaseException], name: str) -> str | None:
 def _model_type(text: str, name: str) -> str | None:
     if "trust_remote_code" in text:
         return (
-            f"{name} runs code of its own, which is off. Read that code, then pass "
+            f"{name} needs its own code, which oki-trace does not run. Read that code, then pass "
             "trust_remote_code=True, or choose a model that transformers knows."
         )
     unknown = re.search(r"model type `([^`]+)`", text)

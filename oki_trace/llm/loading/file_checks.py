@@ -1,6 +1,6 @@
 """Cheap, bounded checks of a model's files before any library reads them.
 
-The files may be meant to harm: a pipe that never ends, a header that declares more
+The files may be malicious: a pipe that never ends, a header that declares more
 than fits into memory, a sparse file, or a config whose numbers no weights support.
 Each is refused in one line.
 """
@@ -105,7 +105,7 @@ def check_gguf(path: Path) -> Weights:
     size = path.stat().st_size
     if header.elements > 16 * size:
         raise ModelError(
-            f"{path} is cut short ({size:,} bytes for {header.elements:,} weights). {_FIX}"
+            f"{path} is truncated ({size:,} bytes for {header.elements:,} weights). {_FIX}"
         )
     weights = Weights(header.tensors, size)
     check_numbers(header.numbers, str(path), weights)
@@ -201,7 +201,7 @@ def _check_file(path: Path) -> None:
         return  # missing, or a broken link
     file_type = _FILE_TYPES.get(stat.S_IFMT(status.st_mode))
     if file_type is not None:
-        raise ModelError(f"{path} is {file_type}, and a model's files are plain ones. {_FIX}")
+        raise ModelError(f"{path} is {file_type}, and a model has only regular files. {_FIX}")
     if path.suffix in _TEXTS and stat.S_ISREG(status.st_mode):
         most = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix, _MAX_TEXT_BYTES))
         if status.st_size > most:

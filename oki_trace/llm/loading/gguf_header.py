@@ -1,7 +1,7 @@
-"""The header of a GGUF file, read with bounds before any library reads it.
+"""Reads the header of a GGUF file, with bounds, before any library reads it.
 
-The libraries make an object of each element of an array, however many the file
-declares. Nothing is made of them here, and every length is compared with the file's
+The libraries create an object for each element of an array, however many the file
+declares. This module creates none, and compares every length with the file's length
 and with those of published models.
 """
 
@@ -42,7 +42,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with path.open("rb", buffering=1 << 20) as stream:
             return _Reader(stream, path.stat().st_size).header()
     except (struct.error, OverflowError) as error:
-        raise ValueError("is cut short") from error
+        raise ValueError("is truncated") from error
 
 
 class _Reader:
@@ -101,7 +101,7 @@ class _Reader:
             elements *= self._scalar("Q")
         self._scalar("I")
         if self._scalar("Q") > self._size:
-            raise ValueError("is cut short")
+            raise ValueError("is truncated")
         return elements
 
     def _name(self) -> str:
@@ -114,12 +114,12 @@ class _Reader:
     def _read(self, length: int) -> bytes:
         data = self._stream.read(length)
         if len(data) < length:
-            raise ValueError("is cut short")
+            raise ValueError("is truncated")
         return data
 
     def _skip(self, length: int) -> None:
         if self._stream.tell() + length > self._size:
-            raise ValueError("is cut short")
+            raise ValueError("is truncated")
         self._stream.seek(length, 1)
 
 

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from a name.
+"""Loads a model and its tokenizer by name.
 
 A name is ``smollm2`` (built in), a hub id, a local folder, or a local
 ``.gguf`` file. Two guarantees. If a model cannot be loaded in 4 bits, it is loaded

@@ -24,7 +24,7 @@ def no_progress(text: str, fraction: float | None) -> None:
 
 @contextmanager
 def progress_bars(progress: Progress | None = None) -> Iterator[None]:
-    """Within, bars are drawn on a terminal only, and reported to ``progress`` as well."""
+    """In this context, bars are drawn on a terminal only, and reported to ``progress`` as well."""
     from transformers.utils import logging
 
     from oki_trace.llm.transformers_internals import silent_gguf_reader

@@ -1,4 +1,4 @@
-"""Where a model's name leads: the built-in model, a folder, a GGUF file, or the hub."""
+"""Resolves a model's name to the built-in model, a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 

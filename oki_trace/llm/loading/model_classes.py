@@ -1,7 +1,7 @@
-"""The transformers class that a checkpoint is loaded as: one that continues a text.
+"""Selects the transformers class that loads a checkpoint: one that can continue a text.
 
-A causal language model is one. So is a model of images and text whose text part
-decodes: it is loaded for its text, and its use of images is not traced.
+A causal language model can. So can an image-text model whose text part decodes: it is
+loaded for its text, and its use of images is not traced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OTHERS: tuple[tuple[Any, Any], ...] = (
     (mappings.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     (mappings.MODEL_FOR_MULTIMODAL_LM_MAPPING, AutoModelForMultimodalLM),
 )
-TEXT_ONLY = "for text alone: what it makes of images or sound is not traced"
+TEXT_ONLY = "for text only: images and sound are not traced"
 # The parts of a config for inputs other than text.
 _OTHER_INPUTS = ("vision_config", "audio_config", "vq_config", "image_config", "video_config")
 

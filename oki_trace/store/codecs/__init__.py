@@ -1,1 +1,1 @@
-"""Full tensors to compressed bytes and back."""
+"""Encodes full tensors as compressed bytes, and decodes them."""

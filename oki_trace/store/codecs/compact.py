@@ -1,4 +1,4 @@
-"""The codecs of mode "compact": small, with a bounded error.
+"""The codecs of mode "compact", with small results and a bounded error.
 
     cumulative   attentions. The running sum of each row is rounded to multiples of
                  2^-10 and stored as differences: the error of a weight, and of the sum

@@ -1,4 +1,4 @@
-"""Conversion between 32-bit and 16-bit floats by integer operations on their bits.
+"""Converts between 32-bit and 16-bit floats by integer operations on their bits.
 
 The result has the same bits as NumPy's ``astype`` in a fifth of the time. NumPy converts
 floats one by one, and subnormal results raise a flag that costs even more: over a long

@@ -1,4 +1,4 @@
-"""Encoding full tensors to bytes and decoding them.
+"""Encodes full tensors to bytes, and decodes them.
 
 Activations hardly compress, so precision decides the size, not the compression level.
 Codecs:
@@ -186,7 +186,7 @@ def decode(encoded: EncodedTensor) -> TensorRecord:
     try:
         array = _values(kind, plain, encoded.dtype, size)
     except ValueError as error:
-        raise TensorError(f"{where} makes no sense ({error}): restore a backup.") from error
+        raise TensorError(f"{where} is invalid ({error}): restore a backup.") from error
     array = array.astype(item.newbyteorder("="), copy=False).reshape(encoded.shape)
     name = cast("TensorName", encoded.name)
     return TensorRecord(name, array, encoded.dtype, encoded.layers, encoded.key_offset)

@@ -1,1 +1,1 @@
-"""Verifying, pruning, vacuuming and measuring a store."""
+"""Verifies, prunes and vacuums a store."""

@@ -1,4 +1,4 @@
-"""Invariants of a step: the numbers that are stored more than once must agree.
+"""Checks the invariants of a step: numbers that are stored more than once must agree.
 
 The probability is in the step, in the candidates, in the lens at the last layer and
 in the logits; the evidence is in the rows and in the attentions. Each function yields
@@ -26,8 +26,17 @@ _ROUNDED_TO = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
-    """The rows of a step among themselves. ``complete``: nothing is missing of the reply."""
-    if message.prompt_len is not None and step.position != message.prompt_len + step.step_index:
+    """Compare the rows of a step with each other. ``complete``: no part of the reply is missing."""
+    is_given = step.step_index < 0
+    if is_given != (step.origin == "given"):
+        yield f"its origin is {step.origin}, its step_index says otherwise"
+    if is_given and step.decision is not None:
+        yield "it is a given token and has a decision"
+    if (
+        not is_given
+        and message.prompt_len is not None
+        and step.position != message.prompt_len + step.step_index
+    ):
         yield f"it is at position {step.position}, the prompt has {message.prompt_len} tokens"
     yield from _candidates_agree(message, step)
     yield from _attention_agrees(message, step)
@@ -100,30 +109,31 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
         yield f"its lens at the last layer has its token at rank {lens.chosen_rank[-1]}"
 
 
-def names_agree(message: Message, step_index: int, names: Set[str]) -> Iterator[str]:
-    """The names of a step's tensors against those that were announced.
+def names_agree(message: Message, step: Step, names: Set[str]) -> Iterator[str]:
+    """Compare the names of a step's tensors with those that the capture report announces.
 
     All of them may have been pruned, or left out of the file that was imported.
     """
     capture = message.capture
     if capture is None:
         return
+    policy = capture.policy.for_prompt if step.step_index < 0 else capture.policy
     expected: set[str] = set()
-    if capture.policy.tensors != "none":
+    if policy.tensors != "none":
         expected = {"logits", *(["attentions"] if capture.attention_layers else [])}
     # Pruning begins with the first step, in the transaction that marks the reply as pruned.
-    if names and message.tensors_pruned_at is not None and step_index == 0:
+    if names and message.tensors_pruned_at is not None and step.step_index == 0:
         yield "it has tensors, although they were pruned"
     if not names and (message.tensors_pruned_at is not None or capture.tensors_left_out):
         return
     if missing := sorted(expected - names):
         yield f"it has no {' and no '.join(missing)}, although the settings keep them"
-    if capture.policy.tensors == "none" and names:
+    if policy.tensors == "none" and names:
         yield f"it has {', '.join(sorted(names))}, although the settings keep no tensors"
 
 
 def tensor_agrees(message: Message, step: Step, tensor: TensorRecord, codec: str) -> Iterator[str]:
-    """A full tensor against the rows of its step."""
+    """Compare a full tensor with the rows of its step."""
     kind = codec.removesuffix(_PACKING)
     values = tensor.to_float32()
     if tensor.name == "logits":

@@ -1,7 +1,7 @@
-"""Checks of a step's lists: ranks and layers have no gap, and no row is outside a list.
+"""Checks a step's lists: ranks and layers have no gap, and every row belongs to a list.
 
-A record is made from rows in their order, so it does not show a wrong number that
-leaves the order as it was.
+A record is built from rows in their order, so it does not show a wrong number that
+does not change the order.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Pruning: choosing old replies or conversations, and deleting their tensors or all of them.
+"""Prunes a store: deletes old conversations, or the full tensors of old replies.
 
-A plan says what would go and how much space that frees, and changes nothing. Carrying
-it out takes one small transaction after another, so a reply that is being generated
-does not wait, and it can be interrupted at any point. A reply that a living process
-writes is never touched. The disk gets the space back with ``vacuum``; until then the
-store reuses it.
+A plan lists the data to be deleted and the space that this frees, and changes nothing.
+It is carried out in small transactions, so a reply that is being generated does not
+wait, and pruning can be interrupted at any point. A reply that a live process writes is
+never touched. ``vacuum`` returns the space to the disk; until then the store reuses it.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _STEPS_ON_A_FULL_DISK = 16
 
 @dataclass(frozen=True, slots=True)
 class Prunable:
-    """A reply that loses its tensors, or a conversation that goes (``message_id`` None).
+    """A reply whose tensors are deleted, or a conversation (``message_id`` None).
 
     ``bytes`` is the space that this frees: exact for tensors, estimated for rows.
     """
@@ -46,9 +45,9 @@ class Prunable:
 
 @dataclass(frozen=True, slots=True)
 class PrunePlan:
-    """What would go, the oldest first. ``left_bytes``: the data that stays.
+    """The items to delete, the oldest first. ``left_bytes``: the data that stays.
 
-    ``spared``: how many would go too, but are being written or have no readable time.
+    ``spared``: the number that also qualify, but are being written or have no readable time.
     """
 
     tensors_only: bool
@@ -71,13 +70,13 @@ def plan(
 ) -> PrunePlan:
     """Choose what to prune, the oldest first.
 
-    Everything that is ``older_than`` that goes, and as much more as it takes for the
+    The plan has everything older than ``older_than``, and as much more as needed for the
     store's data to fit into ``max_bytes``. ``tensors_only``: the tensors of replies, by
     the time of the reply, and all rows stay; otherwise whole conversations, by the time
-    of their last change. Raises UsageError when neither limit is given.
+    of their last change. Raises UsageError when both limits are None.
     """
     if older_than is None and max_bytes is None:
-        raise UsageError("Nothing says what to prune: give an age, a size, or both.")
+        raise UsageError("There is no limit for pruning: give an age, a size, or both.")
     before = None if older_than is None else (now or lifecycle.now()) - older_than
     with reader.snapshot() as instant:
         info = instant.info()
@@ -104,7 +103,7 @@ def plan(
 
 
 def prune(writer: TraceWriter, plan: PrunePlan, progress: Progress | None = None) -> PrunePlan:
-    """Carry the plan out; returns what went. Whatever was changed or begun meanwhile stays."""
+    """Carry out the plan; returns the deleted items. Items changed or begun meanwhile stay."""
     pruned: list[Prunable] = []
     for number, item in enumerate(plan.items):
         if progress is not None:
@@ -147,7 +146,7 @@ def _delete_tensors(connection: Connection, message_id: int, limit: int) -> list
     steps = connection.execute(
         select(Step.id, Step.tensor_bytes)
         .where(Step.message_id == message_id, Step.tensor_bytes > 0)
-        .order_by(Step.step_index)
+        .order_by(Step.step_index.nulls_last())
         .limit(limit)
     ).all()
     if steps:

@@ -1,8 +1,8 @@
-"""Vacuuming: giving the space of deleted rows back to the disk.
+"""Vacuums a store: returns the space of deleted rows to the disk.
 
-The store is rebuilt without gaps. That needs space for a copy, and nobody can write
-meanwhile, so it is refused while a reply is being generated. Readers continue. Killed
-at any moment, it leaves the store as it was.
+The store is rebuilt without gaps. This needs space for a copy and blocks all writers, so
+it is refused while a reply is being generated. Readers continue. If it is killed, the
+store stays as it was.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Checking the guarantees of a store on the store itself.
+"""Verifies that the data of a store keeps the store's guarantees.
 
 Every problem is a Finding, one line; nothing is changed. A step's rows are compared
-with each other and with its full tensors, within what the tensors' codec allows. A few
-steps are in memory at a time, however large the store, and each few are of one
-instant, so a reply may go on meanwhile.
+with each other and with its full tensors, within the error that the tensors' codec
+allows. A few steps are in memory at a time, however large the store. They are read from
+one snapshot, so a reply can be generated meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from oki_trace.store.digest import BEFORE_DIGESTS, step_changes, tensor_changes
 from oki_trace.store.maintenance.invariants import names_agree, rows_agree, tensor_agrees
 from oki_trace.store.maintenance.list_checks import broken_lists
 from oki_trace.store.reading.reader import Snapshot, TraceReader
+from oki_trace.store.reading.steps import within
 from oki_trace.store.reading.tensors import TENSOR_COLUMNS, tensor_record
 from oki_trace.store.schema import models
 from oki_trace.store.schema.column_types import BrokenTime
@@ -35,6 +36,7 @@ _UNREADABLE = (StoreError, ValueError, TypeError, KeyError)
 _STEP = (
     models.Step.id,
     models.Step.step_index,
+    models.Step.position,
     models.Step.settle_layer,
     models.Step.tensor_bytes,
     models.Step.greedy_id,
@@ -144,7 +146,7 @@ class Verification:
                 yield f"its {name} is {time.stored!r}"
 
     def _message(self, message: Message, place: int) -> Iterator[str]:
-        """A message as a whole, against its place and its digest."""
+        """Compare a message as a whole with its place and its digest."""
         if message.position != place:
             yield f"it is at position {message.position} instead of {place}"
         if message.damage is not None:
@@ -165,12 +167,20 @@ class Verification:
             return
         for problem in self._prompt(message.id, message.prompt_len):
             yield None, problem
-        table = models.Step
-        expected, after = 0, -1
+        for given in (True, False):
+            for row, problem in self._steps(message, given=given):
+                # A given token has no step_index, its position names it.
+                place = f"position {row.position}: " if given else ""
+                yield row.step_index, place + problem
+
+    def _steps(self, message: Message, *, given: bool) -> Iterator[tuple[Row[Any], str]]:
+        """The problems of a reply's generated steps, or those of its given tokens."""
+        index = models.Step.position if given else models.Step.step_index
+        expected = first = 0
         while True:
-            query = select(*_STEP).where(table.message_id == message.id, table.step_index > after)
+            query = select(*_STEP).where(*within(message.id, first, given=given)).order_by(index)
             with self._reader.snapshot() as instant:
-                rows = instant.rows(query.order_by(table.step_index).limit(_BATCH))
+                rows = instant.rows(query.limit(_BATCH))
                 if not rows:
                     return
                 # It may have gone on, ended or been pruned since the batch before.
@@ -178,13 +188,13 @@ class Verification:
                 lists = broken_lists(instant, [row.id for row in rows])
                 for row in rows:
                     problems = lists.get(row.id, [])
-                    if row.step_index != expected:
+                    if not given and row.step_index != expected:
                         problems.append(f"step {expected} is missing before it")
-                    expected = row.step_index + 1
+                    expected = 0 if given else row.step_index + 1
                     problems.extend(self._step(instant, message, row))
                     for problem in problems:
-                        yield row.step_index, problem
-                after = rows[-1].step_index
+                        yield row, problem
+                first = (rows[-1].position if given else rows[-1].step_index) + 1
             self.steps += len(rows)
             if self._progress is not None:
                 self._progress(self.steps, max(self._total, self.steps))
@@ -203,7 +213,10 @@ class Verification:
 
     def _step(self, instant: Snapshot, message: Message, row: Row[Any]) -> Iterator[str]:
         try:
-            step = instant.step(message.id, row.step_index)
+            if row.step_index is None:
+                step = instant.step(message.id, row.position, given=True)
+            else:
+                step = instant.step(message.id, row.step_index)
         except StoreError as error:
             yield f"its rows do not fit together ({error.__cause__ or error})"
             return
@@ -244,4 +257,4 @@ class Verification:
             yield from tensor_changes(message, step, tensors)
         if total != row.tensor_bytes:
             yield f"its tensors have {total} bytes instead of {row.tensor_bytes}"
-        yield from names_agree(message, step.step_index, set(names))
+        yield from names_agree(message, step, set(names))

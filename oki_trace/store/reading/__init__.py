@@ -1,1 +1,1 @@
-"""Reading the store: plain records out, nothing in."""
+"""Reads the store and returns plain records."""

@@ -1,9 +1,9 @@
-"""Many steps of one reply at once, as arrays instead of a record per step.
+"""Reads many steps of a reply at once, as arrays instead of a record per step.
 
-What belongs to a step is clustered by step, so each call reads one range of each
-table; no tensor is read. A column holds the values as written, in the order of the
-table's key: whole numbers are int64 arrays, measured numbers and those that may be
-NULL float64 with NaN, truth values bool; text and times are lists.
+The rows of a step are clustered by step, so each call reads one range of each table;
+no tensor is read. A column has the values as written, in the order of the table's key:
+whole numbers are int64 arrays, measured numbers and nullable ones float64 with NaN,
+truth values bool; text and times are lists.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LEFT_OUT = frozenset({"token_bytes", "decision", "digest", "tensor_digest"})
 
 @dataclass(frozen=True, slots=True)
 class MessageMark:
-    """What identifies a message, and its stored status: live while it can still change."""
+    """The identity of a message and its stored status: live while it can still change."""
 
     id: int
     conversation_id: int
@@ -105,7 +105,7 @@ class BulkReads(ReadConnection):
             )
 
     def message_marks(self) -> list[MessageMark]:
-        """Every message of the store, by id, in as few words as identify it."""
+        """The mark of every message of the store, by id."""
         query = select(Message.id, Message.conversation_id, Message.status, Message.created_at)
         return [
             MessageMark(row.id, row.conversation_id, status_of(row.status), row.created_at)

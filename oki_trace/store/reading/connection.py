@@ -1,4 +1,4 @@
-"""How the read methods of all subjects run their queries."""
+"""Runs the queries of all read methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _T = TypeVar("_T")
 
 
 class ReadConnection(ABC):
-    """A store to read; a subclass says which connection, and so which instant, a call reads.
+    """A store to read; a subclass chooses the connection, and so the snapshot, of a call.
 
     Only modules of the store pass queries to ``rows``, ``ask`` and ``row_batches``.
     """
@@ -33,7 +33,7 @@ class ReadConnection(ABC):
 
     @abstractmethod
     def _read(self) -> AbstractContextManager[Connection]:
-        """A connection on which all queries see one instant. Raises StoreError."""
+        """A connection on which all queries see one snapshot. Raises StoreError."""
 
     def rows(self, query: Executable) -> Sequence[Any]:
         """All rows of one query."""
@@ -51,7 +51,7 @@ class ReadConnection(ABC):
             return list(connection.execute(query).scalars())
 
     def ask(self, question: Callable[[Connection], Iterable[_T]]) -> list[_T]:
-        """The answer to a question that takes several queries, all of one instant."""
+        """The result of a function that runs several queries, all on one snapshot."""
         with self._read() as connection:
             return list(question(connection))
 

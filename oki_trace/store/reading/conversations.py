@@ -1,6 +1,6 @@
-"""Reading conversations: lists, searches, and what their replies took.
+"""Reads conversations: lists, searches, and the time and space of their replies.
 
-Everything but the text search uses an index; a page of a list costs what it shows.
+All queries except the text search use an index, so a page of a list reads only its rows.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ConversationReads(ReadConnection):
         limit: int = 50,
         offset: int = 0,
     ) -> list[records.Conversation]:
-        """The last changed first; ``search`` looks in titles and messages."""
+        """Conversations, the last changed first; ``search`` looks in titles and messages."""
         query = sa.select(Conversation).order_by(
             Conversation.updated_at.desc(), Conversation.id.desc()
         )
@@ -59,7 +59,7 @@ class ConversationReads(ReadConnection):
     def conversation_count(
         self, search: str | None = None, *, by: ConversationFilter | None = None
     ) -> int:
-        """How many conversations match, whatever the limit of a list."""
+        """The number of conversations that match, whatever the limit of a list."""
         query = sa.select(sa.func.count(Conversation.id))
         with self._read() as connection:
             query = _narrowed(connection, query, by or ConversationFilter(), search)
@@ -75,7 +75,7 @@ class ConversationReads(ReadConnection):
             return _conversations(connection, rows)[0]
 
     def conversation_totals(self, conversation_ids: Sequence[int]) -> dict[int, ConversationTotals]:
-        """What the replies of these conversations took, by id; reads no tensor."""
+        """The time and space of the replies of these conversations, by id; reads no tensor."""
         own = Message.conversation_id.in_(conversation_ids)
         timed = (
             sa.select(

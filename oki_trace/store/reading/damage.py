@@ -1,6 +1,6 @@
-"""Stored values that no program wrote: read as something harmless, and reported.
+"""Handles invalid stored values: replaces them by harmless ones and reports the damage.
 
-A store is a file that others can change. An impossible value marks its message,
+A store is a file that other programs can change. An invalid value marks its message,
 conversation or steps as damaged; everything else is still read.
 """
 
@@ -23,7 +23,7 @@ _WRONG_KIND = (ValueError, TypeError, KeyError, AttributeError, IndexError, Zero
 
 
 class Damage:
-    """The impossible values of one row; false while there are none."""
+    """The invalid values of one row; false if it has none."""
 
     def __init__(self) -> None:
         self._problems: list[str] = []
@@ -65,7 +65,7 @@ class Damage:
                 raise ValueError("not JSON")
             return None if value is None else read(value)
         except (*_WRONG_KIND, OkiTraceError) as error:
-            self.add(f"its {name} makes no sense ({type(error).__name__})")
+            self.add(f"its {name} is invalid ({type(error).__name__})")
             return None
 
     def number(self, name: str, value: Any, kind: type[_N]) -> _N | None:
@@ -90,7 +90,7 @@ def _quoted(value: object) -> str:
 
 @contextmanager
 def report_damaged_steps(message_id: int) -> Iterator[None]:
-    """Turn what impossible values in a step's rows raise into DamagedSteps."""
+    """Turn errors from invalid values in a step's rows into DamagedSteps."""
     try:
         yield
     except _WRONG_KIND as error:

@@ -1,8 +1,7 @@
-"""Settings and reports as the JSON documents of a message or a step, and back.
+"""Converts settings and reports to the JSON documents of a message or a step, and back.
 
-Only records that are read as a whole and never searched are stored like this. A field
-that this program does not know is ignored, and one that an older program did not write
-gets its default.
+Only records that are read as a whole and never searched are stored as JSON. An unknown
+field is ignored, and a field that an older version did not write gets its default.
 """
 
 from __future__ import annotations
@@ -62,7 +61,12 @@ def _template(document: Document) -> records.TemplateOptions:
 
 def _capture(document: Document) -> records.CaptureReport:
     layers = tuple(document["attention_layers"])
-    nested = {"policy": _policy(document["policy"]), "attention_layers": layers}
+    windows = document.get("windows")
+    nested = {
+        "policy": _policy(document["policy"]),
+        "attention_layers": layers,
+        "windows": None if windows is None else tuple(windows),
+    }
     return _record(records.CaptureReport, document | nested)
 
 

@@ -1,4 +1,4 @@
-"""Reading messages: what was written, the prompt of a reply, and how the reply stands."""
+"""Reads messages: their content, their state, and the prompt of a reply."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from oki_trace.store.reading.damage import Damage
 from oki_trace.store.reading.not_found import no_conversation, no_message
 from oki_trace.store.schema.models import Conversation, Message, PromptToken, Step
 
-# Steps are numbered without a gap, so their count is one look into an index.
+# Generated steps are numbered without a gap, so their count is one look into an index.
 TOKEN_COUNT = (
     select(func.coalesce(func.max(Step.step_index) + 1, 0))
     .where(Step.message_id == Message.id)
@@ -74,7 +74,7 @@ class MessageReads(ReadConnection):
         )
 
     def prompt(self, message_id: int) -> Prompt:
-        """What the model was given for a reply. NotFound before the reply has begun."""
+        """The prompt of a reply. Raises NotFound before the reply has begun."""
         table = PromptToken
         with self._read() as connection:
             text = connection.execute(
@@ -96,7 +96,7 @@ class MessageReads(ReadConnection):
 
 
 def _message(connection: Connection, row: Row[Any]) -> records.Message:
-    """A message. One without a final text has the text of its tokens so far."""
+    """A message. If it has no final text, its content is the text of its tokens so far."""
     damage = Damage()
     damage.status(row.status)
     status = effective_status(row)
@@ -116,6 +116,7 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
         reason=row.reason,
         seconds=damage.number("seconds", row.seconds, float),
         tokens=row.tokens,
+        score_of=damage.number("score_of", row.score_of, int),
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
         **{
             name: damage.part(name, read, getattr(row, name))
@@ -137,7 +138,11 @@ def text_so_far(connection: Connection, message_id: int) -> str:
     """The text of a reply that has no final text, from the bytes of its tokens."""
     token_bytes = connection.execute(
         select(Step.token_bytes)
-        .where(Step.message_id == message_id, Step.is_special.is_(False))
+        .where(
+            Step.message_id == message_id,
+            Step.step_index.is_not(None),
+            Step.is_special.is_(False),
+        )
         .order_by(Step.step_index)
     ).scalars()
     return b"".join(token_bytes).decode("utf-8", errors="replace")

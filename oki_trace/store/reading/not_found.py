@@ -1,4 +1,4 @@
-"""The errors for an id or a tensor that a store does not have, each with the reason or the fix."""
+"""Errors for ids and tensors that a store does not have, with the reason or the fix."""
 
 from __future__ import annotations
 
@@ -25,9 +25,17 @@ def no_step(message_id: int, step_index: int) -> NotFound:
     )
 
 
-def no_tensor(message: Message, step_index: int, name: str) -> NotFound:
+def no_given_step(message_id: int, position: int) -> NotFound:
+    return NotFound(
+        f"Message {message_id} has no step for the given token at position {position}: trace the "
+        "prompt with --trace-prompt."
+    )
+
+
+def no_tensor(message: Message, index: int, name: str, *, given: bool = False) -> NotFound:
     """The error says why the tensor is missing: pruned, left out of an export, or never kept."""
-    missing = f"Step {step_index} of message {message.id} has no tensor {name}"
+    place = f"The given token at position {index}" if given else f"Step {index}"
+    missing = f"{place} of message {message.id} has no tensor {name}"
     if message.tensors_pruned_at is not None:
         return NotFound(
             f"{missing} any more: its tensors were pruned on {message.tensors_pruned_at:%Y-%m-%d}. "

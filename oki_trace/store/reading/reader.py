@@ -1,12 +1,13 @@
-"""Reading a store: records come out, nothing goes in.
+"""Reads a store and returns records.
 
-Guarantees: a reader cannot change the store; one call, and everything read through
-one Snapshot, sees one instant; a step is never seen without its candidates and
+Guarantees: a reader cannot change the store; one call, or everything read through one
+Snapshot, sees a single state of the store; a step always has its candidates and
 attention, and its lens, which may follow a few steps later, is complete or missing.
 No transaction outlives its call, so the write-ahead log is never held open.
 
 The methods are grouped by subject: ``conversations``, ``messages``, ``steps``,
-``tensors``, ``bulk_read`` (many steps as arrays) and ``statistics`` (the whole store).
+``prompt_steps``, ``tensors``, ``bulk_read`` (many steps as arrays) and ``statistics``
+(the whole store).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from oki_trace.store.disk_reserve import Reserve
 from oki_trace.store.file_guard import FileGuard
 from oki_trace.store.reading.bulk_read import BulkReads
 from oki_trace.store.reading.conversations import ConversationReads
+from oki_trace.store.reading.prompt_steps import PromptReads
 from oki_trace.store.reading.statistics import StoreReads
 from oki_trace.store.reading.tensors import TensorReads
 from oki_trace.store.schema import identity
@@ -31,7 +33,7 @@ from oki_trace.store.schema.engine import reader_engine
 from oki_trace.store.schema.identity import Db
 
 
-class Reader(ConversationReads, TensorReads, BulkReads, StoreReads):
+class Reader(ConversationReads, PromptReads, TensorReads, BulkReads, StoreReads):
     """All read methods."""
 
     @contextmanager

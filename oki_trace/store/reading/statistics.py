@@ -1,4 +1,4 @@
-"""The state of a whole store: its version, its size, its replies and its worker.
+"""Reads the state of a whole store: its version, its size, its replies and its worker.
 
 Sizes are measured without reading a tensor: SQLite knows its pages, PostgreSQL its
 relations, and each step the size of its tensors.
@@ -31,7 +31,7 @@ class StoreReads(ReadConnection):
         return int(self.scalar(select(StoreState.version)))
 
     def stamp(self) -> str:
-        """The version, with what tells this store from another one put in its place."""
+        """The version, and an identity that another store in the same place does not have."""
         with self._read() as connection:
             version = connection.execute(select(StoreState.version)).scalar_one()
             latest = connection.execute(select(func.max(Message.created_at))).scalar()

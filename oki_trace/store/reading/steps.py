@@ -1,13 +1,13 @@
-"""Reading steps: rows become the records they were made from.
+"""Reads steps: turns rows back into records.
 
-NULL in a measured column was not a number, and is NaN in the record.
+NULL in a measured column stands for NaN, and is NaN in the record.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -20,7 +20,7 @@ from oki_trace.records import Candidates, FloatArray, IntArray, LayerAttention, 
 from oki_trace.store.reading import documents
 from oki_trace.store.reading.connection import ReadConnection
 from oki_trace.store.reading.damage import report_damaged_steps
-from oki_trace.store.reading.not_found import no_step
+from oki_trace.store.reading.not_found import no_given_step, no_step
 from oki_trace.store.schema.models import (
     AttentionEntry,
     AttentionLayer,
@@ -42,51 +42,64 @@ _Rows = Mapping[str, list[Any]]
 _NO_ROWS: _Rows = defaultdict(list)
 # The columns of a step that its record copies, and those where NULL is NaN.
 _COPIED = (
-    *("step_index", "position", "token_id", "token", "is_special", "rank", "sampled_prob"),
+    *("position", "token_id", "token", "is_special", "rank", "sampled_prob", "origin"),
     *("digest", "tensor_digest"),
 )
 _MEASURED = ("logit", "prob", "logprob", "entropy", "margin", "elapsed_ms")
 _SUMMARY = [_STEP[name] for name in StepSummary.__dataclass_fields__]
 
 
-def within(message_id: int, first: int = 0, end: int | None = None) -> list[ColumnElement[bool]]:
-    """The condition: a step of this reply, from ``first`` up to but not ``end``."""
-    upper = [] if end is None else [_STEP.step_index < end]
-    return [_STEP.message_id == message_id, _STEP.step_index >= first, *upper]
+def within(
+    message_id: int, first: int = 0, end: int | None = None, *, given: bool = False
+) -> list[ColumnElement[bool]]:
+    """The condition: a step of this reply, from ``first`` up to but not ``end``.
+
+    Generated steps by their step_index; with ``given``, the steps of given tokens by their
+    position.
+    """
+    index = _STEP.position if given else _STEP.step_index
+    kind = [_STEP.step_index.is_(None)] if given else []
+    upper = [] if end is None else [index < end]
+    return [_STEP.message_id == message_id, index >= first, *upper, *kind]
 
 
 class StepReads(ReadConnection):
-    """The read methods about the steps of one reply. All but the last raise DamagedSteps."""
+    """The read methods about the steps of one reply. All but the last raise DamagedSteps.
 
-    def steps(self, message_id: int, since: int = -1) -> list[StepSummary]:
+    They address generated steps by step_index, and with ``given`` the steps of given tokens
+    by position.
+    """
+
+    def steps(self, message_id: int, since: int = -1, *, given: bool = False) -> list[StepSummary]:
         """The steps of a reply after ``since``, without candidates, attention and lens."""
-        query = select(*_SUMMARY).where(*within(message_id, since + 1)).order_by(_STEP.step_index)
+        conditions = within(message_id, since + 1, given=given)
+        query = select(*_SUMMARY).where(*conditions).order_by(_STEP.position)
         with report_damaged_steps(message_id):
             return [_summary(row) for row in self.rows(query)]
 
-    def step(self, message_id: int, step_index: int) -> records.Step:
+    def step(self, message_id: int, index: int, *, given: bool = False) -> records.Step:
         """One step with its candidates, attention and lens; its tensors are read by name."""
         with self._read() as connection, report_damaged_steps(message_id):
-            steps = _read_steps(connection, message_id, step_index, step_index + 1)
+            steps = _read_steps(connection, within(message_id, index, index + 1, given=given))
         if not steps:
-            raise no_step(message_id, step_index)
+            raise no_given_step(message_id, index) if given else no_step(message_id, index)
         return steps[0]
 
     def iter_steps(
-        self, message_id: int, first: int = 0, end: int | None = None
+        self, message_id: int, first: int = 0, end: int | None = None, *, given: bool = False
     ) -> Iterator[records.Step]:
         """The steps from ``first`` up to ``end``, a batch in memory at a time.
 
-        Each batch is one instant.
+        Each batch is read from one snapshot.
         """
         while end is None or first < end:
-            until = first + BATCH if end is None else min(first + BATCH, end)
+            conditions = within(message_id, first, end, given=given)
             with self._read() as connection, report_damaged_steps(message_id):
-                batch = _read_steps(connection, message_id, first, until)
+                batch = _read_steps(connection, conditions)
             yield from batch
-            if len(batch) < until - first:
+            if len(batch) < BATCH:
                 return
-            first = until
+            first = (batch[-1].position if given else batch[-1].step_index) + 1
 
     def candidates(self, message_id: int) -> dict[int, Candidates]:
         """The candidates of each step of a reply, by step_index; nothing else is read."""
@@ -106,19 +119,24 @@ class StepReads(ReadConnection):
         return {row.step_index: row.id for row in self.rows(query.order_by(_STEP.step_index))}
 
 
+def _index(row: Row[Any]) -> int:
+    """The step_index as records have it: -1 for a given token."""
+    return -1 if row.step_index is None else int(row.step_index)
+
+
 def _summary(row: Row[Any]) -> StepSummary:
-    values = row._asdict()
+    values = row._asdict() | {"step_index": _index(row)}
     for name in ("prob", "logprob", "entropy", "margin"):
         values[name] = _number(values[name])
     return StepSummary(**values)
 
 
 def _read_steps(
-    connection: Connection, message_id: int, first: int, end: int
+    connection: Connection, conditions: Sequence[ColumnElement[bool]]
 ) -> list[records.Step]:
-    """The steps from ``first`` up to ``end``, with everything but their tensors."""
+    """The first ``BATCH`` steps, in order of position, with everything but their tensors."""
     rows = connection.execute(
-        select(Step.__table__).where(*within(message_id, first, end)).order_by(_STEP.step_index)
+        select(Step.__table__).where(*conditions).order_by(_STEP.position).limit(BATCH)
     ).all()
     ids = [row.id for row in rows]
 
@@ -138,7 +156,7 @@ def _read_steps(
             attention=_attention(
                 attention_layers.get(row.id, _NO_ROWS), attention.get(row.id, _NO_ROWS)
             ),
-            lens=_lens(row.step_index, lens_layers.get(row.id), lens.get(row.id, _NO_ROWS)),
+            lens=_lens(_index(row), lens_layers.get(row.id), lens.get(row.id, _NO_ROWS)),
             decision=None if row.decision is None else documents.decision(row.decision),
         )
         for row in rows
@@ -147,7 +165,7 @@ def _read_steps(
 
 def _values(row: Row[Any]) -> dict[str, Any]:
     """The fields of a step that are columns."""
-    values = {name: getattr(row, name) for name in _COPIED}
+    values = {name: getattr(row, name) for name in _COPIED} | {"step_index": _index(row)}
     return values | {name: _number(getattr(row, name)) for name in _MEASURED}
 
 

@@ -1,4 +1,4 @@
-"""Reading full tensors. Every tensor is checked as it is decoded; see ``codecs.tensors``."""
+"""Reads full tensors, and checks each one when it decodes it; see ``codecs.tensors``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ _HEAD_COLUMNS = [Tensor.__table__.columns[name] for name in TensorHead.__datacla
 class TensorReads(MessageReads, StepReads):
     """The read methods about full tensors. Only those that return a TensorRecord read a blob."""
 
-    def tensor(self, message_id: int, step_index: int, name: str) -> TensorRecord:
+    def tensor(
+        self, message_id: int, index: int, name: str, *, given: bool = False
+    ) -> TensorRecord:
         """One full tensor. Raises NotFound with the reason, TensorError for a damaged one."""
-        rows = self.rows(_of_step(message_id, step_index, name, *TENSOR_COLUMNS))
+        rows = self.rows(_of_step(message_id, index, name, *TENSOR_COLUMNS, given=given))
         if not rows:
-            raise no_tensor(self.message(message_id), step_index, name)
+            raise no_tensor(self.message(message_id), index, name, given=given)
         return tensor_record(rows[0])
 
     def tensors(self, message_id: int, name: str, steps: Sequence[int]) -> dict[int, TensorRecord]:
@@ -46,14 +48,16 @@ class TensorReads(MessageReads, StepReads):
         for index in self.scalars(query.order_by(Step.step_index)):
             yield index, self.tensor(message_id, index, name)
 
-    def tensor_names(self, message_id: int, step_index: int) -> list[str]:
+    def tensor_names(self, message_id: int, index: int, *, given: bool = False) -> list[str]:
         """The names of a step's full tensors."""
-        query = _joined(Tensor.name).where(*within(message_id, step_index, step_index + 1))
+        query = _joined(Tensor.name).where(*within(message_id, index, index + 1, given=given))
         return self.scalars(query.order_by(Tensor.name))
 
-    def tensor_shape(self, message_id: int, step_index: int, name: str) -> tuple[int, ...] | None:
+    def tensor_shape(
+        self, message_id: int, index: int, name: str, *, given: bool = False
+    ) -> tuple[int, ...] | None:
         """The shape of a full tensor; None where it was not kept."""
-        shape = self.scalar(_of_step(message_id, step_index, name, Tensor.shape))
+        shape = self.scalar(_of_step(message_id, index, name, Tensor.shape, given=given))
         return None if shape is None else tuple(shape)
 
     def tensor_heads(self, message_id: int) -> Iterator[tuple[int, TensorHead]]:
@@ -78,9 +82,11 @@ def _joined(*columns: Any) -> Select[Any]:
     return select(*columns).select_from(Tensor).join(Step, Step.id == Tensor.step_id)
 
 
-def _of_step(message_id: int, step_index: int, name: str, *columns: Any) -> Select[Any]:
+def _of_step(
+    message_id: int, index: int, name: str, *columns: Any, given: bool = False
+) -> Select[Any]:
     return _joined(*columns).where(
-        *within(message_id, step_index, step_index + 1), Tensor.name == name
+        *within(message_id, index, index + 1, given=given), Tensor.name == name
     )
 
 

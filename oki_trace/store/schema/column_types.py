@@ -96,7 +96,7 @@ class UtcTime(TypeDecorator[dt.datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("A time without a time zone cannot be stored: give it one.")
+            raise ValueError("A time without a time zone cannot be stored: add a time zone.")
         return value.astimezone(dt.UTC)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:

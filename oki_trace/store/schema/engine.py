@@ -97,7 +97,7 @@ def set_checkpoint(connection: Connection) -> None:
 
 
 def reader_engine(url: URL, reserve: Reserve | None = None) -> Engine:
-    """Connections that cannot write; each transaction sees one instant.
+    """Connections that cannot write; each transaction sees one snapshot.
 
     On a full disk they use the space of the ``reserve``.
     """

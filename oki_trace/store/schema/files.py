@@ -1,6 +1,6 @@
 """Connections to a store's file, also on read-only media and full disks.
 
-To read beside writers, SQLite needs shared memory, a file beside the store. A read-only
+To read alongside writers, SQLite needs shared memory, a file next to the store. A read-only
 medium or a full disk has no space for it. If there is no write-ahead log, the store's
 file is complete and is read without shared memory.
 """

@@ -1,4 +1,4 @@
-"""The address of a store, its mark as ours, and the number of its schema.
+"""The address of a store, the mark that identifies it, and its schema number.
 
 A SQLite store has our ``application_id`` in its header from the first write on, and the
 number of its schema in ``user_version``; on PostgreSQL, Alembic's table has both.
@@ -30,7 +30,7 @@ from oki_trace.errors import SchemaError, StoreError, UsageError
 Db = str | Path | URL
 
 # Every revision, oldest first; the number of a schema is its place here, from 1.
-HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42")
+HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42", "8d41f6b0c7a3")
 SCHEMA = len(HISTORY)
 
 APPLICATION_ID = 0x6F6B6974  # "okit"

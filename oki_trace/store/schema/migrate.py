@@ -1,4 +1,4 @@
-"""Creating and upgrading a store; only Alembic creates the schema.
+"""Creates and upgrades a store; only Alembic creates the schema.
 
 Guarantees: an upgrade is atomic; a file with an older schema is copied before it is
 changed; two processes can open a new store at the same moment; a file that is not a
@@ -33,7 +33,7 @@ _ADVISORY_LOCK = 0x6F6B6974
 
 
 def ensure(db: Db) -> None:
-    """Create the store if it does not exist, upgrade it if it is older; else cheap."""
+    """Create the store if it does not exist, upgrade it if it is older; otherwise cheap."""
     url = identity.address(db)
     store = identity.shown(url)
     path = identity.file_of(url)

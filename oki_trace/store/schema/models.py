@@ -88,9 +88,10 @@ class Message(Base):
 
     ``owner`` names the process that generates a running reply; ``heartbeat_at`` is the
     time of its last heartbeat by the server's clock, on PostgreSQL only.
+    ``score_of``: the message of this store whose text was scored; it may be gone since.
     ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
-    message as it ended, and until then its prompt only; empty: the message was recorded
-    by a program without digests.
+    message as it ended, and until then its prompt only; it is empty if a version without
+    digests recorded the message.
     """
 
     __tablename__ = "message"
@@ -112,6 +113,7 @@ class Message(Base):
     owner: Mapped[str | None] = mapped_column(sa.Text)
     heartbeat_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
+    score_of: Mapped[int | None] = mapped_column(BigId)
     tensors_pruned_at: Mapped[dt.datetime | None]
     seconds: Mapped[float | None]
     reason: Mapped[str | None] = mapped_column(ModelText)
@@ -143,8 +145,10 @@ class PromptToken(Base):
 
 
 class Step(Base):
-    """One generated token. ``settle_layer`` is written with the step's lens.
+    """A position at which the model predicted the next token, which ``origin`` says more about.
 
+    ``step_index`` counts the generated tokens of a reply and is NULL for a given one.
+    ``settle_layer`` is written with the step's lens.
     ``decision`` explains the choice of the token, ``greedy_id`` is the token that greedy
     decoding would have chosen; both NULL when decoding was plainly greedy.
     ``tensor_bytes`` is the stored size of the step's tensors, so that a total need not
@@ -153,11 +157,16 @@ class Step(Base):
     """
 
     __tablename__ = "step"
-    __table_args__ = (sa.UniqueConstraint("message_id", "step_index"), _NEVER_REUSED)
+    __table_args__ = (
+        sa.UniqueConstraint("message_id", "step_index"),
+        sa.UniqueConstraint("message_id", "position"),
+        _NEVER_REUSED,
+    )
 
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     message_id: Mapped[int] = mapped_column(BigId, _child_of("message.id"))
-    step_index: Mapped[int]
+    step_index: Mapped[int | None]
+    origin: Mapped[str] = mapped_column(sa.String(8), server_default="sampled")
     position: Mapped[int]
     token_id: Mapped[int]
     token: Mapped[str] = mapped_column(ModelText)

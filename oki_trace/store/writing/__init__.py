@@ -1,1 +1,1 @@
-"""Writing conversations, steps and replies to the store."""
+"""Writes conversations, steps and replies to the store."""

@@ -1,8 +1,8 @@
-"""One process at a time checkpoints a store: copies the write-ahead log into the file.
+"""Lets one process at a time checkpoint a store: copy the write-ahead log into the file.
 
 SQLite before 3.51.3 can damage a file when two connections checkpoint at the same
-instant. So a process that writes traces checkpoints only while it holds a lock beside
-the store, and another one takes over when it ends.
+instant. A process that writes traces therefore checkpoints only while it holds a lock
+file next to the store, and another process takes over when it ends.
 """
 
 from __future__ import annotations

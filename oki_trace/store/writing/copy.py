@@ -1,4 +1,4 @@
-"""Copying conversations from one store to another, whatever engine each is on.
+"""Copies conversations from one store to another, on either engine.
 
 Guarantees: a conversation is copied in one transaction; rows and blobs are the same,
 and only the ids belong to the target; a conversation that the target already has (by
@@ -146,7 +146,8 @@ class _Copier:
     ) -> None:
         table = models.Message
         (row,) = instant.rows(select(table.__table__).where(table.id == message_id))
-        values = {**_values(row), "conversation_id": conversation_id}
+        # In another store, the id of the scored message means another message.
+        values = {**_values(row), "conversation_id": conversation_id, "score_of": None}
         is_abandoned = row.status == Status.RUNNING.value
         if is_abandoned:
             # Its process is dead, so nothing will be added.
@@ -160,11 +161,11 @@ class _Copier:
         after = -1
         while steps := instant.rows(
             select(models.Step.__table__)
-            .where(models.Step.message_id == message_id, models.Step.step_index > after)
-            .order_by(models.Step.step_index)
+            .where(models.Step.message_id == message_id, models.Step.position > after)
+            .order_by(models.Step.position)
             .limit(_BATCH)
         ):
-            after = steps[-1].step_index
+            after = steps[-1].position
             self._steps(instant, connection, steps, new_id)
             self._advance(len(steps))
         if is_abandoned:

@@ -1,4 +1,4 @@
-"""The states of a message, as statements inside a transaction of the writer.
+"""Changes the state of a message, inside a transaction of the writer.
 
 queued → running → complete, stopped, failed or interrupted. A queued reply can be
 stopped too; nothing leaves a final state.

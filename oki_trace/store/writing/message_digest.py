@@ -1,4 +1,4 @@
-"""The digest of a message, computed from its rows once nothing more is written to it.
+"""Computes the digest of a message from its rows, when the message has ended.
 
 While a reply is being written, the column holds the digest of its prompt.
 """
@@ -19,7 +19,7 @@ _ROWS = 10_000
 NOT_COVERED = frozenset(
     {
         *("id", "conversation_id", "position", "owner", "heartbeat_at", "stop_requested"),
-        *("tensors_pruned_at", "digest"),
+        *("tensors_pruned_at", "score_of", "digest"),
     }
 )
 _COVERED = [column for column in Message.__table__.columns if column.name not in NOT_COVERED]
@@ -60,7 +60,8 @@ def compute(connection: Connection, message_id: int, prompt: str | None = None) 
     steps = connection.execute(
         select(Step.digest, Step.tensor_digest)
         .where(Step.message_id == message_id)
-        .order_by(Step.step_index),
+        # Given tokens first: a reply's steps are in the order of their numbers.
+        .order_by(Step.step_index.is_not(None), Step.step_index, Step.position),
         execution_options={"yield_per": _ROWS},
     )
     for step_digest, tensor_digest in steps:

@@ -1,4 +1,4 @@
-"""Steps, lenses and prompts as rows, inserted in bulk.
+"""Inserts steps, lenses and prompts as rows, in bulk.
 
 One step is about five hundred rows. Python releases its lock around each call into the
 database, and in a process that decodes at the same time it may wait milliseconds to
@@ -29,7 +29,7 @@ Row = tuple[Any, ...]
 _MAX_VALUES = 32_000
 _PROMPT_ROWS = 10_000
 
-_COPIED = ("step_index", "position", "token_id", "token", "token_bytes", "is_special", "rank")
+_COPIED = ("origin", "position", "token_id", "token", "token_bytes", "is_special", "rank")
 _MEASURED = ("logit", "prob", "logprob", "entropy", "margin", "sampled_prob", "elapsed_ms")
 
 _INSERT_STEP = insert(models.Step).returning(models.Step.id)
@@ -83,7 +83,7 @@ class StepRows:
     def insert_steps(
         self, connection: Connection, message_id: int, steps: Sequence[EncodedStep]
     ) -> dict[int, int]:
-        """Insert steps with everything but their lens; returns their ids by step_index."""
+        """Insert steps with everything but their lens; returns their ids by position."""
         ids: dict[int, int] = {}
         topk: list[Row] = []
         attention_layers: list[Row] = []
@@ -92,7 +92,7 @@ class StepRows:
         for encoded in steps:
             step = encoded.step
             step_id = connection.execute(_INSERT_STEP, _step(message_id, encoded)).scalar_one()
-            ids[step.step_index] = step_id
+            ids[step.position] = step_id
             topk += _topk(step_id, step.topk)
             for of_layer in step.attention:
                 missing = number(float(of_layer.missing))
@@ -155,6 +155,7 @@ def _step(message_id: int, encoded: EncodedStep) -> dict[str, Any]:
         **{name: getattr(step, name) for name in _COPIED},
         **{name: number(getattr(step, name)) for name in _MEASURED},
         "message_id": message_id,
+        "step_index": None if step.step_index < 0 else step.step_index,
         "tensor_bytes": sum(len(tensor.data) for tensor in encoded.tensors),
         "greedy_id": None if step.decision is None else step.decision.greedy.token_id,
         "decision": documents.to_document(step.decision),

@@ -1,7 +1,7 @@
-"""Writing a store: conversations, replies and their steps.
+"""Writes conversations, replies and their steps to a store.
 
-Each method is one atomic transaction that also increments the store's version. Steps are
-numbered from 0 without a gap, and only a running reply accepts steps. Methods are
+Each method is one atomic transaction that also increments the store's version. Generated
+steps are numbered from 0 without a gap, and only a running reply accepts steps. Methods are
 thread-safe.
 """
 
@@ -39,7 +39,7 @@ _BUMP_VERSION = update(models.StoreState).values(version=models.StoreState.versi
 
 @dataclass(slots=True)
 class _Reply:
-    """What this process remembers of a reply it writes, so that a step needs no query."""
+    """The state of a reply that this process writes, kept so that a step needs no query."""
 
     tensors: records.TensorMode
     step_ids: dict[int, int] = field(default_factory=dict)
@@ -153,10 +153,12 @@ class TraceWriter:
         claim: bool = False,
         created_at: dt.datetime | None = None,
         template: records.TemplateOptions | None = None,
+        score_of: int | None = None,
     ) -> int:
         """Queue a reply to the conversation so far; returns its id.
 
         ``claim``: this process generates it itself, so no worker may take it.
+        ``score_of``: the message whose text it scores.
         """
         if claim:
             self._heartbeat.start()
@@ -173,6 +175,7 @@ class TraceWriter:
                 policy=documents.to_document(policy),
                 template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
+                score_of=score_of,
             )
 
     def claim_next_reply(self) -> int | None:
@@ -227,43 +230,52 @@ class TraceWriter:
     ) -> bool:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
-        A step's own ``lens`` is written with it. ``faithful``: tensors are encoded in the
+        Generated steps are in order; given ones come in any order, each once. A step's own
+        ``lens`` is written with it. ``faithful``: tensors are encoded in the
         reply's mode only where that loses no bit. A digest that a step brings along
         was computed when the step was recorded, and is kept.
         """
         reply = self._reply(message_id)
         # Before the transaction, so that other writers do not wait for the encoding.
         encoded = [encode(step, reply.tensors, faithful=faithful) for step in steps]
-        ready = [step.lens for step in steps if step.lens is not None] + list(lenses)
-        digests = {one.step.step_index: one.digest for one in encoded}
-        with_own_digest = {step.step_index for step in steps if step.digest is not None}
+        generated = [one for one in encoded if one.step.step_index >= 0]
+        digests = {one.step.step_index: one.digest for one in generated}
         with self.write() as connection:
             stop = lifecycle.require(connection, message_id, Status.RUNNING)
-            first = len(reply.step_ids)
-            for expected, step in enumerate(steps, start=first):
-                if step.step_index != expected:
+            for expected, one in enumerate(generated, start=len(reply.step_ids)):
+                if one.step.step_index != expected:
                     raise StoreError(
-                        f"Step {step.step_index} of message {message_id} is out of order: write "
-                        f"step {expected} first."
+                        f"Step {one.step.step_index} of message {message_id} is out of order: "
+                        f"write step {expected} first."
                     )
-            written = self._rows.insert_steps(connection, message_id, encoded)
+            by_position = self._rows.insert_steps(connection, message_id, encoded)
+            written = {one.step.step_index: by_position[one.step.position] for one in generated}
+            of_steps: list[tuple[int, records.Lens, bytes | None]] = [
+                (
+                    by_position[one.step.position],
+                    lens,
+                    with_lens(one.digest, lens) if one.step.digest is None else one.digest,
+                )
+                for one in encoded
+                if (lens := one.step.lens) is not None
+            ]
             known = ChainMap(written, reply.step_ids)
-            of_steps = []
-            for lens in ready:
+            for lens in lenses:
                 if lens.step_index not in known:
                     raise NotFound(
                         f"Message {message_id} has no step {lens.step_index} for its lens: write "
                         "the step first."
                     )
                 digest = digests.get(lens.step_index) or reply.digests.get(lens.step_index)
-                if digest is not None and lens.step_index not in with_own_digest:
+                if digest is not None:
                     digest = with_lens(digest, lens)
                 of_steps.append((known[lens.step_index], lens, digest))
             self._rows.insert_lenses(connection, of_steps)
         reply.step_ids.update(written)
         reply.digests.update(digests)
-        for lens in ready:
-            reply.digests.pop(lens.step_index, None)
+        with_lenses = [one.step.step_index for one in generated if one.step.lens is not None]
+        for step_index in (*with_lenses, *(lens.step_index for lens in lenses)):
+            reply.digests.pop(step_index, None)
         return stop
 
     def finish_reply(
@@ -280,7 +292,7 @@ class TraceWriter:
         file, which is kept even if it does not match.
         """
         if end.status.is_live:
-            raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
+            raise StoreError(f"A reply cannot end as {end.status}: use a final status.")
         with self.write() as connection:
             lifecycle.require(connection, message_id, Status.QUEUED, Status.RUNNING)
             if tensors_pruned_at is not None:
@@ -431,7 +443,7 @@ class TraceWriter:
                     )
                 steps = connection.execute(
                     select(models.Step.step_index, models.Step.id, models.Step.digest).where(
-                        models.Step.message_id == message_id
+                        models.Step.message_id == message_id, models.Step.step_index.is_not(None)
                     )
                 ).all()
             self._replies[message_id] = _Reply(

@@ -1,13 +1,12 @@
-"""Every field of an export, by name, with its type and its limits.
+"""Validates imports: every field that an import may contain, with its type and its limits.
 
-All formats are read through these types, so a value that one format refuses is
-refused by every format, with the same sentence. A field that may be missing may
-also be null; a name that is not listed here is skipped. The modules of
-``reading`` make records of the validated fields and check what concerns several
-fields together.
+All formats are validated with these types, so a value that one format refuses is
+refused by every format, with the same sentence. An optional field may be null, and
+a field that is not declared here is ignored. The other modules of this package turn
+the validated fields into records, and check the rules that involve several fields.
 
-To add a field: name it here, write it in ``trace_object`` or ``json_export``
-and in ``tables``, and read it in ``reading``. A test checks that every field
+To add a field, declare it here, write it in ``trace_object`` or ``json_export``
+and in ``tables``, and read it in this package. A test checks that every field
 that is written is also read.
 """
 
@@ -189,7 +188,7 @@ class _Record:
 
 
 class Document(TypedDict, total=False):
-    """What a file says about itself."""
+    """The format and version of a file."""
 
     format: Label | None
     version: Count | None
