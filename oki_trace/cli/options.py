@@ -67,7 +67,7 @@ NoFast = Annotated[
 TracePrompt = Annotated[
     str,
     typer.Option(
-        help="Steps for the prompt's tokens too: none, light (no full tensors, one lens token per "
+        help="Also trace the prompt's tokens: none, light (no full tensors, one lens token per "
         "layer) or full."
     ),
 ]
