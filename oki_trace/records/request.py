@@ -122,7 +122,7 @@ class CapturePolicy:
 
     @property
     def for_prompt(self) -> CapturePolicy:
-        """What is stored of the steps of the prompt."""
+        """The data that is stored for the steps of the prompt."""
         light = self.trace_prompt != "full"
         return replace(self, topk_lens=1, tensors="none") if light else self
 

@@ -178,8 +178,8 @@ def test_what_a_format_does_not_hold_is_said_in_a_line(db: Path, tmp_path: Path)
     [
         (Format.PARQUET, None, False, "name it with --output"),
         (Format.JSON, None, True, "name it with --output"),
-        (Format.HTML, "x.html", True, "no place for tensors"),
-        (Format.TRACE_V1, "x.json", True, "no place for tensors"),
+        (Format.HTML, "x.html", True, "cannot contain full tensors"),
+        (Format.TRACE_V1, "x.json", True, "cannot contain full tensors"),
         (Format.JSON, "x.safetensors", True, "choose another --output"),
     ],
 )
