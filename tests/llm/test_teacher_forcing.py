@@ -46,7 +46,7 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ids_of(model: Any, length: int = LENGTH) -> list[int]:
     torch.manual_seed(5)
-    return torch.randint(3, int(model.config.vocab_size), (length,)).tolist()
+    return torch.randint(3, int(model.get_input_embeddings().weight.shape[0]), (length,)).tolist()
 
 
 def traced(

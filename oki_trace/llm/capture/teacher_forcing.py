@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -144,6 +145,7 @@ class _Forward:
         self._model = instrument.model
         self._hooks = instrument.hooks
         self._ids = torch.tensor([list(token_ids)], device=input_device(self._model))
+        self._first = first
         self._heads = policy.tensors != "none"
         self._cache: dict[str, Any] = {}
 
@@ -188,16 +190,25 @@ class _Forward:
             return outputs.logits[0], hooks.take_hidden_states(), hooks.take_every_query(outputs)
 
     def _run(self, start: int, stop: int, use_cache: bool, **arguments: Any) -> Any:
-        outputs = self._model(
-            input_ids=self._ids[:, start:stop],
+        outputs = _run(
+            self._model,
+            self._ids,
+            (start, stop),
+            self._first,
             use_cache=use_cache,
-            return_dict=True,
             **self._cache,
             **arguments,
         )
         named = cache_in(outputs) if use_cache else None
         self._cache = {} if named is None else {named[0]: named[1]}
         return outputs
+
+
+def _run(model: Any, ids: Tensor, span: tuple[int, int], first: int, **arguments: Any) -> Any:
+    """The outputs for the positions of a span, counted from ``first`` as ``generate()`` does."""
+    if "position_ids" in signature(model.forward).parameters:
+        arguments["position_ids"] = torch.arange(*span, device=ids.device)[None] - first
+    return model(input_ids=ids[:, slice(*span)], return_dict=True, **arguments)
 
 
 def _rows_of(attention: QueryRows, i: int, keys: dict[int, int], queries: int) -> AttentionCapture:
@@ -212,7 +223,8 @@ def _chunk_length(instrument: Instrument, tokens: int, policy: CapturePolicy) ->
     config = instrument.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     kept = heads * instrument.structure.layers if policy.tensors != "none" else heads
-    largest = 4 * max(int(config.vocab_size), kept * tokens)
+    vocab = int(instrument.model.get_input_embeddings().weight.shape[0])
+    largest = 4 * max(vocab, kept * tokens)
     shortest, longest = _CHUNK_TOKENS
     return min(max(_CHUNK_BYTES // largest, shortest), longest)
 
@@ -233,18 +245,21 @@ def _compare(instrument: Instrument) -> bool:
         ids = dummy_token_ids(model, count)
         half = count // 2
         try:
-            one_pass = model(input_ids=ids, use_cache=False).logits[0]
-            first = model(input_ids=ids[:, :half], use_cache=True)
+            one_pass = _run(model, ids, (0, count), 0, use_cache=False).logits[0]
+            first = _run(model, ids, (0, half), 0, use_cache=True)
             named = cache_in(first)
             if named is None:
                 return False
-            second = model(input_ids=ids[:, half:], use_cache=True, **{named[0]: named[1]})
+            cache = {named[0]: named[1]}
+            second = _run(model, ids, (half, count), 0, use_cache=True, **cache)
             chunks = torch.cat([first.logits[0], second.logits[0]])
         except Exception:  # whatever a model's own code raises, the text runs in one piece
+            return False
+        if one_pass.shape != chunks.shape:
             return False
         difference = (log_probs(one_pass) - log_probs(chunks)).abs()
         finite = difference[difference.isfinite()]
         tolerance = _TOLERANCE.get(computing_dtype(model), _TOLERANCE_16_BIT)
-        if one_pass.shape != chunks.shape or (len(finite) and float(finite.max()) > tolerance):
+        if len(finite) and float(finite.max()) > tolerance:
             return False
     return True
