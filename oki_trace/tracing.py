@@ -130,6 +130,7 @@ def trace_turn(
         if policy.trace_prompt is not None:
             first = traced_before(prompt)
             turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop)
+            turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
             turn.follow(capture(handle, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
@@ -210,7 +211,7 @@ class _Turn:
         self._sinks = sinks
         self.text = ReplyText(tokenizer)
         self._on_text = on_text
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self.reason = "token limit"
         self.output = ""
         self.checks: ReplyChecks | None = None
@@ -257,7 +258,7 @@ class _Turn:
                     sink.step(event)
 
     def end(self, status: Status, reason: str) -> TurnEnd:
-        seconds = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self.began
         output, parts = self.text.finish()
         output = output or self.output
         end = TurnEnd(status, output, reason, seconds, self.checks, parts)
