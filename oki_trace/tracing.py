@@ -135,8 +135,7 @@ def trace_turn(
             turn.follow(capture(handle, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
-    if turn.checks is not None and turn.checks.fault is not None:
-        forget(handle.model)
+    turn.forget_if_wrong(handle)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
@@ -172,6 +171,7 @@ def trace_text(
             sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
         turn.reason = "scored"
         turn.follow_given(handle, prompt, policy, first, should_stop, windows)
+    turn.forget_if_wrong(handle)
     return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 
 
@@ -256,6 +256,11 @@ class _Turn:
             else:
                 for sink in self._sinks:
                     sink.step(event)
+
+    def forget_if_wrong(self, handle: Instrument) -> None:
+        """Have the model checked again before its next trace if a check has failed."""
+        if self.checks is not None and self.checks.fault is not None:
+            forget(handle.model)
 
     def end(self, status: Status, reason: str) -> TurnEnd:
         seconds = time.perf_counter() - self.began
