@@ -37,6 +37,7 @@ from oki_trace.records import (
     WorkerState,
 )
 from oki_trace.settings import Settings
+from oki_trace.store.reading.prompt_steps import PromptStep
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
@@ -152,10 +153,23 @@ def _finished_steps(message: Message) -> list[StepSummary]:
     return store().steps(message.id)
 
 
-def step(message: Message, index: int) -> Step | None:
-    """One step with everything but its tensors; None until it is written."""
+def prompt_steps(message: Message) -> dict[int, PromptStep]:
+    """The traced tokens of a finished reply's prompt, by position; empty while it is live."""
+    untraced = message.policy is not None and message.policy.trace_prompt is None
+    if untraced or message.status.is_live or message.prompt_len is None:
+        return {}
+    return _prompt_steps(message)
+
+
+@_cached(32)
+def _prompt_steps(message: Message) -> dict[int, PromptStep]:
+    return store().prompt_steps(message.id)
+
+
+def step(message: Message, index: int, *, given: bool = False) -> Step | None:
+    """One step with everything but its tensors, if ``given`` by position; None until written."""
     try:
-        return store().step(message.id, index)
+        return store().step(message.id, index, given=given)
     except NotFound:
         return None
 
@@ -171,17 +185,17 @@ def _prompt(message: Message) -> Prompt:
 
 
 @_cached(64)
-def attentions(message: Message, index: int) -> TensorRecord | None:
+def attentions(message: Message, index: int, *, given: bool = False) -> TensorRecord | None:
     """The attention of a step, every layer and head; None if it was not kept."""
     try:
-        return store().tensor(message.id, index, "attentions")
+        return store().tensor(message.id, index, "attentions", given=given)
     except NotFound:
         return None
 
 
-def head_count(message: Message, index: int) -> int | None:
+def head_count(message: Message, index: int, *, given: bool = False) -> int | None:
     """The heads of a step's full attention, without reading it; None if it was not kept."""
-    shape = store().tensor_shape(message.id, index, "attentions")
+    shape = store().tensor_shape(message.id, index, "attentions", given=given)
     return None if shape is None else shape[1]
 
 

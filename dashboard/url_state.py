@@ -1,4 +1,4 @@
-"""The open conversation, message and step, as URL parameters.
+"""The open conversation, message and token, as URL parameters.
 
 Only the URL holds them, so a link opens the same view and the browser's back button works.
 """
@@ -6,18 +6,19 @@ Only the URL holds them, so a link opens the same view and the browser's back bu
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import streamlit as st
 
 
 @dataclass(frozen=True)
 class Location:
-    """A conversation, and perhaps one step of one of its replies."""
+    """A conversation, and perhaps one token of a reply: a step, or a position of its prompt."""
 
     conversation: int | None = None
     message: int | None = None
     step: int | None = None
+    position: int | None = None
 
     def query(self) -> dict[str, str]:
         """The parameters of the URL."""
@@ -26,7 +27,7 @@ class Location:
 
 def current() -> Location:
     """The location in the URL; a parameter that is no number counts as absent."""
-    return Location(number("conversation"), number("message"), number("step"))
+    return Location(*(number(f.name) for f in fields(Location)))
 
 
 def navigate(location: Location) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from oki_trace.records import (
     Sampling,
     Segment,
     Step,
-    StepSummary,
 )
 from oki_trace.tracing import Collector, Sink, never, prepare, trace_text
 
@@ -33,39 +31,6 @@ if TYPE_CHECKING:
     from oki_trace.reporting import Progress
     from oki_trace.store.reading.reader import Reader
     from oki_trace.store.writing.writer import TraceWriter
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A text's likelihood: ``tokens`` that were scored, their ``bytes``, the sum of their logprobs.
-
-    ``logprob`` is in nats.
-    """
-
-    tokens: int
-    bytes: int
-    logprob: float
-
-    @property
-    def perplexity(self) -> float:
-        """Exp of the mean surprisal of a token."""
-        return math.exp(-self.logprob / self.tokens)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The surprisal of the text in bits, by its bytes; comparable across tokenizers."""
-        return -self.logprob / math.log(2) / self.bytes if self.bytes else math.nan
-
-
-def score_of(steps: Iterable[Step | StepSummary]) -> Score:
-    """The score of these tokens. A special token, which is no text, has no bytes."""
-    tokens = size = 0
-    logprob = 0.0
-    for step in steps:
-        tokens += 1
-        size += 0 if step.is_special else len(step.token_bytes)
-        logprob += step.logprob
-    return Score(tokens, size, logprob)
 
 
 @dataclass(frozen=True)

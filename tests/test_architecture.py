@@ -24,8 +24,8 @@ ORDER = (
     *("model_process", "recompute", "trace_differences", "analysis", "api", "scoring"),
     *("generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
-    *("explain", "settings", "input_text", "records", "errors", "sanitize", "reporting"),
-    "child_process",
+    *("explain", "likelihood", "settings", "input_text", "records", "errors"),
+    *("sanitize", "reporting", "child_process"),
 )
 TORCH = {"torch", "transformers", "accelerate", "bitsandbytes", "tokenizers"}
 SQL = {"sqlalchemy", "alembic"}

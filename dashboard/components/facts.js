@@ -1,6 +1,8 @@
 // The selected token, its numbers, and buttons to the next one.
-// data: {conversation, message, step, total, following, waiting, where, what, facts: [{name, value,
-// title}], rows: of the CSV}, or {empty: true}. Triggers: pick = {conversation, message, step};
+// data: {conversation, message, step, first, total, position, following, waiting, where, what, facts: [{name, value,
+// title}], rows: of the CSV}, or {empty: true}. A negative step is a token of the prompt, -1 the
+// last one; ``position`` is then its position, else null. ``first`` is the first step there is.
+// Triggers: pick = {conversation, message, step};
 // refresh = a number.
 //
 // This element alone tells the server which step was selected, one at a time: while a response is
@@ -52,7 +54,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   // A pressed button keeps the focus.
   const walk = (by, focus = false) => {
     const next = place.message === data.message ? place.step + by : data.step + by;
-    if (next < 0 || next >= data.total) return;
+    if (next < data.first || next >= data.total) return;
     pick(data.conversation, data.message, next, { reveal: true, focus });
   };
   document.addEventListener("keydown", (event) => {
@@ -65,14 +67,15 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const where = make("div", "where");
   const copy = button("Copy link", "Copy a link to this step", async () => {
     const query = new URLSearchParams({
-      conversation: data.conversation, message: data.message, step: data.step });
+      conversation: data.conversation, message: data.message,
+      ...(data.position === null ? { step: data.step } : { position: data.position }) });
     await navigator.clipboard.writeText(`${location.origin}${location.pathname}?${query}`);
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy link"), 1500);
   });
   const back = button("←", "Previous token (left key)", () => walk(-1));
   const on = button("→", "Next token (right key)", () => walk(1));
-  back.disabled = data.step === 0;
+  back.disabled = data.step <= data.first;
   on.disabled = data.step + 1 >= data.total;
   // On a narrow page the panel is a sheet at the bottom, which can be folded.
   const page = document.documentElement;
@@ -91,7 +94,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   told();
   const within = (root.getRootNode().host ?? root).closest(".st-key-panel");
   where.append(make("span", "grow", data.where), back, on, copy,
-    csvButton(`numbers-step-${data.step}`, () => data.rows), ...(within ? [fold] : []));
+    csvButton(`numbers-${data.position === null ? "step" : "position"}-${data.position ?? data.step}`, () => data.rows), ...(within ? [fold] : []));
   const what = make("div", "what", data.what);
   what.setAttribute("role", "heading");
   what.setAttribute("aria-level", "2");

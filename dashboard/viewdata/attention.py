@@ -87,8 +87,8 @@ def evidence_data(
 ) -> Json:
     """The data of ``components/evidence.js``: the text before ``position``, shaded by weight."""
     seen = [s for s in steps if s.position < position]
-    texts = [*prompt.tokens, *token_texts(seen)]
-    kinds = [*prompt.segments, *["reply"] * len(seen)]
+    texts = [*prompt.tokens, *token_texts(seen)][:position]
+    kinds = [*prompt.segments, *["reply"] * len(seen)][:position]
     top = max(evidence.shown.values(), default=0.0) or 1.0
     pieces = []
     for at, (text, kind) in enumerate(zip(texts, kinds, strict=True)):

@@ -95,6 +95,8 @@ def reply_data(
         "tokens": tokens,
         "conversation": conversation,
         "message": message,
+        "first": 0,
+        "label": None,
         "live": live,
         "newest": newest_step(steps),
         "blue": colour == "settle layer",
@@ -152,12 +154,17 @@ def step_rows(steps: Sequence[StepSummary]) -> list[list[Any]]:
     ]
     rows = [
         [
-            *(s.step_index, s.position, visible(s.token), s.token_id, finite(s.prob), s.rank),
+            *(_step_number(s), s.position, visible(s.token), s.token_id, finite(s.prob), s.rank),
             *(finite(-s.logprob), finite(s.entropy), finite(s.margin), s.settle_layer),
         ]
         for s in steps
     ]
     return [names, *rows] if rows else []
+
+
+def _step_number(step: StepSummary) -> int | None:
+    """The number of a generated token; a given one has none."""
+    return None if step.origin == "given" else step.step_index
 
 
 def shades(
@@ -182,8 +189,11 @@ def token_tooltip(step: StepSummary) -> str:
     settled = (
         "not settled" if step.settle_layer is None else f"settled at layer {step.settle_layer}"
     )
+    place = f"step {step.step_index}"
+    if step.origin == "given":
+        place = f"position {step.position}, given"
     return (
-        f"{visible(step.token)}  (id {step.token_id}, step {step.step_index})\n"
+        f"{visible(step.token)}  (id {step.token_id}, {place})\n"
         f"prob {format_number(step.prob, 3)} · rank {step.rank}\n"
         f"surprisal {format_number(step.surprisal, 2, ' nats')} · "
         f"entropy {format_number(step.entropy, 2, ' nats')}\n"
@@ -238,9 +248,13 @@ def facts_data(
     conversation: int = 0,
     message: int = 0,
     following: bool = False,
+    first: int = 0,
+    prompt_len: int | None = None,
 ) -> Json:
     """The data of ``components/facts.js``: the token, its numbers, and where the reader is.
 
+    ``first`` is the first step, below 0 for a traced prompt of ``prompt_len`` tokens, which
+    is None where a token of the reply is shown.
     ``following``: no step was chosen, so the panel moves on to the newest of a live reply.
     """
     facts = {
@@ -260,11 +274,15 @@ def facts_data(
     return {
         "conversation": conversation,
         "message": message,
-        "step": step.step_index,
+        "step": step.step_index if prompt_len is None else step.position - prompt_len,
+        "first": first,
         "total": total,
+        "position": None if prompt_len is None else step.position,
         "following": following,
         "waiting": step.lens is None,
-        "where": f"step {step.step_index + 1} of {total} · position {step.position}",
+        "where": f"step {step.step_index + 1} of {total} · position {step.position}"
+        if prompt_len is None
+        else f"position {step.position} of {prompt_len} in the prompt",
         "what": visible(step.token),
         "facts": [{"name": n, "value": v, "title": MEANINGS[n]} for n, v in facts.items()],
         "rows": [names, values],
@@ -273,6 +291,11 @@ def facts_data(
 
 def decision_text(step: Step, generation: Generation | None) -> str:
     """Why this token was chosen, in a few sentences with its spaces made visible."""
+    if step.origin == "given":
+        return (
+            "Given: this token is part of the text that the model read, and the model did not "
+            "choose it. The numbers say how likely it was after the text before it."
+        )
     if step.decision is None and generation is not None and generation.do_sample:
         sampled = step.sampled_prob
         prob = "" if sampled is None else f" with probability {format_number(sampled, 3)}"
@@ -312,6 +335,8 @@ def settings_summary(sampling: Sampling, policy: CapturePolicy, system: str | No
     how = "greedy" if sampling.temperature is None else f"temperature {sampling.temperature:g}"
     parts = [how, f"up to {sampling.max_new_tokens:,} tokens"]
     parts.append("no full tensors" if policy.tensors == "none" else f"{policy.tensors} tensors")
+    if policy.trace_prompt is not None:
+        parts.append(f"{policy.trace_prompt} trace of the prompt")
     if system:
         parts.append("a system message")
     return " · ".join(parts)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import streamlit as st
 
 from dashboard import boundary, components, data, url_state
-from dashboard.viewdata import replies, storage, wording
+from dashboard.viewdata import prompts, replies, storage, wording
 from dashboard.views import layout, reply_map, sidebar, step_panel
 from oki_trace.explain import call_line
 from oki_trace.queueing import (
@@ -169,16 +169,76 @@ def _prompt_with(message: Message, messages: Sequence[Message]) -> Prompt | None
     return None if reply is None else data.prompt(reply)
 
 
+def _colour() -> replies.Colour:
+    return st.session_state.get("colour") or "surprisal"
+
+
+def _given(message: Message, messages: Sequence[Message], label: str) -> bool:
+    """Draw a message as the tokens that the model was given, if a reply's prompt was traced."""
+    for reply in messages:
+        if reply.position <= message.position or reply.role is not Role.ASSISTANT:
+            continue
+        traced = {at: one.step for at, one in data.prompt_steps(reply).items()}
+        prompt = data.prompt(reply) if traced else None
+        if prompt is None:
+            continue
+        before = [m for m in messages if m.position < reply.position]
+        span = prompts.message_spans(prompt, before).get(message.id)
+        if span is None or traced.keys().isdisjoint(span):
+            continue
+        shown = prompts.given_data(
+            prompt,
+            traced,
+            span,
+            conversation=reply.conversation_id,
+            message=reply.id,
+            colour=_colour(),
+            layers=reply.capture.layers if reply.capture else 0,
+            label=label,
+        )
+        components.reply(key=f"given-{message.id}", data=shown)
+        return True
+    return False
+
+
+def _scored(message: Message) -> bool:
+    """Draw a scored text, whose tokens are all given; False if the message is none."""
+    traced = {at: one.step for at, one in data.prompt_steps(message).items()}
+    own = {at: step for at, step in traced.items() if step.origin == "given"}
+    prompt = data.prompt(message) if own else None
+    if prompt is None or not message.content:
+        return False
+    steps = list(own.values())
+    shown = prompts.given_data(
+        prompt,
+        own,
+        prompts.scored_span(len(prompt), own),
+        conversation=message.conversation_id,
+        message=message.id,
+        colour=_colour(),
+        layers=message.capture.layers if message.capture else 0,
+        label=None,
+        status=prompts.scored_status(message, steps),
+        bad=message.status in (Status.FAILED, Status.INTERRUPTED),
+    )
+    components.reply(key=f"reply-{message.id}", data=shown)
+    return True
+
+
 def _message(message: Message, messages: Sequence[Message]) -> None:
     if message.role is not Role.ASSISTANT:
         label = "" if message.role is Role.USER else str(message.role)
         if message.tool_name:
             label += f" {message.tool_name}"
+        if _given(message, messages, label):
+            return
         shown = replies.bubble_data(message.content, label, _prompt_with(message, messages))
         components.bubble(data=shown, key=f"message-{message.id}")
         return
     steps = data.steps(message)
     live = message.status.is_live
+    if not steps and not live and _scored(message):
+        return
     size = storage.size(data.store().message_bytes(message.id)) if steps and not live else ""
     components.reply(
         key=f"reply-{message.id}",
@@ -186,7 +246,7 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
             steps,
             conversation=message.conversation_id,
             message=message.id,
-            colour=st.session_state.get("colour") or "surprisal",
+            colour=_colour(),
             layers=message.capture.layers if message.capture else 0,
             live=live,
             status=replies.status_line(message, len(steps), size),

@@ -61,7 +61,9 @@ def section(conversation_id: int, *, wide: bool = False) -> None:
     selected = step_panel.selected_step(conversation_id)
     capture = selected[0].capture if selected else None
     if selected is None or capture is None:
-        if wide:
+        if wide and step_panel.selected_token(conversation_id) is not None:
+            st.caption("No map: the tokens of this conversation were all given to the model.")
+        elif wide:
             st.caption("No tokens yet. Send a message in Chat to see the map of its reply here.")
         return
     message, steps, index = selected

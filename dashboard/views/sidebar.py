@@ -17,6 +17,7 @@ from oki_trace.records import (
     CapturePolicy,
     Message,
     ModelChoice,
+    PromptTrace,
     Role,
     Sampling,
     TemplateOptions,
@@ -34,6 +35,7 @@ STATES = {
 }
 
 TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
+PROMPT_TRACES: tuple[PromptTrace | None, ...] = (None, *get_args(PromptTrace))
 
 # Of an argument of the chat template: the value of earlier turns, or the template's default.
 UNCHANGED = "unchanged"
@@ -216,6 +218,16 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         help="Logits, hidden states, and attention of every head. half: 16-bit floats. "
         "compact: a third of that, within stated bounds. exact: the model's own bits. "
         "none: no full tensors.",
+    )
+    st.selectbox(
+        "Trace the prompt",
+        PROMPT_TRACES,
+        PROMPT_TRACES.index(_default("trace_prompt")),
+        format_func=lambda level: level or "none",
+        key="trace_prompt",
+        help="Measure the tokens of the prompt too. light: their probability, candidates and "
+        "attention, and the best token of each lens layer. full: everything that is kept of the "
+        "reply's tokens. none: the reply alone.",
     )
     with st.container(horizontal=True, key="kept"):
         for name, key, of_what in (

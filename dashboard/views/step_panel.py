@@ -1,4 +1,4 @@
-"""The step panel: candidates, attention and Logit Lens of one step of a reply.
+"""The step panel: candidates, attention and Logit Lens of one token of a reply or its prompt.
 
 It is a part of the page that reruns alone. Its head (``components.facts``) receives
 the clicks on all tokens of the page.
@@ -6,39 +6,89 @@ the clicks on all tokens of the page.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import streamlit as st
 
 from dashboard import components, data, url_state
-from dashboard.viewdata import attention, lens, replies, wording
+from dashboard.viewdata import attention, lens, prompts, replies, wording
 from dashboard.views import layout
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
-
-SelectedStep = tuple[Message, list[StepSummary], int]
+from oki_trace.store.reading.prompt_steps import PromptStep
 
 TABLES = ("tokens", "changes")
 
 
-def selected_step(conversation_id: int) -> SelectedStep | None:
-    """The reply and step of the URL, else the last reply's most surprising step.
+@dataclass(frozen=True)
+class Selected:
+    """The reply whose token is selected, its steps and the traced tokens of its prompt.
+
+    ``summary`` is the selected token, whose step belongs to message ``owner``: an earlier
+    reply where both prompts share the token. ``in_prompt``: it is a token of the prompt.
+    """
+
+    message: Message
+    steps: list[StepSummary]
+    prompt: Mapping[int, PromptStep]
+    owner: Message
+    summary: StepSummary
+    in_prompt: bool
+
+    @property
+    def given(self) -> bool:
+        """Whether the store addresses the step by its position."""
+        return self.summary.step_index < 0
+
+    @property
+    def address(self) -> int:
+        """The step or the position by which the store addresses it."""
+        return self.summary.position if self.given else self.summary.step_index
+
+
+def selected_token(conversation_id: int) -> Selected | None:
+    """The reply and token of the URL, else the last reply's most surprising one.
 
     Of a live reply without a chosen step it is the newest step that has its lens.
     """
     place = url_state.current()
     opened = data.conversation(conversation_id)
-    started = [m for m in opened[1] if m.role is Role.ASSISTANT and m.tokens] if opened else []
+    replied = [m for m in opened[1] if m.role is Role.ASSISTANT] if opened else []
+    started = [m for m in replied if m.tokens or data.prompt_steps(m)]
     if not started:
         return None
     message = next((m for m in started if m.id == place.message), started[-1])
-    steps = data.steps(message)
+    chosen = place.message == message.id
+    steps, prompt = data.steps(message), data.prompt_steps(message)
+    traced = {at: one.step for at, one in prompt.items()}
+    position = None
+    if chosen and place.position is not None:
+        position = prompts.nearest_position(traced, place.position)
+    if position is None and not steps:
+        position = prompts.most_surprising_position(traced)
+    if position is not None:
+        one = prompt[position]
+        owner = message if one.message_id == message.id else data.message(one.message_id)
+        if owner is not None:
+            return Selected(message, steps, prompt, owner, one.step, True)
     if not steps:
         return None
-    if place.message == message.id and place.step is not None:
-        return message, steps, min(place.step, len(steps) - 1)
-    if message.status.is_live:
-        return message, steps, replies.newest_step(steps) or 0
-    return message, steps, replies.most_surprising_step(steps, message.parts) or 0
+    if chosen and place.step is not None:
+        index = min(place.step, len(steps) - 1)
+    elif message.status.is_live:
+        index = replies.newest_step(steps) or 0
+    else:
+        index = replies.most_surprising_step(steps, message.parts) or 0
+    return Selected(message, steps, prompt, message, steps[index], False)
+
+
+def selected_step(conversation_id: int) -> tuple[Message, list[StepSummary], int] | None:
+    """The reply that is selected, its steps, and the selected one or the first; None without."""
+    selected = selected_token(conversation_id)
+    if selected is None or not selected.steps:
+        return None
+    index = 0 if selected.in_prompt else selected.summary.step_index
+    return selected.message, selected.steps, index
 
 
 def show(conversation_id: int) -> None:
@@ -47,37 +97,43 @@ def show(conversation_id: int) -> None:
     if selected is None:
         st.caption("No tokens yet. Send a message to see the steps of its reply here.")
         return
-    message, capture, steps, step = selected
+    drawn, step = selected
+    message = drawn.message
     components.bars(data=replies.candidates_data(step), key="bars")
-    st.caption(wording.escape(replies.decision_text(step, message.generation)))
+    st.caption(wording.escape(replies.decision_text(step, drawn.owner.generation)))
     effects = replies.effects_data(step)
     if effects:
         components.table(data=effects, key="effects")
     layout.check_warning(message)
-    _evidence(message, capture, steps, step)
-    _lens(message, capture, step)
+    capture = drawn.owner.capture
+    assert capture is not None
+    _evidence(drawn, capture, step)
+    _lens(drawn.owner, capture, step)
 
 
-def draw_head(
-    conversation_id: int, *, follow: bool = False
-) -> tuple[Message, CaptureReport, list[StepSummary], Step] | None:
+def draw_head(conversation_id: int, *, follow: bool = False) -> tuple[Selected, Step] | None:
     """Draw the selected token and its numbers, which receive every click on a token of the page.
 
     ``follow``: without a selected step, move on with a live reply. Returns what is drawn.
     """
     drawn, shown = None, {"empty": True}
-    selected = selected_step(conversation_id)
-    step = data.step(selected[0], selected[2]) if selected else None
-    if selected is not None and step is not None and selected[0].capture is not None:
-        message, steps, index = selected
-        drawn = message, selected[0].capture, steps, step
+    selected = selected_token(conversation_id)
+    step = None
+    if selected is not None and selected.owner.capture is not None:
+        step = data.step(selected.owner, selected.address, given=selected.given)
+    if selected is not None and step is not None:
+        message, place = selected.message, url_state.current()
+        drawn = selected, step
+        length = message.prompt_len or 0
         shown = replies.facts_data(
             step,
-            steps[index],
-            len(steps),
+            selected.summary,
+            len(selected.steps),
             conversation=conversation_id,
             message=message.id,
-            following=follow and message.status.is_live and url_state.current().step is None,
+            following=follow and message.status.is_live and place.step is None,
+            first=min(selected.prompt, default=length) - length,
+            prompt_len=length if selected.in_prompt else None,
         )
     components.facts(
         data=shown,
@@ -90,32 +146,35 @@ def draw_head(
 
 def _picked() -> None:
     chosen = st.session_state["facts"].pick
-    if chosen:
-        url_state.navigate(
-            url_state.Location(*(int(chosen[name]) for name in ("conversation", "message", "step")))
-        )
+    if not chosen:
+        return
+    conversation, message, step = (int(chosen[n]) for n in ("conversation", "message", "step"))
+    place = url_state.Location(conversation, message, step)
+    if step < 0:  # a token of the prompt, counted back from its end
+        reply = data.message(message)
+        length = (reply.prompt_len if reply is not None else None) or 0
+        place = url_state.Location(conversation, message, position=max(length + step, 0))
+    url_state.navigate(place)
 
 
-def _evidence(
-    message: Message, capture: CaptureReport, steps: Sequence[StepSummary], step: Step
-) -> None:
-    prompt = data.prompt(message)
+def _evidence(selected: Selected, capture: CaptureReport, step: Step) -> None:
+    prompt = data.prompt(selected.message)
     if step.evidence is None or prompt is None:
         layout.section_row("Evidence", "evidence-head")
         st.caption(wording.sentence(f"Attention: {capture.evidence_provenance}"))
         return
-    count = data.head_count(message, step.step_index)
+    count = data.head_count(selected.owner, selected.address, given=selected.given)
     with layout.section_row("Evidence", "evidence-head"):
         layer = layer_select([one.layer for one in step.attention])
-        head = head_select(message, count)
+        head = head_select(selected.owner, count)
     hide_sinks = sink_toggle()
     if head == attention.MEAN:
         weights = attention.kept_weights(step, layer)
     else:
-        tensor = data.attentions(message, step.step_index)
+        tensor = data.attentions(selected.owner, selected.address, given=selected.given)
         assert tensor is not None
         weights = attention.weights_by_position(*attention.head_weights(tensor, layer, head))
-    seen = [s for s in steps if s.position < step.position]
+    seen = [s for s in selected.steps if s.position < step.position]
     evidence = attention.without_positions(
         weights,
         attention.sink_positions(prompt, seen) if hide_sinks else (),
@@ -123,14 +182,15 @@ def _evidence(
     )
     components.evidence(
         data={
-            **attention.evidence_data(prompt, steps, step.position, evidence),
+            **attention.evidence_data(prompt, selected.steps, step.position, evidence),
             "step": step.step_index,
         },
         key="evidence",
     )
-    notes = attention.evidence_notes(
-        evidence, head, len(weights), None if count else replies.why_no_tensors(message)
-    )
+    without = None if count else replies.why_no_tensors(selected.owner)
+    if selected.given and without is not None:
+        without = "which were not kept for this token"
+    notes = attention.evidence_notes(evidence, head, len(weights), without)
     if capture.attention_check is not None:
         notes = f"{notes} Attention check {replies.format_difference(capture.attention_check)}."
     st.caption(notes)

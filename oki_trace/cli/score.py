@@ -140,7 +140,7 @@ def _scorable(reader: TraceReader, number: int) -> Message:
 
 
 def _print(reader: TraceReader, number: int, reply: Message | None, *, as_json: bool) -> None:
-    from oki_trace.scoring import score_of
+    from oki_trace.likelihood import score_of
 
     message, steps = reader.message(number), reader.steps(number, given=True)
     own = {} if reply is None else _own_logprobs(reader, reply, steps)
