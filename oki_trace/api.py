@@ -190,19 +190,7 @@ def _store(db: str, request: ReplyRequest, loaded: _Loaded, collector: Collector
 def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str, Any]]:
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
-    head = TraceHead(
-        model_id=start.model_id,
-        prompt=start.prompt,
-        generation=start.generation,
-        capture=start.capture,
-        messages=request.messages,
-        output=end.output,
-        status=end.status,
-        reason=end.reason,
-        checks=end.checks,
-        parts=end.parts,
-        template=request.template,
-    )
+    head = TraceHead(start, end, request.messages, request.template)
     lenses = {lens.step_index: lens for lens in collector.lenses}
     steps = [replace(step, lens=lenses.get(step.step_index)) for step in collector.steps]
     return end.output, trace_object(head, steps, collector.prompt_steps)

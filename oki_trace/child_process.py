@@ -1,20 +1,25 @@
 """Starts and limits a separate Python process, for work that may crash or use up memory.
 
-``command`` starts one, ``FRUGAL`` is its environment, and the process calls
-``limit_memory`` before it reads untrusted input.
+``start`` starts one, and the process calls ``limit_memory`` before it reads untrusted
+input.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 _START = (
     "import sys, importlib; sys.path.append(sys.argv[1]); "
     "importlib.import_module(sys.argv[2]).main()"
 )
 # One arena and one thread: reserves of others would count as memory of the work.
-FRUGAL = {
+_FRUGAL = {
     "MALLOC_ARENA_MAX": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
@@ -27,6 +32,28 @@ def command(module: str) -> list[str]:
     package = str(Path(__file__).resolve().parents[1])
     # -P: no module of the current folder is imported.
     return [sys.executable, "-P", "-c", _START, package, module]
+
+
+def start(module: str) -> subprocess.Popen[bytes]:
+    """A process that runs ``main()`` of a module; its input and output are pipes.
+
+    Ctrl-C reaches only the process that starts it, which has to kill it.
+    """
+    return subprocess.Popen(
+        command(module),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, **_FRUGAL},
+    )
+
+
+def resident_bytes(process: subprocess.Popen[bytes]) -> int:
+    """The memory of a process; 0 when it has ended."""
+    with suppress(psutil.Error):
+        return int(psutil.Process(process.pid).memory_info().rss)
+    return 0
 
 
 def address_space() -> int | None:

@@ -66,3 +66,9 @@ class QuestionError(OkiTraceError):
 
 class ExchangeError(OkiTraceError):
     """A file cannot be exported to or imported from."""
+
+
+def named(name: str, default: type[OkiTraceError]) -> type[OkiTraceError]:
+    """The class of an error that another process reports; ``default`` for an unknown name."""
+    error = globals().get(name)
+    return error if isinstance(error, type) and issubclass(error, OkiTraceError) else default

@@ -7,7 +7,6 @@ measured); NaN is NULL.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from oki_trace.analysis.head_targets import COUNTED_AS
 from oki_trace.analysis.tables import BY_NAME
 from oki_trace.store.reading.bulk_read import Columns
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.schema import arrow
 
 # Steps in memory at a time: about 40 MB of Python values.
 STEPS_AT_ONCE = 256
@@ -30,15 +30,7 @@ Tables = dict[str, pa.Table]
 
 def to_arrow(name: str, columns: dict[str, Any]) -> pa.Table:
     """Columns by name as the Arrow table ``name``; other columns are left out."""
-    schema = BY_NAME[name].schema
-    return pa.table([_array(columns[f.name], f.type) for f in schema], schema=schema)
-
-
-def _array(values: Any, kind: pa.DataType) -> pa.Array:
-    if isinstance(values, np.ndarray):
-        # NaN becomes NULL, also on the way to an integer.
-        return pa.array(values, from_pandas=True).cast(kind)
-    return pa.array(values, type=kind)
+    return arrow.to_arrow(columns, BY_NAME[name].schema)
 
 
 def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
@@ -65,69 +57,53 @@ def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
 
 def _step_tables(batch: dict[str, Columns], share: NDArray[np.int64], before: str) -> Tables:
     step = batch["step"]
-    rows = _RowsOfStep(step)
     topk, lens_layer, lens_entry = batch["topk_entry"], batch["lens_layer"], batch["lens_entry"]
     attention_layer, attention_entry = batch["attention_layer"], batch["attention_entry"]
     derived = {
         "step": {
             "token_class": _classes(step["token"], step["is_special"].tolist(), before),
-            **_runner_up(step, topk, rows),
-            **_settled(step, lens_layer, rows),
+            **_runner_up(step, topk),
+            **_settled(step, lens_layer),
         },
         "lens_layer": _top_of_layer(lens_layer, lens_entry),
         "attention_layer": _divided(attention_layer, attention_entry, share),
     }
-    return {
-        name: to_arrow(
-            name,
-            {
-                **columns,
-                **({} if name == "step" else rows.keys(columns)),
-                **derived.get(name, {}),
-            },
-        )
-        for name, columns in batch.items()
-    }
+    for name, columns in batch.items():
+        if name != "step":
+            place = _places(step, columns)
+            columns |= {key: step[key][place] for key in ("message_id", "step_index")}
+    return {name: to_arrow(name, batch[name] | derived.get(name, {})) for name in batch}
 
 
-@dataclass(frozen=True, slots=True)
-class _RowsOfStep:
-    """The step of a batch that each row of a child table belongs to."""
-
-    step: Columns
-
-    def of(self, child: Columns) -> NDArray[np.int64]:
-        """The place in the batch of each row's step: (rows,)."""
-        ids = self.step["id"]
-        order = np.argsort(ids)
-        place: NDArray[np.int64] = order[np.searchsorted(ids, child["step_id"], sorter=order)]
-        return place
-
-    def keys(self, child: Columns) -> dict[str, Any]:
-        place = self.of(child)
-        return {
-            "message_id": self.step["message_id"][place],
-            "step_index": self.step["step_index"][place],
-        }
+def _places(step: Columns, child: Columns) -> NDArray[np.int64]:
+    """The place in the batch of the step that each row of a child table belongs to: (rows,)."""
+    order = np.argsort(step["id"])
+    place: NDArray[np.int64] = order[np.searchsorted(step["id"], child["step_id"], sorter=order)]
+    return place
 
 
-def _runner_up(step: Columns, topk: Columns, rows: _RowsOfStep) -> dict[str, Any]:
+def _runner_up(step: Columns, topk: Columns) -> dict[str, Any]:
     """The most likely token that was not chosen; candidates are ordered by step and rank."""
-    place = rows.of(topk)
+    place = _places(step, topk)
     others = np.flatnonzero(topk["token_id"] != step["token_id"][place])
     steps, first = np.unique(place[others], return_index=True)
-    count = len(step["id"])
+    return _tokens_at("runner_up", topk, others[first], steps, len(step["id"]))
+
+
+def _tokens_at(
+    name: str, entry: Columns, rows: NDArray[np.int64], at: NDArray[np.int64], count: int
+) -> dict[str, Any]:
+    """The id, probability and text of the entries ``rows``, ``at`` places of columns (count,)."""
     ids, probs = np.full(count, np.nan), np.full(count, np.nan)
-    ids[steps] = topk["token_id"][others[first]]
-    probs[steps] = topk["prob"][others[first]]
+    ids[at], probs[at] = entry["token_id"][rows], entry["prob"][rows]
     tokens: list[str | None] = [None] * count
-    for one, row in zip(steps.tolist(), others[first].tolist(), strict=True):
-        tokens[one] = topk["token"][row]
-    return {"runner_up_id": ids, "runner_up_prob": probs, "runner_up_token": tokens}
+    for place, row in zip(at.tolist(), rows.tolist(), strict=True):
+        tokens[place] = entry["token"][row]
+    return {f"{name}_id": ids, f"{name}_prob": probs, f"{name}_token": tokens}
 
 
-def _settled(step: Columns, lens_layer: Columns, rows: _RowsOfStep) -> dict[str, Any]:
-    place = rows.of(lens_layer)
+def _settled(step: Columns, lens_layer: Columns) -> dict[str, Any]:
+    place = _places(step, lens_layer)
     count = len(step["id"])
     layers, probs = np.full(count, np.nan), np.full(count, np.nan)
     # Rows are ordered by step and layer, so a step's last row is its last layer.
@@ -141,12 +117,7 @@ def _top_of_layer(layer: Columns, entry: Columns) -> dict[str, Any]:
     """The most likely token of each row of ``lens_layer``."""
     first = np.flatnonzero(entry["rank"] == 1)
     row = _rows_of_layer(layer, entry)[first]
-    ids, probs = np.full(len(layer["layer"]), np.nan), np.full(len(layer["layer"]), np.nan)
-    ids[row], probs[row] = entry["token_id"][first], entry["prob"][first]
-    tokens: list[str | None] = [None] * len(ids)
-    for at, one in zip(row.tolist(), first.tolist(), strict=True):
-        tokens[at] = entry["token"][one]
-    return {"top_id": ids, "top_prob": probs, "top_token": tokens}
+    return _tokens_at("top", entry, first, row, len(layer["layer"]))
 
 
 def _rows_of_layer(layer: Columns, entry: Columns) -> NDArray[np.int64]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
+from operator import attrgetter
 
 import duckdb
 import pyarrow as pa
@@ -106,21 +107,20 @@ class Cache:
         self, reader: TraceReader, new: Sequence[MessageMark], progress: Progress | None
     ) -> Iterator[Part]:
         """The new messages as parts; the replies of a conversation stay together."""
-        ordered = sorted(new, key=lambda mark: (mark.conversation_id, mark.id))
+        groups = _by_conversation(new)
         done = 0
-        while done < len(ordered):
+        while done < len(new):
             with self.folder.new_part() as part:
                 marks: dict[str, str] = {}
                 with _Files(part) as files:
-                    for _, group in groupby(ordered[done:], key=lambda mark: mark.conversation_id):
-                        of_conversation = list(group)
+                    for of_conversation in groups:
                         files.add({"message": message_table(reader, of_conversation)})
                         for mark in of_conversation:
                             for tables in _readable(reader, mark.id):
                                 files.add(tables)
                             marks[str(mark.id)] = _identity(mark)
                             if progress is not None:
-                                progress(done + len(marks), len(ordered))
+                                progress(done + len(marks), len(new))
                         if files.steps >= FULL_STEPS:
                             break
                 done += len(marks)
@@ -203,16 +203,19 @@ def live_tables(reader: TraceReader) -> Tables:
     marks = [mark for mark in reader.message_marks() if mark.status.is_live]
     live = {name: [table.schema.empty_table()] for name, table in BY_NAME.items()}
     live["conversation"].append(_conversations(reader))
-    for _, group in groupby(
-        sorted(marks, key=lambda mark: mark.conversation_id), key=lambda m: m.conversation_id
-    ):
-        of_conversation = list(group)
+    for of_conversation in _by_conversation(marks):
         live["message"].append(message_table(reader, of_conversation))
         for mark in of_conversation:
             for tables in _readable(reader, mark.id):
                 for name, rows in tables.items():
                     live[name].append(rows)
     return {name: pa.concat_tables(rows) for name, rows in live.items()}
+
+
+def _by_conversation(marks: Iterable[MessageMark]) -> Iterator[list[MessageMark]]:
+    key = attrgetter("conversation_id")
+    for _, group in groupby(sorted(marks, key=key), key=key):
+        yield list(group)
 
 
 def _conversations(reader: TraceReader) -> pa.Table:

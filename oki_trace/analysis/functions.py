@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from oki_trace.analysis.distance import softmax
 from oki_trace.analysis.head_targets import HEAD_TARGETS, shares_of_heads
-from oki_trace.analysis.step_distance import floats, step_distances
+from oki_trace.analysis.step_distance import step_distances
 from oki_trace.analysis.tables import FUNCTIONS, Function
 from oki_trace.records import Prompt
 from oki_trace.store.reading.reader import TraceReader
@@ -67,7 +67,7 @@ def _token_rank(
         tensor = reader.tensors(message, "logits", [step]).get(step)
         if tensor is None:
             continue
-        probs = softmax(floats(tensor))
+        probs = softmax(tensor.to_float32())
         for place in places:
             token = tokens[place]
             if token is not None and 0 <= token < len(probs):
@@ -101,7 +101,7 @@ def _head_shares(
             batch = dict(of_steps[first : first + _TENSORS_AT_ONCE])
             for step, tensor in reader.tensors(message, "attentions", list(batch)).items():
                 prompt = prompt or reader.prompt(message)
-                shares = shares_of_heads(floats(tensor), tensor.key_offset, prompt)
+                shares = shares_of_heads(tensor.to_float32(), tensor.key_offset, prompt)
                 for place in batch[step]:
                     values[place] = tensor.layers, shares
     return _lists_of_heads(values)

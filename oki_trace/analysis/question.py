@@ -186,9 +186,11 @@ class Request:
         return Answer(self.question.name, self.view, *shown, alone, about)
 
 
-def run_statement(session: QuerySession, request: Request) -> Answer:
-    """The answer of a view that is one statement."""
-    sql, parameters = request.bind()
+def run_statement(
+    session: QuerySession, request: Request, sql: str | None = None, **parameters: Any
+) -> Answer:
+    """The rows of one statement; ``sql`` and ``parameters`` as in ``Request.bind``."""
+    sql, parameters = request.bind(sql, **parameters)
     return request.answer(session.ask(sql, parameters).rows, sql, parameters)
 
 

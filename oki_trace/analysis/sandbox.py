@@ -8,9 +8,7 @@ and when this program ends; otherwise it is kept for the next question.
 
 from __future__ import annotations
 
-import os
 import queue
-import subprocess
 import threading
 import time
 import weakref
@@ -19,13 +17,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import psutil
 import pyarrow as pa
 
 from oki_trace import child_process, errors
 from oki_trace.analysis import frames, values
 from oki_trace.analysis.frames import Frame
-from oki_trace.errors import OkiTraceError, QuestionError
+from oki_trace.errors import QuestionError
 
 MEMORY_BYTES = 512_000_000
 # DuckDB needs this much.
@@ -191,7 +188,7 @@ class Sandbox:
             self.close()
         if "error" in reply[0]:
             kind, sentence = reply[0]["error"]
-            raise _error(kind)(sentence)
+            raise errors.named(kind, QuestionError)(sentence)
         return reply
 
 
@@ -199,15 +196,7 @@ class _Process:
     """The process, and its replies."""
 
     def __init__(self) -> None:
-        self._popen = subprocess.Popen(
-            child_process.command("oki_trace.analysis.sandbox_process"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            # Ctrl-C reaches this process alone, which kills the other.
-            start_new_session=True,
-            env={**os.environ, **child_process.FRUGAL},
-        )
+        self._popen = child_process.start("oki_trace.analysis.sandbox_process")
         self.frames: queue.Queue[Frame | None] = queue.Queue()
         self._base: int | None = None
         assert self._popen.stdin is not None and self._popen.stdout is not None
@@ -221,18 +210,13 @@ class _Process:
         """Send a frame; the reply may have a payload of ``answer_bytes``."""
         self._most[0] = answer_bytes
         if self._base is None and "sql" in header:
-            self._base = self._resident()
+            self._base = child_process.resident_bytes(self._popen)
         with suppress(BrokenPipeError):
             frames.write(self._input, header, payload)
 
     def memory(self) -> int:
         """The resident bytes beyond those before the first statement."""
-        return 0 if self._base is None else self._resident() - self._base
-
-    def _resident(self) -> int:
-        with suppress(psutil.Error):
-            return int(psutil.Process(self._popen.pid).memory_info().rss)
-        return 0
+        return 0 if self._base is None else child_process.resident_bytes(self._popen) - self._base
 
     def end(self) -> None:
         self._popen.kill()
@@ -259,10 +243,3 @@ def _out_of_memory(limits: Limits) -> QuestionError:
         f"The question needs more than {limits.memory_bytes / 1e6:,.0f} MB of memory, or DuckDB "
         "failed at it: narrow it down, or give it more memory (--memory)."
     )
-
-
-def _error(kind: str) -> type[OkiTraceError]:
-    named = getattr(errors, kind, None)
-    if isinstance(named, type) and issubclass(named, OkiTraceError):
-        return named
-    return QuestionError

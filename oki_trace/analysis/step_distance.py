@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from oki_trace.analysis.distance import Distance, between_lists, between_logits
-from oki_trace.records import Candidates, TensorRecord
+from oki_trace.records import Candidates
 from oki_trace.store.reading.reader import TraceReader
 
 # Message and step of the first, message and step of the second.
@@ -88,13 +88,6 @@ def one_vocabulary(a: Candidates, b: Candidates) -> bool:
     return all(texts.get(i, text) == text for i, text in zip(ids_b, b.tokens, strict=True))
 
 
-def floats(tensor: TensorRecord) -> Floats:
-    """The tensor's values as float32: the array of a bfloat16 tensor holds its bits."""
-    if tensor.dtype == "bfloat16":
-        return (tensor.array.astype(np.uint32) << 16).view(np.float32)
-    return tensor.array.astype(np.float32, copy=False)
-
-
 def _measure(
     reader: TraceReader,
     messages: tuple[int, int],
@@ -103,7 +96,7 @@ def _measure(
 ) -> list[StepDistance | None]:
     logits = [
         {
-            step: floats(tensor)
+            step: tensor.to_float32()
             for step, tensor in reader.tensors(message, "logits", sorted(set(of_side))).items()
         }
         for message, of_side in zip(messages, zip(*steps, strict=True), strict=True)

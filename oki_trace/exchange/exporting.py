@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -42,8 +41,8 @@ def export(
     beside = _beside(format, output) if tensors else None
     if format is Format.PARQUET and output is None:
         raise UsageError("parquet is a folder of tables: name it with --output.")
-    with selected(reader, conversation_id, message_id, progress) as chosen:
-        for sentence in _left_out(chosen, format, tensors):
+    with selected(reader, conversation_id, message_id, progress, tensors=tensors) as chosen:
+        for sentence in _left_out(chosen, format):
             tell(sentence)
         if format is Format.PARQUET and output is not None:
             # Here, because pyarrow takes a while to import.
@@ -51,27 +50,26 @@ def export(
             from oki_trace.exchange.tables import FILES
 
             with replacing_folder(output, FILES) as folder:
-                write_tables(chosen.reader, conversation_id, folder, message_id, progress)
+                write_tables(chosen, folder)
             return [output]
         with ExitStack() as files:
             file = standard if output is None else files.enter_context(replacing(output))
             # Closed first: the tensors are in place before the file that refers to them.
             blobs = files.enter_context(replacing(beside, "wb")) if beside else None
-            _writer(format, tensors)(chosen, file)
+            _writer(format)(chosen, file)
             if blobs is not None:
                 write_tensors(chosen, blobs)
     return [path for path in (output, beside) if path is not None]
 
 
-def _writer(format: Format, tensors: bool) -> Callable[[Selection, TextIO], None]:
+def _writer(format: Format) -> Callable[[Selection, TextIO], None]:
     if format is Format.HTML:
         from oki_trace.exchange.report import write_report
 
         return write_report
     if format is Format.TRACE_V1:
         return json_export.write_v1
-    write = json_export.write_lines if format is Format.JSONL else json_export.write_conversation
-    return partial(write, tensors=tensors)
+    return json_export.write_lines if format is Format.JSONL else json_export.write_conversation
 
 
 def _beside(format: Format, output: Path | None) -> Path | None:
@@ -87,7 +85,7 @@ def _beside(format: Format, output: Path | None) -> Path | None:
     return output.with_suffix(SUFFIX)
 
 
-def _left_out(chosen: Selection, format: Format, tensors: bool) -> Iterator[str]:
+def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
     """Sentences about the data that the export leaves out."""
     if chosen.conversation.damage:
         yield (
@@ -105,7 +103,7 @@ def _left_out(chosen: Selection, format: Format, tensors: bool) -> Iterator[str]
         if chosen.has_tensors():
             yield "html is for reading: it holds no full tensors and cannot be imported."
     elif format in _WITH_TENSORS:
-        if not tensors and chosen.has_tensors():
+        if not chosen.tensors and chosen.has_tensors():
             yield "The full tensors are left out: --tensors writes them beside the file."
-    elif tensors:
+    elif chosen.tensors:
         yield "parquet always holds the full tensors: --tensors is not needed."

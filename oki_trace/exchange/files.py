@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +18,14 @@ def replacing(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[Any]:
 
     Text is UTF-8. Raises ExchangeError when it cannot be written.
     """
-    part: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        part = Path(name)
-        text: Any = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
-        with os.fdopen(handle, mode, **text) as file:
+    text: Any = {"encoding": "utf-8", "newline": "\n"} if mode == "w" else {}
+    with _folder_beside(path) as private:
+        part = private / path.name
+        with part.open(mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # A temporary file is private, which the export need not be.
-        part.chmod(0o666 & ~_umask())
         part.replace(path)
-    except BaseException as error:
-        if part is not None:
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
 
 
 @contextmanager
@@ -46,43 +35,40 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
     ``names`` are the files it may hold. Raises ExchangeError for a ``path`` with
     any other file, which is not an export, and when it cannot be written.
     """
-    part: Path | None = None
-    try:
+    with _folder_beside(path) as private:
         if path.is_symlink() or (path.exists() and not path.is_dir()):
             raise ExchangeError(f"{path} exists and is not a folder. Choose another --output.")
         if path.exists() and (other := sorted({p.name for p in path.iterdir()} - names)):
             raise ExchangeError(
                 f"{path} holds files of no export, such as {other[0]}. Choose another --output."
             )
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+        part, old = private / "new", private / "old"
+        part.mkdir()
         yield part
         for file in part.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        part.chmod(0o777 & ~_umask())
-        if path.exists():
-            # A folder cannot be renamed over another one.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            path.replace(old / path.name)
+        if not path.exists():
             part.replace(path)
-            shutil.rmtree(old)
-        else:
+            return
+        # A folder cannot be renamed over another one.
+        path.replace(old)
+        try:
             part.replace(path)
-    except BaseException as error:
-        if part is not None:
-            shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
+        except OSError:
+            old.replace(path)
+            raise
 
 
-def _umask() -> int:
-    umask = os.umask(0o022)
-    os.umask(umask)
-    return umask
-
-
-def _cannot_write(path: Path, error: OSError) -> ExchangeError:
-    return ExchangeError(
-        f"Cannot write {path}: {error.strerror or error}. Choose another --output."
-    )
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """A folder for unfinished files on the disk of ``path``, which no other user can read."""
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".part", ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExchangeError(
+            f"Cannot write {path}: {error.strerror or error}. Choose another --output."
+        ) from error

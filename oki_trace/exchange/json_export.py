@@ -44,13 +44,10 @@ V1_EVIDENCE = ("token", "weight", "position", "in_prompt", "relative")
 _encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False).encode
 
 
-def write_conversation(chosen: Selection, file: TextIO, *, tensors: bool = False) -> None:
-    """Write the document of a conversation, or the trace object of a single reply.
-
-    ``tensors``: whether the full tensors are exported as well.
-    """
+def write_conversation(chosen: Selection, file: TextIO) -> None:
+    """Write the document of a conversation, or the trace object of a single reply."""
     if chosen.single is not None:
-        _write_trace(file, chosen, chosen.single, tensors)
+        _write_trace(file, chosen, chosen.single)
         file.write("\n")
         return
     file.write(_open(document_head(chosen)) + ', "messages": [')
@@ -58,20 +55,20 @@ def write_conversation(chosen: Selection, file: TextIO, *, tensors: bool = False
         file.write(",\n" if place else "\n")
         if message.id in chosen.traced:
             file.write(_open(message_head(message)) + ', "trace": ')
-            _write_trace(file, chosen, message, tensors)
+            _write_trace(file, chosen, message)
             file.write("}")
         else:
             file.write(_encode(message_head(message)))
     file.write("\n]}\n")
 
 
-def write_lines(chosen: Selection, file: TextIO, *, tensors: bool = False) -> None:
+def write_lines(chosen: Selection, file: TextIO) -> None:
     """Write the selection as JSON lines."""
     heads = []
     for message in chosen.messages:
         head = message_head(message)
         if message.id in chosen.traced:
-            head["trace"] = head_object(chosen.head(message, tensors=tensors))
+            head["trace"] = head_object(chosen.head(message))
         heads.append(head)
     file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
     for reply in chosen.replies:
@@ -94,19 +91,21 @@ def write_v1(chosen: Selection, file: TextIO) -> None:
     for place, reply in enumerate(chosen.replies):
         head = chosen.head(reply)
         file.write(",\n" if place else "")
-        steps = step_objects(head.prompt, chosen.iter_steps(reply))
+        steps = step_objects(head.start.prompt, chosen.iter_steps(reply))
         _write_steps(file, _only(head_object(head), V1_TRACE), map(_v1_step, steps))
     file.write("\n]\n" if several else "\n")
 
 
 def conversation_object(reader: TraceReader, conversation_id: int) -> Json:
     """The document of a conversation, in memory. Raises NotFound."""
-    with selected(reader, conversation_id) as chosen:
+    with selected(reader, conversation_id, tensors=False) as chosen:
         messages = []
         for message in chosen.messages:
             head = message_head(message)
             if message.id in chosen.traced:
-                head["trace"] = _trace(chosen, message, timed=True)
+                head["trace"] = trace_object(
+                    chosen.head(message), chosen.iter_steps(message), timed=True
+                )
             messages.append(head)
         return {**document_head(chosen), "messages": messages}
 
@@ -121,8 +120,9 @@ def trace_of(
     if not is_traced(message):
         return None
     conversation = reader.conversation(message.conversation_id)
-    chosen = Selection(reader, conversation, messages, frozenset({message.id}))
-    return _trace(chosen, message, timed=timed)
+    # A file without the tensors says so.
+    chosen = Selection(reader, conversation, messages, frozenset({message.id}), tensors=not timed)
+    return trace_object(chosen.head(message), chosen.iter_steps(message), timed=timed)
 
 
 def document_head(chosen: Selection) -> Json:
@@ -168,12 +168,6 @@ def message_head(message: Message) -> Json:
     return head
 
 
-def _trace(chosen: Selection, reply: Message, *, timed: bool) -> Json:
-    # A file without the tensors says so.
-    head = chosen.head(reply, tensors=not timed)
-    return trace_object(head, chosen.iter_steps(reply), timed=timed)
-
-
 def _steps(chosen: Selection, reply: Message) -> Iterator[Json]:
     return step_objects(chosen.reader.prompt(reply.id), chosen.iter_steps(reply), timed=True)
 
@@ -194,9 +188,8 @@ def _only(values: Json, names: tuple[str, ...]) -> Json:
     return {name: values[name] for name in names}
 
 
-def _write_trace(file: TextIO, chosen: Selection, reply: Message, tensors: bool) -> None:
-    head = head_object(chosen.head(reply, tensors=tensors))
-    _write_steps(file, head, _steps(chosen, reply))
+def _write_trace(file: TextIO, chosen: Selection, reply: Message) -> None:
+    _write_steps(file, head_object(chosen.head(reply)), _steps(chosen, reply))
 
 
 def _write_steps(file: TextIO, head: Json, steps: Iterable[Json]) -> None:

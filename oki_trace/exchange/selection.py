@@ -10,7 +10,7 @@ from functools import cached_property
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
 from oki_trace.queueing import history
-from oki_trace.records import Conversation, Message, Role, Step
+from oki_trace.records import Conversation, Message, Role, Step, TurnEnd, TurnStart
 from oki_trace.reporting import Progress
 from oki_trace.store.reading.reader import Reader
 
@@ -20,7 +20,8 @@ class Selection:
     """A snapshot of a conversation: its messages, of which ``traced`` are exported with traces.
 
     ``reader`` reads that snapshot, and only within ``selected``. ``single`` is the
-    reply whose trace is exported alone; None for a whole conversation.
+    reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
+    full tensors are exported too; a trace without them says so.
     """
 
     reader: Reader
@@ -28,6 +29,7 @@ class Selection:
     messages: Sequence[Message]
     traced: frozenset[int]
     single: Message | None = None
+    tensors: bool = True
     progress: Progress = lambda done, total: None
     _done: int = 0
 
@@ -47,25 +49,20 @@ class Selection:
             self._done += 1
             self.progress(self._done, self.steps)
 
-    def head(self, reply: Message, *, tensors: bool = True) -> TraceHead:
-        """The trace of a reply without its steps. ``tensors``: whether they are exported too."""
+    def head(self, reply: Message) -> TraceHead:
+        """The trace of a reply without its steps."""
         assert reply.generation is not None and reply.capture is not None
         capture = reply.capture
-        if not tensors and self.reader.message_bytes(reply.id):
+        if not self.tensors and self.reader.message_bytes(reply.id):
             capture = replace(capture, tensors_left_out=True)
-        return TraceHead(
-            model_id=reply.model_id or "",
-            prompt=self.reader.prompt(reply.id),
-            generation=reply.generation,
-            capture=capture,
-            messages=history(self.messages, reply.id),
-            output=reply.content,
-            status=reply.status,
-            reason=reply.reason,
-            checks=reply.checks,
-            parts=reply.parts,
-            template=reply.template,
+        start = TurnStart(
+            reply.model_id or "", self.reader.prompt(reply.id), reply.generation, capture
         )
+        end = TurnEnd(
+            *(reply.status, reply.content, reply.reason or "", reply.seconds or 0.0),
+            *(reply.checks, reply.parts),
+        )
+        return TraceHead(start, end, history(self.messages, reply.id), reply.template)
 
     def has_tensors(self) -> bool:
         """Whether the store has any full tensor of the exported replies."""
@@ -78,6 +75,8 @@ def selected(
     conversation_id: int,
     message_id: int | None = None,
     progress: Progress | None = None,
+    *,
+    tensors: bool = True,
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
 
@@ -99,7 +98,8 @@ def selected(
             traced = {message_id: single}
             messages = [m for m in messages if m.position <= single.position]
         report = progress or (lambda done, total: None)
-        yield Selection(instant, conversation, messages, frozenset(traced), single, report)
+        chosen = (instant, conversation, messages, frozenset(traced), single)
+        yield Selection(*chosen, tensors=tensors, progress=report)
 
 
 def is_traced(message: Message) -> bool:

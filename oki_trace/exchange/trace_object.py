@@ -13,19 +13,19 @@ from typing import Any
 
 from oki_trace.explain import explain
 from oki_trace.records import (
-    CaptureReport,
     ChatMessage,
     Contender,
     Decision,
-    Generation,
+    FloatArray,
+    IntArray,
     LayerAttention,
     Lens,
     Part,
     Prompt,
-    ReplyChecks,
-    Status,
     Step,
     TemplateOptions,
+    TurnEnd,
+    TurnStart,
 )
 
 FORMAT = "oki-trace"
@@ -42,16 +42,9 @@ BLANK = -1
 class TraceHead:
     """The trace of a reply without its steps; ``messages`` are those before it."""
 
-    model_id: str
-    prompt: Prompt
-    generation: Generation
-    capture: CaptureReport
+    start: TurnStart
+    end: TurnEnd
     messages: Sequence[ChatMessage]
-    output: str
-    status: Status
-    reason: str | None
-    checks: ReplyChecks | None = None
-    parts: Sequence[Part] = ()
     template: TemplateOptions | None = None
 
 
@@ -63,35 +56,37 @@ def trace_object(
     timed: bool = False,
 ) -> Json:
     """The trace of one reply; ``timed`` as in ``step_objects``."""
+    prompt = head.start.prompt
     return {
         **head_object(head),
-        "steps": list(step_objects(head.prompt, steps, timed=timed)),
-        "prompt_steps": list(step_objects(head.prompt, prompt_steps, timed=timed)),
+        "steps": list(step_objects(prompt, steps, timed=timed)),
+        "prompt_steps": list(step_objects(prompt, prompt_steps, timed=timed)),
     }
 
 
 def head_object(head: TraceHead) -> Json:
     """The trace of one reply without its ``steps``, which come last."""
+    start, end, prompt = head.start, head.end, head.start.prompt
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model_id": head.model_id,
-        "prompt": head.prompt.text,
-        "prompt_len": len(head.prompt),
-        "prompt_token_ids": list(map(known_id, head.prompt.token_ids)),
-        "prompt_tokens": list(head.prompt.tokens),
-        "prompt_segments": list(head.prompt.segments),
-        "output": head.output,
-        "parts": part_objects(head.parts),
+        "model_id": start.model_id,
+        "prompt": prompt.text,
+        "prompt_len": len(prompt),
+        "prompt_token_ids": list(map(known_id, prompt.token_ids)),
+        "prompt_tokens": list(prompt.tokens),
+        "prompt_segments": list(prompt.segments),
+        "output": end.output,
+        "parts": part_objects(end.parts),
         "messages": [message_object(message) for message in head.messages],
         "template": None if not head.template else plain(asdict(head.template)),
-        "status": str(head.status),
-        "reason": head.reason,
-        "evidence_provenance": head.capture.evidence_provenance,
-        "logit_lens_available": head.capture.logit_lens_available,
-        "generation": plain(asdict(head.generation)),
-        "capture": plain(asdict(head.capture)),
-        "checks": None if head.checks is None else plain(asdict(head.checks)),
+        "status": str(end.status),
+        "reason": end.reason or None,
+        "evidence_provenance": start.capture.evidence_provenance,
+        "logit_lens_available": start.capture.logit_lens_available,
+        "generation": plain(asdict(start.generation)),
+        "capture": plain(asdict(start.capture)),
+        "checks": None if end.checks is None else plain(asdict(end.checks)),
     }
 
 
@@ -191,22 +186,24 @@ def _contender(contender: Contender) -> Json:
 
 def _candidates(step: Step) -> list[Json]:
     top = step.topk
-    missing = [None] * len(top.tokens)
-    sampled = missing if top.sampled_probs is None else top.sampled_probs.tolist()
-    noise = missing if top.noise is None else top.noise.tolist()
-    own = (top.token_ids.tolist(), top.tokens, top.logits.tolist(), top.probs.tolist())
-    columns = zip(*own, sampled, noise, strict=True)
+    drawn = {"sampled_prob": top.sampled_probs, "noise": top.noise}
+    return _tokens(top.token_ids, top.tokens, logit=top.logits, prob=top.probs, **drawn)
+
+
+def _tokens(token_ids: IntArray, tokens: Sequence[str], **numbers: FloatArray | None) -> list[Json]:
+    """The tokens of a list by rank; a number that was not measured is None."""
+    ids = token_ids.tolist()
+    columns = [
+        [None] * len(ids) if values is None else map(_number, values.tolist())
+        for values in numbers.values()
+    ]
     return [
-        {
-            "rank": rank,
-            "token_id": known_id(token_id),
-            "token": token,
-            "logit": _number(logit),
-            "prob": _number(prob),
-            "sampled_prob": _number(sampled_prob),
-            "noise": _number(noise),
-        }
-        for rank, (token_id, token, logit, prob, sampled_prob, noise) in enumerate(columns, start=1)
+        {"rank": rank, "token_id": known_id(token_id), "token": token}
+        | dict(zip(numbers, measured, strict=True))
+        for rank, (token_id, token, *measured) in enumerate(
+            zip(ids, tokens, *columns, strict=True), start=1
+        )
+        if token_id != BLANK
     ]
 
 
@@ -233,37 +230,23 @@ def _evidence(
 
 
 def _lens(lens: Lens) -> list[Json]:
-    columns = zip(
-        *(lens.token_ids.tolist(), lens.tokens, lens.logits.tolist(), lens.probs.tolist()),
-        *(lens.chosen_rank.tolist(), lens.chosen_prob.tolist()),
-        *(lens.entropy.tolist(), lens.kl.tolist()),
-        strict=True,
-    )
     return [
         {
             "layer": layer,
-            "topk": [
-                {
-                    "rank": rank,
-                    "token_id": known_id(token_id),
-                    "token": token,
-                    "logit": _number(logit),
-                    "prob": _number(prob),
-                }
-                for rank, (token_id, token, logit, prob) in enumerate(zip(*entries, strict=True), 1)
-                if token_id != BLANK
-            ],
-            "chosen_rank": chosen_rank or None,
-            "chosen_prob": _number(chosen_prob),
-            "entropy": _number(entropy),
-            "kl": _number(kl),
+            "topk": _tokens(
+                lens.token_ids[layer], tokens, logit=lens.logits[layer], prob=lens.probs[layer]
+            ),
+            "chosen_rank": int(lens.chosen_rank[layer]) or None,
+            "chosen_prob": _number(float(lens.chosen_prob[layer])),
+            "entropy": _number(float(lens.entropy[layer])),
+            "kl": _number(float(lens.kl[layer])),
         }
-        for layer, (*entries, chosen_rank, chosen_prob, entropy, kl) in enumerate(columns)
+        for layer, tokens in enumerate(lens.tokens)
     ]
 
 
-def known_id(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
+def known_id(token_id: int | None) -> int | None:
+    return token_id if token_id is not None and token_id >= 0 else None
 
 
 def _number(value: float | None) -> float | None:

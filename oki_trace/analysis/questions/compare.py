@@ -6,13 +6,23 @@ them and share a vocabulary, else from the candidate lists. Its ``basis`` says w
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.query_session import QuerySession
-from oki_trace.analysis.question import Answer, Column, Drawing, Option, Question, Request, View
+from oki_trace.analysis.question import (
+    Answer,
+    Column,
+    Drawing,
+    Option,
+    Question,
+    Request,
+    View,
+    run_statement,
+)
 from oki_trace.analysis.scope import compose
 from oki_trace.analysis.step_distance import one_vocabulary, step_distances
 from oki_trace.errors import QuestionError
@@ -117,10 +127,10 @@ two AS (
 ),
 listed AS (
   SELECT coalesce(one.token, two.token) AS token, one.prob AS prob, two.prob AS other_prob,
-    one.rank AS rank, two.rank AS other_rank, {ids},
+    one.rank AS rank, two.rank AS other_rank, $ids,
     CASE WHEN two.rank IS NULL THEN 'first' WHEN one.rank IS NULL THEN 'second'
       ELSE 'both' END AS listed_in
-  FROM one FULL JOIN two ON {key}
+  FROM one FULL JOIN two ON $key
 ),
 full_logits AS MATERIALIZED (
   SELECT *, token_rank($first, $first_step, id) AS s,
@@ -136,14 +146,15 @@ SELECT token, prob, other_prob, rank, other_rank, rank - other_rank AS rank_gain
 FROM known
 ORDER BY greatest(coalesce(prob, 0), coalesce(other_prob, 0)) DESC, token
 """
-_BY_ID = _STEPS.format(
+_BY_ID = compose(
+    _STEPS,
     key="one.token_id = two.token_id",
     ids="coalesce(one.token_id, two.token_id) AS id,\n"
     "    coalesce(two.token_id, one.token_id) AS other_id",
 )
 # Ids mean other tokens in another vocabulary.
-_BY_TEXT = _STEPS.format(
-    key="one.token = two.token", ids="one.token_id AS id, two.token_id AS other_id"
+_BY_TEXT = compose(
+    _STEPS, key="one.token = two.token", ids="one.token_id AS id, two.token_id AS other_id"
 )
 
 
@@ -156,20 +167,13 @@ def _steps(session: QuerySession, request: Request) -> Answer:
     """A row for each candidate, the most likely first; the distance is in ``about``."""
     numbers = [int(number) for step in request.subjects for number in step.split(":")]
     first, first_step, second, second_step = numbers
-    lists = (
-        session.reader.step(first, first_step).topk,
-        session.reader.step(second, second_step).topk,
-    )
+    pairs = ((first, first_step), (second, second_step))
+    lists = [session.reader.step(*pair).topk for pair in pairs]
     (found,) = step_distances(session.reader, [(first, first_step, second, second_step)])
-    sql, parameters = request.bind(
-        _BY_ID if one_vocabulary(*lists) else _BY_TEXT,
-        first=first,
-        first_step=first_step,
-        second=second,
-        second_step=second_step,
-    )
-    rows = session.ask(sql, parameters).rows
-    return request.answer(rows, sql, parameters, _sentence(found.distance if found else None))
+    steps = {"first": first, "first_step": first_step, "second": second, "second_step": second_step}
+    sql = _BY_ID if one_vocabulary(*lists) else _BY_TEXT
+    answer = run_statement(session, request, sql, **steps)
+    return replace(answer, about=_sentence(found.distance if found else None))
 
 
 def _replies(session: QuerySession, request: Request) -> Answer:
@@ -181,15 +185,14 @@ def _replies(session: QuerySession, request: Request) -> Answer:
                 f"Message {message} has no steps to compare: name two replies, as "
                 "`oki-trace show N` lists them."
             )
-    sql, parameters = request.bind(first=first, second=second)
-    answer = request.answer(session.ask(sql, parameters).rows, sql, parameters)
+    answer = run_statement(session, request, first=first, second=second)
     tokens = list(zip(answer.column("chosen"), answer.column("other"), strict=True))
     prefix = next((i for i, (one, other) in enumerate(tokens) if one != other), len(tokens))
     about = f"The first {prefix} {'token is' if prefix == 1 else 'tokens are'} the same."
     before = [same == "yes" for same in answer.column("same_before")]
     if any(before):
         about += f" Up to where they diverge: {_sentence(_mean(answer, before))}"
-    return request.answer(answer.rows, sql, parameters, about)
+    return replace(answer, about=about)
 
 
 def _models(session: QuerySession, request: Request) -> Answer:
@@ -199,8 +202,7 @@ def _models(session: QuerySession, request: Request) -> Answer:
     first of each reply.
     """
     first, second = request.subjects
-    sql, parameters = request.bind(first=first, second=second)
-    answer = request.answer(session.ask(sql, parameters).rows, sql, parameters)
+    answer = run_statement(session, request, first=first, second=second)
     if not answer.rows:
         raise QuestionError(
             f"No prompt has replies of both {first} and {second}: run the same prompt with both."
@@ -209,23 +211,19 @@ def _models(session: QuerySession, request: Request) -> Answer:
     count, read = sum(steps), sum(answer.column("steps_read"))
     of_all = f"{count:,} steps" if read == count else f"{read:,} of {count:,} steps, evenly spaced,"
     about = f"{of_all} of {len(answer.rows)} prompts: {_sentence(_mean(answer, steps))}"
-    return request.answer(answer.rows, sql, parameters, about)
+    return replace(answer, about=about)
 
 
 def _mean(answer: Answer, weights: Any) -> Distance | None:
     """The weighted mean of the rows whose distance is known."""
-    names = ("kl", "kl_reverse", "js", "tv", "tv_most", "basis")
+    names = [field.name for field in fields(Distance)]
     rows = zip(*(answer.column(name) for name in names), weights, strict=True)
     known = [row for row in rows if row[0] is not None and row[-1]]
     if not known:
         return None
-    values = np.array([row[:5] for row in known])
-    kl, kl_reverse, js, tv, tv_most = np.average(
-        values, axis=0, weights=[row[-1] for row in known]
-    ).tolist()
-    return Distance(
-        kl, kl_reverse, js, tv, tv_most, " and ".join(sorted({row[5] for row in known}))
-    )
+    *numbers, bases, weights = zip(*known, strict=True)
+    means = np.average(np.array(numbers), axis=1, weights=weights).tolist()
+    return Distance(*means, " and ".join(sorted(set(bases))))
 
 
 def _sentence(d: Distance | None) -> str:

@@ -25,7 +25,7 @@ from oki_trace.exchange.reading.table_cursor import Row, TableCursor
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import Layers, Shape, byte_count, decode
-from oki_trace.exchange.trace_object import BLANK
+from oki_trace.exchange.trace_object import BLANK, known_id
 from oki_trace.records import Step, TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
@@ -124,7 +124,7 @@ def _prompt(rows: Iterator[Row], where: str) -> dict[str, list[Any]]:
             raise refused(f"{where}: its prompt has more than {validation.MAX_PROMPT:,} tokens")
         if row["position"] != position:
             raise refused(f"{where}: the tokens of its prompt are out of order")
-        ids.append(_known_id(row["token_id"]))
+        ids.append(known_id(row["token_id"]))
         tokens.append(row["token"])
         segments.append(row["segment"])
     return {"prompt_token_ids": ids, "prompt_tokens": tokens, "prompt_segments": segments}
@@ -138,7 +138,7 @@ def _step(row: Row, cursors: Cursors, where: str) -> Row:
     return {
         **row,
         **{name: row[column] for name, column in _RENAMED.items()},
-        "chosen_id": _known_id(row["token_id"]),
+        "chosen_id": known_id(row["token_id"]),
         "rank": row["rank"] or None,
         "decision": _document(row["decision"], f"{where}, decision"),
         "logits_topk": _entries(candidates),
@@ -185,7 +185,3 @@ def _document(text: str | None, where: str) -> Any:
         return None if text is None else loads(text)
     except (ValueError, RecursionError) as error:
         raise refused(f"{where} is not a JSON object") from error
-
-
-def _known_id(token_id: int | None) -> int | None:
-    return token_id if token_id is not None and token_id >= 0 else None

@@ -7,20 +7,17 @@ exceeds its memory limit on a system that does not enforce the limit.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import IO
 
-import psutil
-
 from oki_trace import child_process, errors
-from oki_trace.errors import ExchangeError, OkiTraceError
+from oki_trace.errors import ExchangeError
 from oki_trace.exchange.reading.process import Outcome, Request
 from oki_trace.exchange.refusal import refused
 
@@ -58,7 +55,7 @@ class Reader:
             )
         if outcome.error is not None:
             name, sentence = outcome.error
-            raise _error(name)(sentence)
+            raise errors.named(name, ExchangeError)(sentence)
         return outcome
 
     def _watched(self, request: Request, progress: Tick) -> Outcome | None:
@@ -85,25 +82,14 @@ class Reader:
             progress(steps, 0)
 
     def _watch_memory(self, request: Request) -> None:
-        with suppress(psutil.Error):
-            resident = psutil.Process(self._process.pid).memory_info().rss
-            if resident > request.memory_bytes + _PROGRAM_BYTES:
-                raise refused(f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory")
+        if child_process.resident_bytes(self._process) > request.memory_bytes + _PROGRAM_BYTES:
+            raise refused(f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory")
 
 
 @contextmanager
 def started() -> Iterator[Reader]:
     """A reader, which loads its libraries while the caller prepares the request."""
-    process = subprocess.Popen(
-        child_process.command("oki_trace.exchange.reading.process"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        # Ctrl-C goes to this process, which ends the other.
-        start_new_session=True,
-        env={**os.environ, **child_process.FRUGAL},
-    )
-    with process:
+    with child_process.start("oki_trace.exchange.reading.process") as process:
         try:
             yield Reader(process)
         finally:
@@ -118,10 +104,3 @@ def _put_lines(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
 
 def _ending(status: int) -> str:
     return f"signal {-status}" if status < 0 else f"status {status}"
-
-
-def _error(name: str) -> type[OkiTraceError]:
-    error = getattr(errors, name, None)
-    if isinstance(error, type) and issubclass(error, OkiTraceError):
-        return error
-    return ExchangeError

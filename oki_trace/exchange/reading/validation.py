@@ -231,12 +231,19 @@ TemplateOptions = Annotated[
 ]
 
 
-class Message(TypedDict, total=False):
+class EarlierMessage(TypedDict, total=False):
+    """A message before a trace, as the trace repeats it."""
+
+    role: Required[Annotated[Role, Field(strict=False)]]
+    content: Required[Text]
+    parts: Parts | None
+    tool_name: Label | None
+
+
+class Message(EarlierMessage, total=False):
     """A message without its trace. Replies alone have the fields after ``created_at``."""
 
     id: Link | None
-    role: Required[Annotated[Role, Field(strict=False)]]
-    content: Required[Text]
     status: Annotated[Status, Field(strict=False)] | None
     created_at: Time | None
     reason: Annotated[str, Field(max_length=100_000)] | None
@@ -247,9 +254,7 @@ class Message(TypedDict, total=False):
     tokens: Count | None
     tensors_pruned_at: Time | None
     checks: ReplyChecks | None
-    parts: Parts | None
     template: TemplateOptions | None
-    tool_name: Label | None
     digest: MessageDigest | None
 
 
@@ -286,15 +291,6 @@ Capture = Annotated[
         CAPTURE,
     ),
 ]
-
-
-class EarlierMessage(TypedDict, total=False):
-    """A message before a trace, as the trace repeats it."""
-
-    role: Required[Annotated[Role, Field(strict=False)]]
-    content: Required[Text]
-    parts: Parts | None
-    tool_name: Label | None
 
 
 class Trace(TypedDict, total=False):

@@ -64,8 +64,8 @@ def payload(chosen: Selection) -> Json:
 
 
 def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
-    head = chosen.head(message)
-    capture = head.capture
+    start = chosen.head(message).start
+    capture, prompt = start.capture, start.prompt
     steps: list[Json] = []
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for step in chosen.iter_steps(message):
@@ -78,10 +78,10 @@ def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
         "layers": capture.layers,
         "lens": None if capture.logit_lens_available else capture.lens_reason or "not available",
         "provenance": capture.evidence_provenance,
-        "promptLen": len(head.prompt),
-        "prompt": tokens.indices(head.prompt.token_ids, head.prompt.tokens),
-        "segments": list(head.prompt.segments),
-        "facts": _facts(message, capture, head.generation, len(steps)),
+        "promptLen": len(prompt),
+        "prompt": tokens.indices(prompt.token_ids, prompt.tokens),
+        "segments": list(prompt.segments),
+        "facts": _facts(message, capture, start.generation, len(steps)),
         # [kind, first step, the step after the last] of the parts that are not the answer.
         "parts": [[p.kind, p.start, p.end] for p in message.parts if p.kind != "answer"],
         "steps": steps,

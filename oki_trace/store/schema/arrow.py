@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy import (
@@ -50,6 +52,18 @@ def arrow_type(column: Column[Any]) -> pa.DataType:
 def arrow_types(table: str) -> dict[str, pa.DataType]:
     """The Arrow type of each column of a table of the store, in order."""
     return {column.name: arrow_type(column) for column in Base.metadata.tables[table].columns}
+
+
+def to_arrow(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """Columns by name as an Arrow table; other columns are left out, and NaN becomes NULL."""
+    return pa.table([_array(columns[f.name], f.type) for f in schema], schema=schema)
+
+
+def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, np.ndarray):
+        # NaN becomes NULL, also on the way to an integer.
+        return pa.array(values, from_pandas=True).cast(kind)
+    return pa.array(values, type=kind)
 
 
 class ParquetTable:
