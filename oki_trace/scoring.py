@@ -1,4 +1,4 @@
-"""Scoring: how likely a model finds a given text, token by token, without generating."""
+"""Scores a given text: the probability of each token by a model, without generating."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def score_of(steps: Iterable[Step | StepSummary]) -> Score:
 
 @dataclass(frozen=True)
 class GivenText:
-    """What is put to a model: the tokens, of which those from ``first`` on are scored.
+    """The input of a model: its tokens, of which those from ``first`` on are scored.
 
     ``content`` is the text of the stored message.
     """
@@ -193,7 +193,7 @@ def score_into_store(
 
 
 class _Counter(Collector):
-    """Reports how many tokens are done; it keeps none."""
+    """A sink that reports the number of finished tokens and keeps none."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         super().__init__()

@@ -21,7 +21,8 @@ PACKAGE = ROOT / "oki_trace"
 # Packages and root modules from the top to the bottom: each may import those below it.
 ORDER = (
     *("__main__", "cli", "bench", "dashboard", "launcher", "worker", "model_supervisor"),
-    *("model_process", "recompute", "trace_differences", "analysis", "api", "generate", "exchange"),
+    *("model_process", "recompute", "trace_differences", "analysis", "api", "scoring"),
+    *("generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
     *("explain", "settings", "input_text", "records", "errors", "sanitize", "reporting"),
     "child_process",

@@ -1,4 +1,4 @@
-"""Steps of given tokens: each step says where its token came from."""
+"""Adds the origin of each step's token, and steps for given tokens."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class StepDistance:
-    """``shared``: candidates in both lists. ``top_rank``: the rank that the first's likeliest
+    """``shared``: candidates in both lists. ``top_rank``: the rank that the first's top
     token has in the second; None when it is not in the second's list and there are no logits.
     """
 

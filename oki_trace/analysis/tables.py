@@ -146,7 +146,7 @@ TABLES: tuple[Table, ...] = (
             "logprob": "its logarithm, in nats",
             "entropy": "of the model's distribution, in nats",
             "rank": "1: the most likely",
-            "margin": "prob of rank 1 less that of rank 2",
+            "margin": "prob of rank 1 minus that of rank 2",
             "sampled_prob": "prob after the sampling settings",
             "greedy_id": "the token that greedy decoding would have chosen",
             "elapsed_ms": "time of the step",

@@ -69,7 +69,7 @@ def _dash_advice(message: str, arguments: list[str], command: str) -> str:
         return ""
     text = texts[0] if texts else "-5 + 3"
     separator = "" if not message else " " if message.endswith(".") else ". "
-    return f"{separator}A text that begins with - goes after --: oki-trace {command} -- " + (
+    return f"{separator}Put a text that begins with - after --: oki-trace {command} -- " + (
         shlex.quote(text)
     )
 

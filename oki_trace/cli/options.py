@@ -35,7 +35,7 @@ Db = Annotated[
     typer.Option(metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Number = Annotated[int, typer.Argument(help="The number, as in: oki-trace list")]
+Number = Annotated[int, typer.Argument(help="The number, from: oki-trace list")]
 MessageId = Annotated[int | None, typer.Option("--message", help="Only this message.")]
 Output = Annotated[
     Path | None,
@@ -61,7 +61,7 @@ NoFast = Annotated[
     typer.Option(
         "--no-fast",
         callback=_switch_fast_paths_off,
-        help="Turn off the optional fast paths; results are the same but take longer.",
+        help="Turn off the optional fast paths. Results are the same, but take longer.",
     ),
 ]
 TracePrompt = Annotated[
@@ -119,15 +119,15 @@ class Turns:
     model: Model = None
     conversation: Annotated[
         int | None,
-        typer.Option("--conversation", "-c", help="Continue this conversation, with its model."),
+        typer.Option("--conversation", "-c", help="Continue this conversation with its model."),
     ] = None
     system: Annotated[str | None, typer.Option(help="The system message.")] = None
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum number of new tokens.")] = 256
     temperature: Annotated[
-        float | None, typer.Option(help="Sample; without it, decoding is greedy.")
+        float | None, typer.Option(help="Sampling temperature. Without it, decoding is greedy.")
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(help="Nucleus sampling: the probability to keep.")
+        float | None, typer.Option(help="Nucleus sampling: the total probability to keep.")
     ] = None
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens.")] = None
     repetition_penalty: Annotated[
@@ -143,12 +143,12 @@ class Turns:
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="For the chat template, such as enable_thinking=false; also for later turns.",
+            help="A chat template argument, such as enable_thinking=false. Later turns keep it.",
         ),
     ] = None
     tools: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Tool schemas in JSON; calls are shown, never executed."),
+        typer.Option(metavar="FILE", help="Tool schemas in JSON. Calls are shown, never executed."),
     ] = None
     no_fast: NoFast = False
     db: Db = None

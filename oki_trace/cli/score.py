@@ -1,4 +1,4 @@
-"""`score`: how likely a model finds a text, token by token."""
+"""``score``: scores a text with a model, token by token."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def score(
     text: Annotated[
         str | None, typer.Argument(help="The text; - reads it from standard input.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="The text is in this file.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the text from this file.")] = None,
     message: Annotated[
-        int | None, typer.Option(help="The text is this stored reply, in its own prompt.")
+        int | None, typer.Option(help="Score this stored reply, after its own prompt.")
     ] = None,
     model: options.Model = None,
     window: Annotated[
-        int | None, typer.Option(help="Score a long text in windows of so many tokens.")
+        int | None, typer.Option(help="Score a long text in windows of this many tokens.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from one window to the next; half a window if unset.")
+        int | None, typer.Option(help="Tokens between window starts; default: half a window.")
     ] = None,
     four_bit: options.FourBit = False,
     dtype: options.Dtype = "auto",
@@ -47,10 +47,11 @@ def score(
 ) -> None:
     """Score a text with a model: logprob and rank of each token, perplexity, bits per byte.
 
-    Nothing is generated. The text is stored as a message whose steps are given tokens, each
-    with its distribution, attention and Logit Lens.
+    Nothing is generated. The text is stored as a message, with a step for each of its tokens.
 
-    Ctrl-C keeps the tokens that are done; the exit status is then 130.
+    Each step has the model's distribution, the attention and the Logit Lens.
+
+    Ctrl-C keeps the finished tokens; the exit status is 130.
 
     Example: oki-trace score "The capital of France is Paris."
 

@@ -57,7 +57,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """What could be captured of this model, how, and how accurately.
+    """The data that could be captured from this model, how, and how accurately.
 
     ``lens_check`` is the largest |Δlogprob| between the lens at the last layer and the
     model's own logits, ``attention_check`` the largest |Δweight| between the captured
@@ -127,7 +127,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What one sampling setting did to the distribution.
+    """The effect of one sampling setting on the distribution.
 
     It removed ``removed`` tokens with the probability ``removed_mass`` in total;
     ``chosen_prob`` is the probability of the chosen token after it.

@@ -76,12 +76,12 @@ def test_spaces_are_kept_by_run_and_chat_alike(tmp_path: Path, small: Path) -> N
 def test_a_prompt_that_looks_like_an_option_is_told_of_the_dashes(oki: Oki, text: str) -> None:
     done = oki("run", text)
     said = " ".join(done.err.replace("│", " ").split())
-    assert done.status == 2 and "A text that begins with - goes after --: oki-trace run --" in said
+    assert done.status == 2 and "Put a text that begins with - after --: oki-trace run --" in said
     assert ". ." not in said
 
 
 def test_a_misspelt_option_is_no_text(oki: Oki) -> None:
-    assert "goes after --" not in oki("run", "Hello", "--temprature", "1").err
+    assert "begins with - after --" not in oki("run", "Hello", "--temprature", "1").err
 
 
 @pytest.mark.parametrize(

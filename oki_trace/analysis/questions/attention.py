@@ -13,7 +13,7 @@ _LAYER = Column("layer", "number", "the layer")
 _FROM_STEP = Column("from_step", "number", "steps from this one up to the next row's")
 _COLUMNS = (
     Column("steps", "number", "steps"),
-    Column("first_token", "share", "on position 0, where models put attention without a use"),
+    Column("first_token", "share", "on position 0, which receives surplus attention"),
     Column("system", "share", "on the system message"),
     Column("user", "share", "on the user's messages"),
     Column("assistant", "share", "on earlier replies"),
@@ -65,8 +65,8 @@ ATTENTION = Question(
     "Parts of the text",
     "How attention is divided among the parts of the prompt, the reply itself and the first token.",
     "Attention from the newest position, averaged over heads, on the most attended positions that "
-    "are recorded for each layer; rest is what these leave of 1. Attention shows which positions "
-    "a step reads, not why.",
+    "are recorded for each layer; rest is the share of all other positions. Attention shows which "
+    "positions a step reads, not why.",
     {
         "layer": View(
             compose(

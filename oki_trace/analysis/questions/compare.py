@@ -34,8 +34,8 @@ _DISTANCES = (
     Column("kl", "number", "KL(first ‖ second)", "nats", "KL"),
     Column("kl_reverse", "number", "KL(second ‖ first)", "nats"),
     Column("js", "number", "Jensen-Shannon divergence: at most 0.693", "nats", "JS"),
-    Column("tv", "share", "total variation: exact, or the least it can be", "", "total variation"),
-    Column("tv_most", "share", "the most that the total variation can be"),
+    Column("tv", "share", "total variation: exact, or its lower bound", "", "total variation"),
+    Column("tv_most", "share", "the upper bound of the total variation"),
 )
 _BASIS = Column("basis", "name", "full logits: exact; top-k: from candidates, an estimate")
 
@@ -240,9 +240,9 @@ COMPARE = Question(
     "compare",
     "Compare",
     "Two steps, replies, models",
-    "How far the distributions of two steps, two replies or two models are apart.",
-    "KL, Jensen-Shannon and total variation from the full logits where both were kept, else from "
-    "the candidates. Only steps after the same text compare the models; later ones continue "
+    "The distance between the distributions of two steps, two replies or two models.",
+    "KL, Jensen-Shannon and total variation from the full logits if both were kept, else from "
+    "the candidates. Only steps after the same text compare the models; later steps continue "
     "different texts.",
     {
         "reply": View(
@@ -254,7 +254,7 @@ COMPARE = Question(
                 Column("same_before", "name", "whether the tokens so far are the same"),
                 *_DISTANCES,
                 Column("shared", "number", "candidates in both lists"),
-                Column("top_rank", "number", "the rank in the second of the first's likeliest"),
+                Column("top_rank", "number", "rank of the first's top token in the second"),
                 _BASIS,
             ),
             {
@@ -291,7 +291,7 @@ COMPARE = Question(
                 Column("steps_read", "number", "steps compared: all of these, or an even sample"),
                 *_DISTANCES,
                 Column("shared", "number", "mean number of candidates in both lists"),
-                Column("same_top", "share", "steps at which both have the same likeliest token"),
+                Column("same_top", "share", "steps at which both have the same most likely token"),
                 _BASIS,
             ),
             {

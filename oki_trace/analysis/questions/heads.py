@@ -81,8 +81,8 @@ HEADS = Question(
     "Attention",
     "Specialised heads",
     "Attention heads that give most of their weight to one kind of position, the strongest first.",
-    "From the full attention tensors of a sample of the steps. Heads that attend mostly to the "
-    "first token are counted and left out: they have nothing to do at these steps.",
+    "The shares come from the full attention tensors of a sample of the steps. Heads that attend "
+    "mostly to the first token are counted but not listed: they do nothing at these steps.",
     {
         "head": View(
             _statement("", "\nWHERE most > 1", "\nLIMIT $top"),

@@ -8,10 +8,11 @@ LAYERS = Question(
     "layers",
     "Layers",
     "Layer by layer",
-    "How often each layer already predicts the chosen token, and how far it is from the final "
-    "distribution.",
-    "Agreement is how often the chosen token is the layer's most likely one; entropy is how "
-    "undecided the layer is; kl is the distance of its distribution from the final one.",
+    "How often each layer already predicts the chosen token, and how far its distribution is from "
+    "the final one.",
+    "Agreement is the share of steps at which the chosen token is the layer's most likely token; "
+    "entropy measures how undecided the layer is; kl is the distance of its distribution from the "
+    "final one.",
     {
         "layer": View(
             """

@@ -55,7 +55,7 @@ REPRODUCIBILITY = Question(
     "Reproducibility",
     "Seeds, settings, models",
     "How other seeds, temperatures, models and quantisations change the reply to a prompt.",
-    "Replies to the same messages, word for word. Up to where they diverge their tokens are the "
+    "Compares replies to exactly the same messages. Until the replies diverge their tokens are the "
     "same, so the spread of a token's probability is due to the model alone: 0 between seeds, "
     "small between quantisations.",
     {

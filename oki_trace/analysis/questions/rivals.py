@@ -9,8 +9,8 @@ RIVALS = Question(
     "Layers",
     "Confident intermediate answers",
     "Steps at which an intermediate layer gives a high probability to a token that is not chosen.",
-    "The layer, read as if it were the last, gives at least that probability to its rival. The "
-    "model changed its answer in later layers, or used a word that it did not write.",
+    "The rival is the layer's most likely token, if the layer is read as if it were the last and "
+    "the token is not the chosen one. Later layers of the model replace it.",
     {
         "step": View(
             """
@@ -66,7 +66,7 @@ ORDER BY model, layer
         ),
     },
     {
-        "least": Option(0.5, "Least probability", "the least probability of the rival"),
+        "least": Option(0.5, "Minimum probability", "the minimum probability of the rival"),
         "from_layer": Option(2, "From layer", "the first layer: 0 mostly repeats its input", 0),
         "top": Option(20, "Rows", "how many steps"),
     },

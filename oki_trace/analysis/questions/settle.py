@@ -45,9 +45,9 @@ SETTLE = Question(
     "Where answers form",
     "Where tokens settle",
     "The first layer from which the chosen token stays on top of the Logit Lens.",
-    "A token that settles early followed from the context; one that settles in the last layer was "
-    "contested until then. The lens reads early layers badly, so a token may be decided before it "
-    "shows.",
+    "A token that settles early follows from the context; a token that settles in the last layer "
+    "was contested until then. The lens reads early layers badly, so a token may be decided before "
+    "the lens shows it.",
     {
         "layer": View(
             """

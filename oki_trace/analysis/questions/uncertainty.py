@@ -42,8 +42,8 @@ _STEP = (
     Column("chosen", "token", "the chosen token"),
     Column("prob", "share", "its probability", label="probability"),
     Column("entropy", "number", "entropy of the distribution", "nats"),
-    Column("margin", "number", "probability of the first candidate less that of the second"),
-    Column("alternatives", "tokens", "the most likely other tokens, the likeliest first"),
+    Column("margin", "number", "probability of the first candidate minus that of the second"),
+    Column("alternatives", "tokens", "the most likely other tokens, in order"),
     Column("alternative_probs", "number", "their probabilities"),
 )
 
@@ -52,9 +52,9 @@ UNCERTAINTY = Question(
     "Uncertainty",
     "Least certain steps",
     "The model's least certain steps, and the tokens that it nearly chose.",
-    "Entropy is how spread out the whole distribution is; margin is the lead of the first "
-    "candidate over the second. High entropy with a clear margin is a favourite among many; a "
-    "small margin is a tie.",
+    "Entropy measures how spread out the whole distribution is; margin is the lead of the first "
+    "candidate over the second. High entropy with a large margin means one clear favourite among "
+    "many alternatives; a small margin means a near tie.",
     {
         "entropy": View(
             _least_certain("entropy DESC"),
@@ -122,6 +122,6 @@ LIMIT $top
     },
     {
         "top": Option(20, "Rows", "how many rows"),
-        "least": Option(0.1, "Least probability", "the least probability of the runner-up"),
+        "least": Option(0.1, "Minimum probability", "the minimum probability of the runner-up"),
     },
 )

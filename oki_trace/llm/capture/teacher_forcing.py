@@ -1,9 +1,9 @@
-"""Teacher forcing: the steps of given tokens, captured like those of a reply.
+"""Teacher forcing: captures the steps of a given text in the same way as those of a reply.
 
-The text runs through the model in chunks with its KV cache, so that no tensor of all
-positions by all tokens of the vocabulary, or by all positions, ever exists. Each
-position then goes the way of a decoded step (``reduce.py``): the same distribution,
-attention, lens and checks. A model whose cache does not continue a chunk exactly, such
+The text runs through the model in chunks with its KV cache, so that no tensor of size
+positions × vocabulary or positions × positions ever exists. Each position is then
+processed like a decoded step (``reduce.py``): the same distribution, attention, lens
+and checks. A model whose cache does not continue a chunk exactly, such
 as one with a recurrent state, runs the text in one piece.
 """
 

@@ -1,4 +1,4 @@
-"""Reading messages: what was written, the prompt of a reply, and how the reply stands."""
+"""Reads messages: their content, their state, and the prompt of a reply."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class MessageReads(ReadConnection):
         )
 
     def prompt(self, message_id: int) -> Prompt:
-        """What the model was given for a reply. NotFound before the reply has begun."""
+        """The prompt of a reply. Raises NotFound before the reply has begun."""
         table = PromptToken
         with self._read() as connection:
             text = connection.execute(
@@ -96,7 +96,7 @@ class MessageReads(ReadConnection):
 
 
 def _message(connection: Connection, row: Row[Any]) -> records.Message:
-    """A message. One without a final text has the text of its tokens so far."""
+    """A message. If it has no final text, its content is the text of its tokens so far."""
     damage = Damage()
     damage.status(row.status)
     status = effective_status(row)

@@ -1,8 +1,7 @@
-"""The steps of a prompt's tokens, some of which belong to an earlier turn.
+"""Reads the steps of a prompt's tokens, some of which belong to an earlier turn.
 
-The prompt of a second turn begins with the first turn's prompt and reply. Those tokens
-have been traced, and are not traced again: their steps are found through the longest
-common beginning.
+The prompt of a second turn begins with the first turn's prompt and reply. These tokens
+are not traced again: their steps are found by the longest common prefix.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ class TraceWriter:
         file, which is kept even if it does not match.
         """
         if end.status.is_live:
-            raise StoreError(f"A reply cannot end as {end.status}: give it a status that is final.")
+            raise StoreError(f"A reply cannot end as {end.status}: use a final status.")
         with self.write() as connection:
             lifecycle.require(connection, message_id, Status.QUEUED, Status.RUNNING)
             if tensors_pruned_at is not None:
