@@ -41,7 +41,9 @@ def export(
     beside = _beside(format, output) if tensors else None
     if format is Format.PARQUET and output is None:
         raise UsageError("parquet is a folder of tables: name it with --output.")
-    with selected(reader, conversation_id, message_id, progress, tensors=tensors) as chosen:
+    which = (conversation_id, message_id, progress)
+    given = format in (Format.JSON, Format.JSONL, Format.PARQUET)
+    with selected(reader, *which, tensors=tensors, given=given) as chosen:
         for sentence in _left_out(chosen, format):
             tell(sentence)
         if format is Format.PARQUET and output is not None:

@@ -21,7 +21,8 @@ class Selection:
 
     ``reader`` reads that snapshot, and only within ``selected``. ``single`` is the
     reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
-    full tensors are exported too; a trace without them says so.
+    full tensors are exported too; a trace without them says so. ``given``: whether the steps
+    of given tokens are exported.
     """
 
     reader: Reader
@@ -30,6 +31,7 @@ class Selection:
     traced: frozenset[int]
     single: Message | None = None
     tensors: bool = True
+    given: bool = True
     progress: Progress = lambda done, total: None
     _done: int = 0
 
@@ -40,11 +42,16 @@ class Selection:
 
     @cached_property
     def steps(self) -> int:
-        return sum(reply.tokens for reply in self.replies)
+        """The number of steps that are exported, generated and given."""
+        given = (self.reader.given_count(reply.id) for reply in self.replies if self.given)
+        return sum(reply.tokens for reply in self.replies) + sum(given)
 
-    def iter_steps(self, reply: Message) -> Iterator[Step]:
-        """The steps of a reply as they are read; ``progress`` is called after each."""
-        for step in self.reader.iter_steps(reply.id):
+    def iter_steps(self, reply: Message, *, given: bool = False) -> Iterator[Step]:
+        """The generated steps of a reply, or its given ones, as they are read.
+
+        ``progress`` is called after each.
+        """
+        for step in self.reader.iter_steps(reply.id, given=given):
             yield step
             self._done += 1
             self.progress(self._done, self.steps)
@@ -77,6 +84,7 @@ def selected(
     progress: Progress | None = None,
     *,
     tensors: bool = True,
+    given: bool = True,
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
 
@@ -99,7 +107,7 @@ def selected(
             messages = [m for m in messages if m.position <= single.position]
         report = progress or (lambda done, total: None)
         chosen = (instant, conversation, messages, frozenset(traced), single)
-        yield Selection(*chosen, tensors=tensors, progress=report)
+        yield Selection(*chosen, tensors=tensors, given=given, progress=report)
 
 
 def is_traced(message: Message) -> bool:

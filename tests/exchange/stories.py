@@ -116,6 +116,34 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
     return conversation
 
 
+def fill_given(db: Path, *, tensors: TensorMode = "half") -> int:
+    """A conversation of a reply whose prompt is traced, and of a scored text; returns its id."""
+    rng = np.random.default_rng(7)
+    with_tensors = tensors != "none"
+    policy = CapturePolicy(tensors=tensors, trace_prompt="full")
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("given")
+        writer.add_message(conversation, ChatMessage(Role.USER, HOSTILE))
+        for tokens, steps in ((6, 3), (70, 0)):
+            reply = writer.queue_reply(
+                conversation, ModelChoice("tiny/model"), Sampling(16), policy, claim=True
+            )
+            start = builders.turn_start(tensors, tokens)
+            windows = None if steps else (32, 16)
+            capture = replace(start.capture, policy=policy, windows=windows)
+            writer.start_reply(reply, replace(start, capture=capture))
+            # The beginning of the reply's prompt is traced by an earlier turn.
+            given = [
+                builders.given_step(at, rng, tokens=tokens, with_tensors=with_tensors)
+                for at in range(3 if steps else 1, tokens)
+            ]
+            writer.append(reply, given)
+            made = [builders.step(i, rng, with_tensors=with_tensors) for i in range(steps)]
+            writer.append(reply, [replace(made[0], origin="forced"), *made[1:]] if made else [])
+            writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "scored", 1.5))
+    return conversation
+
+
 def v1_trace(steps: int = 3, **changes: Any) -> dict[str, Any]:
     """A trace of version 1: texts without ids, evidence in the prompt and the reply."""
     words = [" Paris", " is", "."]

@@ -256,7 +256,7 @@ def test_every_name_that_is_written_is_read(exported: Path) -> None:
         (document, validation.Document, {"conversation", "messages"}),
         (document["conversation"], validation.Conversation, set()),
         (message, validation.Message, {"trace"}),
-        (trace, validation.Trace, {"steps"}),
+        (trace, validation.Trace, {"steps", "prompt_steps"}),
         (trace["generation"], records.Generation, set()),
         (trace["capture"], records.CaptureReport, set()),
         (step, validation.Step, set()),

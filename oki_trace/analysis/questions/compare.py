@@ -223,7 +223,8 @@ def _mean(answer: Answer, weights: Any) -> Distance | None:
         return None
     *numbers, bases, weights = zip(*known, strict=True)
     means = np.average(np.array(numbers), axis=1, weights=weights).tolist()
-    return Distance(*means, " and ".join(sorted(set(bases))))
+    basis = " and ".join(sorted(set(bases)))
+    return Distance(**dict(zip(names, [*means, basis], strict=True)))
 
 
 def _sentence(d: Distance | None) -> str:
