@@ -1,7 +1,7 @@
 """Error boundaries around pages and their parts: an error becomes one sentence and a button.
 
-An error of ours, such as a store that cannot be read, shows its own sentence; an
-unexpected one also its traceback, to copy. Streamlit's own error box is never
+A known error, such as a store that cannot be read, shows its own sentence; an unexpected
+error also shows its traceback, which can be copied. Streamlit's own error box is never
 shown: it offers web searches that contain the message.
 """
 

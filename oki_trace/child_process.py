@@ -9,10 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
-
-import psutil
 
 _START = (
     "import sys, importlib; sys.path.append(sys.argv[1]); "
@@ -47,13 +44,6 @@ def start(module: str) -> subprocess.Popen[bytes]:
         start_new_session=True,
         env={**os.environ, **_FRUGAL},
     )
-
-
-def resident_bytes(process: subprocess.Popen[bytes]) -> int:
-    """The memory of a process; 0 when it has ended."""
-    with suppress(psutil.Error):
-        return int(psutil.Process(process.pid).memory_info().rss)
-    return 0
 
 
 def address_space() -> int | None:

@@ -1,8 +1,8 @@
 """Starts, commands, watches and ends the model process on behalf of the worker.
 
-Reading a model's files may never end. So each phase has a limit: in processor seconds
-where it computes in one thread, so that a busy machine does not count, and in seconds by
-the clock otherwise.
+Reading a model's files may never end, so each phase has a time limit: in processor seconds
+if it computes in one thread, so that a busy machine makes no difference, and otherwise in
+seconds by the clock.
 """
 
 from __future__ import annotations

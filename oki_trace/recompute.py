@@ -1,8 +1,9 @@
 """Runs the model again on a stored prompt and reply, and compares the numbers.
 
-The reply is decoded step by step with the model's own cache, as it was recorded, and each
-step is forced to the stored token (teacher forcing). A single pass over the whole text would
-differ by the rounding of the cache.
+Traced tokens of the prompt are read again in chunks, as they were. The reply is decoded step
+by step with the model's own cache, as it was recorded, and each step is forced to the stored
+token (teacher forcing). A single pass over the whole text would differ by the rounding of
+the cache.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
+from oki_trace.llm.capture.teacher_forcing import Windows, teacher_force
 from oki_trace.llm.chat.reply_text import ReplyText
 from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.loading.load import LoadedModel, load
 from oki_trace.records import (
+    CapturePolicy,
     Lens,
     Message,
     ModelChoice,
@@ -109,7 +112,8 @@ def _replies(reader: TraceReader, conversation_id: int | None) -> Iterator[Messa
                 raise
             continue  # deleted since it was listed
         for message in messages:
-            if message.role is Role.ASSISTANT and message.tokens and message.prompt_len:
+            traced = message.tokens or (message.policy and message.policy.trace_prompt)
+            if message.role is Role.ASSISTANT and traced and message.prompt_len:
                 yield message
 
 
@@ -139,7 +143,13 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     text = ReplyText(loaded.tokenizer)
     text.replies_to(prompt.text, message.template.tools if message.template else ())
     without_lens: dict[int, Step] = {}
+    given = 0
     try:
+        for stored, again in _read_again(reader, message, prompt, loaded):
+            given += 1
+            differences.add(stored, again)
+            if again.lens is not None:
+                differences.add_lens(stored, again.lens)
         for event in _decode_again(message, prompt, chosen, loaded):
             if isinstance(event, Lens):
                 differences.add_lens(without_lens.pop(event.step_index), event)
@@ -152,12 +162,18 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
         return replace(_result(message), reason=reason)
     # An older trace has no parts, and an interrupted one has its text so far.
     ended = message.status in (Status.COMPLETE, Status.STOPPED)
-    other_text = ended and bool(message.parts) and text.finish() != (message.content, message.parts)
+    scored = not chosen  # its text is the one that it was given
+    other_text = (
+        ended
+        and not scored
+        and bool(message.parts)
+        and text.finish() != (message.content, message.parts)
+    )
     text_differences = differences.other_texts + other_text
     numbers_agree = differences.explained(_TOLERANCES.get(dtype, _TOLERANCE_16_BIT))
     return replace(
         _result(message),
-        steps=len(chosen),
+        steps=given + len(chosen),
         agrees=numbers_agree and not text_differences,
         numbers_agree=numbers_agree,
         logprob_difference=differences.logprob,
@@ -173,11 +189,11 @@ def _decode_again(
     message: Message, prompt: Prompt, chosen: list[int], loaded: LoadedModel
 ) -> Iterator[Step | Lens]:
     """Decode the stored tokens step by step with the model's own cache."""
+    if not chosen:
+        return
     handle = instrument(loaded.model, loaded.tokenizer)
     assert message.capture is not None
-    policy = message.capture.policy
-    candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
-    policy = replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none")
+    policy = _with_more_candidates(message.capture.policy)
     generation = message.generation or resolve_generation(loaded.model, Sampling(), len(prompt))
     generation = replace(generation, max_new_tokens=len(chosen))
     with lock_model(loaded.model):
@@ -186,3 +202,28 @@ def _decode_again(
                 yield event
             elif isinstance(event, tuple):
                 yield event[0]
+
+
+def _read_again(
+    reader: TraceReader, message: Message, prompt: Prompt, loaded: LoadedModel
+) -> Iterator[tuple[Step, Step]]:
+    """Each stored step of a given token, and the same made again."""
+    first = next((s.position for s in reader.steps(message.id, given=True)), None)
+    if first is None or message.capture is None:
+        return
+    handle = instrument(loaded.model, loaded.tokenizer)
+    policy = _with_more_candidates(message.capture.policy.for_prompt)
+    windows = None if message.capture.windows is None else Windows(*message.capture.windows)
+    with lock_model(loaded.model):
+        again = teacher_force(handle, prompt.token_ids, policy, first=first, windows=windows)
+        for stored, step in zip(reader.iter_steps(message.id, given=True), again, strict=False):
+            if not isinstance(step, Step):
+                return
+            if (stored.position, stored.token_id) != (step.position, step.token_id):
+                raise ValueError(f"position {stored.position} is not a token of its prompt")
+            yield stored, step
+
+
+def _with_more_candidates(policy: CapturePolicy) -> CapturePolicy:
+    candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
+    return replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none")

@@ -32,7 +32,7 @@ TOKENS = 8
 TRACE = {
     *("format", "version", "model_id", "prompt", "prompt_len", "prompt_token_ids", "output"),
     *("messages", "status", "evidence_provenance", "logit_lens_available", "generation"),
-    *("capture", "steps"),
+    *("capture", "steps", "prompt_steps"),
     *("reason", "prompt_tokens", "prompt_segments", "checks"),
     *("parts", "template"),
 }
@@ -40,7 +40,7 @@ STEP = {
     *("step", "chosen_token", "chosen_id", "position", "prob", "logprob", "entropy", "rank"),
     *("logits_topk", "evidence", "attention", "logit_lens"),
     *("margin", "sampled_prob", "decision"),
-    *("chosen_bytes", "is_special", "logit"),
+    *("chosen_bytes", "is_special", "logit", "origin"),
 }
 CANDIDATE = {*("rank", "token_id", "token", "logit", "prob"), "sampled_prob", "noise"}
 EVIDENCE = {"rank", "position", "token_id", "token", "weight", "in_prompt", "relative"}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from oki_trace.api import run_traced
+from oki_trace.api import run_traced, score_traced
 from oki_trace.llm.loading.load import LoadedModel
 from oki_trace.recompute import Recomputed, recompute
 from oki_trace.records import ModelChoice
@@ -131,3 +131,22 @@ def test_what_is_not_a_number_is_a_difference_and_an_infinity_is_none() -> None:
     found = Differences()
     found.add(step, replace(step, entropy=float("nan")))
     assert found.entropy == float("inf") and not found.explained(10.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_given_tokens_agree_and_a_change_of_one_is_found(family: str, tmp_path: Path) -> None:
+    """A traced prompt and a score in windows, read again in the same chunks."""
+    model, tokenizer = tiny.model(family), tiny.tokenizer()
+    own: dict[str, Any] = {"model": model, "tokenizer": tokenizer}
+    text = "the quick brown fox jumps over the lazy dog and the cat sat"
+    traced, scored = tmp_path / "traced.db", tmp_path / "scored.db"
+    run_traced(prompt=text, max_new_tokens=4, db=traced, trace_prompt="full", **own)
+    score_traced(text, db=scored, window=8, stride=4, **own)
+    for db in (traced, scored):
+        found = again(db, model, tokenizer)
+        assert found.reason is None and found.agrees and found.steps > 8, found
+        assert found.logprob_difference is not None and found.logprob_difference < 1e-4
+        with closing(sqlite3.connect(db)) as connection, connection:
+            connection.execute("UPDATE step SET logprob = logprob - 1 WHERE position = 6")
+        changed = again(db, model, tokenizer)
+        assert not changed.agrees and changed.logprob_difference == pytest.approx(1, abs=1e-2)

@@ -13,6 +13,9 @@ depends_on = None
 ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 # SQLite rebuilds the table, which must go on without reusing ids.
 _KEPT = {"sqlite_autoincrement": True}
+_CHILDREN = (
+    *("tensor", "topk_entry", "attention_layer", "attention_entry", "lens_layer", "lens_entry"),
+)
 
 
 def _last_id() -> int | None:
@@ -54,12 +57,12 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_column("message", "score_of")
-    op.execute("DELETE FROM tensor WHERE step_id IN (SELECT id FROM step WHERE step_index IS NULL)")
-    for table in ("topk_entry", "attention_layer", "attention_entry", "lens_layer", "lens_entry"):
-        op.execute(
-            f"DELETE FROM {table} WHERE step_id IN (SELECT id FROM step WHERE step_index IS NULL)"
-        )
-    op.execute("DELETE FROM step WHERE step_index IS NULL")
+    step_table = sa.table("step", sa.column("id"), sa.column("step_index"))
+    given = sa.select(step_table.c.id).where(step_table.c.step_index.is_(None))
+    for name in _CHILDREN:
+        child = sa.table(name, sa.column("step_id"))
+        op.execute(sa.delete(child).where(child.c.step_id.in_(given)))
+    op.execute(sa.delete(step_table).where(step_table.c.step_index.is_(None)))
     last = _last_id()
     with op.batch_alter_table("step", table_kwargs=_KEPT) as step:
         step.drop_constraint("uq_step_message_id_position", type_="unique")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import psutil
 import pyarrow as pa
 
 from oki_trace import child_process, errors
@@ -210,13 +211,18 @@ class _Process:
         """Send a frame; the reply may have a payload of ``answer_bytes``."""
         self._most[0] = answer_bytes
         if self._base is None and "sql" in header:
-            self._base = child_process.resident_bytes(self._popen)
+            self._base = self._resident()
         with suppress(BrokenPipeError):
             frames.write(self._input, header, payload)
 
     def memory(self) -> int:
         """The resident bytes beyond those before the first statement."""
-        return 0 if self._base is None else child_process.resident_bytes(self._popen) - self._base
+        return 0 if self._base is None else self._resident() - self._base
+
+    def _resident(self) -> int:
+        with suppress(psutil.Error):
+            return int(psutil.Process(self._popen.pid).memory_info().rss)
+        return 0
 
     def end(self) -> None:
         self._popen.kill()

@@ -67,7 +67,7 @@ NoFast = Annotated[
 TracePrompt = Annotated[
     str,
     typer.Option(
-        help="Steps for the prompt's tokens too: none, light (no full tensors, one lens token per "
+        help="Also trace the prompt's tokens: none, light (no full tensors, one lens token per "
         "layer) or full."
     ),
 ]
@@ -105,7 +105,7 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
 
 
 def policy_of(tensors: str, trace_prompt: str = "none") -> CapturePolicy:
-    """What a command stores of each step. Raises UsageError for an unknown mode."""
+    """The data that a command stores for each step. Raises UsageError for an unknown mode."""
     if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
         raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
     level: Any = None if trace_prompt == "none" else trace_prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,9 @@ def score(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     tensors: options.Tensors = "none",
+    lens_layers: Annotated[
+        str, typer.Option(help="Layers of the Logit Lens: all, or none to save time.")
+    ] = "all",
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -64,7 +68,9 @@ def score(
         raise UsageError("Give exactly one of a text, --file and --message.")
     content = None if message is not None else _content(text, file)
     windows = _windows(window, stride)
-    policy = options.policy_of(tensors)
+    if lens_layers not in ("all", "none"):
+        raise UsageError("--lens-layers must be all or none.")
+    policy = replace(options.policy_of(tensors), no_lens=lens_layers == "none")
     from oki_trace import scoring
     from oki_trace.store.reading.reader import TraceReader
     from oki_trace.store.writing.writer import TraceWriter

@@ -40,7 +40,7 @@ def export(
     """
     beside = _beside(format, output) if tensors else None
     if format is Format.PARQUET and output is None:
-        raise UsageError("parquet is a folder of tables: name it with --output.")
+        raise UsageError("parquet is a folder of tables: choose it with --output.")
     which = (conversation_id, message_id, progress)
     given = format in (Format.JSON, Format.JSONL, Format.PARQUET)
     with selected(reader, *which, tensors=tensors, given=given) as chosen:
@@ -79,9 +79,9 @@ def _beside(format: Format, output: Path | None) -> Path | None:
     if format is Format.PARQUET:
         return None
     if format not in _WITH_TENSORS:
-        raise UsageError(f"{format} has no place for tensors: use json, jsonl or parquet.")
+        raise UsageError(f"{format} cannot contain full tensors: use json, jsonl or parquet.")
     if output is None:
-        raise UsageError("Tensors are written beside the file: name it with --output.")
+        raise UsageError("Tensors are written next to the file: choose it with --output.")
     if output.suffix == SUFFIX:
         raise UsageError(f"The tensors get the name {output.name}: choose another --output.")
     return output.with_suffix(SUFFIX)
@@ -96,16 +96,16 @@ def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
         )
     if format is Format.TRACE_V1:
         yield (
-            "trace-v1 holds no token ids but the chosen, no logits, ranks or entropies, the "
-            "attention of the final layer alone, and no tensors; json holds all of it."
+            "trace-v1 contains only the ids of chosen tokens and the attention of the final layer, "
+            "and no logits, ranks, entropies or tensors; json contains all of them."
         )
         if len(chosen.replies) > 1:
-            yield f"{len(chosen.replies)} replies make a list of traces; --message takes one."
+            yield f"The file is a list of {len(chosen.replies)} traces; --message selects one."
     elif format is Format.HTML:
         if chosen.has_tensors():
-            yield "html is for reading: it holds no full tensors and cannot be imported."
+            yield "html is for reading: it contains no full tensors and cannot be imported."
     elif format in _WITH_TENSORS:
         if not chosen.tensors and chosen.has_tensors():
-            yield "The full tensors are left out: --tensors writes them beside the file."
+            yield "The full tensors are left out: --tensors writes them next to the file."
     elif chosen.tensors:
-        yield "parquet always holds the full tensors: --tensors is not needed."
+        yield "parquet always contains the full tensors: --tensors is not needed."

@@ -21,8 +21,8 @@ class Selection:
 
     ``reader`` reads that snapshot, and only within ``selected``. ``single`` is the
     reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
-    full tensors are exported too; a trace without them says so. ``given``: whether the steps
-    of given tokens are exported.
+    the full tensors are exported as well; a trace without them says so. ``given``: whether
+    the steps of given tokens are exported.
     """
 
     reader: Reader

@@ -102,6 +102,7 @@ class CapturePolicy:
     a bounded error in about a fifth of the space of 32-bit floats, "none" not at all.
     ``trace_prompt``: the tokens of the prompt become steps too, "light" with the best token
     of each lens layer and no full tensors, "full" like the reply's; None: they do not.
+    ``no_lens``: the Logit Lens is not computed.
     """
 
     topk_logits: int = 10
@@ -109,6 +110,7 @@ class CapturePolicy:
     topk_lens: int = 5
     tensors: TensorMode = "half"
     trace_prompt: PromptTrace | None = None
+    no_lens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
@@ -122,7 +124,7 @@ class CapturePolicy:
 
     @property
     def for_prompt(self) -> CapturePolicy:
-        """What is stored of the steps of the prompt."""
+        """The data that is stored for the steps of the prompt."""
         light = self.trace_prompt != "full"
         return replace(self, topk_lens=1, tensors="none") if light else self
 

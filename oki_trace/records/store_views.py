@@ -59,7 +59,7 @@ class ConversationFilter:
 
 @dataclass(frozen=True, slots=True)
 class ConversationTotals:
-    """What a conversation's replies took: time (``timed_tokens`` in ``seconds``) and space."""
+    """The time and space of a conversation's replies: ``timed_tokens`` took ``seconds``."""
 
     timed_tokens: int
     seconds: float

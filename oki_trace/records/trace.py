@@ -301,7 +301,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """What is known about a reply before its first token."""
+    """The facts about a reply that are known before its first token."""
 
     model_id: str
     prompt: Prompt

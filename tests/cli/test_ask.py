@@ -102,7 +102,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
     ("arguments", "status", "said"),
     [
         (("ask", "nothing"), 2, "There is no question nothing"),
-        (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not by moon"),
+        (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not moon"),
         (("ask", "settle", "2"), 2, "takes no 2"),
         (("ask", "compare", "2"), 2, "compare takes two steps"),
         (("ask", "compare", "2:5", "2"), 2, "compare takes two steps"),

@@ -73,7 +73,7 @@ def own() -> Iterator[OwnStore]:
 
 
 # What an export says when the full tensors stay behind.
-LEFT_OUT = "oki-trace: The full tensors are left out: --tensors writes them beside the file.\n"
+LEFT_OUT = "oki-trace: The full tensors are left out: --tensors writes them next to the file.\n"
 
 
 def shown(done: Done) -> Any:

@@ -154,6 +154,6 @@ def test_a_reader_that_is_gone_is_not_complained_of(demo: Demo, arguments: tuple
             cwd=ROOT,
         )
     # What an export leaves out is said in any case.
-    left_out = "oki-trace: The full tensors are left out: --tensors writes them beside the file.\n"
+    left_out = "oki-trace: The full tensors are left out: --tensors writes them next to the file.\n"
     assert done.returncode == 0
     assert done.stderr == (left_out if arguments[0] == "export" else "")

@@ -170,16 +170,16 @@ def test_what_a_format_does_not_hold_is_said_in_a_line(db: Path, tmp_path: Path)
     assert "not needed" in sentences(Format.PARQUET, tensors=True)[0]
     assert "no full tensors" in sentences(Format.HTML)[0]
     v1 = sentences(Format.TRACE_V1)
-    assert "no token ids" in v1[0] and "--message takes one" in v1[1]
+    assert "only the ids of chosen tokens" in v1[0] and "--message selects one" in v1[1]
 
 
 @pytest.mark.parametrize(
     ("format", "output", "tensors", "why"),
     [
-        (Format.PARQUET, None, False, "name it with --output"),
-        (Format.JSON, None, True, "name it with --output"),
-        (Format.HTML, "x.html", True, "no place for tensors"),
-        (Format.TRACE_V1, "x.json", True, "no place for tensors"),
+        (Format.PARQUET, None, False, "choose it with --output"),
+        (Format.JSON, None, True, "choose it with --output"),
+        (Format.HTML, "x.html", True, "cannot contain full tensors"),
+        (Format.TRACE_V1, "x.json", True, "cannot contain full tensors"),
         (Format.JSON, "x.safetensors", True, "choose another --output"),
     ],
 )

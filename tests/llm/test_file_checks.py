@@ -112,7 +112,7 @@ def test_a_sparse_file(broken: Path) -> None:
     size = 1 << 30
     _with_tensor(weights, dtype="F32", shape=[size // 4], data_offsets=[end, end + size])
     os.truncate(weights, weights.stat().st_size + size)
-    assert "is not whole: of its 1,0" in refusal(weights.parent)
+    assert "is incomplete: of its 1,0" in refusal(weights.parent)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def test_an_oversized_header(broken: Path) -> None:
 
 def test_a_config_with_more_parameters_than_weights(broken: Path) -> None:
     edit_config(broken, intermediate_size=1 << 19, hidden_size=1024, head_dim=16)
-    assert "parameters, and its weights are" in refusal(broken, device="cpu")
+    assert "parameters, but its weights have" in refusal(broken, device="cpu")
 
 
 # ---------------------------------------------------------------- numbers and files

@@ -12,9 +12,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import IO
+
+import psutil
 
 from oki_trace import child_process, errors
 from oki_trace.errors import ExchangeError
@@ -82,8 +84,10 @@ class Reader:
             progress(steps, 0)
 
     def _watch_memory(self, request: Request) -> None:
-        if child_process.resident_bytes(self._process) > request.memory_bytes + _PROGRAM_BYTES:
-            raise refused(f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory")
+        with suppress(psutil.Error):
+            resident = psutil.Process(self._process.pid).memory_info().rss
+            if resident > request.memory_bytes + _PROGRAM_BYTES:
+                raise refused(f"it needs more than {request.memory_bytes / 1e6:,.0f} MB of memory")
 
 
 @contextmanager

@@ -46,7 +46,7 @@ QueryRows = dict[int, Tensor]
 """(queries, heads, keys) in float32 by layer; one head, their mean, if only that was captured."""
 
 EveryQuery = Literal["mean", "heads"]
-"""What is kept of every query's weights: their mean over heads, or every head."""
+"""The weights that are kept of every query: their mean over heads, or every head."""
 
 
 def attention_rows(capture: AttentionCapture) -> AttentionRows:

@@ -7,7 +7,7 @@ each one below runs at the speed of the memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -43,6 +43,10 @@ class Distribution:
     chosen_prob: Tensor
     kl: Tensor
 
+    def row(self, i: int) -> Distribution:
+        """The summary of one row, as of a single one."""
+        return Distribution(*(getattr(self, f.name)[i : i + 1] for f in fields(self)))
+
 
 @torch.no_grad()
 def model_distribution(logits: Tensor) -> ModelDistribution:
@@ -55,19 +59,29 @@ def model_distribution(logits: Tensor) -> ModelDistribution:
 
 
 @torch.no_grad()
-def summarize(logits: Tensor, model: ModelDistribution, chosen_id: int, k: int) -> Distribution:
+def summarize(
+    logits: Tensor, model: ModelDistribution | None, chosen_id: int | Tensor, k: int
+) -> Distribution:
     """Reduce logits (rows, vocab) in fp32.
 
-    ``kl`` is KL(model ‖ row) in nats. ``chosen_rank`` counts the tokens strictly
-    more likely than the chosen one, plus one. All derived numbers are within 1e-5
+    ``chosen_id`` is the same for all rows, or one for each (rows,). ``kl`` is KL(model ‖
+    row) in nats; 0 without ``model``: the rows are the model's own. ``chosen_rank`` counts
+    the tokens strictly more likely than the chosen one, plus one. All derived numbers are
+    within 1e-5
     of double precision: exponents are relative to each row's largest logit, and
     sums are made in pieces. (torch's softmax on the CPU adds a large vocabulary
     up term by term, with an error of 1e-5 for 262,144 tokens.)
     """
     top_logits, top_ids = top_k(logits, min(k, logits.shape[-1]))
-    largest, chosen = top_logits[:, :1], logits[:, chosen_id, None]
-    total, products, cross, above = _sums(logits, largest, chosen, model.probs.to(logits.device))
+    largest = top_logits[:, :1]
+    if isinstance(chosen_id, int):
+        chosen = logits[:, chosen_id, None]
+    else:
+        chosen = logits.gather(1, chosen_id.to(logits.device)[:, None])
+    model_probs = None if model is None else model.probs.to(logits.device)
+    total, products, cross, above = _sums(logits, largest, chosen, model_probs)
     log_total = total.log()
+    kl = torch.zeros_like(total) if model is None else log_total - cross - model.entropy
     return Distribution(
         token_ids=top_ids.cpu(),
         logits=top_logits.cpu(),
@@ -76,26 +90,28 @@ def summarize(logits: Tensor, model: ModelDistribution, chosen_id: int, k: int) 
         lse=(largest[:, 0] + log_total).cpu(),
         chosen_rank=above.long().cpu() + 1,
         chosen_prob=((chosen - largest).exp()[:, 0] / total).cpu(),
-        kl=(log_total - cross - model.entropy).clamp_min(0).cpu(),
+        kl=kl.clamp_min(0).cpu(),
     )
 
 
 def _sums(
-    logits: Tensor, largest: Tensor, chosen: Tensor, model_probs: Tensor
+    logits: Tensor, largest: Tensor, chosen: Tensor, model_probs: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Over each row: Σ e^s, Σ s·e^s and Σ p·s, where s is a logit minus the largest and p
-    the model's probability, and the number of logits above the chosen one.
+    the model's probability (0 without), and the number of logits above the chosen one.
     """
     piece = _PIECE if logits.device.type == "cpu" else logits.shape[-1]
     sums = []
-    for part, probs in zip(logits.split(piece, -1), model_probs.split(piece), strict=True):
+    parts = logits.split(piece, -1)
+    split_probs = [None] * len(parts) if model_probs is None else model_probs.split(piece)
+    for part, probs in zip(parts, split_probs, strict=True):
         shifted = part - largest
         weights = shifted.exp()
         total = weights.sum(-1)
         products = _sum(weights.mul_(shifted))
         # Ones as floats: sums of booleans are many times slower, and no vocabulary has 2^24 tokens.
         above = torch.gt(part, chosen, out=weights).sum(-1)
-        cross = _sum(shifted.mul_(probs))
+        cross = torch.zeros_like(total) if probs is None else _sum(shifted.mul_(probs))
         sums.append(torch.stack([total, products, cross, above]))
     total, products, cross, above = torch.stack(sums).sum(0)
     return total, products, cross, above

@@ -80,7 +80,7 @@ class Instrument(CheckedModel):
         return None
 
     def report(self, policy: CapturePolicy) -> CaptureReport:
-        """What a reply traced under ``policy`` contains."""
+        """The contents of a reply that is traced under ``policy``."""
         no_draft, draft = self._no_draft(policy), self.fast.draft_lens
         return CaptureReport(
             policy=policy,

@@ -6,14 +6,14 @@ The tensors are reduced on their own device, and copied to the CPU once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from oki_trace.llm.capture.attention import AttentionRows, attention_rows
+from oki_trace.llm.capture.attention import AttentionRows, QueryRows, attention_rows
 from oki_trace.llm.capture.choice_analysis import analyze_choice
 from oki_trace.llm.capture.distribution import (
     Distribution,
@@ -56,6 +56,11 @@ class StepReducer:
         self._lens = instrument.lens.projection
         self._draft = instrument.draft_for(policy)
 
+    @property
+    def kept_tokens(self) -> int:
+        """How many tokens of a distribution the records need."""
+        return max(self._policy.topk_logits, self._policy.topk_lens, 2)
+
     def step(self, raw: RawStep, *, last: bool) -> tuple[Step, PendingLens]:
         """The record of a step without its lens, and the inputs of the lens.
 
@@ -63,16 +68,32 @@ class StepReducer:
         """
         logits = raw.logits.float()
         model = model_distribution(logits)
-        k = max(self._policy.topk_logits, self._policy.topk_lens, 2)
-        summary = summarize(logits[None], model, raw.token_id, k)
+        summary = summarize(logits[None], model, raw.token_id, self.kept_tokens)
+        return self.summarized_step(raw, model, summary, last=last)
+
+    def summarized_step(
+        self,
+        raw: RawStep,
+        model: ModelDistribution,
+        summary: Distribution,
+        *,
+        last: bool,
+        reduced: tuple[LayerAttention, ...] | None = None,
+    ) -> tuple[Step, PendingLens]:
+        """The same for a step whose distribution, or attention too, was reduced before."""
+        logits = raw.logits.float()
         is_checked = self.checker.is_due(raw.step_index, last=last)
         attention = _at_positions(attention_rows(raw.attention), raw.position)
         if is_checked:
             self.checker.check_attention(raw.step_index, attention)
         if not self.checker.attention_holds:
-            attention = {}
+            attention, reduced = {}, None
+        if reduced is None:
+            reduced = _attention(raw.position, attention, self._policy.topk_evidence)
         checked_logits = logits if is_checked else None
-        return _step(raw, attention, summary, self._vocabulary, self._policy), PendingLens(
+        tensors = () if self._policy.tensors == "none" else tuple(_tensors(raw, attention))
+        step = _step(raw, reduced, summary, self._vocabulary, self._policy.topk_logits)
+        return replace(step, tensors=tensors) if tensors else step, PendingLens(
             raw.step_index, raw.token_id, raw.hidden_states, model, summary, checked_logits
         )
 
@@ -83,7 +104,7 @@ class StepReducer:
         Ends before a step at which the lens disagrees with the model; empty without a lens.
         """
         lens, checker, k = self._lens, self.checker, self._policy.topk_lens
-        if lens is None:
+        if lens is None or self._policy.no_lens:
             return []
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
@@ -129,14 +150,13 @@ def _at_positions(rows: AttentionRows, position: int) -> AttentionRows:
 
 def _step(
     raw: RawStep,
-    attention: AttentionRows,
+    attention: tuple[LayerAttention, ...],
     summary: Distribution,
     vocabulary: Vocabulary,
-    policy: CapturePolicy,
+    k: int,
 ) -> Step:
     probs = summary.probs[0]
     logit = float(raw.logits[raw.token_id])
-    k = policy.topk_logits
     ids = summary.token_ids[0, :k]
     choice = analyze_choice(raw.choice, raw.logits, ids, vocabulary)
     return Step(
@@ -163,9 +183,32 @@ def _step(
             noise=choice.noise,
         ),
         decision=choice.decision,
-        attention=_attention(raw.position, attention, policy.topk_evidence),
-        tensors=() if policy.tensors == "none" else tuple(_tensors(raw, attention)),
+        attention=attention,
     )
+
+
+def top_attention(
+    attention: QueryRows, positions: Sequence[int], k: int
+) -> list[tuple[LayerAttention, ...]]:
+    """The most attended positions of each layer, for many queries at once.
+
+    ``attention`` has rows of the queries that predict ``positions``, heads averaged; a row's
+    last key is the newest of the last query, and later keys than its own have no weight.
+    """
+    by_query: list[list[LayerAttention]] = [[] for _ in positions]
+    for layer, rows in attention.items():
+        mean = rows.mean(1)
+        count, keys = mean.shape
+        ahead = torch.arange(count - 1, -1, -1, device=mean.device)  # keys after a query's own
+        missing = (1 - mean.sum(1)).clamp_min(0).tolist()
+        later = torch.arange(keys, device=mean.device)[None] >= keys - ahead[:, None]
+        top = mean.masked_fill(later, -1.0).topk(min(k, keys))
+        weights = top.values.cpu().numpy()
+        indices = (top.indices + (positions[-1] - keys)).cpu().numpy()
+        for i, own in enumerate(by_query):
+            n = min(k, keys - (count - 1 - i))
+            own.append(LayerAttention(layer, indices[i, :n], weights[i, :n], missing[i]))
+    return [tuple(layers) for layers in by_query]
 
 
 def _attention(position: int, attention: AttentionRows, k: int) -> tuple[LayerAttention, ...]:

@@ -13,6 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ from torch import Tensor
 
 from oki_trace.errors import CaptureError, UsageError
 from oki_trace.llm.capture.attention import QueryRows
-from oki_trace.llm.capture.distribution import log_probs
+from oki_trace.llm.capture.distribution import ModelDistribution, log_probs, summarize
 from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.lens_worker import BATCH_STEPS
 from oki_trace.llm.capture.model_structure import dummy_token_ids
-from oki_trace.llm.capture.reduce import PendingLens, StepReducer
+from oki_trace.llm.capture.reduce import PendingLens, StepReducer, top_attention
 from oki_trace.llm.decoding.decode import RawStep
-from oki_trace.llm.decoding.forward_pass import AttentionCapture, cache_in
+from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.sampling import Choice
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
@@ -87,12 +88,12 @@ def teacher_force(
     """
     reducer = StepReducer(instrument, policy)
     pending: list[tuple[Step, PendingLens]] = []
-    for raw in _raw_steps(instrument, token_ids, policy, max(first, 1), windows, should_stop):
-        step, lens = reducer.step(raw, last=raw.position == len(token_ids) - 1)
-        pending.append((replace(step, step_index=-1, origin="given"), lens))
-        if len(pending) == BATCH_STEPS:
-            yield from _with_lenses(reducer, pending)
-            pending = []
+    for chunk in _chunks(instrument, token_ids, policy, max(first, 1), windows, should_stop):
+        for step, lens in chunk.reduced(reducer, policy, len(token_ids)):
+            pending.append((replace(step, step_index=-1, origin="given"), lens))
+            if len(pending) == BATCH_STEPS:
+                yield from _with_lenses(reducer, pending)
+                pending = []
     yield from _with_lenses(reducer, pending)
     # The checks name generated steps by their numbers, which these do not have.
     yield replace(reducer.checker.report(), steps=())
@@ -107,15 +108,82 @@ def _with_lenses(
         yield replace(step, lens=by_position.get(step.position))
 
 
-def _raw_steps(
+@dataclass(frozen=True)
+class _Chunk:
+    """What the model returned for some positions, and the ``positions`` that they predict.
+
+    ``logits`` (rows, vocab); ``hidden_states`` L+1 of (rows, width); ``attention`` by
+    layer, (rows, heads, keys), or the mean over heads.
+    """
+
+    positions: range
+    token_ids: Tensor
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+    attention: QueryRows
+
+    @torch.no_grad()
+    def reduced(
+        self, reducer: StepReducer, policy: CapturePolicy, tokens: int
+    ) -> Iterator[tuple[Step, PendingLens]]:
+        """The steps; reduced together where no full tensors are kept."""
+        logits = self.logits.float()
+        largest = logits.amax(-1)
+        finite = (largest > float("-inf")) & (largest < float("inf"))
+        if not bool(finite.all()):
+            position = self.positions[int(finite.int().argmin())]
+            raise CaptureError(
+                f"The model's logits are not finite at position {position}. "
+                "Load it with --dtype float32, or with other weights."
+            )
+        summary = summarize(logits, None, self.token_ids, reducer.kept_tokens)
+        heads_kept = policy.tensors != "none"
+        attention = (
+            None
+            if heads_kept
+            else top_attention(self.attention, self.positions, policy.topk_evidence)
+        )
+        for i, position in enumerate(self.positions):
+            own = summary.row(i)
+            probs = logits[i] if policy.no_lens else (logits[i] - own.lse.to(logits.device)).exp()
+            model = ModelDistribution(probs, float(own.entropy))
+            yield reducer.summarized_step(
+                self._raw(i),
+                model,
+                own,
+                last=position == tokens - 1,
+                reduced=None if attention is None else attention[i],
+            )
+
+    def _raw(self, i: int) -> RawStep:
+        token, row = self.token_ids[i, None, None], self.logits[i]
+        behind = len(self.positions) - 1 - i
+        return RawStep(
+            logits=row,
+            hidden_states=tuple(layer[i] for layer in self.hidden_states),
+            # The keys up to the query's own.
+            attention={
+                layer: rows[i, :, : rows.shape[2] - behind]
+                for layer, rows in self.attention.items()
+            },
+            step_index=self.positions[i],
+            position=self.positions[i],
+            token_id=int(token),
+            choice=Choice(token, row, (), sampled=False, race=None),
+            elapsed_ms=math.nan,
+            stop_reason=None,
+        )
+
+
+def _chunks(
     instrument: Instrument,
     token_ids: Sequence[int],
     policy: CapturePolicy,
     first: int,
     windows: Windows | None,
     should_stop: Callable[[], bool],
-) -> Iterator[RawStep]:
-    """Run the text, chunk after chunk; yields the steps from position ``first`` on."""
+) -> Iterator[_Chunk]:
+    """Run the text, chunk after chunk; yields those with positions from ``first`` on."""
     in_chunks = _in_chunks(instrument)
     spans = windows.spans(len(token_ids)) if windows else [(0, len(token_ids))]
     for window_start, window_end in spans:
@@ -128,7 +196,7 @@ def _raw_steps(
             if stop < first:
                 forward.skip(start, stop)
                 continue
-            yield from forward.steps(start, stop, first, use_cache=in_chunks)
+            yield forward.chunk(start, stop, first, use_cache=in_chunks)
             first = stop + 1
             if should_stop():
                 return
@@ -144,6 +212,7 @@ class _Forward:
         self._model = instrument.model
         self._hooks = instrument.hooks
         self._ids = torch.tensor([list(token_ids)], device=input_device(self._model))
+        self._first = first
         self._heads = policy.tensors != "none"
         self._cache: dict[str, Any] = {}
 
@@ -152,46 +221,38 @@ class _Forward:
         """Run the positions from ``start`` up to ``stop`` for the cache alone."""
         self._run(start, stop, use_cache=True)
 
-    def steps(self, start: int, stop: int, first: int, *, use_cache: bool) -> Iterator[RawStep]:
-        """The steps that the positions from ``start`` up to ``stop`` predict."""
-        logits, hidden_states, attention = self._captured(start, stop, use_cache)
-        keys = {layer: rows.shape[2] for layer, rows in attention.items()}
-        for i in range(max(0, first - 1 - start), stop - start):
-            position = start + i + 1
-            row = logits[i].clone()
-            if not float("-inf") < float(row.max()) < float("inf"):
-                raise CaptureError(
-                    f"The model's logits are not finite at position {position}. "
-                    "Load it with --dtype float32, or with other weights."
-                )
-            token = self._ids[:, position, None]
-            yield RawStep(
-                logits=row,
-                hidden_states=tuple(layer[i] for layer in hidden_states),
-                attention=_rows_of(attention, i, keys, stop - start),
-                step_index=position,
-                position=position,
-                token_id=int(token),
-                choice=Choice(token, row, (), sampled=False, race=None),
-                elapsed_ms=math.nan,
-                stop_reason=None,
-            )
-
     @torch.no_grad()
-    def _captured(
-        self, start: int, stop: int, use_cache: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...], QueryRows]:
+    def chunk(self, start: int, stop: int, first: int, *, use_cache: bool) -> _Chunk:
+        """The positions from ``start`` up to ``stop``, which predict those after them."""
         hooks = self._hooks
         with hooks.attach(every_query="heads" if self._heads else "mean"):
             with hooks.forward_arguments() as arguments:
                 outputs = self._run(start, stop, use_cache, **arguments)
-            return outputs.logits[0], hooks.take_hidden_states(), hooks.take_every_query(outputs)
+            hidden_states = hooks.take_hidden_states()
+            attention = hooks.take_every_query(outputs)
+        logits = outputs.logits[0]
+        if len(logits) != stop - start:
+            raise CaptureError(
+                f"{type(self._model).__name__} predicts no token after each position of a text, so "
+                "given text cannot be traced. Leave out --trace-prompt, or choose another model."
+            )
+        skipped = max(0, first - 1 - start)
+        positions = range(start + skipped + 1, stop + 1)
+        return _Chunk(
+            positions,
+            self._ids[0, positions.start : positions.stop],
+            logits[skipped:],
+            tuple(layer[skipped:] for layer in hidden_states),
+            {layer: rows[skipped:] for layer, rows in attention.items()},
+        )
 
     def _run(self, start: int, stop: int, use_cache: bool, **arguments: Any) -> Any:
-        outputs = self._model(
-            input_ids=self._ids[:, start:stop],
+        outputs = _run(
+            self._model,
+            self._ids,
+            (start, stop),
+            self._first,
             use_cache=use_cache,
-            return_dict=True,
             **self._cache,
             **arguments,
         )
@@ -200,11 +261,11 @@ class _Forward:
         return outputs
 
 
-def _rows_of(attention: QueryRows, i: int, keys: dict[int, int], queries: int) -> AttentionCapture:
-    """The rows of query ``i`` of ``queries``: the keys up to its own."""
-    return {
-        layer: rows[i, :, : keys[layer] - (queries - 1 - i)] for layer, rows in attention.items()
-    }
+def _run(model: Any, ids: Tensor, span: tuple[int, int], first: int, **arguments: Any) -> Any:
+    """The outputs for the positions of a span, counted from ``first`` as ``generate()`` does."""
+    if "position_ids" in signature(model.forward).parameters:
+        arguments["position_ids"] = torch.arange(*span, device=ids.device)[None] - first
+    return model(input_ids=ids[:, slice(*span)], return_dict=True, **arguments)
 
 
 def _chunk_length(instrument: Instrument, tokens: int, policy: CapturePolicy) -> int:
@@ -212,7 +273,8 @@ def _chunk_length(instrument: Instrument, tokens: int, policy: CapturePolicy) ->
     config = instrument.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None) or 1
     kept = heads * instrument.structure.layers if policy.tensors != "none" else heads
-    largest = 4 * max(int(config.vocab_size), kept * tokens)
+    vocab = int(instrument.model.get_input_embeddings().weight.shape[0])
+    largest = 4 * max(vocab, kept * tokens)
     shortest, longest = _CHUNK_TOKENS
     return min(max(_CHUNK_BYTES // largest, shortest), longest)
 
@@ -233,18 +295,21 @@ def _compare(instrument: Instrument) -> bool:
         ids = dummy_token_ids(model, count)
         half = count // 2
         try:
-            one_pass = model(input_ids=ids, use_cache=False).logits[0]
-            first = model(input_ids=ids[:, :half], use_cache=True)
+            one_pass = _run(model, ids, (0, count), 0, use_cache=False).logits[0]
+            first = _run(model, ids, (0, half), 0, use_cache=True)
             named = cache_in(first)
             if named is None:
                 return False
-            second = model(input_ids=ids[:, half:], use_cache=True, **{named[0]: named[1]})
+            cache = {named[0]: named[1]}
+            second = _run(model, ids, (half, count), 0, use_cache=True, **cache)
             chunks = torch.cat([first.logits[0], second.logits[0]])
         except Exception:  # whatever a model's own code raises, the text runs in one piece
+            return False
+        if one_pass.shape != chunks.shape:
             return False
         difference = (log_probs(one_pass) - log_probs(chunks)).abs()
         finite = difference[difference.isfinite()]
         tolerance = _TOLERANCE.get(computing_dtype(model), _TOLERANCE_16_BIT)
-        if one_pass.shape != chunks.shape or (len(finite) and float(finite.max()) > tolerance):
+        if len(finite) and float(finite.max()) > tolerance:
             return False
     return True

@@ -176,13 +176,13 @@ def _thinking(
 
 
 def _after_second_opening(form: ReplyFormat, whole: str) -> int:
-    """Where thinking begins whose marker the template has written, and perhaps the model again."""
+    """The start of thinking that the template has opened, and that the model may open again."""
     start = len(whole) - len(whole.lstrip())
     return next((start + len(o) for o, _ in form.thinking if whole.startswith(o, start)), 0)
 
 
 def _earliest(text: str, markers: Iterable[str], at: int) -> tuple[int, str]:
-    """Where the first of the markers is, and which; the end of the text and "" without any."""
+    """The position of the first marker, and the marker; the end of the text and "" without any."""
     places = ((text.find(marker, at), marker) for marker in markers)
     return min((place for place in places if place[0] >= 0), default=(len(text), ""))
 

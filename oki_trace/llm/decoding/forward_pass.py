@@ -79,10 +79,10 @@ class ForwardHooks(Protocol):
         """Around the forward pass of one step; yields extra arguments for the model."""
 
     def take_hidden_states(self) -> tuple[Tensor, ...]:
-        """The hidden states of the last pass, and forget them."""
+        """Return the hidden states of the last pass, and forget them."""
 
     def take_attention(self, outputs: Any) -> AttentionCapture:
-        """The attention of the pass that returned ``outputs``, and forget it."""
+        """Return the attention of the pass that returned ``outputs``, and forget it."""
 
 
 class StepRun(Protocol):
@@ -97,14 +97,14 @@ class StepRun(Protocol):
     def matches_model(
         self, token: Tensor, own: Callable[[], ForwardPass]
     ) -> tuple[bool, ForwardPass]:
-        """Whether a step equals the model's ``own`` pass bit for bit; that pass."""
+        """Return whether a step equals the model's ``own`` pass bit for bit, and that pass."""
 
 
 class DecodeGraph(Protocol):
     """A faster way to run the decode steps of one model, with the same numbers."""
 
     def begin(self, inputs: Mapping[str, Any], steps: int) -> StepRun | None:
-        """For the next ``steps`` of a reply; None where ``inputs`` do not fit it."""
+        """A run of the next ``steps`` of a reply; None where ``inputs`` do not fit it."""
 
     def release_copies(self, prompt_tokens: int) -> None:
         """Free memory before a prompt of so many tokens."""

@@ -141,7 +141,7 @@ class GraphRun:
     def matches_model(
         self, token: Tensor, own: Callable[[], ForwardPass]
     ) -> tuple[bool, ForwardPass]:
-        """Whether a step equals the model's ``own`` pass bit for bit; that pass, run second.
+        """Return whether a step equals the model's ``own`` pass bit for bit, and that pass.
 
         Both write to the same place of the cache. Compared are the logits, the hidden
         states, the queries, and the new keys and values. If any differs, weights may

@@ -59,7 +59,7 @@ def _memory(chain: list[BaseException], name: str) -> str | None:
 
 
 def _files(source: Source, cache_dir: str | None) -> str | None:
-    """What is wrong with the files themselves, if anything is."""
+    """The problem with the files themselves, if they have one."""
     if source.folder is not None:
         gguf = source.gguf
         return _folder(source.folder) if gguf is None else _gguf(source.folder / gguf)

@@ -118,11 +118,11 @@ def check_numbers(config: Any, name: str, weights: Weights | None) -> None:
         for pattern, most in _MAX_NUMBERS:
             if pattern.search(key) and value > most:
                 raise ModelError(
-                    f"{name} says {key} = {value:,}, and no model has more than {most:,}. {_FIX}"
+                    f"{name} says {key} = {value:,}, but no model has more than {most:,}. {_FIX}"
                 )
         if weights is not None and of_text and _LAYERS.match(key) and value > weights.tensors:
             raise ModelError(
-                f"{name} says {key} = {value:,}, and its weights have {weights.tensors:,} tensors "
+                f"{name} says {key} = {value:,}, but its weights have {weights.tensors:,} tensors "
                 f"in all. {_FIX}"
             )
 
@@ -150,7 +150,7 @@ def read_safetensors_header(path: Path) -> SafetensorsHeader | None:
             size = os.fstat(stream.fileno()).st_size
             if _MAX_HEADER_BYTES < length <= size:
                 raise ModelError(
-                    f"{path} has a header of {length:,} bytes, and no model needs more than "
+                    f"{path} has a header of {length:,} bytes, but no model needs more than "
                     f"{_MAX_HEADER_BYTES:,}. {_FIX}"
                 )
             if length > size:
@@ -201,12 +201,12 @@ def _check_file(path: Path) -> None:
         return  # missing, or a broken link
     file_type = _FILE_TYPES.get(stat.S_IFMT(status.st_mode))
     if file_type is not None:
-        raise ModelError(f"{path} is {file_type}, and a model has only regular files. {_FIX}")
+        raise ModelError(f"{path} is {file_type}, but a model has only regular files. {_FIX}")
     if path.suffix in _TEXTS and stat.S_ISREG(status.st_mode):
         most = _MAX_BYTES.get(path.name, _MAX_BYTES.get(path.suffix, _MAX_TEXT_BYTES))
         if status.st_size > most:
             raise ModelError(
-                f"{path} has {status.st_size:,} bytes, and no model needs more than {most:,}. "
+                f"{path} has {status.st_size:,} bytes, but no model needs more than {most:,}. "
                 f"{_FIX}"
             )
 
@@ -228,7 +228,7 @@ def _refuse_sparse(path: Path) -> None:
     stored = _stored_bytes(path, size)
     if stored < size * _MIN_SHARE:
         raise ModelError(
-            f"{path} is not whole: of its {size:,} bytes {stored:,} are on the disk, the others "
+            f"{path} is incomplete: of its {size:,} bytes {stored:,} are on the disk, the others "
             f"are holes. {_FIX}"
         )
 

@@ -120,12 +120,12 @@ def check_memory(
         free = psutil.virtual_memory().available
         if needed > free:
             raise ModelError(
-                f"{model_id} needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are "
-                "free. Close other programs, load it in 4-bit (--4bit) or 16-bit (--dtype bf16), "
-                "or choose a smaller model."
+                f"{model_id} needs {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
+                "are free. Close other programs, load it in 4-bit (--4bit) or 16-bit "
+                "(--dtype bf16), or choose a smaller model."
             )
     if weights is not None and parameters > 8 * weights.bytes:
         raise ModelError(
-            f"{model_id} declares {parameters:,} parameters, and its weights are {weights.bytes:,} "
-            "bytes. Copy or download it again, or choose another model."
+            f"{model_id} declares {parameters:,} parameters, but its weights have "
+            f"{weights.bytes:,} bytes. Copy or download it again, or choose another model."
         )

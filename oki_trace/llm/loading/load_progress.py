@@ -2,7 +2,7 @@
 
 transformers draws bars for downloads and for loading weights. A person at a
 terminal wants them; a log file or a pipe would get hundreds of lines of them.
-A caller with a screen of its own (the explorer) wants the fraction instead.
+A caller with its own display, such as the explorer, needs the fraction instead.
 The switches belong to the whole process, so each is put back afterwards.
 """
 

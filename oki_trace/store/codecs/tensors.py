@@ -283,7 +283,7 @@ def _unpack(where: str, data: bytes, expected: int) -> bytes:
     except zstandard.ZstdError as error:
         raise TensorError(f"{where} cannot be unpacked ({error}): restore a backup.") from error
     raise TensorError(
-        f"{where} claims {claimed} bytes where its shape takes {expected}: restore a backup."
+        f"{where} declares {claimed} bytes where its shape takes {expected}: restore a backup."
     )
 
 

@@ -90,7 +90,8 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
         return
     if lens is None:
         given_up = message.checks is not None and message.checks.fault is not None
-        if capture.logit_lens_available and complete and not given_up:
+        wanted = capture.logit_lens_available and not capture.policy.no_lens
+        if wanted and complete and not given_up:
             yield "its lens is missing"
         return
     if not capture.logit_lens_available:

@@ -90,8 +90,8 @@ def _sqlite(path: Path, on_tick: Callable[[], None] | None) -> None:
             if raised:
                 raise raised[0] from None
             raise StoreError(
-                f"The store {path} could not be vacuumed ({error}); it is as it was. Close what "
-                "writes to it, see that the disk has room, and try again."
+                f"The store {path} could not be vacuumed ({error}); it was not changed. Close "
+                "the programs that write to it, free some disk space, and try again."
             ) from error
         connection.set_progress_handler(None, 0)
         until = time.monotonic() + _READERS_SECONDS
@@ -110,7 +110,7 @@ def _refuse_without_room(path: Path, needed: int) -> None:
         if free < needed:
             raise StoreError(
                 f"A vacuum of {path} needs {needed:,} bytes for a copy in {folder}, which has "
-                f"{free:,}: free some space, or name another folder in SQLITE_TMPDIR."
+                f"{free:,}: free some space, or set SQLITE_TMPDIR to another folder."
             )
 
 

@@ -39,7 +39,7 @@ def no_tensor(message: Message, index: int, name: str, *, given: bool = False) -
     if message.tensors_pruned_at is not None:
         return NotFound(
             f"{missing} any more: its tensors were pruned on {message.tensors_pruned_at:%Y-%m-%d}. "
-            "Generate the reply again to have them."
+            "Generate the reply again to get them."
         )
     if message.capture is not None and message.capture.tensors_left_out:
         return NotFound(

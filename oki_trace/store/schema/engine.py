@@ -200,7 +200,8 @@ def _connect_postgresql(
         if encoding != "UTF8":
             raise StoreError(
                 f"The PostgreSQL database {name} has the encoding {encoding}, which cannot hold "
-                "every text: make one with `createdb -E UTF8 -T template0 NAME`, and give that."
+                "every text: create a database with `createdb -E UTF8 -T template0 NAME`, and use "
+                "that."
             )
         connection.autocommit = False
     except BaseException:

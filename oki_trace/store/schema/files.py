@@ -68,9 +68,9 @@ def open_to_read(path: Path, reserve: Reserve) -> sqlite3.Connection:
         if writable:
             raise
         raise StoreError(
-            f"The store {path} cannot be read where it is: its last changes are still in "
+            f"The store {path} cannot be read in place: its last changes are still in "
             f"{path.name}-wal, and the folder cannot be written. Copy both to another folder, "
-            "and name the copy with --db."
+            "and open the copy with --db."
         ) from error
 
 

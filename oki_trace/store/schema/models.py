@@ -145,9 +145,10 @@ class PromptToken(Base):
 
 
 class Step(Base):
-    """A position at which the model predicted the next token, which ``origin`` says more about.
+    """A token of a reply or of a traced prompt, with the model's prediction at its position.
 
-    ``step_index`` counts the generated tokens of a reply and is NULL for a given one.
+    ``origin`` says where the token came from: sampled, forced or given. ``step_index``
+    counts the generated tokens of a reply and is NULL for a given token.
     ``settle_layer`` is written with the step's lens.
     ``decision`` explains the choice of the token, ``greedy_id`` is the token that greedy
     decoding would have chosen; both NULL when decoding was plainly greedy.
