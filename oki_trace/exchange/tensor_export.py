@@ -50,8 +50,8 @@ def write_tensors(chosen: Selection, file: BinaryIO) -> int:
     file.seek(0)
     file.write(struct.pack("<Q", start - 8))
     file.seek(start)
-    for done, (_, message_id, place, head) in enumerate(_heads(chosen), start=1):
-        tensor = chosen.reader.tensor(message_id, place.index, head.name, given=place.given)
+    for done, (_, message_id, step, head) in enumerate(_heads(chosen), start=1):
+        tensor = chosen.reader.tensor(message_id, step.index, head.name, given=step.given)
         file.write(tensor.array.astype(ITEMS[tensor.dtype], copy=False).tobytes())
         chosen.progress(done, count)
     return count
