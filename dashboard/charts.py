@@ -107,7 +107,7 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
             alt.Tooltip("high:Q", format=".4f", title="at most"),
         ],
     )
-    size = max(1.0, min(14.0, 420 / (last + 1)))
+    size = max(1.0, min(14.0, 300 / (last + 1)))
     scale = alt.Scale(domain=[0, 1])
     colour = alt.Color(
         "token:N",

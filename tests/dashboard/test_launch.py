@@ -87,7 +87,7 @@ def test_ui_opens_to_others_only_when_that_is_meant(tmp_path: Path) -> None:
     try:
         assert explorer.listens_on() == {"0.0.0.0"}
         said = (tmp_path / "output.txt").read_text(encoding="utf-8")
-        assert "Whoever can reach 0.0.0.0" in said
+        assert "Anyone who can reach 0.0.0.0" in said
         assert "external IP" not in said, "nobody else is asked for the address"
     finally:
         explorer.close()
