@@ -169,14 +169,15 @@ def _print_message(reader: TraceReader, message: Message) -> None:
         if message.damage is not None:
             print_text(message.reason or "", "red")
         return
-    print_text(_headline(message), "dim")
+    given = 0 if message.tokens else reader.given_count(message.id)
+    print_text(_headline(message, given), "dim")
     if message.capture is not None and message.capture.speedups:
         print_text(message.capture.fast_paths, "dim")
     try:
         if message.tokens:
             _print_steps(list(reader.iter_steps(message.id)))
         else:
-            _print_given(reader, message)
+            _print_given(reader, message, given)
     except StoreError as error:
         print_text(str(error), "red")
 
@@ -196,11 +197,12 @@ def _texts(message: Message) -> list[tuple[str, str]]:
     ]
 
 
-def _headline(message: Message) -> str:
+def _headline(message: Message, given: int) -> str:
+    """``given``: the number of given tokens of a message that generated none."""
     parts = [
         str(message.status) + (f" ({message.reason})" if message.reason else ""),
-        f"{message.tokens} tokens",
-        f"{message.tokens / message.seconds:.1f} tokens/s" if message.seconds else "",
+        f"{given:,} given tokens" if given else f"{message.tokens} tokens",
+        f"{(given or message.tokens) / message.seconds:.1f} tokens/s" if message.seconds else "",
         message.model_id or "",
         explain_generation(message.generation) if message.generation is not None else "",
     ]
@@ -223,14 +225,14 @@ def _headline(message: Message) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _print_given(reader: TraceReader, message: Message) -> None:
+def _print_given(reader: TraceReader, message: Message, count: int) -> None:
     """The first given tokens of a message that generated none, such as a scored text."""
     steps = list(islice(reader.iter_steps(message.id, given=True), GIVEN_LINES))
     if not steps:
         return
     _print_steps(steps, "position")
-    more = reader.given_count(message.id) - len(steps)
-    if more:
+    more = count - len(steps)
+    if more > 0:
         show_one = f"oki-trace show {message.conversation_id} --message {message.id}"
         print_text(f"{more:,} more tokens: {show_one} --position P shows one, --json all.", "dim")
 

@@ -94,6 +94,11 @@ def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
             f"Conversation {chosen.conversation.id} is damaged: {chosen.conversation.damage}; it "
             "is exported as far as it can be read."
         )
+    if chosen.given_steps and not chosen.given:
+        yield (
+            f"The steps of {chosen.given_steps:,} given tokens are left out: json, jsonl and "
+            "parquet contain them."
+        )
     if format is Format.TRACE_V1:
         yield (
             "trace-v1 contains only the ids of chosen tokens and the attention of the final layer, "

@@ -43,8 +43,12 @@ class Selection:
     @cached_property
     def steps(self) -> int:
         """The number of steps that are exported, generated and given."""
-        given = (self.reader.given_count(reply.id) for reply in self.replies if self.given)
-        return sum(reply.tokens for reply in self.replies) + sum(given)
+        return sum(reply.tokens for reply in self.replies) + (self.given_steps * self.given)
+
+    @cached_property
+    def given_steps(self) -> int:
+        """The number of steps of given tokens, whether or not they are exported."""
+        return sum(self.reader.given_count(reply.id) for reply in self.replies)
 
     def iter_steps(self, reply: Message, *, given: bool = False) -> Iterator[Step]:
         """The generated steps of a reply, or its given ones, as they are read.

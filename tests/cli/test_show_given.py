@@ -25,6 +25,7 @@ def test_a_scored_text_lists_its_first_tokens(db: Path, oki: Oki) -> None:
     numbers = [line.split()[0] for line in shown.lines if line.split()[:1]]
     assert [number for number in numbers if number.isdigit()][:40] == [*map(str, range(1, 41))]
     assert "position" in shown.out and " 41 " not in shown.out
+    assert "complete (scored) · 69 given tokens · " in shown.out
     assert "29 more tokens: oki-trace show 1 --message 3 --position P" in shown.out
 
 

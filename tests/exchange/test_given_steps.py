@@ -108,15 +108,20 @@ def test_where_each_format_has_them(source: Path, document: Json, tmp_path: Path
     assert [len(trace["steps"]) for trace in json.loads(output.getvalue())] == [3, 0]
 
 
-def test_progress_counts_them(source: Path, tmp_path: Path) -> None:
+def test_progress_counts_them_and_a_format_without_them_says_so(
+    source: Path, tmp_path: Path
+) -> None:
     for format, steps in ((Format.JSON, 75), (Format.PARQUET, 75), (Format.HTML, 3)):
         seen: list[tuple[int, int]] = []
+        told: list[str] = []
         with TraceReader(source) as reader:
             export(
                 *(reader, 1, format, tmp_path / format, sys.stdout),
                 progress=lambda done, total, seen=seen: seen.append((done, total)),  # type: ignore[misc]
+                tell=told.append,
             )
         assert seen[-1] == (steps, steps)
+        assert any("72 given tokens are left out" in line for line in told) == (steps == 3)
 
 
 def test_a_file_from_before_origins(document: Json, tmp_path: Path) -> None:
