@@ -58,23 +58,23 @@ _READER = (
 
 # Scope: every connection to a server. A role, a database or a server may have other defaults
 # for settings that change the meaning of a value or a statement.
-_POSTGRESQL = (
-    "SET client_encoding = 'UTF8'",
-    "SET datestyle = 'ISO, YMD'",
-    "SET intervalstyle = 'postgres'",
-    "SET timezone = 'UTC'",
-    "SET standard_conforming_strings = on",
-    "SET transform_null_equals = off",
-    "SET bytea_output = 'hex'",
-    # Numbers with every bit; below 1 they are rounded.
-    "SET extra_float_digits = 1",
-    "SET default_transaction_isolation = 'read committed'",
-    "SET default_transaction_read_only = off",
-    # A step may wait for another writer, and copying a long conversation takes long.
-    "SET statement_timeout = 0",
-    "SET lock_timeout = 0",
-    "SET idle_in_transaction_session_timeout = 0",
-)
+# The last three: a step may wait for another writer, and copying a long conversation takes
+# long. Numbers have every bit; extra_float_digits below 1 would round them.
+_POSTGRESQL = """
+SET client_encoding = 'UTF8';
+SET datestyle = 'ISO, YMD';
+SET intervalstyle = 'postgres';
+SET timezone = 'UTC';
+SET standard_conforming_strings = on;
+SET transform_null_equals = off;
+SET bytea_output = 'hex';
+SET extra_float_digits = 1;
+SET default_transaction_isolation = 'read committed';
+SET default_transaction_read_only = off;
+SET statement_timeout = 0;
+SET lock_timeout = 0;
+SET idle_in_transaction_session_timeout = 0
+"""
 
 
 def writer_engine(url: URL, *, checkpoint: bool) -> Engine:
@@ -194,7 +194,7 @@ def _connect_postgresql(
         # Without a transaction, which could be idle for too long before its limit is set.
         connection.autocommit = True
         # In one message and first: a limit of the role's own would end a longer statement.
-        cursor.execute("; ".join(_POSTGRESQL))
+        cursor.execute(_POSTGRESQL)
         cursor.execute("SELECT current_setting('server_encoding'), current_database()")
         encoding, name = map(_as_text, cursor.fetchone() or ("", ""))
         if encoding != "UTF8":
