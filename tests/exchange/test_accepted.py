@@ -93,6 +93,7 @@ def as_lines(document: Json) -> str:
     document = copy.deepcopy(document)
     steps = []
     for message in document["messages"]:
+        message.get("trace", {}).pop("prompt_steps", None)
         for step in message.get("trace", {}).pop("steps", ()):
             steps.append({"message": message["id"], **step})
     return "\n".join(map(json.dumps, [{**document, "layout": "jsonl"}, *steps]))

@@ -149,6 +149,19 @@ def test_the_lists_may_come_in_either_order(document: Json, tmp_path: Path) -> N
     assert json.loads(again.read_text()) == whole
 
 
+def test_a_list_of_given_tokens_alone_may_have_its_steps_in_lines(
+    document: Json, tmp_path: Path
+) -> None:
+    """The file says that it has lines only after its messages."""
+    head, *lines = lines_of(document).splitlines()
+    values = json.loads(head)
+    for message in values["messages"][1:]:
+        message["trace"]["prompt_steps"] = []
+    values["layout"] = values.pop("layout")
+    (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(values), *lines]))
+    assert import_path(tmp_path / "x.jsonl", tmp_path / "t.db").steps == 75
+
+
 # --------------------------------------------------------------------------- refused
 
 

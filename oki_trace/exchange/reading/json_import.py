@@ -308,14 +308,19 @@ class JsonImport:
         self, first: str, items: Iterator[str], names: set[str], parts: tuple[str, ...]
     ) -> Parts:
         """The long part that the stream is at, and those after it. Raises _OutOfOrder."""
+        seen = {first}
         yield first
         for name in items:
             if name in parts:
+                seen.add(name)
                 yield name
             elif name in names:
                 raise _OutOfOrder
             else:
                 self._stream.skip()
+        if "steps" in parts and "steps" not in seen:
+            # They may be lines, which only the end of the document says.
+            raise _OutOfOrder
 
     def _at(self, places: dict[str, int]) -> Parts:
         for name, place in places.items():
