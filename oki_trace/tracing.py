@@ -130,12 +130,12 @@ def trace_turn(
         if policy.trace_prompt is not None:
             first = traced_before(prompt)
             turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop)
+            turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
             turn.follow(capture(handle, prompt, generation, policy, should_stop))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
-    if turn.checks is not None and turn.checks.fault is not None:
-        forget(handle.model)
+    turn.forget_if_wrong(handle)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
@@ -171,6 +171,7 @@ def trace_text(
             sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
         turn.reason = "scored"
         turn.follow_given(handle, prompt, policy, first, should_stop, windows)
+    turn.forget_if_wrong(handle)
     return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 
 
@@ -210,7 +211,7 @@ class _Turn:
         self._sinks = sinks
         self.text = ReplyText(tokenizer)
         self._on_text = on_text
-        self._began = time.perf_counter()
+        self.began = time.perf_counter()
         self.reason = "token limit"
         self.output = ""
         self.checks: ReplyChecks | None = None
@@ -256,8 +257,13 @@ class _Turn:
                 for sink in self._sinks:
                     sink.step(event)
 
+    def forget_if_wrong(self, handle: Instrument) -> None:
+        """Have the model checked again before its next trace if a check has failed."""
+        if self.checks is not None and self.checks.fault is not None:
+            forget(handle.model)
+
     def end(self, status: Status, reason: str) -> TurnEnd:
-        seconds = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self.began
         output, parts = self.text.finish()
         output = output or self.output
         end = TurnEnd(status, output, reason, seconds, self.checks, parts)
