@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,28 @@ def report(tensors: TensorMode = "exact", layers: int = 3, width: int = 8) -> Ca
 
 def turn_start(tensors: TensorMode = "exact", tokens: int = 6, layers: int = 3) -> TurnStart:
     return TurnStart("tiny/model", prompt(tokens), generation(), report(tensors, layers))
+
+
+def given_step(
+    position: int, rng: np.random.Generator, *, tokens: int = 6, with_tensors: bool = False
+) -> Step:
+    """The step of a token of ``prompt(tokens)``."""
+    shape = {"prompt_len": tokens, "vocab": 200}
+    own = step(position - tokens, rng, **shape, with_tensors=with_tensors, with_lens=True)
+    assert own.lens is not None
+    given = prompt(tokens)
+    return replace(
+        own,
+        step_index=-1,
+        token_id=given.token_ids[position],
+        token=given.tokens[position],
+        token_bytes=given.tokens[position].encode(),
+        origin="given",
+        sampled_prob=None,
+        decision=None,
+        lens=replace(own.lens, step_index=-1),
+        topk=replace(own.topk, sampled_probs=None, noise=None),
+    )
 
 
 def lens(

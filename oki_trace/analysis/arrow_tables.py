@@ -34,13 +34,18 @@ def to_arrow(name: str, columns: dict[str, Any]) -> pa.Table:
 
 
 def reply_tables(reader: TraceReader, message_id: int) -> Iterator[Tables]:
-    """The prompt of a reply, and its step tables, some steps at a time.
+    """The prompt of a reply, and its step tables, some steps at a time: given tokens first.
 
     A running reply has its steps so far; each batch is read from one snapshot.
     """
     prompt = reader.prompt_columns(message_id)
     yield {"prompt_token": to_arrow("prompt_token", prompt)}
     share = _shares_of_prompt(prompt)
+    for first in range(0, len(share), STEPS_AT_ONCE):
+        batch = reader.step_columns(message_id, first, first + STEPS_AT_ONCE, given=True)
+        if len(batch["step"]["id"]):
+            start = int(batch["step"]["position"][0])
+            yield _step_tables(batch, share, prompt["token"][start - 1])
     before = ""
     first = 0
     while True:

@@ -58,6 +58,7 @@ def _row(message: Message, prompt_hash: str) -> dict[str, Any]:
         **{name: getattr(sampling, name, None) for name in _OF_SAMPLING},
         "repetition_penalty": getattr(generation, "repetition_penalty", None),
         "seed": _seed(message) if sampling else None,
+        "trace_prompt": getattr(message.policy, "trace_prompt", None),
         "tokens": None,
         "prompt_hash": None,
         "thinking": "\n\n".join(thinking) or None,

@@ -78,7 +78,7 @@ def _table(name: str, meaning: str, columns: dict[str, str | tuple[str, str]]) -
 _OF_STEP: dict[str, str | tuple[str, str]] = {
     "message_id": ("BIGINT", "the reply"),
     "step_id": "the step",
-    "step_index": ("INTEGER", "the step's number in the reply, from 0"),
+    "step_index": ("INTEGER", "the step's number in the reply; NULL: a given token's"),
 }
 
 TABLES: tuple[Table, ...] = (
@@ -124,15 +124,18 @@ TABLES: tuple[Table, ...] = (
                 "its tool calls with arguments, a JSON list; NULL: none",
             ),
             "tool_name": "the tool whose answer a message is",
+            "trace_prompt": ("VARCHAR", "light or full: how its prompt was traced; NULL: not"),
+            "score_of": "the message whose text it scores",
         },
     ),
     _table(
         "step",
-        "a generated token",
+        "a token that the model predicted: a generated one, or one of a traced prompt",
         {
             "id": "the step's number",
             "message_id": "the reply",
-            "step_index": "its number in the reply, from 0",
+            "step_index": "its number in the reply, from 0; NULL for a given token",
+            "origin": "sampled or forced: generated; given: a token of the prompt",
             "position": "its place in the sequence that the model saw",
             "token_id": "the token",
             "token": "the token's text",

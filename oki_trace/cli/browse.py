@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,7 +20,7 @@ from oki_trace.cli.output import (
     table,
     token,
 )
-from oki_trace.errors import NotFound, StoreError
+from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.explain import (
     call_line,
     effects_table,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from oki_trace.store.reading.reader import TraceReader
 
 BAR_WIDTH = 24
+# Of a message that has only given tokens.
+GIVEN_LINES = 40
 
 
 def list_(
@@ -82,12 +85,18 @@ def show(
     conversation: options.Number,
     message: options.MessageId = None,
     step: Annotated[int | None, typer.Option(help="Show this step in detail.")] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(help="Show the step of the token at this position, also in the prompt."),
+    ] = None,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
     """Show a conversation and every step of its replies.
 
     Example: oki-trace show 1 --step 5
+
+    Example: oki-trace show 1 --message 2 --position 12
 
     Example: oki-trace show 1 --message 2 --json
     """
@@ -100,18 +109,38 @@ def show(
                 f"Conversation {conversation} has no message {message}. "
                 f"See: oki-trace show {conversation}"
             )
-        if step is not None:
+        if step is not None and position is not None:
+            raise UsageError("--step and --position name the same thing: leave out one of them.")
+        if step is not None or position is not None:
             replies = [m for m in messages if m.role is Role.ASSISTANT]
             if not replies:
                 raise NotFound(
                     f"Conversation {conversation} has no reply there. Leave out --message."
                 )
-            (_print_step_json if json else _print_step)(reader, replies[-1], step)
+            place = (replies[-1], step, False) if step is not None else None
+            place = place or _at_position(reader, replies[-1], position or 0)
+            (_print_step_json if json else _print_step)(reader, *place)
         elif json:
             _print_conversation_json(reader, conversation, message)
         else:
             for one in messages:
                 _print_message(reader, one)
+
+
+def _at_position(reader: TraceReader, message: Message, position: int) -> tuple[Message, int, bool]:
+    """The step whose token is at a position: (its message, its index, whether it is given).
+
+    An earlier turn may have traced the beginning of the prompt.
+    """
+    prompt_len = message.prompt_len or 0
+    if position >= prompt_len:
+        return message, position - prompt_len, False
+    found = reader.prompt_steps(message.id).get(position)
+    if found is None:
+        return message, position, True
+    generated = found.step.step_index >= 0
+    index = found.step.step_index if generated else position
+    return reader.message(found.message_id), index, not generated
 
 
 def _conversation_json(conversation: Conversation) -> dict[str, Any]:
@@ -140,11 +169,15 @@ def _print_message(reader: TraceReader, message: Message) -> None:
         if message.damage is not None:
             print_text(message.reason or "", "red")
         return
-    print_text(_headline(message), "dim")
+    given = 0 if message.tokens else reader.given_count(message.id)
+    print_text(_headline(message, given), "dim")
     if message.capture is not None and message.capture.speedups:
         print_text(message.capture.fast_paths, "dim")
     try:
-        _print_steps(list(reader.iter_steps(message.id)))
+        if message.tokens:
+            _print_steps(list(reader.iter_steps(message.id)))
+        else:
+            _print_given(reader, message, given)
     except StoreError as error:
         print_text(str(error), "red")
 
@@ -164,11 +197,12 @@ def _texts(message: Message) -> list[tuple[str, str]]:
     ]
 
 
-def _headline(message: Message) -> str:
+def _headline(message: Message, given: int) -> str:
+    """``given``: the number of given tokens of a message that generated none."""
     parts = [
         str(message.status) + (f" ({message.reason})" if message.reason else ""),
-        f"{message.tokens} tokens",
-        f"{message.tokens / message.seconds:.1f} tokens/s" if message.seconds else "",
+        f"{given:,} given tokens" if given else f"{message.tokens} tokens",
+        f"{(given or message.tokens) / message.seconds:.1f} tokens/s" if message.seconds else "",
         message.model_id or "",
         explain_generation(message.generation) if message.generation is not None else "",
     ]
@@ -191,13 +225,26 @@ def _headline(message: Message) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def _print_steps(steps: list[Step]) -> None:
-    columns = ("step", "token", "prob", "", "runner-up", "prob ", "entropy", "settled")
-    rows = table(*columns, right=("step", "prob", "prob ", "entropy", "settled"))
+def _print_given(reader: TraceReader, message: Message, count: int) -> None:
+    """The first given tokens of a message that generated none, such as a scored text."""
+    steps = list(islice(reader.iter_steps(message.id, given=True), GIVEN_LINES))
+    if not steps:
+        return
+    _print_steps(steps, "position")
+    more = count - len(steps)
+    if more > 0:
+        show_one = f"oki-trace show {message.conversation_id} --message {message.id}"
+        print_text(f"{more:,} more tokens: {show_one} --position P shows one, --json all.", "dim")
+
+
+def _print_steps(steps: list[Step], index: str = "step") -> None:
+    """``index``: the heading of the step_index, or of the position of given tokens."""
+    columns = (index, "token", "prob", "", "runner-up", "prob ", "entropy", "settled")
+    rows = table(*columns, right=(index, "prob", "prob ", "entropy", "settled"))
     for step in steps:
         other = _runner_up(step)
         rows.add_row(
-            str(step.step_index),
+            str(step.position if step.origin == "given" else step.step_index),
             token(step.token),
             f"{step.prob:.3f}",
             bar(step.prob, BAR_WIDTH // 2),
@@ -222,29 +269,30 @@ def _settled(lens: Lens | None) -> str:
     return "never" if lens.settle_layer is None else f"layer {lens.settle_layer}"
 
 
-def _print_step(reader: TraceReader, message: Message, index: int) -> None:
-    step = reader.step(message.id, index)
+def _print_step(reader: TraceReader, message: Message, index: int, given: bool) -> None:
+    step = reader.step(message.id, index, given=given)
     prompt = reader.prompt(message.id)
-    console().print(
-        Text("step ").append(str(index), "bold").append("  "), token(step.token), end=""
-    )
+    name = "given token at position " if given else "step "
+    console().print(Text(name).append(str(index), "bold").append("  "), token(step.token), end="")
     print_text(
         f"   prob {step.prob:.4f} · rank {step.rank} · surprisal {step.surprisal:z.3f} nats"
         f" · entropy {step.entropy:z.3f} nats · position {step.position}"
         f" · settled {_settled(step.lens)}"
     )
-    _print_decision(step)
+    if not given:
+        _print_decision(step)
     _print_candidates(step)
     _print_evidence(reader, message, step, prompt)
     _print_lens(message, step)
 
 
-def _print_step_json(reader: TraceReader, message: Message, index: int) -> None:
+def _print_step_json(reader: TraceReader, message: Message, index: int, given: bool) -> None:
     from oki_trace.exchange.json_export import trace_of
 
-    step = reader.step(message.id, index)
+    step = reader.step(message.id, index, given=given)
     trace = trace_of(reader, reader.messages(message.conversation_id), message, timed=True)
-    print_json(next(s for s in (trace or {})["steps"] if s["step"] == step.step_index))
+    steps = (trace or {})["prompt_steps" if given else "steps"]
+    print_json(next(s for s in steps if s["position"] == step.position))
 
 
 def _print_decision(step: Step) -> None:

@@ -41,7 +41,9 @@ def export(
     beside = _beside(format, output) if tensors else None
     if format is Format.PARQUET and output is None:
         raise UsageError("parquet is a folder of tables: choose it with --output.")
-    with selected(reader, conversation_id, message_id, progress, tensors=tensors) as chosen:
+    which = (conversation_id, message_id, progress)
+    given = format in (Format.JSON, Format.JSONL, Format.PARQUET)
+    with selected(reader, *which, tensors=tensors, given=given) as chosen:
         for sentence in _left_out(chosen, format):
             tell(sentence)
         if format is Format.PARQUET and output is not None:
@@ -91,6 +93,11 @@ def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
         yield (
             f"Conversation {chosen.conversation.id} is damaged: {chosen.conversation.damage}; it "
             "is exported as far as it can be read."
+        )
+    if chosen.given_steps and not chosen.given:
+        yield (
+            f"The steps of {chosen.given_steps:,} given tokens are left out: json, jsonl and "
+            "parquet contain them."
         )
     if format is Format.TRACE_V1:
         yield (

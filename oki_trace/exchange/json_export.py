@@ -2,8 +2,9 @@
 
 The document is ``{"format": "oki-trace", "version": 2, "conversation": {…},
 "messages": [{id, role, content, status, …, trace?}]}`` with one step a line. The
-first line of JSON lines is that document with traces that have no ``steps``;
-each further line is a step that names its ``message``.
+first line of JSON lines is that document with traces that have no ``steps`` and no
+``prompt_steps``; each further line is a step that names its ``message``, the given
+tokens of a message first.
 
 Steps are written as they are read, so replies of any length take little memory.
 """
@@ -11,7 +12,7 @@ Steps are written as they are read, so replies of any length take little memory.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
@@ -72,8 +73,9 @@ def write_lines(chosen: Selection, file: TextIO) -> None:
         heads.append(head)
     file.write(_encode({**document_head(chosen), "layout": JSONL, "messages": heads}) + "\n")
     for reply in chosen.replies:
-        for step in _steps(chosen, reply):
-            file.write(_encode({"message": reply.id, **step}) + "\n")
+        for given in (True, False):
+            for step in _steps(chosen, reply, given=given):
+                file.write(_encode({"message": reply.id, **step}) + "\n")
 
 
 def write_v1(chosen: Selection, file: TextIO) -> None:
@@ -92,7 +94,8 @@ def write_v1(chosen: Selection, file: TextIO) -> None:
         head = chosen.head(reply)
         file.write(",\n" if place else "")
         steps = step_objects(head.start.prompt, chosen.iter_steps(reply))
-        _write_steps(file, _only(head_object(head), V1_TRACE), map(_v1_step, steps))
+        parts = {"steps": map(_v1_step, steps)}
+        _write_object(file, _only(head_object(head), V1_TRACE), parts)
     file.write("\n]\n" if several else "\n")
 
 
@@ -103,9 +106,7 @@ def conversation_object(reader: TraceReader, conversation_id: int) -> Json:
         for message in chosen.messages:
             head = message_head(message)
             if message.id in chosen.traced:
-                head["trace"] = trace_object(
-                    chosen.head(message), chosen.iter_steps(message), timed=True
-                )
+                head["trace"] = _trace(chosen, message, timed=True)
             messages.append(head)
         return {**document_head(chosen), "messages": messages}
 
@@ -122,7 +123,7 @@ def trace_of(
     conversation = reader.conversation(message.conversation_id)
     # A file without the tensors says so.
     chosen = Selection(reader, conversation, messages, frozenset({message.id}), tensors=not timed)
-    return trace_object(chosen.head(message), chosen.iter_steps(message), timed=timed)
+    return _trace(chosen, message, timed=timed)
 
 
 def document_head(chosen: Selection) -> Json:
@@ -168,8 +169,15 @@ def message_head(message: Message) -> Json:
     return head
 
 
-def _steps(chosen: Selection, reply: Message) -> Iterator[Json]:
-    return step_objects(chosen.reader.prompt(reply.id), chosen.iter_steps(reply), timed=True)
+def _trace(chosen: Selection, message: Message, *, timed: bool) -> Json:
+    """The trace object of a reply, in memory."""
+    given = chosen.iter_steps(message, given=True)
+    return trace_object(chosen.head(message), chosen.iter_steps(message), given, timed=timed)
+
+
+def _steps(chosen: Selection, reply: Message, *, given: bool = False) -> Iterator[Json]:
+    steps = chosen.iter_steps(reply, given=given)
+    return step_objects(chosen.reader.prompt(reply.id), steps, timed=True)
 
 
 def _v1_step(step: Json) -> Json:
@@ -189,15 +197,19 @@ def _only(values: Json, names: tuple[str, ...]) -> Json:
 
 
 def _write_trace(file: TextIO, chosen: Selection, reply: Message) -> None:
-    _write_steps(file, head_object(chosen.head(reply)), _steps(chosen, reply))
+    parts = {"steps": _steps(chosen, reply), "prompt_steps": _steps(chosen, reply, given=True)}
+    _write_object(file, head_object(chosen.head(reply)), parts)
 
 
-def _write_steps(file: TextIO, head: Json, steps: Iterable[Json]) -> None:
-    """An object whose last value is its ``steps``, one a line."""
-    file.write(_open(head) + ', "steps": [')
-    for place, step in enumerate(steps):
-        file.write((",\n" if place else "\n") + _encode(step))
-    file.write("\n]}")
+def _write_object(file: TextIO, head: Json, lists: Mapping[str, Iterable[Json]]) -> None:
+    """An object whose last values are ``lists`` of steps, one a line."""
+    file.write(_open(head))
+    for name, steps in lists.items():
+        file.write(f', "{name}": [')
+        for place, step in enumerate(steps):
+            file.write((",\n" if place else "\n") + _encode(step))
+        file.write("\n]")
+    file.write("}")
 
 
 def _open(document: Json) -> str:

@@ -54,27 +54,32 @@ def write_tables(chosen: Selection, folder: Path) -> None:
 def _add_reply(chosen: Selection, reply: Message, files: _Files) -> None:
     prompt = chosen.reader.prompt_columns(reply.id)
     files["prompt_token"].add(to_arrow(prompt, TABLES["prompt_token"]))
-    remaining = chosen.iter_steps(reply)
+    _add_steps(chosen, reply, files, given=True)
+    _add_steps(chosen, reply, files, given=False)
+
+
+def _add_steps(chosen: Selection, reply: Message, files: _Files, *, given: bool) -> None:
+    remaining = chosen.iter_steps(reply, given=given)
     while steps := list(islice(remaining, _STEPS_AT_ONCE)):
-        first, end = steps[0].step_index, steps[-1].step_index + 1
-        batch = chosen.reader.step_columns(reply.id, first, end)
+        indices = [step.position if given else step.step_index for step in steps]
+        batch = chosen.reader.step_columns(reply.id, indices[0], indices[-1] + 1, given=given)
         batch["step"] |= {
             "decision": [_decision(step) for step in steps],
             **{name: [getattr(step, name) for step in steps] for name in _BYTES},
         }
         for name, columns in batch.items():
             files[name].add(to_arrow(columns, TABLES[name]))
-        for step, step_id in zip(steps, batch["step"]["id"].tolist(), strict=True):
-            _add_tensors(chosen, reply, step.step_index, step_id, files)
+        for index, step_id in zip(indices, batch["step"]["id"].tolist(), strict=True):
+            _add_tensors(chosen, reply, index, step_id, files, given=given)
         if sum(file.bytes for file in files.values()) >= _GROUP_BYTES:
             _flush(files)
 
 
 def _add_tensors(
-    chosen: Selection, reply: Message, index: int, step_id: int, files: _Files
+    chosen: Selection, reply: Message, index: int, step_id: int, files: _Files, *, given: bool
 ) -> None:
-    for name in chosen.reader.tensor_names(reply.id, index):
-        tensor = chosen.reader.tensor(reply.id, index, name)
+    for name in chosen.reader.tensor_names(reply.id, index, given=given):
+        tensor = chosen.reader.tensor(reply.id, index, name, given=given)
         array = tensor.array.astype(ITEMS[tensor.dtype], copy=False)
         values = {"step_id": step_id, "shape": array.shape, "data": array.tobytes()}
         values |= {

@@ -21,7 +21,8 @@ class Selection:
 
     ``reader`` reads that snapshot, and only within ``selected``. ``single`` is the
     reply whose trace is exported alone; None for a whole conversation. ``tensors``: whether
-    the full tensors are exported as well; a trace without them says so.
+    the full tensors are exported as well; a trace without them says so. ``given``: whether
+    the steps of given tokens are exported.
     """
 
     reader: Reader
@@ -30,6 +31,7 @@ class Selection:
     traced: frozenset[int]
     single: Message | None = None
     tensors: bool = True
+    given: bool = True
     progress: Progress = lambda done, total: None
     _done: int = 0
 
@@ -40,11 +42,20 @@ class Selection:
 
     @cached_property
     def steps(self) -> int:
-        return sum(reply.tokens for reply in self.replies)
+        """The number of steps that are exported, generated and given."""
+        return sum(reply.tokens for reply in self.replies) + (self.given_steps * self.given)
 
-    def iter_steps(self, reply: Message) -> Iterator[Step]:
-        """The steps of a reply as they are read; ``progress`` is called after each."""
-        for step in self.reader.iter_steps(reply.id):
+    @cached_property
+    def given_steps(self) -> int:
+        """The number of steps of given tokens, whether or not they are exported."""
+        return sum(self.reader.given_count(reply.id) for reply in self.replies)
+
+    def iter_steps(self, reply: Message, *, given: bool = False) -> Iterator[Step]:
+        """The generated steps of a reply, or its given ones, as they are read.
+
+        ``progress`` is called after each.
+        """
+        for step in self.reader.iter_steps(reply.id, given=given):
             yield step
             self._done += 1
             self.progress(self._done, self.steps)
@@ -77,6 +88,7 @@ def selected(
     progress: Progress | None = None,
     *,
     tensors: bool = True,
+    given: bool = True,
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
 
@@ -99,7 +111,7 @@ def selected(
             messages = [m for m in messages if m.position <= single.position]
         report = progress or (lambda done, total: None)
         chosen = (instant, conversation, messages, frozenset(traced), single)
-        yield Selection(*chosen, tensors=tensors, progress=report)
+        yield Selection(*chosen, tensors=tensors, given=given, progress=report)
 
 
 def is_traced(message: Message) -> bool:

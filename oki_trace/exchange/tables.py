@@ -16,7 +16,7 @@ from oki_trace.store.schema.arrow import arrow_types
 # Of this store alone, and meaningless in another.
 _LEFT_OUT = {
     "conversation": {"updated_at", "uid"},
-    "message": {"owner", "heartbeat_at", "stop_requested"},
+    "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
     "step": {"tensor_bytes"},
     "tensor": {"id", "codec", "checksum", "raw_bytes"},
 }

@@ -1,10 +1,10 @@
 """Reads the safetensors file next to an export, one step at a time.
 
 The format is a JSON header followed by the arrays, with names such as
-``message-2/step-5/logits``. The values of the metadata are text. They contain, as
-JSON, facts that an array does not include: ``layers`` by ``message-2/attentions`` (or
-by a tensor's full name where a step differs), and ``key_offset`` by full name where it
-is not 0.
+``message-2/step-5/logits``, or ``message-2/position-5/logits`` for a given token. The
+values of the metadata are text. They contain, as JSON, facts that an array does not
+include: ``layers`` by ``message-2/attentions`` (or by a tensor's full name where a step
+differs), and ``key_offset`` by full name where it is not 0.
 
 The header may list the tensors in any order; an index of 64 bytes per tensor is kept
 in memory.
@@ -19,6 +19,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, BinaryIO, Literal, Self, cast, get_args
 
@@ -45,13 +46,34 @@ Layers = Annotated[list[validation.Large], Field(max_length=validation.MAX_LAYER
 # The limit of safetensors itself.
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {code: name for name, code in CODES.items()}
-_NAME = re.compile(r"message-(\d{1,18})/step-(\d{1,9})/(logits|hidden_states|attentions)")
-# The index has eight numbers a tensor: message, step, name, dtype and dimensions in one, the
-# shape filled up with ones, and where its bytes begin.
+_NAME = re.compile(
+    r"message-(\d{1,18})/(step|position)-(\d{1,9})/(logits|hidden_states|attentions)"
+)
+# The index has eight numbers a tensor: message, key of the step, name, dtype and dimensions in
+# one, the shape filled up with ones, and where its bytes begin.
 _NAMES = sorted(get_args(TensorName))
 _KINDS = sorted(ITEMS)
 _COLUMNS = 8
 _MESSAGE, _STEP, _WHICH, _KIND, _SHAPE, _START = 0, 1, 2, 3, slice(4, 7), 7
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlace:
+    """A step of a message: by step_index, or by position if its token was ``given``.
+
+    As text, its part of a tensor's name. ``key`` is a number that no other step of the
+    message has: below 0 for given tokens.
+    """
+
+    index: int
+    given: bool
+
+    def __str__(self) -> str:
+        return f"{'position' if self.given else 'step'}-{self.index}"
+
+    @property
+    def key(self) -> int:
+        return -1 - self.index if self.given else self.index
 
 
 class _Entry(TypedDict):
@@ -110,11 +132,11 @@ class TensorFile:
         first, end = np.searchsorted(self._index[:, _MESSAGE], [message, message + 1])
         return bool(first < end)
 
-    def of_step(self, message: int, step_index: int) -> Iterator[TensorRecord]:
+    def of_step(self, message: int, step: StepPlace) -> Iterator[TensorRecord]:
         """The tensors of one step."""
         first, end = np.searchsorted(self._index[:, _MESSAGE], [message, message + 1])
         steps = self._index[first:end, _STEP]
-        low, high = np.searchsorted(steps, [step_index, step_index + 1]) + first
+        low, high = np.searchsorted(steps, [step.key, step.key + 1]) + first
         for place in self._index[low:high].tolist():
             name = _NAMES[place[_WHICH]]
             kind, dimensions = divmod(place[_KIND], 4)
@@ -124,7 +146,7 @@ class TensorFile:
             data = self._file.read(size)
             if len(data) != size:
                 raise self._wrong("it is shorter than its header says")
-            full = f"message-{message}/step-{step_index}/{name}"
+            full = f"message-{message}/{step}/{name}"
             layers = self._layers.get(full, self._layers.get(f"message-{message}/{name}", ()))
             yield decode(name, dtype, shape, data, layers, self._key_offsets.get(full, 0))
 
@@ -169,7 +191,8 @@ class TensorFile:
             raise ValueError("a tensor does not fit into the file")
         kind = _KINDS.index(dtype) * 4 + len(shape)
         filled = (*shape, *[1] * (3 - len(shape)))
-        return (int(match[1]), int(match[2]), _NAMES.index(match[3]), kind, *filled, start)
+        step = StepPlace(int(match[3]), match[2] == "position")
+        return (int(match[1]), step.key, _NAMES.index(match[4]), kind, *filled, start)
 
     def _wrong(self, reason: str) -> ExchangeError:
         return ExchangeError(

@@ -56,10 +56,11 @@ def trace_object(
     timed: bool = False,
 ) -> Json:
     """The trace of one reply; ``timed`` as in ``step_objects``."""
+    prompt = head.start.prompt
     return {
         **head_object(head),
-        "steps": list(step_objects(head.start.prompt, steps, timed=timed)),
-        "prompt_steps": list(step_objects(head.start.prompt, prompt_steps, timed=timed)),
+        "steps": list(step_objects(prompt, steps, timed=timed)),
+        "prompt_steps": list(step_objects(prompt, prompt_steps, timed=timed)),
     }
 
 

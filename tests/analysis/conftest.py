@@ -19,7 +19,7 @@ QUESTION = "What is the capital of France?"
 def traced(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -> str:
     """Four short replies of SmolLM2 with all their tensors. Leave the store as it is.
 
-    The first has a system message; the other three answer one prompt: greedy,
+    The first has a system message and a traced prompt; the other three answer one prompt: greedy,
     and drawn with two seeds.
     """
     db = str(tmp_path_factory.mktemp("traced") / "store.db")
@@ -29,7 +29,7 @@ def traced(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -
         {"role": "system", "content": "You are a poet."},
         {"role": "user", "content": "Name a river."},
     ]
-    run_traced(messages=asked, max_new_tokens=6, **common)
+    run_traced(messages=asked, max_new_tokens=6, trace_prompt="full", **common)
     run_traced(QUESTION, max_new_tokens=10, **common)
     for seed in (1, 2):
         run_traced(QUESTION, max_new_tokens=6, temperature=1.2, seed=seed, **common)

@@ -30,7 +30,7 @@ def csv_rows(done: Done) -> list[dict[str, str]]:
 
 def test_all_questions_are_listed(oki: Oki) -> None:
     done = oki("ask")
-    assert all(name in done.out for name in (*QUESTIONS, "compare"))
+    assert all(name in done.out for name in (*QUESTIONS, "compare", "prompt"))
     listed = json.loads(oki("ask", "--json").out)
     assert all(one["meaning"].endswith(".") and one["reading"] for one in listed)
 

@@ -116,6 +116,70 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
     return conversation
 
 
+def fill_given(db: Path, *, tensors: TensorMode = "half") -> int:
+    """A conversation of a reply whose prompt is traced, and of a scored text; returns its id."""
+    rng = np.random.default_rng(7)
+    with_tensors = tensors != "none"
+    policy = CapturePolicy(tensors=tensors, trace_prompt="full")
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("given")
+        writer.add_message(conversation, ChatMessage(Role.USER, HOSTILE))
+        for tokens, steps in ((6, 3), (70, 0)):
+            reply = writer.queue_reply(
+                conversation, ModelChoice("tiny/model"), Sampling(16), policy, claim=True
+            )
+            start = builders.turn_start(tensors, tokens)
+            windows = None if steps else (32, 16)
+            capture = replace(start.capture, policy=policy, windows=windows)
+            writer.start_reply(reply, replace(start, capture=capture))
+            # The beginning of the reply's prompt is traced by an earlier turn.
+            given = [
+                builders.given_step(at, rng, tokens=tokens, with_tensors=with_tensors)
+                for at in range(3 if steps else 1, tokens)
+            ]
+            writer.append(reply, given)
+            made = [builders.step(i, rng, with_tensors=with_tensors) for i in range(steps)]
+            writer.append(reply, [replace(made[0], origin="forced"), *made[1:]] if made else [])
+            writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "scored", 1.5))
+    return conversation
+
+
+def fill_two_turns(db: Path) -> int:
+    """Two traced turns: the second prompt is the first one, its reply and a token."""
+    rng = np.random.default_rng(7)
+    policy = CapturePolicy(tensors="none", trace_prompt="full")
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("two turns")
+        prompt = builders.prompt(6)
+        for last in (False, True):
+            writer.add_message(conversation, ChatMessage(Role.USER, "hello"))
+            reply = writer.queue_reply(
+                conversation, ModelChoice("tiny/model"), Sampling(16), policy, claim=True
+            )
+            start = builders.turn_start("none")
+            capture = replace(start.capture, policy=policy)
+            writer.start_reply(reply, replace(start, capture=capture, prompt=prompt))
+            first, tokens = (len(prompt) - 1, len(prompt)) if last else (1, 6)
+            given = [
+                replace(
+                    builders.given_step(at, rng, tokens=tokens),
+                    token_id=prompt.token_ids[at],
+                    token=prompt.tokens[at],
+                )
+                for at in range(first, tokens)
+            ]
+            made = [builders.step(i, rng, prompt_len=tokens, with_tensors=False) for i in range(3)]
+            writer.append(reply, [*given, *made])
+            writer.finish_reply(reply, TurnEnd(Status.COMPLETE, "x", "end of turn", 1.5))
+            prompt = replace(
+                prompt,
+                token_ids=(*prompt.token_ids, *(step.token_id for step in made), 5),
+                tokens=(*prompt.tokens, *(step.token for step in made), "!"),
+                segments=(*prompt.segments, *("assistant" for _ in made), "user"),
+            )
+    return conversation
+
+
 def v1_trace(steps: int = 3, **changes: Any) -> dict[str, Any]:
     """A trace of version 1: texts without ids, evidence in the prompt and the reply."""
     words = [" Paris", " is", "."]

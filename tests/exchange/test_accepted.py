@@ -93,6 +93,7 @@ def as_lines(document: Json) -> str:
     document = copy.deepcopy(document)
     steps = []
     for message in document["messages"]:
+        message.get("trace", {}).pop("prompt_steps", None)
         for step in message.get("trace", {}).pop("steps", ()):
             steps.append({"message": message["id"], **step})
     return "\n".join(map(json.dumps, [{**document, "layout": "jsonl"}, *steps]))
@@ -256,7 +257,7 @@ def test_every_name_that_is_written_is_read(exported: Path) -> None:
         (document, validation.Document, {"conversation", "messages"}),
         (document["conversation"], validation.Conversation, set()),
         (message, validation.Message, {"trace"}),
-        (trace, validation.Trace, {"steps"}),
+        (trace, validation.Trace, {"steps", "prompt_steps"}),
         (trace["generation"], records.Generation, set()),
         (trace["capture"], records.CaptureReport, set()),
         (step, validation.Step, set()),

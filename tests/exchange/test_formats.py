@@ -75,7 +75,7 @@ def test_the_tables_have_the_columns_of_the_store() -> None:
     """The names of the contract and of ``oki-trace sql``; what is of the store alone is not."""
     own = {
         "conversation": {"updated_at", "uid"},
-        "message": {"owner", "heartbeat_at", "stop_requested"},
+        "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
         "step": {"tensor_bytes"},
         "tensor": {"id", "codec", "checksum", "raw_bytes"},
     }

@@ -64,8 +64,12 @@ def rows(db: Path, *, infinities: bool = True) -> list[Any]:
                     content += [list(all_of(child, step_id=step)) for child in _CHILDREN]
                     content += [values for _, values in all_of("tensor", step_id=step)]
                 content += [
-                    (index, head.name, reader.tensor(message, index, head.name).array.tobytes())
-                    for index, head in reader.tensor_heads(message)
+                    (
+                        *(index, head.name),
+                        reader.tensor(message, index, head.name, given=given).array.tobytes(),
+                    )
+                    for given in (True, False)
+                    for index, head in reader.tensor_heads(message, given=given)
                 ]
     engine.dispose()
     return content

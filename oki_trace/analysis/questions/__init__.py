@@ -10,6 +10,7 @@ from oki_trace.analysis.questions.attention import ATTENTION
 from oki_trace.analysis.questions.compare import COMPARE
 from oki_trace.analysis.questions.heads import HEADS
 from oki_trace.analysis.questions.layers import LAYERS
+from oki_trace.analysis.questions.prompt import PROMPT
 from oki_trace.analysis.questions.reproducibility import REPRODUCIBILITY
 from oki_trace.analysis.questions.rivals import RIVALS
 from oki_trace.analysis.questions.settle import SETTLE
@@ -21,7 +22,7 @@ from oki_trace.errors import UsageError
 QUESTIONS: dict[str, Question] = {
     question.name: question
     for question in (
-        *(SETTLE, UNCERTAINTY, LAYERS, RIVALS),
+        *(SETTLE, UNCERTAINTY, PROMPT, LAYERS, RIVALS),
         *(ATTENTION, HEADS, COMPARE, REPRODUCIBILITY),
     )
 }

@@ -56,7 +56,7 @@ ORDER BY ALL
     )
 
 
-_ROWS = "attention_layer JOIN scope USING (message_id)"
+_ROWS = "attention_layer JOIN scope USING (message_id) WHERE step_index IS NOT NULL"
 _MEANS = ", ".join(f"avg(attention_layer.{share}) AS {share}" for share in SHARES)
 
 ATTENTION = Question(
@@ -91,7 +91,7 @@ ORDER BY model, layer
             bar="first_token",
         ),
         "evidence": View(
-            _by_step(f"{_ROWS} WHERE is_evidence"),
+            _by_step(f"{_ROWS} AND is_evidence"),
             (_FROM_STEP, *_COLUMNS),
             {"shares": Drawing("stacked", ("from_step",), _STACKED)},
             label="by step, final layer",

@@ -25,6 +25,7 @@ numbered AS (
   SELECT message_id, step_index, model_id, count(*) OVER () AS steps,
     row_number() OVER (ORDER BY message_id, step_index) - 1 AS number
   FROM step JOIN with_tensors USING (message_id)
+  WHERE step_index IS NOT NULL
 ),
 sampled AS MATERIALIZED (
   SELECT model_id AS model, steps, unnest(head_shares(message_id, step_index)) AS h

@@ -16,7 +16,8 @@ replies AS (
 of_steps AS (
   SELECT message_id, avg(-logprob) AS surprisal, avg(entropy) AS entropy,
     avg(settle_layer / layers) AS depth
-  FROM step WHERE message_id IN (SELECT id FROM replies WHERE times > 1)
+  FROM step
+  WHERE step_index IS NOT NULL AND message_id IN (SELECT id FROM replies WHERE times > 1)
   GROUP BY message_id
 ),
 repeated AS (
@@ -67,6 +68,7 @@ places AS (
   SELECT prompt_hash, step_index, stddev_pop(prob) AS prob_spread,
     count(DISTINCT token_id) > 1 OR count(*) < any_value(times) AS has_diverged
   FROM step JOIN repeated ON step.message_id = repeated.message
+  WHERE step_index IS NOT NULL
   GROUP BY prompt_hash, step_index
 ),
 divergence AS (

@@ -30,7 +30,7 @@ SELECT $key,
   avg(settle_prob) AS prob_at_layer,
   avg(prob) AS prob
 FROM step JOIN scope USING (message_id)
-WHERE layers IS NOT NULL
+WHERE step_index IS NOT NULL AND layers IS NOT NULL
 GROUP BY $group
 ORDER BY $order
 """,
@@ -57,7 +57,7 @@ SELECT model_id AS model, settle_layer AS layer, count(*) AS steps,
   sum(count(*)) OVER so_far / sum(count(*)) OVER (PARTITION BY model_id) AS cumulative_share,
   avg(settle_prob) AS prob_at_layer
 FROM step JOIN scope USING (message_id)
-WHERE layers IS NOT NULL
+WHERE step_index IS NOT NULL AND layers IS NOT NULL
 GROUP BY model_id, settle_layer
 WINDOW so_far AS (PARTITION BY model_id ORDER BY settle_layer NULLS LAST)
 ORDER BY model, layer NULLS LAST

@@ -13,7 +13,7 @@ def _least_certain(order: str) -> str:
 WITH scope AS ($scope),
 chosen AS (
   SELECT step.* FROM step JOIN scope USING (message_id)
-  WHERE entropy IS NOT NULL
+  WHERE step_index IS NOT NULL AND entropy IS NOT NULL
   ORDER BY $order, message_id, step_index
   LIMIT $top
 ),
@@ -74,7 +74,7 @@ SELECT conversation_id AS conversation, message_id AS message, any_value(message
   arg_max(step_index, step.entropy) AS step, arg_max(token, step.entropy) AS chosen,
   arg_max(prob, step.entropy) AS prob, max(step.entropy) AS max_entropy
 FROM step JOIN scope USING (message_id) JOIN message ON message.id = message_id
-WHERE step.entropy IS NOT NULL
+WHERE step_index IS NOT NULL AND step.entropy IS NOT NULL
 GROUP BY conversation_id, message_id
 ORDER BY max_entropy DESC, message
 LIMIT $top
@@ -102,7 +102,7 @@ WITH scope AS ($scope)
 SELECT runner_up_token AS runner_up, count(*) AS steps, avg(runner_up_prob) AS prob,
   mode(token) AS chosen_instead, avg(margin) AS margin
 FROM step JOIN scope USING (message_id)
-WHERE runner_up_prob >= $least
+WHERE step_index IS NOT NULL AND runner_up_prob >= $least
 GROUP BY runner_up
 ORDER BY steps DESC, runner_up
 LIMIT $top

@@ -16,25 +16,30 @@ from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.json_stream import JsonStream
 from oki_trace.exchange.reading.replies import Survey, TokenIds, turn_start
 from oki_trace.exchange.reading.staging import Staging
-from oki_trace.exchange.reading.steps import check_tensors, step_record
+from oki_trace.exchange.reading.steps import StepReader, check_tensors
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.tensor_file import TensorFile
+from oki_trace.exchange.tensor_file import StepPlace, TensorFile
 from oki_trace.exchange.trace_object import FORMAT, VERSION
 from oki_trace.queueing import title_of
 from oki_trace.records import Role, Status, Step, TensorRecord
 
 Json = dict[str, Any]
-# Takes an object without its long part, and whether it has one: the stream is then at that part.
-Use = Callable[[Json, bool], None]
+# The names of the long parts of an object. When it yields one, the stream is at that part, which
+# is read before the next name is asked for.
+Parts = Iterator[str]
+# Takes an object without its long parts, and what goes through those that it has. An object that
+# is not in the order of an export may be gone through several times.
+Use = Callable[[Json, Callable[[], Parts]], None]
 
 _DOCUMENT = {"conversation", *validation.Document.__annotations__}
 _MESSAGE = set(validation.Message.__annotations__)
 _TRACE = set(validation.Trace.__annotations__)
-# The names that an export writes before each long part; it writes none of ours after one.
+_STEPS = ("steps", "prompt_steps")
+# The names that an export writes before each long part; after one it writes long parts alone.
 _BEFORE = {
     "messages": {"format", "version", "conversation"},
     "trace": {"id", "role", "content", "status", "created_at", "seconds", "tokens"},
-    "steps": _TRACE,
+    **dict.fromkeys(_STEPS, _TRACE),
 }
 
 
@@ -95,15 +100,16 @@ class JsonImport:
 
     def _in_export_order(self) -> None:
         """A document or a trace, read from start to end. Raises _OutOfOrder for any other."""
-        self._read("the file", _DOCUMENT | _TRACE, None, self._use_file)
+        self._read("the file", _DOCUMENT | _TRACE, (), self._use_file)
 
-    def _use_file(self, head: Json, has_steps: bool) -> None:
+    def _use_file(self, head: Json, parts: Callable[[], Parts]) -> None:
         if "conversation" not in head:
-            self._use_trace_alone(head, has_steps)
+            self._use_trace_alone(head, parts)
         elif "layout" in head:
             raise _OutOfOrder
         else:
-            self._conversation(head)
+            for _ in parts():
+                self._conversation(head)
 
     def _in_any_order(self) -> None:
         """A document, lines or a trace, read after the place of each name is known."""
@@ -144,26 +150,30 @@ class JsonImport:
         """A document; the stream is at its messages."""
         self._begin(head)
         for _ in self._elements("the document", "messages"):
-            self._read(f"message {self._staging.messages + 1}", _MESSAGE, "trace", self._message)
+            where = f"message {self._staging.messages + 1}"
+            self._read(where, _MESSAGE, ("trace",), self._message)
 
-    def _message(self, values: Json, has_trace: bool) -> None:
+    def _message(self, values: Json, parts: Callable[[], Parts]) -> None:
         where = f"message {self._staging.messages + 1}"
         message = validation.read(validation.Message, values, where)
-        if not has_trace or self._is_null():
+
+        def reply(trace: Json, lists: Callable[[], Parts]) -> None:
+            self._reply(message, _read_trace(trace, f"{where}, trace"), lists, where)
+
+        has_trace = False
+        for _ in parts():
+            has_trace = not self._is_null()
+            if has_trace:
+                self._read(f"{where}, trace", _TRACE, _STEPS, reply)
+        if not has_trace:
             self._staging.add_message(message, where)
-            return
-
-        def reply(trace: Json, has_steps: bool) -> None:
-            self._reply(message, _read_trace(trace, f"{where}, trace"), has_steps, where)
-
-        self._read(f"{where}, trace", _TRACE, "steps", reply)
 
     # -------------------------------------------------------------------- a reply
 
     def _trace_alone(self) -> None:
-        self._read("the trace", _TRACE, "steps", self._use_trace_alone)
+        self._read("the trace", _TRACE, _STEPS, self._use_trace_alone)
 
-    def _use_trace_alone(self, values: Json, has_steps: bool) -> None:
+    def _use_trace_alone(self, values: Json, lists: Callable[[], Parts]) -> None:
         """A trace outside a document: the messages before it, then its reply.
 
         It continues the conversation before it if it begins with all of its messages.
@@ -192,14 +202,18 @@ class JsonImport:
             "status": trace.get("status") or Status.COMPLETE,
             "reason": trace.get("reason"),
         }
-        self._reply(reply, trace, has_steps, where)
+        self._reply(reply, trace, lists, where)
         self._history = [*history, (Role.ASSISTANT, output)]
 
     def _reply(
-        self, message: validation.Message, trace: validation.Trace, has_steps: bool, where: str
+        self,
+        message: validation.Message,
+        trace: validation.Trace,
+        lists: Callable[[], Parts],
+        where: str,
     ) -> None:
-        """A reply; the stream is at its steps, if it has any."""
-        survey = None if trace.get("capture") else self._survey(has_steps, where)
+        """A reply with the ``lists`` of its steps."""
+        survey = None if trace.get("capture") else self._survey(lists, where)
         ids = TokenIds(survey.chosen if survey else None)
         start = turn_start(trace, ids, survey, f"{where}, trace")
         first = survey.first if survey else 0
@@ -207,82 +221,111 @@ class JsonImport:
         message["parts"] = trace.get("parts")
         message["template"] = trace.get("template") or message.get("template")
         number = message.get("id")
-        values = self._lines.of(number, where) if self._lines else self._steps(has_steps, where)
+        values = self._lines.of(number, where) if self._lines else self._steps(lists, where)
+        reader = StepReader(start, ids, first, where)
 
         def records() -> Iterator[Step]:
-            for index, value in enumerate(values):
-                here = f"{where}, step {index}"
-                fields = validation.read(validation.Step, value, here)
-                step = step_record(fields, index, start, ids, first, here)
-                tensors = self._tensors_of(number, index)
+            for given, value in values:
+                here = reader.name_of_next(given=given)
+                step = reader.read(validation.read(validation.Step, value, here), given=given)
+                tensors = self._tensors_of(number, step)
                 yield replace(step, tensors=check_tensors(tensors, step, start.capture, here))
 
         has_tensors = self._tensors is not None and number is not None and self._tensors.has(number)
         self._staging.add_reply(message, start, records(), where, has_tensors=has_tensors)
 
-    def _survey(self, has_steps: bool, where: str) -> Survey:
+    def _survey(self, lists: Callable[[], Parts], where: str) -> Survey:
         """All steps of version 1, before they are read."""
         if self._lines is not None or self._in_order:
             raise refused(f"{where}, trace: capture is missing")
-        place = self._stream.tell()
         survey = Survey()
-        for value in self._steps(has_steps, where):
-            survey.add(validation.read(validation.Step, value, f"{where}, step {survey.steps}"))
-        self._stream.seek(place)
+        for given, value in self._steps(lists, where):
+            if not given:
+                here = f"{where}, step {survey.steps}"
+                survey.add(validation.read(validation.Step, value, here))
         self._surveyed += survey.steps
         self._check_length(self._surveyed)
         return survey
 
-    def _steps(self, has_steps: bool, where: str) -> Iterator[Any]:
-        if has_steps and not self._is_null():
-            for _ in self._elements(where, "steps"):
-                yield self._stream.value()
+    def _steps(self, lists: Callable[[], Parts], where: str) -> Iterator[tuple[bool, Any]]:
+        """(whether it is in the list of given ones, step)."""
+        for name in lists():
+            if not self._is_null():
+                for _ in self._elements(where, name):
+                    yield name == "prompt_steps", self._stream.value()
 
-    def _tensors_of(self, message: int | None, step_index: int) -> tuple[TensorRecord, ...]:
+    def _tensors_of(self, message: int | None, step: Step) -> tuple[TensorRecord, ...]:
         if self._tensors is None or message is None:
             return ()
-        tensors = tuple(self._tensors.of_step(message, step_index))
+        given = step.origin == "given"
+        place = StepPlace(step.position if given else step.step_index, given)
+        tensors = tuple(self._tensors.of_step(message, place))
         self._tensor_count += len(tensors)
         return tensors
 
     # ------------------------------------------------------------------- objects
 
-    def _read(self, where: str, names: set[str], part: str | None, use: Use) -> None:
-        """Read the ``names`` of an object and ``use`` them before its long ``part`` is read.
+    def _read(self, where: str, names: set[str], parts: tuple[str, ...], use: Use) -> None:
+        """Read the ``names`` of an object and ``use`` them before its long ``parts`` are read.
 
-        Without a ``part``, that of a document or of a trace.
+        Without ``parts``, those of a document or of a trace.
         """
         if self._stream.peek() != "{":
             raise refused(f"{where} is not an object")
         head: Json = {}
-        used, place = False, None
-        for name in self._stream.items():
-            if name == (part or ("messages" if "conversation" in head else "steps")):
+        places: dict[str, int] = {}
+        items = self._stream.items()
+        for name in items:
+            of_file = ("messages",) if "conversation" in head else _STEPS
+            if name in (parts or of_file):
                 if not self._in_order:
-                    place = self._stream.tell()
+                    places[name] = self._stream.tell()
                     self._stream.skip()
                 elif not head.keys() >= _BEFORE[name]:
-                    is_trace = not self._staging.began and name == "steps"
+                    is_trace = not self._staging.began and name in _STEPS
                     raise _TraceOutOfOrder if is_trace else _OutOfOrder
                 else:
-                    use(head, True)
-                    used = True
+                    self._use(use, head, self._rest(name, items, names, parts or of_file))
+                    return
             elif name not in names:
                 self._stream.skip()
-            elif used:
-                raise _OutOfOrder
             else:
                 head[name] = self._stream.value()
-        if place is not None:
-            end = self._stream.tell()
-            self._stream.seek(place)
-            use(head, True)
-            self._stream.seek(end)
-        elif not used and self._in_order and part != "trace":
+        if self._in_order and parts != ("trace",):
             # The steps may be lines, which only the end of the document says.
             raise _OutOfOrder
-        elif not used:
-            use(head, False)
+        end = self._stream.tell()
+        use(head, lambda: self._at(places))
+        if places:
+            self._stream.seek(end)
+
+    def _use(self, use: Use, head: Json, rest: Parts) -> None:
+        use(head, lambda: rest)
+        for _ in rest:
+            self._stream.skip()
+
+    def _rest(
+        self, first: str, items: Iterator[str], names: set[str], parts: tuple[str, ...]
+    ) -> Parts:
+        """The long part that the stream is at, and those after it. Raises _OutOfOrder."""
+        seen = {first}
+        yield first
+        for name in items:
+            if name in parts:
+                seen.add(name)
+                yield name
+            elif name in names:
+                raise _OutOfOrder
+            else:
+                self._stream.skip()
+        if "steps" in parts and "steps" not in seen:
+            # They may be lines, which only the end of the document says.
+            raise _OutOfOrder
+
+    def _at(self, places: dict[str, int]) -> Parts:
+        for name, place in places.items():
+            self._stream.seek(place)
+            yield name
 
     def _elements(self, where: str, name: str) -> Iterator[None]:
         if self._stream.peek() != "[":
@@ -302,8 +345,11 @@ class _Lines:
         self._place = place
         self._next: Any = None
 
-    def of(self, number: int | None, where: str) -> Iterator[Any]:
-        """The steps of one reply. Afterwards the stream is where it was before."""
+    def of(self, number: int | None, where: str) -> Iterator[tuple[bool, Any]]:
+        """(whether its token was given, step) of one reply.
+
+        Afterwards the stream is where it was before.
+        """
         if number is None:
             raise refused(f"{where}: id is missing")
         place = self._stream.tell()
@@ -311,10 +357,11 @@ class _Lines:
         while self._next is not None or self._stream.peek():
             line = self._stream.value() if self._next is None else self._next
             self._next = line
-            if validation.read(validation.Line, line, "a line")["message"] != number:
+            values = validation.read(validation.Line, line, "a line")
+            if values["message"] != number:
                 break
             self._next = None
-            yield line
+            yield values.get("origin") == "given", line
         self._place = self._stream.tell()
         self._stream.seek(place)
 

@@ -20,7 +20,7 @@ from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.json_stream import loads
 from oki_trace.exchange.reading.replies import TokenIds, turn_start
 from oki_trace.exchange.reading.staging import Staging
-from oki_trace.exchange.reading.steps import check_tensors, step_record
+from oki_trace.exchange.reading.steps import StepReader, check_tensors
 from oki_trace.exchange.reading.table_cursor import Row, TableCursor
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
@@ -101,11 +101,14 @@ def _message(row: Row, cursors: Cursors, staging: Staging, where: str) -> None:
     start = turn_start(trace, ids, None, at)
     left_out = start.capture.tensors_left_out
 
+    reader = StepReader(start, ids, 0, where)
+
     def steps() -> Iterator[Step]:
-        for index, values in enumerate(cursors["step"].of(number)):
-            here = f"{where}, step {index}"
+        for values in cursors["step"].of(number):
+            given = values["origin"] == "given"
+            here = reader.name_of_next(given=given)
             fields = validation.read(validation.Step, _step(values, cursors, here), here)
-            step = step_record(fields, index, start, ids, 0, here)
+            step = reader.read(fields, given=given)
             rows = cursors["tensor"].take(values["id"], len(get_args(TensorName)), here)
             tensors = tuple(_tensor(row, here) for row in rows)
             if tensors and left_out:

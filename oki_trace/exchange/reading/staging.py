@@ -130,12 +130,13 @@ class Staging:
         start = replace(start, capture=replace(start.capture, tensors_left_out=left_out))
         reply = self._queue(message, start)
         self._writer.start_reply(reply, start)
-        count = rows = tensor_bytes = 0
+        count = generated = rows = tensor_bytes = 0
         batch: list[Step] = []
         as_recorded = True
         for step in steps:
             as_recorded = as_recorded and is_as_recorded(step)
             count += 1
+            generated += step.origin != "given"
             if count > validation.MAX_STEPS:
                 raise refused(f"{where} has more than {validation.MAX_STEPS:,} steps")
             batch.append(step)
@@ -147,12 +148,12 @@ class Staging:
                 batch, rows, tensor_bytes = [], 0, 0
             self.tick()
         self._append(reply, batch)
-        if count != value_or(message, "tokens", count):
-            raise refused(f"{where} has {count} of its {message['tokens']} steps")
+        if generated != value_or(message, "tokens", generated):
+            raise refused(f"{where} has {generated} of its {message['tokens']} steps")
         self.steps += count
         self._writer.finish_reply(
             reply,
-            _end(message, status, count, where),
+            _end(message, status, generated, where),
             tensors_pruned_at=message.get("tensors_pruned_at"),
             digest=message.get("digest"),
         )

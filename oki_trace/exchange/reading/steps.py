@@ -38,15 +38,71 @@ _ORDER = 1e-5
 _SPECIAL = re.compile(r"<\|[^<>|]{1,60}\|>|</?(s|eos|bos|pad)>")
 
 
-def step_record(
-    values: validation.Step, index: int, start: TurnStart, ids: TokenIds, first: int, where: str
+class StepReader:
+    """Builds the steps of one reply: the generated ones in order, and the given ones in theirs.
+
+    The file counts generated steps from ``first``. Raises ExchangeError.
+    """
+
+    def __init__(self, start: TurnStart, ids: TokenIds, first: int, where: str) -> None:
+        self._start = start
+        self._ids = ids
+        self._first = first
+        self._where = where
+        self._generated = 0
+        self._given = 0
+        self._last_position = 0
+
+    def name_of_next(self, *, given: bool) -> str:
+        """The next step of its kind, as errors name it."""
+        kind, count = ("prompt step", self._given) if given else ("step", self._generated)
+        return f"{self._where}, {kind} {count}"
+
+    def read(self, values: validation.Step, *, given: bool) -> Step:
+        """The next step; ``given``: it is in the place of given ones."""
+        where = self.name_of_next(given=given)
+        if given != (value_or(values, "origin", "given" if given else "sampled") == "given"):
+            raise refused(f"{where}: its origin is {values['origin']}")
+        place = self._next_given if given else self._next_generated
+        return _record(values, *place(values, where), self._start, self._ids, where)
+
+    def _next_generated(self, values: validation.Step, where: str) -> tuple[int, int]:
+        """(step_index, position)."""
+        index, number = self._generated, self._generated + self._first
+        self._generated += 1
+        if value_or(values, "step", number) != number:
+            raise refused(f"{where}: it is not step {number}: steps are missing or out of order")
+        position = len(self._start.prompt) + index
+        if value_or(values, "position", position) != position:
+            raise refused(f"{where}: position is not {position}")
+        return index, position
+
+    def _next_given(self, values: validation.Step, where: str) -> tuple[int, int]:
+        self._given += 1
+        position, prompt = values.get("position"), self._start.prompt
+        if values.get("step") is not None or values.get("decision") is not None:
+            raise refused(f"{where}: a given token has no step number and no decision")
+        if position is None or not 1 <= position < len(prompt):
+            raise refused(f"{where}: position is not one of the prompt's after its first")
+        if position <= self._last_position:
+            raise refused(f"{where}: positions are not in rising order")
+        self._last_position = position
+        if (
+            self._ids.of(values.get("chosen_id"), values["chosen_token"])
+            != (prompt.token_ids[position])
+        ):
+            raise refused(f"{where}: it is not the prompt's token at position {position}")
+        return -1, position
+
+
+def _record(
+    values: validation.Step,
+    index: int,
+    position: int,
+    start: TurnStart,
+    ids: TokenIds,
+    where: str,
 ) -> Step:
-    """Step ``index`` of a reply; the file counts from ``first``. Raises ExchangeError."""
-    if value_or(values, "step", index + first) != index + first:
-        raise refused(f"{where}: it is not step {index + first}: steps are missing or out of order")
-    position = len(start.prompt) + index
-    if value_or(values, "position", position) != position:
-        raise refused(f"{where}: position is not {position}")
     token = values["chosen_token"]
     token_id = ids.of(values.get("chosen_id"), token)
     topk = _candidates(values.get("logits_topk") or (), ids, where)
@@ -77,6 +133,7 @@ def step_record(
         attention=_attention(values, start.capture, position, where),
         lens=_lens(values, index, token_id, start.capture.layers, ids, where),
         decision=_decision(decision, ids) if decision else None,
+        origin="given" if index < 0 else value_or(values, "origin", "sampled"),
         digest=values.get("digest"),
         tensor_digest=values.get("tensor_digest"),
     )

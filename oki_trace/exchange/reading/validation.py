@@ -34,7 +34,7 @@ from typing_extensions import TypedDict
 from oki_trace import records
 from oki_trace.errors import UsageError
 from oki_trace.exchange.refusal import invalid
-from oki_trace.records import PartKind, Role, Segment, Status, is_too_deep
+from oki_trace.records import Origin, PartKind, Role, Segment, Status, is_too_deep
 
 # Limits; docs/formats.md states them.
 MAX_PROMPT = 2_000_000
@@ -286,6 +286,7 @@ Capture = Annotated[
             "layers": Layer,
             "width": Count,
             "attention_layers": Annotated[list[Layer], _OF_LAYERS],
+            "windows": Annotated[list[Rank], Field(min_length=2, max_length=2)],
             "speedups": Annotated[dict[Label, Label | None], Field(max_length=MAX_SPEEDUPS)],
         },
         CAPTURE,
@@ -294,7 +295,7 @@ Capture = Annotated[
 
 
 class Trace(TypedDict, total=False):
-    """A trace without its ``steps``. Only version 1 has no ``capture``."""
+    """A trace without its ``steps`` and ``prompt_steps``. Only version 1 has no ``capture``."""
 
     format: Label | None
     version: Count | None
@@ -400,9 +401,10 @@ class Decision(TypedDict, total=False):
 
 
 class Step(TypedDict, total=False):
-    """A step of a trace; see ``records.Step``."""
+    """A step of a trace, generated or given; see ``records.Step``."""
 
     step: Count | None
+    origin: Origin | None
     chosen_token: Required[Token]
     chosen_id: Count | None
     chosen_bytes: TokenBytes | None
@@ -426,9 +428,10 @@ class Step(TypedDict, total=False):
 
 
 class Line(TypedDict, total=False):
-    """The field of a ``jsonl`` line that names the reply its step belongs to."""
+    """The fields of a ``jsonl`` line that say which list of which reply its step belongs to."""
 
     message: Required[Link]
+    origin: Origin | None
 
 
 @cache

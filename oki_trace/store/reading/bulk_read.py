@@ -123,12 +123,17 @@ class BulkReads(ReadConnection):
         with self._read() as connection, report_damaged_steps(message_id):
             return _columns(connection, table, table.message_id == message_id)
 
-    def step_columns(self, message_id: int, first: int, end: int) -> dict[str, Columns]:
-        """The steps from ``first`` up to ``end`` with everything but tensors, by table."""
-        conditions = within(message_id, first, end)
+    def step_columns(
+        self, message_id: int, first: int, end: int, *, given: bool = False
+    ) -> dict[str, Columns]:
+        """The steps from ``first`` up to ``end`` with everything but tensors, by table.
+
+        With ``given``, the steps of given tokens, by position.
+        """
+        conditions = within(message_id, first, end, given=given)
         ids = select(Step.id).where(*conditions)
         with self._read() as connection, report_damaged_steps(message_id):
-            tables = {"step": _columns(connection, Step, *conditions, order=Step.step_index)}
+            tables = {"step": _columns(connection, Step, *conditions, order=Step.position)}
             for model in models.STEP_CHILDREN:
                 own = model.__table__.c.step_id.in_(ids)
                 tables[model.__tablename__] = _columns(connection, model, own)

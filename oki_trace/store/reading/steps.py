@@ -13,7 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, Select, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
 from oki_trace import records
 from oki_trace.records import Candidates, FloatArray, IntArray, LayerAttention, Lens, StepSummary
@@ -113,10 +113,20 @@ class StepReads(ReadConnection):
         with self._read() as connection, report_damaged_steps(message_id):
             return {index: _candidates(rows) for index, rows in _grouped(connection, query).items()}
 
-    def step_ids(self, message_id: int, first: int) -> dict[int, int]:
-        """The ids of the next few steps of a reply, from ``first`` on, by step_index."""
-        query = select(_STEP.step_index, _STEP.id).where(*within(message_id, first, first + BATCH))
-        return {row.step_index: row.id for row in self.rows(query.order_by(_STEP.step_index))}
+    def step_ids(self, message_id: int, first: int, *, given: bool = False) -> dict[int, int]:
+        """The ids of the next few steps of a reply, from ``first`` on, by step_index.
+
+        With ``given``, those of given tokens, by position.
+        """
+        column = _STEP.position if given else _STEP.step_index
+        query = select(column, _STEP.id).where(*within(message_id, first, given=given))
+        rows = self.rows(query.order_by(column).limit(BATCH))
+        return {row[0]: row[1] for row in rows}
+
+    def given_count(self, message_id: int) -> int:
+        """The number of steps of given tokens that belong to the message itself."""
+        of_given = within(message_id, given=True)
+        return int(self.scalar(select(func.count()).select_from(Step).where(*of_given)))
 
 
 def _index(row: Row[Any]) -> int:

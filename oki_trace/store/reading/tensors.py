@@ -60,14 +60,20 @@ class TensorReads(MessageReads, StepReads):
         shape = self.scalar(_of_step(message_id, index, name, Tensor.shape, given=given))
         return None if shape is None else tuple(shape)
 
-    def tensor_heads(self, message_id: int) -> Iterator[tuple[int, TensorHead]]:
-        """(step_index, tensor without its numbers) of all full tensors of a reply, in order."""
-        first = 0
-        while ids := self.step_ids(message_id, first):
+    def tensor_heads(
+        self, message_id: int, *, given: bool = False
+    ) -> Iterator[tuple[int, TensorHead]]:
+        """(step_index, tensor without its numbers) of all full tensors of a reply, in order.
+
+        With ``given``, those of the steps of given tokens, by position.
+        """
+        column, first = (Step.position if given else Step.step_index), 0
+        while ids := self.step_ids(message_id, first, given=given):
             end = max(ids) + 1
-            query = _joined(Step.step_index, *_HEAD_COLUMNS).where(*within(message_id, first, end))
+            of_batch = within(message_id, first, end, given=given)
+            query = _joined(column, *_HEAD_COLUMNS).where(*of_batch)
             for index, name, dtype, shape, layers, key_offset in self.rows(
-                query.order_by(Step.step_index, Tensor.name)
+                query.order_by(column, Tensor.name)
             ):
                 yield index, TensorHead(name, dtype, tuple(shape), tuple(layers), key_offset)
             first = end
