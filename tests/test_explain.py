@@ -123,3 +123,10 @@ def test_what_was_replaced() -> None:
     assert explain_generation(beams) == "sampled in place of beam search, token healing"
     greedy = replace(beams, do_sample=False, replaced=("beam search",))
     assert explain_generation(greedy) == "greedy in place of beam search"
+
+
+def test_a_given_token_was_not_chosen() -> None:
+    given = replace(step(), origin="given", step_index=-1, decision=None, sampled_prob=None)
+    for rank in (1, 5):
+        text = explain(replace(given, rank=rank))
+        assert text == "Given: part of the text that the model read, not chosen by it."

@@ -125,7 +125,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
     if (c >= 0) {
       if (root.last !== `${place.message}/${place.step}`) reveal(c);
       root.last = `${place.message}/${place.step}`;
-    } else if (event?.type === "shown" && place.message !== null) {
+    } else if (event?.type === "shown" && place.message !== null &&
+        (place.step >= 0 || place.message !== data.message)) { // not for a token of its prompt
       const wanted = `${place.message}/${place.step}`;
       if (root.asked !== wanted) {
         root.asked = wanted;
