@@ -19,6 +19,7 @@ from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
 from tests.analysis import made
 from tests.dashboard import app_pages, sample_stores
+from tests.exchange import stories
 
 
 @pytest.fixture
@@ -124,13 +125,30 @@ def test_a_cache_being_written_shows_how_far_it_is(
         (question.name, view)
         for question in QUESTIONS.values()
         for view in question.views
-        if not question.compares
+        if not question.compares and question.name != "prompt"
     ],
 )
 def test_every_view_has_a_picture_a_table_and_its_sql(
     filled: sample_stores.Samples, question: str, view: str
 ) -> None:
     """Over a store that holds hostile texts, tokens without numbers and replies without lens."""
+    check_view(question, view)
+
+
+@pytest.mark.parametrize("view", QUESTIONS["prompt"].views)
+def test_a_question_about_traced_prompts(
+    view: str, tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    from dashboard import data
+
+    db = tmp_path / "store.db"
+    stories.fill_given(db, tensors="none")
+    open_store(str(db))
+    assert data.cache_backlog(60.0) is None
+    check_view("prompt", view)
+
+
+def check_view(question: str, view: str) -> None:
     app = questions(question=question, view=view)
     assert not app.exception
     assert not app.error and not app.warning
