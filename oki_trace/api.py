@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from oki_trace.chat_messages import chat_message
 from oki_trace.errors import UsageError
@@ -51,7 +51,7 @@ def run_traced(
     tensors: TensorMode = "half",
     template_args: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    trace_prompt: PromptTrace | None = None,
+    trace_prompt: PromptTrace | Literal["none"] | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -67,7 +67,8 @@ def run_traced(
     ModelError when the model cannot be loaded or traced.
     """
     kept = "none" if db is None else tensors
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, trace_prompt)
+    level = None if trace_prompt == "none" else trace_prompt
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, level)
     name = _name_of(model, tokenizer)
     request = ReplyRequest(
         _turns(prompt, messages),
@@ -117,10 +118,11 @@ def score_traced(
     turns = _turns(text, messages)
     for turn in turns:
         require_storable(turn.content, "The text")
-    kept = "none" if db is None else tensors
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, "full")
+    windows = Windows.of(window, stride)
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors, "full")
+    if db is None:
+        policy = replace(policy, tensors="none")
     loaded = _load(model, tokenizer, _name_of(model, tokenizer))
-    windows = Windows(window, stride or max(window // 2, 1)) if window is not None else None
 
     def given(instrument: Instrument) -> GivenText:
         own = instrument.tokenizer, instrument.vocabulary

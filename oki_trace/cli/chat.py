@@ -176,6 +176,7 @@ def _print_summary(turn: Turn, reader: TraceReader, *, as_json: bool = False) ->
     parts = [
         f"{end.status} ({end.reason})",
         f"{reply.tokens} tokens",
+        f"{given} prompt tokens traced" if (given := reader.given_count(reply.id)) else "",
         f"{rate:.1f} tokens/s",
         explain_generation(reply.generation) if reply.generation else "",
         size(reader.message_bytes(reply.id)),

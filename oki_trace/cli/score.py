@@ -20,7 +20,6 @@ from oki_trace.input_text import read_text, require_storable
 from oki_trace.records import Message, Status, StepSummary
 
 if TYPE_CHECKING:
-    from oki_trace.llm.capture.teacher_forcing import Windows
     from oki_trace.store.reading.reader import TraceReader
 
 
@@ -67,14 +66,15 @@ def score(
     if sum(sources) != 1:
         raise UsageError("Give exactly one of a text, --file and --message.")
     content = None if message is not None else _content(text, file)
-    windows = _windows(window, stride)
     if lens_layers not in ("all", "none"):
         raise UsageError("--lens-layers must be all or none.")
     policy = replace(options.policy_of(tensors), no_lens=lens_layers == "none")
     from oki_trace import scoring
+    from oki_trace.llm.capture.teacher_forcing import Windows
     from oki_trace.store.reading.reader import TraceReader
     from oki_trace.store.writing.writer import TraceWriter
 
+    windows = Windows.of(window, stride)
     store = options.store_of(db)
     with TraceWriter(store) as writer, TraceReader(store) as reader, watchdog() as dog:
         reply = None if message is None else _scorable(reader, message)
@@ -118,16 +118,6 @@ def _content(text: str | None, file: Path | None) -> str:
     if not require_storable(content, "The text"):
         raise UsageError("The text is empty. Give some text to score.")
     return content
-
-
-def _windows(window: int | None, stride: int | None) -> Windows | None:
-    from oki_trace.llm.capture.teacher_forcing import Windows
-
-    if window is None:
-        if stride is not None:
-            raise UsageError("A stride needs a window. Give --window too.")
-        return None
-    return Windows(window, max(window // 2, 1) if stride is None else stride)
 
 
 def _scorable(reader: TraceReader, number: int) -> Message:

@@ -146,13 +146,13 @@ def test_a_text_that_goes_on_is_traced_from_there() -> None:
         assert [a.layer for a in mine.attention] == [a.layer for a in own.attention]
 
 
-def test_a_stop_keeps_the_chunks_before_it() -> None:
+def test_a_stop_keeps_the_steps_before_it() -> None:
     model = configs.build("llama")
     calls: list[int] = []
     steps, _ = traced(
         model, ids_of(model), should_stop=lambda: bool(calls.append(1)) or len(calls) == 2
     )
-    assert [step.position for step in steps] == list(range(1, 33))
+    assert [step.position for step in steps] == list(range(1, 9))
 
 
 def test_windows_predict_each_token_once_with_enough_before_it() -> None:
@@ -171,10 +171,21 @@ def test_windows_predict_each_token_once_with_enough_before_it() -> None:
         assert min(int(a.positions.min()) for a in step.attention) >= start
 
 
-@pytest.mark.parametrize(("length", "stride"), [(8, 0), (8, 8), (8, 9), (1, 1), (8, -1)])
+@pytest.mark.parametrize(("length", "stride"), [(8, 0), (8, 8), (8, 9), (8, -1)])
 def test_a_stride_that_fits_no_window_is_refused(length: int, stride: int) -> None:
     with pytest.raises(UsageError, match="does not fit a window"):
         Windows(length, stride)
+
+
+@pytest.mark.parametrize("length", [0, 1, True, 2.5, "4"])
+def test_a_window_of_less_than_two_tokens_is_refused(length: Any) -> None:
+    with pytest.raises(UsageError, match="at least 2 tokens"):
+        Windows.of(length, None)
+
+
+def test_windows_overlap_by_half_by_default() -> None:
+    assert Windows.of(9, None) == Windows(9, 4)
+    assert Windows.of(None, None) is None
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:

@@ -187,6 +187,24 @@ def test_steps_of_another_model_or_a_lighter_trace_are_not_taken(
     assert owners == [full] * 4 + [again] and light not in owners
 
 
+def test_a_trace_that_was_stopped_stands_for_no_more_than_it_has(
+    store: Store, rng: np.random.Generator
+) -> None:
+    conversation = store.writer.create_conversation("turns")
+    stopped = turn(store, conversation, [1, 2, 3, 4, 5], [6], rng, level=None)
+    policy = CapturePolicy(tensors="none", trace_prompt="light")
+    request = (ModelChoice("tiny/model"), Sampling(), policy)
+    message = store.writer.queue_reply(conversation, *request, claim=True)
+    start = builders.turn_start("none", 5)
+    prompt = dataclasses.replace(start.prompt, token_ids=(1, 2, 3, 4, 5))
+    store.writer.start_reply(message, dataclasses.replace(start, prompt=prompt))
+    store.writer.append(message, [given_step(1, rng), given_step(2, rng)])
+    store.writer.end_abandoned(message, Status.INTERRUPTED, "killed")
+    waiting = dataclasses.replace(store.reader.message(message), position=99, id=0)
+    assert store.reader.traced_prefix(waiting, [1, 2, 3, 4, 5, 6]) == (message, 3)
+    assert store.reader.prompt_steps(stopped) == {}
+
+
 # ------------------------------------------------------------- maintenance, old stores
 
 

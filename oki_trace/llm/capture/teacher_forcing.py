@@ -55,8 +55,23 @@ class Windows:
     length: int
     stride: int
 
+    @classmethod
+    def of(cls, length: Any, stride: Any) -> Windows | None:
+        """The windows that were asked for; None for a text in one piece.
+
+        The stride is half a window by default. Raises UsageError for what fits no window.
+        """
+        if length is None:
+            if stride is not None:
+                raise UsageError("A stride needs a window. Give the window's length too.")
+            return None
+        if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+            raise UsageError(f"A window must have at least 2 tokens, not {length}.")
+        return cls(length, length // 2 if stride is None else stride)
+
     def __post_init__(self) -> None:
-        if not 0 < self.stride < self.length:
+        stride: Any = self.stride
+        if not isinstance(stride, int) or not 0 < stride < self.length:
             raise UsageError(
                 f"A stride of {self.stride} does not fit a window of {self.length} tokens. Choose "
                 "one from 1 to the window's length minus 1."
@@ -83,17 +98,20 @@ def teacher_force(
     """The steps of the tokens from position ``first`` on, each with its lens, and the checks.
 
     The token at position 0 has no step, because nothing predicted it. ``policy`` is that of
-    these steps. ``should_stop`` is called after every chunk. Raises CaptureError on NaN or
+    these steps. ``should_stop`` is called after every few steps. Raises CaptureError on NaN or
     infinite logits.
     """
     reducer = StepReducer(instrument, policy)
     pending: list[tuple[Step, PendingLens]] = []
-    for chunk in _chunks(instrument, token_ids, policy, max(first, 1), windows, should_stop):
-        for step, lens in chunk.reduced(reducer, policy, len(token_ids)):
-            pending.append((replace(step, step_index=-1, origin="given"), lens))
-            if len(pending) == BATCH_STEPS:
-                yield from _with_lenses(reducer, pending)
-                pending = []
+    chunks = _chunks(instrument, token_ids, policy, max(first, 1), windows)
+    steps = (step for c in chunks for step in c.reduced(reducer, policy, len(token_ids)))
+    for step, lens in steps:
+        pending.append((replace(step, step_index=-1, origin="given"), lens))
+        if len(pending) == BATCH_STEPS:
+            yield from _with_lenses(reducer, pending)
+            pending = []
+            if should_stop():
+                break
     yield from _with_lenses(reducer, pending)
     # The checks name generated steps by their numbers, which these do not have.
     yield replace(reducer.checker.report(), steps=())
@@ -181,7 +199,6 @@ def _chunks(
     policy: CapturePolicy,
     first: int,
     windows: Windows | None,
-    should_stop: Callable[[], bool],
 ) -> Iterator[_Chunk]:
     """Run the text, chunk after chunk; yields those with positions from ``first`` on."""
     in_chunks = _in_chunks(instrument)
@@ -198,8 +215,6 @@ def _chunks(
                 continue
             yield forward.chunk(start, stop, first, use_cache=in_chunks)
             first = stop + 1
-            if should_stop():
-                return
 
 
 class _Forward:

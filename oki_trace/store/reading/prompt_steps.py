@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import count, takewhile
 
 from sqlalchemy import select
 
@@ -59,10 +59,15 @@ class PromptReads(MessageReads, StepReads):
                 break
             if _traces(earlier, message):
                 known = [*self.prompt(earlier.id).token_ids, *self._token_ids(earlier.id)]
-                pairs = zip(known, token_ids, strict=False)
+                pairs = zip(known[: self._traced_length(earlier)], token_ids, strict=False)
                 length = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
                 best = max(best, (earlier.id, length), key=lambda pair: pair[1])
         return best
+
+    def _traced_length(self, message: Message) -> int:
+        """How many tokens, from the first on, have a step: a stopped trace ends early."""
+        traced = {*self.prompt_steps(message.id), *(s.position for s in self.steps(message.id))}
+        return next(position for position in count(1) if position not in traced)
 
     def _token_ids(self, message_id: int) -> list[int]:
         query = select(Step.token_id).where(
@@ -75,7 +80,9 @@ def _traces(earlier: Message, message: Message) -> bool:
     """Whether the steps of ``earlier`` can stand for those of the same tokens of ``message``."""
     if earlier.policy is None or message.policy is None or earlier.capture is None:
         return False
-    if earlier.model_id != message.model_id or earlier.status.is_live:
+    if earlier.model_id != message.model_id or earlier.choice != message.choice:
+        return False  # another model, or the same in another dtype or quantization
+    if earlier.status.is_live or earlier.capture.windows is not None:
         return False
     levels = (earlier.policy.trace_prompt, message.policy.trace_prompt)
     return levels in (("light", "light"), ("full", "light"), ("full", "full"))
