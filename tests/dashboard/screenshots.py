@@ -17,6 +17,9 @@ from tests.dashboard import chromium, server
 
 # Of the demo's first reply, the step that says " Paris".
 PARIS = "conversation=1&message=2&step=5"
+# The README's given text, and the first digit of its second reading.
+CODE = "My code is 7 4 9 2 1. Repeat: my code is 7 4 9 2 1."
+READ_AGAIN = "conversation=2&message=5&position=20"
 WIDTH, HEIGHT = 1440, 1000
 
 
@@ -32,8 +35,9 @@ def take(to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         db = str(Path(scratch) / "store.db")
-        demo = [sys.executable, "-m", "oki_trace", "demo", "--no-ui", "--db", db]
-        subprocess.run(demo, cwd=server.ROOT, check=True)
+        for arguments in (["demo", "--no-ui"], ["score", CODE]):
+            made = [sys.executable, "-m", "oki_trace", *arguments, "--db", db]
+            subprocess.run(made, cwd=server.ROOT, check=True)
         port = server.free_port()
         command = ["oki_trace", "ui", "--port", str(port), "--db", db]
         explorer = server.start(command, db, port, Path(scratch) / "output.txt")
@@ -43,6 +47,7 @@ def take(to: Path) -> None:
                 for name, query, mark, scheme in (
                     ("chat-light", f"?{PARIS}", ".root.lens tr", "light"),
                     ("map-dark", f"map?{PARIS}", ".root.map canvas", "dark"),
+                    ("score-light", f"?{READ_AGAIN}", ".root.lens tr", "light"),
                     ("questions-light", "questions?question=settle", "svg.marks", "light"),
                 ):
                     page = browser.new_page(
