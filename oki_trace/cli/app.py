@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
                 return super().invoke(ctx)
             except _UsageError as error:
                 name = getattr(error.ctx, "info_name", None)
-                command = name if name in ("chat", "ask", "sql") else "run"
+                command = name if name in ("chat", "score", "ask", "sql") else "run"
                 error.message += _dash_advice(error.message, arguments, command)
                 raise
             finally:

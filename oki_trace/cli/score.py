@@ -131,10 +131,17 @@ def _scorable(reader: TraceReader, number: int) -> Message:
 
 def _print(reader: TraceReader, number: int, reply: Message | None, *, as_json: bool) -> None:
     from oki_trace.likelihood import score_of
+    from oki_trace.llm.capture.teacher_forcing import Windows
 
     message, steps = reader.message(number), reader.steps(number, given=True)
     own = {} if reply is None else _own_logprobs(reader, reply, steps)
     total = score_of(steps)
+    lengths = None if message.capture is None else message.capture.windows
+    context = (
+        {}
+        if lengths is None
+        else {s.position: Windows(*lengths).context(s.position) for s in steps}
+    )
     if as_json:
         print_json(
             {
@@ -142,22 +149,27 @@ def _print(reader: TraceReader, number: int, reply: Message | None, *, as_json: 
                 "message": number,
                 "score_of": message.score_of,
                 "status": str(message.status),
+                "model": message.model_id,
+                "windows": lengths,
                 "tokens": total.tokens,
                 "bytes": total.bytes,
                 "logprob": total.logprob,
                 "perplexity": total.perplexity,
                 "bits_per_byte": total.bits_per_byte if total.bytes else None,
-                "steps": [_step_object(step, own) for step in steps],
+                "steps": [_step_object(step, own, context) for step in steps],
             },
             indent=None,
         )
         return
-    names = ("position", "token", "logprob", "rank", *(("in the reply",) if own else ()))
-    made = table(*names, right=("position", "logprob", "rank", "in the reply"))
+    more = [*(["in the reply"] if own else []), *(["context"] if context else [])]
+    numbers = ("position", "logprob", "rank", "in the reply", "context")
+    made = table("position", "token", "logprob", "rank", *more, right=numbers)
     for step in steps:
         cells = [f"{step.logprob:.3f}", f"{step.rank:,}"]
         if own:
             cells.append(f"{own[step.position]:.3f}" if step.position in own else "")
+        if context:
+            cells.append(f"{context[step.position]:,}")
         made.add_row(str(step.position), token(step.token), *cells)
     console().print(made)
     parts = [
@@ -181,7 +193,10 @@ def _own_logprobs(
     return {at: step.logprob for at, step in own.items()} if same else {}
 
 
-def _step_object(step: StepSummary, own: dict[int, float]) -> dict[str, Any]:
+def _step_object(
+    step: StepSummary, own: dict[int, float], context: dict[int, int]
+) -> dict[str, Any]:
+    """A scored token; ``context`` are the tokens that the model saw before it."""
     before = {"logprob_in_reply": own[step.position]} if step.position in own else {}
     return {
         "position": step.position,
@@ -189,5 +204,8 @@ def _step_object(step: StepSummary, own: dict[int, float]) -> dict[str, Any]:
         "token": step.token,
         "logprob": step.logprob,
         "rank": step.rank,
+        "is_special": step.is_special,
+        "context": context.get(step.position, step.position),
+        "full_context": context.get(step.position, step.position) == step.position,
         **before,
     }

@@ -198,15 +198,20 @@ def test_a_text_longer_than_the_context_names_the_windows(oki: Oki) -> None:
 
 
 def test_windows_score_a_long_text(oki: Oki) -> None:
-    done = oki(
-        "score", "the cat sat on the mat and " * 12, "--window", 32, "--stride", 16, "--json"
-    )
+    arguments = ("the cat sat on the mat and " * 12, "--window", 32, "--stride", 16)
+    done = oki("score", *arguments, "--json")
     told = json.loads(done.out)
     assert done.status == 0
     assert [step["position"] for step in told["steps"]] == list(range(1, told["tokens"] + 1))
     with TraceReader(Settings.from_environment().db) as reader:
         capture = reader.message(told["message"]).capture
         assert capture is not None and capture.windows == (32, 16)
+    assert told["windows"] == [32, 16] and told["model"] == "smollm2"
+    for step in told["steps"]:
+        assert step["full_context"] == (step["position"] < 32)
+        assert step["context"] == step["position"] or 16 <= step["context"] < 32
+    lines = oki("score", *arguments).lines
+    assert lines[0].split() == ["position", "token", "logprob", "rank", "context"]
 
 
 def test_an_unknown_message_or_a_question_is_refused(oki: Oki) -> None:

@@ -183,6 +183,18 @@ def test_a_window_of_less_than_two_tokens_is_refused(length: Any) -> None:
         Windows.of(length, None)
 
 
+@pytest.mark.parametrize(("length", "stride"), [(2, 1), (8, 3), (20, 8), (7, 6)])
+def test_the_context_of_a_token_is_that_of_the_first_window_with_it(
+    length: int, stride: int
+) -> None:
+    windows = Windows(length, stride)
+    spans = list(windows.spans(60))
+    for position in range(1, 60):
+        start = next(start for start, end in spans if start <= position < end)
+        assert windows.context(position) == position - start
+        assert position < length or windows.context(position) >= length - stride
+
+
 def test_windows_overlap_by_half_by_default() -> None:
     assert Windows.of(9, None) == Windows(9, 4)
     assert Windows.of(None, None) is None

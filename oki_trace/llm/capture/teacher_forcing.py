@@ -77,6 +77,11 @@ class Windows:
                 "one from 1 to the window's length minus 1."
             )
 
+    def context(self, position: int) -> int:
+        """How many tokens the model sees before a token that it predicts."""
+        windows_before = max(0, -(-(position - self.length + 1) // self.stride))
+        return position - windows_before * self.stride
+
     def spans(self, tokens: int) -> Iterator[tuple[int, int]]:
         """Where each window begins and ends in a text of so many tokens."""
         for start in range(0, tokens, self.stride):
