@@ -280,6 +280,27 @@ def test_a_copy_has_the_given_steps(store: Store, file: Path, rng: np.random.Gen
         assert new.digest == store.reader.message(message).digest
 
 
+def test_a_copied_score_names_the_copy_of_its_reply(
+    store: Store, file: Path, rng: np.random.Generator
+) -> None:
+    first = coherent(store, rng)
+    reply = coherent(store, rng)
+    conversation = store.writer.create_conversation("score")
+    request = (ModelChoice("tiny/model"), Sampling(), CapturePolicy())
+    score = store.writer.queue_reply(conversation, *request, claim=True, score_of=reply)
+    store.writer.finish_reply(score, DONE)
+    whole, alone = file.with_name("whole.db"), file.with_name("alone.db")
+    numbers = [store.reader.message(m).conversation_id for m in (reply, score)]
+    assert first < reply
+    made = [copied.new_id for copied in copy(store.db, whole, numbers)]
+    (only,) = [copied.new_id for copied in copy(store.db, alone, numbers[1:])]
+    with TraceReader(whole) as reader:
+        (copied_reply,), (copied_score,) = (reader.messages(number or 0) for number in made)
+        assert copied_score.score_of == copied_reply.id != reply
+    with TraceReader(alone) as reader:
+        assert reader.messages(only or 0)[0].score_of is None
+
+
 def test_a_downgrade_drops_them_and_keeps_the_rest(db: str, rng: np.random.Generator) -> None:
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         coherent(Store(db, writer, reader), rng)

@@ -100,6 +100,8 @@ class _Copier:
         self._total = total
         self._progress = progress
         self._done = 0
+        # The ids of the messages that were copied, by their ids in the source.
+        self._messages: dict[int, int] = {}
 
     def copy(self, conversation_id: int) -> Copied:
         """One conversation, as it was at one instant."""
@@ -146,8 +148,9 @@ class _Copier:
     ) -> None:
         table = models.Message
         (row,) = instant.rows(select(table.__table__).where(table.id == message_id))
-        # In another store, the id of the scored message means another message.
-        values = {**_values(row), "conversation_id": conversation_id, "score_of": None}
+        # In another store, a scored message has another id, or none if it is not copied.
+        score_of = self._messages.get(row.score_of or 0)
+        values = {**_values(row), "conversation_id": conversation_id, "score_of": score_of}
         is_abandoned = row.status == Status.RUNNING.value
         if is_abandoned:
             # Its process is dead, so nothing will be added.
@@ -156,7 +159,7 @@ class _Copier:
                 "content": instant.message(message_id).content,
                 "reason": lifecycle.PROCESS_ENDED,
             }
-        new_id = lifecycle.new_row(connection, table, **values)
+        new_id = self._messages[message_id] = lifecycle.new_row(connection, table, **values)
         self._prompt(instant, connection, message_id, new_id)
         after = -1
         while steps := instant.rows(
