@@ -70,6 +70,8 @@ def of_step(step: Step) -> bytes:
         _floats([top.logits, top.probs, *drawn, *(one.weights for one in attention)]),
         b"" if step.decision is None else _decision(step.decision),
     )
+    if step.origin == "forced":  # the step_index tells sampled and given tokens apart
+        parts = (*parts[:-1], parts[-1] + _texts([step.origin]))
     return _hashed(b"oki step 1", parts)
 
 

@@ -116,7 +116,7 @@ def _saved(kind: str, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_its_text_is_traced_as_it_generates(kind: str, tmp_path: Path) -> None:
     folder = _saved(kind, tmp_path)
-    with pytest.warns(LoadedForText, match="for text alone"):
+    with pytest.warns(LoadedForText, match="for text only"):
         loaded = load(ModelChoice(str(folder)))
     assert loaded.text_only
     assert "for text alone" in loaded.description

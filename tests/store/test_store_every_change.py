@@ -43,7 +43,8 @@ CHECKS = ReplyChecks((0, 4), 1e-6, 2e-5, 1e-7, None, ("the graph stepped aside",
 FREE = {
     "store_state": {"id", "version"},
     "conversation": {"title", "updated_at", "uid"},
-    "message": {"owner", "heartbeat_at", "stop_requested"},
+    # An id of this store alone, of a message that may be gone.
+    "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
     "worker": set(models.Worker.__table__.columns.keys()),
     "tensor": {"id"},
 }

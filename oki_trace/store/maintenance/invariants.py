@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from oki_trace.records import LayerAttention, Message, Step, TensorRecord
+from oki_trace.records import LayerAttention, Message, Origin, Step, TensorRecord
 from oki_trace.store.codecs import compact
 
 # float32, summed over a vocabulary or a row of weights in another order.
@@ -30,6 +30,8 @@ def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]
     is_given = step.step_index < 0
     if is_given != (step.origin == "given"):
         yield f"its origin is {step.origin}, its step_index says otherwise"
+    if step.origin not in get_args(Origin):
+        yield f"its origin is {step.origin!r}"
     if is_given and step.decision is not None:
         yield "it is a given token and has a decision"
     if (

@@ -11,7 +11,7 @@ import datetime as dt
 import sqlite3
 from collections import ChainMap
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -391,6 +391,9 @@ class TraceWriter:
         low = self._reserve.is_low()
         if low:
             self._reserve.release()
+            # What the log holds goes into the file before deletions fill the log up.
+            with suppress(StoreError):
+                self.truncate_log()
         try:
             yield low
         finally:
