@@ -119,7 +119,7 @@ def test_its_text_is_traced_as_it_generates(kind: str, tmp_path: Path) -> None:
     with pytest.warns(LoadedForText, match="for text only"):
         loaded = load(ModelChoice(str(folder)))
     assert loaded.text_only
-    assert "for text alone" in loaded.description
+    assert "for text only" in loaded.description
     turn = [{"role": "user", "content": "the fox"}]
     generate: Callable[..., Any] = loaded.model.generate
     ids = loaded.tokenizer.apply_chat_template(
@@ -132,7 +132,7 @@ def test_its_text_is_traced_as_it_generates(kind: str, tmp_path: Path) -> None:
     assert [step["chosen_id"] for step in trace["steps"]] == wanted.tolist()
     assert trace["capture"]["lens_check"] < 1e-4
     assert trace["checks"]["lens"] < 1e-4
-    assert any("for text alone" in note for note in trace["checks"]["notes"])
+    assert any("for text only" in note for note in trace["checks"]["notes"])
     assert all(len(step["logit_lens"]) == tiny.LAYERS + 1 for step in trace["steps"])
 
 
