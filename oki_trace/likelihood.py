@@ -22,7 +22,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """Exp of the mean surprisal of a token."""
+        """Exp of the mean surprisal of a token; NaN without a token."""
+        if not self.tokens:
+            return math.nan
         try:
             return math.exp(-self.logprob / self.tokens)
         except OverflowError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -154,7 +155,7 @@ def _print(reader: TraceReader, number: int, reply: Message | None, *, as_json: 
                 "tokens": total.tokens,
                 "bytes": total.bytes,
                 "logprob": total.logprob,
-                "perplexity": total.perplexity,
+                "perplexity": total.perplexity if math.isfinite(total.perplexity) else None,
                 "bits_per_byte": total.bits_per_byte if total.bytes else None,
                 "steps": [_step_object(step, own, context) for step in steps],
             },
@@ -176,7 +177,7 @@ def _print(reader: TraceReader, number: int, reply: Message | None, *, as_json: 
         f"{message.status}" if message.status is not Status.COMPLETE else "",
         f"{total.tokens:,} tokens",
         f"logprob {total.logprob:.2f} nats",
-        f"perplexity {total.perplexity:.2f}",
+        f"perplexity {total.perplexity:.2f}" if total.tokens else "",
         f"{total.bits_per_byte:.3f} bits per byte" if total.bytes else "",
         f"in the reply {sum(own.values()):.2f} nats" if own else "",
         f"conversation {message.conversation_id}, message {number}",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from oki_trace import load_model_and_tokenizer, run_traced, score_traced
+from oki_trace import load_model_and_tokenizer, run_traced, score_traced, tracing
 from oki_trace.errors import CaptureError, UsageError
+from oki_trace.likelihood import Score, score_of
+from oki_trace.records import ReplyChecks
 from oki_trace.settings import Settings
 from oki_trace.store.reading.reader import TraceReader
 from tests.cli.commands import Oki
@@ -142,6 +145,26 @@ def test_the_totals_follow_from_the_tokens(oki: Oki, tmp_path: Path) -> None:
     assert told["bytes"] == len(TEXT.encode()) - first
     bits = -sum(logprobs) / math.log(2) / told["bytes"]
     assert told["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_a_score_of_no_or_of_an_impossible_token_is_defined() -> None:
+    """A text whose scoring was stopped at once, and one whose perplexity overflows."""
+    assert math.isnan(score_of([]).perplexity) and math.isnan(score_of([]).bits_per_byte)
+    assert Score(1, 1, -1e6).perplexity == math.inf
+
+
+def test_a_stop_before_the_first_token_prints_and_stores_what_there_is(
+    oki: Oki, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(*arguments: Any, **options: Any) -> Iterator[ReplyChecks]:
+        options["should_stop"]()
+        yield ReplyChecks(())
+
+    monkeypatch.setattr(tracing, "teacher_force", nothing)
+    for more in ((), ("--json",)):
+        done = oki("score", TEXT, *more)
+        assert (done.status, done.err) == (0, "")
+        assert "0 tokens" in done.out or json.loads(done.out)["perplexity"] is None
 
 
 def test_a_stored_reply_scores_as_it_was_generated(oki: Oki) -> None:
