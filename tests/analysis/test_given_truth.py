@@ -1,0 +1,98 @@
+"""The question about traced prompts against plain NumPy on the full logits of given tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from oki_trace.analysis.query_session import QuerySession
+from oki_trace.store.reading.reader import TraceReader
+from tests.analysis.test_truth import ask, mean, same, softmax
+
+
+@dataclass(frozen=True)
+class Given:
+    """A token of a traced prompt, and the probabilities before it, from its logits."""
+
+    message: int
+    position: int
+    segment: str
+    token: str
+    token_id: int
+    probs: np.ndarray
+
+    @property
+    def surprisal(self) -> float:
+        return -float(np.log(self.probs[self.token_id]))
+
+
+@pytest.fixture(scope="module")
+def given(traced: str) -> list[Given]:
+    with TraceReader(traced) as reader:
+        replies = (m for c in reader.conversations() for m in reader.messages(c.id))
+        (message,) = (m.id for m in replies if m.policy is not None and m.policy.trace_prompt)
+        prompt = reader.prompt(message)
+        found = [
+            Given(
+                *(message, at, prompt.segments[at], prompt.tokens[at], prompt.token_ids[at]),
+                softmax(reader.tensor(message, at, "logits", given=True).array),
+            )
+            for at in range(1, len(prompt))
+        ]
+    assert {"system", "user", "template"} <= {g.segment for g in found}
+    return found
+
+
+def check_surprise(row: dict[str, Any], those: list[Given]) -> None:
+    surprisals = [g.surprisal for g in those]
+    assert row["tokens"] == len(those)
+    same(row["surprisal"], mean(surprisals))
+    same(row["perplexity"], np.exp(mean(surprisals)))
+    same(row["likeliest"], mean(g.probs.argmax() == g.token_id for g in those))
+    same(row["entropy"], mean(-(g.probs * np.log(g.probs)).sum() for g in those))
+    most = those[int(np.argmax(surprisals))]
+    assert row["token"] == most.token
+    same(row["max_surprisal"], most.surprisal)
+
+
+def test_surprising_segments(session: QuerySession, given: list[Given]) -> None:
+    rows = ask(session, "prompt")
+    assert {row["segment"] for row in rows} == {g.segment for g in given}
+    for row in rows:
+        check_surprise(row, [g for g in given if g.segment == row["segment"]])
+    assert [row["surprisal"] for row in rows] == sorted(
+        (r["surprisal"] for r in rows), reverse=True
+    )
+
+
+def test_surprising_prompts(session: QuerySession, given: list[Given]) -> None:
+    (row,) = ask(session, "prompt", "message")
+    assert row["message"] == given[0].message
+    check_surprise(row, given)
+
+
+def test_surprising_tokens(session: QuerySession, given: list[Given]) -> None:
+    rows = ask(session, "prompt", "token", top=5)
+    ordered = sorted(given, key=lambda g: -g.surprisal)[:5]
+    assert [row["position"] for row in rows] == [g.position for g in ordered]
+    for row, g in zip(rows, ordered, strict=True):
+        assert (row["token"], row["segment"]) == (g.token, g.segment)
+        same(row["surprisal"], g.surprisal)
+        assert row["rank"] == 1 + (g.probs > g.probs[g.token_id]).sum()
+
+
+def test_given_tokens_in_sql(session: QuerySession, given: list[Given]) -> None:
+    """They are in every table of steps, and no question but ``prompt`` speaks of them."""
+    for table in ("step", "topk_entry", "lens_layer", "lens_entry", "attention_layer"):
+        key = "id" if table == "step" else "step_id"
+        sql = f"SELECT count(DISTINCT {key}) FROM {table} WHERE step_index IS NULL"
+        assert session.sql(sql).rows == ((len(given),),)
+    rows = session.sql("SELECT DISTINCT origin, step_index IS NULL FROM step ORDER BY 1").rows
+    assert rows == (("given", True), ("sampled", False))
+    assert session.sql("SELECT trace_prompt, count(*) FROM message GROUP BY 1 ORDER BY 1").rows == (
+        ("full", 1),
+        (None, 8),
+    )
