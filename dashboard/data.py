@@ -20,7 +20,7 @@ from dashboard import model_defaults as model_defaults_of
 from dashboard.viewdata import attention, comparison
 from oki_trace import worker
 from oki_trace.analysis.distance import Distance
-from oki_trace.analysis.step_distance import step_distances
+from oki_trace.analysis.step_distance import StepKey, step_distances
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
@@ -235,7 +235,7 @@ def distances(
 def _distances(
     left: Message, right: Message, steps: list[tuple[int, int]]
 ) -> list[Distance | None]:
-    pairs = [(left.id, one, right.id, other) for one, other in steps]
+    pairs = [(StepKey(left.id, one), StepKey(right.id, other)) for one, other in steps]
     measured = step_distances(store(), pairs)
     return [None if one is None else one.distance for one in measured]
 

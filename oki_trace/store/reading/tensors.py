@@ -30,12 +30,18 @@ class TensorReads(MessageReads, StepReads):
             raise no_tensor(self.message(message_id), index, name, given=given)
         return tensor_record(rows[0])
 
-    def tensors(self, message_id: int, name: str, steps: Sequence[int]) -> dict[int, TensorRecord]:
-        """The tensors of those ``steps`` that have one, by step_index, all in memory."""
-        query = _joined(Step.step_index, *TENSOR_COLUMNS).where(
-            *within(message_id), Step.step_index.in_(steps), Tensor.name == name
+    def tensors(
+        self, message_id: int, name: str, steps: Sequence[int], *, given: bool = False
+    ) -> dict[int, TensorRecord]:
+        """The tensors of those ``steps`` that have one, by step_index, all in memory.
+
+        With ``given``, those of the steps of given tokens, by position.
+        """
+        column = Step.position if given else Step.step_index
+        query = _joined(column, *TENSOR_COLUMNS).where(
+            *within(message_id, given=given), column.in_(steps), Tensor.name == name
         )
-        return {row.step_index: tensor_record(row) for row in self.rows(query)}
+        return {row[0]: tensor_record(row) for row in self.rows(query)}
 
     def iter_tensors(
         self,
