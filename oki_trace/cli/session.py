@@ -107,7 +107,9 @@ def open_session(turns: options.Turns) -> Iterator[Session]:
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors, turns.trace_prompt)
     template = turns.template()
     if turns.system and turns.conversation is not None:
-        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
+        raise UsageError(
+            "A system message can only begin a new conversation. Leave out --system or -c."
+        )
     with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         before = [] if turns.conversation is None else reader.messages(turns.conversation)
         template = template.over(queueing.last_template(before))
