@@ -202,23 +202,25 @@ def head_count(message: Message, index: int, *, given: bool = False) -> int | No
 
 
 @_cached(16)
-def lens_grid(message: Message, first: int, end: int) -> LensGrid:
-    """The lens of every layer from step ``first`` up to ``end``."""
-    return store().lens_grid(message.id, first, end)
+def lens_grid(message: Message, first: int, end: int, *, given: bool = False) -> LensGrid:
+    """The lens of every layer from step ``first`` up to ``end``; if ``given`` by position."""
+    return store().lens_grid(message.id, first, end, given=given)
 
 
 @_cached(32)
-def attention_points(message: Message, layer: int, first: int, end: int) -> AttentionPoints:
+def attention_points(
+    message: Message, layer: int, first: int, end: int, *, given: bool = False
+) -> AttentionPoints:
     """The kept attention of ``layer``, heads averaged, from step ``first`` up to ``end``."""
-    return store().attention_points(message.id, layer, first, end)
+    return store().attention_points(message.id, layer, first, end, given=given)
 
 
 @_cached(32)
 def full_attention(
-    message: Message, layer: int, head: str, first: int, end: int
+    message: Message, layer: int, head: str, first: int, end: int, *, given: bool = False
 ) -> AttentionPoints:
     """The same from the full tensors: at every position, of one head or over the heads."""
-    tensors = store().iter_tensors(message.id, "attentions", first, end)
+    tensors = store().iter_tensors(message.id, "attentions", first, end, given=given)
     return attention.full_attention_points(tensors, layer, head)
 
 
