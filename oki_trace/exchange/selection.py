@@ -9,6 +9,7 @@ from functools import cached_property
 
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
+from oki_trace.message_tree import path_to
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role, Step, TurnEnd, TurnStart
 from oki_trace.reporting import Progress
@@ -108,7 +109,7 @@ def selected(
                     f"See: oki-trace show {conversation_id}"
                 )
             traced = {message_id: single}
-            messages = [m for m in messages if m.position <= single.position]
+            messages = path_to(messages, single.id)
         report = progress or (lambda done, total: None)
         chosen = (instant, conversation, messages, frozenset(traced), single)
         yield Selection(*chosen, tensors=tensors, given=given, progress=report)

@@ -13,8 +13,11 @@ probability, before any sampling setting. Log-probabilities and entropies are in
 from __future__ import annotations
 
 from oki_trace.records.request import (
+    NO_PARENT,
+    Branch,
     CapturePolicy,
     ChatMessage,
+    Forced,
     ModelChoice,
     Part,
     PartKind,
@@ -60,7 +63,9 @@ from oki_trace.records.trace import (
 )
 
 __all__ = [
+    "NO_PARENT",
     "AttentionPoints",
+    "Branch",
     "Candidates",
     "CapturePolicy",
     "CaptureReport",
@@ -72,6 +77,7 @@ __all__ = [
     "Decision",
     "Effect",
     "FloatArray",
+    "Forced",
     "Generation",
     "IntArray",
     "LayerAttention",

@@ -301,12 +301,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """The facts about a reply that are known before its first token."""
+    """The facts about a reply that are known before its first token.
+
+    The last ``prefix_len`` tokens of the prompt are the beginning of the reply, whose text
+    is ``beginning``.
+    """
 
     model_id: str
     prompt: Prompt
     generation: Generation
     capture: CaptureReport
+    prefix_len: int = 0
+    beginning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

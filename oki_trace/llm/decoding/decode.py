@@ -26,10 +26,10 @@ from oki_trace.llm.decoding.generation import (
     generate_arguments,
     generate_method,
 )
-from oki_trace.llm.decoding.sampling import Choice, choose
+from oki_trace.llm.decoding.sampling import Choice, choose, force
 from oki_trace.llm.loading.hardware import input_device
 from oki_trace.llm.transformers_internals import optimized_for_decoding
-from oki_trace.records import Generation
+from oki_trace.records import Generation, Origin
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class RawStep(ForwardPass):
     choice: Choice
     elapsed_ms: float
     stop_reason: str | None
+    origin: Origin = "sampled"
 
 
 def decode(
@@ -58,12 +59,13 @@ def decode(
     prompt_ids: tuple[int, ...],
     generation: Generation,
     note: Callable[[str], None] = log.debug,
-    forced: Sequence[int] | None = None,
+    forced: Sequence[int] = (),
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
     ``note`` receives a sentence about each fast path that was given up. ``forced``: the
-    tokens to choose, whatever the model would choose. Close the iterator to stop early.
+    tokens of the first steps, whatever the model would choose; random numbers are drawn for
+    the steps after them only, as if they were in the prompt. Close the iterator to stop early.
     Raises CaptureError on NaN or infinite logits, and when the sampling settings leave
     no token.
     """
@@ -77,9 +79,14 @@ def decode(
         seed=generation.seed,
         note=note,
         forced=forced,
-        **generate_arguments(generation, model, tokenizer),
+        **generate_arguments(_lengthened(generation, len(forced)), model, tokenizer),
     )
     return steps
+
+
+def _lengthened(generation: Generation, forced: int) -> Generation:
+    """The settings for as many tokens as before after the forced ones."""
+    return replace(generation, max_new_tokens=generation.max_new_tokens + forced)
 
 
 def _grad_mode(model: Any) -> Any:
@@ -102,7 +109,7 @@ def _loop(
     fast: FastPaths,
     seed: int | None,
     note: Callable[[str], None],
-    forced: Sequence[int] | None,
+    forced: Sequence[int],
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
     prompt_len = input_ids.shape[1]
@@ -122,14 +129,16 @@ def _loop(
             # 2. The choice from its distribution, by the sampling settings.
             logits = forward_pass.logits.to(input_ids.device, torch.float32)[None]
             _require_finite(logits, step_index)
-            choice = choose(logits_processor, input_ids, logits, generator)
-            if forced is not None:
-                choice = replace(choice, token=choice.token.new_tensor([[forced[step_index]]]))
+            is_forced = step_index < len(forced)
+            if is_forced:
+                choice = force(forced[step_index], logits)
+            else:
+                choice = choose(logits_processor, input_ids, logits, generator)
             input_ids = torch.cat([input_ids, choice.token], dim=-1)
             token_id = int(choice.token)
             # 3. Whether the reply ends here.
-            if forced is not None:
-                done = step_index + 1 == len(forced)
+            if step_index + 1 < len(forced):
+                done = False
             else:
                 done = bool(stopping_criteria(input_ids, ()).all())
             elapsed_ms = (time.perf_counter() - started) * 1e3
@@ -143,6 +152,7 @@ def _loop(
                 stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
                 if done
                 else None,
+                origin="forced" if is_forced else "sampled",
             )
             if done:
                 return

@@ -124,16 +124,22 @@ class TraceWriter:
         conversation_id: int,
         message: records.ChatMessage,
         *,
+        parent_id: int | None = None,
         created_at: dt.datetime | None = None,
         digest: str | None = None,
     ) -> int:
-        """Add a complete message; returns its id. ``digest``: see finish_reply."""
+        """Add a complete message; returns its id.
+
+        It follows ``parent_id``, by default the newest message, and with NO_PARENT none.
+        ``digest``: see finish_reply.
+        """
         with self.write() as connection:
             return lifecycle.add(
                 connection,
                 conversation_id,
                 role=message.role.value,
                 content=message.content,
+                parent_id=parent_id,
                 parts=documents.part_documents(message.parts),
                 tool_name=message.tool_name,
                 status=Status.COMPLETE.value,
@@ -153,11 +159,15 @@ class TraceWriter:
         claim: bool = False,
         created_at: dt.datetime | None = None,
         template: records.TemplateOptions | None = None,
+        parent_id: int | None = None,
+        branch: records.Branch | None = None,
+        forced: records.Forced | None = None,
         score_of: int | None = None,
     ) -> int:
-        """Queue a reply to the conversation so far; returns its id.
+        """Queue a reply to the message ``parent_id``, by default the newest; returns its id.
 
-        ``claim``: this process generates it itself, so no worker may take it.
+        ``claim``: this process generates it itself, so no worker may take it. ``branch``: the
+        reply that it departs from. ``forced``: the tokens of its first steps.
         ``score_of``: the message whose text it scores.
         """
         if claim:
@@ -175,6 +185,10 @@ class TraceWriter:
                 policy=documents.to_document(policy),
                 template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
+                parent_id=parent_id,
+                branch_of=None if branch is None else branch.of,
+                branch_step=None if branch is None else branch.step,
+                forced=documents.to_document(forced),
                 score_of=score_of,
             )
 
@@ -215,6 +229,9 @@ class TraceWriter:
                 generation=documents.to_document(start.generation),
                 capture=documents.to_document(start.capture),
                 prompt=start.prompt.text,
+                # Until the reply has ended: its text before its own tokens.
+                content=start.beginning,
+                prefix_len=start.prefix_len or None,
                 digest=prompt.hex(),
             )
             self._rows.insert_prompt(connection, message_id, start.prompt)
