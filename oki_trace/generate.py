@@ -99,8 +99,9 @@ def _beginning(
             sink.end(TurnEnd(Status.FAILED, "", str(error), 0.0))
         raise
     text = b"".join(one.token_bytes for one in kept).decode("utf-8", errors="replace")
-    segments: tuple[Segment, ...] = (*prompt.segments, *("assistant" for _ in kept))
-    return Beginning(Prompt(prompt.text + text, ids, tokens, segments), origin.prefix_len + step)
+    of_kept: tuple[Segment, ...] = ("assistant",) * step
+    whole = Prompt(prompt.text + text, ids, tokens, prompt.segments + of_kept)
+    return Beginning(whole, origin.prefix_len + step)
 
 
 def _with_parts(reader: TraceReader, reply: Message, loaded: ReadyModel) -> list[Message]:

@@ -109,18 +109,8 @@ def root(
 
 
 for _command in (
-    *(
-        chat.demo,
-        chat.run,
-        chat.chat,
-        branch.branch,
-        score.score,
-        browse.list_,
-        browse.show,
-        ask.ask,
-        ask.sql,
-    ),
-    *(transfer.export, transfer.import_, store.info, store.migrate),
+    *(chat.demo, chat.run, chat.chat, branch.branch, score.score, browse.list_, browse.show),
+    *(ask.ask, ask.sql, transfer.export, transfer.import_, store.info, store.migrate),
     *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
     *(store.verify, transfer.copy, explorer.ui, bench.bench),
 ):

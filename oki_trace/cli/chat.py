@@ -110,6 +110,12 @@ def _continue(
     with TraceReader(options.store_of(turns.db)) as reader:
         origin = reader.message(message_id)
         require_fork(origin, origin.tokens)
+    if origin.reason == "end of turn":
+        last = origin.tokens - 1
+        raise UsageError(
+            f"Message {message_id} is complete. To go on in place of its end: "
+            f"oki-trace branch {message_id} {last} --rank 2"
+        )
     with open_session(turns, origin) as session:
         turn = session.branch(origin, origin.tokens, turns.sampling(), None, quiet=as_json)
         print_summary(turn, session.reader, as_json=as_json)

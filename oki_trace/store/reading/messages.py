@@ -116,10 +116,10 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
         reason=row.reason,
         seconds=damage.number("seconds", row.seconds, float),
         tokens=row.tokens,
-        **{
-            name: damage.number(name, getattr(row, name), int)
-            for name in ("score_of", "parent_id", "branch_of", "branch_step")
-        },
+        score_of=damage.number("score_of", row.score_of, int),
+        parent_id=damage.number("parent_id", row.parent_id, int),
+        branch_of=damage.number("branch_of", row.branch_of, int),
+        branch_step=damage.number("branch_step", row.branch_step, int),
         prefix_len=damage.number("prefix_len", row.prefix_len, int) or 0,
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
         **{
