@@ -72,6 +72,7 @@ def generate_reply(
         traced_before=lambda prompt: max(reader.traced_prefix(reply, prompt.token_ids)[1], 1),
         beginning=beginning,
         forced=reply.forced,
+        reuse=True,
     )
 
 
@@ -99,7 +100,7 @@ def _beginning(
             sink.end(TurnEnd(Status.FAILED, "", str(error), 0.0))
         raise
     text = b"".join(one.token_bytes for one in kept).decode("utf-8", errors="replace")
-    of_kept: tuple[Segment, ...] = ("assistant",) * step
+    of_kept: tuple[Segment, ...] = tuple("assistant" for _ in kept)
     whole = Prompt(prompt.text + text, ids, tokens, prompt.segments + of_kept)
     return Beginning(whole, origin.prefix_len + step)
 
