@@ -14,7 +14,6 @@ from oki_trace.input_text import require_storable
 from oki_trace.message_tree import path_to
 from oki_trace.records import (
     NO_PARENT,
-    Branch,
     CapturePolicy,
     ChatMessage,
     Forced,
@@ -124,7 +123,8 @@ def submit_branch(
         claim=claim,
         template=origin.template,
         parent_id=origin.parent_id or NO_PARENT,
-        branch=Branch(origin.id, step),
+        branch_of=origin.id,
+        branch_step=step,
         forced=forced,
     )
 

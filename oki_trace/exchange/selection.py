@@ -68,7 +68,11 @@ class Selection:
         if not self.tensors and self.reader.message_bytes(reply.id):
             capture = replace(capture, tensors_left_out=True)
         start = TurnStart(
-            reply.model_id or "", self.reader.prompt(reply.id), reply.generation, capture
+            reply.model_id or "",
+            self.reader.prompt(reply.id),
+            reply.generation,
+            capture,
+            reply.prefix_len,
         )
         end = TurnEnd(
             *(reply.status, reply.content, reply.reason or "", reply.seconds or 0.0),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from oki_trace.records.request import (
     NO_PARENT,
-    Branch,
     CapturePolicy,
     ChatMessage,
     Forced,
@@ -65,7 +64,6 @@ from oki_trace.records.trace import (
 __all__ = [
     "NO_PARENT",
     "AttentionPoints",
-    "Branch",
     "Candidates",
     "CapturePolicy",
     "CaptureReport",

@@ -149,17 +149,6 @@ class Forced:
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
-    """Where a reply departs from another: the reply ``of``, and the first ``step`` that differs.
-
-    A step as large as the number of its tokens continues the reply.
-    """
-
-    of: int
-    step: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ModelChoice:
     """Which model to load, and how."""
 

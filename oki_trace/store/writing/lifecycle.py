@@ -169,6 +169,39 @@ def delete_conversation(connection: Connection, conversation_id: int) -> None:
     connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
 
 
+def delete_branch(connection: Connection, message_id: int) -> int:
+    """Delete a message and all that follow it; returns how many.
+
+    Raises StoreError when one of them is being generated, or none would be left.
+    """
+    conversation_id = connection.execute(
+        select(Message.conversation_id).where(Message.id == message_id)
+    ).scalar()
+    if conversation_id is None:
+        raise no_message(message_id)
+    touch(connection, conversation_id)
+    own = Message.conversation_id == conversation_id
+    rows = connection.execute(
+        select(Message.id, Message.parent_id).where(own).order_by(Message.position)
+    ).all()
+    branch: set[int] = set()
+    for row in rows:
+        if row.id == message_id or row.parent_id in branch:
+            branch.add(row.id)
+    if len(branch) == len(rows):
+        raise StoreError(
+            f"Message {message_id} begins the whole conversation. "
+            f"Delete it: oki-trace delete {conversation_id}"
+        )
+    refuse_running(connection, "changed", Message.id.in_(branch))
+    connection.execute(delete(Message).where(Message.id.in_(branch)))
+    # Positions have no gaps, so that a message that is lost is noticed.
+    remaining = [row.id for row in rows if row.id not in branch]
+    for position, remaining_id in enumerate(remaining):
+        set_values(connection, remaining_id, position=position)
+    return len(branch)
+
+
 def thin_out(connection: Connection, conversation_id: int) -> bool:
     """Delete a few of the last steps of a conversation, or tokens of its prompts.
 

@@ -119,6 +119,14 @@ class TraceWriter:
             with self.write() as connection:
                 lifecycle.delete_conversation(connection, conversation_id)
 
+    def delete_branch(self, message_id: int) -> int:
+        """Delete a message and all that follow it; returns how many.
+
+        Raises StoreError when one of them is being generated, or none would be left.
+        """
+        with self.making_room(), self.write() as connection:
+            return lifecycle.delete_branch(connection, message_id)
+
     def add_message(
         self,
         conversation_id: int,
@@ -160,14 +168,16 @@ class TraceWriter:
         created_at: dt.datetime | None = None,
         template: records.TemplateOptions | None = None,
         parent_id: int | None = None,
-        branch: records.Branch | None = None,
+        branch_of: int | None = None,
+        branch_step: int | None = None,
         forced: records.Forced | None = None,
         score_of: int | None = None,
     ) -> int:
         """Queue a reply to the message ``parent_id``, by default the newest; returns its id.
 
-        ``claim``: this process generates it itself, so no worker may take it. ``branch``: the
-        reply that it departs from. ``forced``: the tokens of its first steps.
+        ``claim``: this process generates it itself, so no worker may take it. ``branch_of``
+        and ``branch_step``: the reply that it departs from, and where. ``forced``: the tokens
+        of its first steps.
         ``score_of``: the message whose text it scores.
         """
         if claim:
@@ -186,8 +196,8 @@ class TraceWriter:
                 template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
                 parent_id=parent_id,
-                branch_of=None if branch is None else branch.of,
-                branch_step=None if branch is None else branch.step,
+                branch_of=branch_of,
+                branch_step=branch_step,
                 forced=documents.to_document(forced),
                 score_of=score_of,
             )
