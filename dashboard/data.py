@@ -20,7 +20,7 @@ from dashboard import model_defaults as model_defaults_of
 from dashboard.viewdata import attention, comparison
 from oki_trace import worker
 from oki_trace.analysis.distance import Distance
-from oki_trace.analysis.step_distance import step_distances
+from oki_trace.analysis.step_distance import StepKey, step_distances
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
@@ -200,23 +200,25 @@ def head_count(message: Message, index: int, *, given: bool = False) -> int | No
 
 
 @_cached(16)
-def lens_grid(message: Message, first: int, end: int) -> LensGrid:
-    """The lens of every layer from step ``first`` up to ``end``."""
-    return store().lens_grid(message.id, first, end)
+def lens_grid(message: Message, first: int, end: int, *, given: bool = False) -> LensGrid:
+    """The lens of every layer from step ``first`` up to ``end``; if ``given`` by position."""
+    return store().lens_grid(message.id, first, end, given=given)
 
 
 @_cached(32)
-def attention_points(message: Message, layer: int, first: int, end: int) -> AttentionPoints:
+def attention_points(
+    message: Message, layer: int, first: int, end: int, *, given: bool = False
+) -> AttentionPoints:
     """The kept attention of ``layer``, heads averaged, from step ``first`` up to ``end``."""
-    return store().attention_points(message.id, layer, first, end)
+    return store().attention_points(message.id, layer, first, end, given=given)
 
 
 @_cached(32)
 def full_attention(
-    message: Message, layer: int, head: str, first: int, end: int
+    message: Message, layer: int, head: str, first: int, end: int, *, given: bool = False
 ) -> AttentionPoints:
     """The same from the full tensors: at every position, of one head or over the heads."""
-    tensors = store().iter_tensors(message.id, "attentions", first, end)
+    tensors = store().iter_tensors(message.id, "attentions", first, end, given=given)
     return attention.full_attention_points(tensors, layer, head)
 
 
@@ -233,7 +235,7 @@ def distances(
 def _distances(
     left: Message, right: Message, steps: list[tuple[int, int]]
 ) -> list[Distance | None]:
-    pairs = [(left.id, one, right.id, other) for one, other in steps]
+    pairs = [(StepKey(left.id, one), StepKey(right.id, other)) for one, other in steps]
     measured = step_distances(store(), pairs)
     return [None if one is None else one.distance for one in measured]
 

@@ -173,10 +173,10 @@ class StepSummary:
 class LensGrid:
     """The Logit Lens over many steps of one reply: S steps by L+1 layers.
 
-    ``step_index`` (S,), ascending, has the steps that have a lens. All others are
-    (S, L+1), column l being layer l. ``top`` is the index in ``tokens``, which are
-    distinct, of the layer's most likely token, ``top_id`` its id and ``top_prob`` its
-    probability; the rest is as in ``Lens``.
+    ``step_index`` (S,), ascending, has the steps that have a lens, or the positions of
+    given tokens. All others are (S, L+1), column l being layer l. ``top`` is the index in
+    ``tokens``, which are distinct, of the layer's most likely token, ``top_id`` its id and
+    ``top_prob`` its probability; the rest is as in ``Lens``.
     """
 
     step_index: IntArray
@@ -195,7 +195,7 @@ class AttentionPoints:
     """The attention of one layer in many steps of one reply, averaged over heads.
 
     Three arrays (N,), ordered by step and then by weight: the most attended positions of
-    each ``step_index`` and their weights.
+    each ``step_index`` and their weights. Of given tokens, ``step_index`` has the positions.
     """
 
     step_index: IntArray

@@ -47,9 +47,9 @@ def answer(
         view = _view_for(question, subjects)
     elif subjects:
         raise UsageError(f"{name} takes no {subjects[0]}: narrow it down with options, as --model.")
-    view = view or next(iter(question.views))
-    if view not in question.views:
-        raise UsageError(f"{name} has the views {', '.join(question.views)}, not {view}.")
+    view = view or question.offered[0]
+    if view not in question.offered:
+        raise UsageError(f"{name} has the views {', '.join(question.offered)}, not {view}.")
     values = {key: options.get(key, option.default) for key, option in question.options.items()}
     request = Request(question, view, scope or Scope(), values, subjects)
     return (question.run or run_statement)(session, request)
