@@ -97,7 +97,7 @@ def read(query: Mapping[str, str], questions: Mapping[str, Question]) -> Questio
     }
     return QuestionState(
         question=question.name,
-        view=view if view in question.views else next(iter(question.views)),
+        view=view if view in question.offered else question.offered[0],
         model=query.get("model") or None,
         conversation=_number(query, "conversation"),
         message=_number(query, "message"),

@@ -36,11 +36,11 @@ def draw(state: QuestionState, question: Question) -> QuestionState:
 
 
 def _view(state: QuestionState, question: Question, followed: bool) -> QuestionState:
-    if len(question.views) < 2:
+    if len(question.offered) < 2:
         return state
     chosen = st.segmented_control(
         "View",
-        list(question.views),
+        list(question.offered),
         key=layout.seed(f"ask-view-{question.name}", state.view, followed),
         format_func=lambda name: question.views[name].label or f"by {name}",
         required=True,
@@ -191,6 +191,7 @@ def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequen
     names = {
         m.id: f"{m.id} · {_title(c.title)} · {_title(m.model_id or 'unknown model')}"
         for c, m in data.recent_replies()
+        if m.tokens or not with_step
     }
     subjects = []
     for name, now in (("First", state.first), ("Second", state.second)):

@@ -65,6 +65,7 @@ class View:
     the default first. ``bar``: the column with bars in a terminal, when it is not the first that
     the default chart draws. ``reads_tensors``: the explorer waits for a click before it runs a
     link to this view. ``compares``: the kind of the two subjects that the view compares.
+    ``offered``: False for a view that only ``Question.run`` chooses, by the data.
     """
 
     sql: str
@@ -74,6 +75,7 @@ class View:
     bar: str = ""
     reads_tensors: bool = False
     compares: Subject | None = None
+    offered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,11 @@ class Question:
     def compares(self) -> bool:
         """Whether it takes two subjects."""
         return any(view.compares for view in self.views.values())
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names of the views to choose from."""
+        return tuple(name for name, view in self.views.items() if view.offered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +208,8 @@ def parse_step(text: str) -> tuple[int, int | None] | None:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, bool | int | float):
         return str(value)
     text = value.isoformat(" ") if isinstance(value, dt.datetime) else str(value)

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from oki_trace.cli import (
     ask,
     bench,
+    branch,
     browse,
     chat,
     explorer,
@@ -108,8 +109,8 @@ def root(
 
 
 for _command in (
-    *(chat.demo, chat.run, chat.chat, score.score, browse.list_, browse.show, ask.ask, ask.sql),
-    *(transfer.export, transfer.import_, store.info, store.migrate),
+    *(chat.demo, chat.run, chat.chat, branch.branch, score.score, browse.list_, browse.show),
+    *(ask.ask, ask.sql, transfer.export, transfer.import_, store.info, store.migrate),
     *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
     *(store.verify, transfer.copy, explorer.ui, bench.bench),
 ):

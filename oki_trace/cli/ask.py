@@ -27,7 +27,9 @@ def ask(
     ] = None,
     what: Annotated[
         list[str] | None,
-        typer.Argument(help="For compare: two steps (2:5 4:5), two replies (2 4) or two models."),
+        typer.Argument(
+            help="For compare: two steps (2:5 4:5), two replies or scores (2 4), or two models."
+        ),
     ] = None,
     by: Annotated[
         str | None, typer.Option(help="How to group the answer; oki-trace ask lists the choices.")

@@ -40,8 +40,12 @@ def rename(
 
 def delete(
     conversations: Annotated[
-        list[int], typer.Argument(help="Conversation numbers, from oki-trace list.")
-    ],
+        list[int] | None, typer.Argument(help="Conversation numbers, from oki-trace list.")
+    ] = None,
+    message: Annotated[
+        int | None,
+        typer.Option(help="Delete this message and those after it; other branches stay."),
+    ] = None,
     yes: Yes = False,
     db: options.Db = None,
     json: options.Json = False,
@@ -53,11 +57,18 @@ def delete(
     Example: oki-trace delete 3 --yes
 
     Example: oki-trace delete 4 5 6
+
+    Example: oki-trace delete --message 12
     """
     from oki_trace.store.reading.reader import TraceReader
     from oki_trace.store.writing.writer import TraceWriter
 
-    numbers = list(dict.fromkeys(conversations))
+    numbers = list(dict.fromkeys(conversations or ()))
+    if bool(numbers) == (message is not None):
+        raise UsageError("Give the numbers of conversations, or one --message.")
+    if message is not None:
+        _delete_branch(message, options.store_of(db), yes=yes, as_json=json)
+        return
     store = _existing(db)
     with TraceReader(store) as reader:
         found = [reader.conversation(number) for number in numbers]
@@ -72,6 +83,26 @@ def delete(
         print_json({"deleted": numbers})
     else:
         print_text(f"Deleted {counted(len(numbers), 'conversation')}.")
+
+
+def _delete_branch(message_id: int, store: str, *, yes: bool, as_json: bool) -> None:
+    from oki_trace.message_tree import subtree
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
+
+    with TraceReader(store) as reader:
+        conversation = reader.message(message_id).conversation_id
+        found = subtree(reader.messages(conversation), message_id)
+    if not yes:
+        for message in found:
+            print_text(f"{message.id}  {message.role}: {message.content[:60]}")
+        _confirm(f"Delete {counted(len(found), 'message')} permanently?")
+    with TraceWriter(store, checkpoint=False, making_room=True) as writer:
+        count = writer.delete_branch(message_id)
+    if as_json:
+        print_json({"deleted_messages": [message.id for message in found]})
+    else:
+        print_text(f"Deleted {counted(count, 'message')}.")
 
 
 def prune(

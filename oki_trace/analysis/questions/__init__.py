@@ -49,9 +49,9 @@ def answer(
         raise UsageError(
             f"{name} takes no {subjects[0]}: narrow it down with options such as --model."
         )
-    view = view or next(iter(question.views))
-    if view not in question.views:
-        raise UsageError(f"{name} has no view {view}: choose one of {', '.join(question.views)}.")
+    view = view or question.offered[0]
+    if view not in question.offered:
+        raise UsageError(f"{name} has no view {view}: choose one of {', '.join(question.offered)}.")
     values = {key: options.get(key, option.default) for key, option in question.options.items()}
     request = Request(question, view, scope or Scope(), values, subjects)
     return (question.run or run_statement)(session, request)

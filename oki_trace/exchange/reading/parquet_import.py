@@ -26,7 +26,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import Layers, Shape, byte_count, decode
 from oki_trace.exchange.trace_object import BLANK, known_id
-from oki_trace.records import Step, TensorRecord
+from oki_trace.records import NO_PARENT, Step, TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 Cursors = dict[str, TableCursor]
@@ -40,6 +40,7 @@ _KEYS = {
 # The columns of a message that are JSON text.
 _DOCUMENTS = (
     *("choice", "sampling", "policy", "generation", "capture", "checks", "parts", "template"),
+    "forced",
 )
 # The columns whose field in a trace object has another name.
 _RENAMED = {
@@ -72,6 +73,8 @@ def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = la
             where = f"message {staging.messages + 1}"
             if row["position"] not in (None, place):
                 raise refused(f"{where}: position is not {place}")
+            if row["parent_id"] is None and cursors["message"].has("parent_id"):
+                row["parent_id"] = NO_PARENT
             _message(row, cursors, staging, where)
         for cursor in cursors.values():
             cursor.end()

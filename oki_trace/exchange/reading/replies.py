@@ -93,9 +93,14 @@ def turn_start(
     layers = capture.attention_layers
     if list(layers) != sorted(set(layers)) or max(layers, default=0) > capture.layers:
         raise refused(f"{where}, capture: attention_layers are not layers in ascending order")
+    prompt = _prompt(trace, ids, survey, where)
+    prefix_len = value_or(trace, "prefix_len", 0)
+    if prefix_len > len(prompt):
+        raise refused(f"{where}: prefix_len is {prefix_len:,}, more tokens than its prompt has")
     return TurnStart(
         model_id=value_or(trace, "model_id", "unknown"),
-        prompt=_prompt(trace, ids, survey, where),
+        prompt=prompt,
+        prefix_len=prefix_len,
         generation=trace.get("generation")
         or Generation(**{**validation.GENERATION, "max_new_tokens": survey.steps}),
         capture=capture,

@@ -73,6 +73,10 @@ class TableCursor:
     def close(self) -> None:
         self._closing.close()
 
+    def has(self, column: str) -> bool:
+        """Whether the file has this column: an older one may not."""
+        return column in self._columns
+
     def of(self, owner: int) -> Iterator[Row]:
         """The next rows if they belong to ``owner``, one at a time."""
         while self._has_next() and self._owners[self._at] == owner:
