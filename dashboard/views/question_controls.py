@@ -191,6 +191,7 @@ def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequen
     names = {
         m.id: f"{m.id} · {_title(c.title)} · {_title(m.model_id or 'unknown model')}"
         for c, m in data.recent_replies()
+        if m.tokens or not with_step
     }
     subjects = []
     for name, now in (("First", state.first), ("Second", state.second)):
