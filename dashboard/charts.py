@@ -56,7 +56,7 @@ def entropy_and_kl(rows: Sequence[Json]) -> alt.Chart:
             alt.Tooltip("layer:Q"),
             alt.Tooltip("nats:Q", format=".3f"),
         ],
-        "Entropy and KL to the final layer by layer, in nats",
+        "Entropy of each layer, and its KL to the final layer, in nats",
     )
 
 

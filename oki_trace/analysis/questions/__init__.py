@@ -53,10 +53,12 @@ def answer(
     if question.compares:
         view = _view_for(question, subjects)
     elif subjects:
-        raise UsageError(f"{name} takes no {subjects[0]}: narrow it down with options, as --model.")
+        raise UsageError(
+            f"{name} takes no {subjects[0]}: narrow it down with options such as --model."
+        )
     view = view or question.offered[0]
     if view not in question.offered:
-        raise UsageError(f"{name} has the views {', '.join(question.offered)}, not {view}.")
+        raise UsageError(f"{name} has no view {view}: choose one of {', '.join(question.offered)}.")
     values = {key: options.get(key, option.default) for key, option in question.options.items()}
     request = Request(question, view, scope or Scope(), values, subjects)
     return (question.run or run_statement)(session, request)
