@@ -160,7 +160,9 @@ def totals(text: OneText) -> Json:
     for name, side in (("left", text.left), ("right", text.right)):
         spans = [getattr(span, name) for span in text.spans]
         total = score_of(step for span in spans for step in side[slice(*span)])
-        total = Score(total.tokens, sum(len(span.text) for span in text.spans), total.logprob)
+        if text.by == "character":
+            size = sum(len(span.text) for span in text.spans)
+            total = Score(total.tokens, size, total.logprob)
         rows.append(
             (
                 name,

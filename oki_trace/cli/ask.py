@@ -15,6 +15,7 @@ from oki_trace.records import Role
 
 if TYPE_CHECKING:
     from oki_trace.analysis.query_session import QuerySession
+    from oki_trace.analysis.question import Value
 
 AnswerFormat = Literal["table", "json", "csv"]
 ResultFormat = Literal["table", "json", "csv", "parquet"]
@@ -67,6 +68,15 @@ def ask(
             min=1, help="Maximum number of steps to read; default 64 for heads, 640 for two models."
         ),
     ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            help="For uncertainty: generated (the default), sampled, forced, given or all tokens."
+        ),
+    ] = None,
+    segment: Annotated[
+        str | None, typer.Option(help="For prompt: only this part, such as user or system.")
+    ] = None,
     set_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -104,8 +114,10 @@ def ask(
     last = parse_time(until, end=True) if until else None
     scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    chosen |= questions.parse_options(question, set_option or ())
+    chosen: dict[str, Value] = {n: value for n, value in given.items() if value is not None}
+    named = {"origin": origin, "segment": segment}
+    pairs = [f"{name}={value}" for name, value in named.items() if value is not None]
+    chosen |= questions.parse_options(question, [*pairs, *(set_option or ())])
     with _session(db) as session:
         answer = questions.answer(
             session, question, tuple(what or ()), scope=scope, view=by, **chosen
