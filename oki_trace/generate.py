@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+from oki_trace.errors import CaptureError, NotFound
+from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.chat.markers import format_of
 from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
 from oki_trace.queueing import history
-from oki_trace.records import ChatMessage, Message, TurnEnd
+from oki_trace.records import ChatMessage, Message, Prompt, Segment, Status, TurnEnd
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
-from oki_trace.tracing import OnText, Sink, never, prepare, trace_turn
+from oki_trace.tracing import Beginning, OnText, Sink, never, prepare, trace_turn
 
 
 class ReadyModel(Protocol):
@@ -52,12 +54,15 @@ def generate_reply(
     recorder = Recorder(writer, reply.id)
     all_sinks = [*sinks, recorder]
     instrument = prepare(loaded.model, loaded.tokenizer, all_sinks)
-    if messages is None:
+    beginning = None
+    if reply.branch_of is not None:
+        beginning = _beginning(reader, reply, instrument.vocabulary, all_sinks)
+    elif messages is None:
         messages = history(_with_parts(reader, reply, loaded), reply.id)
     return trace_turn(
         instrument,
         loaded.model_id,
-        messages,
+        messages or (),
         reply.sampling,
         reply.policy,
         all_sinks,
@@ -65,7 +70,39 @@ def generate_reply(
         on_text=on_text,
         template=reply.template,
         traced_before=lambda prompt: max(reader.traced_prefix(reply, prompt.token_ids)[1], 1),
+        beginning=beginning,
+        forced=reply.forced,
+        reuse=True,
     )
+
+
+def _beginning(
+    reader: TraceReader, branch: Message, vocabulary: Vocabulary, sinks: Sequence[Sink]
+) -> Beginning:
+    """The prompt of the reply that is departed from, and its tokens up to the fork."""
+    assert branch.branch_of is not None
+    step = branch.branch_step or 0
+    try:
+        origin = reader.message(branch.branch_of)
+        prompt = reader.prompt(origin.id)
+        kept = reader.steps(origin.id)[:step]
+        if len(kept) < step:
+            raise CaptureError(f"Message {origin.id} has {len(kept)} tokens, not {step}.")
+        ids = (*prompt.token_ids, *(one.token_id for one in kept))
+        tokens = (*prompt.tokens, *(one.token for one in kept))
+        if any(vocabulary.text(i) != token for i, token in zip(ids, tokens, strict=True)):
+            raise CaptureError(
+                f"Message {origin.id} has the tokens of another model. Branch from it with "
+                f"--model {origin.model_id}."
+            )
+    except (CaptureError, NotFound) as error:
+        for sink in sinks:
+            sink.end(TurnEnd(Status.FAILED, "", str(error), 0.0))
+        raise
+    text = b"".join(one.token_bytes for one in kept).decode("utf-8", errors="replace")
+    of_kept: tuple[Segment, ...] = tuple("assistant" for _ in kept)
+    whole = Prompt(prompt.text + text, ids, tokens, prompt.segments + of_kept)
+    return Beginning(whole, origin.prefix_len + step)
 
 
 def _with_parts(reader: TraceReader, reply: Message, loaded: ReadyModel) -> list[Message]:

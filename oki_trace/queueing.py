@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from oki_trace.errors import UsageError
 from oki_trace.input_text import require_storable
+from oki_trace.message_tree import path_to
 from oki_trace.records import (
+    NO_PARENT,
     CapturePolicy,
     ChatMessage,
+    Forced,
     Message,
     ModelChoice,
     Part,
@@ -34,8 +37,8 @@ TITLE_LENGTH = 60
 class ReplyRequest:
     """New messages of a conversation, and how the assistant's reply to them is generated.
 
-    ``template`` goes to the chat template. Raises UsageError for text that cannot be
-    stored unchanged.
+    ``template`` goes to the chat template; ``forced`` are the reply's first tokens. Raises
+    UsageError for text that cannot be stored unchanged.
     """
 
     messages: Sequence[ChatMessage]
@@ -43,11 +46,14 @@ class ReplyRequest:
     sampling: Sampling = field(default_factory=Sampling)
     policy: CapturePolicy = field(default_factory=CapturePolicy)
     template: TemplateOptions | None = None
+    forced: Forced | None = None
 
     def __post_init__(self) -> None:
         for message in self.messages:
             name = "The system message" if message.role is Role.SYSTEM else "The message"
             require_storable(message.content, name)
+        if self.forced is not None and self.forced.text is not None:
+            require_storable(self.forced.text, "The beginning of the reply")
 
 
 def new_messages(
@@ -64,18 +70,20 @@ def submit(
     request: ReplyRequest,
     conversation_id: int | None = None,
     *,
+    parent_id: int | None = None,
     claim: bool = False,
 ) -> tuple[int, int]:
     """Write the messages and their queued reply to the store: (conversation id, reply id).
 
     Without ``conversation_id`` a new conversation begins, titled after the last message.
+    The messages follow ``parent_id``, by default the newest message of the conversation.
     ``claim``: this process generates the reply, no worker may. Raises NotFound for an
     unknown conversation.
     """
     if conversation_id is None:
         conversation_id = writer.create_conversation(title_of(request.messages[-1].content))
     for message in request.messages:
-        writer.add_message(conversation_id, message)
+        parent_id = writer.add_message(conversation_id, message, parent_id=parent_id)
     reply_id = writer.queue_reply(
         conversation_id,
         request.choice,
@@ -83,8 +91,55 @@ def submit(
         request.policy,
         claim=claim,
         template=request.template,
+        parent_id=parent_id,
+        forced=request.forced,
     )
     return conversation_id, reply_id
+
+
+def submit_branch(
+    writer: TraceWriter,
+    origin: Message,
+    step: int,
+    sampling: Sampling,
+    policy: CapturePolicy,
+    *,
+    forced: Forced | None = None,
+    choice: ModelChoice | None = None,
+    claim: bool = False,
+) -> int:
+    """Queue a reply that departs from ``origin`` at a step; returns its id.
+
+    Without ``forced`` the model chooses at that step too: step 0 regenerates the reply, and
+    a step as large as the number of its tokens continues it. Raises UsageError if the message
+    has no such step.
+    """
+    require_fork(origin, step)
+    return writer.queue_reply(
+        origin.conversation_id,
+        choice or origin.choice or ModelChoice(origin.model_id or ""),
+        sampling,
+        policy,
+        claim=claim,
+        template=origin.template,
+        parent_id=origin.parent_id or NO_PARENT,
+        branch_of=origin.id,
+        branch_step=step,
+        forced=forced,
+    )
+
+
+def require_fork(origin: Message, step: int) -> None:
+    """Raise UsageError unless a reply can depart from ``origin`` at this step."""
+    if origin.role is not Role.ASSISTANT or origin.prompt_len is None:
+        raise UsageError(f"Message {origin.id} is no generated reply, so nothing branches from it.")
+    if origin.sampling is not None and not origin.tokens and origin.reason == "scored":
+        raise UsageError(f"Message {origin.id} is a scored text, so nothing branches from it.")
+    if not 0 <= step <= origin.tokens:
+        raise UsageError(
+            f"Message {origin.id} has {origin.tokens} tokens. Choose a step from 0 to "
+            f"{origin.tokens}."
+        )
 
 
 def add_tool_result(writer: TraceWriter, conversation_id: int, tool: str, content: str) -> int:
@@ -142,16 +197,14 @@ def require_call(messages: Sequence[Message], tool: str) -> None:
 
 
 def history(messages: Sequence[Message], reply_id: int) -> list[ChatMessage]:
-    """The messages before this reply, as the model gets them.
+    """The messages on the path to this reply, as the model gets them.
 
     A user message whose reply is empty is left out together with that reply: it may be
     the cause (too long for the model), and many chat templates refuse two user messages
     in a row.
     """
     before: list[ChatMessage] = []
-    for message in messages:
-        if message.id == reply_id:
-            break
+    for message in path_to(messages, reply_id)[:-1]:
         turn = ChatMessage(message.role, message.content, message.parts, message.tool_name)
         if turn.role is not Role.ASSISTANT:
             before.append(turn)

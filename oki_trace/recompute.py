@@ -16,6 +16,7 @@ from oki_trace.errors import ModelError, NotFound, OkiTraceError
 from oki_trace.llm.capture.instrument import instrument
 from oki_trace.llm.capture.pipeline import capture
 from oki_trace.llm.capture.teacher_forcing import Windows, teacher_force
+from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.chat.reply_text import ReplyText
 from oki_trace.llm.decoding.generation import resolve_generation
 from oki_trace.llm.decoding.model_lock import lock_model
@@ -141,7 +142,8 @@ def _recompute(reader: TraceReader, message: Message, loaded: LoadedModel) -> Re
     differences = Differences(complete=dtype != "unknown")
     stored_steps = reader.iter_steps(message.id)
     text = ReplyText(loaded.tokenizer)
-    text.replies_to(prompt.text, message.template.tools if message.template else ())
+    tools = message.template.tools if message.template else ()
+    text.replies_to(prompt, tools, message.prefix_len, Vocabulary(loaded.tokenizer))
     without_lens: dict[int, Step] = {}
     given = 0
     try:
@@ -195,7 +197,7 @@ def _decode_again(
     assert message.capture is not None
     policy = _with_more_candidates(message.capture.policy)
     generation = message.generation or resolve_generation(loaded.model, Sampling(), len(prompt))
-    generation = replace(generation, max_new_tokens=len(chosen))
+    generation = replace(generation, max_new_tokens=0)
     with lock_model(loaded.model):
         for event in capture(handle, prompt, generation, policy, lambda: False, chosen):
             if isinstance(event, Lens):

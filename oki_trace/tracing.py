@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.teacher_forcing import Windows, teacher_force
+from oki_trace.llm.capture.teacher_forcing import Windows, runs_in_chunks, teacher_force
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
@@ -25,7 +25,9 @@ from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
 from oki_trace.records import (
     CapturePolicy,
+    CaptureReport,
     ChatMessage,
+    Forced,
     Lens,
     PartKind,
     Prompt,
@@ -49,6 +51,14 @@ class Sink(Protocol):
     def step(self, step: Step) -> None: ...
     def lens(self, lens: Lens) -> None: ...
     def end(self, end: TurnEnd) -> None: ...
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The beginning of a reply: the last ``prefix_len`` tokens of ``prompt``."""
+
+    prompt: Prompt
+    prefix_len: int
 
 
 @dataclass
@@ -108,8 +118,15 @@ def trace_turn(
     on_text: OnText | None = None,
     template: TemplateOptions | None = None,
     traced_before: Callable[[Prompt], int] = _nothing,
+    beginning: Beginning | None = None,
+    forced: Forced | None = None,
+    reuse: bool = False,
 ) -> TurnEnd:
     """Decode the assistant's next message and pass every step to the sinks.
+
+    ``beginning`` takes the place of ``messages``: the reply goes on from there. ``forced``
+    are its first tokens, and the sampling's number of tokens counts from after them.
+    ``reuse``: tokens that the last reply's KV cache holds do not run again.
 
     ``should_stop`` is called after every step. ``on_text`` gets the text in whole
     characters, each piece with the kind of its part; the rest of an incomplete
@@ -120,24 +137,52 @@ def trace_turn(
     """
     turn = _Turn(handle.tokenizer, sinks, on_text)
     with _ending(turn.end), lock_model(handle.model):
-        prompt = render(handle.tokenizer, messages, handle.vocabulary, template)
-        require_embeddings(handle.model, prompt.token_ids, handle.vocabulary)
-        turn.text.replies_to(prompt.text, template.tools if template else ())
-        generation = resolve_generation(handle.model, sampling, len(prompt))
+        if beginning is None:
+            prompt = render(handle.tokenizer, messages, handle.vocabulary, template)
+        else:
+            prompt = beginning.prompt
+        prefix_len = 0 if beginning is None else beginning.prefix_len
+        first_ids = () if forced is None else _token_ids(handle.tokenizer, forced)
+        require_embeddings(handle.model, (*prompt.token_ids, *first_ids), handle.vocabulary)
+        tools = template.tools if template else ()
+        text = turn.text.replies_to(prompt, tools, prefix_len, handle.vocabulary)
+        generation = resolve_generation(handle.model, sampling, len(prompt) + len(first_ids))
         report_activity(Activity.DECODING)
+        report = handle.report(policy)
+        if reuse:
+            report = _with_reuse(report, handle, prompt)
         for sink in sinks:
-            sink.start(TurnStart(model_id, prompt, generation, handle.report(policy)))
+            sink.start(TurnStart(model_id, prompt, generation, report, prefix_len, text))
         if policy.trace_prompt is not None:
             first = traced_before(prompt)
             turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop)
             turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
-            turn.follow(capture(handle, prompt, generation, policy, should_stop))
+            reused = report.reused if reuse else None
+            turn.follow(capture(handle, prompt, generation, policy, should_stop, first_ids, reused))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
     turn.forget_if_wrong(handle)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> CaptureReport:
+    """The report with the number of tokens that need not run again."""
+    tokens, reason = handle.fast.shared_prefix(prompt.token_ids)
+    if tokens and not runs_in_chunks(handle):
+        tokens, reason = 0, "the model's cache does not continue a text exactly"
+    return replace(report, reused=tokens, not_reused=reason)
+
+
+def _token_ids(tokenizer: Any, forced: Forced) -> tuple[int, ...]:
+    """The forced tokens. Raises CaptureError for a text that has none."""
+    if forced.text is None:
+        return forced.token_ids
+    ids = tuple(tokenizer(forced.text, add_special_tokens=False, verbose=False)["input_ids"])
+    if not ids:
+        raise CaptureError(f"The text {forced.text!r} has no tokens. Give another one.")
+    return ids
 
 
 def trace_text(

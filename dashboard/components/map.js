@@ -1,7 +1,7 @@
-// A reply as a grid: steps across, layers (the lens) or positions (attention) down. Only the visible
-// part is drawn, onto a canvas; the axes stay in sight.
+// A reply as a grid: steps across, layers (the lens) or positions (attention) down. Steps below 0
+// are tokens of the prompt. Only the visible part is drawn, onto a canvas; the axes stay in sight.
 // data: see viewdata/lens.py lens_map and viewdata/attention.py attention_map; and {conversation,
-// message, name, height}. Triggers: load = {conversation, message, step}, for a step outside the map.
+// message, prompt: whether it has tokens of the prompt, name, height}. Triggers: load = {conversation, message, step}, for a step outside the map.
 const ZOOMS = {
   lens: [[7, 7], [14, 14], [30, 17], [56, 19], [92, 22]],
   attention: [[4, 4], [8, 8], [14, 14], [30, 17], [56, 19]],
@@ -126,7 +126,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       if (root.last !== `${place.message}/${place.step}`) reveal(c);
       root.last = `${place.message}/${place.step}`;
     } else if (event?.type === "shown" && place.message !== null &&
-        (place.step >= 0 || place.message !== data.message)) { // not for a token of its prompt
+        (place.step >= 0 || data.prompt || place.message !== data.message)) { // not for a hidden prompt
       const wanted = `${place.message}/${place.step}`;
       if (root.asked !== wanted) {
         root.asked = wanted;
@@ -177,10 +177,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
       [asSvg(model, look, size(), column())])));
   legend();
   const before = root.querySelector(".frame");
-  const [left, top] = root.of === `${data.message}/${data.kind}` && before
-    ? [before.scrollLeft, before.scrollTop] : [0, 0];
-  if (root.of !== `${data.message}/${data.kind}`) root.last = null;
-  root.of = `${data.message}/${data.kind}`;
+  // Another map, or the same from another token on, does not keep its place.
+  const self = `${data.message}/${data.kind}/${data.steps[0]?.index}`;
+  const [left, top] = root.of === self && before ? [before.scrollLeft, before.scrollTop] : [0, 0];
+  if (root.of !== self) root.last = null;
+  root.of = self;
   root.replaceChildren(bar, frame, tip, spoken, summary);
   root.sizes?.disconnect();
   root.sizes = new ResizeObserver(() => requestAnimationFrame(lay));

@@ -1,5 +1,6 @@
-// The cells of a map. A model is {title, down, columns, rows, steps, gutter, rowName, cell, tell,
-// summary, legend, csv, seam}; cell and tell (its tooltip) take a column and a row.
+// The cells of a map. A model is {title, down, columns, rows, steps, reply, gutter, rowName, cell,
+// tell, summary, legend, csv, seam}; ``reply`` is the column at which the reply starts, ``seam`` the
+// row, if there are both; cell and tell (its tooltip) take a column and a row.
 function numbers(text, Type) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Type(bytes.buffer);
@@ -17,6 +18,11 @@ function item(...parts) {
   const node = make("span", "item");
   node.append(...parts);
   return node;
+}
+
+// The number of a generated token; one of the prompt has none.
+function stepNumber(step) {
+  return step && step.index >= 0 ? step.index : null;
 }
 
 function lensModel(data, state) {
@@ -37,7 +43,7 @@ function lensModel(data, state) {
   };
   return {
     title: "Reply map: the prediction of each layer", down: "layers", columns, rows: L,
-    steps: data.steps,
+    steps: data.steps, reply: data.reply,
     gutter: () => 52,
     rowName: (r) => String(L - 1 - r),
     cell(c, r) {
@@ -49,11 +55,11 @@ function lensModel(data, state) {
     },
     tell(c, r) {
       const step = data.steps[c];
-      if (r < 0) return [`step ${step.index}: ${step.text}`,
+      if (r < 0) return [`${step.where}: ${step.text}`,
         `surprisal ${figure(step.surprisal, 2)} nats`];
       const i = at(c, r);
       return [
-        `layer ${L - 1 - r}, step ${step.index}: ${data.words[top[i]]}  ${figure(prob[i], 3)}`,
+        `layer ${L - 1 - r}, ${step.where}: ${data.words[top[i]]}  ${figure(prob[i], 3)}`,
         `final token ${step.text}: rank ${rank[i].toLocaleString("en")}, ${figure(mine[i], 3)}`,
         `entropy ${figure(entropy[i], 2)} nats · KL to the final layer ${figure(kl[i], 2)} nats`,
         ...(data.settled[c] === L - 1 - r ? ["settled: on top from this layer on"] : []),
@@ -79,11 +85,11 @@ function lensModel(data, state) {
       }[state.view]();
     },
     csv: () => [
-      ["step", "chosen_token", "layer", "top_token", "top_prob", "is_final_token", "chosen_rank",
+      ["step", "position", "chosen_token", "layer", "top_token", "top_prob", "is_final_token", "chosen_rank",
         "chosen_prob", "entropy_nats", "kl_nats", "settled_here"],
       ...data.steps.flatMap((step, c) => Array.from({ length: L }, (_, layer) => {
         const i = c * L + layer;
-        return [step.index, step.text, layer, data.words[top[i]], prob[i], same[i], rank[i],
+        return [stepNumber(step), step.position, step.text, layer, data.words[top[i]], prob[i], same[i], rank[i],
           mine[i], entropy[i], kl[i], Number(data.settled[c] === layer)];
       }))],
   };
@@ -103,7 +109,8 @@ function attentionModel(data) {
   most ||= 1;
   return {
     title: "Reply map: attention of each step", down: "positions",
-    columns: data.steps.length, rows: data.positions.length, steps: data.steps, seam: data.seam,
+    columns: data.steps.length, rows: data.positions.length, steps: data.steps,
+    reply: data.reply, seam: data.seam,
     gutter: ([, h]) => (h >= 14 ? 128 : 58),
     rowName: (r, [, h]) => (h >= 14 ? `${data.positions[r]}  ${r}` : String(r)),
     cell(c, r) {
@@ -115,7 +122,7 @@ function attentionModel(data) {
     },
     tell(c, r) {
       const step = data.steps[c];
-      const from = `step ${step.index} ${step.text}`;
+      const from = `${step.where} ${step.text}`;
       if (r < 0) return [from, `position ${step.position}`];
       const to = `position ${r}  ${data.positions[r]}`;
       if (r >= step.position) return [from, `${to}: not generated yet`];
@@ -137,10 +144,10 @@ function attentionModel(data) {
         : "") + "The CSV button saves every weight.";
     },
     legend: (look) => [item("weight 0", look.bar("blue"), `${figure(most, 2)} (square root)`)],
-    csv: () => [["step", "token", "position", "attended_token", "weight", "left_out"],
+    csv: () => [["step", "token_position", "token", "position", "attended_token", "weight", "left_out"],
       ...Array.from(weight, (w, k) => {
         const step = data.steps[column[k]];
-        return [step?.index, step?.text, position[k], data.positions[position[k]], w,
+        return [stepNumber(step), step?.position, step?.text, position[k], data.positions[position[k]], w,
           Number(without.has(position[k]))];
       })],
   };

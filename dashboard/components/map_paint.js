@@ -95,6 +95,9 @@ function* shapes({ model, look, size: [w, h], x, y, width, height, chosen, curso
   if (model.seam > r0 && model.seam < r1) {
     yield { box: [gutter, HEAD + model.seam * h - y - 0.5, width - gutter, 1], fill: look.gray };
   }
+  if (model.reply !== null && model.reply >= c0 && model.reply <= c1) {
+    yield { box: [gutter + model.reply * w - x - gap / 2 - 1, HEAD, 2, height - HEAD], fill: look.gray };
+  }
   if (chosen >= c0 && chosen < c1) {
     yield { box: [gutter + chosen * w - x - 0.5, HEAD - 18, w - gap + 1, height - HEAD + 18],
       stroke: look.text, wide: 1.25 };
@@ -109,9 +112,9 @@ function* shapes({ model, look, size: [w, h], x, y, width, height, chosen, curso
     if (tall) yield { box: [left, 22 - tall, Math.max(1, w - gap), tall], fill: look.ramp.accent[Math.round(SHADES * 0.6)] };
     if (w >= 30) {
       yield { text: step.text, at: [left + (w - gap) / 2, HEAD - 9], room: w - 4,
-        font: 11.5, bold: true, ink: look.text, code: true, align: "center" };
-    } else if (step.index % every === 0) {
-      yield { text: String(step.index), at: [left, HEAD - 9], font: 10.5, ink: look.gray, align: "left" };
+        font: 11.5, bold: step.index >= 0, ink: step.index < 0 ? look.gray : look.text, code: true, align: "center" };
+    } else if (step.label % every === 0) {
+      yield { text: String(step.label), at: [left, HEAD - 9], font: 10.5, ink: look.gray, align: "left" };
     }
     if (c === chosen) {
       yield { box: [left + 0.5, HEAD - 18, Math.max(2, w - gap - 1), 17], stroke: look.text, wide: 1.5 };

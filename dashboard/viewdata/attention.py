@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dashboard.viewdata.map_columns import MapColumn, column_data
 from dashboard.viewdata.replies import token_texts
 from dashboard.viewdata.wording import Json, format_number, mark_line_ends
 from oki_trace.records import AttentionPoints, Prompt, Step, StepSummary, TensorRecord
@@ -151,45 +152,45 @@ def full_attention_points(
     return AttentionPoints(np.concatenate(steps), np.concatenate(at), np.concatenate(weights))
 
 
+def joined_points(points: Sequence[tuple[AttentionPoints, int]]) -> AttentionPoints:
+    """Attention one after another as one, each with the shift from its steps to column numbers."""
+    return AttentionPoints(
+        np.concatenate([one.step_index + shift for one, shift in points]),
+        np.concatenate([one.position for one, _ in points]),
+        np.concatenate([one.weight for one, _ in points]),
+    )
+
+
 def attention_map(
     prompt: Prompt,
     steps: Sequence[StepSummary],
     points: AttentionPoints,
-    first: int,
-    end: int,
+    columns: Sequence[MapColumn],
     without: frozenset[int],
 ) -> Json:
-    """The data of ``components/map.js``: attention of the steps from ``first`` up to ``end``."""
-    window = [s for s in steps if first <= s.step_index < end]
-    last = max((s.position for s in window), default=0)
+    """The data of ``components/map.js``: the attention of ``columns``.
+
+    ``steps`` are those of the reply. ``points.step_index`` has numbers of columns.
+    """
+    last = max((column.step.position for column in columns), default=0)
     earlier = [s for s in steps if s.position < last]
+    numbers = np.array([column.number for column in columns], dtype=np.int64)
+    column = np.searchsorted(numbers, points.step_index)
+    column[~np.isin(points.step_index, numbers)] = -1
     return {
         "kind": "attention",
-        "steps": map_steps(window),
+        **column_data(columns),
         "positions": [visible(text)[:40] for text in (*prompt.tokens, *(s.token for s in earlier))][
             :last
         ],
         "seam": len(prompt),
         "without": sorted(without),
-        "points": {  # column 0 is step ``first``
-            "column": base64_array((points.step_index - first).astype("<i4")),
+        "points": {  # column -1 is not in the map
+            "column": base64_array(column.astype("<i4")),
             "position": base64_array(points.position.astype("<i4")),
             "weight": base64_array(points.weight.astype("<f4")),
         },
     }
-
-
-def map_steps(window: Sequence[StepSummary]) -> list[Json]:
-    """The columns of a map of the reply."""
-    return [
-        {
-            "index": s.step_index,
-            "text": visible(s.token)[:40],
-            "position": s.position,
-            "surprisal": s.surprisal if math.isfinite(s.logprob) else None,
-        }
-        for s in window
-    ]
 
 
 def base64_array(array: np.ndarray) -> str:

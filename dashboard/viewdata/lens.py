@@ -8,9 +8,10 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from dashboard.viewdata.attention import base64_array, map_steps
+from dashboard.viewdata.attention import base64_array
+from dashboard.viewdata.map_columns import MapColumn, column_data
 from dashboard.viewdata.wording import Json, finite, format_number
-from oki_trace.records import Lens, LensGrid, Step, StepSummary
+from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
 
 LABEL_LENGTH = 60
@@ -185,22 +186,54 @@ def pinnable_tokens(step: Step, lens: Lens) -> list[str]:
     ]
 
 
-def lens_map(grid: LensGrid, steps: Sequence[StepSummary]) -> Json:
-    """The data of ``components/map.js``: the lens over a window of steps.
+def joined_lens(grids: Sequence[tuple[LensGrid, int]]) -> LensGrid:
+    """Grids one after another as one, each with the shift from its steps to column numbers.
 
-    The arrays are (steps, layers) in C order, little-endian, in base64.
+    Grids with another number of layers than the last are left out.
     """
-    by_index = {s.step_index: s for s in steps}
-    window = [by_index[index] for index in grid.step_index.tolist() if index in by_index]
-    grid_rows = np.isin(grid.step_index, [s.step_index for s in window])
-    chosen = np.array([s.token_id for s in window], dtype=np.int64).reshape(-1, 1)
+    grids = [(grid, shift) for grid, shift in grids if len(grid.step_index)] or list(grids[-1:])
+    layers = grids[-1][0].top.shape[1]
+    grids = [(grid, shift) for grid, shift in grids if grid.top.shape[1] == layers]
+    tokens: dict[str, int] = {}
+    top = []
+    for grid, _ in grids:
+        index = [tokens.setdefault(token, len(tokens)) for token in grid.tokens]
+        top.append(np.array(index, dtype=np.int64)[grid.top])
+
+    def together(name: str) -> np.ndarray:
+        return np.concatenate([getattr(grid, name) for grid, _ in grids])
+
+    return LensGrid(
+        step_index=np.concatenate([grid.step_index + shift for grid, shift in grids]),
+        tokens=tuple(tokens),
+        top=np.concatenate(top),
+        top_id=together("top_id"),
+        top_prob=together("top_prob"),
+        entropy=together("entropy"),
+        chosen_rank=together("chosen_rank"),
+        chosen_prob=together("chosen_prob"),
+        kl=together("kl"),
+    )
+
+
+def lens_map(grid: LensGrid, columns: Sequence[MapColumn]) -> Json:
+    """The data of ``components/map.js``: the lens over a window of columns.
+
+    ``grid.step_index`` has numbers of columns. The arrays are (columns, layers) in C
+    order, little-endian, in base64.
+    """
+    by_number = {column.number: column for column in columns}
+    window = [by_number[n] for n in grid.step_index.tolist() if n in by_number]
+    grid_rows = np.isin(grid.step_index, [column.number for column in window])
+    chosen = np.array([column.step.token_id for column in window], dtype=np.int64).reshape(-1, 1)
     layers = grid.top.shape[1]
+    settled = [column.step.settle_layer for column in window]
     return {
         "kind": "lens",
-        "steps": map_steps(window),
+        **column_data(window),
         "layers": layers,
         "words": [visible(token)[:40] for token in grid.tokens],
-        "settled": [-1 if s.settle_layer is None else s.settle_layer for s in window],
+        "settled": [-1 if layer is None else layer for layer in settled],
         "top": base64_array(grid.top[grid_rows].astype("<u4")),
         "same": base64_array((grid.top_id[grid_rows] == chosen).astype("u1")),
         "prob": base64_array(grid.top_prob[grid_rows].astype("<f4")),

@@ -106,7 +106,7 @@ def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
     else:
         _charts(answer)
         st.caption(question.reading)
-        _table(state, answer, _step_view(question, state))
+        _table(state, answer, _step_view(question, answer.view))
     with st.expander("SQL", icon=":material/code:"):
         st.code(answer.sql, language="sql", wrap_lines=True)
         if st.button("Edit in SQL", icon=":material/edit:", key="to-sql"):
@@ -114,9 +114,9 @@ def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
             layout.open_page("sql", {"sql": answer.sql})
 
 
-def _step_view(question: Question, state: QuestionState) -> str | None:
-    """The view that compares two steps of the replies that this one compares."""
-    if question.views[state.view].compares != "reply":
+def _step_view(question: Question, view: str) -> str | None:
+    """The view that compares two steps of the replies that ``view`` compares."""
+    if question.views[view].compares != "reply":
         return None
     return next((name for name, view in question.views.items() if view.compares == "step"), None)
 
@@ -168,7 +168,7 @@ def _by_model(
 
 def _cut(answer: Answer, drawing: Drawing) -> str:
     if drawing.kind == "ranked" and len(answer.rows) > answers.MOST_BARS:
-        return f"The first {answers.MOST_BARS} rows are drawn; the table has all."
+        return f"The first {answers.MOST_BARS} rows are drawn; the table has all of them."
     left = len(answers.models(answer)) - answers.MOST_MODELS
     return f"{left} models with fewer steps are only in the table." if left > 0 else ""
 

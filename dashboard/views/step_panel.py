@@ -45,6 +45,12 @@ class Selected:
         """The step or the position by which the store addresses it."""
         return self.summary.position if self.given else self.summary.step_index
 
+    @property
+    def number(self) -> int:
+        """The step of the reply; below 0 a token of its prompt, the last one being -1."""
+        length = self.message.prompt_len or 0
+        return self.summary.position - length if self.in_prompt else self.summary.step_index
+
 
 def selected_token(conversation_id: int) -> Selected | None:
     """The reply and token of the URL, else the last reply's most surprising one.
@@ -80,15 +86,6 @@ def selected_token(conversation_id: int) -> Selected | None:
     else:
         index = replies.most_surprising_step(steps, message.parts) or 0
     return Selected(message, steps, prompt, message, steps[index], False)
-
-
-def selected_step(conversation_id: int) -> tuple[Message, list[StepSummary], int] | None:
-    """The reply that is selected, its steps, and the selected one or the first; None without."""
-    selected = selected_token(conversation_id)
-    if selected is None or not selected.steps:
-        return None
-    index = 0 if selected.in_prompt else selected.summary.step_index
-    return selected.message, selected.steps, index
 
 
 def show(conversation_id: int) -> None:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from oki_trace.analysis.distance import softmax
 from oki_trace.analysis.head_targets import HEAD_TARGETS, shares_of_heads
-from oki_trace.analysis.step_distance import step_distances
+from oki_trace.analysis.step_distance import Pair, StepKey, step_distances
 from oki_trace.analysis.tables import FUNCTIONS, Function
+from oki_trace.errors import NotFound
 from oki_trace.records import Prompt
 from oki_trace.store.reading.reader import TraceReader
 
@@ -42,12 +43,41 @@ _Shares = tuple[Sequence[int], NDArray[np.float64]]
 
 
 def _distance(reader: TraceReader, *columns: Sequence[int | None]) -> pa.Array:
-    rows = list(zip(*columns, strict=True))
-    known = [row for row in rows if None not in row]
-    distances = iter(step_distances(reader, known))
+    return _distances(reader, columns, StepKey)
+
+
+def _distance_at(reader: TraceReader, *columns: Sequence[int | None]) -> pa.Array:
+    lengths: dict[int, int] = {}
+
+    def key(message: int, position: int) -> StepKey:
+        if message not in lengths:
+            lengths[message] = _prompt_len(reader, message)
+        step = position - lengths[message]
+        return StepKey(message, step) if step >= 0 else StepKey(message, position, given=True)
+
+    return _distances(reader, columns, key)
+
+
+def _prompt_len(reader: TraceReader, message_id: int) -> int:
+    try:
+        return reader.message(message_id).prompt_len or 0
+    except NotFound:
+        return 0
+
+
+def _distances(
+    reader: TraceReader,
+    columns: Sequence[Sequence[int | None]],
+    key: Callable[[int, int], StepKey],
+) -> pa.Array:
+    rows: list[Pair | None] = [
+        None if a is None or i is None or b is None or j is None else (key(a, i), key(b, j))
+        for a, i, b, j in zip(*columns, strict=True)
+    ]
+    distances = iter(step_distances(reader, [row for row in rows if row is not None]))
     values: list[dict[str, Any] | None] = []
     for row in rows:
-        found = next(distances) if None not in row else None
+        found = None if row is None else next(distances)
         values.append(
             None
             if found is None
@@ -149,6 +179,7 @@ def _places(
 
 _COMPUTE: dict[str, Callable[..., pa.Array]] = {
     "distance": _distance,
+    "distance_at": _distance_at,
     "token_rank": _token_rank,
     "head_shares": _head_shares,
     "keeps": _keeps,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # How a value is shown: a token's text, several of them, a share of 1, a number, or a name.
 Shown = Literal["token", "tokens", "share", "number", "name"]
 Kind = Literal["columns", "lines", "ranked", "stacked", "cells", "dots"]
+# The value of an option.
+Value = float | str
 Subject = Literal["step", "reply", "model"]
 
 _PARAMETER = re.compile(r"\$(\w+)")
@@ -65,6 +67,7 @@ class View:
     the default first. ``bar``: the column with bars in a terminal, when it is not the first that
     the default chart draws. ``reads_tensors``: the explorer waits for a click before it runs a
     link to this view. ``compares``: the kind of the two subjects that the view compares.
+    ``offered``: False for a view that only ``Question.run`` chooses, by the data.
     """
 
     sql: str
@@ -74,16 +77,21 @@ class View:
     bar: str = ""
     reads_tensors: bool = False
     compares: Subject | None = None
+    offered: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a question: a share of 1 when ``default`` is a float, else a whole number."""
+    """An option of a question: a share of 1 when ``default`` is a float, else a whole number.
 
-    default: float
+    With ``choices``, one of these texts.
+    """
+
+    default: Value
     label: str
     meaning: str
     least: int = 1
+    choices: tuple[str, ...] = ()
 
     @property
     def is_share(self) -> bool:
@@ -92,10 +100,14 @@ class Option:
     @property
     def range(self) -> str:
         """The allowed values in words."""
+        if self.choices:
+            return " or ".join(self.choices)
         return "0 to 1" if self.is_share else f"a whole number from {self.least}"
 
-    def parse(self, text: str) -> float | None:
+    def parse(self, text: str) -> Value | None:
         """The value of ``text``; None when the option does not allow it."""
+        if self.choices:
+            return text if text in self.choices else None
         try:
             value = float(text) if self.is_share else int(text)
         except ValueError:
@@ -125,6 +137,11 @@ class Question:
     def compares(self) -> bool:
         """Whether it takes two subjects."""
         return any(view.compares for view in self.views.values())
+
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names of the views to choose from."""
+        return tuple(name for name, view in self.views.items() if view.offered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +174,7 @@ class Request:
     question: Question
     view: str
     scope: Scope
-    options: Mapping[str, float]
+    options: Mapping[str, Value]
     subjects: tuple[str, ...] = ()
 
     def bind(self, sql: str | None = None, **parameters: Any) -> tuple[str, dict[str, Any]]:
@@ -201,6 +218,8 @@ def parse_step(text: str) -> tuple[int, int | None] | None:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_literal, value))}]"
     if isinstance(value, bool | int | float):
         return str(value)
     text = value.isoformat(" ") if isinstance(value, dt.datetime) else str(value)

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,6 @@ from oki_trace.analysis.distance import Distance, between_lists, between_logits
 from oki_trace.records import Candidates
 from oki_trace.store.reading.reader import TraceReader
 
-# Message and step of the first, message and step of the second.
-Pair = tuple[int, int, int, int]
 Floats = NDArray[np.float32]
 # Steps that are read together; 24 steps of a vocabulary of 50,000 are 5 MB a side.
 _STEPS_AT_ONCE = 24
@@ -33,6 +32,19 @@ _BLOCK = 8 * 49_152
 _MOST_THREADS = 8
 # DuckDB calls from several threads at once, and each call would start as many.
 _ONE_AT_A_TIME = threading.Lock()
+
+
+class StepKey(NamedTuple):
+    """A step of a message: ``at`` is its step_index, or for a ``given`` token its position."""
+
+    message: int
+    at: int
+    given: bool = False
+
+
+Pair = tuple[StepKey, StepKey]
+# The steps of one message: the message, and whether they are those of given tokens.
+Side = tuple[int, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +60,26 @@ class StepDistance:
 
 def step_distances(reader: TraceReader, pairs: Sequence[Pair]) -> list[StepDistance | None]:
     """The distance of each pair of steps; None where a step does not exist or has no numbers."""
-    places: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for place, (a, _, b, _) in enumerate(pairs):
-        places[a, b].append(place)
-    lists = {m: reader.candidates(m) for m in {message for two in places for message in two}}
+    places: dict[tuple[Side, Side], list[int]] = defaultdict(list)
+    for place, (a, b) in enumerate(pairs):
+        places[(a.message, a.given), (b.message, b.given)].append(place)
+    sides = {side for two in places for side in two}
+    lists = {side: reader.candidates(side[0], given=side[1]) for side in sides}
     batches = [
-        (a, b, of_two[i : i + _STEPS_AT_ONCE])
-        for (a, b), of_two in places.items()
+        (two, of_two[i : i + _STEPS_AT_ONCE])
+        for two, of_two in places.items()
         for i in range(0, len(of_two), _STEPS_AT_ONCE)
     ]
 
-    def measure(batch: tuple[int, int, list[int]]) -> list[StepDistance | None]:
-        a, b, of_batch = batch
-        steps = [(pairs[place][1], pairs[place][3]) for place in of_batch]
+    def measure(batch: tuple[tuple[Side, Side], list[int]]) -> list[StepDistance | None]:
+        (a, b), of_batch = batch
+        steps = [(pairs[place][0].at, pairs[place][1].at) for place in of_batch]
         return _measure(reader, (a, b), (lists[a], lists[b]), steps)
 
     distances: list[StepDistance | None] = [None] * len(pairs)
     _keep_freed_memory()
     with _ONE_AT_A_TIME, ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS)) as pool:
-        for (_, _, of_batch), results in zip(batches, pool.map(measure, batches), strict=True):
+        for (_, of_batch), results in zip(batches, pool.map(measure, batches), strict=True):
             for place, result in zip(of_batch, results, strict=True):
                 distances[place] = result
     return distances
@@ -90,16 +103,18 @@ def one_vocabulary(a: Candidates, b: Candidates) -> bool:
 
 def _measure(
     reader: TraceReader,
-    messages: tuple[int, int],
+    sides: tuple[Side, Side],
     lists: tuple[Mapping[int, Candidates], Mapping[int, Candidates]],
     steps: Sequence[tuple[int, int]],
 ) -> list[StepDistance | None]:
     logits = [
         {
             step: tensor.to_float32()
-            for step, tensor in reader.tensors(message, "logits", sorted(set(of_side))).items()
+            for step, tensor in reader.tensors(
+                message, "logits", sorted(set(of_side)), given=given
+            ).items()
         }
-        for message, of_side in zip(messages, zip(*steps, strict=True), strict=True)
+        for (message, given), of_side in zip(sides, zip(*steps, strict=True), strict=True)
     ]
     distances: list[StepDistance | None] = [None] * len(steps)
     full: dict[int, list[_Full]] = defaultdict(list)  # by the size of the vocabulary

@@ -246,16 +246,30 @@ TABLES: tuple[Table, ...] = (
 BY_NAME = {table.name: table for table in TABLES}
 
 _STEP = {"message_id": "BIGINT", "step_index": "BIGINT"}
+_DISTANCE = (
+    "STRUCT(kl DOUBLE, kl_reverse DOUBLE, js DOUBLE, tv DOUBLE, tv_most DOUBLE, "
+    "shared INTEGER, top_rank INTEGER, basis VARCHAR)"
+)
 
 # They read the full tensors, which no table holds, and give NULL where there is nothing to read.
 FUNCTIONS: tuple[Function, ...] = (
     Function(
         "distance",
         {**_STEP, "other_message_id": "BIGINT", "other_step_index": "BIGINT"},
-        "STRUCT(kl DOUBLE, kl_reverse DOUBLE, js DOUBLE, tv DOUBLE, tv_most DOUBLE, "
-        "shared INTEGER, top_rank INTEGER, basis VARCHAR)",
+        _DISTANCE,
         "how far the distributions of two steps are apart: from the full logits where both kept "
         "them, else from the candidates, as basis says",
+    ),
+    Function(
+        "distance_at",
+        {
+            "message_id": "BIGINT",
+            "position": "BIGINT",
+            "other_message_id": "BIGINT",
+            "other_position": "BIGINT",
+        },
+        _DISTANCE,
+        "the same of two steps by their positions, so that given tokens have it too",
     ),
     Function(
         "token_rank",

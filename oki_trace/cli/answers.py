@@ -37,14 +37,14 @@ def print_questions(*, as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {"name": q.name, "meaning": q.meaning, "reading": q.reading, "by": list(q.views)}
+                {"name": q.name, "meaning": q.meaning, "reading": q.reading, "by": list(q.offered)}
                 for q in every
             ]
         )
         return
     rows = table("question", "by", "meaning")
     for question in every:
-        rows.add_row(question.name, ", ".join(question.views), question.meaning)
+        rows.add_row(question.name, ", ".join(question.offered), question.meaning)
     console().print(rows)
     print_text()
     print_text("Examples: oki-trace ask settle --by class, oki-trace ask compare 2:5 4:5")

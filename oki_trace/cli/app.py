@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from oki_trace.cli import (
     ask,
     bench,
+    branch,
     browse,
     chat,
     explorer,
@@ -100,16 +101,16 @@ def root(
 ) -> None:
     """See what a local language model does at every step and every layer.
 
-    Every command takes --debug, which shows tracebacks. Exit status: 0 done,
-    1 the work failed, 2 wrong usage, 130 ended by Ctrl-C.
+    Every command takes --debug, which shows tracebacks. Exit status: 0 success,
+    1 failure, 2 wrong usage, 130 ended by Ctrl-C.
 
     Example: oki-trace demo
     """
 
 
 for _command in (
-    *(chat.demo, chat.run, chat.chat, score.score, browse.list_, browse.show, ask.ask, ask.sql),
-    *(transfer.export, transfer.import_, store.info, store.migrate),
+    *(chat.demo, chat.run, chat.chat, branch.branch, score.score, browse.list_, browse.show),
+    *(ask.ask, ask.sql, transfer.export, transfer.import_, store.info, store.migrate),
     *(maintain.rename, maintain.delete, maintain.prune, maintain.vacuum),
     *(store.verify, transfer.copy, explorer.ui, bench.bench),
 ):

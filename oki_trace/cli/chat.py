@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import replace
+from typing import Annotated
 
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import print_error, print_json, print_text
-from oki_trace.cli.session import Turn, open_session
+from oki_trace.cli.output import print_error, print_text
+from oki_trace.cli.session import open_session, print_summary
 from oki_trace.errors import UsageError
-from oki_trace.exchange.trace_object import part_objects
-from oki_trace.explain import explain_generation
 from oki_trace.input_text import require_storable
-from oki_trace.reporting import size
-
-if TYPE_CHECKING:
-    from oki_trace.store.reading.reader import TraceReader
+from oki_trace.queueing import require_fork
+from oki_trace.records import NO_PARENT, Role
 
 DEMO_TURNS = (
     "What is the capital of France?",
@@ -30,14 +27,30 @@ DEMO_TURNS = (
 def run(
     prompt: Annotated[
         str, typer.Argument(help="The message to the model; - reads it from standard input.")
-    ],
+    ] = "",
+    *,
     turns: options.Turns,
     tool_result: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="PROMPT is the result of this tool call of the last reply.",
+            help="Send PROMPT as the result of this tool, which the last reply called.",
         ),
+    ] = None,
+    continued: Annotated[
+        int | None,
+        typer.Option("--continue", metavar="MESSAGE", help="Continue this reply. No PROMPT."),
+    ] = None,
+    edit: Annotated[
+        int | None,
+        typer.Option(metavar="MESSAGE", help="PROMPT is another version of this message."),
+    ] = None,
+    after: Annotated[
+        int | None,
+        typer.Option(metavar="MESSAGE", help="PROMPT follows this reply, not the newest one."),
+    ] = None,
+    prefill: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The beginning of the reply.")
     ] = None,
     json: options.Json = False,
 ) -> None:
@@ -56,16 +69,84 @@ def run(
     Example: oki-trace run "Is 91 prime?" -m Qwen/Qwen3-0.6B --template-arg enable_thinking=false
 
     Example: oki-trace run "18 degrees" --conversation 3 --tool-result get_weather
+
+    Example: oki-trace run "Is 91 prime?" --prefill "No, because"
+
+    Example: oki-trace run --continue 2 --max-new-tokens 100
+
+    Example: oki-trace run "And in autumn?" --edit 3
     """
+    if continued is not None:
+        _continue(continued, turns, as_json=json, others=(prompt, edit, after, prefill))
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
     if not require_storable(content, "The prompt").strip() and tool_result is None:
         raise UsageError("The prompt is empty. Give the model a message.")
+    if prefill is not None and not prefill:
+        raise UsageError("The beginning of the reply is empty. Give --prefill a text.")
+    turns, parent_id = _place(turns, edit, after)
     if tool_result is not None and turns.conversation is None:
         raise UsageError("A tool result belongs to a conversation. Name it with --conversation.")
     with open_session(turns) as session:
-        turn = session.turn(content, turns.conversation, quiet=json, tool=tool_result)
-        _print_summary(turn, session.reader, as_json=json)
+        turn = session.turn(
+            content,
+            turns.conversation,
+            quiet=json,
+            tool=tool_result,
+            parent_id=parent_id,
+            prefill=prefill,
+        )
+        print_summary(turn, session.reader, as_json=json)
     raise typer.Exit(turn.exit_status)
+
+
+def _continue(
+    message_id: int, turns: options.Turns, *, as_json: bool, others: tuple[object, ...]
+) -> None:
+    """Continue a reply after its last token, and end the command."""
+    from oki_trace.store.reading.reader import TraceReader
+
+    if any(others) or turns.conversation is not None:
+        raise UsageError("--continue names the reply itself. Leave out the prompt and its place.")
+    with TraceReader(options.store_of(turns.db)) as reader:
+        origin = reader.message(message_id)
+        require_fork(origin, origin.tokens)
+    if origin.reason == "end of turn":
+        last = origin.tokens - 1
+        raise UsageError(
+            f"Message {message_id} is complete. To go on in place of its end: "
+            f"oki-trace branch {message_id} {last} --rank 2"
+        )
+    with open_session(turns, origin) as session:
+        turn = session.branch(origin, origin.tokens, turns.sampling(), None, quiet=as_json)
+        print_summary(turn, session.reader, as_json=as_json)
+    raise typer.Exit(turn.exit_status)
+
+
+def _place(
+    turns: options.Turns, edit: int | None, after: int | None
+) -> tuple[options.Turns, int | None]:
+    """The conversation that the prompt belongs to, and the message that it follows."""
+    from oki_trace.store.reading.reader import TraceReader
+
+    named = edit if edit is not None else after
+    if named is None:
+        return turns, None
+    if edit is not None and after is not None:
+        raise UsageError("Give --edit or --after, not both.")
+    with TraceReader(options.store_of(turns.db)) as reader:
+        message = reader.message(named)
+    if turns.conversation not in (None, message.conversation_id):
+        raise UsageError(
+            f"Message {named} belongs to conversation {message.conversation_id}. Leave out "
+            "--conversation."
+        )
+    if edit is not None and message.role is not Role.USER:
+        raise UsageError(
+            f"Message {named} is not a user's, so it is not edited. Another reply to the same "
+            f"message: oki-trace branch {named}"
+        )
+    turns = replace(turns, conversation=message.conversation_id)
+    return turns, named if edit is None else message.parent_id or NO_PARENT
 
 
 @options.with_turns
@@ -94,7 +175,7 @@ def chat(turns: options.Turns) -> None:
                 print_error(str(error))  # a typing error must not end the chat
                 continue
             conversation = turn.conversation
-            _print_summary(turn, session.reader)
+            print_summary(turn, session.reader)
             if turn.exit_status not in (0, 128 + signal.SIGINT):
                 raise typer.Exit(turn.exit_status)
 
@@ -121,7 +202,7 @@ def demo(
             print_text(f"> {content}", "bold")
             turn = session.turn(content, conversation)
             conversation = turn.conversation
-            _print_summary(turn, session.reader)
+            print_summary(turn, session.reader)
             if turn.exit_status:
                 raise typer.Exit(turn.exit_status)
     print_text()
@@ -149,37 +230,3 @@ def _read_line() -> str:
         return input("\n> " if sys.stdin.isatty() else "").rstrip("\r")
     except EOFError:
         return ""
-
-
-def _print_summary(turn: Turn, reader: TraceReader, *, as_json: bool = False) -> None:
-    reply, end = turn.reply, turn.end
-    if reply is None or end is None:
-        if as_json:
-            waiting = {"conversation": turn.conversation, "waiting_for": list(turn.waiting)}
-            print_json(waiting, indent=None)
-        else:
-            print_text(f"The reply waits for the result of {', '.join(turn.waiting)}.", "dim")
-        return
-    if as_json:
-        summary = {
-            "conversation": reply.conversation_id,
-            "message": reply.id,
-            "steps": reply.tokens,
-            "status": str(end.status),
-            "reason": end.reason,
-            "output": end.output,
-            "parts": part_objects(end.parts),
-        }
-        print_json(summary, indent=None)
-        return
-    rate = reply.tokens / end.seconds if end.seconds else 0.0
-    parts = [
-        f"{end.status} ({end.reason})",
-        f"{reply.tokens} tokens",
-        f"{given} prompt tokens traced" if (given := reader.given_count(reply.id)) else "",
-        f"{rate:.1f} tokens/s",
-        explain_generation(reply.generation) if reply.generation else "",
-        size(reader.message_bytes(reply.id)),
-        f"conversation {reply.conversation_id}, message {reply.id}",
-    ]
-    print_text(" · ".join(part for part in parts if part), "dim")

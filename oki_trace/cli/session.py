@@ -12,10 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from oki_trace.cli import options
-from oki_trace.cli.output import console, print_error
+from oki_trace.cli.output import console, print_error, print_json, print_text
 from oki_trace.cli.watchdog import Watchdog, watchdog
 from oki_trace.errors import UsageError
-from oki_trace.records import Message, ModelChoice, PartKind, Status, TurnEnd
+from oki_trace.exchange.trace_object import part_objects
+from oki_trace.explain import explain_generation
+from oki_trace.message_tree import newest_path
+from oki_trace.records import Forced, Message, ModelChoice, PartKind, Sampling, Status, TurnEnd
+from oki_trace.reporting import size
 from oki_trace.sanitize import inert
 
 if TYPE_CHECKING:
@@ -57,16 +61,19 @@ class Session:
         *,
         quiet: bool = False,
         tool: str | None = None,
+        parent_id: int | None = None,
+        prefill: str | None = None,
     ) -> Turn:
         """Generate a reply to ``content``, the result of ``tool`` if one is named.
 
-        Without ``conversation`` a new one begins.
+        Without ``conversation`` a new one begins. The content follows ``parent_id``, by
+        default the newest message; the reply begins with ``prefill``.
         """
         from oki_trace import queueing
-        from oki_trace.generate import generate_reply
 
         if tool is not None:
-            before = [] if conversation is None else self.reader.messages(conversation)
+            messages = [] if conversation is None else self.reader.messages(conversation)
+            before = newest_path(messages)
             queueing.require_call(before, tool)
             waiting = [part.name or "" for part in queueing.unanswered_calls(before)]
             waiting.remove(tool)
@@ -74,10 +81,41 @@ class Session:
                 queueing.add_tool_result(self.writer, conversation, tool, content)
                 return Turn(conversation, waiting=tuple(waiting))
         system = self.system if conversation is None else None
-        messages = queueing.new_messages(content, system=system, tool=tool)
-        request = replace(self.request, messages=messages)
+        new = queueing.new_messages(content, system=system, tool=tool)
+        forced = None if prefill is None else Forced(text=prefill)
+        request = replace(self.request, messages=new, forced=forced)
+        return self._generate(
+            lambda: queueing.submit(
+                self.writer, request, conversation, parent_id=parent_id, claim=True
+            )[1],
+            quiet=quiet,
+        )
+
+    def branch(
+        self,
+        origin: Message,
+        step: int,
+        sampling: Sampling,
+        forced: Forced | None,
+        *,
+        quiet: bool = False,
+    ) -> Turn:
+        """Generate a reply that departs from ``origin`` at a step, and begins with ``forced``."""
+        from oki_trace import queueing
+
+        choice, policy = self.request.choice, self.request.policy
+        settings: Any = {"forced": forced, "choice": choice, "claim": True}
+        return self._generate(
+            lambda: queueing.submit_branch(self.writer, origin, step, sampling, policy, **settings),
+            quiet=quiet,
+        )
+
+    def _generate(self, submit: Callable[[], int], *, quiet: bool) -> Turn:
+        """Generate the reply that ``submit`` queues."""
+        from oki_trace.generate import generate_reply
+
         with reply_stream() as stream:
-            conversation, reply_id = queueing.submit(self.writer, request, conversation, claim=True)
+            reply_id = submit()
             self.dog.end_reply = partial(self.writer.end_abandoned, reply_id, Status.STOPPED)
             end = generate_reply(
                 self.writer,
@@ -92,12 +130,12 @@ class Session:
         if not quiet:
             print()
         reply = self.reader.message(reply_id)
-        return Turn(conversation, reply, end, stream.exit_status or 0)
+        return Turn(reply.conversation_id, reply, end, stream.exit_status or 0)
 
 
 @contextmanager
-def open_session(turns: options.Turns) -> Iterator[Session]:
-    """Check the options, open the store, load the model."""
+def open_session(turns: options.Turns, origin: Message | None = None) -> Iterator[Session]:
+    """Check the options, open the store, load the model: by default that of ``origin``."""
     from oki_trace import queueing
     from oki_trace.llm.chat.template_arguments import refuse_unknown
     from oki_trace.store.reading.reader import TraceReader
@@ -107,9 +145,12 @@ def open_session(turns: options.Turns) -> Iterator[Session]:
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors, turns.trace_prompt)
     template = turns.template()
     if turns.system and turns.conversation is not None:
-        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
+        raise UsageError(
+            "A system message can only begin a new conversation. Leave out --system or -c."
+        )
     with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
-        before = [] if turns.conversation is None else reader.messages(turns.conversation)
+        all_messages = [] if turns.conversation is None else reader.messages(turns.conversation)
+        before = newest_path(all_messages) if origin is None else [origin]
         template = template.over(queueing.last_template(before))
         choice = turns.choice(queueing.last_choice(before))
         # Checked before the weights are read and before anything is stored.
@@ -138,6 +179,47 @@ def load_model(choice: ModelChoice, check_tokenizer: Callable[[Any], None]) -> L
         if not issubclass(warning.category, FutureWarning | DeprecationWarning):
             print_error(str(warning.message))
     return loaded
+
+
+def summary(turn: Turn) -> dict[str, Any]:
+    """A generated reply in a few JSON values."""
+    reply, end = turn.reply, turn.end
+    assert reply is not None and end is not None
+    return {
+        "conversation": reply.conversation_id,
+        "message": reply.id,
+        "steps": reply.tokens,
+        "status": str(end.status),
+        "reason": end.reason,
+        "output": end.output,
+        "parts": part_objects(end.parts),
+    }
+
+
+def print_summary(turn: Turn, reader: TraceReader, *, as_json: bool = False) -> None:
+    """How a reply ended and what it took, in one line or as JSON."""
+    reply, end = turn.reply, turn.end
+    if reply is None or end is None:
+        if as_json:
+            waiting = {"conversation": turn.conversation, "waiting_for": list(turn.waiting)}
+            print_json(waiting, indent=None)
+        else:
+            print_text(f"The reply waits for the result of {', '.join(turn.waiting)}.", "dim")
+        return
+    if as_json:
+        print_json(summary(turn), indent=None)
+        return
+    rate = reply.tokens / end.seconds if end.seconds else 0.0
+    parts = [
+        f"{end.status} ({end.reason})",
+        f"{reply.tokens} tokens",
+        f"{given} prompt tokens traced" if (given := reader.given_count(reply.id)) else "",
+        f"{rate:.1f} tokens/s",
+        explain_generation(reply.generation) if reply.generation else "",
+        size(reader.message_bytes(reply.id)),
+        f"conversation {reply.conversation_id}, message {reply.id}",
+    ]
+    print_text(" · ".join(part for part in parts if part), "dim")
 
 
 class ReplyStream:

@@ -52,22 +52,21 @@ def write_conversation(chosen: Selection, file: TextIO) -> None:
         file.write("\n")
         return
     file.write(_open(document_head(chosen)) + ', "messages": [')
-    for place, message in enumerate(chosen.messages):
+    for place, (message, head) in enumerate(_heads(chosen)):
         file.write(",\n" if place else "\n")
         if message.id in chosen.traced:
-            file.write(_open(message_head(message)) + ', "trace": ')
+            file.write(_open(head) + ', "trace": ')
             _write_trace(file, chosen, message)
             file.write("}")
         else:
-            file.write(_encode(message_head(message)))
+            file.write(_encode(head))
     file.write("\n]}\n")
 
 
 def write_lines(chosen: Selection, file: TextIO) -> None:
     """Write the selection as JSON lines."""
     heads = []
-    for message in chosen.messages:
-        head = message_head(message)
+    for message, head in _heads(chosen):
         if message.id in chosen.traced:
             head["trace"] = head_object(chosen.head(message))
         heads.append(head)
@@ -103,8 +102,7 @@ def conversation_object(reader: TraceReader, conversation_id: int) -> Json:
     """The document of a conversation, in memory. Raises NotFound."""
     with selected(reader, conversation_id, tensors=False) as chosen:
         messages = []
-        for message in chosen.messages:
-            head = message_head(message)
+        for message, head in _heads(chosen):
             if message.id in chosen.traced:
                 head["trace"] = _trace(chosen, message, timed=True)
             messages.append(head)
@@ -139,6 +137,19 @@ def document_head(chosen: Selection) -> Json:
     }
 
 
+def _heads(chosen: Selection) -> Iterator[tuple[Message, Json]]:
+    """Each message, and its object without the ``trace``.
+
+    ``parent_id`` is left out where the message follows the one before it, and is 0 for a
+    message that follows none.
+    """
+    before: int | None = None
+    for message in chosen.messages:
+        parent = {} if message.parent_id == before else {"parent_id": message.parent_id or 0}
+        yield message, message_head(message) | parent
+        before = message.id
+
+
 def message_head(message: Message) -> Json:
     """A message without its ``trace``; only replies have the request that made them."""
     head: Json = {
@@ -154,7 +165,10 @@ def message_head(message: Message) -> Json:
         head["reason"] = message.reason
     if message.tensors_pruned_at is not None:
         head["tensors_pruned_at"] = message.tensors_pruned_at.isoformat()
-    for name in ("choice", "sampling", "policy", "template"):
+    for name in ("branch_of", "branch_step"):
+        if getattr(message, name) is not None:
+            head[name] = getattr(message, name)
+    for name in ("choice", "sampling", "policy", "template", "forced"):
         record = getattr(message, name)
         if record is not None:
             head[name] = plain(asdict(record))

@@ -28,7 +28,7 @@ _STEPS_AT_ONCE = 64
 _GROUP_BYTES = 8_000_000
 
 # Of a message that has no trace, these say nothing.
-_OF_TRACED = ("prompt_len", "tokens", "generation", "capture", "checks")
+_OF_TRACED = ("prompt_len", "prefix_len", "tokens", "generation", "capture", "checks")
 # Of a step, they are not among the columns that are read in bulk.
 _BYTES = ("token_bytes", "digest", "tensor_digest")
 _OF_TENSOR = ("name", "dtype", "layers", "key_offset")

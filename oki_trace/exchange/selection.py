@@ -9,6 +9,7 @@ from functools import cached_property
 
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
+from oki_trace.message_tree import path_to
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role, Step, TurnEnd, TurnStart
 from oki_trace.reporting import Progress
@@ -67,7 +68,11 @@ class Selection:
         if not self.tensors and self.reader.message_bytes(reply.id):
             capture = replace(capture, tensors_left_out=True)
         start = TurnStart(
-            reply.model_id or "", self.reader.prompt(reply.id), reply.generation, capture
+            reply.model_id or "",
+            self.reader.prompt(reply.id),
+            reply.generation,
+            capture,
+            reply.prefix_len,
         )
         end = TurnEnd(
             *(reply.status, reply.content, reply.reason or "", reply.seconds or 0.0),
@@ -108,7 +113,7 @@ def selected(
                     f"See: oki-trace show {conversation_id}"
                 )
             traced = {message_id: single}
-            messages = [m for m in messages if m.position <= single.position]
+            messages = path_to(messages, single.id)
         report = progress or (lambda done, total: None)
         chosen = (instant, conversation, messages, frozenset(traced), single)
         yield Selection(*chosen, tensors=tensors, given=given, progress=report)

@@ -76,6 +76,7 @@ def head_object(head: TraceHead) -> Json:
         "prompt_token_ids": list(map(known_id, prompt.token_ids)),
         "prompt_tokens": list(prompt.tokens),
         "prompt_segments": list(prompt.segments),
+        **({"prefix_len": start.prefix_len} if start.prefix_len else {}),
         "output": end.output,
         "parts": part_objects(end.parts),
         "messages": [message_object(message) for message in head.messages],

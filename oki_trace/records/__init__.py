@@ -13,8 +13,10 @@ probability, before any sampling setting. Log-probabilities and entropies are in
 from __future__ import annotations
 
 from oki_trace.records.request import (
+    NO_PARENT,
     CapturePolicy,
     ChatMessage,
+    Forced,
     ModelChoice,
     Part,
     PartKind,
@@ -60,6 +62,7 @@ from oki_trace.records.trace import (
 )
 
 __all__ = [
+    "NO_PARENT",
     "AttentionPoints",
     "Candidates",
     "CapturePolicy",
@@ -72,6 +75,7 @@ __all__ = [
     "Decision",
     "Effect",
     "FloatArray",
+    "Forced",
     "Generation",
     "IntArray",
     "LayerAttention",

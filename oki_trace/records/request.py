@@ -13,6 +13,9 @@ from oki_trace.errors import UsageError
 
 TensorMode = Literal["exact", "half", "compact", "none"]
 PromptTrace = Literal["light", "full"]
+# The ``parent_id`` of a message that follows none; ids begin at 1.
+NO_PARENT = 0
+
 PartKind = Literal["thinking", "answer", "tool_call"]
 
 # Parameters of apply_chat_template() itself, and names that it sets.
@@ -127,6 +130,22 @@ class CapturePolicy:
         """The data that is stored for the steps of the prompt."""
         light = self.trace_prompt != "full"
         return replace(self, topk_lens=1, tensors="none") if light else self
+
+
+@dataclass(frozen=True, slots=True)
+class Forced:
+    """The tokens that the user chose for the first steps of a reply.
+
+    ``token_ids``, or a ``text`` that the model's tokenizer splits into tokens.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        one = bool(self.token_ids) != bool(self.text)
+        _require(one, "Forced tokens are given by their ids or as a text, not both")
+        _require(all(i >= 0 for i in self.token_ids), "a token id must be 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from oki_trace.records.request import (
     CapturePolicy,
+    Forced,
     ModelChoice,
     Part,
     Role,
@@ -79,6 +80,10 @@ class Message:
     are not known. ``template``: what its chat template got in addition to the messages.
     ``tool_name``: the tool whose result a tool message holds.
 
+    ``parent_id``: the message that it follows; None for the first. A reply that departs from
+    another has ``branch_of``, that reply, which may be gone since, and ``branch_step``, the
+    step from which on it differs. ``prefix_len`` tokens at the end of its prompt are the
+    beginning of the reply. ``forced``: what the user chose for its first steps.
     ``score_of``: the message whose text was scored, in this store; it may be gone since.
     ``tensors_pruned_at``: when its full tensors were pruned; None: never. ``digest``
     covers the message as it ended (see ``store.digest``): None before that, "" if it was
@@ -104,6 +109,11 @@ class Message:
     seconds: float | None = None
     tokens: int = 0
     score_of: int | None = None
+    parent_id: int | None = None
+    branch_of: int | None = None
+    branch_step: int | None = None
+    prefix_len: int = 0
+    forced: Forced | None = None
     tensors_pruned_at: dt.datetime | None = None
     checks: ReplyChecks | None = None
     parts: tuple[Part, ...] = ()
@@ -163,10 +173,10 @@ class StepSummary:
 class LensGrid:
     """The Logit Lens over many steps of one reply: S steps by L+1 layers.
 
-    ``step_index`` (S,), ascending, has the steps that have a lens. All others are
-    (S, L+1), column l being layer l. ``top`` is the index in ``tokens``, which are
-    distinct, of the layer's most likely token, ``top_id`` its id and ``top_prob`` its
-    probability; the rest is as in ``Lens``.
+    ``step_index`` (S,), ascending, has the steps that have a lens, or the positions of
+    given tokens. All others are (S, L+1), column l being layer l. ``top`` is the index in
+    ``tokens``, which are distinct, of the layer's most likely token, ``top_id`` its id and
+    ``top_prob`` its probability; the rest is as in ``Lens``.
     """
 
     step_index: IntArray
@@ -185,7 +195,7 @@ class AttentionPoints:
     """The attention of one layer in many steps of one reply, averaged over heads.
 
     Three arrays (N,), ordered by step and then by weight: the most attended positions of
-    each ``step_index`` and their weights.
+    each ``step_index`` and their weights. Of given tokens, ``step_index`` has the positions.
     """
 
     step_index: IntArray

@@ -79,6 +79,9 @@ class CaptureReport:
     which this reply was imported does not have them.
 
     ``windows``: the length and stride of the windows in which a long text was scored.
+
+    ``reused``: the tokens at the beginning of the prompt whose KV cache was that of the
+    reply before; ``not_reused``: why there are none, although it began alike.
     """
 
     policy: CapturePolicy
@@ -99,6 +102,8 @@ class CaptureReport:
     speedups: dict[str, str | None] = field(default_factory=dict)
     tensors_left_out: bool = False
     windows: tuple[int, int] | None = None
+    reused: int = 0
+    not_reused: str | None = None
 
     @property
     def fast_paths(self) -> str:
@@ -301,12 +306,18 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TurnStart:
-    """The facts about a reply that are known before its first token."""
+    """The facts about a reply that are known before its first token.
+
+    The last ``prefix_len`` tokens of the prompt are the beginning of the reply, whose text
+    is ``beginning``.
+    """
 
     model_id: str
     prompt: Prompt
     generation: Generation
     capture: CaptureReport
+    prefix_len: int = 0
+    beginning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,10 @@ from tests.dashboard import browser_pages, given_store, server
 pytestmark = pytest.mark.browser
 
 
+# As in components/map_paint.js and map_cells.js: the column of layers, the row of tokens, a cell.
+GUTTER, HEAD, WIDE = 52, 44, 56
+
+
 def test_a_token_of_the_prompt_can_be_clicked(
     run_explorer: Callable[..., server.Explorer],
     browse: Callable[..., Page],
@@ -25,7 +30,13 @@ def test_a_token_of_the_prompt_can_be_clicked(
 ) -> None:
     built = given_store.build(str(tmp_path_factory.mktemp("given") / "store.db"))
     explorer = run_explorer(built.db)
-    conversation, reply = built.first
+    _click_a_token(explorer, browse, *built.first)
+    _click_a_column(explorer, browse, *built.second)
+
+
+def _click_a_token(
+    explorer: server.Explorer, browse: Callable[..., Page], conversation: int, reply: int
+) -> None:
     page = browse(f"{explorer.url}?conversation={conversation}&message={reply}&step=0")
     what = page.locator(".root.facts .what")
     expect(what).to_have_text(visible(given_store.REPLY[0]))
@@ -53,3 +64,28 @@ def test_a_token_of_the_prompt_can_be_clicked(
     expect(again.locator(".root.reply.given .token.chosen")).to_have_text(given_store.HOSTILE)
     assert again.locator("img[src='x']").count() == 0
     assert browser_pages.overflow(again) == []
+
+
+def _click_a_column(
+    explorer: server.Explorer, browse: Callable[..., Page], conversation: int, reply: int
+) -> None:
+    """A column of the prompt, on the map of a second turn."""
+    page = browse(f"{explorer.url}map?conversation={conversation}&message={reply}&step=0")
+    frame = page.locator(".root.map .frame")
+    expect(frame).to_have_attribute("aria-label", re.compile(r"\. 2 steps,"))
+    page.get_by_text("Show the prompt").click()
+    expect(frame).to_have_attribute("aria-label", re.compile(r"\. 15 steps,"))
+    # The map begins with position 1; the fifth column is position 5.
+    frame.evaluate("node => node.scrollTo(0, 0)")
+    frame.click(position={"x": GUTTER + 4 * WIDE + 20, "y": HEAD + 8})
+    what = page.locator(".root.facts .what")
+    expect(what).to_have_text(visible(given_store.HOSTILE))
+    place = {"conversation": conversation, "message": reply, "position": 5}
+    assert browser_pages.place(page) == place
+    expect(page.locator(".root.facts .where")).to_contain_text("position 5 of 14 in the prompt")
+    frame.hover(position={"x": GUTTER + 4 * WIDE + 20, "y": HEAD + 8})
+    expect(page.locator(".root.map .tip .first")).to_contain_text(re.compile("layer 3, position 5"))
+    page.keyboard.press("ArrowRight")
+    expect(what).to_have_text("?")
+    assert page.locator("img[src='x']").count() == 0
+    assert browser_pages.overflow(page) == []

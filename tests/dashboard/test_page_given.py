@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import datetime as dt
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from dashboard import data
 from dashboard.viewdata import attention, prompts
+from dashboard.views import reply_map
 from oki_trace.likelihood import score_of
+from oki_trace.message_spans import message_spans
 from oki_trace.records import Message, Prompt, Role, Status
 from oki_trace.sanitize import visible
 from tests import builders
@@ -136,13 +140,89 @@ def test_other_pages_take_given_tokens(given: given_store.GivenStore, which: str
     assert not app_pages.comparing(given.first[1], message).exception
 
 
+def numbers(app: AppTest) -> list[int]:
+    """The columns of the map."""
+    return [step["index"] for step in app_pages.shown(app, "reply-map")["steps"]]
+
+
+@pytest.mark.parametrize("kind", reply_map.KINDS)
+def test_the_map_extends_into_the_prompt(given: given_store.GivenStore, kind: str) -> None:
+    conversation, second = given.second
+    app = app_pages.wide_map(conversation=conversation, message=second)
+    app.button_group(key="map_kind").set_value(kind).run()
+    assert numbers(app) == [0, 1]
+    drawn = app_pages.shown(app, "reply-map")
+    assert (drawn["prompt"], drawn["reply"]) == (False, None)
+    app.toggle(key="map_prompt").set_value(True).run()
+    assert not app.exception
+    # Also the tokens of the first turn, its reply's among them.
+    assert numbers(app) == list(range(1 - 14, 2))
+    drawn = app_pages.shown(app, "reply-map")
+    assert (drawn["prompt"], drawn["reply"]) == (True, 13)
+    assert drawn["steps"][4]["text"] == visible(given_store.HOSTILE)[:40]
+    assert drawn["steps"][4]["where"] == "position 5"
+    assert "line marks the start of the reply" in captions(app)
+
+
+def test_the_cells_of_a_prompt_are_those_of_its_steps(given: given_store.GivenStore) -> None:
+    conversation, first = given.first
+    app = app_pages.wide_map(conversation=conversation, message=first)
+    app.toggle(key="map_prompt").set_value(True).run()
+    drawn = app_pages.shown(app, "reply-map")
+    top = np.frombuffer(base64.b64decode(drawn["top"]), "<u4").reshape(-1, drawn["layers"])
+    reader = data.store()
+    steps = [*reader.iter_steps(first, 1, 8, given=True), *reader.iter_steps(first)]
+    assert len(top) == len(steps) == 9
+    for row, step in zip(top, steps, strict=True):
+        assert step.lens is not None
+        assert [drawn["words"][n] for n in row] == [visible(t[0])[:40] for t in step.lens.tokens]
+
+
+def test_the_attention_of_a_head_in_the_prompt(given: given_store.GivenStore) -> None:
+    conversation, first = given.first
+    app = app_pages.wide_map(conversation=conversation, message=first, position=5)
+    app.button_group(key="map_kind").set_value("attention").run()
+    app.toggle(key="map_prompt").set_value(True).run()
+    app.selectbox(key="map_head").set_value("head 1").run()
+    assert not app.exception
+    drawn = app_pages.shown(app, "reply-map")
+    columns = np.frombuffer(base64.b64decode(drawn["points"]["column"]), "<i4")
+    assert set(columns.tolist()) == set(range(9))
+
+
+@pytest.mark.parametrize("which", ["scored", "failed"])
+def test_given_tokens_alone_have_a_map(given: given_store.GivenStore, which: str) -> None:
+    conversation, message = getattr(given, which)
+    app = app_pages.wide_map(conversation=conversation, message=message)
+    assert not app.exception
+    length = len(given_store.SCORED if which == "scored" else given_store.FIRST)
+    assert numbers(app) == list(range(1 - length, 0))
+    assert app_pages.shown(app, "reply-map")["reply"] is None
+    assert [toggle.key for toggle in app.toggle] == []
+
+
+def test_a_long_prompt_is_mapped_in_windows(
+    given: given_store.GivenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reply_map, "WINDOW", 4)
+    conversation, second = given.second
+    app = app_pages.wide_map(conversation=conversation, message=second, position=2)
+    app.toggle(key="map_prompt").set_value(True).run()
+    assert -12 in numbers(app) and len(numbers(app)) <= 4
+    (choice,) = [box for box in app.selectbox if box.label == "Steps"]
+    assert "position 12 to step 2" in choice.options
+    assert "positions 4 to 7 of the prompt" in choice.options
+    choice.set_value((11, 15)).run()
+    assert numbers(app) == [-2, -1, 0, 1]
+
+
 def test_spans_that_are_not_certain_are_left_out() -> None:
     tokens = ("<u>", "Hi", "<u>", "Hi", " you")
     prompt = Prompt("", (0, 1, 2, 3, 4), tokens, ("template", "user", "template", "user", "user"))
     message = user_message(1, "gone"), user_message(2, "Hi"), user_message(3, "Hi you")
-    assert prompts.message_spans(prompt, message) == {3: range(3, 5), 2: range(1, 2)}
+    assert message_spans(prompt, message) == {3: range(3, 5), 2: range(1, 2)}
     other = user_message(4, "changed by the template")
-    assert prompts.message_spans(prompt, (*message, other)) == {}
+    assert message_spans(prompt, (*message, other)) == {}
 
 
 def user_message(number: int, content: str) -> Message:

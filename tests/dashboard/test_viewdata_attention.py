@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 
 from dashboard.viewdata import attention as viewdata
+from dashboard.viewdata.map_columns import map_columns
 from oki_trace.records import AttentionPoints, Prompt, StepSummary, TensorRecord
+from oki_trace.store.reading.prompt_steps import PromptStep
 from tests import builders
 
 
@@ -156,8 +159,26 @@ def test_full_points_are_every_weight_that_is_not_nought(rng: np.random.Generato
 
 def test_the_attention_map_names_all_positions_that_were_there() -> None:
     found = AttentionPoints(np.array([1, 2]), np.array([0, 5]), np.array([0.5, 0.25], np.float32))
-    data = viewdata.attention_map(prompt(), said(), found, 1, 3, frozenset({0}))
+    columns = map_columns(1, 4, {}, said()[1:3])
+    data = viewdata.attention_map(prompt(), said(), found, columns, frozenset({0}))
     assert [s["index"] for s in data["steps"]] == [1, 2]
     assert data["positions"] == ["<s>", "user:", "␣hi", "</s>", "␣one", "␣two"]
     assert data["seam"] == 4
     assert data["without"] == [0]
+
+
+def test_points_of_a_prompt_and_its_reply_have_the_columns_of_both() -> None:
+    """Positions 2 and 3 of a prompt of four tokens, then step 0; step 9 is not in the map."""
+    before = AttentionPoints(np.array([2, 3]), np.array([0, 1]), np.array([0.5, 0.25], np.float32))
+    after = AttentionPoints(np.array([0, 9]), np.array([2, 3]), np.array([0.75, 1], np.float32))
+    points = viewdata.joined_points([(before, -4), (after, 0)])
+    assert points.step_index.tolist() == [-2, -1, 0, 9]
+    given = {
+        at: PromptStep(1, replace(builders.summary(0), step_index=-1, position=at, origin="given"))
+        for at in (2, 3)
+    }
+    columns = map_columns(1, 4, given, said()[:1])
+    data = viewdata.attention_map(prompt(), said(), points, columns, frozenset())
+    column = np.frombuffer(base64.b64decode(data["points"]["column"]), "<i4")
+    assert column.tolist() == [0, 1, 2, -1]
+    assert data["reply"] == 2

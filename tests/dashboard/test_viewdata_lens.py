@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dashboard.viewdata import lens as viewdata
+from dashboard.viewdata.map_columns import map_columns
 from oki_trace.records import Lens, LensGrid, Step
 from oki_trace.sanitize import visible
 from tests import builders
@@ -160,7 +161,7 @@ def test_the_map_has_a_column_a_step_and_a_row_a_layer() -> None:
         kl=np.zeros((2, 2), np.float32),
     )
     steps = [builders.summary(i, f" {i}", settle_layer=None if i == 2 else 1) for i in range(4)]
-    data = viewdata.lens_map(grid, steps)
+    data = viewdata.lens_map(grid, map_columns(1, 5, {}, steps))
     assert [s["index"] for s in data["steps"]] == [1, 2]
     assert data["layers"] == 2
     assert data["words"] == ["␣a", "␣b"]
@@ -169,3 +170,39 @@ def test_the_map_has_a_column_a_step_and_a_row_a_layer() -> None:
     assert numbers(data["same"], "u1").tolist() == [0, 1, 0, 0]
     assert numbers(data["prob"], "<f4").tolist() == [0.5, 0.25, 1, 0.75]
     assert numbers(data["rank"], "<u4").tolist() == [5, 1, 49_000, 2]
+    assert data["reply"] is None
+
+
+def lens_grid(steps: list[int], tokens: tuple[str, ...], top: list[list[int]]) -> LensGrid:
+    """A grid with these tokens; each token's id is ten times its number."""
+    shape = np.array(top)
+    floats = shape.astype(np.float32)
+    return LensGrid(
+        step_index=np.array(steps),
+        tokens=tokens,
+        top=shape,
+        top_id=shape * 10,
+        top_prob=floats,
+        entropy=floats,
+        chosen_rank=shape + 1,
+        chosen_prob=floats,
+        kl=floats,
+    )
+
+
+def test_grids_of_a_prompt_and_its_reply_are_one() -> None:
+    """The first with positions 2 and 3 of a prompt of four tokens."""
+    before = lens_grid([2, 3], (" a", " b"), [[0, 1], [1, 1]])
+    after = lens_grid([0, 1], (" b", " c"), [[0, 1], [1, 0]])
+    joined = viewdata.joined_lens([(before, -4), (after, 0)])
+    assert joined.step_index.tolist() == [-2, -1, 0, 1]
+    assert joined.tokens == (" a", " b", " c")
+    assert joined.top.tolist() == [[0, 1], [1, 1], [1, 2], [2, 1]]
+    assert joined.top_id.tolist() == [[0, 10], [10, 10], [0, 10], [10, 0]]
+    assert joined.kl.tolist() == [[0, 1], [1, 1], [0, 1], [1, 0]]
+    empty = lens_grid([], (), np.empty((0, 0), np.int64).tolist())
+    empty = replace(empty, top=np.empty((0, 0), np.int64))
+    assert viewdata.joined_lens([(before, -4), (empty, 0)]).step_index.tolist() == [-2, -1]
+    assert not len(viewdata.joined_lens([(empty, -4), (empty, 0)]).step_index)
+    deeper = lens_grid([7], (" d",), [[0, 0, 0]])
+    assert viewdata.joined_lens([(deeper, -9), (after, 0)]).step_index.tolist() == [0, 1]

@@ -106,7 +106,8 @@ def every_question() -> None:
 
     subjects = {"step": ("2:0", "2:1"), "reply": ("2", "2"), "model": ("smollm2", "smollm2")}
     for question in QUESTIONS.values():
-        for name, view in question.views.items():
+        for name in question.offered:
+            view = question.views[name]
             two = subjects[view.compares] if view.compares else ()
             assert command("ask", question.name, *two, "--by", name, "--format", "csv")
             if two:

@@ -19,6 +19,7 @@ from sqlalchemy import JSON, Boolean, Float, Integer, LargeBinary
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
+    Forced,
     ModelChoice,
     ReplyChecks,
     Role,
@@ -43,8 +44,8 @@ CHECKS = ReplyChecks((0, 4), 1e-6, 2e-5, 1e-7, None, ("the graph stepped aside",
 FREE = {
     "store_state": {"id", "version"},
     "conversation": {"title", "updated_at", "uid"},
-    # An id of this store alone, of a message that may be gone.
-    "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
+    # Ids of this store alone, of messages that may be gone.
+    "message": {"owner", "heartbeat_at", "stop_requested", "score_of", "branch_of"},
     "worker": set(models.Worker.__table__.columns.keys()),
     "tensor": {"id"},
 }
@@ -64,8 +65,11 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 Sampling(max_new_tokens=STEPS, temperature=0.7, seed=3),
                 CapturePolicy(tensors="half"),
                 claim=True,
+                branch_of=REPLY,
+                branch_step=2,
+                forced=Forced(text=" the"),
             )
-            writer.start_reply(reply, builders.turn_start("half"))
+            writer.start_reply(reply, replace(builders.turn_start("half"), prefix_len=2))
             rng = np.random.default_rng(5)
             writer.append(reply, [drawn(builders.coherent_step(i, rng)) for i in range(STEPS)])
             writer.finish_reply(
@@ -103,7 +107,7 @@ def changed(recorded: Path, folder: Path, change: Callable[[sqlite3.Connection],
 # ------------------------------------------------------------------- every column
 
 # Changed to what no other row has.
-_LINKS = {"position", "step_index", "step_id", "conversation_id"}
+_LINKS = {"position", "step_index", "step_id", "conversation_id", "parent_id"}
 
 
 def columns() -> Iterator[Any]:

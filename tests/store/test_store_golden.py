@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from oki_trace.records import CapturePolicy, ModelChoice, Role, Sampling, Status, TurnEnd
+from oki_trace.records import CapturePolicy, Forced, ModelChoice, Role, Sampling, Status, TurnEnd
 from oki_trace.store.maintenance.verify import Verification
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import identity, migrate
@@ -42,7 +43,7 @@ def test_a_golden_store_is_upgraded_and_used(file: Path, revision: str) -> None:
     build.unpack(revision, file)
     assert migrate.current(file) == revision
     with TraceWriter(file) as writer, TraceReader(file) as reader:
-        _read_everything(reader)
+        _read_everything(reader, branches=int(revision == identity.HISTORY[-1]))
         recorded = reader.info().messages
         _go_on(writer, reader)
         check = Verification(reader)
@@ -57,13 +58,21 @@ def test_a_golden_store_is_upgraded_and_used(file: Path, revision: str) -> None:
     assert schema(file) == schema(fresh), REBUILD.format(revision=revision)
 
 
-def _read_everything(reader: TraceReader) -> None:
+def _read_everything(reader: TraceReader, branches: int) -> None:
     empty, full = reader.conversations()[-1], reader.conversation(1)
-    assert (full.title, full.messages, full.tokens) == ("What is gold? 🙂", 8, 12)
+    size = (8 + branches, 12 + 2 * branches)
+    assert (full.title, full.messages, full.tokens) == ("What is gold? 🙂", *size)
     assert full.created_at == build.WHEN
     assert (empty.title, empty.messages) == ("empty", 0)
     assert [c.id for c in reader.conversations(search="and compact")] == [1]
-    replies = [m for m in reader.messages(1) if m.role is Role.ASSISTANT]
+    messages = reader.messages(1)
+    for before, message in pairwise(messages[:8]):
+        assert message.parent_id == before.id
+    for branch in messages[8:]:
+        assert (branch.parent_id, branch.branch_of, branch.branch_step) == (7, 8, 2)
+        assert branch.prefix_len == 2 and branch.forced == Forced((7,))
+        assert [step.origin for step in reader.steps(branch.id)] == ["forced", "sampled"]
+    replies = [m for m in messages[:8] if m.role is Role.ASSISTANT]
     assert [m.status for m in replies] == [Status.COMPLETE] * 3 + [Status.STOPPED]
     for reply, mode in zip(replies, build.MODES, strict=True):
         assert reply.policy is not None and reply.policy.tensors == mode
@@ -78,7 +87,7 @@ def _read_everything(reader: TraceReader) -> None:
                 assert np.isfinite(reader.tensor(reply.id, step.step_index, name).array).all()
         assert len(reader.tensor_names(reply.id, 0)) == (0 if mode == "none" else 3)
     info = reader.info()
-    assert (info.conversations, info.messages, info.steps) == (2, 8, 12)
+    assert (info.conversations, info.messages, info.steps) == (2, *size)
     assert reader.worker() is not None
 
 

@@ -85,3 +85,29 @@ def test_waiting_are_the_live_replies_in_their_order(store: Store) -> None:
     store.writer.finish_reply(running, TurnEnd(Status.COMPLETE, "", "end of turn", 1.0))
     store.writer.request_stop(queued)
     assert store.reader.waiting() == [second]
+
+
+def test_given_tokens_are_read_by_position(store: Store, rng: np.random.Generator) -> None:
+    _, message = store.reply()
+    given = [builders.given_step(at, rng, with_tensors=True) for at in range(1, 6)]
+    store.writer.append(message, given)
+    store.writer.append(message, [builders.step(0, rng, with_lens=True, with_tensors=True)])
+    grid = store.reader.lens_grid(message, 2, 5, given=True)
+    assert grid.step_index.tolist() == [2, 3, 4]
+    points = store.reader.attention_points(message, 2, 2, 5, given=True)
+    for row, step in enumerate(given[1:4]):
+        assert step.lens is not None
+        np.testing.assert_array_equal(grid.top_id[row], step.lens.token_ids[:, 0])
+        np.testing.assert_array_equal(grid.kl[row], step.lens.kl)
+        (kept,) = [a for a in step.attention if a.layer == 2]
+        np.testing.assert_array_equal(
+            points.position[points.step_index == step.position], kept.positions
+        )
+    found = store.reader.iter_tensors(message, "attentions", 2, 5, given=True)
+    for (position, tensor), step in zip(found, given[1:4], strict=True):
+        assert position == step.position
+        (kept_tensor,) = [t for t in step.tensors if t.name == "attentions"]
+        np.testing.assert_array_equal(tensor.to_float32(), kept_tensor.to_float32())
+    # The generated step is not among them, nor they among it.
+    assert store.reader.lens_grid(message).step_index.tolist() == [0]
+    assert [index for index, _ in store.reader.iter_tensors(message, "attentions")] == [0]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from oki_trace.analysis.distance import Distance
+from oki_trace.analysis.one_text import has_given_text, one_text
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import (
     Answer,
@@ -23,21 +24,13 @@ from oki_trace.analysis.question import (
     View,
     run_statement,
 )
+from oki_trace.analysis.questions import compare_text
 from oki_trace.analysis.scope import compose
-from oki_trace.analysis.step_distance import one_vocabulary, step_distances
+from oki_trace.analysis.step_distance import StepKey, one_vocabulary, step_distances
 from oki_trace.errors import QuestionError
 
 # Steps of two models that are read: what half a second is enough for.
 SAMPLE = 640
-
-_DISTANCES = (
-    Column("kl", "number", "KL(first ‖ second)", "nats", "KL"),
-    Column("kl_reverse", "number", "KL(second ‖ first)", "nats"),
-    Column("js", "number", "Jensen-Shannon divergence: at most 0.693", "nats", "JS"),
-    Column("tv", "share", "total variation: exact, or its lower bound", "", "total variation"),
-    Column("tv_most", "share", "the upper bound of the total variation"),
-)
-_BASIS = Column("basis", "name", "full logits: exact; top-k: from candidates, an estimate")
 
 # The steps of both replies side by side, up to the end of the shorter one. A token's text tells
 # the tokens of two vocabularies apart; pieces of a character all look alike, so there the id does.
@@ -169,7 +162,8 @@ def _steps(session: QuerySession, request: Request) -> Answer:
     first, first_step, second, second_step = numbers
     pairs = ((first, first_step), (second, second_step))
     lists = [session.reader.step(*pair).topk for pair in pairs]
-    (found,) = step_distances(session.reader, [(first, first_step, second, second_step)])
+    pair = StepKey(first, first_step), StepKey(second, second_step)
+    (found,) = step_distances(session.reader, [pair])
     steps = {"first": first, "first_step": first_step, "second": second, "second_step": second_step}
     sql = _BY_ID if one_vocabulary(*lists) else _BY_TEXT
     answer = run_statement(session, request, sql, **steps)
@@ -177,14 +171,26 @@ def _steps(session: QuerySession, request: Request) -> Answer:
 
 
 def _replies(session: QuerySession, request: Request) -> Answer:
-    """A row for each step, as far as both replies go; their common prefix in ``about``."""
+    """A row for each step, as far as both replies go; their common prefix in ``about``.
+
+    With a scored text among the two, a row for each token or piece of the text they share.
+    """
     first, second = map(int, request.subjects)
-    for message in (first, second):
-        if not session.reader.message(message).tokens:
+    messages = [session.reader.message(message) for message in (first, second)]
+    given = [has_given_text(session.reader, message) for message in messages]
+    for message, is_given in zip(messages, given, strict=True):
+        if not message.tokens and not is_given:
             raise QuestionError(
-                f"Message {message} has no steps to compare: name two replies, as "
-                "`oki-trace show N` lists them."
+                f"Message {message.id} has no steps to compare: name two replies or scored texts, "
+                "as `oki-trace show N` lists them."
             )
+    if any(given):
+        text = one_text(session.reader, *messages)
+        if text.by == "character":
+            return compare_text.by_character(session, request, (first, second), text)
+        answer = compare_text.by_token(session, request, (first, second), text)
+        mean = _sentence(_mean(answer, [1] * len(answer.rows)))
+        return replace(answer, about=f"{answer.about} Mean distance: {mean}")
     answer = run_statement(session, request, first=first, second=second)
     tokens = list(zip(answer.column("chosen"), answer.column("other"), strict=True))
     prefix = next((i for i, (one, other) in enumerate(tokens) if one != other), len(tokens))
@@ -244,7 +250,8 @@ COMPARE = Question(
     "The distance between the distributions of two steps, two replies or two models.",
     "KL, Jensen-Shannon and total variation from the full logits if both were kept, else from "
     "the candidates. Only steps after the same text compare the models; later steps continue "
-    "different texts.",
+    "different texts. A reply and its score, or two scores of one text, have the same text "
+    "throughout.",
     {
         "reply": View(
             _REPLIES,
@@ -253,10 +260,10 @@ COMPARE = Question(
                 Column("chosen", "token", "the first reply's token"),
                 Column("other", "token", "the second reply's token"),
                 Column("same_before", "name", "whether the tokens so far are the same"),
-                *_DISTANCES,
+                *compare_text.DISTANCES,
                 Column("shared", "number", "candidates in both lists"),
                 Column("top_rank", "number", "rank of the first's top token in the second"),
-                _BASIS,
+                compare_text.BASIS,
             ),
             {
                 name: Drawing("columns", ("step",), (column,), colour="same_before")
@@ -266,6 +273,8 @@ COMPARE = Question(
             reads_tensors=True,
             compares="reply",
         ),
+        "tokens": compare_text.TOKENS,
+        "spans": compare_text.SPANS,
         "step": View(
             _BY_ID,
             (
@@ -290,10 +299,10 @@ COMPARE = Question(
                 Column("common_prefix", "number", "tokens with which both begin"),
                 Column("steps", "number", "steps up to where they diverge"),
                 Column("steps_read", "number", "steps compared: all of these, or an even sample"),
-                *_DISTANCES,
+                *compare_text.DISTANCES,
                 Column("shared", "number", "mean number of candidates in both lists"),
                 Column("same_top", "share", "steps at which both have the same most likely token"),
-                _BASIS,
+                compare_text.BASIS,
             ),
             {
                 "JS": Drawing("ranked", ("prompt", "reply", "other"), ("js",)),

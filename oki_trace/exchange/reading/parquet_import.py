@@ -26,7 +26,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import Layers, Shape, byte_count, decode
 from oki_trace.exchange.trace_object import BLANK, known_id
-from oki_trace.records import Step, TensorRecord
+from oki_trace.records import NO_PARENT, Step, TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 Cursors = dict[str, TableCursor]
@@ -40,6 +40,7 @@ _KEYS = {
 # The columns of a message that are JSON text.
 _DOCUMENTS = (
     *("choice", "sampling", "policy", "generation", "capture", "checks", "parts", "template"),
+    "forced",
 )
 # The columns whose field in a trace object has another name.
 _RENAMED = {
@@ -72,6 +73,8 @@ def import_tables(folder: Path, staging: Staging, pulse: Callable[[], None] = la
             where = f"message {staging.messages + 1}"
             if row["position"] not in (None, place):
                 raise refused(f"{where}: position is not {place}")
+            if row["parent_id"] is None and cursors["message"].has("parent_id"):
+                row["parent_id"] = NO_PARENT
             _message(row, cursors, staging, where)
         for cursor in cursors.values():
             cursor.end()
@@ -156,7 +159,9 @@ def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> list[Row]:
     entries: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
     for entry in _entries(cursors[f"{kind}_entry"].take(step, validation.MAX_CELLS, where)):
         if entry["layer"] not in entries:
-            raise refused(f"{where}: the table {kind}_entry has a layer that {kind}_layer has not")
+            raise refused(
+                f"{where}: the table {kind}_entry has a layer that {kind}_layer does not have"
+            )
         entries[entry["layer"]].append(entry)
     return [{**row, "topk": entries[row["layer"]]} for row in layers]
 
@@ -178,7 +183,7 @@ def _tensor(row: Row, where: str) -> TensorRecord:
     fields = validation.read(_TensorRow, row, f"{where}, tensor")
     dtype, shape, data = fields["dtype"], fields["shape"], fields["data"]
     if not len(data) == byte_count(dtype, shape) <= MAX_RAW_BYTES:
-        raise refused(f"{where}: a tensor is not as large as its shape says")
+        raise refused(f"{where}: the size of a tensor does not match its shape")
     layers, key_offset = fields["layers"] or (), fields["key_offset"] or 0
     return decode(fields["name"], dtype, shape, data, layers, key_offset)
 

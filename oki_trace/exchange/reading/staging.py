@@ -16,6 +16,7 @@ from oki_trace.exchange.reading.replies import reply_parts
 from oki_trace.exchange.reading.validation import value_or
 from oki_trace.exchange.refusal import refused
 from oki_trace.records import (
+    NO_PARENT,
     CapturePolicy,
     ChatMessage,
     ModelChoice,
@@ -51,7 +52,8 @@ class Staging:
     steps: int = 0
     changed: int = 0
     without_digest: int = 0
-    _ids: set[int] = field(default_factory=set)
+    # The ids of the messages of the conversation in this store, by their ids in the file.
+    _ids: dict[int, int | None] = field(default_factory=dict)
     _open_writer: TraceWriter | None = None
     _conversation: int | None = None
 
@@ -91,13 +93,13 @@ class Staging:
         """Add a message without a trace, or a reply that failed before its first token."""
         role, status = message["role"], self._checked_status(message, where)
         if message.get("tokens"):
-            raise refused(f"{where}: it has {message['tokens']:,} steps, and no trace")
+            raise refused(f"{where}: it has {message['tokens']:,} steps, but no trace")
         if role is Role.ASSISTANT and message.get("choice"):
-            number = self._queue(message)
+            number = self._queue(message, where)
             end = _end(message, status, 0, where)
             self._writer.finish_reply(number, end, digest=message.get("digest"))
         elif role is not Role.ASSISTANT and status is not Status.COMPLETE:
-            raise refused(f"{where}: status of a {role} message can only be complete")
+            raise refused(f"{where}: the status of a {role} message must be complete")
         else:
             parts = reply_parts(message.get("parts"), 0, where)
             if parts and role is not Role.ASSISTANT:
@@ -105,6 +107,7 @@ class Staging:
             number = self._writer.add_message(
                 self._conversation_id(),
                 ChatMessage(role, message["content"], parts, message.get("tool_name")),
+                parent_id=self._parent(message, where),
                 created_at=message.get("created_at"),
                 digest=message.get("digest"),
             )
@@ -128,7 +131,7 @@ class Staging:
         captured = start.capture.policy.tensors != "none"
         left_out = captured and not has_tensors and message.get("tensors_pruned_at") is None
         start = replace(start, capture=replace(start.capture, tensors_left_out=left_out))
-        reply = self._queue(message, start)
+        reply = self._queue(message, where, start)
         self._writer.start_reply(reply, start)
         count = generated = rows = tensor_bytes = 0
         batch: list[Step] = []
@@ -168,6 +171,8 @@ class Staging:
         self, number: int, message: validation.Message, *, as_recorded: bool
     ) -> None:
         """Count the message if it, or a step of it, differs from its digest."""
+        if message.get("id") is not None:
+            self._ids[message["id"] or 0] = number
         digest = message.get("digest")
         self.without_digest += digest is None
         if not as_recorded or (digest is not None and digest != self._writer.digest_of(number)):
@@ -177,8 +182,8 @@ class Staging:
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
         if sum(file.stat().st_size for file in files if file.exists()) > self.most_bytes:
             raise refused(
-                f"it becomes more than {self.most_bytes / 1e6:,.0f} MB in the store, far more than "
-                "an export of its size"
+                f"it would take more than {self.most_bytes / 1e6:,.0f} MB in the store, far more "
+                "than an export of its size"
             )
 
     def _conversation_id(self) -> int:
@@ -194,10 +199,23 @@ class Staging:
         if number is not None:
             if number in self._ids:
                 raise refused(f"two messages have the id {number}")
-            self._ids.add(number)
+            self._ids[number] = None
         return message.get("status") or Status.COMPLETE
 
-    def _queue(self, message: validation.Message, start: TurnStart | None = None) -> int:
+    def _parent(self, message: validation.Message, where: str) -> int | None:
+        """The message that this one follows, in this store; by default the one before it."""
+        parent = message.get("parent_id")
+        if parent is None or parent == NO_PARENT:
+            return parent
+        known = self._ids.get(parent)
+        if known is None:
+            raise refused(f"{where}: it follows message {parent}, which does not come before it")
+        return known
+
+    def _queue(
+        self, message: validation.Message, where: str, start: TurnStart | None = None
+    ) -> int:
+        of = self._ids.get(message.get("branch_of") or 0)
         return self._writer.queue_reply(
             self._conversation_id(),
             message.get("choice") or ModelChoice(start.model_id if start else ""),
@@ -206,6 +224,10 @@ class Staging:
             claim=True,
             created_at=message.get("created_at"),
             template=message.get("template"),
+            parent_id=self._parent(message, where),
+            branch_of=of,
+            branch_step=message.get("branch_step"),
+            forced=message.get("forced"),
         )
 
 

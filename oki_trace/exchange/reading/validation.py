@@ -131,6 +131,7 @@ def _up_to(most: int) -> Any:
 _ENTRIES = _up_to(MAX_ENTRIES)
 _OF_LAYERS = _up_to(MAX_LAYERS + 1)
 _OF_PROMPT = _up_to(MAX_PROMPT)
+_FORCED = Annotated[list[Count], _up_to(MAX_CELLS)]
 _LIMITS: dict[Any, Any] = {
     int: Large,
     float: Positive,
@@ -170,7 +171,7 @@ class _Record:
                 return source(**{**self.defaults, **known})
             except UsageError as error:
                 reason = {"reason": " ".join(str(error).rstrip(".").split())[:200]}
-                raise PydanticCustomError("record", "cannot be: {reason}", reason) from None
+                raise PydanticCustomError("record", "is invalid: {reason}", reason) from None
 
         types, members = get_type_hints(source), {}
         for one in fields(source):
@@ -256,6 +257,13 @@ class Message(EarlierMessage, total=False):
     checks: ReplyChecks | None
     template: TemplateOptions | None
     digest: MessageDigest | None
+    parent_id: Link | None
+    branch_of: Link | None
+    branch_step: Count | None
+    forced: (
+        Annotated[records.Forced, _Record({"token_ids": _FORCED, "text": Text}, {"token_ids": ()})]
+        | None
+    )
 
 
 # ------------------------------------------------------------------------- a reply
@@ -305,6 +313,7 @@ class Trace(TypedDict, total=False):
     prompt_token_ids: Annotated[list[Count | None], _OF_PROMPT] | None
     prompt_tokens: Annotated[list[Token], _OF_PROMPT] | None
     prompt_segments: Annotated[list[Segment], _OF_PROMPT] | None
+    prefix_len: Annotated[int, Field(ge=0, le=MAX_PROMPT)] | None
     output: Text | None
     messages: Annotated[list[EarlierMessage], _up_to(MAX_MESSAGES)] | None
     status: Annotated[Status, Field(strict=False)] | None

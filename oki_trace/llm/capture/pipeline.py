@@ -24,15 +24,17 @@ def capture(
     generation: Generation,
     policy: CapturePolicy,
     should_stop: Callable[[], bool],
-    forced: Sequence[int] | None = None,
+    forced: Sequence[int] = (),
+    reused: int | None = None,
 ) -> Iterator[tuple[Step, str | None] | Lens | ReplyChecks]:
     """Decode and yield each step with its stop reason, and, a few steps later, its lens.
 
     When the iterator ends or raises, it has yielded every step's lens (none after a step
     whose lens disagreed with the model) and last the checks of the reply's numbers.
-    ``forced``: the tokens to choose, whatever the model would choose.
+    ``forced``: the tokens of the first steps; ``generation`` limits those after them.
+    ``reused``: see ``decode``.
     """
-    if generation.max_new_tokens == 0:
+    if generation.max_new_tokens + len(forced) == 0:
         return
     reducer = StepReducer(instrument, policy)
     checker = reducer.checker
@@ -45,6 +47,7 @@ def capture(
         generation,
         checker.note,
         forced,
+        reused,
     )
     # Weights that accelerate moves with each call cannot serve two threads.
     in_thread = not moves_weights(instrument.model)

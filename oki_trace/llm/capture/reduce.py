@@ -186,6 +186,7 @@ def _step(
     choice = analyze_choice(raw.choice, raw.logits, ids, vocabulary)
     return Step(
         step_index=raw.step_index,
+        origin=raw.origin,
         position=raw.position,
         token_id=raw.token_id,
         token=vocabulary.text(raw.token_id),

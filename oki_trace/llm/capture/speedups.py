@@ -20,11 +20,13 @@ from oki_trace.settings import Settings
 
 if TYPE_CHECKING:
     from oki_trace.llm.fast.draft_lens import DraftLens
+    from oki_trace.llm.fast.prefix_cache import PrefixCache
 
 KV_CACHE = "preallocated KV cache"
 STEP_GRAPH = "step graph"
 PREPACKED = "prepacked weights"
 DRAFT_LENS = "draft lens"
+PREFIX_REUSE = "prefix reuse"
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,27 @@ class Speedups:
     off: dict[str, str | None]
     step_graph: DecodeGraph | None = None
     draft_lens: DraftLens | None = None
+    prefix: PrefixCache | None = None
     are_off: bool = False
 
     def preallocate(self, cache: Any, new_tokens: int) -> None:
         """Let a cache grow in place by up to so many tokens."""
         preallocate(cache, new_tokens)
+
+    def shared_prefix(self, prompt_ids: Sequence[int]) -> tuple[int, str | None]:
+        """How many tokens of a prompt are in the cache of the last reply; see ``shared``."""
+        return (0, None) if self.prefix is None else self.prefix.shared(prompt_ids)
+
+    def take_prefix(self, tokens: int) -> Any:
+        """The cache of the first ``tokens`` tokens of the last reply; None for 0."""
+        if self.prefix is None or not tokens:
+            return None
+        return self.prefix.take(tokens)
+
+    def keep_prefix(self, token_ids: Sequence[int], cache: Any) -> None:
+        """Keep the cache of these tokens for the next reply."""
+        if self.prefix is not None:
+            self.prefix.keep(token_ids, cache)
 
 
 def speedups(
@@ -55,9 +73,9 @@ def speedups(
     """
     reason = _reason_off()
     if reason is not None:
-        names = (KV_CACHE, STEP_GRAPH, PREPACKED, DRAFT_LENS)
+        names = (KV_CACHE, STEP_GRAPH, PREPACKED, DRAFT_LENS, PREFIX_REUSE)
         return Speedups(dict.fromkeys(names, reason), are_off=True)
-    from oki_trace.llm.fast import draft_lens, torchscript
+    from oki_trace.llm.fast import draft_lens, prefix_cache, torchscript
 
     graph = draft = no_graph = no_draft = None
     try:
@@ -75,8 +93,9 @@ def speedups(
         STEP_GRAPH: no_graph,
         PREPACKED: graph.not_prepacked if graph else "needs a step graph",
         DRAFT_LENS: no_draft,
+        PREFIX_REUSE: None,
     }
-    return Speedups(off, graph, draft)
+    return Speedups(off, graph, draft, prefix_cache.PrefixCache())
 
 
 def preallocate(cache: Any, new_tokens: int) -> None:

@@ -212,7 +212,7 @@ def _chunks(
     windows: Windows | None,
 ) -> Iterator[_Chunk]:
     """Run the text, chunk after chunk; yields those with positions from ``first`` on."""
-    in_chunks = _in_chunks(instrument)
+    in_chunks = runs_in_chunks(instrument)
     spans = windows.spans(len(token_ids)) if windows else [(0, len(token_ids))]
     for window_start, window_end in spans:
         forward = _Forward(instrument, token_ids[:window_end], window_start, policy)
@@ -259,8 +259,8 @@ class _Forward:
         logits = outputs.logits[0]
         if len(logits) != stop - start:
             raise CaptureError(
-                f"{type(self._model).__name__} predicts no token after each position of a text, so "
-                "given text cannot be traced. Leave out --trace-prompt, or choose another model."
+                f"{type(self._model).__name__} does not predict the next token at every position, "
+                "so given text cannot be traced. Leave out --trace-prompt, or choose another model."
             )
         skipped = max(0, first - 1 - start)
         positions = range(start + skipped + 1, stop + 1)
@@ -305,7 +305,7 @@ def _chunk_length(instrument: Instrument, tokens: int, policy: CapturePolicy) ->
     return min(max(_CHUNK_BYTES // largest, shortest), longest)
 
 
-def _in_chunks(instrument: Instrument) -> bool:
+def runs_in_chunks(instrument: Instrument) -> bool:
     """Whether the model's cache continues a chunk exactly; found out once for a load."""
     known = _continues_exactly.get(instrument.hooks)
     if known is None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from oki_trace.llm.capture.vocabulary import TextStream
+from oki_trace.llm.capture.vocabulary import TextStream, Vocabulary
 from oki_trace.llm.chat.markers import format_of
 from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
-from oki_trace.records import Part, PartKind, Step
+from oki_trace.records import Part, PartKind, Prompt, Step
 
 # Characters at the end that are held back: they may begin a marker.
 _HELD = 32
@@ -33,10 +34,27 @@ class ReplyText:
         self._parsed_at = 0.0
         # The number of characters of each part that were returned.
         self._returned: list[int] = []
+        self._prefix_len = 0
 
-    def replies_to(self, prompt: str, tools: Sequence[Any]) -> None:
-        """Set the prompt's text and tools, before the first token."""
-        self._prompt, self._tools = prompt, tools
+    def replies_to(
+        self, prompt: Prompt, tools: Sequence[Any], prefix_len: int, vocabulary: Vocabulary
+    ) -> str:
+        """Set the prompt and the tools, before the first token.
+
+        The last ``prefix_len`` tokens of the prompt are the beginning of the reply. Its text
+        is returned, and is part of the whole text, but not of the pieces.
+        """
+        prefix = prompt.token_ids[len(prompt) - prefix_len :]
+        tokens = [ReplyToken(vocabulary.token_bytes(i), vocabulary.is_special(i)) for i in prefix]
+        text = b"".join(token.data for token in tokens).decode("utf-8", errors="replace")
+        self._prompt, self._tools = prompt.text.removesuffix(text), tools
+        for token_id, token in zip(prefix, tokens, strict=True):
+            self.push_token(token_id, *token)
+        self._prefix_len = prefix_len
+        for _ in self._plain() if self._form.is_plain else self._pieces(_HELD):
+            pass  # nothing of it is new
+        readable = [token.data for token in tokens if not token.is_special]
+        return b"".join(readable).decode("utf-8", errors="replace")
 
     def push(self, step: Step) -> None:
         self.push_token(step.token_id, step.token_bytes, step.is_special)
@@ -64,8 +82,15 @@ class ReplyText:
             yield from self._pieces(0)
 
     def finish(self) -> tuple[str, tuple[Part, ...]]:
-        """The text of the answer, and all parts."""
-        parts = self._parts()
+        """The text of the answer, and all parts; their steps are those of the reply's own."""
+        parts = tuple(
+            replace(
+                part,
+                start=max(part.start - self._prefix_len, 0),
+                end=max(part.end - self._prefix_len, 0),
+            )
+            for part in self._parts()
+        )
         if len(parts) == 1 and parts[0].kind == "answer":
             # As the tokenizer decodes it, with all its spaces.
             return self._stream.finish(), parts

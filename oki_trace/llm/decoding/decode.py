@@ -26,10 +26,10 @@ from oki_trace.llm.decoding.generation import (
     generate_arguments,
     generate_method,
 )
-from oki_trace.llm.decoding.sampling import Choice, choose
+from oki_trace.llm.decoding.sampling import Choice, choose, force
 from oki_trace.llm.loading.hardware import input_device
 from oki_trace.llm.transformers_internals import optimized_for_decoding
-from oki_trace.records import Generation
+from oki_trace.records import Generation, Origin
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class RawStep(ForwardPass):
     choice: Choice
     elapsed_ms: float
     stop_reason: str | None
+    origin: Origin = "sampled"
 
 
 def decode(
@@ -58,16 +59,21 @@ def decode(
     prompt_ids: tuple[int, ...],
     generation: Generation,
     note: Callable[[str], None] = log.debug,
-    forced: Sequence[int] | None = None,
+    forced: Sequence[int] = (),
+    reused: int | None = None,
 ) -> Generator[RawStep]:
     """Decode from ``prompt_ids`` with the KV cache, a step at a time.
 
     ``note`` receives a sentence about each fast path that was given up. ``forced``: the
-    tokens to choose, whatever the model would choose. Close the iterator to stop early.
+    tokens of the first steps, whatever the model would choose; random numbers are drawn for
+    the steps after them only, as if they were in the prompt. ``reused``: so many tokens of the
+    prompt are in the cache of the last reply, and this reply's is kept for the next; None
+    leaves that cache alone. Close the iterator to stop early.
     Raises CaptureError on NaN or infinite logits, and when the sampling settings leave
     no token.
     """
     input_ids = torch.tensor([prompt_ids], device=input_device(model))
+    cache = fast.take_prefix(reused or 0)
     steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -77,9 +83,16 @@ def decode(
         seed=generation.seed,
         note=note,
         forced=forced,
-        **generate_arguments(generation, model, tokenizer),
+        keeps_cache=reused is not None,
+        **({} if cache is None else {"past_key_values": cache}),
+        **generate_arguments(_lengthened(generation, len(forced)), model, tokenizer),
     )
     return steps
+
+
+def _lengthened(generation: Generation, forced: int) -> Generation:
+    """The settings for as many tokens as before after the forced ones."""
+    return replace(generation, max_new_tokens=generation.max_new_tokens + forced)
 
 
 def _grad_mode(model: Any) -> Any:
@@ -102,7 +115,8 @@ def _loop(
     fast: FastPaths,
     seed: int | None,
     note: Callable[[str], None],
-    forced: Sequence[int] | None,
+    forced: Sequence[int],
+    keeps_cache: bool,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
     prompt_len = input_ids.shape[1]
@@ -113,39 +127,49 @@ def _loop(
             generator.manual_seed(seed)
     new_tokens = generation_config.max_length - prompt_len
     forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
+    is_whole = False  # whether the cache has all tokens but the last
     with hooks.attach(), optimized_for_decoding(model):
-        for step_index in range(new_tokens):
-            started = time.perf_counter()
-            # 1. The model's forward pass. Its tensors are taken before the processors run:
-            # some of them run the model once more.
-            forward_pass = forward(input_ids)
-            # 2. The choice from its distribution, by the sampling settings.
-            logits = forward_pass.logits.to(input_ids.device, torch.float32)[None]
-            _require_finite(logits, step_index)
-            choice = choose(logits_processor, input_ids, logits, generator)
-            if forced is not None:
-                choice = replace(choice, token=choice.token.new_tensor([[forced[step_index]]]))
-            input_ids = torch.cat([input_ids, choice.token], dim=-1)
-            token_id = int(choice.token)
-            # 3. Whether the reply ends here.
-            if forced is not None:
-                done = step_index + 1 == len(forced)
-            else:
-                done = bool(stopping_criteria(input_ids, ()).all())
-            elapsed_ms = (time.perf_counter() - started) * 1e3
-            yield RawStep(
-                **vars(forward_pass),
-                step_index=step_index,
-                position=prompt_len + step_index,
-                token_id=token_id,
-                choice=choice,
-                elapsed_ms=elapsed_ms,
-                stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
-                if done
-                else None,
-            )
-            if done:
-                return
+        try:
+            for step_index in range(new_tokens):
+                started = time.perf_counter()
+                is_whole = False
+                # 1. The model's forward pass. Its tensors are taken before the processors run:
+                # some of them run the model once more.
+                forward_pass = forward(input_ids)
+                # 2. The choice from its distribution, by the sampling settings.
+                logits = forward_pass.logits.to(input_ids.device, torch.float32)[None]
+                _require_finite(logits, step_index)
+                is_forced = step_index < len(forced)
+                if is_forced:
+                    choice = force(forced[step_index], logits)
+                else:
+                    choice = choose(logits_processor, input_ids, logits, generator)
+                input_ids = torch.cat([input_ids, choice.token], dim=-1)
+                token_id = int(choice.token)
+                # 3. Whether the reply ends here.
+                if step_index + 1 < len(forced):
+                    done = False
+                else:
+                    done = bool(stopping_criteria(input_ids, ()).all())
+                elapsed_ms = (time.perf_counter() - started) * 1e3
+                is_whole = True
+                yield RawStep(
+                    **vars(forward_pass),
+                    step_index=step_index,
+                    position=prompt_len + step_index,
+                    token_id=token_id,
+                    choice=choice,
+                    elapsed_ms=elapsed_ms,
+                    stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
+                    if done
+                    else None,
+                    origin="forced" if is_forced else "sampled",
+                )
+                if done:
+                    return
+        finally:
+            if keeps_cache and is_whole:
+                forward.keep(input_ids)
 
 
 def _require_finite(logits: Tensor, step_index: int) -> None:

@@ -48,6 +48,7 @@ class Forward:
     ) -> None:
         self._model = model
         self._hooks = hooks
+        self._fast = fast
         self._graph = fast.step_graph
         self._config = generation_config
         self._kwargs = model_kwargs
@@ -79,6 +80,14 @@ class Forward:
                 self._run = run if same else None
                 return own
         return self._step(inputs)
+
+    def keep(self, token_ids: Tensor) -> None:
+        """Keep the cache, of all tokens (1, T) but the last, for the next reply."""
+        self._fast.keep_prefix(token_ids[0, :-1].tolist(), self._cache())
+
+    def _cache(self) -> Any:
+        named = (self._kwargs.get(name) for name in CACHE_NAMES)
+        return next((cache for cache in named if cache is not None), None)
 
     def _begin(self, graph: DecodeGraph, inputs: dict[str, Any]) -> StepRun | None:
         if not counts_tokens_as_usual(self._model):
@@ -121,7 +130,11 @@ class Forward:
     def _prompt(self, input_ids: Tensor) -> ForwardPass:
         if self._graph is not None:
             self._graph.release_copies(input_ids.shape[1])
-        if not self._hooks.splits_prompt or input_ids.shape[1] == 1:
+        cache = self._cache()
+        new = input_ids.shape[1] - (0 if cache is None else cache.get_seq_length())
+        if self._hooks.splits_prompt and new == 1 and input_ids.shape[1] > 1:
+            return self._step(self._inputs(input_ids))
+        if not self._hooks.splits_prompt or new == 1:
             with self._hooks.forward_arguments() as extra:
                 arguments = {**self._kwargs, **extra}
                 return self._captured(prefill(self._model, input_ids, self._config, arguments))

@@ -6,7 +6,7 @@ The loop knows the hooks (``capture/hooks.py``) and the optional fast paths
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -119,6 +119,12 @@ class FastPaths(Protocol):
 
     def preallocate(self, cache: Any, new_tokens: int) -> None:
         """Let a cache grow in place by up to so many tokens."""
+
+    def take_prefix(self, tokens: int) -> Any:
+        """The cache of the first ``tokens`` tokens of the last reply; None for 0."""
+
+    def keep_prefix(self, token_ids: Sequence[int], cache: Any) -> None:
+        """Keep the cache of these tokens for the next reply."""
 
 
 def cache_in(outputs: Any) -> tuple[str, Any] | None:

@@ -40,6 +40,12 @@ class Choice:
     race: Tensor | None
 
 
+def force(token_id: int, logits: Tensor) -> Choice:
+    """The choice of a token that the user chose, at logits (1, vocab) in fp32."""
+    token = torch.tensor([[token_id]], device=logits.device)
+    return Choice(token, logits[0], (), sampled=False, race=None)
+
+
 def choose(
     processors: Any,
     input_ids: Tensor,

@@ -56,6 +56,13 @@ class PreallocatedLayer(DynamicLayer):
         self.set_length(length + new)
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens, a negative number of them; the buffers stay."""
+        if self.is_preallocated and tokens_to_remove < 0:
+            self.set_length(self.get_seq_length() + tokens_to_remove)
+        else:
+            super().crop(tokens_to_remove)
+
     @property
     def is_preallocated(self) -> bool:
         """Whether its keys and values are views of the larger tensors."""

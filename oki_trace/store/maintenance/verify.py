@@ -8,7 +8,7 @@ one snapshot, so a reply can be generated meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -122,10 +122,11 @@ class Verification:
             return
         for problem in self._times(conversation_id):
             yield Finding(conversation_id, None, None, problem)
+        earlier: set[int] = set()
         for place, message in enumerate(messages):
             self.messages += 1
             try:
-                for problem in self._message(message, place):
+                for problem in self._message(message, place, earlier):
                     yield Finding(conversation_id, message.id, None, problem)
                 if message.role is Role.ASSISTANT:
                     for step_index, problem in self._reply(message):
@@ -135,6 +136,7 @@ class Verification:
             except _UNREADABLE as error:
                 problem = f"it cannot be read further ({error})"
                 yield Finding(conversation_id, message.id, None, problem)
+            earlier.add(message.id)
 
     def _times(self, conversation_id: int) -> Iterator[str]:
         table = models.Conversation
@@ -145,10 +147,12 @@ class Verification:
             if isinstance(time, BrokenTime):
                 yield f"its {name} is {time.stored!r}"
 
-    def _message(self, message: Message, place: int) -> Iterator[str]:
+    def _message(self, message: Message, place: int, earlier: Collection[int]) -> Iterator[str]:
         """Compare a message as a whole with its place and its digest."""
         if message.position != place:
             yield f"it is at position {message.position} instead of {place}"
+        if message.parent_id is not None and message.parent_id not in earlier:
+            yield f"it follows message {message.parent_id}, which does not come before it"
         if message.damage is not None:
             yield message.damage
         yield from self._reader.ask(
@@ -224,7 +228,7 @@ class Verification:
             yield f"its lens does not settle at layer {row.settle_layer}"
         greedy = None if step.decision is None else step.decision.greedy.token_id
         if greedy != row.greedy_id:
-            yield f"its greedy token is {row.greedy_id}, in its decision it is {greedy}"
+            yield f"its greedy token is {row.greedy_id}, but {greedy} in its decision"
         yield from rows_agree(message, step, complete=message.status in _COMPLETE)
         yield from step_changes(message, step)
         yield from self._tensors(instant, message, step, row)

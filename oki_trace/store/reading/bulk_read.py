@@ -46,19 +46,25 @@ class MessageMark:
 class BulkReads(ReadConnection):
     """The read methods that return arrays. Those of one reply raise DamagedSteps."""
 
-    def lens_grid(self, message_id: int, first: int = 0, end: int | None = None) -> LensGrid:
-        """The lens of every layer, at the steps from ``first`` up to ``end``."""
+    def lens_grid(
+        self, message_id: int, first: int = 0, end: int | None = None, *, given: bool = False
+    ) -> LensGrid:
+        """The lens of every layer, at the steps from ``first`` up to ``end``.
+
+        With ``given``, at the steps of given tokens, by position.
+        """
         step, layer, entry = Step, LensLayer, LensEntry
+        index = step.position if given else step.step_index
         best = (entry.step_id == layer.step_id) & (entry.layer == layer.layer) & (entry.rank == 1)
         query = (
             select(
-                *(step.step_index, entry.token_id, entry.token, entry.prob, layer.entropy),
+                *(index, entry.token_id, entry.token, entry.prob, layer.entropy),
                 *(layer.chosen_rank, layer.chosen_prob, layer.kl),
             )
             .join(layer, layer.step_id == step.id)
             .join(entry, best)
-            .where(*within(message_id, first, end))
-            .order_by(step.step_index, layer.layer)
+            .where(*within(message_id, first, end, given=given))
+            .order_by(index, layer.layer)
         )
         with report_damaged_steps(message_id):
             rows = self.rows(query)
@@ -87,14 +93,24 @@ class BulkReads(ReadConnection):
             )
 
     def attention_points(
-        self, message_id: int, layer: int, first: int = 0, end: int | None = None
+        self,
+        message_id: int,
+        layer: int,
+        first: int = 0,
+        end: int | None = None,
+        *,
+        given: bool = False,
     ) -> AttentionPoints:
-        """The most attended positions of ``layer``, at the steps from ``first`` up to ``end``."""
+        """The most attended positions of ``layer``, at the steps from ``first`` up to ``end``.
+
+        With ``given``, at the steps of given tokens, by position.
+        """
+        index = Step.position if given else Step.step_index
         query = (
-            select(Step.step_index, AttentionEntry.position, AttentionEntry.weight)
+            select(index, AttentionEntry.position, AttentionEntry.weight)
             .join(AttentionEntry, AttentionEntry.step_id == Step.id)
-            .where(*within(message_id, first, end), AttentionEntry.layer == layer)
-            .order_by(Step.step_index, AttentionEntry.rank)
+            .where(*within(message_id, first, end, given=given), AttentionEntry.layer == layer)
+            .order_by(index, AttentionEntry.rank)
         )
         with report_damaged_steps(message_id):
             columns = list(zip(*self.rows(query), strict=True)) or [()] * 3

@@ -81,6 +81,7 @@ OF_A_MESSAGE: dict[str, Callable[[Document], Any]] = {
     "capture": _capture,
     "checks": partial(_record, records.ReplyChecks, tuples=("steps", "notes")),
     "template": _template,
+    "forced": partial(_record, records.Forced, tuples=("token_ids",)),
 }
 
 

@@ -96,12 +96,12 @@ class MessageReads(ReadConnection):
 
 
 def _message(connection: Connection, row: Row[Any]) -> records.Message:
-    """A message. If it has no final text, its content is the text of its tokens so far."""
+    """A message. While it runs, its content is the text of its tokens so far."""
     damage = Damage()
     damage.status(row.status)
     status = effective_status(row)
     content = damage.text("content", row.content)
-    if not content and row.tokens and status in (Status.RUNNING, Status.INTERRUPTED):
+    if status_of(row.status) is Status.RUNNING and row.tokens:
         content = text_so_far(connection, row.id)
     message = records.Message(
         id=row.id,
@@ -117,6 +117,10 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
         seconds=damage.number("seconds", row.seconds, float),
         tokens=row.tokens,
         score_of=damage.number("score_of", row.score_of, int),
+        parent_id=damage.number("parent_id", row.parent_id, int),
+        branch_of=damage.number("branch_of", row.branch_of, int),
+        branch_step=damage.number("branch_step", row.branch_step, int),
+        prefix_len=damage.number("prefix_len", row.prefix_len, int) or 0,
         tensors_pruned_at=damage.time("tensors_pruned_at", row.tensors_pruned_at),
         **{
             name: damage.part(name, read, getattr(row, name))
@@ -135,7 +139,8 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
 
 
 def text_so_far(connection: Connection, message_id: int) -> str:
-    """The text of a reply that has no final text, from the bytes of its tokens."""
+    """The text of a running reply: its beginning, and then the bytes of its tokens."""
+    beginning = connection.execute(select(Message.content).where(Message.id == message_id)).scalar()
     token_bytes = connection.execute(
         select(Step.token_bytes)
         .where(
@@ -145,4 +150,4 @@ def text_so_far(connection: Connection, message_id: int) -> str:
         )
         .order_by(Step.step_index)
     ).scalars()
-    return b"".join(token_bytes).decode("utf-8", errors="replace")
+    return str(beginning or "") + b"".join(token_bytes).decode("utf-8", errors="replace")

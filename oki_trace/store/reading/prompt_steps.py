@@ -12,6 +12,7 @@ from itertools import count, takewhile
 
 from sqlalchemy import select
 
+from oki_trace.errors import NotFound
 from oki_trace.records import Message, StepSummary
 from oki_trace.store.reading.messages import MessageReads
 from oki_trace.store.reading.steps import StepReads
@@ -46,6 +47,29 @@ class PromptReads(MessageReads, StepReads):
         }
         shared = {at: step for at, step in earlier.items() if at < min(length, missing)}
         return dict(sorted((shared | own).items()))
+
+    def prefix_steps(self, message_id: int) -> dict[int, PromptStep]:
+        """The steps of a branch's beginning, by position: those of the reply it departs from.
+
+        Empty for a reply that is no branch, and where that reply was deleted.
+        """
+        message = self.message(message_id)
+        if message.branch_of is None or message.prompt_len is None:
+            return {}
+        try:
+            origin = self.message(message.branch_of)
+        except NotFound:
+            return {}
+        known = self.prefix_steps(origin.id) | {
+            step.position: PromptStep(origin.id, step) for step in self.steps(origin.id)
+        }
+        ids = self.prompt(message_id).token_ids
+        first = message.prompt_len - message.prefix_len
+        return {
+            position: known[position]
+            for position in range(first, message.prompt_len)
+            if position in known and known[position].step.token_id == ids[position]
+        }
 
     def traced_prefix(self, message: Message, token_ids: Sequence[int]) -> tuple[int | None, int]:
         """The earlier reply whose traced tokens share the longest beginning with ``token_ids``.

@@ -101,14 +101,18 @@ class StepReads(ReadConnection):
                 return
             first = (batch[-1].position if given else batch[-1].step_index) + 1
 
-    def candidates(self, message_id: int) -> dict[int, Candidates]:
-        """The candidates of each step of a reply, by step_index; nothing else is read."""
+    def candidates(self, message_id: int, *, given: bool = False) -> dict[int, Candidates]:
+        """The candidates of each step of a reply, by step_index; nothing else is read.
+
+        With ``given``, those of given tokens, by position.
+        """
+        column = _STEP.position if given else _STEP.step_index
         entry = TopkEntry.__table__
         query = (
-            select(_STEP.step_index, entry)
+            select(column, entry)
             .join(entry, entry.c.step_id == _STEP.id)
-            .where(*within(message_id))
-            .order_by(_STEP.step_index, entry.c.rank)
+            .where(*within(message_id, given=given))
+            .order_by(column, entry.c.rank)
         )
         with self._read() as connection, report_damaged_steps(message_id):
             return {index: _candidates(rows) for index, rows in _grouped(connection, query).items()}

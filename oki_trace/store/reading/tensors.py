@@ -30,23 +30,39 @@ class TensorReads(MessageReads, StepReads):
             raise no_tensor(self.message(message_id), index, name, given=given)
         return tensor_record(rows[0])
 
-    def tensors(self, message_id: int, name: str, steps: Sequence[int]) -> dict[int, TensorRecord]:
-        """The tensors of those ``steps`` that have one, by step_index, all in memory."""
-        query = _joined(Step.step_index, *TENSOR_COLUMNS).where(
-            *within(message_id), Step.step_index.in_(steps), Tensor.name == name
+    def tensors(
+        self, message_id: int, name: str, steps: Sequence[int], *, given: bool = False
+    ) -> dict[int, TensorRecord]:
+        """The tensors of those ``steps`` that have one, by step_index, all in memory.
+
+        With ``given``, those of the steps of given tokens, by position.
+        """
+        column = Step.position if given else Step.step_index
+        query = _joined(column, *TENSOR_COLUMNS).where(
+            *within(message_id, given=given), column.in_(steps), Tensor.name == name
         )
-        return {row.step_index: tensor_record(row) for row in self.rows(query)}
+        return {row[0]: tensor_record(row) for row in self.rows(query)}
 
     def iter_tensors(
-        self, message_id: int, name: str, first: int = 0, end: int | None = None
+        self,
+        message_id: int,
+        name: str,
+        first: int = 0,
+        end: int | None = None,
+        *,
+        given: bool = False,
     ) -> Iterator[tuple[int, TensorRecord]]:
         """(step_index, tensor) of the steps from ``first`` up to ``end`` that have one.
 
-        One at a time, each in a transaction of its own, so the caller may take its time.
+        With ``given``, (position, tensor) of the steps of given tokens. One at a time, each
+        in a transaction of its own, so the caller may take its time.
         """
-        query = _joined(Step.step_index).where(*within(message_id, first, end), Tensor.name == name)
-        for index in self.scalars(query.order_by(Step.step_index)):
-            yield index, self.tensor(message_id, index, name)
+        column = Step.position if given else Step.step_index
+        own = within(message_id, first, end, given=given)
+        for index in self.scalars(
+            _joined(column).where(*own, Tensor.name == name).order_by(column)
+        ):
+            yield index, self.tensor(message_id, index, name, given=given)
 
     def tensor_names(self, message_id: int, index: int, *, given: bool = False) -> list[str]:
         """The names of a step's full tensors."""

@@ -88,6 +88,11 @@ class Message(Base):
 
     ``owner`` names the process that generates a running reply; ``heartbeat_at`` is the
     time of its last heartbeat by the server's clock, on PostgreSQL only.
+    ``parent_id``: the message that this one follows; NULL for the first. ``branch_of`` and
+    ``branch_step``: the reply that this one departs from, and the step from which on it
+    differs; that reply may be gone since. ``prefix_len``: the tokens at the end of its prompt
+    that are the beginning of the reply. ``forced``: the tokens or the text that the user chose
+    for its first steps.
     ``score_of``: the message of this store whose text was scored; it may be gone since.
     ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
     message as it ended, and until then its prompt only; it is empty if a version without
@@ -113,6 +118,10 @@ class Message(Base):
     owner: Mapped[str | None] = mapped_column(sa.Text)
     heartbeat_at: Mapped[dt.datetime | None]
     stop_requested: Mapped[bool]
+    parent_id: Mapped[int | None] = mapped_column(BigId)
+    branch_of: Mapped[int | None] = mapped_column(BigId)
+    branch_step: Mapped[int | None]
+    prefix_len: Mapped[int | None]
     score_of: Mapped[int | None] = mapped_column(BigId)
     tensors_pruned_at: Mapped[dt.datetime | None]
     seconds: Mapped[float | None]
@@ -126,6 +135,7 @@ class Message(Base):
     prompt: Mapped[str | None] = mapped_column(ModelText)
     parts: Mapped[list[dict[str, Any]] | None]
     template: Mapped[dict[str, Any] | None]
+    forced: Mapped[dict[str, Any] | None]
     tool_name: Mapped[str | None] = mapped_column(ModelText)
     checks: Mapped[dict[str, Any] | None]
     digest: Mapped[str | None] = mapped_column(sa.String(64))

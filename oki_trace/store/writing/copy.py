@@ -148,9 +148,10 @@ class _Copier:
     ) -> None:
         table = models.Message
         (row,) = instant.rows(select(table.__table__).where(table.id == message_id))
-        # In another store, a scored message has another id, or none if it is not copied.
-        score_of = self._messages.get(row.score_of or 0)
-        values = {**_values(row), "conversation_id": conversation_id, "score_of": score_of}
+        # In another store these messages have other ids, or none if they are not copied.
+        links = ("score_of", "parent_id", "branch_of")
+        ids = {name: self._messages.get(getattr(row, name) or 0) for name in links}
+        values = {**_values(row), **ids, "conversation_id": conversation_id}
         is_abandoned = row.status == Status.RUNNING.value
         if is_abandoned:
             # Its process is dead, so nothing will be added.

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, select, update
 
 from oki_trace.errors import StoreError
-from oki_trace.records import Status
+from oki_trace.records import NO_PARENT, Status
 from oki_trace.store.liveness import (
     CLOCK,
     LIFE,
@@ -56,23 +56,38 @@ def touch(connection: Connection, conversation_id: int, **values: Any) -> None:
 
 
 def add(
-    connection: Connection, conversation_id: int, recorded: str | None = None, **values: Any
+    connection: Connection,
+    conversation_id: int,
+    recorded: str | None = None,
+    parent_id: int | None = None,
+    **values: Any,
 ) -> int:
-    """Append a message to a conversation; returns its id.
+    """Add a message to a conversation; returns its id.
 
+    It follows ``parent_id``; by default the newest message, and with NO_PARENT none.
     ``recorded``: the digest that an imported message brings from its file.
     """
     # First, because it locks the conversation on PostgreSQL: two messages added at the same
     # time get different positions.
     touch(connection, conversation_id)
     last = connection.execute(
-        select(func.max(Message.position)).where(Message.conversation_id == conversation_id)
-    ).scalar()
+        select(Message.id, Message.position)
+        .where(Message.conversation_id == conversation_id)
+        .order_by(Message.position.desc())
+        .limit(1)
+    ).one_or_none()
+    if parent_id is None:
+        parent_id = NO_PARENT if last is None else last.id
+    elif parent_id != NO_PARENT:
+        own = (Message.id == parent_id, Message.conversation_id == conversation_id)
+        if connection.execute(select(Message.id).where(*own)).first() is None:
+            raise no_message(parent_id)
     message_id = new_row(
         connection,
         Message,
         conversation_id=conversation_id,
-        position=0 if last is None else last + 1,
+        position=0 if last is None else last.position + 1,
+        parent_id=None if parent_id == NO_PARENT else parent_id,
         stop_requested=False,
         **values,
     )
@@ -152,6 +167,39 @@ def delete_conversation(connection: Connection, conversation_id: int) -> None:
     touch(connection, conversation_id)
     refuse_running(connection, "deleted", own)
     connection.execute(delete(Conversation).where(Conversation.id == conversation_id))
+
+
+def delete_branch(connection: Connection, message_id: int) -> int:
+    """Delete a message and all that follow it; returns how many.
+
+    Raises StoreError when one of them is being generated, or none would be left.
+    """
+    conversation_id = connection.execute(
+        select(Message.conversation_id).where(Message.id == message_id)
+    ).scalar()
+    if conversation_id is None:
+        raise no_message(message_id)
+    touch(connection, conversation_id)
+    own = Message.conversation_id == conversation_id
+    rows = connection.execute(
+        select(Message.id, Message.parent_id).where(own).order_by(Message.position)
+    ).all()
+    branch: set[int] = set()
+    for row in rows:
+        if row.id == message_id or row.parent_id in branch:
+            branch.add(row.id)
+    if len(branch) == len(rows):
+        raise StoreError(
+            f"Message {message_id} begins the whole conversation. "
+            f"Delete it: oki-trace delete {conversation_id}"
+        )
+    refuse_running(connection, "changed", Message.id.in_(branch))
+    connection.execute(delete(Message).where(Message.id.in_(branch)))
+    # Positions have no gaps, so that a message that is lost is noticed.
+    remaining = [row.id for row in rows if row.id not in branch]
+    for position, remaining_id in enumerate(remaining):
+        set_values(connection, remaining_id, position=position)
+    return len(branch)
 
 
 def thin_out(connection: Connection, conversation_id: int) -> bool:

@@ -19,7 +19,7 @@ _ROWS = 10_000
 NOT_COVERED = frozenset(
     {
         *("id", "conversation_id", "position", "owner", "heartbeat_at", "stop_requested"),
-        *("tensors_pruned_at", "score_of", "digest"),
+        *("tensors_pruned_at", "score_of", "parent_id", "branch_of", "digest"),
     }
 )
 _COVERED = [column for column in Message.__table__.columns if column.name not in NOT_COVERED]
@@ -83,11 +83,11 @@ def changes(connection: Connection, message_id: int) -> Iterator[str]:
             yield "its digest is missing"
         elif row.digest != compute(connection, message_id):
             yield (
-                "its text, settings, prompt or list of steps is not what was recorded (another "
-                "digest)"
+                "its text, settings, prompt or list of steps is not what was recorded (the "
+                "digest differs)"
             )
     elif row.prompt_len is not None and row.digest != _prompt_digest(connection, message_id):
-        yield "its prompt is not what was recorded (another digest)"
+        yield "its prompt is not what was recorded (the digest differs)"
 
 
 def _prompt_digest(connection: Connection, message_id: int) -> str:

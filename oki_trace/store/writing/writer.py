@@ -119,21 +119,35 @@ class TraceWriter:
             with self.write() as connection:
                 lifecycle.delete_conversation(connection, conversation_id)
 
+    def delete_branch(self, message_id: int) -> int:
+        """Delete a message and all that follow it; returns how many.
+
+        Raises StoreError when one of them is being generated, or none would be left.
+        """
+        with self.making_room(), self.write() as connection:
+            return lifecycle.delete_branch(connection, message_id)
+
     def add_message(
         self,
         conversation_id: int,
         message: records.ChatMessage,
         *,
+        parent_id: int | None = None,
         created_at: dt.datetime | None = None,
         digest: str | None = None,
     ) -> int:
-        """Add a complete message; returns its id. ``digest``: see finish_reply."""
+        """Add a complete message; returns its id.
+
+        It follows ``parent_id``, by default the newest message, and with NO_PARENT none.
+        ``digest``: see finish_reply.
+        """
         with self.write() as connection:
             return lifecycle.add(
                 connection,
                 conversation_id,
                 role=message.role.value,
                 content=message.content,
+                parent_id=parent_id,
                 parts=documents.part_documents(message.parts),
                 tool_name=message.tool_name,
                 status=Status.COMPLETE.value,
@@ -153,11 +167,17 @@ class TraceWriter:
         claim: bool = False,
         created_at: dt.datetime | None = None,
         template: records.TemplateOptions | None = None,
+        parent_id: int | None = None,
+        branch_of: int | None = None,
+        branch_step: int | None = None,
+        forced: records.Forced | None = None,
         score_of: int | None = None,
     ) -> int:
-        """Queue a reply to the conversation so far; returns its id.
+        """Queue a reply to the message ``parent_id``, by default the newest; returns its id.
 
-        ``claim``: this process generates it itself, so no worker may take it.
+        ``claim``: this process generates it itself, so no worker may take it. ``branch_of``
+        and ``branch_step``: the reply that it departs from, and where. ``forced``: the tokens
+        of its first steps.
         ``score_of``: the message whose text it scores.
         """
         if claim:
@@ -175,6 +195,10 @@ class TraceWriter:
                 policy=documents.to_document(policy),
                 template=documents.to_document(template or None),
                 created_at=created_at or lifecycle.now(),
+                parent_id=parent_id,
+                branch_of=branch_of,
+                branch_step=branch_step,
+                forced=documents.to_document(forced),
                 score_of=score_of,
             )
 
@@ -215,6 +239,9 @@ class TraceWriter:
                 generation=documents.to_document(start.generation),
                 capture=documents.to_document(start.capture),
                 prompt=start.prompt.text,
+                # Until the reply has ended: its text before its own tokens.
+                content=start.beginning,
+                prefix_len=start.prefix_len or None,
                 digest=prompt.hex(),
             )
             self._rows.insert_prompt(connection, message_id, start.prompt)

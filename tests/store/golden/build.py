@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import gzip
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
+    Forced,
     ModelChoice,
     Role,
     Sampling,
@@ -36,7 +38,7 @@ WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
 def fill(path: Path) -> None:
-    """A conversation with a reply in each tensor mode, one cut short, and an empty one."""
+    """A conversation with a reply in each tensor mode, one cut short, a branch; an empty one."""
     rng = np.random.default_rng(11)
     with TraceWriter(path) as writer:
         conversation = writer.create_conversation("What is gold? 🙂", created_at=WHEN)
@@ -53,6 +55,21 @@ def fill(path: Path) -> None:
             writer.append(reply, [builders.coherent_step(i, rng) for i in range(STEPS)])
             status = Status.STOPPED if mode == "none" else Status.COMPLETE
             writer.finish_reply(reply, TurnEnd(status, " the" * STEPS, "token limit", 0.5))
+        branch = writer.queue_reply(
+            conversation,
+            ModelChoice("tiny/model"),
+            Sampling(max_new_tokens=STEPS),
+            CapturePolicy(tensors="none"),
+            claim=True,
+            parent_id=reply - 1,
+            branch_of=reply,
+            branch_step=2,
+            forced=Forced((7,)),
+        )
+        writer.start_reply(branch, replace(builders.turn_start("none"), prefix_len=2))
+        forced = replace(builders.coherent_step(0, rng), origin="forced")
+        writer.append(branch, [forced, builders.coherent_step(1, rng)])
+        writer.finish_reply(branch, TurnEnd(Status.COMPLETE, " the" * 4, "token limit", 0.5))
         writer.create_conversation("empty", created_at=WHEN)
         writer.set_worker_state("idle", model_id="tiny/model")
     vacuum(path)
