@@ -156,11 +156,23 @@ def _finished_steps(message: Message) -> list[StepSummary]:
 
 
 def prompt_steps(message: Message) -> dict[int, PromptStep]:
-    """The traced tokens of a finished reply's prompt, by position; empty while it is live."""
-    untraced = message.policy is not None and message.policy.trace_prompt is None
-    if untraced or message.status.is_live or message.prompt_len is None:
+    """The traced tokens of a finished reply's prompt, by position; empty while it is live.
+
+    A branch has the steps of its beginning among them.
+    """
+    if message.status.is_live or message.prompt_len is None:
         return {}
-    return _prompt_steps(message)
+    untraced = message.policy is not None and message.policy.trace_prompt is None
+    traced = {} if untraced else _prompt_steps(message)
+    if message.branch_of is None:
+        return traced
+    return dict(sorted((traced | prefix_steps(message)).items()))
+
+
+@_cached(32)
+def prefix_steps(message: Message) -> dict[int, PromptStep]:
+    """The steps of a branch's beginning, by position: those of the reply it departs from."""
+    return store().prefix_steps(message.id)
 
 
 @_cached(32)

@@ -13,12 +13,16 @@ import streamlit as st
 
 @dataclass(frozen=True)
 class Location:
-    """A conversation, and perhaps one token of a reply: a step, or a position of its prompt."""
+    """A conversation, and perhaps one token of a reply: a step, or a position of its prompt.
+
+    ``branch``: a message that the shown path through the conversation contains.
+    """
 
     conversation: int | None = None
     message: int | None = None
     step: int | None = None
     position: int | None = None
+    branch: int | None = None
 
     def query(self) -> dict[str, str]:
         """The parameters of the URL."""

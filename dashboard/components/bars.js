@@ -1,8 +1,10 @@
 // The candidates: the model's own probability, and the probability after sampling.
-// data: {rows: [{text, prob, sampled, chosen, title}], sampled: bool, step}
-export default function ({ data, parentElement }) {
+// data: {rows: [{text, prob, sampled, id, chosen, title}], sampled: bool, step, branch: whether the
+// reply can be continued from a candidate}. Triggers: branch = the token id of a candidate.
+export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   root.classList.toggle("sampled", data.sampled);
+  root.classList.toggle("branch", data.branch);
   const table = make("div", "table");
   table.setAttribute("role", "table");
   table.setAttribute("aria-label", "Candidates and their probabilities");
@@ -18,6 +20,7 @@ export default function ({ data, parentElement }) {
   title.setAttribute("role", "heading");
   title.setAttribute("aria-level", "4");
   head.append(title, own, ...(data.sampled ? [make("span"), after, csv] : [csv]));
+  if (data.branch) head.append(make("span"));
   const rows = data.rows.map((entry) => {
     const row = make("div", "row");
     row.setAttribute("role", "row");
@@ -28,6 +31,12 @@ export default function ({ data, parentElement }) {
     if (data.sampled) {
       const after = entry.sampled === 0 ? "–" : figure(entry.sampled, 3);
       row.append(bar(entry.sampled), cell("num", after));
+    }
+    if (data.branch) {
+      const go = button("⑂", `Continue from here with ${entry.text}`,
+        () => setTriggerValue("branch", entry.id));
+      go.disabled = entry.chosen || entry.id < 0;
+      row.append(go);
     }
     return row;
   });

@@ -1,7 +1,7 @@
 // The selected token, its numbers, and buttons to the next one.
 // data: {conversation, message, step, first, total, position, following, waiting, where, what, facts: [{name, value,
 // title}], rows: of the CSV}, or {empty: true}. A negative step is a token of the prompt, -1 the
-// last one; ``position`` is then its position, else null. ``first`` is the first step there is.
+// last one; ``position`` is then its position, else null. ``branch`` is that of the link, or null. ``first`` is the first step there is.
 // Triggers: pick = {conversation, message, step};
 // refresh = a number.
 //
@@ -68,7 +68,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
   const copy = button("Copy link", "Copy a link to this step", async () => {
     const query = new URLSearchParams({
       conversation: data.conversation, message: data.message,
-      ...(data.position === null ? { step: data.step } : { position: data.position }) });
+      ...(data.position === null ? { step: data.step } : { position: data.position }),
+      ...(data.branch === null ? {} : { branch: data.branch }) });
     await navigator.clipboard.writeText(`${location.origin}${location.pathname}?${query}`);
     copy.textContent = "Copied";
     setTimeout(() => (copy.textContent = "Copy link"), 1500);

@@ -77,9 +77,12 @@ def reply_data(
     status: str,
     bad: bool,
     parts: Sequence[Part] = (),
+    shared: Sequence[StepSummary] = (),
 ) -> Json:
-    """The data of ``components/reply.js``."""
+    """The data of ``components/reply.js``; ``shared`` are the steps of a branch's beginning."""
     kinds = part_kinds(parts, len(steps))
+    own = steps
+    steps = [*shared, *own]
     values, low, high = shades(steps, colour, layers)
     tokens = [
         {
@@ -88,17 +91,19 @@ def reply_data(
             "title": token_tooltip(step),
             **({} if kind == "answer" else {"part": kind}),
         }
-        for step, text, value, kind in zip(steps, token_texts(steps), values, kinds, strict=True)
+        for step, text, value, kind in zip(
+            steps, token_texts(steps), values, ["shared"] * len(shared) + [*kinds], strict=True
+        )
     ]
     thinking = kinds.count("thinking")
     return {
         "tokens": tokens,
         "conversation": conversation,
         "message": message,
-        "first": 0,
+        "first": -len(shared),
         "label": None,
         "live": live,
-        "newest": newest_step(steps),
+        "newest": newest_step(own),
         "blue": colour == "settle layer",
         "name": colour if steps else "",
         "low": low,
@@ -109,7 +114,7 @@ def reply_data(
         # A reply that is nothing but thinking stays open.
         "fold": 0 < thinking < len(kinds),
         # A live reply is sent a few times a second, and is not complete enough to save.
-        "rows": [] if live else step_rows(steps),
+        "rows": [] if live else step_rows(own),
     }
 
 
@@ -250,6 +255,7 @@ def facts_data(
     following: bool = False,
     first: int = 0,
     prompt_len: int | None = None,
+    branch: int | None = None,
 ) -> Json:
     """The data of ``components/facts.js``: the token, its numbers, and where the reader is.
 
@@ -278,6 +284,7 @@ def facts_data(
         "first": first,
         "total": total,
         "position": None if prompt_len is None else step.position,
+        "branch": branch,
         "following": following,
         "waiting": step.lens is None,
         "where": f"step {step.step_index + 1} of {total} · position {step.position}"
@@ -415,8 +422,8 @@ def effects_data(step: Step) -> Json | None:
     return table_data("Effect of each setting", EFFECT_COLUMNS, rows, name=name) if rows else None
 
 
-def candidates_data(step: Step) -> Json:
-    """The data of ``components/bars.js``."""
+def candidates_data(step: Step, *, branch: bool = False) -> Json:
+    """The data of ``components/bars.js``; ``branch``: whether the reply can go on from each."""
     top = step.topk
     sampled = None if top.sampled_probs is None else top.sampled_probs.tolist()
     rows = []
@@ -443,4 +450,9 @@ def candidates_data(step: Step) -> Json:
                 "title": title,
             }
         )
-    return {"rows": rows, "sampled": sampled is not None, "step": step.step_index}
+    return {
+        "rows": rows,
+        "sampled": sampled is not None,
+        "step": step.step_index,
+        "branch": branch,
+    }

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from dashboard import boundary, components, data, url_state
+from dashboard.viewdata import branches as branch_data
 from dashboard.viewdata import prompts, replies, storage, wording
-from dashboard.views import layout, reply_map, sidebar, step_panel
+from dashboard.views import branches, layout, reply_map, sidebar, step_panel
 from oki_trace.explain import call_line
 from oki_trace.message_spans import message_spans, scored_span
 from oki_trace.queueing import (
@@ -39,17 +40,18 @@ FIRST_QUESTIONS = (
 def page() -> None:
     """Draw the page."""
     place = url_state.current()
-    opened = data.conversation(place.conversation) if place.conversation else None
-    settings = sidebar.draw_settings(opened[0].id if opened else None, opened[1] if opened else ())
+    opened = branches.opened(place.conversation) if place.conversation else None
+    path = opened.path if opened else ()
+    settings = sidebar.draw_settings(opened.conversation.id if opened else None, path)
     if place.conversation and opened is None:
         st.warning(f"There is no conversation {place.conversation:d} in this store.")
     if opened is None:
         _welcome(settings)
     else:
-        _conversation(opened[0].id, opened[1], settings)
+        _conversation(opened.conversation.id, path, settings)
     with st.sidebar:
         boundary.part(sidebar.worker_card, run_every=1.0)()
-    sidebar.model_card(opened[1] if opened else ())
+    sidebar.model_card(path)
     sidebar.recent_conversations(place.conversation)
 
 
@@ -89,15 +91,16 @@ def _send(
 ) -> None:
     choice, sampling, policy, system, template = settings
     with layout.errors_shown():
-        opened = data.conversation(conversation) if conversation else None
-        before = opened[1] if opened else ()
+        opened = branches.opened(conversation) if conversation else None
+        before = opened.path if opened else ()
         template = template.over(last_template(before))
         if tool is not None and conversation is not None and len(unanswered_calls(before)) > 1:
             add_tool_result(data.writer(), conversation, tool, text)
         else:
             messages = new_messages(text, system=None if conversation else system, tool=tool)
             request = ReplyRequest(messages, choice, sampling, policy, template)
-            conversation, _ = submit(data.writer(), request, conversation)
+            parent = before[-1].id if before else None
+            conversation, _ = submit(data.writer(), request, conversation, parent_id=parent)
         url_state.navigate(url_state.Location(conversation))
         st.rerun()
 
@@ -130,35 +133,41 @@ def _conversation(
     with left:
         # The messages after a live reply are drawn with it, so that their order stays.
         first = messages.index(next(m for m in messages if m.id == live[0])) if live else None
-        boundary.part(_finished)(conversation_id, first)
+        boundary.part(_finished)(conversation_id, first, settings)
         if first is not None:
             boundary.part(_live, run_every=POLL_SECONDS)(conversation_id, first, len(live))
         _tool_result(settings, conversation_id, messages)
         _input(settings, conversation_id, live=bool(live))
     with right, st.container(key="panel"):
-        boundary.part(step_panel.show)(conversation_id)
+        boundary.part(step_panel.show)(conversation_id, _of_branches(settings))
     with left, st.container(key="map"):
         boundary.part(reply_map.section)(conversation_id)
 
 
-def _finished(conversation_id: int, end: int | None) -> None:
+def _of_branches(settings: sidebar.Settings | None) -> branches.Settings | None:
+    return None if settings is None else (settings[1], settings[2])
+
+
+def _finished(conversation_id: int, end: int | None, settings: sidebar.Settings | None) -> None:
     """The title and the messages before the first live reply."""
-    opened = data.conversation(conversation_id)
+    opened = branches.opened(conversation_id)
     if opened is None:
         return
-    with layout.title_row(opened[0].title):
+    with layout.title_row(opened.conversation.title):
         layout.choice("Colour the tokens by", replies.COLOURS, "colour")
-    for message in opened[1][:end]:
-        _message(message, opened[1])
+    for message in opened.path[:end]:
+        _message(message, opened.path)
+        branches.controls(message, opened.messages, _of_branches(settings))
 
 
 def _live(conversation_id: int, first: int, live: int) -> None:
     """The live replies, redrawn a few times a second; when one ends, the page reruns."""
-    opened = data.conversation(conversation_id)
-    if opened is None or sum(m.status.is_live for m in opened[1]) != live:
+    opened = branches.opened(conversation_id)
+    if opened is None or sum(m.status.is_live for m in opened.path) != live:
         st.rerun()
-    for message in opened[1][first:]:
-        _message(message, opened[1])
+    for message in opened.path[first:]:
+        _message(message, opened.path)
+        branches.controls(message, opened.messages, None)
 
 
 def _prompt_with(message: Message, messages: Sequence[Message]) -> Prompt | None:
@@ -243,20 +252,24 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
     if not steps and not live and _scored(message):
         return
     size = storage.size(data.store().message_bytes(message.id)) if steps and not live else ""
-    components.reply(
-        key=f"reply-{message.id}",
-        data=replies.reply_data(
-            steps,
-            conversation=message.conversation_id,
-            message=message.id,
-            colour=_colour(),
-            layers=message.capture.layers if message.capture else 0,
-            live=live,
-            status=replies.status_line(message, len(steps), size),
-            bad=message.status in (Status.FAILED, Status.INTERRUPTED),
-            parts=message.parts,
-        ),
+    prompt = data.prompt(message) if message.prefix_len else None
+    prefix = {at: one.step for at, one in data.prefix_steps(message).items()} if prompt else {}
+    shared = branch_data.shared_steps(message, prefix)
+    drawn = replies.reply_data(
+        steps,
+        conversation=message.conversation_id,
+        message=message.id,
+        colour=_colour(),
+        layers=message.capture.layers if message.capture else 0,
+        live=live,
+        status=replies.status_line(message, len(steps), size),
+        bad=message.status in (Status.FAILED, Status.INTERRUPTED),
+        parts=message.parts,
+        shared=shared or (),
     )
+    if shared is None and prompt is not None:
+        drawn = branch_data.with_plain_beginning(drawn, message, prompt)
+    components.reply(key=f"reply-{message.id}", data=drawn)
     if live:
         _live_controls(message)
 

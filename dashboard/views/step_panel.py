@@ -13,7 +13,7 @@ import streamlit as st
 
 from dashboard import components, data, url_state
 from dashboard.viewdata import attention, lens, prompts, replies, wording
-from dashboard.views import layout
+from dashboard.views import branches, layout
 from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
 from oki_trace.store.reading.prompt_steps import PromptStep
 
@@ -58,8 +58,8 @@ def selected_token(conversation_id: int) -> Selected | None:
     Of a live reply without a chosen step it is the newest step that has its lens.
     """
     place = url_state.current()
-    opened = data.conversation(conversation_id)
-    replied = [m for m in opened[1] if m.role is Role.ASSISTANT] if opened else []
+    opened = branches.opened(conversation_id)
+    replied = [m for m in opened.path if m.role is Role.ASSISTANT] if opened else []
     started = [m for m in replied if m.tokens or data.prompt_steps(m)]
     if not started:
         return None
@@ -88,15 +88,22 @@ def selected_token(conversation_id: int) -> Selected | None:
     return Selected(message, steps, prompt, message, steps[index], False)
 
 
-def show(conversation_id: int) -> None:
-    """Draw the panel."""
+def show(conversation_id: int, settings: branches.Settings | None = None) -> None:
+    """Draw the panel; with settings, a reply can be continued from each of its candidates."""
     selected = draw_head(conversation_id, follow=True)
     if selected is None:
         st.caption("No tokens yet. Send a message to see the steps of its reply here.")
         return
     drawn, step = selected
     message = drawn.message
-    components.bars(data=replies.candidates_data(step), key="bars")
+    can_branch = settings is not None and not drawn.given and not drawn.owner.status.is_live
+    picked = components.bars(
+        data=replies.candidates_data(step, branch=can_branch),
+        key="bars",
+        on_branch_change=lambda: None,  # the rerun is enough
+    )
+    if can_branch and settings is not None and picked.branch is not None:
+        branches.branch(drawn.owner, drawn.address, settings, int(picked.branch))
     st.caption(wording.escape(replies.decision_text(step, drawn.owner.generation)))
     effects = replies.effects_data(step)
     if effects:
@@ -131,6 +138,7 @@ def draw_head(conversation_id: int, *, follow: bool = False) -> tuple[Selected, 
             following=follow and message.status.is_live and place.step is None,
             first=min(selected.prompt, default=length) - length,
             prompt_len=length if selected.in_prompt else None,
+            branch=place.branch,
         )
     components.facts(
         data=shown,
@@ -146,11 +154,13 @@ def _picked() -> None:
     if not chosen:
         return
     conversation, message, step = (int(chosen[n]) for n in ("conversation", "message", "step"))
-    place = url_state.Location(conversation, message, step)
+    branch = url_state.current().branch
+    place = url_state.Location(conversation, message, step, branch=branch)
     if step < 0:  # a token of the prompt, counted back from its end
         reply = data.message(message)
         length = (reply.prompt_len if reply is not None else None) or 0
-        place = url_state.Location(conversation, message, position=max(length + step, 0))
+        position = max(length + step, 0)
+        place = url_state.Location(conversation, message, position=position, branch=branch)
     url_state.navigate(place)
 
 

@@ -1,0 +1,51 @@
+"""The branches of a conversation on the pages: pure functions of records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from dashboard.viewdata.wording import Json
+from oki_trace.message_tree import newest_path
+from oki_trace.records import Message, Prompt, Role, Status, StepSummary
+
+
+def shown_path(
+    messages: Sequence[Message], branch: int | None, message: int | None
+) -> list[Message]:
+    """The path to show: the newest one through ``branch``; it contains ``message`` if it exists."""
+    ids = {one.id for one in messages}
+    path = newest_path(messages, branch if branch in ids else None)
+    if message in ids and all(one.id != message for one in path):
+        path = newest_path(messages, message)
+    return path
+
+
+def can_regenerate(message: Message) -> bool:
+    """Whether a message is a finished reply that was generated, not a scored text."""
+    generated = message.role is Role.ASSISTANT and message.prompt_len is not None
+    return generated and not message.status.is_live and (message.tokens > 0)
+
+
+def can_continue(message: Message) -> bool:
+    """Whether a reply ended before the model ended it."""
+    early = message.status in (Status.STOPPED, Status.INTERRUPTED)
+    return can_regenerate(message) and (early or message.reason == "token limit")
+
+
+def shared_steps(
+    message: Message, prefix: Mapping[int, StepSummary]
+) -> Sequence[StepSummary] | None:
+    """The steps of a branch's beginning, in order; None where some are not known any more."""
+    steps = [prefix[at] for at in sorted(prefix)]
+    return steps if len(steps) == message.prefix_len else None
+
+
+def with_plain_beginning(shown: Json, message: Message, prompt: Prompt) -> Json:
+    """The data of a reply, with the tokens of its beginning before it, which have no steps."""
+    first = len(prompt) - message.prefix_len
+    tokens = [
+        {"text": prompt.tokens[at], "mark": False, "value": None, "part": "shared"}
+        | {"title": "The shared beginning of a branch; its steps were deleted", "untraced": True}
+        for at in range(first, len(prompt))
+    ]
+    return {**shown, "tokens": [*tokens, *shown["tokens"]], "first": -len(tokens)}

@@ -1,0 +1,114 @@
+"""Branches: the siblings of a message, and what a user can do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import streamlit as st
+
+from dashboard import data, url_state
+from dashboard.viewdata import branches
+from dashboard.views import layout
+from oki_trace.message_tree import siblings
+from oki_trace.queueing import ReplyRequest, new_messages, submit, submit_branch
+from oki_trace.records import (
+    NO_PARENT,
+    CapturePolicy,
+    Conversation,
+    Forced,
+    Message,
+    Role,
+    Sampling,
+)
+
+# How a branch is generated; its model is that of the reply it departs from.
+Settings = tuple[Sampling, CapturePolicy]
+
+
+class Opened(NamedTuple):
+    """A conversation, all its messages, and those on the path that is shown."""
+
+    conversation: Conversation
+    messages: Sequence[Message]
+    path: Sequence[Message]
+
+
+def opened(conversation_id: int) -> Opened | None:
+    """The conversation with the path of the URL; None if there is none with this id."""
+    found = data.conversation(conversation_id)
+    if found is None:
+        return None
+    place = url_state.current()
+    return Opened(*found, branches.shown_path(found[1], place.branch, place.message))
+
+
+def controls(message: Message, messages: Sequence[Message], settings: Settings | None) -> None:
+    """The siblings of a message, and its actions; without settings none can be generated."""
+    others = siblings(messages, message)
+    with layout.row(f"branches-{message.id}"):
+        if len(others) > 1:
+            _switcher(message, others)
+        if settings is None:
+            return
+        if branches.can_regenerate(message) and _action("Regenerate", "refresh", message):
+            branch(message, 0, settings)
+        if branches.can_continue(message) and _action("Continue", "arrow_forward", message):
+            branch(message, message.tokens, settings)
+        if message.role is Role.USER:
+            _edit(message, messages, settings)
+
+
+def _action(name: str, icon: str, message: Message) -> bool:
+    key = f"{name.lower()}-{message.id}"
+    return st.button(name, key=key, type="tertiary", icon=f":material/{icon}:")
+
+
+def _switcher(message: Message, others: Sequence[Message]) -> None:
+    at = next(n for n, other in enumerate(others) if other.id == message.id)
+    before = st.button(
+        "‹", key=f"before-{message.id}", type="tertiary", disabled=at == 0, help="Previous version"
+    )
+    st.caption(f"{at + 1:d} / {len(others):d}", width="content")
+    after = st.button(
+        "›",
+        key=f"after-{message.id}",
+        type="tertiary",
+        disabled=at + 1 == len(others),
+        help="Next version",
+    )
+    if before or after:
+        _show(message.conversation_id, others[at - 1 if before else at + 1].id)
+
+
+def _edit(message: Message, messages: Sequence[Message], settings: Settings) -> None:
+    """Another version of a user's message, with a reply of its own."""
+    reply = next((m for m in messages if m.parent_id == message.id and m.choice), None)
+    if reply is None or reply.choice is None:
+        return
+    with st.popover("Edit", icon=":material/edit:", type="tertiary"):
+        text = st.text_area("Message", message.content, key=f"text-{message.id}", width=420)
+        if st.button("Send", key=f"send-{message.id}", type="primary", disabled=not text.strip()):
+            request = ReplyRequest(new_messages(text), reply.choice, *settings, reply.template)
+            with layout.errors_shown():
+                _, sent = submit(
+                    data.writer(),
+                    request,
+                    message.conversation_id,
+                    parent_id=message.parent_id or NO_PARENT,
+                )
+                _show(message.conversation_id, sent)
+
+
+def branch(origin: Message, step: int, settings: Settings, token_id: int | None = None) -> None:
+    """Queue a branch of a reply, and show it; ``token_id`` is its first token."""
+    forced = None if token_id is None else Forced((token_id,))
+    with layout.errors_shown():
+        reply = submit_branch(data.writer(), origin, step, *settings, forced=forced)
+        _show(origin.conversation_id, reply)
+
+
+def _show(conversation: int, message: int) -> None:
+    """Open the path through a message, and draw the page anew."""
+    url_state.navigate(url_state.Location(conversation, branch=message))
+    st.rerun()
