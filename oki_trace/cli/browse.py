@@ -169,6 +169,8 @@ def _print_message(reader: TraceReader, message: Message) -> None:
         if message.damage is not None:
             print_text(message.reason or "", "red")
         return
+    if message.branch_of is not None:
+        print_text(f"branch of message {message.branch_of} at step {message.branch_step}", "dim")
     given = 0 if message.tokens else reader.given_count(message.id)
     print_text(_headline(message, given), "dim")
     if message.capture is not None and message.capture.speedups:
