@@ -20,6 +20,7 @@ from oki_trace.cli.output import (
     table,
     token,
 )
+from oki_trace.cli.tree import print_tree
 from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.explain import (
     call_line,
@@ -89,6 +90,9 @@ def show(
         int | None,
         typer.Option(help="Show the step of the token at this position, also in the prompt."),
     ] = None,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Show which branches there are, and how likely each is.")
+    ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -99,6 +103,8 @@ def show(
     Example: oki-trace show 1 --message 2 --position 12
 
     Example: oki-trace show 1 --message 2 --json
+
+    Example: oki-trace show 1 --tree
     """
     from oki_trace.store.reading.reader import TraceReader
 
@@ -109,6 +115,9 @@ def show(
                 f"Conversation {conversation} has no message {message}. "
                 f"See: oki-trace show {conversation}"
             )
+        if tree and not json:
+            print_tree(reader, messages)
+            return
         if step is not None and position is not None:
             raise UsageError("--step and --position name the same thing: leave out one of them.")
         if step is not None or position is not None:
@@ -211,6 +220,10 @@ def _headline(message: Message, given: int) -> str:
     capture = message.capture
     if capture is not None:
         parts.append(f"{capture.dtype} on {capture.device}")
+        if capture.reused:
+            parts.append(f"{capture.reused:,} prompt tokens from the KV cache of the last reply")
+        elif capture.not_reused:
+            parts.append(f"the whole prompt ran again: {capture.not_reused}")
         if capture.logit_lens_available and message.lens_check is not None:
             parts.append(f"lens check {message.lens_check:.0e}")
         elif capture.lens_reason:
