@@ -56,7 +56,7 @@ def entropy_and_kl(rows: Sequence[Json]) -> alt.Chart:
             alt.Tooltip("layer:Q"),
             alt.Tooltip("nats:Q", format=".3f"),
         ],
-        "Entropy and KL to the final layer by layer, in nats",
+        "Entropy of each layer, and its KL to the final layer, in nats",
     )
 
 
@@ -113,7 +113,7 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
         "token:N",
         title=None,
         scale=_SAMENESS,
-        legend=alt.Legend(**LEGEND, symbolOpacity=1),
+        legend=alt.Legend(**LEGEND, symbolOpacity=1) if frame["token"].nunique() > 1 else None,
     )
     possible = base.mark_bar(size=size, opacity=0.3).encode(
         y=alt.Y(
@@ -134,6 +134,36 @@ def distance_chart(rows: Sequence[Json], divergence: int | None) -> alt.LayerCha
         )
     description = "Total variation between the two replies' distributions, token by token"
     return _finished(alt.LayerChart(layer=layers), 240, description)
+
+
+def surprisal_chart(rows: Sequence[Json]) -> alt.Chart:
+    """The surprisal of each piece of a text under two models: the difference in bits, a bar each.
+
+    Above 0, the right model is more surprised.
+    """
+    frame = pd.DataFrame(rows)
+    frame["more"] = [_MORE[difference < 0] for difference in frame["difference"]]
+    last = int(frame["span"].max())
+    drawn = (
+        alt.Chart(frame)
+        .mark_bar(size=max(1.0, min(14.0, 300 / (last + 1))))
+        .encode(
+            x=alt.X(
+                "span:Q",
+                title="piece of the text",
+                axis=alt.Axis(tickMinStep=1, grid=False),
+                scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False),
+            ),
+            y=alt.Y("difference:Q", title="right minus left (bits)"),
+            color=alt.Color("more:N", title=None, scale=_SURPRISED, legend=alt.Legend(**LEGEND)),
+            tooltip=[
+                alt.Tooltip("text:N"),
+                alt.Tooltip("left:Q", format=".2f", title="left, in bits"),
+                alt.Tooltip("right:Q", format=".2f", title="right, in bits"),
+            ],
+        )
+    )
+    return _finished(drawn, 240, "Surprisal of each piece of the text: right minus left, in bits")
 
 
 def growth_chart(rows: Sequence[Json]) -> alt.Chart:
@@ -193,6 +223,8 @@ def _finished(chart: Drawn, height: int, description: str) -> Drawn:
 
 # In the order of the theme's category colours: tokens that differ have the accent.
 _SAMENESS = alt.Scale(domain=["different tokens", "the same token"])
+_MORE = ("right is more surprised", "left is more surprised")
+_SURPRISED = alt.Scale(domain=list(_MORE))
 
 
 def _ranks(ranks: pd.Series[Any]) -> alt.Y:

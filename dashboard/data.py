@@ -20,6 +20,8 @@ from dashboard import model_defaults as model_defaults_of
 from dashboard.viewdata import attention, comparison
 from oki_trace import worker
 from oki_trace.analysis.distance import Distance
+from oki_trace.analysis.one_text import OneText, has_given_text
+from oki_trace.analysis.one_text import one_text as align_texts
 from oki_trace.analysis.step_distance import StepKey, step_distances
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
@@ -236,18 +238,57 @@ def _distances(
     left: Message, right: Message, steps: list[tuple[int, int]]
 ) -> list[Distance | None]:
     pairs = [(StepKey(left.id, one), StepKey(right.id, other)) for one, other in steps]
+    return _measured(pairs)
+
+
+def _measured(pairs: Sequence[tuple[StepKey, StepKey]]) -> list[Distance | None]:
     measured = step_distances(store(), pairs)
     return [None if one is None else one.distance for one in measured]
 
 
+def is_score(message: Message) -> bool:
+    """Whether a message is a scored text: it generated nothing, and its text has steps."""
+    return has_given_text(store(), message)
+
+
+def one_text(left: Message, right: Message) -> tuple[OneText, list[Distance | None]]:
+    """Two messages with one text: its spans, and by token the distance of each.
+
+    Raises QuestionError if they have different texts.
+    """
+    live = left.status.is_live or right.status.is_live
+    return _read_one_text(left, right) if live else _one_text(left, right)
+
+
+@_cached(8, "Comparing…")
+def _one_text(left: Message, right: Message) -> tuple[OneText, list[Distance | None]]:
+    return _read_one_text(left, right)
+
+
+def _read_one_text(left: Message, right: Message) -> tuple[OneText, list[Distance | None]]:
+    text = align_texts(store(), left, right)
+    if text.by == "character":
+        return text, []
+
+    def key(message: Message, step: StepSummary) -> StepKey:
+        given = step.step_index < 0
+        return StepKey(message.id, step.position if given else step.step_index, given)
+
+    pairs = [
+        (key(left, text.left[span.left[0]]), key(right, text.right[span.right[0]]))
+        for span in text.spans
+    ]
+    return text, _measured(pairs)
+
+
 def recent_replies(limit: int = 25) -> list[tuple[Conversation, Message]]:
-    """The replies with tokens in the conversations changed most recently."""
+    """The replies with tokens, and scored texts, in the conversations changed most recently."""
     with store().snapshot() as reader:
         return [
             (conversation, message)
             for conversation in reader.conversations(limit=limit)
             for message in reversed(reader.messages(conversation.id))
-            if message.tokens
+            if message.tokens or has_given_text(reader, message)
         ]
 
 

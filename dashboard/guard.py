@@ -26,8 +26,8 @@ ANY = "*"
 _DEFAULT_PORTS = (":80", ":443")
 
 _REFUSED = {
-    "host": "The explorer is not served under this name. If it is yours, start the explorer "
-    "with --allow-host and the name.\n",
+    "host": "The explorer is not served under this name. If the name is yours, start the "
+    "explorer with --allow-host and the name.\n",
     "origin": "Pages of other sites cannot use the explorer.\n",
 }
 _REFUSED_HEADERS = {

@@ -102,7 +102,7 @@ def _value(
     title = answers.unit(answer, drawing.y[0])
     if len(drawing.y) > 1 or drawing.line:
         units = {column.unit for column in answer.columns if column.name in drawing.y}
-        title = "share of 1" if share else units.pop() if len(units) == 1 else ""
+        title = "share" if share else units.pop() if len(units) == 1 else ""
     scale = alt.Scale(domain=[0, 1]) if share and (stack or top > 0.4) else alt.Scale(zero=True)
     return channel(
         "y:Q",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from oki_trace.analysis.question import Question
+from oki_trace.analysis.question import Question, Value
 from oki_trace.analysis.scope import Scope, parse_time
 from oki_trace.records import Role
 
@@ -38,7 +38,7 @@ class QuestionState:
     until: dt.date | None = None
     role: Role | None = None
     text: str = ""
-    options: tuple[tuple[str, float], ...] = ()
+    options: tuple[tuple[str, Value], ...] = ()
     first: str = ""
     second: str = ""
 
@@ -59,7 +59,7 @@ class QuestionState:
             self.text or None,
         )
 
-    def with_option(self, name: str, value: float | None) -> QuestionState:
+    def with_option(self, name: str, value: Value | None) -> QuestionState:
         """The same with another value of an option; None: its default."""
         others = tuple(pair for pair in self.options if pair[0] != name)
         return replace(self, options=others if value is None else (*others, (name, value)))

@@ -1,4 +1,4 @@
-"""Converts messages in the form of transformers to this project's records."""
+"""Converts messages from the format of transformers to this project's records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from oki_trace.errors import UsageError
 from oki_trace.records import ChatMessage, Part, Role
 
 _FORM = "Each message needs a role (system, user, assistant or tool) and a content."
-_STRING = 'A prompt or content has to be a string, or a list of {"type": "text", "text": …}.'
+_STRING = 'A prompt or content must be a string, or a list of {"type": "text", "text": …}.'
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -143,7 +143,7 @@ class ModelSupervisor:
             spent.append((self._processor_seconds() - self._processor_before, limit.processor))
         for seconds, most in spent:
             if seconds > most:
-                reason = f"Given up after {most:.0f} s while {self._doing}. {limit.fix}."
+                reason = f"Stopped after {most:.0f} s while {self._doing}. {limit.fix}."
                 return Overdue(False, reason)
         return None
 

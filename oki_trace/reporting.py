@@ -1,4 +1,4 @@
-"""The progress callback of long operations, and sizes and counts in words."""
+"""The progress callback of long operations, and sizes and counts as text."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class GivenText:
             raise CaptureError("The text has no tokens. Give it some text.")
         if len(self.prompt) <= self.first:
             raise CaptureError(
-                "The text has one token, and a token is scored by those before it. Give it more "
+                "The text has one token, and the first token of a text has no score. Give it more "
                 "text."
             )
 

@@ -21,7 +21,7 @@ _HEAD = """\
 
 The output of `oki-trace COMMAND --help` on one page. Written by `python scripts/command_help.py`.
 
-Every command takes `--debug`, which shows tracebacks. Exit status: 0 done, 1 the work failed \
+Every command takes `--debug`, which shows tracebacks. Exit status: 0 success, 1 failure \
 (one line on standard error names the fix), 2 wrong usage, 130 ended by Ctrl-C. Output to a pipe \
 has no colours and no progress bars. `oki-trace --install-completion` sets up completion for \
 bash, zsh, fish and PowerShell.

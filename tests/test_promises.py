@@ -215,7 +215,7 @@ def test_the_families_named_are_traced_whole(model_type: str) -> None:
 
 def test_a_model_without_attention_is_traced_all_the_same() -> None:
     _, trace = run_traced("the fox", None, 3, configs.build("mamba"), tiny.tokenizer())
-    assert "gives no attention weights" in trace["evidence_provenance"]
+    assert "returns no attention weights" in trace["evidence_provenance"]
     assert len(trace["steps"]) == 3
     for step in trace["steps"]:
         assert step["evidence"] == [] and step["logits_topk"] and step["logit_lens"]

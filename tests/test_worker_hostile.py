@@ -75,7 +75,7 @@ def test_an_endless_template_ends_at_its_limit(
     )
     (hostile / "chat_template.jinja").write_text(ENDLESS)
     assert failed(store, hostile, small) == (
-        "Given up after 1 s while its chat template was rendered. "
+        "Stopped after 1 s while its chat template was rendered. "
         "Fix chat_template.jinja in the model's folder, or choose another model."
     )
 
@@ -135,7 +135,7 @@ def test_a_tokenizer_that_never_ends(
     # "x" doubles with each rule; the text tried at loading has none.
     doubling = Sequence([Replace("x", "xx")] * 28)
     assert failed(store, with_tokenizer(hostile, normalizer=doubling), small) == (
-        "Given up after 1 s while its tokenizer was at work. "
+        "Stopped after 1 s while its tokenizer was running. "
         "Shorten the message, or choose another model."
     )
 

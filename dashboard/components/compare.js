@@ -1,8 +1,9 @@
 // Two replies side by side. A click on a token selects its pair; opened in a new tab, the token is a
 // link to its step. In each reply one token is a tab stop, the selected or the first one; the left and
 // right keys move from it.
-// data: {sides: [{tokens: [{text, mark, pair, same, first, step, title}], conversation, message,
-// empty}], chosen: pair or null, rows: of the CSV}. Triggers: pick = a pair.
+// data: {sides: [{tokens: [{text, mark, pair, same, first, step or position, title, heat: 0 to 1 or
+// none}], conversation, message, empty}], chosen: pair or null, rows: of the CSV}. Triggers: pick = a
+// pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   // The focused token stays focused when the element is redrawn.
@@ -64,11 +65,14 @@ export default function ({ data, parentElement, setTriggerValue }) {
 
 function draw(token, side) {
   const node = write(make("a", "token"), token.text);
-  node.href = `./?conversation=${side.conversation}&message=${side.message}&step=${token.step}`;
+  const place = token.position === undefined ? `step=${token.step}` : `position=${token.position}`;
+  node.href = `./?conversation=${side.conversation}&message=${side.message}&${place}`;
   node.title = token.title;
   node.dataset.pair = token.pair;
   node.draggable = false;
   if (token.mark) node.classList.add("mark");
+  if (token.heat)
+    node.style.background = `color-mix(in oklab, var(--accent) ${70 * token.heat}%, transparent)`;
   if (!token.same) node.classList.add("other");
   if (token.first) node.classList.add("first");
   return node;

@@ -110,6 +110,8 @@ def _label(row: Json, named: Sequence[str], of: Mapping[str, Column], is_step: b
         text = cell(of[name], row[name])
         if name == "message" and is_step:
             text = f"{row['message']}:{row['step']}"
+            if row["step"] is None:  # a given token has none
+                text = f"{row['message']} · position {row['position']}"
         elif name in _NUMBERED:
             text = "–" if row[name] is None else f"{_NUMBERED[name]} {row[name]:g}"
         parts.append(shorten(text, longest))
@@ -192,12 +194,22 @@ def _value(column: Column, value: Any) -> Any:
 
 
 def step_places(answer: Answer) -> list[dict[str, int] | None]:
-    """The place in the chat of each row: conversation, message and step, as far as it has them."""
-    names = [n for n in ("conversation", "message", "step") if n in _names(answer)]
+    """The place in the chat of each row: conversation, message and step, as far as it has them.
+
+    A given token has a position in place of a step.
+    """
+    names = [n for n in ("conversation", "message", "step", "position") if n in _names(answer)]
     if "message" not in names:
         return [None] * len(answer.rows)
-    columns = [answer.column(name) for name in names]
-    return [dict(zip(names, map(int, row), strict=True)) for row in zip(*columns, strict=True)]
+    places = []
+    for row in zip(*(answer.column(name) for name in names), strict=True):
+        place = {
+            name: int(value) for name, value in zip(names, row, strict=True) if value is not None
+        }
+        if "step" in place:
+            place.pop("position", None)
+        places.append(place)
+    return places
 
 
 def cell(column: Column, value: Any) -> str:

@@ -334,7 +334,9 @@ def settings_summary(sampling: Sampling, policy: CapturePolicy, system: str | No
     """The settings that a message is sent with, in a line."""
     how = "greedy" if sampling.temperature is None else f"temperature {sampling.temperature:g}"
     parts = [how, f"up to {sampling.max_new_tokens:,} tokens"]
-    parts.append("no full tensors" if policy.tensors == "none" else f"{policy.tensors} tensors")
+    parts.append(
+        "no full tensors" if policy.tensors == "none" else f"full tensors: {policy.tensors}"
+    )
     if policy.trace_prompt is not None:
         parts.append(f"{policy.trace_prompt} trace of the prompt")
     if system:

@@ -151,7 +151,7 @@ def plan_sentence(plan: PrunePlan) -> str:
         what = f"the full tensors of {what}"
     return (
         f"Pruning removes {what} and frees {size(plan.frees_bytes)}; "
-        f"{size(plan.left_bytes)} of data stay.{spared}"
+        f"{size(plan.left_bytes)} of data remain.{spared}"
     )
 
 

@@ -1,4 +1,7 @@
-"""Compare: two replies side by side, and the distance of their distributions at each step."""
+"""Compare: two replies side by side, and the distance of their distributions at each step.
+
+With a scored text among the two, one text under two models.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from dashboard import boundary, charts, components, data, url_state
-from dashboard.viewdata import comparison, lens, replies, wording
+from dashboard.viewdata import comparison, lens, one_text, replies, wording
 from dashboard.views import layout
 from oki_trace.analysis.distance import Distance
-from oki_trace.records import Message
+from oki_trace.analysis.one_text import OneText
+from oki_trace.records import Message, Step, StepSummary
 from oki_trace.sanitize import inert
 
 SIDES = ("left", "right")
@@ -29,9 +33,10 @@ def page() -> None:
         chosen = [_choice(side, offered) for side in SIDES]
     left, right = (data.message(one) if one is not None else None for one in chosen)
     if left is None or right is None:
-        st.caption("Choose two replies to compare them here.")
+        st.caption("Choose two replies or scored texts to compare them here.")
         return
-    boundary.part(_replies)(left, right)
+    is_one_text = data.is_score(left) or data.is_score(right)
+    boundary.part(_one_text if is_one_text else _replies)(left, right)
     st.markdown("#### Settings")
     components.table(data=comparison.settings(left, right), key="settings")
     st.caption("Settings that differ are bold.")
@@ -47,7 +52,9 @@ def _offered() -> dict[int, str]:
         wanted = url_state.number(side)
         message = data.message(wanted) if wanted is not None and wanted not in offered else None
         opened = data.conversation(message.conversation_id) if message is not None else None
-        if message is not None and opened is not None and message.tokens:
+        if message is None or opened is None:
+            continue
+        if message.tokens or data.is_score(message):
             offered[message.id] = _label(opened[0].title, message)
     return offered
 
@@ -61,6 +68,8 @@ def _label(title: str, message: Message) -> str:
     )
     short = wording.shorten(inert(title, keep="").strip() or "Untitled", 40)
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
+    if not message.tokens:
+        return f"{message.id} · {short} · {model} · scored text"
     return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
 
@@ -103,6 +112,72 @@ def _replies(left: Message, right: Message) -> None:
         _steps((left, right), pairs[number], distances[number])
 
 
+def _one_text(left: Message, right: Message) -> None:
+    """One text under two models, by token or by characters."""
+    with layout.errors_shown():
+        text, distances = data.one_text(left, right)
+        st.write(wording.sentence(text.why))
+        wanted = url_state.number("pair")
+        in_text = wanted is not None and wanted < len(text.spans)
+        number = wanted if wanted is not None and in_text else None
+        if number is None:
+            number = one_text.most_different(text, distances)
+        components.compare(
+            data=one_text.text_data((left, right), text, distances, number),
+            key="compare-replies",
+            on_pick_change=_pick,
+        )
+        components.table(data=one_text.totals(text), key="compare-totals")
+        rows = one_text.rows(text, distances)
+        if text.by == "token":
+            one_model = left.model_id == right.model_id
+            exact = comparison.is_exact(distances)
+            _distance_chart(rows, None, exact=exact, one_model=one_model, same_text=True)
+        else:
+            _surprisal_chart(rows)
+        _piece((left, right), text, number, distances)
+
+
+def _surprisal_chart(rows: list[wording.Json]) -> None:
+    st.markdown("#### Surprisal of the text")
+    if not rows:
+        st.caption("Not available: no piece of the text has probabilities on both sides.")
+        return
+    layout.chart(charts.surprisal_chart(rows), rows, "apart", "surprisal")
+    st.caption(
+        "Each bar is the text between two places where tokens of both models end. Its surprisal "
+        "is the sum over its tokens, in bits."
+    )
+
+
+def _piece(
+    messages: tuple[Message, Message],
+    text: OneText,
+    number: int,
+    distances: Sequence[Distance | None],
+) -> None:
+    """The tokens of one span in both messages, and the first of each in detail."""
+    span = text.spans[number]
+    st.markdown("#### Two steps" if text.by == "token" else "#### A piece of the text")
+    more = (
+        f"The total variation of this one is {comparison.in_words(distances[number])}."
+        if text.by == "token"
+        else "Below the table are the candidates for the first token on each side."
+    )
+    st.caption(f"Click a token above to select another. {more}")
+    components.table(data=one_text.span_table(text, number), key="compare-steps")
+    left, right = text.left[span.left[0]], text.right[span.right[0]]
+    steps = [
+        _step_of(message, summary) for message, summary in zip(messages, (left, right), strict=True)
+    ]
+    _side_by_side(messages, steps)
+
+
+def _step_of(message: Message, summary: StepSummary) -> Step | None:
+    given = summary.step_index < 0
+    return data.step(message, summary.position if given else summary.step_index, given=given)
+
+
 def _chosen(pairs: Sequence[comparison.Pair]) -> int | None:
     """The selected pair: that of the URL, else the one where the replies diverge."""
     wanted = url_state.number("pair")
@@ -129,9 +204,14 @@ def _steps(
     left = None if pair.left is None else data.step(messages[0], pair.left)
     right = None if pair.right is None else data.step(messages[1], pair.right)
     components.table(data=comparison.steps_table(left, right), key="compare-steps")
+    _side_by_side(messages, (left, right))
+
+
+def _side_by_side(messages: tuple[Message, Message], steps: Sequence[Step | None]) -> None:
+    """The candidates and the lens of a step of each message, with links to Chat."""
     with st.container(key="two-steps"):
         columns = st.columns(2, gap="medium")
-    for side, column, message, step in zip(SIDES, columns, messages, (left, right), strict=True):
+    for side, column, message, step in zip(SIDES, columns, messages, steps, strict=True):
         with column, st.container(key=f"step-{side}"):
             if step is None:
                 st.caption(f"The {wording.escape(side)} reply has no step here.")
@@ -142,13 +222,20 @@ def _steps(
             else:
                 shown = lens.lens_data(step, step.lens, None)
                 components.lens(data={**shown, "step": step.step_index}, key=f"lens-{side}")
+            given = step.origin == "given"
+            place = {"position": step.position} if given else {"step": step.step_index}
             layout.open_in_chat(
-                url_state.Location(message.conversation_id, message.id, step.step_index), side
+                url_state.Location(message.conversation_id, message.id, **place), side
             )
 
 
 def _distance_chart(
-    rows: list[wording.Json], first: int | None, *, exact: bool, one_model: bool
+    rows: list[wording.Json],
+    first: int | None,
+    *,
+    exact: bool,
+    one_model: bool,
+    same_text: bool = False,
 ) -> None:
     st.markdown("#### Distance between the distributions")
     if not rows:
@@ -162,7 +249,7 @@ def _distance_chart(
         else "Where the full logits of a step are missing, the solid bar is the lower bound that "
         "the kept candidates allow, the pale bar the upper bound.",
     ]
-    if not one_model:
+    if not one_model and not same_text:
         notes.append("Tokens of different vocabularies are matched by their text.")
     if first is not None:
         notes.append("After the dashed line the models continue different texts.")

@@ -78,8 +78,8 @@ def _wanted() -> tuple[str, ConversationFilter]:
             "Model", [ANY, *data.models_used()], key="of_model", accept_new_options=True, width=200
         )
         status = st.selectbox("Status", STATUSES, key="of_status", width=130)
-        since = st.date_input("Changed from", None, key="since", width=150)
-        until = st.date_input("Changed to", None, key="until", width=150)
+        since = st.date_input("Changed since", None, key="since", width=150)
+        until = st.date_input("Changed until", None, key="until", width=150)
     return (search or "").strip(), ConversationFilter(
         model_id=None if model in (None, ANY) else model,
         status=None if status == ANY else Status(status),

@@ -12,7 +12,7 @@ from dashboard import data
 from dashboard.question_state import QuestionState
 from dashboard.viewdata import wording
 from dashboard.views import layout
-from oki_trace.analysis.question import Question, parse_step
+from oki_trace.analysis.question import Option, Question, Value, parse_step
 from oki_trace.records import Role
 from oki_trace.sanitize import inert
 
@@ -59,18 +59,26 @@ def _options(state: QuestionState, question: Question, followed: bool) -> Questi
         if f"${name}" not in sql:
             continue
         now = dict(state.options).get(name, option.default)
-        meaning = option.meaning
-        value = st.number_input(
-            option.label,
-            0.0 if option.is_share else option.least,
-            1.0 if option.is_share else 10_000,
-            step=0.05 if option.is_share else 1,
-            key=layout.seed(f"ask-{name}-{question.name}", now, followed),
-            help=meaning[:1].upper() + meaning[1:] + ".",
-            width=150,
-        )
+        value = _option(option, layout.seed(f"ask-{name}-{question.name}", now, followed))
         state = state.with_option(name, None if value == option.default else value)
     return state
+
+
+def _option(option: Option, key: str) -> Value:
+    help_ = option.meaning[:1].upper() + option.meaning[1:] + "."
+    if option.choices:
+        chosen: str = st.selectbox(option.label, option.choices, key=key, help=help_, width=150)
+        return chosen
+    number: float = st.number_input(
+        option.label,
+        0.0 if option.is_share else option.least,
+        1.0 if option.is_share else 10_000,
+        step=0.05 if option.is_share else 1,
+        key=key,
+        help=help_,
+        width=150,
+    )
+    return number
 
 
 # ------------------------------------------------------------------------- the scope
@@ -191,6 +199,7 @@ def _replies(state: QuestionState, followed: bool, *, with_step: bool) -> Sequen
     names = {
         m.id: f"{m.id} · {_title(c.title)} · {_title(m.model_id or 'unknown model')}"
         for c, m in data.recent_replies()
+        if m.tokens or not with_step
     }
     subjects = []
     for name, now in (("First", state.first), ("Second", state.second)):

@@ -168,7 +168,7 @@ def _by_model(
 
 def _cut(answer: Answer, drawing: Drawing) -> str:
     if drawing.kind == "ranked" and len(answer.rows) > answers.MOST_BARS:
-        return f"The first {answers.MOST_BARS} rows are drawn; the table has all."
+        return f"The first {answers.MOST_BARS} rows are drawn; the table has all of them."
     left = len(answers.models(answer)) - answers.MOST_MODELS
     return f"{left} models with fewer steps are only in the table." if left > 0 else ""
 

@@ -156,7 +156,7 @@ def _reclaim(info: StoreInfo) -> None:
         kind = st.selectbox("Prune", list(KINDS), key="prune-kind", width=200)
     if days is None and most is None:
         st.caption(
-            "Enter an age or a size to preview what a prune removes. Without its full tensors a "
+            "Enter an age or a size to preview what pruning removes. Without its full tensors a "
             "reply keeps its tokens, candidates, attention and lens."
         )
     else:
@@ -201,7 +201,7 @@ def _prune(days: float | None, gigabytes: float | None, *, tensors_only: bool) -
             pruned = prune.prune(data.writer(), plan, progress)
             _tell(
                 f"Freed {storage.size(pruned.frees_bytes)} for new data. Vacuum the store to "
-                "return it to the disk."
+                "reclaim the disk space."
             )
 
 
@@ -209,7 +209,7 @@ def _vacuum(info: StoreInfo) -> None:
     free = f" {storage.size(info.free_bytes)} is free now." if info.free_bytes else ""
     with st.popover("Vacuum", icon=":material/compress:"):
         st.write(
-            f"Rebuilds the store without gaps, which returns free space to the disk.{free} It "
+            f"Rebuilds the store to reclaim its free space on the disk.{free} It "
             "needs as much free disk space as the data takes, and blocks writes."
         )
         sure = st.button("Vacuum now", key="vacuum", type="primary")

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # How a value is shown: a token's text, several of them, a share of 1, a number, or a name.
 Shown = Literal["token", "tokens", "share", "number", "name"]
 Kind = Literal["columns", "lines", "ranked", "stacked", "cells", "dots"]
+# The value of an option.
+Value = float | str
 Subject = Literal["step", "reply", "model"]
 
 _PARAMETER = re.compile(r"\$(\w+)")
@@ -80,12 +82,16 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a question: a share of 1 when ``default`` is a float, else a whole number."""
+    """An option of a question: a share of 1 when ``default`` is a float, else a whole number.
 
-    default: float
+    With ``choices``, one of these texts.
+    """
+
+    default: Value
     label: str
     meaning: str
     least: int = 1
+    choices: tuple[str, ...] = ()
 
     @property
     def is_share(self) -> bool:
@@ -94,10 +100,14 @@ class Option:
     @property
     def range(self) -> str:
         """The allowed values in words."""
+        if self.choices:
+            return " or ".join(self.choices)
         return "0 to 1" if self.is_share else f"a whole number from {self.least}"
 
-    def parse(self, text: str) -> float | None:
+    def parse(self, text: str) -> Value | None:
         """The value of ``text``; None when the option does not allow it."""
+        if self.choices:
+            return text if text in self.choices else None
         try:
             value = float(text) if self.is_share else int(text)
         except ValueError:
@@ -164,7 +174,7 @@ class Request:
     question: Question
     view: str
     scope: Scope
-    options: Mapping[str, float]
+    options: Mapping[str, Value]
     subjects: tuple[str, ...] = ()
 
     def bind(self, sql: str | None = None, **parameters: Any) -> tuple[str, dict[str, Any]]:

@@ -17,6 +17,11 @@ _CONDITIONS = {
     "since": "created_at >= $since",
     "until": "created_at < $until",
 }
+# The steps of an option ``origin``.
+ORIGINS = ("generated", "sampled", "forced", "given", "all")
+OF_ORIGIN = """\
+CASE $origin WHEN 'all' THEN true WHEN 'generated' THEN origin <> 'given'
+    ELSE origin = $origin END"""
 _OF_EARLIER = {
     "role": "earlier.role = $role",
     "text": "contains(lower(earlier.content), lower($text))",

@@ -101,8 +101,8 @@ def root(
 ) -> None:
     """See what a local language model does at every step and every layer.
 
-    Every command takes --debug, which shows tracebacks. Exit status: 0 done,
-    1 the work failed, 2 wrong usage, 130 ended by Ctrl-C.
+    Every command takes --debug, which shows tracebacks. Exit status: 0 success,
+    1 failure, 2 wrong usage, 130 ended by Ctrl-C.
 
     Example: oki-trace demo
     """

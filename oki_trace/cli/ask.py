@@ -15,6 +15,7 @@ from oki_trace.records import Role
 
 if TYPE_CHECKING:
     from oki_trace.analysis.query_session import QuerySession
+    from oki_trace.analysis.question import Value
 
 AnswerFormat = Literal["table", "json", "csv"]
 ResultFormat = Literal["table", "json", "csv", "parquet"]
@@ -31,7 +32,9 @@ def ask(
             help="For compare: two steps (2:5 4:5), two replies or scores (2 4), or two models."
         ),
     ] = None,
-    by: Annotated[str | None, typer.Option(help="The view of the question.")] = None,
+    by: Annotated[
+        str | None, typer.Option(help="How to group the answer; oki-trace ask lists the choices.")
+    ] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Only this model.")] = None,
     conversation: Annotated[
         int | None, typer.Option("--conversation", "-c", help="Only this conversation.")
@@ -44,25 +47,41 @@ def ask(
         str | None, typer.Option(help="Only replies before this time, or up to this date.")
     ] = None,
     role: Annotated[
-        Role | None, typer.Option(help="Only replies after a message of this role; see --text.")
+        Role | None,
+        typer.Option(
+            help="Only replies after a message of this role; with --text, one with this text."
+        ),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Only if the reply, or an earlier message, contains this text."),
+        typer.Option(help="Only replies with this text in the reply or in an earlier message."),
     ] = None,
     top: Annotated[
         int | None, typer.Option("--top", "-n", min=1, help="Maximum number of rows.")
     ] = None,
-    least: Annotated[float | None, typer.Option(help="Minimum probability.")] = None,
+    least: Annotated[
+        float | None, typer.Option(help="Minimum probability of a rival or a runner-up.")
+    ] = None,
     sample: Annotated[
         int | None,
         typer.Option(
             min=1, help="Maximum number of steps to read; default 64 for heads, 640 for two models."
         ),
     ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            help="For uncertainty: generated (the default), sampled, forced, given or all tokens."
+        ),
+    ] = None,
+    segment: Annotated[
+        str | None, typer.Option(help="For prompt: only this part, such as user or system.")
+    ] = None,
     set_option: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Set any option of the question."),
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Set an option by its name, such as from_layer."
+        ),
     ] = None,
     format: Annotated[AnswerFormat, _FORMAT] = "table",
     show_sql: Annotated[
@@ -95,8 +114,10 @@ def ask(
     last = parse_time(until, end=True) if until else None
     scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    chosen |= questions.parse_options(question, set_option or ())
+    chosen: dict[str, Value] = {n: value for n, value in given.items() if value is not None}
+    named = {"origin": origin, "segment": segment}
+    pairs = [f"{name}={value}" for name, value in named.items() if value is not None]
+    chosen |= questions.parse_options(question, [*pairs, *(set_option or ())])
     with _session(db) as session:
         answer = questions.answer(
             session, question, tuple(what or ()), scope=scope, view=by, **chosen
@@ -146,7 +167,7 @@ def sql(
         answers.print_tables(as_json=format == "json")
         return
     if query is None and not rebuild:
-        raise UsageError("There is no query. Give a SELECT statement, --tables or --rebuild.")
+        raise UsageError("The query is missing. Give a SELECT statement, --tables or --rebuild.")
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise UsageError("Parquet cannot be printed on a terminal. Give --output PATH.")
     if output is not None:

@@ -119,7 +119,7 @@ def show(
             print_tree(reader, messages)
             return
         if step is not None and position is not None:
-            raise UsageError("--step and --position name the same thing: leave out one of them.")
+            raise UsageError("Give either --step or --position, not both.")
         if step is not None or position is not None:
             replies = [m for m in messages if m.role is Role.ASSISTANT]
             if not replies:
@@ -249,7 +249,9 @@ def _print_given(reader: TraceReader, message: Message, count: int) -> None:
     more = count - len(steps)
     if more > 0:
         show_one = f"oki-trace show {message.conversation_id} --message {message.id}"
-        print_text(f"{more:,} more tokens: {show_one} --position P shows one, --json all.", "dim")
+        print_text(
+            f"{more:,} more tokens: {show_one} --position P shows one, --json shows all.", "dim"
+        )
 
 
 def _print_steps(steps: list[Step], index: str = "step") -> None:
@@ -314,7 +316,7 @@ def _print_decision(step: Step) -> None:
     print_text(explain(step, lambda text: quoted(token(text).plain)))
     effects = effects_table(step)
     if effects:
-        columns = ("setting", "removed", "that had", "the token then")
+        columns = ("setting", "removed", "removed prob", "chosen prob")
         rows = table(*columns, right=columns[1:])
         for name, *figures in effects:
             rows.add_row(cell(name), *figures)
@@ -332,7 +334,7 @@ def _print_candidates(step: Step) -> None:
             # A removed token took no part in the draw.
             pairs = zip(top.noise.tolist(), sampled, strict=True)
             columns["noise"] = [f"{noise:+z.2f}" if prob else "" for noise, prob in pairs]
-    rows = table("considered", "prob", "", *columns, right=tuple(columns))
+    rows = table("candidate", "prob", "", *columns, right=tuple(columns))
     for rank, (text, prob) in enumerate(zip(top.tokens, top.probs.tolist(), strict=True)):
         cells = [column[rank] for column in columns.values()]
         rows.add_row(token(text), f"{prob:.4f}", bar(prob, BAR_WIDTH), *cells)
@@ -365,7 +367,7 @@ def _print_lens(message: Message, step: Step) -> None:
         print_text(f"logit lens: {reason}", "dim")
         return
     width = min(3, lens.token_ids.shape[1])
-    rows = table("layer", *["", "prob"] * width, "chosen ranks", right=("layer", "chosen ranks"))
+    rows = table("layer", *["", "prob"] * width, "chosen rank", right=("layer", "chosen rank"))
     for layer in reversed(range(len(lens.tokens))):
         cells: list[Any] = []
         for k in range(width):

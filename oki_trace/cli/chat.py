@@ -34,7 +34,7 @@ def run(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="PROMPT is the result of this tool call of the last reply.",
+            help="Send PROMPT as the result of this tool, which the last reply called.",
         ),
     ] = None,
     continued: Annotated[

@@ -40,7 +40,7 @@ def rename(
 
 def delete(
     conversations: Annotated[
-        list[int] | None, typer.Argument(help="The numbers, from: oki-trace list")
+        list[int] | None, typer.Argument(help="Conversation numbers, from oki-trace list.")
     ] = None,
     message: Annotated[
         int | None,
@@ -52,7 +52,7 @@ def delete(
 ) -> None:
     """Delete conversations with all their messages, steps and tensors. This cannot be undone.
 
-    Numbers are not reused. To return the disk space, run: oki-trace vacuum
+    Their numbers are not reused. To reclaim the disk space, run: oki-trace vacuum
 
     Example: oki-trace delete 3 --yes
 
@@ -123,11 +123,11 @@ def prune(
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Delete old or excess data, the oldest first: full tensors, or conversations with --all.
+    """Delete old or excess data, the oldest first: full tensors; with --all, whole conversations.
 
-    Without --all every row stays: tokens, candidates, attention and lens.
+    Without --all, the tokens, candidates, attention and lens are kept.
 
-    A reply that is being generated is skipped. To return the disk space, run: oki-trace vacuum
+    A reply that is being generated is skipped. To reclaim the disk space, run: oki-trace vacuum
 
     Example: oki-trace prune --older-than 30d --dry-run
 
@@ -140,7 +140,7 @@ def prune(
     age = None if older_than is None else quantities.age(older_than)
     max_bytes = None if max_size is None else quantities.size(max_size)
     if age is None and max_bytes is None:
-        raise UsageError("There is no limit. Give --older-than, --max-size, or both.")
+        raise UsageError("Pruning needs a limit. Give --older-than, --max-size, or both.")
     store = _existing(db)
     with TraceReader(store) as reader:
         plan = pruning.plan(
@@ -150,7 +150,7 @@ def prune(
         _print_plan(plan, max_bytes)
     if not dry_run and plan.items:
         if not yes:
-            _confirm(f"Free {size(plan.frees_bytes)} permanently?")
+            _confirm(f"Delete {size(plan.frees_bytes)} permanently?")
         with (
             TraceWriter(store, checkpoint=False, making_room=True) as writer,
             progress_bar("pruning") as progress,
@@ -161,15 +161,15 @@ def prune(
     elif not dry_run and plan.items:
         spared = f" {plan.spared} skipped: changed meanwhile." if plan.spared else ""
         print_text(
-            f"Freed {size(plan.frees_bytes)} of {_items(plan, len(plan.items))}.{spared} "
-            "To return the disk space, run: oki-trace vacuum"
+            f"Pruned {_items(plan, len(plan.items))} ({size(plan.frees_bytes)}).{spared} "
+            "To reclaim the disk space, run: oki-trace vacuum"
         )
 
 
 def vacuum(db: options.Db = None, json: options.Json = False) -> None:
-    """Rebuild the store to return the space of deleted data to the disk.
+    """Rebuild the store to reclaim the disk space of deleted data.
 
-    It needs space for a copy of the data, in the store's folder and for temporary files.
+    The store's folder and the folder for temporary files each need space for a copy of the data.
 
     It is refused while a reply is being generated.
 
@@ -185,8 +185,8 @@ def vacuum(db: options.Db = None, json: options.Json = False) -> None:
         print_json(done._asdict())
         return
     print_text(
-        f"{size(done.before)} before, {size(done.after)} now: "
-        f"{size(max(0, done.before - done.after))} returned to the disk."
+        f"Reclaimed {size(max(0, done.before - done.after))}: {size(done.before)} before, "
+        f"{size(done.after)} now."
     )
 
 
@@ -201,7 +201,9 @@ def _existing(db: str | None) -> str:
 
 def _confirm(question: str) -> None:
     if not sys.stdin.isatty():
-        raise UsageError("Standard input is no terminal, so nobody can confirm. Add --yes.")
+        raise UsageError(
+            "Standard input is not a terminal, so this cannot be confirmed. Add --yes."
+        )
     typer.confirm(question, abort=True)
 
 
@@ -222,13 +224,16 @@ def _print_plan(plan: PrunePlan, max_bytes: int | None) -> None:
         if len(plan.items) > LISTED:
             print_text(f"and {len(plan.items) - LISTED:,} more")
         print_text(
-            f"{_items(plan, len(plan.items))} would free {size(plan.frees_bytes)}, "
-            f"{size(plan.left_bytes)} of data would stay."
+            f"Pruning {_items(plan, len(plan.items))} would free {size(plan.frees_bytes)} and "
+            f"leave {size(plan.left_bytes)} of data."
         )
     if plan.spared:
         print_text(f"{_items(plan, plan.spared)} skipped: being generated, or damaged.")
     if max_bytes is not None and plan.left_bytes > max_bytes and plan.tensors_only:
-        print_text("The rows alone are larger than that: --all deletes whole conversations.")
+        print_text(
+            "The data is larger than --max-size even without full tensors: --all deletes whole "
+            "conversations."
+        )
 
 
 def _plan_json(plan: PrunePlan, dry_run: bool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ Db = Annotated[
     typer.Option(metavar="PATH_OR_URL", show_default="$OKI_TRACE_DB", help="The store."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Number = Annotated[int, typer.Argument(help="The number, from: oki-trace list")]
+Number = Annotated[int, typer.Argument(help="A conversation's number, from oki-trace list.")]
 MessageId = Annotated[int | None, typer.Option("--message", help="Only this message.")]
 Output = Annotated[
     Path | None,
@@ -133,7 +133,9 @@ class Turns:
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Values above 1 discourage repetition.")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same tokens.")] = None
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the sampling; the same seed gives the same tokens.")
+    ] = None
     four_bit: FourBit = False
     dtype: Dtype = "auto"
     device: Device = "auto"

@@ -125,7 +125,7 @@ def _scorable(reader: TraceReader, number: int) -> Message:
     reply = reader.message(number)
     if reply.tokens == 0 or reply.status.is_live:
         raise UsageError(
-            f"Message {number} is no finished reply with tokens. `oki-trace show` lists replies."
+            f"Message {number} is not a finished reply with tokens. `oki-trace show` lists replies."
         )
     return reply
 

@@ -145,7 +145,9 @@ def open_session(turns: options.Turns, origin: Message | None = None) -> Iterato
     sampling, policy = turns.sampling(), options.policy_of(turns.tensors, turns.trace_prompt)
     template = turns.template()
     if turns.system and turns.conversation is not None:
-        raise UsageError("A system message begins a conversation. Leave out --system or -c.")
+        raise UsageError(
+            "A system message can only begin a new conversation. Leave out --system or -c."
+        )
     with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         all_messages = [] if turns.conversation is None else reader.messages(turns.conversation)
         before = newest_path(all_messages) if origin is None else [origin]

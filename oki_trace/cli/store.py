@@ -79,7 +79,9 @@ def info(db: options.Db = None, json: options.Json = False) -> None:
 def verify(
     conversation: Annotated[
         int | None,
-        typer.Argument(help="The number, from: oki-trace list", show_default="the whole store"),
+        typer.Argument(
+            help="A conversation's number, from oki-trace list.", show_default="the whole store"
+        ),
     ] = None,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Also run each model again on the stored tokens.")
@@ -117,7 +119,7 @@ def verify(
         print_json({"findings": findings, "checked": checked, **more})
     else:
         counts = ", ".join(counted(number, name[:-1]) for name, number in checked.items())
-        verdict = f"{counted(faults, 'fault')} found." if faults else "No problems found."
+        verdict = f"{counted(faults, 'problem')} found." if faults else "No problems found."
         print_text(f"Checked {counts}. {verdict}")
         if check.without_digest:
             print_text(
@@ -148,7 +150,7 @@ def _line(one: Recomputed) -> str:
         f"largest |Δlogprob| {one.logprob_difference:.1e}",
         f"|Δentropy| {one.entropy_difference:.1e}",
         f"lens |Δprob| {one.lens_difference:.1e}",
-        counted(one.top1_differences or 0, "other top token"),
+        counted(one.top1_differences or 0, "different top token"),
     ]
     if one.not_numbers:
         parts.append(f"{counted(one.not_numbers, 'value')} not a number")

@@ -144,7 +144,7 @@ def copy(
     to: Annotated[str, typer.Option(metavar="PATH_OR_URL", help="The target store.")],
     conversations: Annotated[
         list[int] | None,
-        typer.Argument(help="The numbers, from: oki-trace list", show_default="all"),
+        typer.Argument(help="Conversation numbers, from oki-trace list.", show_default="all"),
     ] = None,
     db: options.Db = None,
     json: options.Json = False,

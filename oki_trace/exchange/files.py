@@ -40,7 +40,8 @@ def replacing_folder(path: Path, names: frozenset[str]) -> Iterator[Path]:
             raise ExchangeError(f"{path} exists and is not a folder. Choose another --output.")
         if path.exists() and (other := sorted({p.name for p in path.iterdir()} - names)):
             raise ExchangeError(
-                f"{path} holds files of no export, such as {other[0]}. Choose another --output."
+                f"{path} contains files that are not part of an export, such as {other[0]}. "
+                "Choose another --output."
             )
         part, old = private / "new", private / "old"
         part.mkdir()

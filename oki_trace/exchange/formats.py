@@ -1,4 +1,4 @@
-"""The export formats, in a module that the command line's help imports fast."""
+"""The export formats, in a module of their own so that the help of the command line loads fast."""
 
 from __future__ import annotations
 

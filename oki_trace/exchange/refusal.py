@@ -12,7 +12,7 @@ from oki_trace.errors import ExchangeError
 _REASONS = {
     "missing": "is missing",
     "string_type": "is not text",
-    "string_unicode": "is not valid text: it holds half of a character",
+    "string_unicode": "is not valid text: it contains a lone surrogate",
     "string_too_long": "is longer than {max_length:,} characters",
     "bytes_too_long": "is longer than {max_length:,} bytes",
     "int_type": "is not a whole number",

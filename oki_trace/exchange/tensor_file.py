@@ -196,8 +196,8 @@ class TensorFile:
 
     def _wrong(self, reason: str) -> ExchangeError:
         return ExchangeError(
-            f"{self._path} holds no tensors of oki-trace ({reason}): export them again, or move it "
-            "away to import without them."
+            f"{self._path} is not a tensor file of oki-trace ({reason}): export it again, or "
+            "move it away to import without tensors."
         )
 
 

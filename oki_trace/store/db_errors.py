@@ -14,12 +14,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from oki_trace.errors import StoreBusy, StoreError
 
-_LOCKED = "another process is writing to it: wait for it to finish, or stop it"
-_IN_USE = "another process is using it: wait for it to finish, or stop it"
-_FULL = "the disk is full: free some space, or delete conversations"
-_READ_ONLY = "it is not writable: check the permissions of the file and folder"
-_NO_TABLES = "its tables are missing: run `oki-trace migrate`"
-_NO_ANSWER = "the server does not answer: check that it runs, and the address"
+_LOCKED = "another process is writing to it. Wait for it to finish, or stop it"
+_IN_USE = "another process is using it. Wait for it to finish, or stop it"
+_FULL = "the disk is full. Free some space, or delete conversations"
+_READ_ONLY = "it is not writable. Check the permissions of the file and folder"
+_NO_TABLES = "its tables are missing. Run `oki-trace migrate`"
+_NO_ANSWER = "the server does not answer. Check that it runs, and the address"
 
 # By SQLite's primary result code.
 _SQLITE = {
@@ -27,11 +27,11 @@ _SQLITE = {
     sqlite3.SQLITE_LOCKED: _LOCKED,
     sqlite3.SQLITE_FULL: _FULL,
     sqlite3.SQLITE_READONLY: _READ_ONLY,
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened: check the path and its permissions",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened. Check the path and its permissions",
     sqlite3.SQLITE_CORRUPT: (
-        "the file is damaged: restore a backup, or export what can still be read"
+        "the file is damaged. Restore a backup, or export what can still be read"
     ),
-    sqlite3.SQLITE_NOTADB: "the file is damaged or not a database: restore a backup",
+    sqlite3.SQLITE_NOTADB: "the file is damaged or not a database. Restore a backup",
 }
 # By the beginning of the SQLSTATE (PostgreSQL manual, appendix A).
 _POSTGRESQL = {
@@ -53,7 +53,7 @@ def translate_errors(store: str) -> Iterator[None]:
         explanation = _explanation(error.orig)
         if explanation is not None:
             kind = StoreBusy if explanation in (_LOCKED, _IN_USE) else StoreError
-            raise kind(f"The store {store} failed: {explanation}.") from error
+            raise kind(f"The store {store} cannot be used: {explanation}.") from error
         cause = str(error.orig).strip().splitlines() or [type(error.orig).__name__]
         raise StoreError(
             f"The store {store} failed: {cause[0]}. Run `oki-trace info` to check it."

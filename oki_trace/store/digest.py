@@ -126,7 +126,7 @@ def step_changes(message: Message, step: Step) -> Iterator[str]:
         if message.digest != BEFORE_DIGESTS:
             yield "its digest is missing"
     elif step.digest != of_whole_step(step):
-        yield "its rows are not those that were recorded (another digest)"
+        yield "its rows are not those that were recorded (the digest differs)"
 
 
 def tensor_changes(message: Message, step: Step, tensors: Sequence[TensorRecord]) -> Iterator[str]:
@@ -135,7 +135,7 @@ def tensor_changes(message: Message, step: Step, tensors: Sequence[TensorRecord]
         if message.digest != BEFORE_DIGESTS:
             yield "the digest of its tensors is missing"
     elif step.tensor_digest != of_tensors(tensors):
-        yield "its tensors are not those that were recorded (another digest)"
+        yield "its tensors are not those that were recorded (the digest differs)"
 
 
 class PromptDigest:

@@ -84,6 +84,38 @@ def test_surprising_tokens(session: QuerySession, given: list[Given]) -> None:
         assert row["rank"] == 1 + (g.probs > g.probs[g.token_id]).sum()
 
 
+def test_one_segment(session: QuerySession, given: list[Given]) -> None:
+    of_user = [g for g in given if g.segment == "user"]
+    (row,) = ask(session, "prompt", "message", segment="user")
+    check_surprise(row, of_user)
+    (row,) = ask(session, "prompt", segment="user")
+    assert (row["segment"], row["tokens"]) == ("user", len(of_user))
+    assert ask(session, "prompt", "token", segment="tool") == []
+
+
+def entropy(g: Given) -> float:
+    return -float((g.probs * np.log(g.probs)).sum())
+
+
+def test_the_least_certain_tokens_of_an_origin(session: QuerySession, given: list[Given]) -> None:
+    rows = ask(session, "uncertainty", origin="given", top=5)
+    ordered = sorted(given, key=lambda g: -entropy(g))[:5]
+    assert [(row["step"], row["position"]) for row in rows] == [(None, g.position) for g in ordered]
+    for row, g in zip(rows, ordered, strict=True):
+        assert row["chosen"] == g.token
+        same(row["entropy"], entropy(g))
+    (reply,) = ask(session, "uncertainty", "reply", origin="given")
+    assert (reply["steps"], reply["step"]) == (len(given), None)
+    assert (reply["position"], reply["chosen"]) == (ordered[0].position, ordered[0].token)
+    (count,) = session.sql("SELECT count(*) FROM step").rows[0]
+    generated = ask(session, "uncertainty", top=1000)
+    assert generated == ask(session, "uncertainty", origin="sampled", top=1000)
+    assert all(row["step"] is not None for row in generated)
+    assert ask(session, "uncertainty", origin="forced") == []
+    every = ask(session, "uncertainty", origin="all", top=1000)
+    assert len(every) == count == len(generated) + len(given)
+
+
 def test_given_tokens_in_sql(session: QuerySession, given: list[Given]) -> None:
     """They are in every table of steps, and no question but ``prompt`` speaks of them."""
     for table in ("step", "topk_entry", "lens_layer", "lens_entry", "attention_layer"):

@@ -102,7 +102,11 @@ def test_filters(oki: Oki, demo: Demo) -> None:
     ("arguments", "status", "said"),
     [
         (("ask", "nothing"), 2, "There is no question nothing"),
-        (("ask", "settle", "--by", "moon"), 2, "layer, model, position, class, not moon"),
+        (
+            ("ask", "settle", "--by", "moon"),
+            2,
+            "no view moon: choose one of layer, model, position, class",
+        ),
         (("ask", "settle", "2"), 2, "takes no 2"),
         (("ask", "compare", "2"), 2, "compare takes two steps"),
         (("ask", "compare", "2:5", "2"), 2, "compare takes two steps"),
@@ -114,7 +118,7 @@ def test_filters(oki: Oki, demo: Demo) -> None:
         (("sql", "DROP TABLE step"), 1, "one SELECT statement"),
         (("sql", "SELECT * FROM read_text('/etc/passwd')"), 1, "read_text() is not allowed"),
         (("sql", "SELECT wrong FROM step"), 1, "wrong"),
-        (("sql",), 2, "There is no query"),
+        (("sql",), 2, "The query is missing"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(

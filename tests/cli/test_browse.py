@@ -277,7 +277,7 @@ def test_a_file_that_is_not_a_store_is_left_alone(oki: Oki, tmp_path: Path) -> N
     for arguments in (["list"], ["migrate"], ["run", "x", "--model", "./none"]):
         done = oki(*arguments, "--db", precious)
         assert done.status == 1
-        assert "is not an oki-trace store, so it is left alone" in done.err
+        assert "is not an oki-trace store, so it was not changed" in done.err
     assert precious.read_bytes() == before
 
 

@@ -210,7 +210,7 @@ def test_4bit_that_could_not_be_had_is_said_in_a_line(oki: Oki, small: Path) -> 
         assert done.err == ""
     else:
         (line,) = done.err.splitlines()
-        assert line.startswith(f"oki-trace: {small}: 4-bit was requested, float32 was loaded")
+        assert line.startswith(f"oki-trace: {small}: 4-bit was requested, but float32 was loaded")
 
 
 def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: Path) -> None:
@@ -238,7 +238,7 @@ def test_debug_is_an_option_anywhere_and_text_after_two_dashes(oki: Oki, small: 
         (["--dtype", "float99"], "float99"),
         (["--device", "abacus"], "abacus"),
         (["--no-such-option"], "No such option"),
-        (["-c", "1", "--system", "be brief"], "A system message begins a conversation"),
+        (["-c", "1", "--system", "be brief"], "A system message can only begin a new conversation"),
         (["--db", "mysql://host/db"], "cannot be kept in mysql"),
     ],
 )

@@ -96,7 +96,7 @@ def test_the_default_model_is_told(oki: Oki, name: str) -> None:
 def test_exit_statuses_and_debug_are_told(oki: Oki) -> None:
     text = unwrapped(oki("--help").out)
     assert "--debug, which shows tracebacks" in text
-    assert "Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 ended by Ctrl-C" in text
+    assert "Exit status: 0 success, 1 failure, 2 wrong usage, 130 ended by Ctrl-C" in text
     assert "the exit status is 130" in unwrapped(oki("run", "--help").out)
     for name in COMMANDS:
         assert f" {name} " in text

@@ -68,7 +68,7 @@ def test_prune(oki: Oki, store: Store) -> None:
         assert oki("prune", *wrong).status == 2
     assert oki("prune", "--older-than", "1d").out == "Nothing to prune.\n"
     told = oki("prune", "--max-size", "0 MB", "--dry-run").out
-    assert "2 replies would free" in told and "--all deletes whole conversations" in told
+    assert "Pruning 2 replies would free" in told and "--all deletes whole conversations" in told
     assert store.reader.info().tensor_steps == 6
     refused = oki("prune", "--max-size", "0")
     assert refused.status == 2 and "Add --yes" in refused.err
@@ -78,7 +78,7 @@ def test_prune(oki: Oki, store: Store) -> None:
     assert done["frees_bytes"] == sum(item["bytes"] for item in done["items"]) > 0
     assert store.reader.info().tensor_bytes == 0 and store.reader.info().steps == 6
     out = oki("prune", "--older-than", "0h", "--all", "--yes").out
-    assert "2 conversations would free" in out and "oki-trace vacuum" in out
+    assert "Pruning 2 conversations would free" in out and "oki-trace vacuum" in out
     assert numbers(store) == []
 
 
@@ -86,7 +86,7 @@ def test_vacuum(oki: Oki, store: Store) -> None:
     store.writer.delete_conversation(2)
     done = shown(oki("vacuum", "--json"))
     assert done["after"] < done["before"]
-    assert "returned to the disk" in oki("vacuum").out
+    assert "Reclaimed" in oki("vacuum").out
     store.reply("none")
     refused = oki("vacuum")
     assert refused.status == 1 and "Let it finish, or stop it first" in refused.err
@@ -101,7 +101,7 @@ def test_verify_finds_what_is_changed(oki: Oki, store: Store) -> None:
     bad = oki("verify")
     assert bad.status == 1 and bad.err == ""
     assert bad.lines[0].startswith("conversation 2, message 2, step 1: its probability 0.5")
-    assert bad.lines[-1].endswith(f"{len(bad.lines) - 1} faults found.")
+    assert bad.lines[-1].endswith(f"{len(bad.lines) - 1} problems found.")
     assert oki("verify", 1).status == 0
     found = json.loads(oki("verify", 2, "--json").out)
     assert found["checked"] == {"messages": 1, "steps": 3, "tensors": 9, "without_digest": 0}

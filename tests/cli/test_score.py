@@ -240,4 +240,4 @@ def test_windows_score_a_long_text(oki: Oki) -> None:
 def test_an_unknown_message_or_a_question_is_refused(oki: Oki) -> None:
     assert oki("run", "Hi", "--max-new-tokens", "1").status == 0
     assert "no message 99" in oki("score", "--message", 99).err
-    assert "no finished reply" in oki("score", "--message", 1).err
+    assert "not a finished reply" in oki("score", "--message", 1).err

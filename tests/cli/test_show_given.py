@@ -38,7 +38,7 @@ def test_one_token_of_the_prompt(db: Path, oki: Oki) -> None:
     shown = oki("show", 1, "--message", 2, "--position", 4, "--db", db)
     assert shown.status == 0
     assert shown.lines[0].startswith("given token at position 4 ")
-    for part in ("considered", "evidence", "layer"):
+    for part in ("candidate", "evidence", "layer"):
         assert part in shown.out
     assert "Greedy" not in shown.out and "does not record" not in shown.out
     whole = json.loads(oki("show", 1, "--message", 2, "--json", "--db", db).out)
@@ -62,7 +62,7 @@ def test_a_position_without_a_step(position: int, db: Path, oki: Oki) -> None:
 
 def test_a_step_and_a_position(db: Path, oki: Oki) -> None:
     shown = oki("show", 1, "--step", 1, "--position", 2, "--db", db)
-    assert shown.status == 2 and "leave out one of them" in shown.err
+    assert shown.status == 2 and "not both" in shown.err
 
 
 def test_a_position_that_an_earlier_turn_traced(tmp_path: Path, oki: Oki) -> None:

@@ -228,7 +228,7 @@ def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str
 def test_the_sidebar_begins_with_the_defaults(empty_store: str) -> None:
     """The same as those of the command line and of Python."""
     app = app_pages.chat()
-    assert "greedy · up to 256 tokens · half tensors" in app_pages.plainly(
+    assert "greedy · up to 256 tokens · full tensors: half" in app_pages.plainly(
         app.sidebar.caption[0].value
     )
     app = open_settings(app)

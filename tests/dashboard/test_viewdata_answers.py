@@ -19,6 +19,7 @@ from dashboard.question_state import QuestionState
 from dashboard.viewdata import answers, sql_table
 from oki_trace.analysis.question import Answer, Question, View
 from oki_trace.analysis.questions import QUESTIONS
+from oki_trace.analysis.scope import ORIGINS
 from oki_trace.errors import QuestionError
 from oki_trace.records import Role
 from oki_trace.sanitize import visible
@@ -43,9 +44,16 @@ numbers = st.none() | st.integers(0, 10**9)
         role=st.none() | st.sampled_from(Role),
         text=st.text(),
         options=st.fixed_dictionaries(
-            {}, optional={"top": st.integers(1, 10**6), "least": st.floats(0, 1)}
+            {},
+            optional={
+                "top": st.integers(1, 10**6),
+                "origin": st.sampled_from(ORIGINS),
+                "least": st.floats(0, 1),
+            },
         ).map(
-            lambda given: tuple((name, given[name]) for name in ("top", "least") if name in given)
+            lambda given: tuple(
+                (name, given[name]) for name in ("top", "origin", "least") if name in given
+            )
         ),
         first=st.text(),
     )
@@ -134,23 +142,24 @@ def test_a_token_that_never_settles_has_a_place_beside_the_layers() -> None:
 
 
 def test_bars_of_the_same_name_are_told_apart() -> None:
-    rows = [(7, 8, 3, " a", 0.5, 1.0, 0.1, [" b"], [0.25]) for _ in range(2)]
+    rows = [(7, 8, 3, " a", 0.5, 1.0, 0.1, [" b"], [0.25], 9) for _ in range(2)]
     found = answer("uncertainty", "entropy", rows)
     (drawing,) = answers.drawings(found).values()
     labels = [mark["x"] for mark in answers.marks(found, drawing)]
     assert labels == ["␣a", "␣a (2)"]
     assert answers.step_places(found)[1] == {"conversation": 7, "message": 8, "step": 3}
-    rows.append((7, 9, 3, " a", 0.5, 1.0, 0.1, None, None))
+    rows.append((7, 9, None, " a", 0.5, 1.0, 0.1, None, None, 4))
     found = answer("uncertainty", "entropy", rows)
     labels = [mark["x"] for mark in answers.marks(found, drawing)]
-    assert labels == ["␣a · 8:3", "␣a · 8:3 (2)", "␣a · 9:3"]
+    assert labels == ["␣a · 8:3", "␣a · 8:3 (2)", "␣a · 9 · position 4"]
+    assert answers.step_places(found)[2] == {"conversation": 7, "message": 9, "position": 4}
 
 
 def test_what_a_model_wrote_is_shown_as_text_and_what_is_no_number_is_left_out() -> None:
     nan = math.nan
     rows = [
-        (1, 2, 0, HOSTILE, nan, 1.5, nan, [HOSTILE], [nan]),
-        (1, 2, 1, "b", 0.1, nan, 0.1, None, None),
+        (1, 2, 0, HOSTILE, nan, 1.5, nan, [HOSTILE], [nan], 5),
+        (1, 2, 1, "b", 0.1, nan, 0.1, None, None, 6),
     ]
     found = answer("uncertainty", "entropy", rows)
     (drawing,) = answers.drawings(found).values()

@@ -153,12 +153,12 @@ SAME: dict[str, tuple[Callable[[Json], object], str, Callable[[Json], object], s
     "a look ahead": (
         lambda d: the_step(d)["attention"][0]["topk"][0].update(position=6),
         *("attention_entry", lambda r: r[0].update(position=6)),
-        "message 2, step 0: attention looks at position 6, ahead of itself",
+        "message 2, step 0: attention reaches position 6, but it is at 6",
     ),
     "attention of a layer that was not announced": (
         lambda d: d["messages"][1]["trace"]["capture"].update(attention_layers=[1, 2]),
         *("message", in_document("capture", attention_layers=[1, 2])),
-        "attention is of layers that capture does not name",
+        "attention has layers that capture does not list",
     ),
     "another step": (
         lambda d: the_step(d).update(step=1),
@@ -193,7 +193,7 @@ SAME: dict[str, tuple[Callable[[Json], object], str, Callable[[Json], object], s
     "settings out of range": (
         lambda d: d["messages"][1]["sampling"].update(temperature=1000),
         *("message", in_document("sampling", temperature=1000)),
-        "message 2: sampling cannot be: temperature must be 0 to 100",
+        "message 2: sampling is invalid: temperature must be 0 to 100",
     ),
     "a seed beyond 64 bits": (
         lambda d: d["messages"][1]["trace"]["generation"].update(seed=2**63),

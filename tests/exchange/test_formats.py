@@ -92,7 +92,7 @@ def test_tables_take_the_place_of_an_older_export_and_of_nothing_else(
         write(db, Format.PARQUET, tmp_path / "t")
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     (tmp_path / "t" / "mine.txt").write_text("kept")
-    with pytest.raises(ExchangeError, match=r"no export, such as mine\.txt"):
+    with pytest.raises(ExchangeError, match=r"not part of an export, such as mine\.txt"):
         write(db, Format.PARQUET, tmp_path / "t")
     (tmp_path / "file").write_text("kept")
     with pytest.raises(ExchangeError, match="is not a folder"):

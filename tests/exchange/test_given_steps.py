@@ -175,17 +175,17 @@ def lines_of(document: Json) -> str:
 
 
 EDITS: dict[str, tuple[dict[str, Any], str]] = {
-    "before the first": ({"position": 0}, "position is not one of the prompt's after its first"),
-    "after the prompt": ({"position": 6}, "position is not one of the prompt's after its first"),
-    "nowhere": ({"position": None}, "position is not one of the prompt's after its first"),
-    "twice": ({"position": 4}, "positions are not in rising order"),
+    "before the first": ({"position": 0}, "position is not that of a prompt token after the first"),
+    "after the prompt": ({"position": 6}, "position is not that of a prompt token after the first"),
+    "nowhere": ({"position": None}, "position is not that of a prompt token after the first"),
+    "twice": ({"position": 4}, "positions are not in ascending order"),
     "another token": ({"chosen_id": 7}, "it is not the prompt's token at position 5"),
     "a number": ({"step": 2}, "a given token has no step number and no decision"),
     "a far position": ({"position": 2**40}, "position"),
     "a wrong kind": ({"position": "5"}, "position"),
     "attention ahead": (
         {"attention": [{"layer": 1, "topk": [{"position": 5}]}], "evidence": None},
-        "attention looks at position 5",
+        "attention reaches position 5",
     ),
     "ranks": ({"logits_topk": [{"rank": 2, "token": "x"}]}, "ranks of its entries are not 1"),
 }
@@ -252,8 +252,8 @@ def an_unknown_level(document: Json) -> None:
     ("edit", "sentence"),
     [
         (a_decision, "no step number and no decision"),
-        (in_the_wrong_list, "message 2, step 0: its origin is given"),
-        (sampled_in_the_prompt, "message 2, prompt step 0: its origin is sampled"),
+        (in_the_wrong_list, "message 2, step 0: its origin cannot be 'given'"),
+        (sampled_in_the_prompt, "message 2, prompt step 0: its origin cannot be 'sampled'"),
         (an_origin_of_no_kind, "origin"),
         (no_list, "prompt_steps is not a list"),
         (windows_of_three, "windows"),

@@ -81,17 +81,17 @@ def whole_or_nothing(path: Path, db: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (b"", "not JSON of oki-trace"),
-        (b"hello", "not JSON of oki-trace"),
+        (b"", "not an oki-trace export"),
+        (b"hello", "not an oki-trace export"),
         (b"{}", "neither a prompt nor an output"),
-        (b"[]", "no conversation in it"),
+        (b"[]", "contains no conversation"),
         (b"[1]", "is not an object"),
         (b'{"prompt": "a", "output": NaN}', "NaN is not JSON"),
         (b'{"prompt": "a", "x": Infinity}', "Infinity is not JSON"),
         (b'{"prompt": "a", "x": 1e999}', "too large a number"),
         (b'{"prompt": "a", "x": ' + b"9" * 5000 + b"}", "import"),
         (b'{"prompt": "a", "prompt": "b"}', "twice"),
-        (b'{"prompt": "a"} and more', "more after its end"),
+        (b'{"prompt": "a"} and more', "continues after the end of its JSON"),
         (b'{"prompt": "\xff\xfe"}', "not UTF-8"),
         (b'{"prompt": "a', "in the middle"),
         (b'{"x": ' + b"[" * 200_000, "nested too deeply|in the middle"),
@@ -101,14 +101,14 @@ def whole_or_nothing(path: Path, db: Path) -> None:
         (b'{"prompt": "a", "prompt_len": -1}', "prompt_len"),
         (b'{"prompt": "a", "prompt_len": true}', "prompt_len"),
         (b'{"prompt": "a", "version": 3}', "upgrade oki-trace"),
-        (b'{"prompt": "a", "format": "other"}', "another format"),
+        (b'{"prompt": "a", "format": "other"}', "the format of the .*is not oki-trace"),
         (b'{"prompt": "a", "status": "dancing"}', "dancing"),
         (b'{"prompt": "a", "messages": [{"role": "robot", "content": ""}]}', "robot"),
         (b"\x1f\x8b\x08\x00", "compressed"),
         (b"\x28\xb5\x2f\xfd\x00", "compressed"),
         (b"PAR1", "import its folder"),
         (b"PK\x03\x04 no zip at all", "zip is damaged"),
-        (b"SQLite format 3\x00", "not JSON of oki-trace"),
+        (b"SQLite format 3\x00", "not an oki-trace export"),
     ],
 )
 def test_what_is_no_export_is_refused_in_one_line(
@@ -138,7 +138,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     "another position": (lambda d: trace(d)["steps"][0].update(position=9), "position is not 6"),
     "evidence ahead": (
         lambda d: trace(d)["steps"][0]["attention"][0]["topk"][0].update(position=6),
-        "looks at position 6",
+        "reaches position 6",
     ),
     "a huge layer": (
         lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=10**9),
@@ -146,7 +146,7 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
     ),
     "a layer twice": (
         lambda d: trace(d)["steps"][0]["logit_lens"][0].update(layer=1),
-        "layer 1: it is there twice",
+        "layer 1: it occurs twice",
     ),
     "too many candidates": (
         lambda d: trace(d)["steps"][0].update(logits_topk=[{"token": "a"}] * 1001),
@@ -189,7 +189,10 @@ EDITS: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda d: d["conversation"].update(created_at="0001-01-01T00:00:00+14:00"),
         "not within the years",
     ),
-    "messages that are none": (lambda d: d.update(messages=[1]), "not an object|not JSON of"),
+    "messages that are none": (
+        lambda d: d.update(messages=[1]),
+        "not an object|not an oki-trace export",
+    ),
 }
 
 
@@ -313,7 +316,9 @@ def packed(into: Path, members: dict[str, bytes], mode: int = 0o644) -> Path:
     ],
 )
 def test_a_zip_cannot_name_a_place(name: str, tmp_path: Path, db: Path) -> None:
-    refused(packed(tmp_path / "x.zip", {name: b"x"}), db, "not a place for a table|is not a table")
+    refused(
+        packed(tmp_path / "x.zip", {name: b"x"}), db, "path is not that of a table|is not a table"
+    )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.zip"]
 
 
@@ -322,21 +327,21 @@ def test_a_zip_whose_members_are_damaged_is_refused(tmp_path: Path, db: Path) ->
     whole = packed(tmp_path / "x.zip", {"step.parquet": bytes(range(256)) * 50}).read_bytes()
     start = 30 + len("step.parquet")
     (tmp_path / "x.zip").write_bytes(whole[:start] + b"\0\0\0\0" + whole[start + 4 :])
-    refused(tmp_path / "x.zip", db, "damaged or locked")
+    refused(tmp_path / "x.zip", db, "damaged or encrypted")
     central = whole.rindex(b"PK\x01\x02")
     for way in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2, 99):
         data = bytearray(whole)
         for at in (8, central + 10):
             struct.pack_into("<H", data, at, way)
         (tmp_path / "x.zip").write_bytes(data)
-        refused(tmp_path / "x.zip", db, "another compression than deflate")
+        refused(tmp_path / "x.zip", db, "a compression other than deflate")
 
 
 def test_zips_of_links_doubles_and_bombs_are_refused(
     tmp_path: Path, db: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     link = packed(tmp_path / "link.zip", {"step.parquet": b"/etc/passwd"}, stat.S_IFLNK | 0o777)
-    refused(link, db, "not a place for a table")
+    refused(link, db, "path is not that of a table")
     refused(packed(tmp_path / "two.zip", {"a/step.parquet": b"", "step.parquet": b""}), db, "step")
     many = {f"{n}.parquet": b"" for n in range(50)}
     refused(packed(tmp_path / "many.zip", many), db, "more files")
@@ -374,17 +379,25 @@ TABLE_EDITS: dict[str, tuple[str, Callable[[list[Any]], object], str]] = {
         lambda rows: rows.append(rows[0]),
         "two messages have the id|position is not 8",
     ),
-    "a step gone": ("step", lambda rows: rows.pop(0), "not step 0|belong to nothing"),
+    "a step gone": ("step", lambda rows: rows.pop(0), "not step 0|have no owner"),
     "a step of nothing": (
         "step",
         lambda rows: rows.append({**rows[-1], "message_id": 99}),
-        "belong to nothing",
+        "have no owner",
     ),
     "entries out of order": ("topk_entry", lambda rows: rows.reverse(), "belong|ranks|order"),
     "ranks twice": ("topk_entry", lambda rows: rows[1].update(rank=1), "ranks"),
     "a null token": ("topk_entry", lambda rows: rows[0].update(token=None), "token is missing"),
-    "a tensor too small": ("tensor", lambda rows: rows[0].update(data=b"1"), "as its shape says"),
-    "a huge shape": ("tensor", lambda rows: rows[0].update(shape=[2**40, 2**40]), "as its shape"),
+    "a tensor too small": (
+        "tensor",
+        lambda rows: rows[0].update(data=b"1"),
+        "does not match its shape",
+    ),
+    "a huge shape": (
+        "tensor",
+        lambda rows: rows[0].update(shape=[2**40, 2**40]),
+        "does not match its shape",
+    ),
     "a negative shape": (
         "tensor",
         lambda rows: rows[0].update(shape=[-1, -1]),
@@ -403,7 +416,7 @@ TABLE_EDITS: dict[str, tuple[str, Callable[[list[Any]], object], str]] = {
     "a lens of no layer": (
         "lens_entry",
         lambda rows: rows[0].update(layer=77),
-        "a layer that lens_layer has not|order",
+        "a layer that lens_layer does not have|order",
     ),
 }
 
@@ -424,7 +437,10 @@ def test_columns_are_as_names_in_json(
     table = pq.read_table(folder / "step.parquet")
     as_text = table.column("prob").cast(pa.string())
     for changed, why in (
-        (table.set_column(table.column_names.index("prob"), "prob", as_text), "another type"),
+        (
+            table.set_column(table.column_names.index("prob"), "prob", as_text),
+            "the wrong type in column",
+        ),
         (table.drop_columns(["message_id"]), "no column message_id"),
         (table.drop_columns(["token"]), "chosen_token is missing"),
     ):

@@ -36,7 +36,7 @@ def test_a_file_of_tensors_that_is_none_is_refused(
 ) -> None:
     (tmp_path / "x.json").write_bytes(exports[Format.JSON].read_bytes())
     (tmp_path / "x.safetensors").write_bytes(data)
-    refused(tmp_path / "x.json", db, "holds no tensors of oki-trace")
+    refused(tmp_path / "x.json", db, "is not a tensor file of oki-trace")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_name_twice_in_a_header_of_tensors_is_refused(
 ) -> None:
     header = header_of(exports)
     text = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
-    refused(with_header(text, exports, tmp_path), db, "holds no tensors of oki-trace")
+    refused(with_header(text, exports, tmp_path), db, "is not a tensor file of oki-trace")
 
 
 def test_a_header_of_tensors_may_name_them_in_any_order(

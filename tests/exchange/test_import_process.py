@@ -149,7 +149,7 @@ BOMBS: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "a tensor that is a hole": (sparse_tensor, "memory"),
     "a prompt of nothing": (
         lambda _, into: written(into, ['{"prompt": "x", "output": "", "prompt_len": 1999999}']),
-        "more tokens than its prompt can be",
+        "more than the prompt allows",
     ),
     "a list of lists": (
         lambda _, into: written(

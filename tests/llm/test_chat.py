@@ -102,7 +102,7 @@ def test_a_refused_system_message_has_a_fix() -> None:
         render(tokenizer, [SYSTEM, HELLO])
     assert str(caught.value) == (
         "The model's chat template refused the messages: System role not supported. "
-        "Leave out the system message, or mend chat_template.jinja in the model's folder."
+        "Leave out the system message, or fix chat_template.jinja in the model's folder."
     )
 
 
@@ -111,7 +111,7 @@ def test_a_refused_order_of_roles_has_a_fix() -> None:
         render(tiny.tokenizer(ALTERNATING), [HELLO, AGAIN])
     assert str(caught.value) == (
         "The model's chat template refused the messages: Conversation roles must alternate. "
-        "Begin a new conversation, or mend chat_template.jinja in the model's folder."
+        "Begin a new conversation, or fix chat_template.jinja in the model's folder."
     )
 
 
@@ -133,7 +133,7 @@ def test_a_broken_template_is_one_line_that_names_the_fix(template: str) -> None
         render(tiny.tokenizer(template), [HELLO])
     message = str(caught.value)
     assert message.startswith("The model's chat template refused the messages: ")
-    assert message.endswith("or mend chat_template.jinja in the model's folder.")
+    assert message.endswith("or fix chat_template.jinja in the model's folder.")
     assert "\n" not in message
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 
 def test_half_a_character_is_refused() -> None:
     """It comes from bytes on a command line that are not UTF-8, or from broken JSON."""
-    with pytest.raises(CaptureError, match=r"holds '\\udcff', which is half a character"):
+    with pytest.raises(CaptureError, match=r"contains '\\udcff', a lone surrogate"):
         render(tiny.tokenizer(), [ChatMessage(Role.USER, "caf\udcff")])
 
 
@@ -219,7 +219,7 @@ def test_text_that_is_not_found_gets_no_segment() -> None:
 
 def test_unreadable_text_of_a_template_is_refused() -> None:
     backwards = "{% for m in messages %}{{ m['content'] | reverse }}{% endfor %}"
-    with pytest.raises(CaptureError, match="leaves out a message of yours"):
+    with pytest.raises(CaptureError, match="leaves out one of your messages"):
         render(tiny.tokenizer(backwards), [HELLO])
 
 

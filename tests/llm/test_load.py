@@ -123,7 +123,7 @@ def test_hub_id_from_the_cache(tiny: Path, tmp_path: Path) -> None:
 
 def test_gguf_file(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
-    with pytest.warns(QuantizationFallback, match="quantized already"):
+    with pytest.warns(QuantizationFallback, match="already quantized"):
         loaded = load(ModelChoice(str(path), use_4bit=True))
     assert loaded.dtype == "float32"
     assert loaded.quantization == "gguf, dequantized"
@@ -189,7 +189,7 @@ def test_4bit_of_a_quantized_model_falls_back_visibly(broken: Path) -> None:
     four = load(ModelChoice(str(broken), use_4bit=True))
     four.model.save_pretrained(broken / "again")
     write_tokenizer(broken / "again")
-    with pytest.warns(QuantizationFallback, match=r"4-bit was requested.*quantized already"):
+    with pytest.warns(QuantizationFallback, match=r"4-bit was requested.*already quantized"):
         loaded = load(ModelChoice(str(broken / "again"), use_4bit=True))
     assert loaded.requested.use_4bit
     assert "bitsandbytes" in str(loaded.fallback_reason)

@@ -348,7 +348,7 @@ def test_every_message_appears_whatever_form_the_template_reads(template: str) -
 
 def test_a_prompt_that_omits_a_message_is_refused() -> None:
     made = tokenizer("{% for m in messages %}<s>{{ m.role }}{% endfor %}")
-    with pytest.raises(CaptureError, match="leaves out a message of yours") as refused:
+    with pytest.raises(CaptureError, match="leaves out one of your messages") as refused:
         render(made, [ChatMessage(Role.USER, "user")])
     assert len(str(refused.value).splitlines()) == 1
 

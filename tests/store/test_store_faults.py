@@ -80,7 +80,7 @@ def test_a_disk_that_fills_up_fails_the_reply_and_keeps_it(file: Path) -> None:
         with writer._transaction() as connection:
             # Less than there is: SQLite takes what there is.
             connection.execute(text("PRAGMA max_page_count = 1"))
-        with pytest.raises(StoreError, match="disk is full: free some space"):
+        with pytest.raises(StoreError, match=r"disk is full\. Free some space"):
             for step in steps[KEPT:]:
                 recorder.step(step)
             recorder.end(DONE)

@@ -100,7 +100,7 @@ def test_on_a_full_disk_everything_is_shown_and_can_be_deleted(disk: Path, free:
     assert shown.status == 0 and "conversation 2" in shown.out, shown.err
     assert start("show", 1, "--db", db).status == 0
     pruned = start("prune", "--max-size", "9MB", "--yes", "--db", db)
-    assert pruned.status == 0 and "Freed" in pruned.out, pruned.err
+    assert pruned.status == 0 and "Pruned" in pruned.out, pruned.err
     deleted = start("delete", 1, 2, "--yes", "--db", db)
     assert deleted.status == 0, deleted.err
     with TraceReader(db) as reader:
@@ -166,7 +166,7 @@ def test_a_reply_that_finds_the_disk_full_says_how_to_make_room(disk: Path) -> N
         writer.start_reply(reply, builders.turn_start("exact"))
         leave(disk, _MB)
         steps = [builders.coherent_step(i, rng, vocab=30_000) for i in range(100)]
-        with pytest.raises(StoreError, match="the disk is full: free some space, or delete"):
+        with pytest.raises(StoreError, match=r"the disk is full\. Free some space, or delete"):
             for step in steps:
                 writer.append(reply, [step])
         writer.delete_conversation(1)

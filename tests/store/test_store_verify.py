@@ -133,7 +133,7 @@ BROKEN = [
     (without(models.LensLayer), "its lens is missing"),
     (without(models.LensLayer, layer=3), "its rows do not fit together"),
     (of(models.LensEntry, logit=1.0), "is not the model's own distribution"),
-    (of(models.LensLayer, chosen_prob=0.2), "has another probability for its token"),
+    (of(models.LensLayer, chosen_prob=0.2), "gives its token another probability"),
     (of(models.LensLayer, chosen_rank=4), "its token at rank 4"),
     (without(models.Tensor), "it has no attentions and no logits"),
     (without(models.Tensor, name="logits"), "it has no logits"),
@@ -172,8 +172,8 @@ def test_a_changed_prompt_or_order_is_found(store: Store) -> None:
         )
     where = f"conversation {conversation}, message {message}:"
     assert found(store) == [
-        f"{where} its text, settings, prompt or list of steps is not what was recorded (another "
-        "digest)",
+        f"{where} its text, settings, prompt or list of steps is not what was recorded (the "
+        "digest differs)",
         f"{where} the tokens of its prompt are at 1 to 5",
         f"{where} its prompt has 5 tokens instead of 6",
         f"conversation {conversation}, message {message + 1}: it is at position 4 instead of 1",

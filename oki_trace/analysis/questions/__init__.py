@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from oki_trace.analysis.query_session import QuerySession
-from oki_trace.analysis.question import Answer, Question, Request, parse_step, run_statement
+from oki_trace.analysis.question import (
+    Answer,
+    Question,
+    Request,
+    Value,
+    parse_step,
+    run_statement,
+)
 from oki_trace.analysis.questions.attention import ATTENTION
 from oki_trace.analysis.questions.compare import COMPARE
 from oki_trace.analysis.questions.forks import FORKS
@@ -36,7 +43,7 @@ def answer(
     *,
     scope: Scope | None = None,
     view: str | None = None,
-    **options: float,
+    **options: Value,
 ) -> Answer:
     """Answer a question by name. Options that the question does not have are ignored.
 
@@ -47,19 +54,21 @@ def answer(
     if question.compares:
         view = _view_for(question, subjects)
     elif subjects:
-        raise UsageError(f"{name} takes no {subjects[0]}: narrow it down with options, as --model.")
+        raise UsageError(
+            f"{name} takes no {subjects[0]}: narrow it down with options such as --model."
+        )
     view = view or question.offered[0]
     if view not in question.offered:
-        raise UsageError(f"{name} has the views {', '.join(question.offered)}, not {view}.")
+        raise UsageError(f"{name} has no view {view}: choose one of {', '.join(question.offered)}.")
     values = {key: options.get(key, option.default) for key, option in question.options.items()}
     request = Request(question, view, scope or Scope(), values, subjects)
     return (question.run or run_statement)(session, request)
 
 
-def parse_options(name: str, pairs: Sequence[str]) -> dict[str, float]:
+def parse_options(name: str, pairs: Sequence[str]) -> dict[str, Value]:
     """Options of a question as ``NAME=VALUE``. Raises UsageError for invalid ones."""
     options = _named(name).options
-    parsed: dict[str, float] = {}
+    parsed: dict[str, Value] = {}
     for pair in pairs:
         key, _, text = pair.partition("=")
         value = options[key].parse(text) if key in options else None

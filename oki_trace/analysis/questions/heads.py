@@ -83,7 +83,7 @@ HEADS = Question(
     "Specialised heads",
     "Attention heads that give most of their weight to one kind of position, the strongest first.",
     "The shares come from the full attention tensors of a sample of the steps. Heads that attend "
-    "mostly to the first token are counted but not listed: they do nothing at these steps.",
+    "mostly to the first token are counted but not listed: they usually add little at these steps.",
     {
         "head": View(
             _statement("", "\nWHERE most > 1", "\nLIMIT $top"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from oki_trace.analysis.question import Column, Drawing, Option, Question, View
 from oki_trace.analysis.scope import compose
+from oki_trace.records import Segment
 
 # The steps of given tokens, each with its segment. Rounding can leave a logprob above 0.
 _GIVEN = """\
@@ -12,6 +15,7 @@ given AS (
   SELECT step.*, greatest(-step.logprob, 0) AS surprisal, segment, model_id
   FROM step JOIN scope USING (message_id) JOIN prompt_token USING (message_id, position)
   WHERE step.origin = 'given' AND step.logprob IS NOT NULL
+    AND $segment IN ('any', segment)
 )"""
 
 _MEANS = """\
@@ -107,5 +111,10 @@ LIMIT $top
             {"surprisal": Drawing("ranked", ("token", "message", "position"), ("surprisal",))},
         ),
     },
-    {"top": Option(20, "Rows", "how many rows")},
+    {
+        "top": Option(20, "Rows", "how many rows"),
+        "segment": Option(
+            "any", "Segment", "the part of the prompt", choices=("any", *get_args(Segment))
+        ),
+    },
 )

@@ -42,12 +42,12 @@ ORDER BY $order
 
 SETTLE = Question(
     "settle",
-    "Where answers form",
+    "Settling",
     "Where tokens settle",
     "The first layer from which the chosen token stays on top of the Logit Lens.",
-    "A token that settles early follows from the context; a token that settles in the last layer "
-    "was contested until then. The lens reads early layers badly, so a token may be decided before "
-    "the lens shows it.",
+    "A token that the context makes likely often settles early. Where a token settles in the last "
+    "layer, the layer before still ranks another token first. The lens reads early layers badly, "
+    "so a token may be decided before the lens shows it.",
     {
         "layer": View(
             """

@@ -71,7 +71,7 @@ class JsonImport:
         """Read the whole file. Raises ExchangeError."""
         first = self._stream.peek()
         if first not in ("{", "["):
-            raise refused("it is not JSON of oki-trace")
+            raise refused("it is not an oki-trace export")
         try:
             self._list() if first == "[" else self._in_export_order()
         except _OutOfOrder as error:
@@ -86,7 +86,7 @@ class JsonImport:
             self._list() if first == "[" else self._in_any_order()
         self._stream.end()
         if self._tensors and self._tensor_count != len(self._tensors):
-            raise refused("the file of tensors has some that belong to no step")
+            raise refused("the safetensors file has tensors that belong to no step")
 
     def _check_length(self, steps: int) -> None:
         if steps > validation.MAX_STEPS:
@@ -381,11 +381,11 @@ def _check_version(values: Json, where: str) -> None:
     """Version 1 does not name itself; a version after ours is refused."""
     head = validation.read(validation.Document, values, where)
     if (head.get("format") or FORMAT) != FORMAT:
-        raise refused(f"{where} is of another format")
+        raise refused(f"the format of {where} is not {FORMAT}")
     version = head.get("version") or 1
     if version > VERSION:
         raise refused(
-            f"it is of version {version}, this program knows {VERSION}: upgrade oki-trace"
+            f"it has version {version}, but this oki-trace reads up to {VERSION}: upgrade oki-trace"
         )
 
 

@@ -51,7 +51,7 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError("a name is twice in one object")
+        raise ValueError("an object has the same name twice")
     return values
 
 
@@ -167,7 +167,7 @@ class JsonStream:
         for _ in self._within("{", "}"):
             name = self.value()
             if not isinstance(name, str) or name in names:
-                raise refused("it is not JSON, or has a name twice in one object")
+                raise refused("it is not JSON, or an object has the same name twice")
             if unique:
                 names.add(name)
             self._take(":")
@@ -180,7 +180,7 @@ class JsonStream:
     def end(self) -> None:
         """Raise unless the file ends here."""
         if self.peek():
-            raise refused("there is more after its end")
+            raise refused("it continues after the end of its JSON")
 
     # ------------------------------------------------------------------- text
 
@@ -224,7 +224,7 @@ class JsonStream:
             self._at = self._end_of(_MEMBERS if is_object else _ENTRIES)
             if is_object:
                 if self.peek() != '"':
-                    raise refused("it is not JSON (an object without a name)")
+                    raise refused("it is not JSON (a member without a name)")
                 self.skip(depth + 1)
                 self._take(":")
             self.skip(depth + 1)
@@ -245,7 +245,7 @@ class JsonStream:
     def _take(self, character: str) -> None:
         found = self.peek()
         if found != character:
-            raise refused("it is not JSON of oki-trace" if found else "it ends in the middle")
+            raise refused("it is not an oki-trace export" if found else "it ends in the middle")
         self._at += 1
 
     def _end_of(self, pattern: re.Pattern[str]) -> int:

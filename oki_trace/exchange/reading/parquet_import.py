@@ -159,7 +159,9 @@ def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> list[Row]:
     entries: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
     for entry in _entries(cursors[f"{kind}_entry"].take(step, validation.MAX_CELLS, where)):
         if entry["layer"] not in entries:
-            raise refused(f"{where}: the table {kind}_entry has a layer that {kind}_layer has not")
+            raise refused(
+                f"{where}: the table {kind}_entry has a layer that {kind}_layer does not have"
+            )
         entries[entry["layer"]].append(entry)
     return [{**row, "topk": entries[row["layer"]]} for row in layers]
 
@@ -181,7 +183,7 @@ def _tensor(row: Row, where: str) -> TensorRecord:
     fields = validation.read(_TensorRow, row, f"{where}, tensor")
     dtype, shape, data = fields["dtype"], fields["shape"], fields["data"]
     if not len(data) == byte_count(dtype, shape) <= MAX_RAW_BYTES:
-        raise refused(f"{where}: a tensor is not as large as its shape says")
+        raise refused(f"{where}: the size of a tensor does not match its shape")
     layers, key_offset = fields["layers"] or (), fields["key_offset"] or 0
     return decode(fields["name"], dtype, shape, data, layers, key_offset)
 

@@ -118,7 +118,7 @@ def serve(request: Request, progress: Progress, limit: Callable[[int], None]) ->
     except OSError as caught:
         error = refused(f"{caught.strerror or caught}")
     except (ValueError, TypeError, LookupError, OverflowError, ArithmeticError) as caught:
-        error = refused(f"it makes no sense ({type(caught).__name__}: {str(caught)[:200]})")
+        error = refused(f"its content is invalid ({type(caught).__name__}: {str(caught)[:200]})")
     return Outcome(error=(type(error).__name__, str(error)))
 
 
@@ -161,7 +161,7 @@ def _read(request: Request, progress: Progress, limit: Callable[[int], None]) ->
                 tensors_from = str(beside)
             JsonImport(JsonStream(file, progress.pulse), staging, tensors).run()
     if not staging.began:
-        raise refused("there is no conversation in it")
+        raise refused("it contains no conversation")
     counts = (staging.messages, staging.steps, tensors_from)
     return Outcome(*counts, staging.changed, staging.without_digest)
 

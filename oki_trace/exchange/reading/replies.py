@@ -92,7 +92,7 @@ def turn_start(
     capture = trace.get("capture") or _capture_v1(trace, survey)
     layers = capture.attention_layers
     if list(layers) != sorted(set(layers)) or max(layers, default=0) > capture.layers:
-        raise refused(f"{where}, capture: attention_layers are not layers in rising order")
+        raise refused(f"{where}, capture: attention_layers are not layers in ascending order")
     prompt = _prompt(trace, ids, survey, where)
     prefix_len = value_or(trace, "prefix_len", 0)
     if prefix_len > len(prompt):
@@ -114,7 +114,7 @@ def _prompt(trace: validation.Trace, ids: TokenIds, survey: Survey, where: str) 
         length = value_or(trace, "prompt_len", survey.prompt_len)
         known = {at: token for at, token in survey.prompt_tokens.items() if at < length}
         if not 0 <= length <= len(known) + len(text.encode()) + _TEXTLESS:
-            raise refused(f"{where}: prompt_len is {length:,}, more tokens than its prompt can be")
+            raise refused(f"{where}: prompt_len is {length:,}, more than the prompt allows")
         tokens = [known.get(position, "") for position in range(length)]
     token_ids = trace.get("prompt_token_ids") or [None] * len(tokens)
     segments = trace.get("prompt_segments") or ["template"] * len(tokens)
@@ -155,7 +155,7 @@ def reply_parts(
     for part in parts or ():
         start, end = value_or(part, "start", before), value_or(part, "end", before)
         if not before <= start <= end <= steps:
-            raise refused(f"{where}, parts: they do not follow one another in its {steps:,} steps")
+            raise refused(f"{where}, parts: they overlap or exceed its {steps:,} steps")
         before = end
         checked.append(Part(**{**part, "start": start, "end": end}))
     return tuple(checked)

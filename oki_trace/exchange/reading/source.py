@@ -53,7 +53,7 @@ def refuse_unreadable(start: bytes) -> None:
         raise refused("it is compressed: decompress it first")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     if not is_zip(start) and text[:1] not in (b"{", b"[") and (text or len(start) < CHUNK):
-        raise refused("it is not JSON of oki-trace")
+        raise refused("it is not an oki-trace export")
 
 
 def is_zip(start: bytes) -> bool:
@@ -73,7 +73,7 @@ def unpack(file: BinaryIO, folder: Path, names: frozenset[str], pulse: Callable[
             for member in members:
                 name = _table_name(member)
                 if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise refused("the zip uses another compression than deflate")
+                    raise refused("the zip uses a compression other than deflate")
                 if name not in names or (folder / name).exists():
                     raise refused(f"the zip holds {member.filename[:80]!r}, which is not a table")
                 # The bytes that come out count, not the size that the zip states.
@@ -85,9 +85,9 @@ def unpack(file: BinaryIO, folder: Path, names: frozenset[str], pulse: Callable[
                             raise refused("the zip unpacks to far more than an export would")
                         target.write(chunk)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error, RuntimeError, EOFError) as error:
-        raise refused(f"the zip is damaged or locked ({error})") from error
+        raise refused(f"the zip is damaged or encrypted ({error})") from error
     except (NotImplementedError, ValueError) as error:
-        raise refused(f"the zip is of an unknown kind ({error})") from error
+        raise refused(f"the zip uses an unsupported feature ({error})") from error
 
 
 def _table_name(member: zipfile.ZipInfo) -> str:
@@ -95,5 +95,5 @@ def _table_name(member: zipfile.ZipInfo) -> str:
     escapes = path.is_absolute() or ".." in path.parts or "\\" in member.filename
     is_link = stat.S_ISLNK(member.external_attr >> 16)
     if escapes or is_link or len(path.parts) > 2:
-        raise refused(f"the zip holds {member.filename[:80]!r}, which is not a place for a table")
+        raise refused(f"the zip holds {member.filename[:80]!r}, whose path is not that of a table")
     return path.name

@@ -93,13 +93,13 @@ class Staging:
         """Add a message without a trace, or a reply that failed before its first token."""
         role, status = message["role"], self._checked_status(message, where)
         if message.get("tokens"):
-            raise refused(f"{where}: it has {message['tokens']:,} steps, and no trace")
+            raise refused(f"{where}: it has {message['tokens']:,} steps, but no trace")
         if role is Role.ASSISTANT and message.get("choice"):
             number = self._queue(message, where)
             end = _end(message, status, 0, where)
             self._writer.finish_reply(number, end, digest=message.get("digest"))
         elif role is not Role.ASSISTANT and status is not Status.COMPLETE:
-            raise refused(f"{where}: status of a {role} message can only be complete")
+            raise refused(f"{where}: the status of a {role} message must be complete")
         else:
             parts = reply_parts(message.get("parts"), 0, where)
             if parts and role is not Role.ASSISTANT:
@@ -182,8 +182,8 @@ class Staging:
         files = (self.path, self.path.with_name(f"{self.path.name}-wal"))
         if sum(file.stat().st_size for file in files if file.exists()) > self.most_bytes:
             raise refused(
-                f"it becomes more than {self.most_bytes / 1e6:,.0f} MB in the store, far more than "
-                "an export of its size"
+                f"it would take more than {self.most_bytes / 1e6:,.0f} MB in the store, far more "
+                "than an export of its size"
             )
 
     def _conversation_id(self) -> int:

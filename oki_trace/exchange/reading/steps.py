@@ -62,7 +62,7 @@ class StepReader:
         """The next step; ``given``: it is in the place of given ones."""
         where = self.name_of_next(given=given)
         if given != (value_or(values, "origin", "given" if given else "sampled") == "given"):
-            raise refused(f"{where}: its origin is {values['origin']}")
+            raise refused(f"{where}: its origin cannot be {values['origin']!r}")
         place = self._next_given if given else self._next_generated
         return _record(values, *place(values, where), self._start, self._ids, where)
 
@@ -83,9 +83,9 @@ class StepReader:
         if values.get("step") is not None or values.get("decision") is not None:
             raise refused(f"{where}: a given token has no step number and no decision")
         if position is None or not 1 <= position < len(prompt):
-            raise refused(f"{where}: position is not one of the prompt's after its first")
+            raise refused(f"{where}: position is not that of a prompt token after the first")
         if position <= self._last_position:
-            raise refused(f"{where}: positions are not in rising order")
+            raise refused(f"{where}: positions are not in ascending order")
         self._last_position = position
         if (
             self._ids.of(values.get("chosen_id"), values["chosen_token"])
@@ -173,7 +173,7 @@ def _attention(
     if numbers != sorted(set(numbers)):
         raise refused(f"{where}: attention has a layer twice, or out of order")
     if not set(numbers) <= set(capture.attention_layers):
-        raise refused(f"{where}: attention is of layers that capture does not name")
+        raise refused(f"{where}: attention has layers that capture does not list")
     lists = [layer.get("topk") or [] for layer in layers]
     if sum(map(len, lists)) > validation.MAX_CELLS:
         raise refused(f"{where}: attention has more than {validation.MAX_CELLS:,} entries")
@@ -182,7 +182,9 @@ def _attention(
     positions = np.array([entry["position"] for entry in entries], dtype=np.int64)
     weights = _floats(entries, "weight")
     if positions.max(initial=-1) >= position:
-        raise refused(f"{where}: attention looks at position {positions.max()}, ahead of itself")
+        raise refused(
+            f"{where}: attention reaches position {positions.max()}, but it is at {position}"
+        )
     list_numbers = np.repeat(np.arange(len(lists)), [len(entries) for entries in lists])
     _check_falling(weights, f"{where}, attention", "weight", list_numbers)
     begin = 0
@@ -214,7 +216,7 @@ def _lens(
     for row in values.get("logit_lens") or ():
         here = f"{where}, logit_lens of layer {row['layer']}"
         if row["layer"] in rows:
-            raise refused(f"{here}: it is there twice")
+            raise refused(f"{here}: it occurs twice")
         if row["layer"] > layers:
             raise refused(f"{here}: the model has {layers:,} layers")
         _check_ranks(row.get("topk") or (), here)
@@ -279,7 +281,7 @@ def check_tensors(
 ) -> tuple[TensorRecord, ...]:
     """The full tensors of a step. Raises ExchangeError if they cannot belong to it."""
     if tensors and capture.policy.tensors == "none":
-        raise refused(f"{where}: it has tensors, and its policy keeps none")
+        raise refused(f"{where}: it has tensors, but its policy keeps none")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise refused(f"{where}: it has a tensor twice")
     for tensor in tensors:
@@ -294,15 +296,15 @@ def _misfit(tensor: TensorRecord, step: Step, capture: CaptureReport) -> str | N
     if len(shape) != dimensions or not tensor.array.size:
         return f"have the shape {shape}"
     if tensor.name == "logits" and step.token_id >= shape[0]:
-        return f"are {shape[0]:,}, and its token is {step.token_id:,}"
+        return f"have {shape[0]:,} entries, but its token id is {step.token_id:,}"
     if tensor.name == "hidden_states" and shape[0] != capture.layers + 1:
-        return f"are of {shape[0]:,} layers instead of {capture.layers + 1:,}"
+        return f"have {shape[0]:,} layers instead of {capture.layers + 1:,}"
     if tensor.name == "attentions":
         layers = list(tensor.layers)
         if len(layers) != shape[0] or not set(layers) <= set(capture.attention_layers):
-            return "are of layers that capture does not name"
+            return "have layers that capture does not list"
         if tensor.key_offset + shape[2] > step.position:
-            return f"look beyond position {step.position - 1}"
+            return f"extend beyond position {step.position - 1}"
     return None
 
 

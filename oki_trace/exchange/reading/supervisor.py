@@ -53,7 +53,7 @@ class Reader:
             raise refused(
                 f"it ended the process that read it ({_ending(self._process.wait())}). If that "
                 f"needed more than {request.memory_bytes / 1e6:,.0f} MB of memory, allow more with "
-                "`oki-trace import --memory`; otherwise this is a fault of oki-trace"
+                "`oki-trace import --memory`; otherwise this is a bug in oki-trace"
             )
         if outcome.error is not None:
             name, sentence = outcome.error

@@ -106,7 +106,7 @@ class TableCursor:
     def end(self) -> None:
         """Raise unless all rows were taken."""
         if self._has_next():
-            raise refused(f"the table {self.name} has rows that belong to nothing, or out of order")
+            raise refused(f"the table {self.name} has rows that have no owner or are out of order")
 
     def _has_next(self) -> bool:
         while self._at >= len(self._owners):
@@ -131,7 +131,7 @@ class TableCursor:
         if length >= size:
             raise refused(f"the table {self.name} is damaged or not a Parquet file")
         if length > _MAX_METADATA_BYTES:
-            raise refused(f"the table {self.name} has too large a directory")
+            raise refused(f"the table {self.name} has too much metadata")
         file.seek(0)
         try:
             metadata = pq.ParquetFile(
@@ -163,7 +163,7 @@ class TableCursor:
         types = dict(zip(self._file.schema_arrow.names, self._file.schema_arrow.types, strict=True))
         for name, kind in self._types.items():
             if name in types and _value_type(types[name]) != kind:
-                raise refused(f"the table {self.name} has a column {name} of another type")
+                raise refused(f"the table {self.name} has the wrong type in column {name}")
         if self._key not in types:
             raise refused(f"the table {self.name} has no column {self._key}")
         return self._types.keys() & types.keys()

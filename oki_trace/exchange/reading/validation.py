@@ -171,7 +171,7 @@ class _Record:
                 return source(**{**self.defaults, **known})
             except UsageError as error:
                 reason = {"reason": " ".join(str(error).rstrip(".").split())[:200]}
-                raise PydanticCustomError("record", "cannot be: {reason}", reason) from None
+                raise PydanticCustomError("record", "is invalid: {reason}", reason) from None
 
         types, members = get_type_hints(source), {}
         for one in fields(source):

@@ -71,7 +71,7 @@ class SelectedLens:
 def select_lens(model: Any, structure: ModelStructure, hooks: ModelHooks) -> SelectedLens:
     """The cheaper of the two lenses that agrees with the model, or the reason why neither does."""
     if structure.repeats:
-        reason = "its blocks run several times for each token, so no layer has one output"
+        reason = "its blocks run several times for each token, so no layer has a single output"
         return SelectedLens(None, None, reason)
     with hooks.attach():
         logits = model(input_ids=structure.dummy_ids, use_cache=False).logits[0, -1:]
@@ -119,7 +119,7 @@ def select_attention(model: Any, structure: ModelStructure) -> SelectedAttention
     by_index = _eager_rows(model, ids)
     reference = {index: row for index, row in enumerate(by_index) if row is not None}
     if not reference:
-        return _no_attention("this model gives no attention weights")
+        return _no_attention("the model returns no attention weights")
     if any(row.shape[1] != ids.shape[1] for row in reference.values()):
         return _no_attention("its keys are not token positions")
     eager_rows = list(reference.values())
@@ -169,9 +169,9 @@ def _output_attentions(
     except Exception as failure:  # whatever a model's own code raises, the turn goes on
         return _no_attention(f"output_attentions fails ({type(failure).__name__}: {failure})")
     if error == float("inf"):
-        return _no_attention("with a cache its keys are not those of one pass")
+        return _no_attention("with a cache its attention has different keys")
     if not _within_tolerance(model, error):
-        return _no_attention(f"with a cache it differs from one pass by {error:.2g}", error)
+        return _no_attention(f"with a cache its attention differs by {error:.2g}", error)
     return SelectedAttention(tap, tuple(layers.values()), error, PROVENANCE)
 
 

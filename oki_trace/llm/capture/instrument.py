@@ -175,8 +175,8 @@ def _require_traceable(model: Any, tokenizer: Any) -> None:
         )
     if is_mistral_common(tokenizer):
         raise CaptureError(
-            "The tokenizer is mistral-common's, which does not give the text of one token. Load "
-            "it with AutoTokenizer.from_pretrained(..., mistral_format=False)."
+            "The tokenizer is mistral-common's, which does not give the text of a single token. "
+            "Load it with AutoTokenizer.from_pretrained(..., mistral_format=False)."
         )
 
 

@@ -47,7 +47,9 @@ class ModelStructure:
         """The model. Raises CaptureError when nothing else refers to it any more."""
         model = self.reference()
         if model is None:
-            raise CaptureError("The model is gone. Keep a reference to it while it is traced.")
+            raise CaptureError(
+                "The model no longer exists. Keep a reference to it while it is traced."
+            )
         return model
 
     @property
@@ -78,7 +80,8 @@ def find_structure(model: Any) -> ModelStructure:
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise CaptureError(
-            f"{type(model).__name__} is an encoder-decoder. Choose a model that only decodes."
+            f"{type(model).__name__} is an encoder-decoder. Choose a decoder-only model that "
+            "generates text."
         )
     dummy_ids = dummy_token_ids(model)
     with _recorded_calls(model) as calls, torch.no_grad():

@@ -253,8 +253,8 @@ class _Forward:
         logits = outputs.logits[0]
         if len(logits) != stop - start:
             raise CaptureError(
-                f"{type(self._model).__name__} predicts no token after each position of a text, so "
-                "given text cannot be traced. Leave out --trace-prompt, or choose another model."
+                f"{type(self._model).__name__} does not predict the next token at every position, "
+                "so given text cannot be traced. Leave out --trace-prompt, or choose another model."
             )
         skipped = max(0, first - 1 - start)
         positions = range(start + skipped + 1, stop + 1)

@@ -134,9 +134,9 @@ def require_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -
     largest = max(ids, default=0)
     if largest >= rows:
         raise CaptureError(
-            f"The tokenizer gives {visible(vocabulary.text(largest))} the id {largest:,}, and the "
-            f"model has embeddings for {rows:,} tokens. Load the tokenizer that belongs to the "
-            "model, or call model.resize_token_embeddings(len(tokenizer)) and train them."
+            f"The tokenizer gives {visible(vocabulary.text(largest))} the id {largest:,}, but the "
+            f"model has embeddings for only {rows:,} tokens. Load the tokenizer that belongs to "
+            "the model, or call model.resize_token_embeddings(len(tokenizer)) and train them."
         )
 
 

@@ -63,7 +63,7 @@ def render(
 def text_prompt(tokenizer: Any, text: str, vocabulary: Vocabulary) -> Prompt:
     """A text by itself, without a chat template, after the tokens that the tokenizer adds.
 
-    Raises CaptureError for half a character.
+    Raises CaptureError for a lone surrogate.
     """
     _refuse_unencodable(text)
     ids, offsets = _encode(tokenizer, text, templated=False)
@@ -156,7 +156,7 @@ def _applied(
         reason = first_line(error, 500).rstrip(".")
         raise CaptureError(
             f"The model's chat template refused the messages: {reason}. "
-            f"{fix}, or mend chat_template.jinja in the model's folder."
+            f"{fix}, or fix chat_template.jinja in the model's folder."
         ) from error
 
 
@@ -188,16 +188,16 @@ def _missing(prompt: str, pieces: Sequence[str], texts: Sequence[MarkedText]) ->
 def _omitted(message: ChatMessage, text: MarkedText) -> CaptureError:
     what = {
         "system": "the system message",
-        "user": "a message of yours",
+        "user": "one of your messages",
         "assistant": "an earlier reply",
-        "tool": "the answer of a tool",
+        "tool": "the result of a tool",
         "tool_call": f"the call of the tool {text.text}",
     }.get(text.segment, "a message")
     start = " ".join(message.content.split())[:40]
     quoted = f' ("{start}…")' if start and text.segment != "tool_call" else ""
     return CaptureError(
         f"The model's chat template leaves out {what}{quoted}, so the model would not see it. "
-        "Leave it out yourself in a new conversation, or mend chat_template.jinja in the "
+        "Leave it out yourself in a new conversation, or fix chat_template.jinja in the "
         "model's folder."
     )
 
@@ -280,7 +280,7 @@ def _refuse_unencodable(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise CaptureError(
-            f"The prompt holds {text[error.start]!r}, which is half a character. Give it in UTF-8."
+            f"The prompt contains {text[error.start]!r}, a lone surrogate. Give it in UTF-8."
         ) from error
 
 

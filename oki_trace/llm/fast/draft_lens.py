@@ -116,7 +116,7 @@ def draft_lens(lens: LogitLens, structure: ModelStructure, hidden: Sequence[Tens
     streams = torch.stack([h.to(head.weight.device) for h in hidden])
     weight, states = head.weight.detach(), lens.normed_states(streams)
     if states.shape[-1] != weight.shape[1] or states.dtype != weight.dtype:
-        raise NoDraft("the head takes other states than the last norm returns")
+        raise NoDraft("the head takes states that the last norm does not return")
     lost = (states - states.bfloat16()).square().mean(0) * weight.square().mean(0)
     split = lost.topk(weight.shape[1] // 8).indices
     none_wanted = torch.zeros(0, dtype=torch.long)

@@ -53,7 +53,7 @@ def prepackable(model: nn.Module) -> Prepackable:
     elif not _fits_into_memory(list(weights.values())):
         reason = "the copies would take too much memory"
     elif not all(map(_is_exact, {w.shape: w for w in weights.values()}.values())):
-        reason = "products with prepacked weights differ here"
+        reason = "products with prepacked weights differ on this machine"
     return Prepackable(() if reason else tuple(weights.values()), reason)
 
 

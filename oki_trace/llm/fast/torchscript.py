@@ -168,7 +168,7 @@ def _cache_layer(key: Tensor, buffers: list[Tensor], tokens: int) -> int:
     for index, buffer in enumerate(buffers):
         if _memory(key) == _memory(buffer[0].narrow(-2, 0, tokens)):
             return index
-    raise NotTraceable("its attention reads other keys than those of its cache")
+    raise NotTraceable("its attention reads keys other than those of its cache")
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -180,7 +180,7 @@ def _queries(own: ForwardPass) -> list[LastQuery]:
     queries = []
     for last in own.attention.values():
         if not isinstance(last, LastQuery) or last.bias is not None or last.mask is not None:
-            raise NotTraceable("its attention is more than queries on keys")
+            raise NotTraceable("its attention has a mask or a bias, or no queries and keys")
         queries.append(last)
     return queries
 

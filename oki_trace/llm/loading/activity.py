@@ -20,8 +20,8 @@ class Activity(StrEnum):
     LOADING = "the model was loaded"
     CHECKING = "the model's numbers were checked"
     TEMPLATE = "its chat template was rendered"
-    TOKENIZER = "its tokenizer was at work"
-    DECODING = "the model computed"
+    TOKENIZER = "its tokenizer was running"
+    DECODING = "the model was running"
 
 
 _callback: ContextVar[Callable[[Activity], None] | None] = ContextVar("callback", default=None)

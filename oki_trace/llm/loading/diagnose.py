@@ -51,7 +51,7 @@ def _memory(chain: list[BaseException], name: str) -> str | None:
         return None
     return (
         f"There is not enough memory to load {name}. Close other programs, load it in "
-        "4-bit (--4bit) or 16-bit (--dtype bf16), or choose a smaller model."
+        "4-bit (--4bit) or 16-bit (--dtype bfloat16), or choose a smaller model."
     )
 
 

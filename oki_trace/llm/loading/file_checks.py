@@ -228,8 +228,7 @@ def _refuse_sparse(path: Path) -> None:
     stored = _stored_bytes(path, size)
     if stored < size * _MIN_SHARE:
         raise ModelError(
-            f"{path} is incomplete: of its {size:,} bytes {stored:,} are on the disk, the others "
-            f"are holes. {_FIX}"
+            f"{path} is incomplete: only {stored:,} of its {size:,} bytes are on the disk. {_FIX}"
         )
 
 

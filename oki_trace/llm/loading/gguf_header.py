@@ -59,7 +59,7 @@ class _Reader:
         if version & 0xFFFF == 0:
             self._order, version = ">", version >> 24
         if version not in (2, 3):
-            raise ValueError(f"is of version {version} of GGUF, which is not read")
+            raise ValueError(f"has GGUF version {version}, which is not supported")
         tensors, keys = self._scalar("Q"), self._scalar("Q")
         _limit(tensors, _MAX_TENSORS, "tensors")
         _limit(keys, _MAX_KEYS, "entries")

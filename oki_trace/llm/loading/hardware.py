@@ -122,7 +122,7 @@ def check_memory(
             raise ModelError(
                 f"{model_id} needs {needed / 1e9:.1f} GB of memory, but only {free / 1e9:.1f} GB "
                 "are free. Close other programs, load it in 4-bit (--4bit) or 16-bit "
-                "(--dtype bf16), or choose a smaller model."
+                "(--dtype bfloat16), or choose a smaller model."
             )
     if weights is not None and parameters > 8 * weights.bytes:
         raise ModelError(

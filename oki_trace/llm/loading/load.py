@@ -210,7 +210,7 @@ def _warn(loaded: LoadedModel, source: Source, cache: str | None) -> None:
     name = loaded.model_id
     if loaded.fallback_reason is not None:
         warnings.warn(
-            f"{name}: 4-bit was requested, {loaded.quantization or loaded.dtype} was loaded, "
+            f"{name}: 4-bit was requested, but {loaded.quantization or loaded.dtype} was loaded "
             f"because {loaded.fallback_reason}.",
             QuantizationFallback,
             stacklevel=3,

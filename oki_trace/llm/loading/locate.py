@@ -78,7 +78,7 @@ def _refuse_part(path: Path) -> None:
         return
     name = path.name[: part.start()]
     raise ModelError(
-        f"{path} is one of {int(part[2])} parts of a model, which is read from one file alone. "
+        f"{path} is one of {int(part[2])} parts of a model, but only a single file can be read. "
         "Join them with llama.cpp's `llama-gguf-split --merge "
         f"{name}-{1:05}-of-{part[2]}.gguf {name}.gguf`, and name {name}.gguf."
     )

@@ -26,11 +26,11 @@ class QuantizationFallback(UserWarning):
 def why_not_4bit(config: Any, is_gguf: bool) -> str | None:
     """Why the model cannot be quantized to 4 bits; None if that can be tried."""
     if is_gguf:
-        return "the weights of a GGUF file are quantized already"
+        return "the weights of a GGUF file are already quantized"
     existing = getattr(config, "quantization_config", None)
     if existing is not None:
         method = existing.get("quant_method") if isinstance(existing, dict) else None
-        return f"the model is quantized already ({method or 'its own way'})"
+        return f"the model is already quantized ({method or 'its own way'})"
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     try:

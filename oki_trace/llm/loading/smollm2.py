@@ -67,7 +67,7 @@ def ensure_smollm2(models_dir: Path | str, progress: Progress | None = None) -> 
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            report("Waiting for another process to finish the built-in model", None)
+            report("Waiting for another process that prepares the built-in model", None)
             lock.acquire()
         try:
             if not _is_complete(target):  # another process may have made it meanwhile

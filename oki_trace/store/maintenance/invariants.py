@@ -29,7 +29,7 @@ def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]
     """Compare the rows of a step with each other. ``complete``: no part of the reply is missing."""
     is_given = step.step_index < 0
     if is_given != (step.origin == "given"):
-        yield f"its origin is {step.origin}, its step_index says otherwise"
+        yield f"its origin is {step.origin}, but its step_index says otherwise"
     if step.origin not in get_args(Origin):
         yield f"its origin is {step.origin!r}"
     if is_given and step.decision is not None:
@@ -39,7 +39,7 @@ def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]
         and message.prompt_len is not None
         and step.position != message.prompt_len + step.step_index
     ):
-        yield f"it is at position {step.position}, the prompt has {message.prompt_len} tokens"
+        yield f"it is at position {step.position}, but the prompt has {message.prompt_len} tokens"
     yield from _candidates_agree(message, step)
     yield from _attention_agrees(message, step)
     yield from _lens_agrees(message, step, complete=complete)
@@ -63,7 +63,7 @@ def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
     if len(top.probs) > 1 and not _close(
         step.margin, float(top.probs[0]) - float(top.probs[1]), _ROUNDING
     ):
-        yield f"its margin is {step.margin:.6g}, its candidates give another"
+        yield f"its margin is {step.margin:.6g}, but its candidates give another margin"
     place = np.flatnonzero(top.token_ids == step.token_id)
     if step.sampled_prob is not None and top.sampled_probs is not None and place.size:
         sampled = float(top.sampled_probs[place[0]])
@@ -107,7 +107,7 @@ def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[st
     if not np.allclose(last, own, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
         yield "its lens at the last layer is not the model's own distribution"
     if not _close(float(lens.chosen_prob[-1]), step.prob, _ROUNDING):
-        yield "its lens at the last layer has another probability for its token"
+        yield "its lens at the last layer gives its token another probability"
     if lens.chosen_rank[-1] != step.rank:
         yield f"its lens at the last layer has its token at rank {lens.chosen_rank[-1]}"
 
@@ -153,7 +153,7 @@ def _logits_agree(
     step: Step, logits: NDArray[np.float32], kind: str, rounding: float
 ) -> Iterator[str]:
     if logits.ndim != 1 or not 0 <= step.token_id < logits.size:
-        yield f"its logits have the shape {logits.shape}, its token is {step.token_id}"
+        yield f"its logits have the shape {logits.shape}, but its token is {step.token_id}"
         return
     if np.isnan(logits).any() or not np.isfinite(logits.max()):
         return
@@ -166,11 +166,11 @@ def _logits_agree(
     prob = float(probs[step.token_id])
     tolerance = _ROUNDING if is_exact else compact.PROB_BOUND
     if not _close(step.prob, prob, tolerance, relative=False):
-        yield f"its probability is {step.prob:.6g}, its logits give {prob:.6g}"
+        yield f"its probability is {step.prob:.6g}, but its logits give {prob:.6g}"
     present = probs > 0
     entropy = -float((probs[present] * np.log(probs[present])).sum())
     if not _close(step.entropy, entropy, 1e-3 if is_exact else 2e-2):
-        yield f"its entropy is {step.entropy:.6g}, its logits give {entropy:.6g}"
+        yield f"its entropy is {step.entropy:.6g}, but its logits give {entropy:.6g}"
     ids, rows = step.topk.token_ids, step.topk.logits.astype(np.float64)
     if not len(ids):
         return
@@ -207,7 +207,9 @@ def _attentions_agree(
 ) -> Iterator[str]:
     layers = tuple(layer.layer for layer in step.attention)
     if weights.ndim != 3 or tensor.layers != layers or len(layers) != len(weights):
-        yield f"its attentions are of layers {_list(tensor.layers)}, its rows of {_list(layers)}"
+        yield (
+            f"its attentions are of layers {_list(tensor.layers)}, but its rows of {_list(layers)}"
+        )
         return
     if tensor.key_offset + weights.shape[2] != step.position:
         yield f"its attentions end at position {tensor.key_offset + weights.shape[2]}"

@@ -3,7 +3,7 @@
 A plan lists the data to be deleted and the space that this frees, and changes nothing.
 It is carried out in small transactions, so a reply that is being generated does not
 wait, and pruning can be interrupted at any point. A reply that a live process writes is
-never touched. ``vacuum`` returns the space to the disk; until then the store reuses it.
+never touched. ``vacuum`` reclaims the disk space; until then the store reuses it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def plan(
     of their last change. Raises UsageError when both limits are None.
     """
     if older_than is None and max_bytes is None:
-        raise UsageError("There is no limit for pruning: give an age, a size, or both.")
+        raise UsageError("Pruning needs a limit: give an age, a size, or both.")
     before = None if older_than is None else (now or lifecycle.now()) - older_than
     with reader.snapshot() as instant:
         info = instant.info()

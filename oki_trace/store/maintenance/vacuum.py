@@ -1,4 +1,4 @@
-"""Vacuums a store: returns the space of deleted rows to the disk.
+"""Vacuums a store: reclaims the disk space of deleted rows.
 
 The store is rebuilt without gaps. This needs space for a copy and blocks all writers, so
 it is refused while a reply is being generated. Readers continue. If it is killed, the

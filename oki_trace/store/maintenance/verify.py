@@ -228,7 +228,7 @@ class Verification:
             yield f"its lens does not settle at layer {row.settle_layer}"
         greedy = None if step.decision is None else step.decision.greedy.token_id
         if greedy != row.greedy_id:
-            yield f"its greedy token is {row.greedy_id}, in its decision it is {greedy}"
+            yield f"its greedy token is {row.greedy_id}, but {greedy} in its decision"
         yield from rows_agree(message, step, complete=message.status in _COMPLETE)
         yield from step_changes(message, step)
         yield from self._tensors(instant, message, step, row)

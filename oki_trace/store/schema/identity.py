@@ -37,8 +37,8 @@ APPLICATION_ID = 0x6F6B6974  # "okit"
 _SET_APPLICATION_ID = "PRAGMA application_id = 1869310324"
 
 _DAMAGED = (
-    "The store {path} failed: the file is damaged: restore a backup, or export what can still be "
-    "read."
+    "The store {path} cannot be used: the file is damaged. Restore a backup, or export what can "
+    "still be read."
 )
 _NO_URL = (
     "The store's address is not a valid URL: write `postgresql://user:password@host/database` "
@@ -106,7 +106,7 @@ def is_ours(path: Path) -> bool:
         return False
     if _application_id(path) != APPLICATION_ID:
         raise SchemaError(
-            f"{path} is not an oki-trace store, so it is left alone: give another path with --db."
+            f"{path} is not an oki-trace store, so it was not changed: give another path with --db."
         )
     return True
 

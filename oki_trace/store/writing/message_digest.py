@@ -83,11 +83,11 @@ def changes(connection: Connection, message_id: int) -> Iterator[str]:
             yield "its digest is missing"
         elif row.digest != compute(connection, message_id):
             yield (
-                "its text, settings, prompt or list of steps is not what was recorded (another "
-                "digest)"
+                "its text, settings, prompt or list of steps is not what was recorded (the "
+                "digest differs)"
             )
     elif row.prompt_len is not None and row.digest != _prompt_digest(connection, message_id):
-        yield "its prompt is not what was recorded (another digest)"
+        yield "its prompt is not what was recorded (the digest differs)"
 
 
 def _prompt_digest(connection: Connection, message_id: int) -> str:
