@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,19 @@ def smollm2(smollm2_dir: Path) -> tuple[Any, Any]:
     return load_model_and_tokenizer(str(smollm2_dir), use_4bit=False)
 
 
-@pytest.fixture
-def db(tmp_path: Path, smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store with one reply of SmolLM2: message 2."""
+@pytest.fixture(scope="module")
+def answered(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -> Path:
     model, tokenizer = smollm2
-    path = tmp_path / "tree.db"
+    path = tmp_path_factory.mktemp("answered") / "tree.db"
     run_traced(QUESTION, max_new_tokens=8, model=model, tokenizer=tokenizer, db=path)
+    return path
+
+
+@pytest.fixture
+def db(tmp_path: Path, answered: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with one reply of SmolLM2: message 2."""
+    path = tmp_path / "tree.db"
+    shutil.copyfile(answered, path)
     monkeypatch.setenv("OKI_TRACE_DB", str(path))
     return path
 
@@ -88,7 +96,9 @@ def test_the_best_candidates_each_get_a_branch(oki: Oki, db: Path) -> None:
 def test_regenerate_edit_prefill_and_continue(oki: Oki, db: Path) -> None:
     assert oki("branch", 2, "--temperature", 1.5, "--seed", 4).status == 0
     assert oki("run", "And of Spain?", "--edit", 1, "--max-new-tokens", 4).status == 0
-    assert oki("run", QUESTION, "--edit", 1, "--prefill", "It is", "--max-new-tokens", 3).status == 0
+    assert (
+        oki("run", QUESTION, "--edit", 1, "--prefill", "It is", "--max-new-tokens", 3).status == 0
+    )
     assert oki("run", "--continue", 5, "--max-new-tokens", 3).status == 0
     found = {message.id: message for message in messages(db)}
     assert (found[3].branch_of, found[3].branch_step, found[3].parent_id) == (2, 0, 1)
@@ -136,7 +146,9 @@ def test_a_tree_comes_back_from_an_export(oki: Oki, db: Path, tmp_path: Path, fo
     assert oki("export", "-c", 1, "--branch", 3, "-o", alone).status == 0
     assert [one["id"] for one in json.loads(alone.read_text())["messages"]] == [1, 3]
     if format == "parquet":
-        assert oki("export", "-c", 1, "--branch", 6, "-f", format, "-o", tmp_path / "one").status == 0
+        assert (
+            oki("export", "-c", 1, "--branch", 6, "-f", format, "-o", tmp_path / "one").status == 0
+        )
         assert import_path(tmp_path / "one", tmp_path / "one.db").messages == 2
 
 
