@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 
 from dashboard.viewdata.replies import (
     Colour,
@@ -21,42 +20,10 @@ from dashboard.viewdata.replies import (
 )
 from dashboard.viewdata.wording import Json, format_number
 from oki_trace.likelihood import score_of
-from oki_trace.records import Message, Prompt, Role, Status, StepSummary
+from oki_trace.records import Message, Prompt, Status, StepSummary
 from oki_trace.reporting import counted
 
 Traced = Mapping[int, StepSummary]
-
-# A message is shown by its tokens where these are its own; an earlier reply has its own steps.
-_ROLES = ("system", "user", "tool")
-
-
-def message_spans(prompt: Prompt, messages: Sequence[Message]) -> dict[int, range]:
-    """The positions of each message in a prompt that follows ``messages``, by message id.
-
-    A message is left out where the prompt does not tell its tokens from those of another.
-    """
-    runs: dict[str, list[range]] = {role: [] for role in _ROLES}
-    for segment, group in groupby(range(len(prompt)), prompt.segments.__getitem__):
-        positions = list(group)
-        if segment in runs:
-            runs[segment].append(range(positions[0], positions[-1] + 1))
-    spans = {}
-    for role, found in runs.items():
-        said = [message for message in messages if message.role is Role(role)]
-        certain = len(said) == len(found)
-        # The last messages are in the prompt even if the first ones are not.
-        for message, span in zip(reversed(said), reversed(found), strict=False):
-            text = "".join(prompt.tokens[at] for at in span)
-            if not certain and text.strip() != message.content.strip():
-                break
-            spans[message.id] = span
-    return spans
-
-
-def scored_span(prompt_len: int, own: Traced) -> range:
-    """The positions of a scored text: the first token of all has no probability of its own."""
-    first = min(own)
-    return range(0 if first == 1 else first, prompt_len)
 
 
 def given_data(

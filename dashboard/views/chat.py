@@ -7,7 +7,7 @@ on a token redraws the panel alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
@@ -15,6 +15,7 @@ from dashboard import boundary, components, data, url_state
 from dashboard.viewdata import prompts, replies, storage, wording
 from dashboard.views import layout, reply_map, sidebar, step_panel
 from oki_trace.explain import call_line
+from oki_trace.message_spans import message_spans, scored_span
 from oki_trace.queueing import (
     ReplyRequest,
     add_tool_result,
@@ -23,7 +24,7 @@ from oki_trace.queueing import (
     submit,
     unanswered_calls,
 )
-from oki_trace.records import Message, Prompt, Role, Status, WorkerState
+from oki_trace.records import Message, Prompt, Role, Status, StepSummary, WorkerState
 
 POLL_SECONDS = 0.3
 
@@ -183,21 +184,10 @@ def _given(message: Message, messages: Sequence[Message], label: str) -> bool:
         if prompt is None:
             continue
         before = [m for m in messages if m.position < reply.position]
-        span = prompts.message_spans(prompt, before).get(message.id)
-        if span is None or traced.keys().isdisjoint(span):
-            continue
-        shown = prompts.given_data(
-            prompt,
-            traced,
-            span,
-            conversation=reply.conversation_id,
-            message=reply.id,
-            colour=_colour(),
-            layers=reply.capture.layers if reply.capture else 0,
-            label=label,
-        )
-        components.reply(key=f"given-{message.id}", data=shown)
-        return True
+        span = message_spans(prompt, before).get(message.id)
+        if span is not None and not traced.keys().isdisjoint(span):
+            _draw_given(f"given-{message.id}", reply, prompt, traced, span, label)
+            return True
     return False
 
 
@@ -208,21 +198,34 @@ def _scored(message: Message) -> bool:
     prompt = data.prompt(message) if own else None
     if prompt is None or not message.content:
         return False
-    steps = list(own.values())
+    span = scored_span(len(prompt), min(own))
+    _draw_given(f"reply-{message.id}", message, prompt, own, span, None)
+    return True
+
+
+def _draw_given(
+    key: str,
+    reply: Message,
+    prompt: Prompt,
+    traced: Mapping[int, StepSummary],
+    span: range,
+    label: str | None,
+) -> None:
+    """Draw tokens of the prompt of ``reply``; without a ``label`` they are a scored text."""
+    scored = label is None
     shown = prompts.given_data(
         prompt,
-        own,
-        prompts.scored_span(len(prompt), own),
-        conversation=message.conversation_id,
-        message=message.id,
+        traced,
+        span,
+        conversation=reply.conversation_id,
+        message=reply.id,
         colour=_colour(),
-        layers=message.capture.layers if message.capture else 0,
-        label=None,
-        status=prompts.scored_status(message, steps),
-        bad=message.status in (Status.FAILED, Status.INTERRUPTED),
+        layers=reply.capture.layers if reply.capture else 0,
+        label=label,
+        status=prompts.scored_status(reply, list(traced.values())) if scored else "",
+        bad=scored and reply.status in (Status.FAILED, Status.INTERRUPTED),
     )
-    components.reply(key=f"reply-{message.id}", data=shown)
-    return True
+    components.reply(key=key, data=shown)
 
 
 def _message(message: Message, messages: Sequence[Message]) -> None:

@@ -42,7 +42,7 @@ def export(
     if format is Format.PARQUET and output is None:
         raise UsageError("parquet is a folder of tables: choose it with --output.")
     which = (conversation_id, message_id, progress)
-    given = format in (Format.JSON, Format.JSONL, Format.PARQUET)
+    given = format is not Format.TRACE_V1
     with selected(reader, *which, tensors=tensors, given=given) as chosen:
         for sentence in _left_out(chosen, format):
             tell(sentence)
@@ -96,8 +96,8 @@ def _left_out(chosen: Selection, format: Format) -> Iterator[str]:
         )
     if chosen.given_steps and not chosen.given:
         yield (
-            f"The steps of {chosen.given_steps:,} given tokens are left out: json, jsonl and "
-            "parquet contain them."
+            f"The steps of {chosen.given_steps:,} given tokens are left out: json, jsonl, "
+            "parquet and html contain them."
         )
     if format is Format.TRACE_V1:
         yield (

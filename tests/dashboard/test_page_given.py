@@ -15,6 +15,7 @@ from dashboard import data
 from dashboard.viewdata import attention, prompts
 from dashboard.views import reply_map
 from oki_trace.likelihood import score_of
+from oki_trace.message_spans import message_spans
 from oki_trace.records import Message, Prompt, Role, Status
 from oki_trace.sanitize import visible
 from tests import builders
@@ -219,9 +220,9 @@ def test_spans_that_are_not_certain_are_left_out() -> None:
     tokens = ("<u>", "Hi", "<u>", "Hi", " you")
     prompt = Prompt("", (0, 1, 2, 3, 4), tokens, ("template", "user", "template", "user", "user"))
     message = user_message(1, "gone"), user_message(2, "Hi"), user_message(3, "Hi you")
-    assert prompts.message_spans(prompt, message) == {3: range(3, 5), 2: range(1, 2)}
+    assert message_spans(prompt, message) == {3: range(3, 5), 2: range(1, 2)}
     other = user_message(4, "changed by the template")
-    assert prompts.message_spans(prompt, (*message, other)) == {}
+    assert message_spans(prompt, (*message, other)) == {}
 
 
 def user_message(number: int, content: str) -> Message:

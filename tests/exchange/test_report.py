@@ -16,6 +16,7 @@ import pytest
 
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
+from oki_trace.likelihood import score_of
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
@@ -28,6 +29,7 @@ from oki_trace.records import (
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
+from tests.dashboard import given_store
 from tests.exchange import stories
 from tests.waiting import until
 
@@ -140,7 +142,7 @@ def test_a_click_and_the_keys_choose_a_step(page: Any) -> None:
     assert "step 41 of 41" in page.locator(".where").text_content()
     # The odd step shows the data it has, and says which is missing.
     panel = page.locator("#panel").text_content()
-    assert "Not computed for this step" in panel and "Considered" in panel
+    assert "Not computed for this step" in panel and "Candidates" in panel
     page.locator(".reply").nth(1).locator(".token").click()
     assert "step 1 of 1" in page.locator(".where").text_content()
 
@@ -246,6 +248,97 @@ def test_on_a_phone_the_lens_has_two_tokens_that_can_be_read(page: Any) -> None:
     assert row.locator("td.cell:visible").count() == 2
     page.set_viewport_size({"width": 1440, "height": 900})
     assert row.locator("td.cell:visible").count() == 3
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Reports of a traced prompt with its second turn, and of a scored text."""
+    folder = tmp_path_factory.mktemp("given")
+    built = given_store.build(str(folder / "s.db"))
+    with TraceReader(folder / "s.db") as reader:
+        for name, conversation in (("talk", built.first[0]), ("score", built.scored[0])):
+            export(reader, conversation, Format.HTML, folder / f"{name}.html", sys.stdout)
+    return {name: folder / f"{name}.html" for name in ("talk", "score")} | {"db": folder / "s.db"}
+
+
+def open_given(chromium: Any, report: Path, wrong: list[str]) -> Any:
+    page = chromium.new_page(viewport={"width": 1440, "height": 900})
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", lambda message: wrong.append(message.text))
+    page.goto(report.as_uri())
+    page.wait_for_selector(".token.chosen")
+    return page
+
+
+@pytest.mark.browser
+def test_the_tokens_of_a_traced_prompt_are_chosen_like_those_of_a_reply(
+    chromium: Any, given: dict[str, Path]
+) -> None:
+    wrong: list[str] = []
+    page = open_given(chromium, given["talk"], wrong)
+    asked = page.locator(".bubble.user").nth(0)
+    assert asked.locator(".token").all_text_contents() == list(given_store.ASKED)
+    assert page.locator(".bubble.system .token").all_text_contents() == list(given_store.SYSTEM)
+    # The second turn's own tokens, in the prompt of the second reply.
+    then = page.locator(".bubble.user").nth(1)
+    assert then.locator(".token").all_text_contents() == list(given_store.THEN)
+    shades = asked.locator(".token").evaluate_all(
+        "nodes => nodes.map(n => Number(n.style.getPropertyValue('--v')))"
+    )
+    assert max(shades) > 0
+    assert "3 tokens given · perplexity" in asked.inner_text()
+    asked.locator(".token").nth(1).click()
+    assert page.url.endswith("#1.-3")
+    assert "position 5 of 8 in the prompt" in page.locator(".where").inner_text()
+    with TraceReader(given["db"]) as reader:
+        step = reader.step(3, 5, given=True)
+    assert step.lens is not None
+    assert f"{step.prob:.3f}" in page.locator(".numbers").text_content()
+    assert "the model did not choose it" in page.locator(".why").inner_text()
+    assert page.locator(".piece").count() == 5
+    ranks = page.locator("table td.num.dim:last-child").all_text_contents()
+    assert ranks == [f"#{rank}" for rank in reversed(step.lens.chosen_rank.tolist())]
+    assert page.locator("#map-title").inner_text().startswith("Prompt map")
+    # Through the template into the reply, where the map is the reply's.
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert "step 1 of 2" in page.locator(".where").inner_text()
+    assert page.locator("#map-title").inner_text().startswith("Reply map")
+    page.keyboard.press("ArrowLeft")
+    assert "position 7 of 8" in page.locator(".where").inner_text()
+    page.keyboard.press("Home")
+    assert "position 1 of 8" in page.locator(".where").inner_text()
+    fourth = page.evaluate("GUTTER + 3.5 * columnWidth")
+    page.locator("#cells").click(position={"x": fourth, "y": 40})
+    assert page.locator(".token.chosen").text_content() == given_store.ASKED[0]
+    page.goto(f"{given['talk'].as_uri()}#2.-2")
+    page.reload()
+    assert page.locator(".token.chosen").text_content() == given_store.THEN[1]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1440
+    assert wrong == []
+    page.close()
+
+
+@pytest.mark.browser
+def test_a_scored_text_is_its_tokens_and_its_score(chromium: Any, given: dict[str, Path]) -> None:
+    wrong: list[str] = []
+    page = open_given(chromium, given["score"], wrong)
+    with TraceReader(given["db"]) as reader:
+        steps = reader.steps(6, given=True)
+    words = page.locator(".reply .words")
+    assert words.text_content() == "".join(given_store.SCORED)
+    assert words.locator(".token").all_text_contents() == list(given_store.SCORED[1:])
+    worst = min(steps, key=lambda s: s.logprob)
+    assert page.locator(".token.chosen").text_content() == worst.token
+    score = score_of(steps)
+    assert page.locator(".status").inner_text() == (
+        f"complete (scored) · 4 tokens given · logprob {score.logprob:.2f} nats · "
+        f"perplexity {score.perplexity:.2f} · {score.bits_per_byte:.3f} bits per byte"
+    )
+    page.get_by_role("button", name="settle layer").click()
+    assert page.locator(".reply.depth").count() == 1
+    assert wrong == []
+    page.close()
 
 
 def test_a_conversation_without_traces_is_a_report_too(tmp_path: Path, chromium: Any) -> None:

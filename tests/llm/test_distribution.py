@@ -55,7 +55,7 @@ def test_the_numbers_of_a_row_are_those_of_its_whole_distribution(
     logits[:, :ruled_out] = float("-inf")
     own_logits[:ruled_out] = float("-inf")
     chosen = vocab // 2
-    found = summarize(logits, model_distribution(own_logits), chosen, 3)
+    found = summarize(logits, [model_distribution(own_logits)], chosen, 3)
 
     exact = logits.double().log_softmax(-1).numpy()
     own = own_logits.double().log_softmax(-1).numpy()

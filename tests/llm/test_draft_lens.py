@@ -183,13 +183,13 @@ def test_an_inaccurate_draft_is_dropped_within_the_reply(
 ) -> None:
     model = large()
     whole = traced_lenses(model, CapturePolicy(tensors="exact"))
-    scored = DraftProjection._rescored
+    project = DraftProjection.project_steps
 
-    def off(self: DraftProjection, logits: Any, states: Any, wanted: Any, k: int) -> Any:
-        found, unsure = scored(self, logits, states, wanted, k)
-        return found - 0.5 * (found < found.topk(k).values[:, -1:]), unsure
+    def off(self: DraftProjection, hidden: Any, exact_ids: Any, k: int) -> Any:
+        for found in project(self, hidden, exact_ids, k):
+            yield found - 0.5 * (found < found.topk(k).values[:, -1:])
 
-    monkeypatch.setattr(DraftProjection, "_rescored", off)
+    monkeypatch.setattr(DraftProjection, "project_steps", off)
     assert traced_lenses(model, CapturePolicy()) == whole
     checks = checked(model)
     assert checks.draft is not None and checks.draft > DRAFT_TOLERANCE and checks.fault is None

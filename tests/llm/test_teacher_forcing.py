@@ -152,7 +152,7 @@ def test_a_stop_keeps_the_steps_before_it() -> None:
     steps, _ = traced(
         model, ids_of(model), should_stop=lambda: bool(calls.append(1)) or len(calls) == 2
     )
-    assert [step.position for step in steps] == list(range(1, 9))
+    assert [step.position for step in steps] == list(range(1, 1 + 2 * teacher_forcing.LENS_STEPS))
 
 
 def test_windows_predict_each_token_once_with_enough_before_it() -> None:

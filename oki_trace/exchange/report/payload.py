@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from oki_trace import __version__
 from oki_trace.exchange.selection import Selection
 from oki_trace.exchange.trace_object import Json, known_id
 from oki_trace.explain import explain, explain_generation
+from oki_trace.likelihood import score_of
+from oki_trace.message_spans import message_spans, scored_span
 from oki_trace.records import CaptureReport, Generation, LayerAttention, Message, Step
 
 # Entries of a lens layer, of the final layer's attention, and of the other layers'.
@@ -53,6 +55,7 @@ def payload(chosen: Selection) -> Json:
         elif message.reason:
             shown["note"] = f"{message.status}: {message.reason}"
         messages.append(shown)
+    _find_given(chosen, messages, replies)
     return {
         "version": __version__,
         "title": chosen.conversation.title,
@@ -63,14 +66,39 @@ def payload(chosen: Selection) -> Json:
     }
 
 
+def _find_given(chosen: Selection, messages: Sequence[Json], replies: Sequence[Json]) -> None:
+    """Add to each message whose tokens a reply's prompt has traced: [reply, first, end].
+
+    The tokens are at these positions of the prompt of the first such reply.
+    """
+    for number, (reply, shown) in enumerate(zip(chosen.replies, replies, strict=True)):
+        traced = {step["position"] for step in shown["given"]}
+        if not traced:
+            continue
+        before = [message for message in chosen.messages if message.position < reply.position]
+        spans = message_spans(chosen.head(reply).start.prompt, before)
+        for message, data in zip(chosen.messages, messages, strict=True):
+            span = spans.get(message.id, range(0))
+            if not traced.isdisjoint(span):
+                data.setdefault("given", [number, span.start, span.stop])
+
+
+def _steps(steps: Iterable[Step], tokens: _Tokens) -> list[Json]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return [{**_step(step, tokens), "run": decoder.decode(step.token_bytes)} for step in steps]
+
+
 def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
     start = chosen.head(message).start
     capture, prompt = start.capture, start.prompt
-    steps: list[Json] = []
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for step in chosen.iter_steps(message):
-        steps.append({**_step(step, tokens), "run": decoder.decode(step.token_bytes)})
+    steps = _steps(chosen.iter_steps(message), tokens)
+    given = _steps(chosen.iter_steps(message, given=True), tokens)
+    scored: Json = {}
+    if given and not steps and message.content:
+        span = scored_span(len(prompt), given[0]["position"])
+        scored = {"scored": [span.start, span.stop], "score": _score(chosen, message)}
     return {
+        **scored,
         "id": message.id,
         "count": len(steps),
         "status": f"{message.status} ({message.reason})" if message.reason else message.status,
@@ -85,7 +113,23 @@ def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
         # [kind, first step, the step after the last] of the parts that are not the answer.
         "parts": [[p.kind, p.start, p.end] for p in message.parts if p.kind != "answer"],
         "steps": steps,
+        # The own steps of the prompt's tokens, by position.
+        "given": given,
     }
+
+
+def _score(chosen: Selection, message: Message) -> str:
+    score = score_of(chosen.reader.steps(message.id, given=True))
+    numbers = (
+        ("logprob", score.logprob, 2, " nats"),
+        ("perplexity", score.perplexity, 2, ""),
+        ("", score.bits_per_byte, 3, " bits per byte"),
+    )
+    return " · ".join(
+        f"{name} {value:.{digits}f}{unit}".strip()
+        for name, value, digits, unit in numbers
+        if math.isfinite(value)
+    )
 
 
 def _facts(
@@ -105,8 +149,8 @@ def _facts(
         ("versions", capture.versions),
     ]
     if message.seconds and math.isfinite(message.seconds):
-        speed = f"{count / message.seconds:.1f} tokens/s"
-        facts.insert(4, ("duration", f"{message.seconds:.1f} s, {speed}"))
+        speed = f", {count / message.seconds:.1f} tokens/s" if count else ""
+        facts.insert(4, ("duration", f"{message.seconds:.1f} s{speed}"))
     return [[name, value] for name, value in facts]
 
 
@@ -141,7 +185,6 @@ def _step(step: Step, tokens: _Tokens) -> Json:
         "entropy": _rounded(step.entropy),
         "rank": step.rank,
         "sampled": _rounded(step.sampled_prob),
-        "why": explain(step),
         "top": tokens.indices(top.token_ids.tolist(), top.tokens),
         "topProb": [_rounded(value) for value in top.probs.tolist()],
         "attention": [
@@ -149,6 +192,8 @@ def _step(step: Step, tokens: _Tokens) -> Json:
             for layer in step.attention
         ],
     }
+    if step.origin != "given":
+        shown["why"] = explain(step)
     if top.sampled_probs is not None:
         shown["topSampled"] = [_rounded(value) for value in top.sampled_probs.tolist()]
     if step.lens is not None:

@@ -1,9 +1,14 @@
 "use strict";
 // Draws the report from the data in the page. Text from models and users is only set as
 // textContent, as a title, or drawn on the canvas.
+// at.step is a step of the reply; below 0 it is a token of its prompt, -1 the last one.
 const trace = JSON.parse(document.getElementById("data").textContent);
 const at = { reply: -1, step: 0, colour: "surprisal", layer: null };
 const SHORT = { " ": "␣", "\n": "⏎", "\t": "⇥" };
+const GIVEN = "Given: this token is part of the text that the model read, and the model did not choose it. " +
+  "The numbers say how likely it was after the text before it.";
+// The lists of tokens: {reply, steps, words, under, choice}; ``words`` has a token for each of ``steps``.
+const groups = [];
 const COLOURS = ["surprisal", "entropy", "settle layer"];
 const byId = (id) => document.getElementById(id);
 
@@ -37,16 +42,17 @@ const rankText = (rank) => rank ? `#${rank.toLocaleString("en")}` : "–";
 function drawTalk() {
   byId("title").textContent = trace.title || "Untitled";
   const models = [...new Set(trace.replies.map((r) => r.facts[0][1]))];
-  const steps = trace.replies.reduce((sum, r) => sum + r.steps.length, 0);
+  const steps = trace.replies.reduce((sum, r) => sum + r.steps.length + r.given.length, 0);
   byId("about").textContent = [...models, trace.created, `${steps.toLocaleString("en")} tokens traced`].join(" · ");
   byId("foot").textContent = `Written by oki-trace ${trace.version}. This file contains all of its data and makes no requests. ` +
     "prob is the model's own probability, before any sampling setting; surprisal and entropy are in nats. " +
-    "The lens reads each layer as if it were the last, which the model was not trained for. Attention shows where the model looked, not why.";
+    "The Logit Lens shows what the model would predict if a layer were the last; predictions of early layers are often meaningless. Attention shows where the model looked, not why.";
   const nodes = trace.messages.map((message) => {
     if (message.reply !== undefined) return drawReply(trace.replies[message.reply], message.reply);
     const bubble = make("div", `bubble ${message.role}`);
     if (message.role !== "user") bubble.append(make("span", "who", message.who));
-    bubble.append(message.content);
+    if (message.given) bubble.append(...drawGiven(...message.given));
+    else bubble.append(message.content);
     if (message.note) bubble.append(make("span", "who bad", message.note));
     return bubble;
   });
@@ -55,65 +61,116 @@ function drawTalk() {
 
 function drawReply(reply, index) {
   const root = make("div", "reply");
-  const words = make("div", "words");
-  words.setAttribute("role", "listbox");
-  words.setAttribute("aria-label", "Tokens of the reply");
+  if (reply.scored) root.append(...drawGiven(index, ...reply.scored));
+  else root.append(...drawSteps(reply, index));
+  const details = make("details");
+  const facts = make("dl", "facts");
+  for (const [name, value] of reply.facts) facts.append(make("dt", "", name), make("dd", "", value));
+  details.append(make("summary", "", reply.scored ? "About this score" : "About this reply"), facts);
+  root.append(details);
+  return root;
+}
+
+function drawSteps(reply, index) {
+  const words = listOf("Tokens of the reply", index);
   reply.steps.forEach((step, number) => {
-    const text = step.special ? tokenText(step.token) : running(step.run) || "◌";
-    const node = make("span", "token", text);
-    if (step.special || !step.run.trim()) node.classList.add("mark");
-    node.dataset.step = number;
-    node.tabIndex = -1;
-    node.setAttribute("role", "option");
-    node.title = `${tokenText(step.token)} · prob ${figure(step.prob, 3)} · surprisal ${figure(step.surprisal, 2)} · entropy ${figure(step.entropy, 2)}`;
+    const node = drawToken(reply, step, number);
     const part = reply.parts.find(([, from, to]) => number >= from && number < to);
     if (part) node.classList.add(part[0]);
     words.append(node);
   });
   const thinking = words.querySelectorAll(".thinking").length;
-  if (thinking && thinking < reply.steps.length) root.append(folding(words, thinking));
+  const fold = thinking && thinking < reply.steps.length ? [folding(words, thinking)] : [];
+  const status = make("span", reply.bad ? "status bad" : "status", `${reply.status} · ${reply.steps.length} tokens`);
+  return [...fold, words, drawUnder(reply, reply.steps, words, status, true)];
+}
+
+// Tokens that the model was given, at the positions from start up to end of a reply's prompt.
+function drawGiven(index, start, end) {
+  const reply = trace.replies[index];
+  const words = listOf("Tokens of a message", index);
+  const steps = [];
+  for (let position = start; position < end; position += 1) {
+    const step = stepOf(reply, position - reply.promptLen);
+    if (step) {
+      steps.push(step);
+      words.append(drawToken(reply, step, position - reply.promptLen));
+    } else words.append(make("span", "", running(trace.tokens[reply.prompt[position]][1])));
+  }
+  const nats = steps.reduce((sum, step) => sum + (step.surprisal ?? NaN), 0);
+  const perplexity = Math.exp(nats / steps.length);
+  const scored = reply.scored?.[0] === start;
+  const said = [`${steps.length} ${steps.length === 1 ? "token" : "tokens"} given`];
+  if (scored) said.unshift(reply.status);
+  if (scored && reply.score) said.push(reply.score);
+  else if (Number.isFinite(perplexity)) said.push(`perplexity ${perplexity.toFixed(2)}`);
+  const status = make("span", scored && reply.bad ? "status bad" : "status", said.join(" · "));
+  return [words, drawUnder(reply, steps, words, status, scored)];
+}
+
+function listOf(label, index) {
+  const words = make("div", "words");
+  words.setAttribute("role", "listbox");
+  words.setAttribute("aria-label", label);
   words.onclick = (event) => {
     const node = event.target.closest(".token");
     if (node) choose(index, Number(node.dataset.step));
   };
+  return words;
+}
+
+function drawToken(reply, step, number) {
+  const node = make("span", "token", step.special ? tokenText(step.token) : running(step.run) || "◌");
+  if (step.special || !step.run.trim()) node.classList.add("mark");
+  node.dataset.step = number;
+  node.tabIndex = -1;
+  node.setAttribute("role", "option");
+  node.title = `${tokenText(step.token)} · prob ${figure(step.prob, 3)} · surprisal ${figure(step.surprisal, 2)} · entropy ${figure(step.entropy, 2)}`;
+  (reply.nodes ??= new Map()).set(number, node);
+  return node;
+}
+
+// The legend of the colours, which are a choice under a reply, and a status.
+function drawUnder(reply, steps, words, status, choice) {
+  const under = make("div", "under");
   const colours = make("span", "choice");
-  for (const name of COLOURS) {
+  for (const name of choice ? COLOURS : []) {
     const button = make("button", "", name);
     button.type = "button";
     button.onclick = () => { at.colour = name; paint(); };
     colours.append(button);
   }
-  const under = make("div", "under");
-  const status = make("span", reply.bad ? "status bad" : "status", `${reply.status} · ${reply.steps.length} tokens`);
-  under.append(colours, make("span", "legend"), status);
-  const details = make("details");
-  const facts = make("dl", "facts");
-  for (const [name, value] of reply.facts) facts.append(make("dt", "", name), make("dd", "", value));
-  details.append(make("summary", "", "About this reply"), facts);
-  root.append(words, under, details);
-  reply.root = root;
-  return root;
+  under.append(...(choice ? [colours] : []), make("span", "legend"), status);
+  groups.push({ reply, steps, words, under, choice });
+  return under;
+}
+
+// The step of a number; undefined for a token of the prompt that was not traced.
+function stepOf(reply, number) {
+  if (number >= 0) return reply.steps[number];
+  reply.byPosition ??= new Map(reply.given.map((step) => [step.position, step]));
+  return reply.byPosition.get(number + reply.promptLen);
 }
 
 // A shade from 0 to 1 for each step, and the label of the upper end.
-function shades(reply) {
+function shades(steps, layers) {
   if (at.colour === "settle layer") {
-    const top = Math.max(reply.layers, 1);
-    return [reply.steps.map((s) => (s.settle ?? null) === null ? 0 : s.settle / top), `layer ${reply.layers}`];
+    const top = Math.max(layers, 1);
+    return [steps.map((s) => (s.settle ?? null) === null ? 0 : s.settle / top), `layer ${layers}`];
   }
-  const values = reply.steps.map((s) => s[at.colour]);
-  const top = Math.max(1, ...values.filter((v) => v !== null));
+  const values = steps.map((s) => s[at.colour]);
+  const top = values.reduce((most, v) => Math.max(most, v ?? 0), 1);
   return [values.map((v) => (v ?? 0) / top), `${top.toFixed(1)} nats`];
 }
 
 function paint() {
-  for (const reply of trace.replies) {
-    const [values, high] = shades(reply);
-    reply.root.classList.toggle("depth", at.colour === "settle layer");
-    reply.root.querySelectorAll(".token").forEach((node, n) => node.style.setProperty("--v", values[n]));
-    reply.root.querySelectorAll(".choice button").forEach((button) =>
+  for (const { reply, steps, words, under, choice } of groups) {
+    const [values, high] = shades(steps, reply.layers);
+    words.parentElement.classList.toggle("depth", at.colour === "settle layer");
+    words.querySelectorAll(".token").forEach((node, n) => node.style.setProperty("--v", values[n]));
+    under.querySelectorAll(".choice button").forEach((button) =>
       button.setAttribute("aria-pressed", String(button.textContent === at.colour)));
-    fill(reply.root.querySelector(".legend"), "0", make("span", "ramp"), high);
+    fill(under.querySelector(".legend"), ...(choice ? [] : [`${at.colour} `]), "0", make("span", "ramp"), high);
   }
 }
 
@@ -138,15 +195,18 @@ function choose(reply, step, { focus = false } = {}) {
   old?.classList.remove("chosen");
   old?.removeAttribute("aria-selected");
   if (old) old.tabIndex = -1;
-  const other = at.reply !== reply;
+  const other = at.reply !== reply || (at.step < 0) !== (step < 0);
   at.reply = reply;
   at.step = step;
-  const node = trace.replies[reply].root.querySelectorAll(".token")[step];
-  node.classList.add("chosen");
-  node.setAttribute("aria-selected", "true");
-  node.tabIndex = 0;
-  if (node.classList.contains("thinking")) node.parentElement.unfold?.(true);
-  if (focus) node.focus();
+  // A token of the chat template belongs to no message.
+  const node = trace.replies[reply].nodes?.get(step);
+  if (node) {
+    node.classList.add("chosen");
+    node.setAttribute("aria-selected", "true");
+    node.tabIndex = 0;
+    if (node.classList.contains("thinking")) node.parentElement.unfold?.(true);
+    if (focus) node.focus();
+  }
   history.replaceState(null, "", `#${reply + 1}.${step}`);
   drawPanel();
   layMap(other);
@@ -154,9 +214,11 @@ function choose(reply, step, { focus = false } = {}) {
 
 function drawPanel() {
   const reply = trace.replies[at.reply];
-  const step = reply.steps[at.step];
+  const step = stepOf(reply, at.step);
   const where = make("div", "where");
-  where.append(make("span", "", `step ${at.step + 1} of ${reply.steps.length} · position ${step.position}`), make("span", "", "← →"));
+  const place = at.step < 0 ? `position ${step.position} of ${reply.promptLen} in the prompt`
+    : `step ${at.step + 1} of ${reply.steps.length} · position ${step.position}`;
+  where.append(make("span", "", place), make("span", "", "← →"));
   const numbers = make("dl", "numbers");
   const settled = (step.settle ?? null) === null ? "–" : `layer ${step.settle}`;
   const facts = [["prob", figure(step.prob, 3)], ["rank", step.rank ? String(step.rank) : "–"], ["surprisal", figure(step.surprisal, 2, " nats")],
@@ -167,7 +229,7 @@ function drawPanel() {
     pair.append(make("dt", "", name), make("dd", "", value));
     numbers.append(pair);
   }
-  fill(byId("panel"), where, make("div", "what", tokenText(step.token)), numbers, make("p", "why", step.why),
+  fill(byId("panel"), where, make("div", "what", tokenText(step.token)), numbers, make("p", "why", step.why ?? GIVEN),
     ...drawBars(step), ...drawEvidence(reply, step), ...drawLens(reply, step));
   const strongest = document.querySelector(".seen .strongest");
   const seen = document.querySelector(".seen");
@@ -199,7 +261,7 @@ function drawBars(step) {
     bar.title = `${tokenText(number)} · rank ${k + 1}${id === null ? "" : ` · id ${id}`} · prob ${step.topProb[k] ?? "unknown"}`;
     bars.append(bar);
   });
-  return [make("h2", "", "Considered"), bars];
+  return [make("h2", "", "Candidates"), bars];
 }
 
 function drawEvidence(reply, step) {
@@ -229,7 +291,8 @@ function drawEvidence(reply, step) {
   const top = Math.max(1, ...[...weights].filter(([p]) => p || weights.size === 1).map(([, w]) => w));
   const seen = make("div", "seen");
   const shown = [...reply.prompt.map((number, n) => [running(trace.tokens[number][1]), reply.segments[n]]),
-    ...reply.steps.slice(0, at.step).map((s) => [s.special ? tokenText(s.token) : running(s.run), s.special ? "template" : "reply"])];
+    ...reply.steps.slice(0, Math.max(at.step, 0)).map((s) => [s.special ? tokenText(s.token) : running(s.run), s.special ? "template" : "reply"])];
+  if (at.step < 0) shown.length = step.position;
   let marked = false;
   shown.forEach(([text, kind], position) => {
     if (position === reply.promptLen) seen.append(make("span", "seam"));
@@ -241,8 +304,9 @@ function drawEvidence(reply, step) {
     piece.title = `position ${position} · ${kind} · weight ${(weight / 1000).toFixed(3)}`;
     seen.append(piece);
   });
-  const left = sink ? `The first token, with ${(sink / 10).toFixed(0)} % of the attention, is not shown. ` : "";
-  return [head, seen, make("p", "note", `${left}Shows the ${weights.size} most attended positions. Attention shows where the model looked, not why.`)];
+  const left = sink ? `The first token, which has ${(sink / 10).toFixed(0)} % of the attention, is not shaded. ` : "";
+  const most = weights.size === 1 ? "The most attended position is" : `The ${weights.size} most attended positions are`;
+  return [head, seen, make("p", "note", `${most} shaded. ${left}Attention shows where the model looked, not why.`)];
 }
 
 function drawLens(reply, step) {
@@ -271,7 +335,7 @@ function drawLens(reply, step) {
     body.append(row);
   }
   table.append(columns, body);
-  return [make("h2", "", "Logit Lens"), table, make("p", "note", "#n is the rank of the chosen token at that layer. The line marks the layer where it settled."),
+  return [make("h2", "", "Logit Lens"), table, make("p", "note", "#n is the rank of this token at that layer. The line marks the layer from which it stays on top."),
     ...drawRanks(step)];
 }
 
@@ -289,7 +353,7 @@ function drawRanks(step) {
   svg.append(line);
   const ends = make("div", "ends");
   ends.append(make("span", "", "layer 0"), make("span", "", `log scale: rank 1 at the top, ${Math.max(...ranks).toLocaleString("en")} at the bottom`), make("span", "", `layer ${ranks.length - 1}`));
-  return [make("h2", "", "Rank of the chosen token through the layers"), svg, ends];
+  return [make("h2", "", "Rank of this token by layer"), svg, ends];
 }
 
 // ------------------------------------------------------------------ reply map
@@ -298,30 +362,45 @@ const GUTTER = 30, HEAD = 20, ROW = 18, NARROW = 50;
 const frame = byId("frame"), canvas = byId("cells");
 let columnWidth = NARROW;
 
-function layMap(scroll) {
+// The steps on the map, those of the prompt if one of its tokens is selected, and the index of the
+// selected one.
+function mapped() {
   const reply = trace.replies[at.reply];
-  const layers = Math.max(0, ...reply.steps.map((s) => s.lens?.length ?? 0));
+  const steps = at.step < 0 ? reply.given : reply.steps;
+  return { reply, steps, selected: at.step < 0 ? steps.indexOf(stepOf(reply, at.step)) : at.step };
+}
+
+// The number of the n-th step on the map.
+function numberOf(n) {
+  const { reply, steps } = mapped();
+  return at.step < 0 ? steps[n].position - reply.promptLen : n;
+}
+
+function layMap(scroll) {
+  const { reply, steps, selected } = mapped();
+  const layers = steps.reduce((most, s) => Math.max(most, s.lens?.length ?? 0), 0);
   byId("map").hidden = !layers;
+  reply.rows = layers;
   if (!layers) return;
+  byId("map-title").textContent = `${at.step < 0 ? "Prompt" : "Reply"} map: the prediction of each layer`;
   const room = frame.clientWidth - GUTTER;
   const paper = matchMedia("print").matches;
   // On a screen the map scrolls; on paper it ends with a whole column.
-  const columns = paper ? Math.min(reply.steps.length, Math.floor(room / NARROW)) : reply.steps.length;
+  const columns = paper ? Math.min(steps.length, Math.floor(room / NARROW)) : steps.length;
   columnWidth = Math.max(NARROW, Math.min(90, room / columns));
-  byId("spacer").style.width = `${GUTTER + columnWidth * reply.steps.length}px`;
-  reply.rows = layers;
-  const left = at.step * columnWidth;
-  if (paper) frame.scrollLeft = Math.min(at.step - Math.floor(columns / 2), reply.steps.length - columns) * columnWidth;
+  byId("spacer").style.width = `${GUTTER + columnWidth * steps.length}px`;
+  const left = selected * columnWidth;
+  if (paper) frame.scrollLeft = Math.min(selected - Math.floor(columns / 2), steps.length - columns) * columnWidth;
   else if (scroll || left < frame.scrollLeft || left + columnWidth > frame.scrollLeft + room) frame.scrollLeft = left - room / 2;
-  canvas.setAttribute("aria-label", `The most likely token of ${layers} layers at ${reply.steps.length} steps; the Logit Lens table has those of the selected step.`);
+  canvas.setAttribute("aria-label", `The most likely token of ${layers} layers at ${steps.length} steps; the Logit Lens table has those of the selected step.`);
   drawMap();
 }
 
 // Draws only the visible columns, so a long reply takes no longer than a short one.
 function drawMap() {
-  const reply = trace.replies[at.reply];
-  if (!reply?.rows) return;
-  const width = Math.min(frame.clientWidth, GUTTER + columnWidth * reply.steps.length), height = HEAD + ROW * reply.rows;
+  if (!trace.replies[at.reply]?.rows) return;
+  const { reply, steps, selected } = mapped();
+  const width = Math.min(frame.clientWidth, GUTTER + columnWidth * steps.length), height = HEAD + ROW * reply.rows;
   // Printers have a higher resolution than screens.
   const scale = Math.max(window.devicePixelRatio || 1, matchMedia("print").matches ? 4 : 1);
   canvas.width = Math.round(width * scale);
@@ -336,12 +415,12 @@ function drawMap() {
   const mono = color("mono");
   pen.textBaseline = "middle";
   const first = Math.max(0, Math.floor(frame.scrollLeft / columnWidth));
-  const last = Math.min(reply.steps.length, Math.ceil((frame.scrollLeft + width) / columnWidth));
+  const last = Math.min(steps.length, Math.ceil((frame.scrollLeft + width) / columnWidth));
   // The columns that are fully visible.
   const from = Math.ceil(frame.scrollLeft / columnWidth - 0.05) + 1, to = Math.floor((frame.scrollLeft + width - GUTTER) / columnWidth + 0.05);
-  byId("range").textContent = to - from + 1 < reply.steps.length ? `steps ${from} to ${to} of ${reply.steps.length}` : "";
+  byId("range").textContent = to - from + 1 < steps.length ? `steps ${from} to ${to} of ${steps.length}` : "";
   for (let n = first; n < last; n += 1) {
-    const step = reply.steps[n];
+    const step = steps[n];
     const x = GUTTER + n * columnWidth - frame.scrollLeft;
     write(pen, tokenText(step.token), x, HEAD / 2, inks.text, `600 11px ${mono}`);
     for (let layer = 0; layer < (step.lens?.length ?? 0); layer += 1) {
@@ -354,7 +433,7 @@ function drawMap() {
       write(pen, tokenText(number), x, y + ROW / 2, inks.text, `10.5px ${mono}`);
       if (step.settle === layer) outline(pen, x, y, ROW, inks.same);
     }
-    if (n === at.step) outline(pen, x, 0, height, inks.text);
+    if (n === selected) outline(pen, x, 0, height, inks.text);
   }
   pen.clearRect(0, 0, GUTTER, height);
   pen.font = "10.5px system-ui, sans-serif";
@@ -384,26 +463,26 @@ function outline(pen, x, y, height, ink) {
   pen.strokeRect(x + 1, y + 1, columnWidth - 2, height - 2);
 }
 
-// [step, layer] below the pointer; the layer is null in the head.
+// The step below the pointer, its number, and the layer, which is null in the head.
 function cellAt(event) {
-  const reply = trace.replies[at.reply];
+  const { reply, steps } = mapped();
   const box = canvas.getBoundingClientRect();
-  const step = Math.floor((event.clientX - box.left - GUTTER + frame.scrollLeft) / columnWidth);
+  const n = Math.floor((event.clientX - box.left - GUTTER + frame.scrollLeft) / columnWidth);
   const row = Math.floor((event.clientY - box.top - HEAD) / ROW);
-  if (event.clientX - box.left < GUTTER || !(step in reply.steps)) return null;
-  return [step, row < 0 ? null : reply.rows - 1 - row];
+  if (event.clientX - box.left < GUTTER || !(n in steps)) return null;
+  return { step: steps[n], number: numberOf(n), layer: row < 0 ? null : reply.rows - 1 - row };
 }
 
 canvas.onclick = (event) => {
   const cell = cellAt(event);
-  if (cell) choose(at.reply, cell[0]);
+  if (cell) choose(at.reply, cell.number);
 };
 canvas.onmousemove = (event) => {
-  const [number, layer] = cellAt(event) ?? [];
-  const step = trace.replies[at.reply].steps[number];
+  const { step, number, layer } = cellAt(event) ?? {};
   const row = step?.lens?.[layer];
-  canvas.title = row ? `layer ${layer}, step ${number}: ${tokenText(row[0])} ${((step.lensProb[layer][0] ?? 0) / 1000).toFixed(3)}\n` +
-    `chosen ${tokenText(step.token)}: rank ${rankText(step.lensRank[layer])}` : step ? tokenText(step.token) : "";
+  const where = number < 0 ? `position ${step.position}` : `step ${number}`;
+  canvas.title = row ? `layer ${layer}, ${where}: ${tokenText(row[0])} ${((step.lensProb[layer][0] ?? 0) / 1000).toFixed(3)}\n` +
+    `this token, ${tokenText(step.token)}: rank ${rankText(step.lensRank[layer])}` : step ? tokenText(step.token) : "";
 };
 frame.onscroll = drawMap;
 
@@ -412,23 +491,26 @@ frame.onscroll = drawMap;
 document.addEventListener("keydown", (event) => {
   if (at.reply < 0 || event.altKey || event.ctrlKey || event.metaKey) return;
   if (event.target instanceof Element && event.target.closest("select, input")) return;
-  const count = trace.replies[at.reply].steps.length;
-  const next = { ArrowLeft: at.step - 1, ArrowRight: at.step + 1, Home: 0, End: count - 1 }[event.key];
-  if (next === undefined || next < 0 || next >= count) return;
+  const { reply, steps } = mapped();
+  const next = { ArrowLeft: at.step - 1, ArrowRight: at.step + 1, Home: numberOf(0), End: numberOf(steps.length - 1) }[event.key];
+  if (next === undefined || !stepOf(reply, next)) return;
   event.preventDefault();
   choose(at.reply, next, { focus: true });
 });
 
 function open() {
-  const [, reply, step] = /^#(\d+)\.(\d+)$/.exec(location.hash) ?? [];
-  if (trace.replies[reply - 1]?.steps[step]) return choose(reply - 1, Number(step));
-  const first = trace.replies.findIndex((r) => r.steps.length);
+  const [, reply, step] = /^#(\d+)\.(-?\d+)$/.exec(location.hash) ?? [];
+  if (trace.replies[reply - 1] && stepOf(trace.replies[reply - 1], Number(step))) return choose(reply - 1, Number(step));
+  let first = trace.replies.findIndex((r) => r.steps.length);
+  if (first < 0) first = trace.replies.findIndex((r) => r.given.length);
   if (first < 0) return fill(byId("panel"), make("p", "dim", "No reply of this conversation has traced tokens."));
   // Select the least likely token outside of thinking.
-  const { steps, parts } = trace.replies[first];
+  const { steps, given, parts, promptLen } = trace.replies[first];
   const hidden = (n) => parts.some(([kind, from, to]) => kind === "thinking" && n >= from && n < to);
-  const rated = steps.map((s, n) => (hidden(n) ? -2 : s.surprisal ?? -1));
-  return choose(first, rated.indexOf(Math.max(...rated)));
+  const shown = steps.length ? steps : given;
+  const rated = shown.map((s, n) => (steps.length && hidden(n) ? -2 : s.surprisal ?? -1));
+  const best = rated.indexOf(rated.reduce((a, b) => Math.max(a, b), -2));
+  return choose(first, steps.length ? best : given[best].position - promptLen);
 }
 
 drawTalk();

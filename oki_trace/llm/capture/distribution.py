@@ -7,15 +7,13 @@ each one below runs at the speed of the memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Tokens per block: the best k tokens are in the k blocks with the largest maxima.
-BLOCK = 64
-# Tokens per piece on the CPU, so that the rows of a piece stay in a core's cache.
-_PIECE = 4096
+from oki_trace.llm.capture.tiles import BLOCK, RowSums, TileSums, share
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,22 @@ class Distribution:
 
     def row(self, i: int) -> Distribution:
         """The summary of one row, as of a single one."""
-        return Distribution(*(values[i : i + 1] for values in vars(self).values()))
+        return self.rows(slice(i, i + 1))
+
+    def rows(self, rows: slice) -> Distribution:
+        """The summary of some rows."""
+        return Distribution(*(values[rows] for values in vars(self).values()))
+
+    def replace_rows(self, rows: Tensor, other: Distribution) -> None:
+        """Set the ``rows`` (a mask) to those of another summary."""
+        for values, new in zip(vars(self).values(), vars(other).values(), strict=True):
+            values[rows] = new
+
+    @staticmethod
+    def join(summaries: Sequence[Distribution]) -> Distribution:
+        """The rows of several summaries, one after the other."""
+        fields = zip(*(vars(summary).values() for summary in summaries), strict=True)
+        return Distribution(*(torch.cat(values) for values in fields))
 
 
 @torch.no_grad()
@@ -55,72 +68,75 @@ def model_distribution(logits: Tensor) -> ModelDistribution:
     weights = shifted.exp()
     total = weights.sum()
     probs = weights / total
-    return ModelDistribution(probs, float(total.log() - _sum(weights.mul_(shifted)) / total))
+    products = weights.mul_(shifted)
+    # 0 · -inf, from an excluded token, counts as 0.
+    return ModelDistribution(probs, float(total.log() - products.nansum() / total))
 
 
 @torch.no_grad()
 def summarize(
-    logits: Tensor, model: ModelDistribution | None, chosen_id: int | Tensor, k: int
+    logits: Tensor, models: Sequence[ModelDistribution], chosen_ids: int | Tensor, k: int
 ) -> Distribution:
     """Reduce logits (rows, vocab) in fp32.
 
-    ``chosen_id`` is the same for all rows, or one for each (rows,). ``kl`` is KL(model ‖
-    row) in nats; 0 without ``model``: the rows are the model's own. ``chosen_rank`` counts
-    the tokens strictly more likely than the chosen one, plus one. All derived numbers are
-    within 1e-5
-    of double precision: exponents are relative to each row's largest logit, and
-    sums are made in pieces. (torch's softmax on the CPU adds a large vocabulary
-    up term by term, with an error of 1e-5 for 262,144 tokens.)
+    ``models``: the model's own distribution at each step; all steps have equally many rows,
+    one after the other. ``chosen_ids`` is the same for all rows, or one for each (rows,).
+    ``kl`` is KL(model ‖ row) in nats; 0 without ``models``: the rows are the model's own.
+    ``chosen_rank`` counts the tokens strictly more likely than the chosen one, plus one. All
+    derived numbers are within 1e-5 of double precision. (torch's softmax on the CPU adds a
+    large vocabulary up term by term, with an error of 1e-5 for 262,144 tokens.)
     """
-    top_logits, top_ids = top_k(logits, min(k, logits.shape[-1]))
-    largest = top_logits[:, :1]
-    if isinstance(chosen_id, int):
-        chosen = logits[:, chosen_id, None]
+    if isinstance(chosen_ids, int):
+        chosen = logits[:, chosen_ids, None]
     else:
-        chosen = logits.gather(1, chosen_id.to(logits.device)[:, None])
-    model_probs = None if model is None else model.probs.to(logits.device)
-    total, products, cross, above = _sums(logits, largest, chosen, model_probs)
-    log_total = total.log()
-    kl = torch.zeros_like(total) if model is None else log_total - cross - model.entropy
+        chosen = logits.gather(1, chosen_ids.to(logits.device)[:, None])
+    probs = torch.stack([m.probs.to(logits.device) for m in models]) if models else None
+    sums, block_maxima = _sums(logits, chosen, probs, excluded=False)
+    if not sums.finite.all():
+        sums, block_maxima = _sums(logits, chosen, probs, excluded=True)
+    top = top_k(logits, min(k, logits.shape[-1]), block_maxima)
+    return derive(sums, top, chosen, models)
+
+
+def derive(
+    sums: RowSums, top: tuple[Tensor, Tensor], chosen: Tensor, models: Sequence[ModelDistribution]
+) -> Distribution:
+    """The numbers of rows from their sums, their best logits and ids (rows, k), and the logits
+    ``chosen`` (rows, 1).
+    """
+    top_logits, top_ids = (values.cpu() for values in top)
+    log_total = sums.total.log()
+    lse = (sums.largest + log_total)[:, None]
+    if models:
+        entropies = torch.tensor([m.entropy for m in models], dtype=torch.float64)
+        kl = log_total - sums.cross - entropies.repeat_interleave(len(lse) // len(models))
+    else:
+        kl = torch.zeros_like(log_total)
     return Distribution(
-        token_ids=top_ids.cpu(),
-        logits=top_logits.cpu(),
-        probs=((top_logits - largest).exp() / total[:, None]).cpu(),
-        entropy=(log_total - products / total).clamp_min(0).cpu(),
-        lse=(largest[:, 0] + log_total).cpu(),
-        chosen_rank=above.long().cpu() + 1,
-        chosen_prob=((chosen - largest).exp()[:, 0] / total).cpu(),
-        kl=kl.clamp_min(0).cpu(),
+        token_ids=top_ids,
+        logits=top_logits,
+        probs=(top_logits - lse).exp().float(),
+        entropy=(log_total - sums.products / sums.total).clamp_min(0).float(),
+        lse=lse[:, 0].float(),
+        chosen_rank=sums.above.long() + 1,
+        chosen_prob=(chosen.cpu() - lse)[:, 0].exp().float(),
+        kl=kl.clamp_min(0).float(),
     )
 
 
 def _sums(
-    logits: Tensor, largest: Tensor, chosen: Tensor, model_probs: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Over each row: Σ e^s, Σ s·e^s and Σ p·s, where s is a logit minus the largest and p
-    the model's probability (0 without), and the number of logits above the chosen one.
-    """
-    piece = _PIECE if logits.device.type == "cpu" else logits.shape[-1]
-    sums = []
-    parts = logits.split(piece, -1)
-    split_probs = [None] * len(parts) if model_probs is None else model_probs.split(piece)
-    for part, probs in zip(parts, split_probs, strict=True):
-        shifted = part - largest
-        weights = shifted.exp()
-        total = weights.sum(-1)
-        products = _sum(weights.mul_(shifted))
-        # Ones as floats: sums of booleans are many times slower, and no vocabulary has 2^24 tokens.
-        above = torch.gt(part, chosen, out=weights).sum(-1)
-        cross = torch.zeros_like(total) if probs is None else _sum(shifted.mul_(probs))
-        sums.append(torch.stack([total, products, cross, above]))
-    total, products, cross, above = torch.stack(sums).sum(0)
-    return total, products, cross, above
+    logits: Tensor, chosen: Tensor, probs: Tensor | None, *, excluded: bool
+) -> tuple[RowSums, Tensor]:
+    """The sums over each row, and the maxima of its blocks."""
+    tiles = TileSums(chosen, logits.shape[1], probs, excluded=excluded)
 
+    def work(numbers: Iterator[int]) -> None:
+        buffer = tiles.buffer()
+        for tile in numbers:
+            tiles.add(tile, logits[:, slice(*tiles.span(tile))], buffer)
 
-def _sum(products: Tensor) -> Tensor:
-    """Σ along the last axis; 0 · -inf, from an excluded token, counts as 0."""
-    total = products.sum(-1)
-    return products.nansum(-1) if torch.isnan(total).any() else total
+    share(work, tiles.count)
+    return tiles.row_sums(), tiles.block_maxima
 
 
 @torch.no_grad()
@@ -129,19 +145,26 @@ def log_probs(logits: Tensor) -> Tensor:
     return logits.cpu().double().log_softmax(-1)
 
 
-def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(
+    logits: Tensor, k: int, block_maxima: Tensor | None = None, ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The k largest of each row (rows, vocab) in fp32 and their ids, largest first.
 
-    Equal logits, common in 16-bit weights, are ordered by id, as in ``argmax``.
+    ``block_maxima`` (rows, whole blocks), where they are known; ``ids`` (rows, n) if the rows
+    have n tokens of the vocabulary. Equal logits, common in 16-bit weights, are ordered by
+    id, as in ``argmax``.
     """
+    if ids is not None:
+        return _largest(logits, ids, k)
     rows, vocab = logits.shape
     blocks = vocab // BLOCK
     if blocks <= 2 * k:
         ids = torch.arange(vocab, device=logits.device).expand(rows, vocab)
         return _largest(logits, ids, k)
-    body = logits[:, : blocks * BLOCK].view(rows, blocks, BLOCK)
+    if block_maxima is None:
+        block_maxima = logits[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
     block_numbers = torch.arange(blocks, device=logits.device).expand(rows, blocks)
-    _, best_blocks = _largest(body.amax(-1), block_numbers, k)
+    _, best_blocks = _largest(block_maxima, block_numbers, k)
     offsets = torch.arange(BLOCK, device=logits.device)
     ids = (best_blocks[:, :, None] * BLOCK + offsets).view(rows, -1)
     remainder = torch.arange(blocks * BLOCK, vocab, device=logits.device).expand(rows, -1)

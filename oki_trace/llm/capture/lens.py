@@ -25,7 +25,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from oki_trace.llm.capture.distribution import log_probs
+from oki_trace.llm.capture.distribution import (
+    Distribution,
+    ModelDistribution,
+    log_probs,
+    summarize,
+)
 from oki_trace.llm.capture.model_structure import ModelStructure, residual_stream
 from oki_trace.llm.loading.hardware import computing_dtype
 from oki_trace.llm.torch_internals import children_of, shallow_copy
@@ -34,17 +39,37 @@ from oki_trace.llm.torch_internals import children_of, shallow_copy
 # 1e-5, 16-bit weights below 5e-2 in log-probability.
 TOLERANCE = {torch.float32: 1e-4}
 TOLERANCE_16_BIT = 1e-1
+# Steps whose logits are in memory together: with more, a step is hardly cheaper.
+_STEPS_TOGETHER = 4
 # The largest |Δprob| of a drafted lens against the exact one in float32.
 DRAFT_TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True)
+class LensTarget:
+    """What a step's lens is compared with: the ``model``'s own distribution and the token.
+
+    ``exact_ids`` are the tokens that the model ranks highest; every projection computes
+    their logits, the chosen token's, and the k largest of each row exactly.
+    """
+
+    token_id: int
+    model: ModelDistribution
+    exact_ids: Tensor
+
+
 class LensProjection(Protocol):
-    """Projects the hidden states of several steps to logits; see ``LogitLens.project_steps``."""
+    """Projects the hidden states of several steps; see ``LogitLens``."""
 
     def project_steps(
         self, hidden_states: Tensor, exact_ids: Sequence[Tensor], k: int
     ) -> Iterator[Tensor]:
         """Each step's logits (layers, vocab)."""
+
+    def summarize_steps(
+        self, hidden_states: Tensor, steps: Sequence[LensTarget], k: int
+    ) -> Distribution:
+        """The summary of all rows."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,19 @@ class LogitLens:
         exactly the logits of these tokens and the k largest of each row; this one, all.
         """
         return iter(self.project(hidden_states).split(len(hidden_states) // len(exact_ids)))
+
+    def summarize_steps(
+        self, hidden_states: Tensor, steps: Sequence[LensTarget], k: int
+    ) -> Distribution:
+        """Hidden states (steps · layers, width) to the summary of each row's logits."""
+        layers = len(hidden_states) // len(steps)
+        summaries = []
+        for i in range(0, len(steps), _STEPS_TOGETHER):
+            together = steps[i : i + _STEPS_TOGETHER]
+            logits = self.project(hidden_states[i * layers : (i + len(together)) * layers])
+            chosen = torch.tensor([step.token_id for step in together]).repeat_interleave(layers)
+            summaries.append(summarize(logits, [step.model for step in together], chosen, k))
+        return Distribution.join(summaries)
 
     @torch.no_grad()
     def normed_states(self, hidden_states: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ from oki_trace.llm.capture.distribution import (
     summarize,
 )
 from oki_trace.llm.capture.instrument import Instrument
-from oki_trace.llm.capture.lens import LogitLens
+from oki_trace.llm.capture.lens import LensProjection, LensTarget, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step, TensorRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PendingLens:
     """The inputs of a step's lens, and nothing else: several of these are in memory.
 
@@ -44,6 +44,11 @@ class PendingLens:
     model: ModelDistribution
     last_layer: Distribution
     logits: Tensor | None
+
+    @property
+    def target(self) -> LensTarget:
+        """What its lens is compared with."""
+        return LensTarget(self.token_id, self.model, self.last_layer.token_ids[0])
 
 
 class StepReducer:
@@ -68,7 +73,7 @@ class StepReducer:
         """
         logits = raw.logits.float()
         model = model_distribution(logits)
-        summary = summarize(logits[None], model, raw.token_id, self.kept_tokens)
+        summary = summarize(logits[None], [model], raw.token_id, self.kept_tokens)
         return self.summarized_step(raw, model, summary, last=last)
 
     def summarized_step(
@@ -103,28 +108,48 @@ class StepReducer:
 
         Ends before a step at which the lens disagrees with the model; empty without a lens.
         """
-        lens, checker, k = self._lens, self.checker, self._policy.topk_lens
+        lens, checker = self._lens, self.checker
         if lens is None or self._policy.no_lens:
             return []
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
             return []
-        layers = len(steps[0].hidden_states) - 1
-        device = steps[0].hidden_states[-1].device
-        inner = torch.stack([h.to(device) for step in steps for h in step.hidden_states[:layers]])
-        exact_ids = [torch.tensor([*step.last_layer.token_ids[0], step.token_id]) for step in steps]
-        draft = self._draft if checker.draft_holds else None
-        projected = (draft or lens).project_steps(inner, exact_ids, k)
-        lenses = []
-        for step, logits, hidden_states in zip(steps, projected, inner.split(layers), strict=True):
-            if draft is not None and checker.compares_draft(step.step_index):
-                exact_logits = lens.project(hidden_states)
-                checker.check_draft(step.step_index, logits, exact_logits)
-                logits = exact_logits
-            elif draft is not None and not checker.draft_holds:
-                logits = lens.project(hidden_states)
-            lenses.append(_lens(step, logits, self._vocabulary, k))
-        return lenses
+        draft = self._draft
+        if draft is None or not checker.draft_holds:
+            return self._lenses(steps, lens)
+        compared = [step for step in steps if checker.compares_draft(step.step_index)]
+        exact = [self._compared(step, lens, draft) for step in compared]
+        if not checker.draft_holds:
+            return self._lenses(steps, lens)
+        others = [step for step in steps if step not in compared]
+        lenses = [*exact, *self._lenses(others, draft)]
+        return sorted(lenses, key=lambda lens: lens.step_index)
+
+    def _compared(self, step: PendingLens, lens: LogitLens, draft: LensProjection) -> Lens:
+        """The exact lens of a step, with which its draft is compared."""
+        inner, k, target = _inner([step]), self._policy.topk_lens, step.target
+        logits = lens.project(inner)
+        drafted = draft.project_steps(inner, [target.exact_ids], k)
+        self.checker.check_draft(step.step_index, next(drafted), logits)
+        summary = summarize(logits, [step.model], step.token_id, k)
+        return _lens(step, summary, self._vocabulary, k)
+
+    def _lenses(self, steps: Sequence[PendingLens], projection: LensProjection) -> list[Lens]:
+        if not steps:
+            return []
+        inner, k = _inner(steps), self._policy.topk_lens
+        summary = projection.summarize_steps(inner, [step.target for step in steps], k)
+        layers = len(inner) // len(steps)
+        return [
+            _lens(step, summary.rows(slice(i * layers, (i + 1) * layers)), self._vocabulary, k)
+            for i, step in enumerate(steps)
+        ]
+
+
+def _inner(steps: Sequence[PendingLens]) -> Tensor:
+    """The hidden states (steps · L, width) of the layers below the last one."""
+    device = steps[0].hidden_states[-1].device
+    return torch.stack([h.to(device) for step in steps for h in step.hidden_states[:-1]])
 
 
 def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
@@ -265,9 +290,8 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
     return TensorRecord(name=name, array=array, dtype=dtype)
 
 
-def _lens(step: PendingLens, logits: Tensor, vocabulary: Vocabulary, k: int) -> Lens:
-    """The lens of one step, from the logits (L, vocab) of its inner layers."""
-    inner = summarize(logits, step.model, step.token_id, k)
+def _lens(step: PendingLens, inner: Distribution, vocabulary: Vocabulary, k: int) -> Lens:
+    """The lens of one step, from the summary of its inner layers."""
 
     def all_layers(field: str) -> Any:
         rows, last_row = getattr(inner, field).numpy(), getattr(step.last_layer, field).numpy()

@@ -24,7 +24,6 @@ from oki_trace.llm.capture.attention import QueryRows
 from oki_trace.llm.capture.distribution import ModelDistribution, log_probs, summarize
 from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.instrument import Instrument
-from oki_trace.llm.capture.lens_worker import BATCH_STEPS
 from oki_trace.llm.capture.model_structure import dummy_token_ids
 from oki_trace.llm.capture.reduce import PendingLens, StepReducer, top_attention
 from oki_trace.llm.decoding.decode import RawStep
@@ -34,6 +33,10 @@ from oki_trace.llm.decoding.special_lengths import checkable_lengths
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.records import CapturePolicy, ReplyChecks, Step
 
+# Steps whose lenses are computed together, and bytes that their rows of logits may have in
+# 16 bits. With more, a step is hardly cheaper.
+LENS_STEPS = 16
+_LENS_BYTES = 2**26
 # Bytes of logits and of attention rows that a chunk may have, and its length in tokens.
 _CHUNK_BYTES = 2**26
 _CHUNK_TOKENS = (16, 256)
@@ -108,11 +111,14 @@ def teacher_force(
     """
     reducer = StepReducer(instrument, policy)
     pending: list[tuple[Step, PendingLens]] = []
+    row_bytes = 2 * int(instrument.model.get_input_embeddings().weight.shape[0])
+    step_bytes = row_bytes * instrument.structure.layers
+    together = min(max(_LENS_BYTES // step_bytes, 1), LENS_STEPS)
     chunks = _chunks(instrument, token_ids, policy, max(first, 1), windows)
     steps = (step for c in chunks for step in c.reduced(reducer, policy, len(token_ids)))
     for step, lens in steps:
         pending.append((replace(step, step_index=-1, origin="given"), lens))
-        if len(pending) == BATCH_STEPS:
+        if len(pending) == together:
             yield from _with_lenses(reducer, pending)
             pending = []
             if should_stop():
@@ -159,7 +165,7 @@ class _Chunk:
                 f"The model's logits are not finite at position {position}. "
                 "Load it with --dtype float32, or with other weights."
             )
-        summary = summarize(logits, None, self.token_ids, reducer.kept_tokens)
+        summary = summarize(logits, (), self.token_ids, reducer.kept_tokens)
         heads_kept = policy.tensors != "none"
         attention = (
             None

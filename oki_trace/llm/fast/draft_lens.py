@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from oki_trace.llm.accelerate_internals import has_hook
-from oki_trace.llm.capture.distribution import top_k
-from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, TOLERANCE, LogitLens
+from oki_trace.llm.capture.distribution import Distribution, derive, summarize, top_k
+from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, TOLERANCE, LensTarget, LogitLens
 from oki_trace.llm.capture.model_structure import ModelStructure
+from oki_trace.llm.capture.tiles import BLOCK, TileSums, share
 from oki_trace.llm.loading.hardware import has_native_bfloat16
 
 # Tokens of each layer that are computed again: several times the number that is kept.
@@ -65,23 +66,86 @@ class DraftProjection:
         self._head = head.weight.detach()
         self._split = split
         self._rounded: Tensor | None = None
+        self._memory = torch.empty(0, dtype=torch.bfloat16)
 
     @torch.no_grad()
-    def project_steps(self, hidden: Tensor, wanted: Sequence[Tensor], k: int) -> Iterator[Tensor]:
+    def project_steps(
+        self, hidden: Tensor, exact_ids: Sequence[Tensor], k: int
+    ) -> Iterator[Tensor]:
         """As ``LogitLens.project_steps``, for k up to ``MAX_TOP_K``."""
-        if self._rounded is None:
-            self._rounded = self._round()
         states = self._lens.normed_states(hidden)
-        upper = states.bfloat16()
-        lower = (states - upper)[:, self._split].bfloat16()
-        drafts = linear(torch.cat([upper, lower], 1), self._rounded)
-        layers = len(hidden) // len(wanted)
-        parts = (x.split(layers) for x in (drafts, states, hidden))
-        for ids, draft, step_states, streams in zip(wanted, *parts, strict=True):
-            logits, unsure = self._rescored(draft.float(), step_states, ids, k)
+        layers = len(hidden) // len(exact_ids)
+        drafts, tiles = self._draft(states, None, states.new_zeros(len(states), 1))
+        parts = (x.split(layers) for x in (drafts, tiles.block_maxima, states, hidden))
+        for ids, draft, maxima, of_step, streams in zip(exact_ids, *parts, strict=True):
+            best = _best(draft, maxima, ids)
+            scores = linear(of_step, self._head[best.ids])
+            logits = draft.float()
+            logits[:, best.ids] = scores
+            unsure = best.unsure(scores, k)
             if unsure.any():
                 logits[unsure] = self._lens.project(streams[unsure])
             yield logits
+
+    @torch.no_grad()
+    def summarize_steps(self, hidden: Tensor, steps: Sequence[LensTarget], k: int) -> Distribution:
+        """As ``LogitLens.summarize_steps``, for k up to ``MAX_TOP_K``."""
+        states = self._lens.normed_states(hidden)
+        layers = len(hidden) // len(steps)
+        probs = torch.stack([step.model.probs for step in steps])
+        chosen_rows = self._head[[step.token_id for step in steps]]
+        chosen = (states.unflatten(0, (-1, layers)) @ chosen_rows[:, :, None]).view(-1, 1)
+        drafts, tiles = self._draft(states, probs, chosen)
+        sums = tiles.row_sums()
+        parts = (x.split(layers) for x in (drafts, tiles.block_maxima, states, hidden))
+        summaries = []
+        for i, (step, draft, maxima, of_step, streams) in enumerate(
+            zip(steps, *parts, strict=True)
+        ):
+            best = _best(draft, maxima, torch.tensor([*step.exact_ids, step.token_id]))
+            scores = linear(of_step, self._head[best.ids])
+            top = best.top(scores, k)
+            exact_chosen = scores[:, best.ids == step.token_id]
+            rows = slice(i * layers, (i + 1) * layers)
+            exact = sums.rows(rows).replaced(
+                best.drafts, scores, probs[i, best.ids], chosen[rows], exact_chosen
+            )
+            summary = derive(exact, top, exact_chosen, [step.model])
+            unsure = best.unsure(scores, k) | ~exact.finite
+            if unsure.any():
+                logits = self._lens.project(streams[unsure])
+                summary.replace_rows(unsure, summarize(logits, [step.model], step.token_id, k))
+            summaries.append(summary)
+        return Distribution.join(summaries)
+
+    def _draft(
+        self, states: Tensor, probs: Tensor | None, chosen: Tensor
+    ) -> tuple[Tensor, TileSums]:
+        """The drafts (rows, vocab) in bfloat16, valid until the next call, and their sums."""
+        if self._rounded is None:
+            self._rounded = self._round()
+        upper = states.bfloat16()
+        lower = (states - upper)[:, self._split].bfloat16()
+        inputs, head = torch.cat([upper, lower], 1), self._rounded
+        rows, vocab = len(states), len(head)
+        tiles = TileSums(chosen, vocab, probs)
+        if len(self._memory) < rows * vocab:
+            self._memory = inputs.new_empty(rows * vocab)
+        drafts = self._memory[: rows * vocab].view(rows, vocab)
+
+        def work(numbers: Iterator[int]) -> None:
+            buffer = tiles.buffer()
+            memory = inputs.new_empty(rows * tiles.length)
+            for tile in numbers:
+                tokens = slice(*tiles.span(tile))
+                of_tile = head[tokens]
+                draft = memory[: rows * len(of_tile)].view(rows, -1)
+                torch.mm(inputs, of_tile.T, out=draft)
+                tiles.add(tile, draft, buffer)
+                drafts[:, tokens] = draft
+
+        share(work, tiles.count)
+        return drafts, tiles
 
     def _round(self) -> Tensor:
         vocab, width = self._head.shape
@@ -90,18 +154,43 @@ class DraftProjection:
         rounded[:, width:] = self._head[:, self._split]
         return rounded
 
-    def _rescored(
-        self, logits: Tensor, states: Tensor, wanted: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        """A step's draft with its best tokens in float32, and the rows whose top k are unsure."""
-        best, ids = top_k(logits, RESCORED)
-        ids = torch.cat([ids.flatten(), wanted]).unique()
-        scores = linear(states, self._head[ids])
-        error = (scores - logits[:, ids]).abs().amax(-1)
-        logits[:, ids] = scores
+
+@dataclass(frozen=True)
+class _Best:
+    """The tokens of a step that are computed again: ``ids`` (n,), ``drafts`` (layers, n).
+
+    ``own`` (layers, RESCORED) are the places in ``ids`` of each layer's best tokens, and
+    ``lowest`` (layers,) the lowest draft of these.
+    """
+
+    ids: Tensor
+    drafts: Tensor
+    own: Tensor
+    lowest: Tensor
+
+    def unsure(self, scores: Tensor, k: int) -> Tensor:
+        """The layers whose k best tokens may be others than those of the ``scores``."""
+        error = (scores - self.drafts).abs().amax(-1)
         # No omitted token may reach the k-th, even if its draft is twice as wrong as any measured.
-        unsure = ~(scores.topk(k, -1).values[:, -1] - 2 * error > best[:, -1])
-        return logits, unsure
+        return ~(scores.topk(k, -1).values[:, -1] - 2 * error > self.lowest)
+
+    def top(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best scores and their ids, (layers, k)."""
+        return top_k(scores.gather(1, self.own), k, ids=self.ids[self.own])
+
+
+def _best(drafts: Tensor, block_maxima: Tensor, exact_ids: Tensor) -> _Best:
+    """``drafts`` (layers, vocab) in bfloat16; ``exact_ids`` are computed again in any case."""
+    vocab = drafts.shape[1]
+    blocks = block_maxima.topk(RESCORED, sorted=False).indices
+    ids = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    remainder = torch.arange(vocab // BLOCK * BLOCK, vocab).expand(len(drafts), -1)
+    ids = torch.cat([ids, remainder], 1)
+    best = drafts.gather(1, ids).float().topk(RESCORED, sorted=False)
+    best_ids = ids.gather(1, best.indices)
+    all_ids = torch.cat([best_ids.flatten(), exact_ids]).unique()
+    own = torch.searchsorted(all_ids, best_ids)
+    return _Best(all_ids, drafts[:, all_ids].float(), own, best.values.amin(-1))
 
 
 @torch.no_grad()
