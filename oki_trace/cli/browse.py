@@ -20,6 +20,7 @@ from oki_trace.cli.output import (
     table,
     token,
 )
+from oki_trace.cli.tree import print_tree
 from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.explain import (
     call_line,
@@ -98,6 +99,9 @@ def show(
         int | None,
         typer.Option(help="Show the step of the token at this position, also in the prompt."),
     ] = None,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Show which branches there are, and how likely each is.")
+    ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -108,6 +112,8 @@ def show(
     Example: oki-trace show 1 --message 2 --position 12
 
     Example: oki-trace show 1 --message 2 --json
+
+    Example: oki-trace show 1 --tree
     """
     from oki_trace.store.reading.reader import TraceReader
 
@@ -118,6 +124,9 @@ def show(
                 f"Conversation {conversation} has no message {message}. "
                 f"See: oki-trace show {conversation}"
             )
+        if tree and not json:
+            print_tree(reader, messages)
+            return
         if step is not None and position is not None:
             raise UsageError("Give either --step or --position, not both.")
         if step is not None or position is not None:
@@ -179,6 +188,8 @@ def _print_message(reader: TraceReader, message: Message) -> None:
         if message.damage is not None:
             print_text(message.reason or "", "red")
         return
+    if message.branch_of is not None:
+        print_text(f"branch of message {message.branch_of} at step {message.branch_step}", "dim")
     given = 0 if message.tokens else reader.given_count(message.id)
     print_text(_headline(message, given), "dim")
     if message.capture is not None and message.capture.speedups:
@@ -219,6 +230,10 @@ def _headline(message: Message, given: int) -> str:
     capture = message.capture
     if capture is not None:
         parts.append(f"{capture.dtype} on {capture.device}")
+        if capture.reused:
+            parts.append(f"{capture.reused:,} prompt tokens from the KV cache of the last reply")
+        elif capture.not_reused:
+            parts.append(f"the whole prompt ran again: {capture.not_reused}")
         if capture.logit_lens_available and message.lens_check is not None:
             parts.append(f"lens check {message.lens_check:.0e}")
         elif capture.lens_reason:
