@@ -48,10 +48,8 @@ class OneText:
 
 
 def has_given_text(reader: TraceReader, message: Message) -> bool:
-    """Whether a message generated no token and has steps of given ones: a scored text."""
-    if message.tokens or message.prompt_len is None:
-        return False
-    return reader.given_count(message.id) > 0
+    """Whether a message is a scored text that has steps."""
+    return message.is_score and not message.tokens and reader.given_count(message.id) > 0
 
 
 def scored_steps(reader: TraceReader, message: Message) -> list[StepSummary]:

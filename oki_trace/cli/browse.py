@@ -60,8 +60,9 @@ def list_(
 
     with TraceReader(options.store_of(db)) as reader:
         conversations = reader.conversations(search=search, limit=limit)
+        scored = {c.id: _scored_tokens(reader, c) for c in conversations}
     if json:
-        print_json([_conversation_json(c) for c in conversations])
+        print_json([_conversation_json(c, scored[c.id]) for c in conversations])
         return
     if not conversations:
         print_text("No conversations. Begin one with: oki-trace demo")
@@ -74,12 +75,20 @@ def list_(
             cell(c.title),
             cell(", ".join(c.model_ids)),
             str(c.messages),
-            f"{c.tokens:,}",
+            f"{scored[c.id]:,} scored" if scored[c.id] else f"{c.tokens:,}",
             Text("damaged", "red") if c.damage else str(c.status),
         )
         if c.damage:
             print_error(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
     console().print(rows)
+
+
+def _scored_tokens(reader: TraceReader, conversation: Conversation) -> int:
+    """The scored tokens of a conversation that generated none, such as a scored text."""
+    if conversation.tokens or conversation.damage:
+        return 0
+    messages = reader.messages(conversation.id)
+    return sum(reader.given_count(message.id) for message in messages if message.is_score)
 
 
 def show(
@@ -152,8 +161,9 @@ def _at_position(reader: TraceReader, message: Message, position: int) -> tuple[
     return reader.message(found.message_id), index, not generated
 
 
-def _conversation_json(conversation: Conversation) -> dict[str, Any]:
-    values = asdict(conversation)
+def _conversation_json(conversation: Conversation, scored: int) -> dict[str, Any]:
+    """``scored``: the tokens of a scored text, left out where there is none."""
+    values = asdict(conversation) | ({"scored": scored} if scored else {})
     for name in ("created_at", "updated_at"):
         values[name] = values[name].isoformat()
     return {name: value for name, value in values.items() if name != "damage" or value}
