@@ -201,9 +201,9 @@ def step_places(answer: Answer) -> list[dict[str, int] | None]:
     names = [n for n in ("conversation", "message", "step", "position") if n in _names(answer)]
     if "message" not in names:
         return [None] * len(answer.rows)
-    places = []
+    places: list[dict[str, int] | None] = []
     for row in zip(*(answer.column(name) for name in names), strict=True):
-        place = {
+        place: dict[str, int] = {
             name: int(value) for name, value in zip(names, row, strict=True) if value is not None
         }
         if "step" in place:
