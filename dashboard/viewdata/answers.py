@@ -88,7 +88,7 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     of = {column.name: column for column in answer.columns}
     # A value that all rows share tells none from another, except for the first, the subject.
     varied = {name for name in drawing.x if len({row[name] for row in rows}) > 1}
-    if "step" in varied:
+    if "step" in varied or any("step" in drawing.x and row["step"] is None for row in rows):
         varied.add("message")
     named = [name for name in drawing.x if name in varied or name == drawing.x[0]]
     counts: Counter[str] = Counter()

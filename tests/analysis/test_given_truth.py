@@ -160,7 +160,7 @@ def test_a_forced_first_token_is_a_generated_one_without_a_decision(tmp_path: Pa
             if not question.compares:
                 for view in question.offered:
                     rows = ask(session, question.name, view)
-                    # No prompt was traced, and random lenses need not have a rival.
-                    assert rows or question.name in ("prompt", "rivals")
+                    # No prompt was traced, nothing is branched, and random lenses have no rival.
+                    assert rows or question.name in ("prompt", "rivals", "forks")
         for subjects in (replies, [f"{reply}:0" for reply in replies]):
             assert questions.answer(session, "compare", tuple(subjects)).rows
