@@ -80,16 +80,16 @@ def test_where_branches_depart_and_agree_again(session: QuerySession) -> None:
         5: (2, 1, "t2", "t2", 4, 0, 4),
         6: (2, 0, "t1", "t1", 2, 2, 0),
     }
-    assert found[3]["probability"] == pytest.approx(0.5**4)
-    assert found[4]["probability"] == pytest.approx(0.5**2)
+    assert found[3]["logprob"] == pytest.approx(4 * LOGPROB)
+    assert found[4]["logprob"] == pytest.approx(2 * LOGPROB)
 
 
 def test_what_the_branches_of_a_step_answer(session: QuerySession) -> None:
-    columns = ("reply", "step", "answer", "branches", "share", "probability")
+    columns = ("reply", "step", "answer", "branches", "share", "logprob")
     assert [tuple(row[name] for name in columns) for row in rows(session, "answer")] == [
-        (2, 0, "again", 1, 1.0, pytest.approx(0.5**2)),
-        (2, 1, "other", 2, pytest.approx(2 / 3), pytest.approx(0.5**4 + 0.5**2)),
-        (2, 1, "one", 1, pytest.approx(1 / 3), pytest.approx(0.5**4)),
+        (2, 0, "again", 1, 1.0, pytest.approx(2 * LOGPROB)),
+        (2, 1, "other", 2, pytest.approx(2 / 3), pytest.approx(math.log(0.5**4 + 0.5**2))),
+        (2, 1, "one", 1, pytest.approx(1 / 3), pytest.approx(4 * LOGPROB)),
     ]
 
 

@@ -12,8 +12,8 @@ FORKS = Question(
     "Branches",
     "Branches and their answers",
     "Where branches depart from a reply, how long they differ from it, and what they answer.",
-    "A branch and its reply have agreed again where both end with the same tokens. The probability "
-    "of a branch is that of all its tokens after the fork, whoever chose them.",
+    "A branch and its reply have agreed again where both end with the same tokens. The logprob of "
+    "a branch is that of all its tokens after the fork, whoever chose them.",
     {
         "branch": View(
             """
@@ -46,11 +46,11 @@ same_end AS (
 SELECT conversation_id AS conversation, branch_of AS reply, branch_step AS step, id AS branch,
   left_behind.token AS left_token, left_behind.prob AS left_prob, own.token, own.prob,
   len(own.ids) AS tokens, len(own.ids) - coalesce(same_end.tokens, 0) AS apart,
-  coalesce(same_end.tokens, 0) AS agreed, exp(logprob) AS probability
+  coalesce(same_end.tokens, 0) AS agreed, logprob
 FROM branches JOIN own ON own.branch = id
 LEFT JOIN left_behind ON left_behind.branch = id
 LEFT JOIN same_end ON same_end.branch = id
-ORDER BY conversation, reply, step, probability DESC, id
+ORDER BY conversation, reply, step, logprob DESC, id
 LIMIT $top
 """,
             (
@@ -65,9 +65,9 @@ LIMIT $top
                 Column("tokens", "number", "tokens of the branch after the fork"),
                 Column("apart", "number", "of these, tokens before the common end"),
                 Column("agreed", "number", "tokens of the common end"),
-                Column("probability", "share", "of all tokens of the branch after the fork"),
+                Column("logprob", "number", "of all tokens of the branch after the fork", "nats"),
             ),
-            {"probability": Drawing("ranked", ("token", "branch"), ("probability",))},
+            {"first token": Drawing("ranked", ("token", "branch"), ("prob",))},
         ),
         "answer": View(
             """
@@ -77,18 +77,23 @@ branches AS (
   WHERE branch_of IS NOT NULL
 ),
 likelihood AS (
-  SELECT branches.id AS branch, sum(logprob) AS logprob
+  SELECT branches.id AS branch, list(token_id ORDER BY step_index) AS ids, sum(logprob) AS logprob
   FROM branches JOIN step ON step.message_id = branches.id AND step_index IS NOT NULL
   GROUP BY branches.id
 ),
-answers AS (
+paths AS (
   SELECT branch_of AS reply, branch_step AS step, trim(content) AS answer,
-    count(*) AS branches, sum(exp(logprob)) AS probability
+    count(*) AS branches, exp(any_value(logprob)) AS probability
   FROM branches JOIN likelihood ON likelihood.branch = id
-  GROUP BY reply, step, answer
+  GROUP BY reply, step, answer, ids
+),
+answers AS (
+  SELECT reply, step, answer, sum(branches)::INTEGER AS branches, sum(probability) AS probability
+  FROM paths GROUP BY reply, step, answer
 )
 SELECT reply, step, answer, branches,
-  branches / sum(branches) OVER (PARTITION BY reply, step) AS share, probability
+  branches / sum(branches) OVER (PARTITION BY reply, step) AS share,
+  ln(probability) AS logprob
 FROM answers
 ORDER BY reply, step, branches DESC, probability DESC, answer
 LIMIT $top
@@ -99,7 +104,12 @@ LIMIT $top
                 Column("answer", "name", "the text of the branches"),
                 Column("branches", "number", "branches with this text"),
                 Column("share", "share", "share of the branches at this step"),
-                Column("probability", "share", "of all tokens of these branches after the fork"),
+                Column(
+                    "logprob",
+                    "number",
+                    "of all tokens after the fork; a path that several branches took counts once",
+                    "nats",
+                ),
             ),
             {"share": Drawing("ranked", ("answer", "step"), ("share",))},
         ),
