@@ -13,13 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationMixin, masking_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.utils.chat_template_utils import render_jinja_template
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "DynamicLayer", "modeling_auto", "render_jinja_template"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "modeling_auto",
+    "render_jinja_template",
+]
 
 # The sources of the stock attention, which branch on the number of queries.
 ATTENTION_SOURCES = frozenset({masking_utils.__file__, sdpa_attention.__file__})

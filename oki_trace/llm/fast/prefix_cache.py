@@ -11,10 +11,9 @@ from itertools import takewhile
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer
-from oki_trace.llm.transformers_internals import DynamicLayer
+from oki_trace.llm.transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
 
 # A shorter beginning, such as the first words of a chat template, takes no time to run.
 MIN_SHARED = 8
