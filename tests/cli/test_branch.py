@@ -152,6 +152,23 @@ def test_a_tree_comes_back_from_an_export(oki: Oki, db: Path, tmp_path: Path, fo
         assert import_path(tmp_path / "one", tmp_path / "one.db").messages == 2
 
 
+def test_a_branch_is_scored_as_a_whole_reply(oki: Oki, db: Path) -> None:
+    oki("branch", 2, 3, "--rank", 2, "--max-new-tokens", 3)
+    done = oki("score", "--message", 3, "--dtype", "float32", "--lens-layers", "none")
+    assert done.status == 0, done.err
+    with TraceReader(db) as reader:
+        branch, score = reader.message(3), reader.message(4)
+        prompt, steps = reader.prompt(3), reader.steps(3)
+        given = reader.steps(4, given=True)
+        kept = prompt.tokens[-branch.prefix_len :]
+    assert [step.token for step in given] == [*kept, *(step.token for step in steps)]
+    assert score.choice is not None and score.choice.dtype == "float32"
+    assert score.content == branch.content
+    own = {step.position: step.logprob for step in given}
+    for step in steps:
+        assert step.logprob == pytest.approx(own[step.position], abs=1e-4)
+
+
 def test_either_of_two_branches_can_be_deleted(oki: Oki, db: Path) -> None:
     oki("branch", 2, 3, "--rank", 2, "--max-new-tokens", 3)
     oki("run", "Really?", "--after", 2, "--max-new-tokens", 3)
