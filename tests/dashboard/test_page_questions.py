@@ -14,10 +14,11 @@ from dashboard.viewdata import sql_table
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
+from oki_trace.records import ChatMessage, Forced, Role
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
-from tests.analysis import made
+from tests.analysis import made, test_branch_truth
 from tests.dashboard import app_pages, one_text_store, sample_stores
 from tests.exchange import stories
 
@@ -125,7 +126,7 @@ def test_a_cache_being_written_shows_how_far_it_is(
         (question.name, view)
         for question in QUESTIONS.values()
         for view in question.views
-        if not question.compares and question.name != "prompt"
+        if not question.compares and question.name not in ("prompt", "forks")
     ],
 )
 def test_every_view_has_a_picture_a_table_and_its_sql(
@@ -133,6 +134,25 @@ def test_every_view_has_a_picture_a_table_and_its_sql(
 ) -> None:
     """Over a store that holds hostile texts, tokens without numbers and replies without lens."""
     check_view(question, view)
+
+
+@pytest.mark.parametrize("view", QUESTIONS["forks"].views)
+def test_a_question_about_branches(
+    view: str, tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    from dashboard import data
+
+    db = str(tmp_path / "store.db")
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("Hello")
+        asked = writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
+        origin = test_branch_truth.add(writer, conversation, [1, 2, 3], "one")
+        fork: dict[str, Any] = {"parent_id": asked, "branch_of": origin, "branch_step": 1}
+        forced = Forced((9,))
+        test_branch_truth.add(writer, conversation, [9, 3], "two", forced=forced, **fork)
+    open_store(db)
+    assert data.cache_backlog(60.0) is None
+    check_view("forks", view)
 
 
 @pytest.mark.parametrize("view", QUESTIONS["prompt"].views)

@@ -47,7 +47,7 @@ def answer(store: Store, conversation: int, parent: int, steps: int = 3, **branc
     prefix_len = branch.get("branch_step", 0)
     start = builders.turn_start("none")
     store.writer.start_reply(
-        reply, replace(start, prefix_len=prefix_len, beginning="Before" if prefix_len else "")
+        reply, replace(start, prefix_len=prefix_len, prefix_text="Before" if prefix_len else "")
     )
     rng = np.random.default_rng(reply)
     made = [builders.coherent_step(i, rng) for i in range(steps)]
