@@ -35,15 +35,20 @@ def _in_depth(messages: Sequence[Message]) -> Iterator[tuple[Message, int]]:
     children: dict[int | None, list[Message]] = {}
     for message in messages:
         children.setdefault(message.parent_id, []).append(message)
-    waiting = [(message, 0) for message in reversed(children.get(None, []))]
-    if len(waiting) > 1:
-        waiting = [(message, 1) for message, _ in waiting]
-    while waiting:
-        message, depth = waiting.pop()
-        yield message, depth
-        following = children.get(message.id, [])
-        deeper = depth + (len(following) > 1)
-        waiting += [(child, deeper) for child in reversed(following)]
+    roots = children.get(None, [])
+    shown: set[int] = set()
+    # In a damaged store, a message may follow one that is missing, or itself in a loop.
+    for root in [*roots, *messages]:
+        waiting = [(root, int(len(roots) > 1))]
+        while waiting:
+            message, depth = waiting.pop()
+            if message.id in shown:
+                continue
+            shown.add(message.id)
+            yield message, depth
+            following = children.get(message.id, [])
+            deeper = depth + (len(following) > 1)
+            waiting += [(child, deeper) for child in reversed(following)]
 
 
 def _about(reader: TraceReader, message: Message) -> str:

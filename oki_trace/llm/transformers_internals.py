@@ -32,7 +32,12 @@ ATTENTION_SOURCES = frozenset({masking_utils.__file__, sdpa_attention.__file__})
 
 
 def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
-    """The model's outputs for a prompt (1, T), in chunks if the generation config says so."""
+    """The model's outputs for a prompt (1, T), in chunks if the generation config says so.
+
+    The beginning that is in the cache does not run again: ``input_ids`` are all tokens.
+    """
+    if hasattr(config, "_mask_length"):  # by this length, transformers knows that they are all
+        config._mask_length = input_ids.shape[1]
     return model._prefill(input_ids, config, model_kwargs)
 
 

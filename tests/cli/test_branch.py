@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,15 @@ def test_the_best_candidates_each_get_a_branch(oki: Oki, db: Path) -> None:
     assert [texts(db, one["message"])[0][0] for one in made] == list(tokens)
     tree = oki("show", 1, "--tree").out
     assert tree.count("from 2 at step 3") == 3
+
+
+def test_a_damaged_tree_shows_every_message_once(oki: Oki, db: Path) -> None:
+    assert oki("run", "And of Spain?", "-c", 1, "--max-new-tokens", 2).status == 0
+    with closing(sqlite3.connect(db)) as store, store:
+        store.execute("UPDATE message SET parent_id = 3 WHERE id = 2")
+        store.execute("UPDATE message SET parent_id = 99 WHERE id = 4")
+    lines = oki("show", 1, "--tree").out.splitlines()
+    assert sorted(int(line.split()[0]) for line in lines) == [1, 2, 3, 4]
 
 
 def test_regenerate_edit_prefill_and_continue(oki: Oki, db: Path) -> None:

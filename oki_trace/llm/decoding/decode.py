@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,8 +72,10 @@ def decode(
     Raises CaptureError on NaN or infinite logits, and when the sampling settings leave
     no token.
     """
-    input_ids = torch.tensor([prompt_ids], device=input_device(model))
-    cache = fast.take_prefix(reused or 0)
+    # The settings are prepared as for a prompt that contains the forced tokens: some of them
+    # count the new tokens, or look at the prompt's.
+    input_ids = torch.tensor([[*prompt_ids, *forced]], device=input_device(model))
+    cache = None if reused is None else fast.take_prefix(reused)
     steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -85,14 +87,9 @@ def decode(
         forced=forced,
         keeps_cache=reused is not None,
         **({} if cache is None else {"past_key_values": cache}),
-        **generate_arguments(_lengthened(generation, len(forced)), model, tokenizer),
+        **generate_arguments(generation, model, tokenizer),
     )
     return steps
-
-
-def _lengthened(generation: Generation, forced: int) -> Generation:
-    """The settings for as many tokens as before after the forced ones."""
-    return replace(generation, max_new_tokens=generation.max_new_tokens + forced)
 
 
 def _grad_mode(model: Any) -> Any:
@@ -119,7 +116,12 @@ def _loop(
     keeps_cache: bool,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
-    prompt_len = input_ids.shape[1]
+    whole_len = input_ids.shape[1]
+    prompt_len = whole_len - len(forced)
+    input_ids = input_ids[:, :prompt_len]
+    for name, value in model_kwargs.items():  # such as the attention mask
+        if forced and isinstance(value, Tensor) and value.shape[-1:] == (whole_len,):
+            model_kwargs[name] = value[..., :prompt_len]
     generator = None
     if generation_config.do_sample:
         generator = torch.Generator(device=input_ids.device)
