@@ -301,3 +301,10 @@ def test_a_loop_of_branches_in_a_damaged_store_ends(dense: Talk, tmp_path: Path)
     assert {shared.message_id for shared in dense.reader.prefix_steps(second.id).values()} == {
         first.id
     }
+
+
+def test_a_reply_of_forced_tokens_alone_ends_with_them(dense: Talk) -> None:
+    origin = dense.ask(QUESTION, Sampling(3))
+    branch = dense.branch(origin, 1, Sampling(0), 9, 11)
+    assert (branch.status, branch.reason) == (Status.COMPLETE, "token limit")
+    assert [step.token_id for step in dense.steps(branch)] == [9, 11]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,11 @@ def decode(
         forced=forced,
         keeps_cache=reused is not None,
         **({} if cache is None else {"past_key_values": cache}),
-        **generate_arguments(generation, model, tokenizer),
+        limit=generation.max_new_tokens,
+        # generate() refuses 0, which is a reply of forced tokens alone.
+        **generate_arguments(
+            replace(generation, max_new_tokens=max(generation.max_new_tokens, 1)), model, tokenizer
+        ),
     )
     return steps
 
@@ -114,6 +118,7 @@ def _loop(
     note: Callable[[str], None],
     forced: Sequence[int],
     keeps_cache: bool,
+    limit: int,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
     whole_len = input_ids.shape[1]
@@ -127,7 +132,7 @@ def _loop(
         generator = torch.Generator(device=input_ids.device)
         if seed is not None:
             generator.manual_seed(seed)
-    new_tokens = generation_config.max_length - prompt_len
+    new_tokens = len(forced) + limit
     forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
     is_whole = False  # whether the cache has all tokens but the last
     with hooks.attach(), optimized_for_decoding(model):
@@ -149,10 +154,12 @@ def _loop(
                 input_ids = torch.cat([input_ids, choice.token], dim=-1)
                 token_id = int(choice.token)
                 # 3. Whether the reply ends here.
+                is_last = step_index + 1 == new_tokens
                 if step_index + 1 < len(forced):
                     done = False
                 else:
-                    done = bool(stopping_criteria(input_ids, ()).all())
+                    done = is_last or bool(stopping_criteria(input_ids, ()).all())
+                length = generation_config.max_length if is_last else input_ids.shape[1]
                 elapsed_ms = (time.perf_counter() - started) * 1e3
                 is_whole = True
                 yield RawStep(
@@ -162,7 +169,7 @@ def _loop(
                     token_id=token_id,
                     choice=choice,
                     elapsed_ms=elapsed_ms,
-                    stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
+                    stop_reason=find_stop_reason(token_id, length, generation_config)
                     if done
                     else None,
                     origin="forced" if is_forced else "sampled",
