@@ -144,7 +144,7 @@ def surprisal_chart(rows: Sequence[Json]) -> alt.Chart:
     frame = pd.DataFrame(rows)
     frame["more"] = [_MORE[difference < 0] for difference in frame["difference"]]
     last = int(frame["span"].max())
-    drawn = (
+    drawn: alt.Chart = (
         alt.Chart(frame)
         .mark_bar(size=max(1.0, min(14.0, 300 / (last + 1))))
         .encode(

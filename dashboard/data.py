@@ -259,7 +259,7 @@ def _measured(pairs: Sequence[tuple[StepKey, StepKey]]) -> list[Distance | None]
 
 
 def is_score(message: Message) -> bool:
-    """Whether a message is a scored text: it generated nothing, and its text has steps."""
+    """Whether a message is a scored text that has steps."""
     return has_given_text(store(), message)
 
 

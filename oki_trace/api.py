@@ -15,10 +15,11 @@ from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.teacher_forcing import Windows
 from oki_trace.llm.chat.template_arguments import refuse_unknown
 from oki_trace.llm.loading.load import load_model_and_tokenizer
-from oki_trace.queueing import ReplyRequest
+from oki_trace.queueing import ReplyRequest, history
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
+    Forced,
     ModelChoice,
     PromptTrace,
     Role,
@@ -52,6 +53,12 @@ def run_traced(
     template_args: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     trace_prompt: PromptTrace | Literal["none"] | None = None,
+    prefill: str | None = None,
+    branch_of: int | None = None,
+    branch_step: int | None = None,
+    token: str | None = None,
+    token_id: int | None = None,
+    rank: int | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -63,19 +70,35 @@ def run_traced(
     stores the conversation there, and ``tensors`` says how its full tensors are stored.
     ``template_args`` (such as ``enable_thinking``) and ``tools``, JSON schemas of
     functions, go to the chat template. ``trace_prompt`` ("light" or "full") also traces the
-    prompt's tokens, in ``prompt_steps`` of the trace. Raises UsageError for invalid arguments,
-    ModelError when the model cannot be loaded or traced.
+    prompt's tokens, in ``prompt_steps`` of the trace. ``prefill`` is the beginning of the
+    reply. Raises UsageError for invalid arguments, ModelError when the model cannot be loaded
+    or traced.
+
+    ``branch_of``, in place of a prompt, is a reply in ``db`` by its message's number: the new
+    reply keeps its tokens before ``branch_step`` (0 regenerates it; by default it goes on
+    after the last token), and goes on with ``token``, a text, with ``token_id``, with the
+    stored candidate of this ``rank``, or with a new choice of the model.
     """
     kept = "none" if db is None else tensors
     level = None if trace_prompt == "none" else trace_prompt
     policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, level)
     name = _name_of(model, tokenizer)
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    forks = (branch_step, token, token_id, rank)
+    if branch_of is not None:
+        if db is None or (prompt, messages, prefill) != (None, None, None):
+            raise UsageError("branch_of names a reply in db. Give db, and no prompt or messages.")
+        loaded = _load(model, tokenizer, name)
+        return _branch(os.fspath(db), loaded, branch_of, *forks, sampling, policy)
+    if any(value is not None for value in forks):
+        raise UsageError("branch_step, token, token_id and rank belong to branch_of. Give it too.")
     request = ReplyRequest(
         _turns(prompt, messages),
         ModelChoice(name),
-        Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed),
+        sampling,
         policy,
         TemplateOptions(dict(template_args or {}), tuple(as_schema(tool) for tool in tools or ())),
+        None if prefill is None else Forced(text=prefill),
     )
     loaded = _load(model, tokenizer, name)
     refuse_unknown(loaded.tokenizer, request.template or TemplateOptions())
@@ -85,7 +108,8 @@ def run_traced(
     else:
         handle = prepare(loaded.model, loaded.tokenizer, [collector])
         rest: Any = (request.messages, request.sampling, policy, [collector])
-        trace_turn(handle, loaded.model_id, *rest, template=request.template)
+        options: Any = {"template": request.template, "forced": request.forced}
+        trace_turn(handle, loaded.model_id, *rest, **options)
     return _result(collector, request)
 
 
@@ -187,6 +211,43 @@ def _store(db: str, request: ReplyRequest, loaded: _Loaded, collector: Collector
     with TraceWriter(db) as writer, TraceReader(db) as reader:
         reply = reader.message(submit(writer, request, claim=True)[1])
         generate_reply(writer, reader, reply, loaded, messages=request.messages, sinks=[collector])
+
+
+def _branch(
+    db: str,
+    loaded: _Loaded,
+    message_id: int,
+    step: int | None,
+    token: str | None,
+    token_id: int | None,
+    rank: int | None,
+    sampling: Sampling,
+    policy: CapturePolicy,
+) -> tuple[str, dict[str, Any]]:
+    """Generate a reply that departs from a stored one."""
+    from oki_trace.generate import generate_reply
+    from oki_trace.queueing import fork_candidates, submit_branch
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
+
+    if sum(value is not None for value in (token, token_id, rank)) > 1:
+        raise UsageError("Give one of token, token_id and rank.")
+    collector = Collector()
+    with TraceWriter(db) as writer, TraceReader(db) as reader:
+        origin = reader.message(message_id)
+        at = origin.tokens if step is None else step
+        forced = None if token is None else Forced(text=token)
+        if rank is not None:
+            (candidate,) = fork_candidates(reader, origin, at, range(rank, rank + 1))
+            token_id = candidate.token_id
+        if token_id is not None:
+            forced = Forced((token_id,))
+        reply_id = submit_branch(writer, origin, at, sampling, policy, forced=forced, claim=True)
+        reply = reader.message(reply_id)
+        generate_reply(writer, reader, reply, loaded, sinks=[collector])
+        turns = history(reader.messages(reply.conversation_id), reply_id)
+    choice = origin.choice or ModelChoice(loaded.model_id)
+    return _result(collector, ReplyRequest(turns, choice, template=origin.template))
 
 
 def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from oki_trace.records import ChatMessage, Message, Prompt, Segment, Status, Tur
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.recorder import Recorder
 from oki_trace.store.writing.writer import TraceWriter
-from oki_trace.tracing import Beginning, OnText, Sink, never, prepare, trace_turn
+from oki_trace.tracing import OnText, ReplyPrefix, Sink, never, prepare, trace_turn
 
 
 class ReadyModel(Protocol):
@@ -54,9 +54,9 @@ def generate_reply(
     recorder = Recorder(writer, reply.id)
     all_sinks = [*sinks, recorder]
     instrument = prepare(loaded.model, loaded.tokenizer, all_sinks)
-    beginning = None
+    prefix = None
     if reply.branch_of is not None:
-        beginning = _beginning(reader, reply, instrument.vocabulary, all_sinks)
+        prefix = _prefix_of(reader, reply, instrument.vocabulary, all_sinks)
     elif messages is None:
         messages = history(_with_parts(reader, reply, loaded), reply.id)
     return trace_turn(
@@ -70,15 +70,15 @@ def generate_reply(
         on_text=on_text,
         template=reply.template,
         traced_before=lambda prompt: max(reader.traced_prefix(reply, prompt.token_ids)[1], 1),
-        beginning=beginning,
+        prefix=prefix,
         forced=reply.forced,
         reuse=True,
     )
 
 
-def _beginning(
+def _prefix_of(
     reader: TraceReader, branch: Message, vocabulary: Vocabulary, sinks: Sequence[Sink]
-) -> Beginning:
+) -> ReplyPrefix:
     """The prompt of the reply that is departed from, and its tokens up to the fork."""
     assert branch.branch_of is not None
     step = branch.branch_step or 0
@@ -102,7 +102,7 @@ def _beginning(
     text = b"".join(one.token_bytes for one in kept).decode("utf-8", errors="replace")
     of_kept: tuple[Segment, ...] = tuple("assistant" for _ in kept)
     whole = Prompt(prompt.text + text, ids, tokens, prompt.segments + of_kept)
-    return Beginning(whole, origin.prefix_len + step)
+    return ReplyPrefix(whole, origin.prefix_len + step)
 
 
 def _with_parts(reader: TraceReader, reply: Message, loaded: ReadyModel) -> list[Message]:

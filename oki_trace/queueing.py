@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from oki_trace.errors import UsageError
 from oki_trace.input_text import require_storable
@@ -28,6 +28,7 @@ from oki_trace.records import (
 )
 
 if TYPE_CHECKING:
+    from oki_trace.store.reading.reader import Reader
     from oki_trace.store.writing.writer import TraceWriter
 
 TITLE_LENGTH = 60
@@ -127,6 +128,36 @@ def submit_branch(
         branch_step=step,
         forced=forced,
     )
+
+
+class Candidate(NamedTuple):
+    """A token that a branch may go on with, and the model's probability of it."""
+
+    token_id: int
+    token: str
+    prob: float
+
+
+def fork_candidates(reader: Reader, origin: Message, step: int, ranks: range) -> list[Candidate]:
+    """The stored candidates of these ranks, from 1 on, at a step of ``origin``.
+
+    Raises UsageError if the step has not as many.
+    """
+    require_fork(origin, step)
+    if step == origin.tokens:
+        raise UsageError(
+            f"Message {origin.id} ends before step {step}, so it has no candidates there. Give a "
+            "token, or leave the choice to the model."
+        )
+    top = reader.step(origin.id, step).topk
+    stored = zip(top.token_ids.tolist(), top.tokens, top.probs.tolist(), strict=True)
+    known = [Candidate(*one) for one in stored if one[0] >= 0]
+    if ranks.stop - 1 > len(known):
+        raise UsageError(
+            f"Step {step} of message {origin.id} has {len(known)} stored candidates. Choose among "
+            "these, or give the token itself."
+        )
+    return [known[rank - 1] for rank in ranks]
 
 
 def require_fork(origin: Message, step: int) -> None:

@@ -78,8 +78,9 @@ def of_reply(tokenizer: Any, vocabulary: Vocabulary, reader: Reader, reply: Mess
     tokens = (*prompt.tokens, *(step.token for step in steps))
     if all(vocabulary.text(i) == token for i, token in zip(ids, tokens, strict=True)):
         own: tuple[Segment, ...] = tuple("assistant" for _ in steps)
-        whole = Prompt(prompt.text + reply.content, ids, tokens, prompt.segments + own)
-        return GivenText(whole, reply.content, len(prompt))
+        text = b"".join(step.token_bytes for step in steps).decode("utf-8", errors="replace")
+        whole = Prompt(prompt.text + text, ids, tokens, prompt.segments + own)
+        return GivenText(whole, reply.content, len(prompt) - reply.prefix_len)
     before = history(reader.messages(reply.conversation_id), reply.id)
     turns = [*before, ChatMessage(Role.ASSISTANT, reply.content)]
     whole = render(tokenizer, turns, vocabulary, reply.template)

@@ -54,7 +54,7 @@ class Sink(Protocol):
 
 
 @dataclass(frozen=True)
-class Beginning:
+class ReplyPrefix:
     """The beginning of a reply: the last ``prefix_len`` tokens of ``prompt``."""
 
     prompt: Prompt
@@ -118,13 +118,13 @@ def trace_turn(
     on_text: OnText | None = None,
     template: TemplateOptions | None = None,
     traced_before: Callable[[Prompt], int] = _nothing,
-    beginning: Beginning | None = None,
+    prefix: ReplyPrefix | None = None,
     forced: Forced | None = None,
     reuse: bool = False,
 ) -> TurnEnd:
     """Decode the assistant's next message and pass every step to the sinks.
 
-    ``beginning`` takes the place of ``messages``: the reply goes on from there. ``forced``
+    ``prefix`` takes the place of ``messages``: the reply goes on from there. ``forced``
     are its first tokens, and the sampling's number of tokens counts from after them.
     ``reuse``: tokens that the last reply's KV cache holds do not run again.
 
@@ -137,11 +137,11 @@ def trace_turn(
     """
     turn = _Turn(handle.tokenizer, sinks, on_text)
     with _ending(turn.end), lock_model(handle.model):
-        if beginning is None:
+        if prefix is None:
             prompt = render(handle.tokenizer, messages, handle.vocabulary, template)
         else:
-            prompt = beginning.prompt
-        prefix_len = 0 if beginning is None else beginning.prefix_len
+            prompt = prefix.prompt
+        prefix_len = 0 if prefix is None else prefix.prefix_len
         first_ids = () if forced is None else _token_ids(handle.tokenizer, forced)
         require_embeddings(handle.model, (*prompt.token_ids, *first_ids), handle.vocabulary)
         tools = template.tools if template else ()

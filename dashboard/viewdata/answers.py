@@ -88,7 +88,7 @@ def _labels(rows: Sequence[Json], answer: Answer, drawing: Drawing) -> list[str]
     of = {column.name: column for column in answer.columns}
     # A value that all rows share tells none from another, except for the first, the subject.
     varied = {name for name in drawing.x if len({row[name] for row in rows}) > 1}
-    if "step" in varied:
+    if "step" in varied or any("step" in drawing.x and row["step"] is None for row in rows):
         varied.add("message")
     named = [name for name in drawing.x if name in varied or name == drawing.x[0]]
     counts: Counter[str] = Counter()
@@ -201,9 +201,9 @@ def step_places(answer: Answer) -> list[dict[str, int] | None]:
     names = [n for n in ("conversation", "message", "step", "position") if n in _names(answer)]
     if "message" not in names:
         return [None] * len(answer.rows)
-    places = []
+    places: list[dict[str, int] | None] = []
     for row in zip(*(answer.column(name) for name in names), strict=True):
-        place = {
+        place: dict[str, int] = {
             name: int(value) for name, value in zip(names, row, strict=True) if value is not None
         }
         if "step" in place:

@@ -242,14 +242,13 @@ def _settings(message: Message) -> dict[str, str]:
 
     sampled = generation if generation is not None and generation.do_sample else None
     speed = message.tokens / message.seconds if message.seconds and message.tokens else math.nan
-    scored = message.sampling is not None and message.sampling.max_new_tokens == 0
     decoding = "–" if generation is None else "sampled" if sampled else "greedy"
     return {
         "model": message.model_id or "–",
         "dtype": of(capture, "dtype"),
         "quantization": of(capture, "quantization", "none"),
         "device": of(capture, "device"),
-        "decoding": "scored text" if scored else decoding,
+        "decoding": "scored text" if message.is_score else decoding,
         "temperature": of(sampled, "temperature"),
         "top-k": of(sampled, "top_k"),
         "top-p": of(sampled, "top_p"),

@@ -46,7 +46,7 @@ def tiles(info: StoreInfo) -> list[tuple[str, str, str]]:
         ("On disk", size(info.bytes), "All files of the store, including its log and free space"),
         ("Per token", a_token, detail),
         ("Conversations", f"{info.conversations:,}", f"With {counted(info.messages, 'message')}"),
-        ("Tokens", f"{info.steps:,}", "Generated tokens; each is traced as one step"),
+        ("Tokens", f"{info.steps:,}", "Traced tokens, generated or given; each is one step"),
     ]
 
 

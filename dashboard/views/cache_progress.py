@@ -14,7 +14,7 @@ WAIT_S = 0.5
 
 def ready() -> bool:
     """Whether the cache is up to date; if not, the page shows why. Raises StoreError."""
-    if not any(c.tokens for c in data.recent_conversations(50)):
+    if not any(c.model_ids for c in data.recent_conversations(50)):
         layout.empty_state("replies", "query it")
         return False
     backlog = data.cache_backlog(WAIT_S)

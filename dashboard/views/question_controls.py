@@ -127,7 +127,9 @@ def _scope(state: QuestionState, followed: bool) -> QuestionState:
 
 def _conversation(state: QuestionState, followed: bool) -> int | None:
     titles = {
-        str(c.id): f"{c.id} · {_title(c.title)}" for c in data.recent_conversations(50) if c.tokens
+        str(c.id): f"{c.id} · {_title(c.title)}"
+        for c in data.recent_conversations(50)
+        if c.model_ids
     }
     now = None if state.conversation is None else str(state.conversation)
     chosen: str | None = _choice(
@@ -148,7 +150,7 @@ def _reply(state: QuestionState, conversation: int | None, followed: bool) -> in
     opened = data.conversation(conversation) if conversation is not None else None
     if opened is None:
         return state.message
-    ids = [m.id for m in opened[1] if m.tokens]
+    ids = [m.id for m in opened[1] if m.tokens or m.is_score]
     now = state.message if state.message in ids else None
     if len(ids) < 2:
         return now

@@ -101,8 +101,7 @@ def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
     if answer.about:
         st.markdown(wording.sentence(answer.about))
     if not answer.rows:
-        st.write("No steps match.")
-        _offer_everything(state)
+        _nothing(state)
     else:
         _charts(answer)
         st.caption(question.reading)
@@ -112,6 +111,16 @@ def _answer(state: QuestionState, question: Question, answer: Answer) -> None:
         if st.button("Edit in SQL", icon=":material/edit:", key="to-sql"):
             sql.allow(answer.sql)
             layout.open_page("sql", {"sql": answer.sql})
+
+
+def _nothing(state: QuestionState) -> None:
+    if state.is_narrowed or any(message.tokens for _, message in data.recent_replies()):
+        st.write("No steps match.")
+        _offer_everything(state)
+    elif "segment" in data.questions()[state.question].options:
+        st.write("No traced prompts yet. Start a chat with *Trace the prompt*, then query it here.")
+    else:
+        layout.empty_state("replies", "query it")
 
 
 def _step_view(question: Question, view: str) -> str | None:

@@ -33,12 +33,24 @@ def message_table(reader: TraceReader, marks: Sequence[MessageMark]) -> pa.Table
         messages = []
     wanted = {mark.id for mark in marks}
     rows = []
-    digest = hashlib.sha256()
+    # Of the messages on the path to each message, itself included.
+    digests: dict[int | None, Any] = {None: hashlib.sha256()}
     for message in messages:
+        before = digests.get(message.parent_id) or digests[None]
         if message.id in wanted:
-            rows.append(_row(message, digest.hexdigest()[:16]))
+            rows.append(_row(message, _prompt_hash(before, message)))
+        digest = digests[message.id] = before.copy()
         digest.update(repr((str(message.role), message.content)).encode("utf-8", "replace"))
     return to_arrow("message", {name: [row[name] for row in rows] for name in _COLUMNS})
+
+
+def _prompt_hash(before: Any, message: Message) -> str:
+    """The hash of what a reply goes on from: the messages, and its own beginning."""
+    if message.forced is None and not message.prefix_len:
+        return str(before.hexdigest()[:16])
+    digest = before.copy()
+    digest.update(repr((message.branch_of, message.branch_step, message.forced)).encode())
+    return str(digest.hexdigest()[:16])
 
 
 def _row(message: Message, prompt_hash: str) -> dict[str, Any]:

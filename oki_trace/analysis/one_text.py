@@ -16,7 +16,7 @@ from oki_trace.errors import QuestionError
 from oki_trace.explain import quoted
 from oki_trace.records import Message, StepSummary
 from oki_trace.sanitize import visible
-from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.reading.reader import Reader, TraceReader
 
 Steps = Sequence[StepSummary]
 
@@ -47,11 +47,9 @@ class OneText:
     spans: tuple[Span, ...]
 
 
-def has_given_text(reader: TraceReader, message: Message) -> bool:
-    """Whether a message generated no token and has steps of given ones: a scored text."""
-    if message.tokens or message.prompt_len is None:
-        return False
-    return reader.given_count(message.id) > 0
+def has_given_text(reader: Reader, message: Message) -> bool:
+    """Whether a message is a scored text that has steps."""
+    return message.is_score and not message.tokens and reader.given_count(message.id) > 0
 
 
 def scored_steps(reader: TraceReader, message: Message) -> list[StepSummary]:

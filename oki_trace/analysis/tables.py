@@ -126,6 +126,10 @@ TABLES: tuple[Table, ...] = (
             "tool_name": "the tool whose answer a message is",
             "trace_prompt": ("VARCHAR", "light or full: how its prompt was traced; NULL: not"),
             "score_of": "the message whose text it scores",
+            "parent_id": "the message that it follows; NULL for the first",
+            "branch_of": "the reply that it departs from; NULL: it is no branch",
+            "branch_step": "the step of that reply from which on it differs",
+            "prefix_len": "tokens at the end of its prompt that are its beginning",
         },
     ),
     _table(

@@ -12,7 +12,7 @@ from oki_trace.cli import options
 from oki_trace.cli.output import console, print_json, print_text, token
 from oki_trace.cli.session import Session, Turn, open_session, print_summary, summary
 from oki_trace.errors import UsageError
-from oki_trace.queueing import require_fork
+from oki_trace.queueing import fork_candidates, require_fork
 from oki_trace.records import Forced, Message, Sampling
 
 if TYPE_CHECKING:
@@ -160,23 +160,9 @@ def _starts(
         return [_Start(Forced((token_id,)))]
     if rank is None and top is None:
         return [_Start(None)]
-    if step >= origin.tokens:
-        raise UsageError(
-            f"Message {origin.id} ends before step {step}, so it has no candidates there. Give "
-            "--token, or leave the choice to the model."
-        )
-    candidates = reader.step(origin.id, step).topk
-    known = [i for i in candidates.token_ids.tolist() if i >= 0]
-    wanted = range(top or 0) if rank is None else range(rank - 1, rank)
-    if wanted.stop > len(known):
-        raise UsageError(
-            f"Step {step} of message {origin.id} has {len(known)} stored candidates. Choose "
-            "among these, or give --token or --token-id."
-        )
-    return [
-        _Start(Forced((known[i],)), candidates.tokens[i], float(candidates.probs[i]))
-        for i in wanted
-    ]
+    ranks = range(1, (top or 0) + 1) if rank is None else range(rank, rank + 1)
+    candidates = fork_candidates(reader, origin, step, ranks)
+    return [_Start(Forced((one.token_id,)), one.token, one.prob) for one in candidates]
 
 
 def _show_tokens(session: Session, text: str) -> None:

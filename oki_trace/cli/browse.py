@@ -20,6 +20,7 @@ from oki_trace.cli.output import (
     table,
     token,
 )
+from oki_trace.cli.tree import print_tree
 from oki_trace.errors import NotFound, StoreError, UsageError
 from oki_trace.explain import (
     call_line,
@@ -59,8 +60,9 @@ def list_(
 
     with TraceReader(options.store_of(db)) as reader:
         conversations = reader.conversations(search=search, limit=limit)
+        scored = {c.id: _scored_tokens(reader, c) for c in conversations}
     if json:
-        print_json([_conversation_json(c) for c in conversations])
+        print_json([_conversation_json(c, scored[c.id]) for c in conversations])
         return
     if not conversations:
         print_text("No conversations. Begin one with: oki-trace demo")
@@ -73,12 +75,20 @@ def list_(
             cell(c.title),
             cell(", ".join(c.model_ids)),
             str(c.messages),
-            f"{c.tokens:,}",
+            f"{scored[c.id]:,} scored" if scored[c.id] else f"{c.tokens:,}",
             Text("damaged", "red") if c.damage else str(c.status),
         )
         if c.damage:
             print_error(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
     console().print(rows)
+
+
+def _scored_tokens(reader: TraceReader, conversation: Conversation) -> int:
+    """The scored tokens of a conversation that generated none, such as a scored text."""
+    if conversation.tokens or conversation.damage:
+        return 0
+    messages = reader.messages(conversation.id)
+    return sum(reader.given_count(message.id) for message in messages if message.is_score)
 
 
 def show(
@@ -89,6 +99,9 @@ def show(
         int | None,
         typer.Option(help="Show the step of the token at this position, also in the prompt."),
     ] = None,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="Show which branches there are, and how likely each is.")
+    ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -99,6 +112,8 @@ def show(
     Example: oki-trace show 1 --message 2 --position 12
 
     Example: oki-trace show 1 --message 2 --json
+
+    Example: oki-trace show 1 --tree
     """
     from oki_trace.store.reading.reader import TraceReader
 
@@ -109,6 +124,9 @@ def show(
                 f"Conversation {conversation} has no message {message}. "
                 f"See: oki-trace show {conversation}"
             )
+        if tree and not json:
+            print_tree(reader, messages)
+            return
         if step is not None and position is not None:
             raise UsageError("Give either --step or --position, not both.")
         if step is not None or position is not None:
@@ -143,8 +161,9 @@ def _at_position(reader: TraceReader, message: Message, position: int) -> tuple[
     return reader.message(found.message_id), index, not generated
 
 
-def _conversation_json(conversation: Conversation) -> dict[str, Any]:
-    values = asdict(conversation)
+def _conversation_json(conversation: Conversation, scored: int) -> dict[str, Any]:
+    """``scored``: the tokens of a scored text, left out where there is none."""
+    values = asdict(conversation) | ({"scored": scored} if scored else {})
     for name in ("created_at", "updated_at"):
         values[name] = values[name].isoformat()
     return {name: value for name, value in values.items() if name != "damage" or value}
@@ -169,6 +188,8 @@ def _print_message(reader: TraceReader, message: Message) -> None:
         if message.damage is not None:
             print_text(message.reason or "", "red")
         return
+    if message.branch_of is not None:
+        print_text(f"branch of message {message.branch_of} at step {message.branch_step}", "dim")
     given = 0 if message.tokens else reader.given_count(message.id)
     print_text(_headline(message, given), "dim")
     if message.capture is not None and message.capture.speedups:
@@ -209,6 +230,10 @@ def _headline(message: Message, given: int) -> str:
     capture = message.capture
     if capture is not None:
         parts.append(f"{capture.dtype} on {capture.device}")
+        if capture.reused:
+            parts.append(f"{capture.reused:,} prompt tokens from the KV cache of the last reply")
+        elif capture.not_reused:
+            parts.append(f"the whole prompt ran again: {capture.not_reused}")
         if capture.logit_lens_available and message.lens_check is not None:
             parts.append(f"lens check {message.lens_check:.0e}")
         elif capture.lens_reason:

@@ -79,9 +79,8 @@ def score(
     store = options.store_of(db)
     with TraceWriter(store) as writer, TraceReader(store) as reader, watchdog() as dog:
         reply = None if message is None else _scorable(reader, message)
-        choice = options.choice_of(model, four_bit, dtype, device)
-        if reply is not None and model is None and reply.choice is not None:
-            choice = reply.choice
+        loading = options.Turns(model=model, four_bit=four_bit, dtype=dtype, device=device)
+        choice = loading.choice(None if reply is None else reply.choice)
         loaded = load_model(choice, lambda tokenizer: None)
 
         def given(instrument: Any) -> scoring.GivenText:

@@ -151,6 +151,11 @@ def open_session(turns: options.Turns, origin: Message | None = None) -> Iterato
     with TraceWriter(db) as writer, TraceReader(db) as reader, watchdog() as dog:
         all_messages = [] if turns.conversation is None else reader.messages(turns.conversation)
         before = newest_path(all_messages) if origin is None else [origin]
+        if origin is None and before and before[-1].is_score:
+            raise UsageError(
+                f"Conversation {turns.conversation} is a scored text, which has no next "
+                "turn. Leave out --conversation to begin a new conversation."
+            )
         template = template.over(queueing.last_template(before))
         choice = turns.choice(queueing.last_choice(before))
         # Checked before the weights are read and before anything is stored.

@@ -28,6 +28,10 @@ def export(
         ),
     ] = Format.JSON,
     message: options.MessageId = None,
+    branch: Annotated[
+        int | None,
+        typer.Option(metavar="MESSAGE", help="Only the branch with this message. Default: all."),
+    ] = None,
     tensors: Annotated[
         bool,
         typer.Option("--tensors", help="Also write the full tensors, to a .safetensors file."),
@@ -53,6 +57,8 @@ def export(
 
     Example: oki-trace export -c 1 --format parquet --output paris
 
+    Example: oki-trace export -c 1 --branch 7 --output one-branch.json
+
     Example: oki-trace export -c 1 --format trace-v1 --message 2 --output old.json
     """
     from oki_trace.exchange import exporting
@@ -70,6 +76,7 @@ def export(
             target,
             sys.stdout,
             message_id=message,
+            branch=branch,
             tensors=tensors,
             # A progress bar would mix with the text on the same terminal.
             progress=None if target is None and sys.stdout.isatty() else progress,

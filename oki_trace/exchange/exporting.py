@@ -28,13 +28,15 @@ def export(
     standard: TextIO,
     *,
     message_id: int | None = None,
+    branch: int | None = None,
     tensors: bool = False,
     progress: Progress | None = None,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> list[Path]:
     """Write a conversation; returns the files, or the folder, that were written.
 
-    Without ``output`` it goes to ``standard``. ``tell`` gets a sentence for
+    ``branch``: only the newest path through this message. Without ``output`` it goes to
+    ``standard``. ``tell`` gets a sentence for
     anything that the format leaves out. Raises NotFound, UsageError for options
     that cannot be combined, ExchangeError where nothing can be written.
     """
@@ -43,7 +45,7 @@ def export(
         raise UsageError("parquet is a folder of tables: choose it with --output.")
     which = (conversation_id, message_id, progress)
     given = format is not Format.TRACE_V1
-    with selected(reader, *which, tensors=tensors, given=given) as chosen:
+    with selected(reader, *which, branch=branch, tensors=tensors, given=given) as chosen:
         for sentence in _left_out(chosen, format):
             tell(sentence)
         if format is Format.PARQUET and output is not None:

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from oki_trace.errors import NotFound
 from oki_trace.exchange.trace_object import TraceHead
-from oki_trace.message_tree import path_to
+from oki_trace.message_tree import newest_path, path_to
 from oki_trace.queueing import history
 from oki_trace.records import Conversation, Message, Role, Step, TurnEnd, TurnStart
 from oki_trace.reporting import Progress
@@ -92,10 +92,13 @@ def selected(
     message_id: int | None = None,
     progress: Progress | None = None,
     *,
+    branch: int | None = None,
     tensors: bool = True,
     given: bool = True,
 ) -> Iterator[Selection]:
     """A conversation, or its messages up to one reply with the trace of that reply alone.
+
+    ``branch``: only the newest path through this message, of all branches.
 
     Everything is read from one snapshot, while replies may be running. Raises
     NotFound if the conversation, or its traced message, does not exist.
@@ -103,6 +106,13 @@ def selected(
     with reader.snapshot() as instant:
         conversation = instant.conversation(conversation_id)
         messages = instant.messages(conversation_id)
+        if branch is not None:
+            if branch not in {message.id for message in messages}:
+                raise NotFound(
+                    f"Conversation {conversation_id} has no message {branch}. "
+                    f"See: oki-trace show {conversation_id} --tree"
+                )
+            messages = _numbered(newest_path(messages, through=branch))
         traced = {message.id: message for message in messages if is_traced(message)}
         single = None
         if message_id is not None:
@@ -113,10 +123,15 @@ def selected(
                     f"See: oki-trace show {conversation_id}"
                 )
             traced = {message_id: single}
-            messages = path_to(messages, single.id)
+            messages = _numbered(path_to(messages, single.id))
         report = progress or (lambda done, total: None)
         chosen = (instant, conversation, messages, frozenset(traced), single)
         yield Selection(*chosen, tensors=tensors, given=given, progress=report)
+
+
+def _numbered(path: Sequence[Message]) -> list[Message]:
+    """The messages of one branch, numbered as in a conversation that has no other."""
+    return [replace(message, position=position) for position, message in enumerate(path)]
 
 
 def is_traced(message: Message) -> bool:

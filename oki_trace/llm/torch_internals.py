@@ -120,10 +120,15 @@ def traced(function: Callable[..., Any], example: tuple[Any, ...]) -> tuple[Any,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tracer_warning.ignore_lib_warnings()
-        graph: Any = torch.jit.trace(function, example, check_trace=False)
-    # For torch.compile alone; it would keep the model alive.
-    graph.__dict__.pop("_torchdynamo_inline", None)
-    return graph, [warning for warning in caught if issubclass(warning.category, tracer_warning)]
+        tracing: Any = torch.jit._trace
+        names = tracing.get_callable_argument_names(function)
+        lookup = tracing._create_interpreter_name_lookup_fn(0)
+        # torch.jit.trace() would keep every graph, some megabytes, until the process ends.
+        graph, _ = torch._C._create_graph_by_tracing(
+            function, example, lookup, True, False, None, names
+        )
+    whole: Any = torch._C._create_function_from_graph("step", graph)
+    return whole, [warning for warning in caught if issubclass(warning.category, tracer_warning)]
 
 
 def scripted(function: Callable[..., Any]) -> Any:

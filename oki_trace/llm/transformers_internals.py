@@ -13,20 +13,31 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import GenerationMixin, masking_utils
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 from transformers.utils.chat_template_utils import render_jinja_template
 
-__all__ = ["ALL_ATTENTION_FUNCTIONS", "DynamicLayer", "modeling_auto", "render_jinja_template"]
+__all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "modeling_auto",
+    "render_jinja_template",
+]
 
 # The sources of the stock attention, which branch on the number of queries.
 ATTENTION_SOURCES = frozenset({masking_utils.__file__, sdpa_attention.__file__})
 
 
 def prefill(model: Any, input_ids: Tensor, config: Any, model_kwargs: dict[str, Any]) -> Any:
-    """The model's outputs for a prompt (1, T), in chunks if the generation config says so."""
+    """The model's outputs for a prompt (1, T), in chunks if the generation config says so.
+
+    The beginning that is in the cache does not run again: ``input_ids`` are all tokens.
+    """
+    if hasattr(config, "_mask_length"):  # by this length, transformers knows that they are all
+        config._mask_length = input_ids.shape[1]
     return model._prefill(input_ids, config, model_kwargs)
 
 

@@ -123,6 +123,12 @@ class Message:
     damage: str | None = None
 
     @property
+    def is_score(self) -> bool:
+        """Whether the message is a scored text: nothing was to be generated."""
+        settings = self.generation or self.sampling
+        return settings is not None and settings.max_new_tokens == 0
+
+    @property
     def lens_check(self) -> float | None:
         """The largest |Δlogprob| of the lens at the last layer: at load, or in this reply."""
         found = [c.lens for c in (self.checks,) if c is not None and c.lens is not None]

@@ -309,7 +309,7 @@ class TurnStart:
     """The facts about a reply that are known before its first token.
 
     The last ``prefix_len`` tokens of the prompt are the beginning of the reply, whose text
-    is ``beginning``.
+    is ``prefix_text``.
     """
 
     model_id: str
@@ -317,7 +317,7 @@ class TurnStart:
     generation: Generation
     capture: CaptureReport
     prefix_len: int = 0
-    beginning: str = ""
+    prefix_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from oki_trace.analysis import questions
 from oki_trace.analysis.query_session import QuerySession
+from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.store.reading.reader import TraceReader
+from oki_trace.store.writing.writer import TraceWriter
+from tests import builders
+from tests.analysis import made
 from tests.analysis.test_truth import ask, mean, same, softmax
 
 
@@ -128,3 +134,33 @@ def test_given_tokens_in_sql(session: QuerySession, given: list[Given]) -> None:
         ("full", 1),
         (None, 8),
     )
+
+
+def test_a_forced_first_token_is_a_generated_one_without_a_decision(tmp_path: Path) -> None:
+    """As in a branch: every question has an answer, and ``--origin`` tells it from the rest."""
+    db = str(tmp_path / "store.db")
+    with TraceWriter(db) as writer:
+        replies = []
+        for seed in (1, 2):
+            _, reply = made.begin(writer, steps=0, tensors="exact")
+            rng = np.random.default_rng(seed)
+            first = builders.step(0, rng, with_lens=True)
+            forced = replace(first, origin="forced", decision=None, sampled_prob=None)
+            writer.append(reply, [forced, builders.step(1, rng, with_lens=True)])
+            made.finish(writer, reply)
+            replies.append(str(reply))
+    with QuerySession(db) as session:
+        rows = ask(session, "uncertainty", origin="forced")
+        assert sorted((row["message"], row["step"]) for row in rows) == [
+            (int(reply), 0) for reply in replies
+        ]
+        assert len(ask(session, "uncertainty")) == 4
+        assert len(ask(session, "uncertainty", origin="sampled")) == 2
+        for question in QUESTIONS.values():
+            if not question.compares:
+                for view in question.offered:
+                    rows = ask(session, question.name, view)
+                    # No prompt was traced, nothing is branched, and random lenses have no rival.
+                    assert rows or question.name in ("prompt", "rivals", "forks")
+        for subjects in (replies, [f"{reply}:0" for reply in replies]):
+            assert questions.answer(session, "compare", tuple(subjects)).rows

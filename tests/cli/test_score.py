@@ -237,6 +237,21 @@ def test_windows_score_a_long_text(oki: Oki) -> None:
     assert lines[0].split() == ["position", "token", "logprob", "rank", "context"]
 
 
+def test_a_score_is_listed_with_its_tokens_and_has_no_next_turn(oki: Oki) -> None:
+    told = json.loads(oki("score", TEXT, "--json").out)
+    (listed,) = json.loads(oki("list", "--json").out)
+    assert (listed["tokens"], listed["scored"]) == (0, told["tokens"])
+    assert f" {told['tokens']} scored " in oki("list").out
+    done = oki("run", "And then?", "--conversation", 1)
+    assert done.status == 2 and done.out == ""
+    assert done.err == (
+        "oki-trace: Conversation 1 is a scored text, which has no next turn. Leave out "
+        "--conversation to begin a new conversation.\n"
+    )
+    assert oki("run", "Hi", "--max-new-tokens", 1).status == 0
+    assert "scored" not in json.loads(oki("list", "--json").out)[0]
+
+
 def test_an_unknown_message_or_a_question_is_refused(oki: Oki) -> None:
     assert oki("run", "Hi", "--max-new-tokens", "1").status == 0
     assert "no message 99" in oki("score", "--message", 99).err

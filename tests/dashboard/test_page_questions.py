@@ -14,11 +14,12 @@ from dashboard.viewdata import sql_table
 from oki_trace.analysis.folder import folder_of
 from oki_trace.analysis.questions import QUESTIONS
 from oki_trace.analysis.tables import FUNCTIONS, TABLES
+from oki_trace.records import ChatMessage, Forced, Role
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import migrate
 from oki_trace.store.writing.writer import TraceWriter
-from tests.analysis import made
-from tests.dashboard import app_pages, sample_stores
+from tests.analysis import made, test_branch_truth
+from tests.dashboard import app_pages, one_text_store, sample_stores
 from tests.exchange import stories
 
 
@@ -125,7 +126,7 @@ def test_a_cache_being_written_shows_how_far_it_is(
         (question.name, view)
         for question in QUESTIONS.values()
         for view in question.views
-        if not question.compares and question.name != "prompt"
+        if not question.compares and question.name not in ("prompt", "forks")
     ],
 )
 def test_every_view_has_a_picture_a_table_and_its_sql(
@@ -133,6 +134,25 @@ def test_every_view_has_a_picture_a_table_and_its_sql(
 ) -> None:
     """Over a store that holds hostile texts, tokens without numbers and replies without lens."""
     check_view(question, view)
+
+
+@pytest.mark.parametrize("view", QUESTIONS["forks"].views)
+def test_a_question_about_branches(
+    view: str, tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    from dashboard import data
+
+    db = str(tmp_path / "store.db")
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("Hello")
+        asked = writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
+        origin = test_branch_truth.add(writer, conversation, [1, 2, 3], "one")
+        fork: dict[str, Any] = {"parent_id": asked, "branch_of": origin, "branch_step": 1}
+        forced = Forced((9,))
+        test_branch_truth.add(writer, conversation, [9, 3], "two", forced=forced, **fork)
+    open_store(db)
+    assert data.cache_backlog(60.0) is None
+    check_view("forks", view)
 
 
 @pytest.mark.parametrize("view", QUESTIONS["prompt"].views)
@@ -146,6 +166,59 @@ def test_a_question_about_traced_prompts(
     open_store(str(db))
     assert data.cache_backlog(60.0) is None
     check_view("prompt", view)
+
+
+@pytest.mark.parametrize(
+    ("question", "view"),
+    [(question.name, view) for question in QUESTIONS.values() for view in question.offered],
+)
+def test_a_store_of_scores_alone_has_answers_or_says_what_is_missing(
+    question: str, view: str, scores: str
+) -> None:
+    app = questions(question=question, view=view)
+    assert not app.exception and not app.error
+    if question == "heads":
+        assert "No attention tensors" in app_pages.plainly(app.warning[0].value)
+    elif question == "prompt":
+        assert len(app.dataframe[0].value)
+    elif QUESTIONS[question].views[view].compares:
+        assert any(c.value.startswith("Choose two to see how far apart") for c in app.caption)
+    else:
+        told = [markdown.value for markdown in app.markdown]
+        assert "No replies yet. Start a chat, then query it here." in told
+
+
+def test_given_tokens_are_asked_for_by_their_origin(scores: str) -> None:
+    app = questions(question="uncertainty", view="entropy", origin="given")
+    assert not app.exception and app.selectbox(key="ask-origin-uncertainty").value == "given"
+    table = app.dataframe[0].value
+    assert len(table) == 20 and table["step"].isna().all() and table["position"].notna().all()
+    app.selectbox(key="ask-origin-uncertainty").set_value("sampled").run()
+    assert not app.exception and not app.dataframe
+    assert address(app)["origin"] == "sampled"
+    assert "No replies yet. Start a chat, then query it here." in [m.value for m in app.markdown]
+
+
+def test_two_scores_of_one_text_are_compared(scores: str) -> None:
+    app = questions(question="compare", view="reply", first="1", second="3")
+    assert not app.exception and not app.error
+    assert list(app.dataframe[0].value["text"])[:2] == ["␣sky", "␣is"]
+    assert any("Aligned by characters" in app_pages.plainly(m.value) for m in app.markdown)
+
+
+@pytest.fixture(scope="module")
+def built_scores(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return one_text_store.build(str(tmp_path_factory.mktemp("scores") / "store.db")).db
+
+
+@pytest.fixture
+def scores(built_scores: str, open_store: Callable[[str], None]) -> str:
+    """A store with nothing but scored texts."""
+    from dashboard import data
+
+    open_store(built_scores)
+    assert data.cache_backlog(60.0) is None
+    return built_scores
 
 
 def check_view(question: str, view: str) -> None:

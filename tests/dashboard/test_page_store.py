@@ -29,7 +29,7 @@ from oki_trace.records import (
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
-from tests.dashboard import app_pages, sample_stores
+from tests.dashboard import app_pages, one_text_store, sample_stores
 
 Open = Callable[[str], None]
 
@@ -74,6 +74,20 @@ def test_an_empty_store_counts_nothing(empty_store: str) -> None:
     assert tiles(app)["Per token"] == "–"
     assert health(app)["Replies"] == "none yet"
     assert app.button(key="verify").disabled
+
+
+def test_a_store_of_scores_alone_tells_what_is_in_it(tmp_path: Path, open_store: Open) -> None:
+    db = str(tmp_path / "store.db")
+    one_text_store.build(db, tensors=True)
+    open_store(db)
+    app = store()
+    assert not app.exception and not app.error
+    assert (tiles(app)["Conversations"], tiles(app)["Tokens"]) == ("4", "20")
+    assert tiles(app)["Per token"] != "–"
+    assert health(app)["Replies"] == "4 complete"
+    assert storage.growth_rows(data.store().reply_sizes(), 1.0)[-1]["tokens"] == 20
+    told = store().button(key="verify").click().run()
+    assert not told.exception and "position 1" in " ".join(told.dataframe[0].value["problem"])
 
 
 def test_a_store_tells_what_is_in_it(filled_store: sample_stores.Samples) -> None:

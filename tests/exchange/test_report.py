@@ -28,7 +28,7 @@ from oki_trace.records import (
 )
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.writing.writer import TraceWriter
-from tests import builders
+from tests import branch_store, builders
 from tests.dashboard import given_store
 from tests.exchange import stories
 from tests.waiting import until
@@ -352,3 +352,26 @@ def test_a_conversation_without_traces_is_a_report_too(tmp_path: Path, chromium:
     assert "No reply of this conversation has traced tokens" in page.locator("main").inner_text()
     data = json.loads(page.locator("#data").text_content())
     assert data["replies"] == []
+
+
+@pytest.mark.browser
+def test_a_branch_says_where_it_departs_and_begins_with_what_it_keeps(
+    tmp_path: Path, chromium: Any
+) -> None:
+    with TraceWriter(tmp_path / "s.db") as writer, TraceReader(tmp_path / "s.db") as reader:
+        conversation, question, reply, branch = branch_store.build(writer)
+        export(reader, conversation, Format.HTML, tmp_path / "r.html", sys.stdout)
+        kept = "".join(reader.prompt(branch).tokens[-2:])
+        own = "".join(step.token for step in reader.steps(branch))
+    wrong: list[str] = []
+    page = open_given(chromium, tmp_path / "r.html", wrong)
+    assert page.locator(".who").all_text_contents()[-2:] == [
+        f"message {branch} · branch of message {reply} from step 2",
+        f"message {question + 3} · follows message {reply}",
+    ]
+    words = page.locator(".reply .words").nth(1)
+    assert words.locator(".prefix").text_content() == kept
+    assert words.locator(".token").count() == 3
+    assert (words.text_content() or "").startswith(kept + own[:3])
+    assert wrong == []
+    page.close()

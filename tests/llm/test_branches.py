@@ -5,7 +5,10 @@ Tiny random models that differ in their cache: plain, with a window, with a stat
 
 from __future__ import annotations
 
+import sqlite3
+import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -261,3 +264,47 @@ def test_a_token_that_the_model_has_not_is_refused(dense: Talk) -> None:
     origin = dense.ask(QUESTION, Sampling(3))
     with pytest.raises(CaptureError):
         dense.branch(origin, 1, Sampling(3), 10_000_000)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"encoder_repetition_penalty": 3.0}, {"begin_suppress_tokens": [260, 9]}]
+)
+def test_the_settings_take_forced_tokens_for_part_of_the_prompt(
+    dense: Talk, setting: dict[str, Any]
+) -> None:
+    origin = dense.ask(QUESTION, Sampling(4))
+    forced = (9, 11)
+    dense.loaded.model.generation_config.update(**setting)
+    branch = dense.branch(origin, 2, Sampling(6), *forced)
+    prompt = torch.tensor([[*dense.reader.prompt(branch.id).token_ids, *forced]])
+    fresh = dense.loaded.model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=6
+    )
+    assert dense.ids(branch) == fresh[0].tolist()
+
+
+def test_an_unrelated_prompt_frees_the_cache_before_it_runs(dense: Talk) -> None:
+    dense.ask(QUESTION, Sampling(3))
+    fast = instrument(dense.loaded.model, dense.loaded.tokenizer).fast
+    assert fast.prefix is not None
+    kept = weakref.ref(fast.prefix._cache)
+    assert fast.take_prefix(0) is None
+    assert kept() is None
+
+
+def test_a_loop_of_branches_in_a_damaged_store_ends(dense: Talk, tmp_path: Path) -> None:
+    origin = dense.ask(QUESTION, Sampling(4))
+    first = dense.branch(origin, 2, Sampling(4), 9)
+    second = dense.branch(first, 1, Sampling(2), 11)
+    with closing(sqlite3.connect(tmp_path / "store.db")) as store, store:
+        store.execute("UPDATE message SET branch_of = ? WHERE id = ?", (second.id, first.id))
+    assert {shared.message_id for shared in dense.reader.prefix_steps(second.id).values()} == {
+        first.id
+    }
+
+
+def test_a_reply_of_forced_tokens_alone_ends_with_them(dense: Talk) -> None:
+    origin = dense.ask(QUESTION, Sampling(3))
+    branch = dense.branch(origin, 1, Sampling(0), 9, 11)
+    assert (branch.status, branch.reason) == (Status.COMPLETE, "token limit")
+    assert [step.token_id for step in dense.steps(branch)] == [9, 11]

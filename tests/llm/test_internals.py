@@ -27,7 +27,7 @@ from transformers import (
     LlamaConfig,
     modeling_gguf_pytorch_utils,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils import chat_template_utils
 
 from oki_trace.llm import accelerate_internals, tokenizers_internals, torch_internals
@@ -116,6 +116,10 @@ CHECKS: dict[str, dict[str, Callable[[], Problem]]] = {
         ),
         "DynamicLayer.get_seq_length": lambda: called(LAYER, "get_seq_length"),
         "DynamicLayer.get_mask_sizes": lambda: called(LAYER, "get_mask_sizes", 1),
+        "DynamicLayer.crop": lambda: called(LAYER, "crop", -1),
+        "DynamicSlidingWindowLayer": lambda: has(
+            DynamicSlidingWindowLayer(sliding_window=4), "sliding_window", "get_seq_length"
+        ),
         "DynamicLayer": lambda: has(LAYER, "is_initialized", "keys", "values"),
         "DynamicCache": lambda: has(DynamicCache(), "layers", "offloading"),
         "PreTrainedConfig": lambda: has(
@@ -134,7 +138,7 @@ CHECKS: dict[str, dict[str, Callable[[], Problem]]] = {
         ),
         "Tensor._version": lambda: equals(torch_internals.version_of(torch.zeros(1).add_(1)), 1),
         "mkldnn._reorder_linear_weight, mkldnn._linear_pointwise": prepacked,
-        "jit.trace": traced,
+        "_create_graph_by_tracing, _create_function_from_graph": traced,
         "jit.optimized_execution": lambda: has(torch.jit, "optimized_execution"),
         "compile(module)": lambda: has(torch.compile(MODULE), "_orig_mod"),
         "compile(function)": lambda: has(

@@ -17,7 +17,10 @@ from oki_trace.tracing import Collector, trace_turn
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["preallocated KV cache", "step graph", "prepacked weights", "draft lens"]
+NAMES = [
+    *("preallocated KV cache", "step graph", "prepacked weights"),
+    *("draft lens", "prefix reuse"),
+]
 STEPS = 12
 
 

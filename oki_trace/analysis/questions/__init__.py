@@ -15,6 +15,7 @@ from oki_trace.analysis.question import (
 )
 from oki_trace.analysis.questions.attention import ATTENTION
 from oki_trace.analysis.questions.compare import COMPARE
+from oki_trace.analysis.questions.forks import FORKS
 from oki_trace.analysis.questions.heads import HEADS
 from oki_trace.analysis.questions.layers import LAYERS
 from oki_trace.analysis.questions.prompt import PROMPT
@@ -30,7 +31,7 @@ QUESTIONS: dict[str, Question] = {
     question.name: question
     for question in (
         *(SETTLE, UNCERTAINTY, PROMPT, LAYERS, RIVALS),
-        *(ATTENTION, HEADS, COMPARE, REPRODUCIBILITY),
+        *(ATTENTION, HEADS, COMPARE, FORKS, REPRODUCIBILITY),
     )
 }
 

@@ -80,7 +80,7 @@ pair AS (
     min(m.id) FILTER (m.model_id = $second) AS second, true AS same_prompt
   FROM message AS m JOIN scope ON m.id = scope.message_id
   LEFT JOIN message AS question
-    ON question.conversation_id = m.conversation_id AND question.position = m.position - 1
+    ON question.id = m.parent_id
   WHERE m.tokens > 0
   GROUP BY m.prompt_hash
   HAVING first IS NOT NULL AND second IS NOT NULL

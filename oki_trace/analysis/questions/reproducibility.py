@@ -26,7 +26,7 @@ repeated AS (
     r.seed, r.tokens, surprisal, entropy, depth, r.content AS text, r.times
   FROM replies AS r JOIN of_steps ON of_steps.message_id = r.id
   LEFT JOIN message AS question
-    ON question.conversation_id = r.conversation_id AND question.position = r.position - 1
+    ON question.id = r.parent_id
   WHERE times > 1
 )"""
 

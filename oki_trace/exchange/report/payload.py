@@ -46,6 +46,7 @@ def payload(chosen: Selection) -> Json:
     tokens = _Tokens()
     messages: list[Json] = []
     replies: list[Json] = []
+    places = _places(chosen.messages)
     for message in chosen.messages:
         who = f"{message.role} {message.tool_name or ''}".rstrip()
         shown: Json = {"role": str(message.role), "who": who, "content": message.content}
@@ -54,6 +55,8 @@ def payload(chosen: Selection) -> Json:
             replies.append(_reply(chosen, message, tokens))
         elif message.reason:
             shown["note"] = f"{message.status}: {message.reason}"
+        if message.id in places:
+            shown["place"] = places[message.id]
         messages.append(shown)
     _find_given(chosen, messages, replies)
     return {
@@ -64,6 +67,22 @@ def payload(chosen: Selection) -> Json:
         "replies": replies,
         "tokens": tokens.table(),
     }
+
+
+def _places(messages: Sequence[Message]) -> dict[int, str]:
+    """Where each message is in a conversation that has branches; empty for one that has none."""
+    places = {}
+    before: int | None = None
+    for message in messages:
+        place = f"message {message.id}"
+        if message.branch_of is not None:
+            place += f" · branch of message {message.branch_of} from step {message.branch_step}"
+        elif message.parent_id != before:
+            follows = message.parent_id is not None
+            place += f" · follows message {message.parent_id}" if follows else " · begins anew"
+        places[message.id] = place
+        before = message.id
+    return places if any("·" in place for place in places.values()) else {}
 
 
 def _find_given(chosen: Selection, messages: Sequence[Json], replies: Sequence[Json]) -> None:
@@ -107,6 +126,7 @@ def _reply(chosen: Selection, message: Message, tokens: _Tokens) -> Json:
         "lens": None if capture.logit_lens_available else capture.lens_reason or "not available",
         "provenance": capture.evidence_provenance,
         "promptLen": len(prompt),
+        "prefix": "".join(prompt.tokens[len(prompt) - message.prefix_len :]),
         "prompt": tokens.indices(prompt.token_ids, prompt.tokens),
         "segments": list(prompt.segments),
         "facts": _facts(message, capture, start.generation, len(steps)),

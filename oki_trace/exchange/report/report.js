@@ -48,8 +48,9 @@ function drawTalk() {
     "prob is the model's own probability, before any sampling setting; surprisal and entropy are in nats. " +
     "The Logit Lens shows what the model would predict if a layer were the last; predictions of early layers are often meaningless. Attention shows where the model looked, not why.";
   const nodes = trace.messages.map((message) => {
-    if (message.reply !== undefined) return drawReply(trace.replies[message.reply], message.reply);
+    if (message.reply !== undefined) return drawReply(trace.replies[message.reply], message.reply, message.place);
     const bubble = make("div", `bubble ${message.role}`);
+    if (message.place) bubble.append(make("span", "who", message.place));
     if (message.role !== "user") bubble.append(make("span", "who", message.who));
     if (message.given) bubble.append(...drawGiven(...message.given));
     else bubble.append(message.content);
@@ -59,8 +60,9 @@ function drawTalk() {
   fill(byId("talk"), ...nodes);
 }
 
-function drawReply(reply, index) {
+function drawReply(reply, index, place) {
   const root = make("div", "reply");
+  if (place) root.append(make("span", "who", place));
   if (reply.scored) root.append(...drawGiven(index, ...reply.scored));
   else root.append(...drawSteps(reply, index));
   const details = make("details");
@@ -73,6 +75,8 @@ function drawReply(reply, index) {
 
 function drawSteps(reply, index) {
   const words = listOf("Tokens of the reply", index);
+  // The tokens before a fork are those of another reply.
+  if (reply.prefix) words.append(make("span", "prefix", running(reply.prefix)));
   reply.steps.forEach((step, number) => {
     const node = drawToken(reply, step, number);
     const part = reply.parts.find(([, from, to]) => number >= from && number < to);

@@ -48,10 +48,8 @@ class Speedups:
         return (0, None) if self.prefix is None else self.prefix.shared(prompt_ids)
 
     def take_prefix(self, tokens: int) -> Any:
-        """The cache of the first ``tokens`` tokens of the last reply; None for 0."""
-        if self.prefix is None or not tokens:
-            return None
-        return self.prefix.take(tokens)
+        """The cache of the first ``tokens`` tokens of the last reply, no longer kept; 0: None."""
+        return None if self.prefix is None else self.prefix.take(tokens)
 
     def keep_prefix(self, token_ids: Sequence[int], cache: Any) -> None:
         """Keep the cache of these tokens for the next reply."""

@@ -72,8 +72,10 @@ def decode(
     Raises CaptureError on NaN or infinite logits, and when the sampling settings leave
     no token.
     """
-    input_ids = torch.tensor([prompt_ids], device=input_device(model))
-    cache = fast.take_prefix(reused or 0)
+    # The settings are prepared as for a prompt that contains the forced tokens: some of them
+    # count the new tokens, or look at the prompt's.
+    input_ids = torch.tensor([[*prompt_ids, *forced]], device=input_device(model))
+    cache = None if reused is None else fast.take_prefix(reused)
     steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -85,14 +87,13 @@ def decode(
         forced=forced,
         keeps_cache=reused is not None,
         **({} if cache is None else {"past_key_values": cache}),
-        **generate_arguments(_lengthened(generation, len(forced)), model, tokenizer),
+        limit=generation.max_new_tokens,
+        # generate() refuses 0, which is a reply of forced tokens alone.
+        **generate_arguments(
+            replace(generation, max_new_tokens=max(generation.max_new_tokens, 1)), model, tokenizer
+        ),
     )
     return steps
-
-
-def _lengthened(generation: Generation, forced: int) -> Generation:
-    """The settings for as many tokens as before after the forced ones."""
-    return replace(generation, max_new_tokens=generation.max_new_tokens + forced)
 
 
 def _grad_mode(model: Any) -> Any:
@@ -117,15 +118,21 @@ def _loop(
     note: Callable[[str], None],
     forced: Sequence[int],
     keeps_cache: bool,
+    limit: int,
     **model_kwargs: Any,
 ) -> Generator[RawStep]:
-    prompt_len = input_ids.shape[1]
+    whole_len = input_ids.shape[1]
+    prompt_len = whole_len - len(forced)
+    input_ids = input_ids[:, :prompt_len]
+    for name, value in model_kwargs.items():  # such as the attention mask
+        if forced and isinstance(value, Tensor) and value.shape[-1:] == (whole_len,):
+            model_kwargs[name] = value[..., :prompt_len]
     generator = None
     if generation_config.do_sample:
         generator = torch.Generator(device=input_ids.device)
         if seed is not None:
             generator.manual_seed(seed)
-    new_tokens = generation_config.max_length - prompt_len
+    new_tokens = len(forced) + limit
     forward = Forward(model, hooks, fast, generation_config, model_kwargs, new_tokens, note)
     is_whole = False  # whether the cache has all tokens but the last
     with hooks.attach(), optimized_for_decoding(model):
@@ -147,10 +154,12 @@ def _loop(
                 input_ids = torch.cat([input_ids, choice.token], dim=-1)
                 token_id = int(choice.token)
                 # 3. Whether the reply ends here.
+                is_last = step_index + 1 == new_tokens
                 if step_index + 1 < len(forced):
                     done = False
                 else:
-                    done = bool(stopping_criteria(input_ids, ()).all())
+                    done = is_last or bool(stopping_criteria(input_ids, ()).all())
+                length = generation_config.max_length if is_last else input_ids.shape[1]
                 elapsed_ms = (time.perf_counter() - started) * 1e3
                 is_whole = True
                 yield RawStep(
@@ -160,7 +169,7 @@ def _loop(
                     token_id=token_id,
                     choice=choice,
                     elapsed_ms=elapsed_ms,
-                    stop_reason=find_stop_reason(token_id, input_ids.shape[1], generation_config)
+                    stop_reason=find_stop_reason(token_id, length, generation_config)
                     if done
                     else None,
                     origin="forced" if is_forced else "sampled",

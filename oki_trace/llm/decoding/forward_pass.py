@@ -121,7 +121,7 @@ class FastPaths(Protocol):
         """Let a cache grow in place by up to so many tokens."""
 
     def take_prefix(self, tokens: int) -> Any:
-        """The cache of the first ``tokens`` tokens of the last reply; None for 0."""
+        """The cache of the first ``tokens`` tokens of the last reply, no longer kept; 0: None."""
 
     def keep_prefix(self, token_ids: Sequence[int], cache: Any) -> None:
         """Keep the cache of these tokens for the next reply."""

@@ -11,10 +11,9 @@ from itertools import takewhile
 from typing import Any
 
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer
-from oki_trace.llm.transformers_internals import DynamicLayer
+from oki_trace.llm.transformers_internals import DynamicLayer, DynamicSlidingWindowLayer
 
 # A shorter beginning, such as the first words of a chat template, takes no time to run.
 MIN_SHARED = 8
@@ -43,9 +42,14 @@ class PrefixCache:
         return length, None
 
     def take(self, tokens: int) -> Any:
-        """The cache of the first ``tokens`` tokens. It is the caller's from now on."""
+        """The cache of the first ``tokens`` tokens, which is the caller's from now on.
+
+        None for 0: the next reply has no use for the cache, so its memory is free at once.
+        """
         cache, removed = self._cache, len(self._ids) - tokens
         self.drop()
+        if not tokens:
+            return None
         if removed:
             cache.crop(-removed)
         return cache

@@ -140,7 +140,9 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
 
 def text_so_far(connection: Connection, message_id: int) -> str:
     """The text of a running reply: its beginning, and then the bytes of its tokens."""
-    beginning = connection.execute(select(Message.content).where(Message.id == message_id)).scalar()
+    prefix_text = connection.execute(
+        select(Message.content).where(Message.id == message_id)
+    ).scalar()
     token_bytes = connection.execute(
         select(Step.token_bytes)
         .where(
@@ -150,4 +152,4 @@ def text_so_far(connection: Connection, message_id: int) -> str:
         )
         .order_by(Step.step_index)
     ).scalars()
-    return str(beginning or "") + b"".join(token_bytes).decode("utf-8", errors="replace")
+    return str(prefix_text or "") + b"".join(token_bytes).decode("utf-8", errors="replace")

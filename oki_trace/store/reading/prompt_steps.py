@@ -53,16 +53,20 @@ class PromptReads(MessageReads, StepReads):
 
         Empty for a reply that is no branch, and where that reply was deleted.
         """
-        message = self.message(message_id)
-        if message.branch_of is None or message.prompt_len is None:
+        message = origin = self.message(message_id)
+        if message.prompt_len is None:
             return {}
-        try:
-            origin = self.message(message.branch_of)
-        except NotFound:
-            return {}
-        known = self.prefix_steps(origin.id) | {
-            step.position: PromptStep(origin.id, step) for step in self.steps(origin.id)
-        }
+        known: dict[int, PromptStep] = {}
+        seen = {message_id}  # a damaged store may have a loop of branches
+        # From the nearest reply back: each has its own tokens of the path.
+        while origin.branch_of is not None and origin.branch_of not in seen:
+            seen.add(origin.branch_of)
+            try:
+                origin = self.message(origin.branch_of)
+            except NotFound:
+                break
+            of_origin = {s.position: PromptStep(origin.id, s) for s in self.steps(origin.id)}
+            known = of_origin | known
         ids = self.prompt(message_id).token_ids
         first = message.prompt_len - message.prefix_len
         return {

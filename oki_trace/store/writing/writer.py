@@ -240,7 +240,7 @@ class TraceWriter:
                 capture=documents.to_document(start.capture),
                 prompt=start.prompt.text,
                 # Until the reply has ended: its text before its own tokens.
-                content=start.beginning,
+                content=start.prefix_text,
                 prefix_len=start.prefix_len or None,
                 digest=prompt.hex(),
             )
