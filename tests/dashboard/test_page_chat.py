@@ -218,8 +218,8 @@ def test_a_long_reply_comes_in_windows(tmp_path: Path, open_store: Callable[[str
     app = app_pages.chat(conversation=conversation, message=reply, step=600)
     assert not app.exception
     (window,) = [box for box in app.selectbox if (box.key or "").startswith("map_window")]
-    assert window.value == 512
-    window.set_value(0).run()
+    assert window.value == (512, 700)
+    window.set_value((0, 512)).run()
     assert not app.exception
     app.button_group(key="map_kind").set_value("attention").run()
     assert not app.exception
