@@ -28,6 +28,8 @@ def explain(step: Step, quote: Quote = quoted) -> str:
     decision = step.decision
     if step.origin == "given":
         return "Given: part of the text that the model read, not chosen by it."
+    if step.origin == "forced":
+        return "Forced: you chose this token. The probabilities are the model's own."
     if decision is None:
         unknown = "The trace does not record how this token was chosen."
         return f"Greedy: {_TOP}." if step.rank == 1 else unknown

@@ -89,6 +89,8 @@ def test_without_a_decision() -> None:
     plain = replace(step(), decision=None, rank=1)
     assert explain(plain) == "Greedy: the model's most likely token."
     assert explain(replace(plain, rank=3)) == "The trace does not record how this token was chosen."
+    forced = "Forced: you chose this token. The probabilities are the model's own."
+    assert explain(replace(plain, rank=3, origin="forced")) == forced
     assert effects_table(plain) == []
 
 

@@ -33,7 +33,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
       row.append(bar(entry.sampled), cell("num", after));
     }
     if (data.branch) {
-      const go = button("⑂", `Continue from here with ${entry.text}`,
+      const go = button("→", `Continue from here with ${entry.text}`,
         () => setTriggerValue("branch", entry.id));
       go.disabled = entry.chosen || entry.id < 0;
       row.append(go);

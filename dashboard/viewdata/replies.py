@@ -303,7 +303,7 @@ def decision_text(step: Step, generation: Generation | None) -> str:
             "Given: this token is part of the text that the model read, and the model did not "
             "choose it. The numbers say how likely it was after the text before it."
         )
-    if step.decision is None and generation is not None and generation.do_sample:
+    if step.origin != "forced" and step.decision is None and generation and generation.do_sample:
         sampled = step.sampled_prob
         prob = "" if sampled is None else f" with probability {format_number(sampled, 3)}"
         text = f"Sampled{prob}; the effect of each setting was not recorded."

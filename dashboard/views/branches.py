@@ -51,17 +51,16 @@ def controls(message: Message, messages: Sequence[Message], settings: Settings |
             _switcher(message, others)
         if settings is None:
             return
-        if branches.can_regenerate(message) and _action("Regenerate", "refresh", message):
+        if branches.can_regenerate(message) and st.button(
+            "Regenerate", key=f"regenerate-{message.id}", type="tertiary", icon=":material/refresh:"
+        ):
             branch(message, 0, settings)
-        if branches.can_continue(message) and _action("Continue", "arrow_forward", message):
+        if branches.can_continue(message) and st.button(
+            "Continue", key=f"go-on-{message.id}", type="tertiary", icon=":material/arrow_forward:"
+        ):
             branch(message, message.tokens, settings)
         if message.role is Role.USER:
             _edit(message, messages, settings)
-
-
-def _action(name: str, icon: str, message: Message) -> bool:
-    key = f"{name.lower()}-{message.id}"
-    return st.button(name, key=key, type="tertiary", icon=f":material/{icon}:")
 
 
 def _switcher(message: Message, others: Sequence[Message]) -> None:

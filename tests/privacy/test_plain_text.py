@@ -44,7 +44,8 @@ OUR_WORDS = {
     # Our questions, their groups, options and columns.
     "questions.py": {"group", "question.group", "question.title", "question.meaning"}
     | {"question.reading", "column.description[:1].upper()", "column.description[1:]", "note"},
-    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"},
+    "question_controls.py": {"meaning[:1].upper()", "meaning[1:]", "option.label", "label"}
+    | {"option.meaning[:1].upper()", "option.meaning[1:]"},
     "store.py": {"name"},
     "sidebar.py": {"field"},
     # Its callers are looked at.
