@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import streamlit as st
 
@@ -46,7 +46,8 @@ def opened(conversation_id: int) -> Opened | None:
 def controls(message: Message, messages: Sequence[Message], settings: Settings | None) -> None:
     """The siblings of a message, and its actions; without settings none can be generated."""
     others = siblings(messages, message)
-    with layout.row(f"branches-{message.id}"):
+    side: Literal["left", "right"] = "right" if message.role is Role.USER else "left"
+    with layout.row(f"branches-{message.id}", place=side):
         if len(others) > 1:
             _switcher(message, others)
         if settings is None:

@@ -31,7 +31,7 @@ UPLOADS = ("json", "jsonl", "zip", "safetensors")
 @boundary.page
 def page() -> None:
     """Draw the page."""
-    with layout.row("conversations-title", distribute=True):
+    with layout.row("conversations-title", place="distribute"):
         st.title("Conversations", width="content")
         with st.popover("Import", icon=":material/upload:"):
             _import()

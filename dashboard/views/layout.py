@@ -70,12 +70,15 @@ def errors_shown() -> Iterator[None]:
 
 
 def row(
-    key: str, *, align: Literal["center", "bottom"] = "center", distribute: bool = False
+    key: str,
+    *,
+    align: Literal["center", "bottom"] = "center",
+    place: Literal["left", "right", "distribute"] = "left",
 ) -> DeltaGenerator:
-    """A row of elements, at its left side or distributed over its width."""
+    """A row of elements, at one of its sides or distributed over its width."""
     return st.container(
         horizontal=True,
-        horizontal_alignment="distribute" if distribute else "left",
+        horizontal_alignment=place,
         vertical_alignment=align,
         key=key,
     )
@@ -83,7 +86,7 @@ def row(
 
 def title_row(title: str) -> DeltaGenerator:
     """A row with ``title`` on the left, to add elements to on its right."""
-    heading = row("heading", distribute=True)
+    heading = row("heading", place="distribute")
     heading.text(title[:200])
     return heading
 

@@ -136,7 +136,7 @@ def _step_view(question: Question, view: str) -> str | None:
 def _charts(answer: Answer) -> None:
     offered = answers.drawings(answer)
     file = f"{answer.question}-{answer.view}"
-    with layout.row("picture-head", distribute=True):
+    with layout.row("picture-head", place="distribute"):
         name = next(iter(offered))
         if len(offered) > 1:
             name = layout.choice("Chart", list(offered), f"drawn-{file}")
@@ -207,7 +207,7 @@ def _chart(
 def _table(state: QuestionState, answer: Answer, step_view: str | None) -> None:
     leads = step_view is not None or answers.step_places(answer)[0] is not None
     count = wording.counted(len(answer.rows), "row")
-    with layout.row("rows-head", distribute=True):
+    with layout.row("rows-head", place="distribute"):
         goal = "compare its two steps" if step_view else "open it in Chat"
         st.caption(f"{count}. Click one to {goal}." if leads else f"{count}.", width="stretch")
         if leads and (named := _named(state, answer)) is not None:

@@ -20,6 +20,9 @@ PARIS = "conversation=1&message=2&step=5"
 # The README's given text, and the first digit of its second reading.
 CODE = "My code is 7 4 9 2 1. Repeat: my code is 7 4 9 2 1."
 READ_AGAIN = "conversation=2&message=5&position=20"
+# The README's branch: the reply to this question, and the branch that begins otherwise.
+SPIDER = "How many legs does a spider have?"
+BRANCH = "conversation=3&branch=8&message=8&step=0"
 WIDTH, HEIGHT = 1440, 1000
 
 
@@ -35,7 +38,12 @@ def take(to: Path) -> None:
     to.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         db = str(Path(scratch) / "store.db")
-        for arguments in (["demo", "--no-ui"], ["score", CODE]):
+        for arguments in (
+            ["demo", "--no-ui"],
+            ["score", CODE],
+            ["run", SPIDER, "--max-new-tokens", "30"],
+            ["branch", "7", "0", "--rank", "2"],
+        ):
             made = [sys.executable, "-m", "oki_trace", *arguments, "--db", db]
             subprocess.run(made, cwd=server.ROOT, check=True)
         port = server.free_port()
@@ -48,6 +56,7 @@ def take(to: Path) -> None:
                     ("chat-light", f"?{PARIS}", ".root.lens tr", "light"),
                     ("map-dark", f"map?{PARIS}", ".root.map canvas", "dark"),
                     ("score-light", f"?{READ_AGAIN}", ".root.lens tr", "light"),
+                    ("branch-light", f"?{BRANCH}", ".root.lens tr", "light"),
                     ("questions-light", "questions?question=settle", "svg.marks", "light"),
                 ):
                     page = browser.new_page(
