@@ -15,7 +15,7 @@ from oki_trace.llm.chat.markers import format_of
 from oki_trace.llm.chat.parts import ReplyToken, answer_of, parts_of
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
-from oki_trace.records import ChatMessage, Part, Role, TemplateOptions
+from oki_trace.records import ChatMessage, Part, Prompt, Role, TemplateOptions
 from tests import tiny
 
 HELLO = ChatMessage(Role.USER, "Capital of France?")
@@ -425,9 +425,9 @@ def test_a_plain_prompt_has_the_bos_token_and_no_eos_token() -> None:
 def test_text_is_streamed_with_its_kind() -> None:
     made = tokenizer(THINK, "<|im_end|>")
     text = ReplyText(made)
-    text.replies_to("", ())
     told: list[tuple[str, str]] = []
     vocabulary = Vocabulary(made)
+    text.replies_to(Prompt("", (), (), ()), (), 0, vocabulary)
     written = "<think>\nFrance, I think.\n</think>\n\nThe capital of France is Paris.<|im_end|>"
     for i in made(written, add_special_tokens=False)["input_ids"]:
         text.push_token(i, vocabulary.token_bytes(i), vocabulary.is_special(i))
@@ -437,3 +437,37 @@ def test_text_is_streamed_with_its_kind() -> None:
     assert output == "The capital of France is Paris." and len(parts) == 2
     for kind, whole in (("thinking", "France, I think."), ("answer", output)):
         assert "".join(piece for piece, of in told if of == kind) == whole
+
+
+@pytest.mark.parametrize("kept", [0, 3, 9, 14])
+def test_a_branch_has_the_parts_of_the_whole_reply_and_streams_what_is_new(kept: int) -> None:
+    made = tokenizer(THINK, "<|im_end|>")
+    vocabulary = Vocabulary(made)
+    written = "<think>\nFrance, I think.\n</think>\n\nThe capital of France is Paris.<|im_end|>"
+    ids = made(written, add_special_tokens=False)["input_ids"]
+    whole = ReplyText(made)
+    whole.replies_to(Prompt("", (), (), ()), (), 0, vocabulary)
+    branch = ReplyText(made)
+    prefix = tuple(ids[:kept])
+    tokens = tuple(vocabulary.text(i) for i in prefix)
+    text = "".join(tokens)
+    prompt = Prompt("Hello" + text, (5, *prefix), ("Hello", *tokens), ("user",) * (kept + 1))
+    told = branch.replies_to(prompt, (), kept, vocabulary)
+    assert told == "".join(
+        t for i, t in zip(prefix, tokens, strict=True) if not vocabulary.is_special(i)
+    )
+    streamed = ""
+    for at, i in enumerate(ids):
+        one = (i, vocabulary.token_bytes(i), vocabulary.is_special(i))
+        whole.push_token(*one)
+        if at >= kept:
+            branch.push_token(*one)
+            streamed += "".join(piece for piece, _ in branch.fresh())
+    output, parts = whole.finish()
+    assert branch.finish()[0] == output
+    streamed += "".join(piece for piece, _ in branch.rest())
+    shown = "".join(part.text for part in parts)
+    assert shown.endswith(streamed) and (len(streamed) == len(shown)) is (kept < 2)
+    for one, two in zip(parts, branch.finish()[1], strict=True):
+        assert (one.kind, one.text) == (two.kind, two.text)
+        assert (max(one.start - kept, 0), max(one.end - kept, 0)) == (two.start, two.end)

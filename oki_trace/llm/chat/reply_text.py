@@ -51,7 +51,7 @@ class ReplyText:
         for token_id, token in zip(prefix, tokens, strict=True):
             self.push_token(token_id, *token)
         self._prefix_len = prefix_len
-        for _ in self._plain() if self._form.is_plain else self._pieces(_HELD):
+        for _ in self._plain() if self._form.is_plain else self._pieces(0):
             pass  # nothing of it is new
         readable = [token.data for token in tokens if not token.is_special]
         return b"".join(readable).decode("utf-8", errors="replace")
