@@ -26,8 +26,8 @@ DEMO_TURNS = (
 @options.with_turns
 def run(
     prompt: Annotated[
-        str, typer.Argument(help="The message to the model; - reads it from standard input.")
-    ] = "",
+        str | None, typer.Argument(help="The message to the model; - reads it from standard input.")
+    ] = None,
     *,
     turns: options.Turns,
     tool_result: Annotated[
@@ -78,6 +78,8 @@ def run(
     """
     if continued is not None:
         _continue(continued, turns, as_json=json, others=(prompt, edit, after, prefill))
+    if prompt is None:
+        raise typer.BadParameter("The prompt is missing. Give the model a message.")
     content = sys.stdin.read().rstrip("\r\n") if prompt == "-" else prompt
     if not require_storable(content, "The prompt").strip() and tool_result is None:
         raise UsageError("The prompt is empty. Give the model a message.")
