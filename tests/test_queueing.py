@@ -42,12 +42,17 @@ def store(tmp_path: Path) -> Iterator[tuple[TraceWriter, TraceReader]]:
 
 
 def conversation(*said: str) -> list[Message]:
-    """Messages with these texts: ``u`` a user's, ``a`` an assistant's, ``s`` the system's."""
+    """Messages with these texts, one after another.
+
+    ``u`` is a user's, ``a`` an assistant's, ``s`` the system's.
+    """
     roles = {"u": Role.USER, "a": Role.ASSISTANT, "s": Role.SYSTEM}
-    return [
-        Message(i, 1, i, roles[text[0]], text[2:], Status.COMPLETE, dt.datetime.now(dt.UTC))
+    now = dt.datetime.now(dt.UTC)
+    made = [
+        Message(i, 1, i, roles[text[0]], text[2:], Status.COMPLETE, now)
         for i, text in enumerate(said)
     ]
+    return [replace(one, parent_id=one.id - 1 if one.id else None) for one in made]
 
 
 @pytest.mark.parametrize(
