@@ -27,15 +27,8 @@ def path_to(messages: Sequence[Message], message_id: int) -> list[Message]:
 
 def newest_path(messages: Sequence[Message], through: int | None = None) -> list[Message]:
     """The path to the newest message; ``through``: the newest that comes after this message."""
-    if through is None:
-        return path_to(messages, messages[-1].id) if messages else []
-    below = {through}
-    newest = through
-    for message in messages:  # a parent is older than the messages that follow it
-        if message.parent_id in below:
-            below.add(message.id)
-            newest = message.id
-    return path_to(messages, newest)
+    below = messages if through is None else subtree(messages, through)
+    return path_to(messages, below[-1].id) if below else []
 
 
 def siblings(messages: Sequence[Message], message: Message) -> list[Message]:
@@ -44,10 +37,10 @@ def siblings(messages: Sequence[Message], message: Message) -> list[Message]:
 
 
 def subtree(messages: Sequence[Message], message_id: int) -> list[Message]:
-    """A message and all messages after it, oldest first."""
+    """A message and all messages after it, oldest first; empty if it is not among ``messages``."""
     below: set[int | None] = {message_id}
     found = []
-    for message in messages:
+    for message in messages:  # a parent is older than the messages that follow it
         if message.id == message_id or message.parent_id in below:
             below.add(message.id)
             found.append(message)

@@ -19,6 +19,7 @@ from oki_trace.exchange.trace_object import Json, known_id
 from oki_trace.explain import explain, explain_generation
 from oki_trace.likelihood import score_of
 from oki_trace.message_spans import message_spans, scored_span
+from oki_trace.message_tree import path_to
 from oki_trace.records import CaptureReport, Generation, LayerAttention, Message, Step
 
 # Entries of a lens layer, of the final layer's attention, and of the other layers'.
@@ -94,7 +95,7 @@ def _find_given(chosen: Selection, messages: Sequence[Json], replies: Sequence[J
         traced = {step["position"] for step in shown["given"]}
         if not traced:
             continue
-        before = [message for message in chosen.messages if message.position < reply.position]
+        before = path_to(chosen.messages, reply.id)[:-1]
         spans = message_spans(chosen.head(reply).start.prompt, before)
         for message, data in zip(chosen.messages, messages, strict=True):
             span = spans.get(message.id, range(0))
