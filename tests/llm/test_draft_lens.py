@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from oki_trace.llm.capture.distribution import model_distribution
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
-from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LogitLens
+from oki_trace.llm.capture.lens import DRAFT_TOLERANCE, LensTarget, LogitLens
 from oki_trace.llm.capture.model_structure import find_structure
 from oki_trace.llm.fast import draft_lens as module
 from oki_trace.llm.fast.draft_lens import MAX_TOP_K, DraftLens, DraftProjection, NoDraft, draft_lens
@@ -31,7 +32,7 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def large(model_type: str = "llama", **changes: Any) -> Any:
-    return configs.build(model_type, vocab_size=LARGE, hidden_size=64, **changes)
+    return configs.build(model_type, **{"vocab_size": LARGE, "hidden_size": 64, **changes})
 
 
 def found(model: Any, streams: torch.Tensor | None = None) -> DraftLens | None:
@@ -212,3 +213,38 @@ def checked(model: Any) -> ReplyChecks:
 
 def traced_lenses(model: Any, policy: CapturePolicy) -> list[Any]:
     return [[lens.probs.tolist(), lens.kl.tolist()] for lens in turn(model, policy).lenses]
+
+
+@pytest.mark.parametrize("spoil", [None, nearly_one_token, not_finite])
+@pytest.mark.parametrize("threads", [1, 2])
+@torch.no_grad()
+def test_the_summary_of_several_steps_is_that_of_their_exact_logits(
+    spoil: Callable[[Any, torch.Tensor], None] | None, threads: int
+) -> None:
+    """Also for a vocabulary that is no whole number of tiles and blocks."""
+    torch.manual_seed(0)
+    vocab = LARGE + 13
+    model = large(tie_word_embeddings=False, vocab_size=vocab)
+    drafter = found(model)
+    assert drafter is not None
+    streams = torch.randn(2 * LAYERS, 64)
+    if spoil is not None:
+        spoil(model, streams)
+    steps = [
+        LensTarget(token, model_distribution(torch.randn(vocab) * 4), torch.tensor([5, token]))
+        for token in (7, vocab - 1)
+    ]
+    cores = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        drafted = drafter.projection().summarize_steps(streams, steps, 5)
+        exact = drafter.lens.summarize_steps(streams, steps, 5)
+    finally:
+        torch.set_num_threads(cores)
+    assert drafted.token_ids.tolist() == exact.token_ids.tolist()
+    # The sums over many unlikely tokens are drafted, the best tokens are not.
+    tolerances = {"logits": 1e-5, "probs": DRAFT_TOLERANCE, "chosen_prob": DRAFT_TOLERANCE}
+    for name, tolerance in {**tolerances, "entropy": 2e-2, "kl": 2e-2}.items():
+        values = getattr(drafted, name).numpy(), getattr(exact, name).numpy()
+        np.testing.assert_allclose(*values, atol=tolerance, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(drafted.chosen_rank, exact.chosen_rank, rtol=0.05)
