@@ -13,6 +13,7 @@ probability, before any sampling setting. Log-probabilities and entropies are in
 from __future__ import annotations
 
 from oki_trace.records.request import (
+    LOGIT,
     NO_PARENT,
     CapturePolicy,
     ChatMessage,
@@ -27,6 +28,7 @@ from oki_trace.records.request import (
     TemplateOptions,
     TensorMode,
     is_too_deep,
+    require_lens_name,
 )
 from oki_trace.records.store_views import (
     AttentionPoints,
@@ -50,6 +52,7 @@ from oki_trace.records.trace import (
     Generation,
     IntArray,
     LayerAttention,
+    LayerRouting,
     Lens,
     Origin,
     Prompt,
@@ -62,6 +65,7 @@ from oki_trace.records.trace import (
 )
 
 __all__ = [
+    "LOGIT",
     "NO_PARENT",
     "AttentionPoints",
     "Candidates",
@@ -79,6 +83,7 @@ __all__ = [
     "Generation",
     "IntArray",
     "LayerAttention",
+    "LayerRouting",
     "Lens",
     "LensGrid",
     "Message",
@@ -104,4 +109,5 @@ __all__ = [
     "TurnStart",
     "WorkerState",
     "is_too_deep",
+    "require_lens_name",
 ]

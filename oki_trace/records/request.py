@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -13,6 +14,9 @@ from oki_trace.errors import UsageError
 
 TensorMode = Literal["exact", "half", "compact", "none"]
 PromptTrace = Literal["light", "full"]
+# The name of the Logit Lens, which needs no installation.
+LOGIT = "logit"
+_LENS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 # The ``parent_id`` of a message that follows none; ids begin at 1.
 NO_PARENT = 0
 
@@ -57,6 +61,15 @@ class Status(StrEnum):
 def _require(holds: bool, sentence: str) -> None:
     if not holds:
         raise UsageError(f"{sentence}.")
+
+
+def require_lens_name(name: str) -> None:
+    """Raise UsageError unless an installed lens can have this name."""
+    _require(
+        isinstance(name, str) and name != LOGIT and _LENS_NAME.fullmatch(name) is not None,
+        "a lens is named by up to 63 lower-case letters, digits, dots, hyphens and underscores, "
+        f"begins with a letter or digit, and is not called {LOGIT}",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +118,8 @@ class CapturePolicy:
     a bounded error in about a fifth of the space of 32-bit floats, "none" not at all.
     ``trace_prompt``: the tokens of the prompt become steps too, "light" with the best token
     of each lens layer and no full tensors, "full" like the reply's; None: they do not.
-    ``no_lens``: the Logit Lens is not computed.
+    ``no_lens``: the Logit Lens is not computed. ``lenses``: the installed lenses that read
+    every step besides it.
     """
 
     topk_logits: int = 10
@@ -114,6 +128,7 @@ class CapturePolicy:
     tensors: TensorMode = "half"
     trace_prompt: PromptTrace | None = None
     no_lens: bool = False
+    lenses: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
@@ -124,6 +139,10 @@ class CapturePolicy:
         _require(self.tensors in modes, f"tensors must be one of {', '.join(modes)}")
         levels = (None, *get_args(PromptTrace))
         _require(self.trace_prompt in levels, "trace_prompt must be light, full or None")
+        for name in self.lenses:
+            require_lens_name(name)
+        _require(len(set(self.lenses)) == len(self.lenses), "lenses must not name one twice")
+        _require(not (self.no_lens and self.lenses), "no_lens excludes lenses")
 
     @property
     def for_prompt(self) -> CapturePolicy:

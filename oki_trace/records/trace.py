@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from oki_trace.records.request import CapturePolicy, Part, Status
+from oki_trace.records.request import LOGIT, CapturePolicy, Part, Status
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -192,11 +192,14 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lens:
-    """The Logit Lens of one step (nostalgebraist, 2020): one row per layer, 0 to L.
+    """The reading of one step by one lens: a next-token distribution per layer.
 
-    ``step_index`` is that of its step.
-    ``token_ids``, ``logits``, ``probs``: (L+1, k), rank 1 first; ``tokens``
-    likewise. ``entropy``, ``chosen_rank``, ``chosen_prob``, ``kl``: (L+1,),
+    ``name`` is LOGIT for the Logit Lens (nostalgebraist, 2020), else that of an installed
+    lens. ``layers`` (n,) are the layers that it can read, in ascending order; None: all,
+    0 to L. The last one is always L, the model's own distribution.
+
+    ``step_index`` is that of its step. ``token_ids``, ``logits``, ``probs``: (n, k), rank 1
+    first; ``tokens`` likewise. ``entropy``, ``chosen_rank``, ``chosen_prob``, ``kl``: (n,),
     ``kl`` being KL(model's own distribution ‖ this layer's), in nats.
     """
 
@@ -209,13 +212,33 @@ class Lens:
     chosen_rank: IntArray
     chosen_prob: FloatArray
     kl: FloatArray
+    name: str = LOGIT
+    layers: IntArray | None = None
+
+    @property
+    def layer_numbers(self) -> IntArray:
+        """The layer of each row (n,)."""
+        return np.arange(len(self.entropy)) if self.layers is None else self.layers
 
     @property
     def settle_layer(self) -> int | None:
         """The first layer from which the chosen token stays on top; None if it never does."""
         not_on_top = np.flatnonzero(self.chosen_rank != 1)
         first = int(not_on_top[-1]) + 1 if not_on_top.size else 0
-        return first if first < len(self.chosen_rank) else None
+        return int(self.layer_numbers[first]) if first < len(self.chosen_rank) else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerRouting:
+    """The experts that a layer's router chose for a token, in a mixture of experts.
+
+    ``experts`` and ``weights`` (k,), the largest weight first: the weights with which the
+    outputs of the experts are added up.
+    """
+
+    layer: int
+    experts: IntArray
+    weights: FloatArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -259,7 +282,9 @@ class Step:
     ``margin`` is the probability of rank 1 minus that of rank 2. ``token_bytes`` are the
     bytes of the token, which may be a part of a UTF-8 character. ``sampled_prob`` is its
     probability after the sampling settings; it and ``decision`` are None when decoding
-    was plainly greedy. While a reply is running, ``lens`` follows its step by a few steps.
+    was plainly greedy. ``lens`` is the Logit Lens, ``lenses`` the readings by installed lenses,
+    in the order of their names. While a reply is running, they follow their step by a few
+    steps. ``router`` has one entry per layer with experts.
 
     ``digest`` and ``tensor_digest`` are those of the step and its tensors when they were
     recorded (see ``store.digest``); None before that.
@@ -287,6 +312,8 @@ class Step:
     tensors: tuple[TensorRecord, ...] = field(default=(), repr=False)
     digest: bytes | None = field(default=None, repr=False)
     tensor_digest: bytes | None = field(default=None, repr=False)
+    lenses: tuple[Lens, ...] = ()
+    router: tuple[LayerRouting, ...] = ()
 
     @property
     def surprisal(self) -> float:

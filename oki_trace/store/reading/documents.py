@@ -46,7 +46,7 @@ def _record(kind: type[_R], document: Document, tuples: Sequence[str] = ()) -> _
     return kind(**values | {name: tuple(document.get(name) or ()) for name in tuples})
 
 
-_policy = partial(_record, records.CapturePolicy)
+_policy = partial(_record, records.CapturePolicy, tuples=("lenses",))
 
 
 def parts(documents: Sequence[Document]) -> tuple[records.Part, ...]:
