@@ -392,6 +392,9 @@ class LensLayer(TypedDict, total=False):
     kl: Nats | None
 
 
+Lens = Annotated[list[LensLayer], _OF_LAYERS]
+
+
 class Expert(TypedDict, total=False):
     """An expert that a router chose."""
 
@@ -457,13 +460,8 @@ class Step(TypedDict, total=False):
     logits_topk: Annotated[list[Candidate], _ENTRIES] | None
     evidence: Annotated[list[Evidence], _ENTRIES] | None
     attention: Annotated[list[AttentionLayer], _OF_LAYERS] | None
-    logit_lens: Annotated[list[LensLayer], _OF_LAYERS] | None
-    lenses: (
-        Annotated[
-            dict[LensName, Annotated[list[LensLayer], _OF_LAYERS]], Field(max_length=MAX_LENSES)
-        ]
-        | None
-    )
+    logit_lens: Lens | None
+    lenses: Annotated[dict[LensName, Lens], Field(max_length=MAX_LENSES)] | None
     router: Annotated[list[RouterLayer], _OF_LAYERS] | None
     digest: StepDigest | None
     tensor_digest: StepDigest | None

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from oki_trace.records import LayerAttention, Message, Origin, Step, TensorRecord
 from oki_trace.store.codecs import compact
-from oki_trace.store.maintenance.agreement import ROUNDING, is_close, is_falling
 from oki_trace.store.maintenance.lens_checks import lenses_agree
+from oki_trace.store.maintenance.tolerance import ROUNDING, is_close, is_falling
 
 _PACKING = "+zstd"
 # The relative error of a decoded value from rounding it to its own dtype.

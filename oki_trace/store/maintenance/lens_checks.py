@@ -13,7 +13,7 @@ import numpy as np
 
 from oki_trace.errors import UsageError
 from oki_trace.records import Lens, Message, Step, require_lens_name
-from oki_trace.store.maintenance.agreement import ROUNDING, is_close, is_falling
+from oki_trace.store.maintenance.tolerance import ROUNDING, is_close, is_falling
 
 # How far rounding may take a probability above 1, or a distance below 0.
 _SLACK = 1e-3
