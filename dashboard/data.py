@@ -22,6 +22,7 @@ from oki_trace import worker
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.one_text import OneText, has_given_text
 from oki_trace.analysis.one_text import one_text as align_texts
+from oki_trace.analysis.reply_alignment import Alignment, align_replies
 from oki_trace.analysis.step_distance import StepKey, step_distances
 from oki_trace.errors import NotFound
 from oki_trace.exchange.exporting import export
@@ -234,6 +235,11 @@ def full_attention(
     """The same from the full tensors: at every position, of one head or over the heads."""
     tensors = store().iter_tensors(message.id, "attentions", first, end, given=given)
     return attention.full_attention_points(tensors, layer, head)
+
+
+def alignment(left: Message, right: Message) -> Alignment:
+    """Which steps of two replies stand beside each other."""
+    return align_replies(store(), left, right)
 
 
 def distances(

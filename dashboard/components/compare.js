@@ -2,8 +2,8 @@
 // link to its step. In each reply one token is a tab stop, the selected or the first one; the left and
 // right keys move from it.
 // data: {sides: [{tokens: [{text, mark, pair, same, first, step or position, title, heat: 0 to 1 or
-// none}], conversation, message, empty}], chosen: pair or null, rows: of the CSV}. Triggers: pick = a
-// pair.
+// none}], conversation, message, kept, empty}], chosen: pair or null, rows: of the CSV}.
+// Triggers: pick = a pair.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   // The focused token stays focused when the element is redrawn.
@@ -14,6 +14,11 @@ export default function ({ data, parentElement, setTriggerValue }) {
     const text = make("div", "text", side.empty);
     text.setAttribute("role", "group");
     text.setAttribute("aria-label", number ? "The right reply" : "The left reply");
+    if (side.kept) {
+      const kept = write(make("span", "kept"), side.kept);
+      kept.title = "The beginning of a branch; its steps are those of the reply it departs from";
+      text.append(kept);
+    }
     text.append(...side.tokens.map((token) => draw(token, side)));
     text.tabIndex = -1;
     node.append(text);

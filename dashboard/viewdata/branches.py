@@ -32,6 +32,17 @@ def can_continue(message: Message) -> bool:
     return can_regenerate(message) and (early or message.reason == "token limit")
 
 
+def compared_with(message: Message, others: Sequence[Message]) -> int | None:
+    """The reply to compare a reply with: the one it departs from, else the nearest sibling."""
+    replies = [other.id for other in others if can_regenerate(other)]
+    if message.id not in replies or len(replies) < 2:
+        return None
+    if message.branch_of in replies:
+        return message.branch_of
+    at = replies.index(message.id)
+    return replies[at - 1] if at else replies[1]
+
+
 def shared_steps(
     message: Message, prefix: Mapping[int, StepSummary]
 ) -> Sequence[StepSummary] | None:

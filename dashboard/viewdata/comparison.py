@@ -23,12 +23,15 @@ from dashboard.viewdata.wording import (
     table_data,
 )
 from oki_trace.analysis.distance import FULL, Distance
+from oki_trace.analysis.reply_alignment import Alignment
 from oki_trace.records import Message, Step, StepSummary
-from oki_trace.sanitize import visible
+from oki_trace.sanitize import inert, visible
 
 # Longer replies are aligned step by step after they diverge: finding tokens that both share later
 # takes time that grows with the square of the length.
 ALIGNED_TOKENS = 2000
+# Step 0 of both replies stand beside each other.
+SIDE_BY_SIDE = Alignment(0, 0, (), True)
 Steps = Sequence[StepSummary]
 Distances = Sequence[Distance | None]
 
@@ -42,11 +45,25 @@ class Pair:
     same: bool
 
 
-def align(left: Steps, right: Steps) -> list[Pair]:
+def align(left: Steps, right: Steps, alignment: Alignment = SIDE_BY_SIDE) -> list[Pair]:
     """The steps of both, in order, with equal tokens beside each other where possible.
 
-    Tokens are equal when their bytes are, so that replies of two models can be aligned.
+    Tokens are equal when their bytes are, so that replies of two models can be aligned. Steps whose
+    tokens are in the prompt of the other, a branch, come first and have none beside them.
     """
+    left_from, right_from = alignment.first_from, alignment.second_from
+    pairs = [
+        Pair(i, None, same) if left_from else Pair(None, i, same)
+        for i, same in enumerate(alignment.kept_same)
+    ]
+    for pair in _align(left[left_from:], right[right_from:]):
+        one = None if pair.left is None else pair.left + left_from
+        two = None if pair.right is None else pair.right + right_from
+        pairs.append(Pair(one, two, pair.same))
+    return pairs
+
+
+def _align(left: Steps, right: Steps) -> list[Pair]:
     one, two = ([s.token_bytes for s in steps] for steps in (left, right))
     shared = 0
     while shared < min(len(one), len(two)) and one[shared] == two[shared]:
@@ -118,14 +135,18 @@ def replies_data(
     pairs: Sequence[Pair],
     distances: Distances,
     chosen: int | None = None,
+    kept: tuple[str, str] = ("", ""),
 ) -> Json:
     """The data of ``components/compare.js``: both replies, token by token.
 
-    ``chosen``: the number of the pair that is shown below.
+    ``chosen``: the number of the pair that is shown below. ``kept``: the text at the end of
+    each reply's prompt that is its beginning.
     """
     first = divergence(pairs)
     sides = []
-    for message, of_side, side in zip(messages, steps, ("left", "right"), strict=True):
+    for message, of_side, side, text_kept in zip(
+        messages, steps, ("left", "right"), kept, strict=True
+    ):
         texts = token_texts(of_side)
         tokens: list[Json] = []
         for number, (pair, distance) in enumerate(zip(pairs, distances, strict=True)):
@@ -149,6 +170,7 @@ def replies_data(
                 "tokens": tokens,
                 "conversation": message.conversation_id,
                 "message": message.id,
+                "kept": inert(text_kept),
                 "empty": "This reply has no tokens." if not tokens else "",
             }
         )

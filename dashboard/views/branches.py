@@ -50,6 +50,15 @@ def controls(message: Message, messages: Sequence[Message], settings: Settings |
     with layout.row(f"branches-{message.id}", place=side):
         if len(others) > 1:
             _switcher(message, others)
+            beside = branches.compared_with(message, others)
+            if beside is not None and st.button(
+                "Compare",
+                key=f"compare-{message.id}",
+                type="tertiary",
+                icon=":material/compare_arrows:",
+                help=f"Beside message {beside:d}, from where they part",
+            ):
+                layout.open_page("compare", {"left": str(beside), "right": str(message.id)})
         if settings is None:
             return
         if branches.can_regenerate(message) and st.button(

@@ -70,6 +70,8 @@ def _label(title: str, message: Message) -> str:
     model = (message.model_id or "unknown model").rsplit("/", 1)[-1]
     if not message.tokens:
         return f"{message.id} · {short} · {model} · scored text"
+    if message.branch_of is not None:
+        how += f" · branch of {message.branch_of}"
     return f"{message.id} · {short} · {model} · {how} · {message.tokens:,} tokens"
 
 
@@ -92,13 +94,15 @@ def _choice(side: str, offered: Mapping[int, str]) -> int | None:
 
 def _replies(left: Message, right: Message) -> None:
     steps = (data.steps(left), data.steps(right))
-    pairs = comparison.align(*steps)
+    pairs = comparison.align(*steps, data.alignment(left, right))
     first = comparison.divergence(pairs)
     st.write(comparison.verdict(pairs))
     distances = data.distances(left, right, pairs)
     number = _chosen(pairs)
     components.compare(
-        data=comparison.replies_data((left, right), steps, pairs, distances, number),
+        data=comparison.replies_data(
+            (left, right), steps, pairs, distances, number, (_kept(left), _kept(right))
+        ),
         key="compare-replies",
         on_pick_change=_pick,
     )
@@ -110,6 +114,12 @@ def _replies(left: Message, right: Message) -> None:
     )
     if number is not None:
         _steps((left, right), pairs[number], distances[number])
+
+
+def _kept(reply: Message) -> str:
+    """The text at the end of a branch's prompt that is the beginning of its reply."""
+    prompt = data.prompt(reply) if reply.prefix_len else None
+    return "" if prompt is None else "".join(prompt.tokens[len(prompt) - reply.prefix_len :])
 
 
 def _one_text(left: Message, right: Message) -> None:

@@ -73,15 +73,45 @@ def rows(session: QuerySession, view: str) -> list[dict[str, Any]]:
 
 def test_where_branches_depart_and_agree_again(session: QuerySession) -> None:
     found = {row["branch"]: row for row in rows(session, "branch")}
-    columns = ("reply", "step", "left_token", "token", "tokens", "apart", "agreed")
+    columns = ("reply", "step", "left_token", "token", "tokens", "apart", "left_apart", "agreed")
     assert {key: tuple(row[name] for name in columns) for key, row in found.items()} == {
-        3: (2, 1, "t2", "t9", 4, 1, 3),
-        4: (2, 1, "t2", "t8", 2, 2, 0),
-        5: (2, 1, "t2", "t2", 4, 0, 4),
-        6: (2, 0, "t1", "t1", 2, 2, 0),
+        3: (2, 1, "t2", "t9", 4, 1, 1, 3),
+        4: (2, 1, "t2", "t8", 2, 2, 4, 0),
+        5: (2, 1, "t2", "t2", 4, 0, 0, 4),
+        6: (2, 0, "t1", "t1", 2, 2, 5, 0),
     }
     assert found[3]["logprob"] == pytest.approx(4 * LOGPROB)
     assert found[4]["logprob"] == pytest.approx(2 * LOGPROB)
+
+
+@pytest.mark.parametrize(
+    ("reply", "branch", "apart", "left_apart", "agreed"),
+    [
+        ([1, 2, 3, 4, 5, 6, 7], [9, 9, 9, 3, 4, 5, 8], 3, 2, 3),  # later, and apart once more
+        ([1, 2, 3, 4, 5, 6, 7], [9, 2, 3, 8, 8, 8, 8], 7, 7, 0),  # two in a row are chance
+        ([1, 2, 3, 4], [9, 8, 7, 3, 4], 3, 2, 2),  # but not where both end with them
+        ([1, 2, 3, 4, 2, 3, 4], [9, 2, 3, 4], 1, 1, 3),  # the first place of several
+        ([1], [1], 0, 0, 1),
+    ],
+)
+def test_where_two_texts_agree_again(
+    tmp_path: Path,
+    reply: list[int],
+    branch: list[int],
+    apart: int,
+    left_apart: int,
+    agreed: int,
+) -> None:
+    db = tmp_path / "store.db"
+    with TraceWriter(db) as writer:
+        conversation = writer.create_conversation("Hello")
+        question = writer.add_message(conversation, ChatMessage(Role.USER, "Hello"))
+        origin = add(writer, conversation, reply, "one")
+        fork: dict[str, Any] = {"parent_id": question, "branch_of": origin, "branch_step": 0}
+        add(writer, conversation, branch, "other", **fork)
+    with QuerySession(str(db)) as opened:
+        (found,) = rows(opened, "branch")
+    assert (found["apart"], found["left_apart"], found["agreed"]) == (apart, left_apart, agreed)
 
 
 def test_what_the_branches_of_a_step_answer(session: QuerySession) -> None:

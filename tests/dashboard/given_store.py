@@ -27,6 +27,7 @@ SYSTEM = ("Be", " kind.")
 ASKED = ("Who", HOSTILE, "?")
 REPLY = ("I", " am")
 THEN = ("Why", "?")
+EDITED = ("What", " is", " this")
 SCORED = ("The", " sky", " is", HOSTILE, " blue")
 
 FIRST = Prompt(
@@ -92,6 +93,20 @@ def build(db: str) -> GivenStore:
         scored,
         (other, failed),
     )
+
+
+def edit(writer: TraceWriter, built: GivenStore) -> int:
+    """Another version of the first question, whose own tokens are traced; returns its reply."""
+    conversation, _ = built.first
+    system = 1
+    prompt = replace(
+        FIRST,
+        token_ids=(*FIRST.token_ids[:4], *range(60, 63), FIRST.token_ids[-1]),
+        tokens=(*FIRST.tokens[:4], *EDITED, FIRST.tokens[-1]),
+    )
+    message = ChatMessage(Role.USER, "".join(EDITED))
+    writer.add_message(conversation, message, parent_id=system)
+    return _turn(writer, np.random.default_rng(6), conversation, prompt, 4, REPLY)
 
 
 def _turn(

@@ -65,6 +65,18 @@ def test_a_candidate_becomes_a_branch_beside_the_reply(
     expect(again.get_by_text("2 / 2")).to_be_visible()
     until(lambda: browser_pages.tokens(again) == shown, "the same branch after a reload")
 
+    again.get_by_role("button", name="Compare").last.click()
+    sides = again.locator(".root.compare .side")
+    expect(sides.nth(1).locator(".kept")).to_contain_text("The capital of")
+    first = again.locator(".root.compare .token.first")
+    assert [text.strip() for text in first.all_inner_texts()] == ["France", other.strip()]
+    expect(again.get_by_text(f"The replies diverge at step {of.step_index}")).to_be_visible()
+    assert browser_pages.overflow(again) == []
+    if folder := os.environ.get("OKI_TRACE_SHOTS"):
+        again.screenshot(path=f"{folder}/compare.png", full_page=True)
+    again.goto(link)
+    expect(again.get_by_text("2 / 2")).to_be_visible()
+
     # A token of the beginning opens the step of the reply that it belongs to.
     again.locator(".root.reply .token.shared").first.click()
     with TraceReader(live.db) as reader:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from dashboard.viewdata import comparison
 from dashboard.viewdata.comparison import Pair, align, divergence
 from oki_trace.analysis.distance import Distance, between_lists
+from oki_trace.analysis.reply_alignment import Alignment
 from oki_trace.records import StepSummary
 
 
@@ -157,3 +158,23 @@ def test_both_replies_are_saved_place_by_place() -> None:
 )
 def test_what_two_replies_share_is_told_in_a_sentence(left: str, right: str, told: str) -> None:
     assert comparison.verdict(align(said(list(left)), said(list(right)))) == told
+
+
+def test_a_branch_stands_beside_the_step_it_departs_from() -> None:
+    whole, branch = said(["the", "cat", "sat", "down"]), said(["lay", "down"])
+    aligned = Alignment(2, 0, (True, True), True)
+    assert align(whole, branch, aligned) == [
+        Pair(0, None, True),
+        Pair(1, None, True),
+        Pair(2, 0, False),
+        Pair(3, 1, True),
+    ]
+    pairs = align(branch, whole, aligned.swapped)
+    assert pairs == [
+        Pair(None, 0, True),
+        Pair(None, 1, True),
+        Pair(0, 2, False),
+        Pair(1, 3, True),
+    ]
+    assert comparison.verdict(pairs) == "The replies diverge at step 2; 3 of 4 pairs match."
+    assert comparison.first_shown(pairs) == 2

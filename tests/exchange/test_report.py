@@ -271,6 +271,32 @@ def open_given(chromium: Any, report: Path, wrong: list[str]) -> Any:
 
 
 @pytest.mark.browser
+def test_each_version_of_a_message_shows_its_own_traced_tokens(
+    chromium: Any, tmp_path: Path
+) -> None:
+    db = tmp_path / "s.db"
+    built = given_store.build(str(db))
+    with TraceWriter(db) as writer:
+        edited = given_store.edit(writer, built)
+    with TraceReader(db) as reader:
+        export(reader, built.first[0], Format.HTML, tmp_path / "report.html", sys.stdout)
+        step = reader.step(edited, 5, given=True)
+    wrong: list[str] = []
+    page = open_given(chromium, tmp_path / "report.html", wrong)
+    shown = [
+        bubble.locator(".token").all_text_contents() for bubble in page.locator(".bubble").all()
+    ]
+    assert shown == [
+        list(said)
+        for said in (given_store.SYSTEM, given_store.ASKED, given_store.THEN, given_store.EDITED)
+    ]
+    page.locator(".bubble.user").nth(2).locator(".token").nth(1).click()
+    assert "position 5 of 8 in the prompt" in page.locator(".where").inner_text()
+    assert f"{step.prob:.3f}" in page.locator(".numbers").text_content()
+    assert wrong == []
+
+
+@pytest.mark.browser
 def test_the_tokens_of_a_traced_prompt_are_chosen_like_those_of_a_reply(
     chromium: Any, given: dict[str, Path]
 ) -> None:

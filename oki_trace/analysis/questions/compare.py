@@ -25,6 +25,7 @@ from oki_trace.analysis.question import (
     run_statement,
 )
 from oki_trace.analysis.questions import compare_text
+from oki_trace.analysis.reply_alignment import Alignment, align_replies
 from oki_trace.analysis.scope import compose
 from oki_trace.analysis.step_distance import StepKey, one_vocabulary, step_distances
 from oki_trace.errors import QuestionError
@@ -32,18 +33,20 @@ from oki_trace.errors import QuestionError
 # Steps of two models that are read: what half a second is enough for.
 SAMPLE = 640
 
-# The steps of both replies side by side, up to the end of the shorter one. A token's text tells
-# the tokens of two vocabularies apart; pieces of a character all look alike, so there the id does.
+# The steps of both replies side by side, up to the end of the shorter one; a branch begins beside
+# the step of its reply from which it departs. A token's text tells the tokens of two vocabularies
+# apart; pieces of a character all look alike, so there the id does.
 _ALIGNED = """\
 paired AS (
-  SELECT pair.first, pair.second, one.step_index AS step, one.token AS chosen, two.token AS other,
-    one.token = two.token
+  SELECT pair.first, pair.second, one.step_index AS step, two.step_index AS other_step,
+    one.token AS chosen, two.token AS other, one.token = two.token
       AND (one.token_id = two.token_id OR NOT contains(one.token, chr(65533))) AS same
   FROM pair JOIN step AS one ON one.message_id = pair.first
-  JOIN step AS two ON two.message_id = pair.second AND two.step_index = one.step_index
+  JOIN step AS two ON two.message_id = pair.second
+    AND two.step_index - pair.second_from = one.step_index - pair.first_from
 ),
 aligned AS (
-  SELECT paired.*, pair.same_prompt AND coalesce(bool_and(same) OVER before, true) AS same_before
+  SELECT paired.*, pair.same_text AND coalesce(bool_and(same) OVER before, true) AS same_before
   FROM paired JOIN pair USING (first, second)
   WINDOW before AS (
     PARTITION BY first, second ORDER BY step ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
@@ -53,14 +56,12 @@ aligned AS (
 _REPLIES = compose(
     """
 WITH pair AS (
-  SELECT one.id AS first, two.id AS second,
-    coalesce(one.prompt_hash = two.prompt_hash, false) AS same_prompt
-  FROM message AS one, message AS two
-  WHERE one.id = $first AND two.id = $second
+  SELECT $first AS first, $second AS second, $first_from AS first_from,
+    $second_from AS second_from, $same_text AS same_text
 ),
 $aligned,
 measured AS MATERIALIZED (
-  SELECT *, distance(first, step, second, step) AS d FROM aligned
+  SELECT *, distance(first, step, second, other_step) AS d FROM aligned
 )
 SELECT step, chosen, other, if(same_before, 'yes', 'no') AS same_before, d.kl AS kl,
   d.kl_reverse AS kl_reverse, d.js AS js, d.tv AS tv, d.tv_most AS tv_most, d.shared AS shared,
@@ -77,7 +78,8 @@ WITH scope AS ($scope),
 pair AS (
   SELECT any_value(question.content) AS prompt,
     min(m.id) FILTER (m.model_id = $first) AS first,
-    min(m.id) FILTER (m.model_id = $second) AS second, true AS same_prompt
+    min(m.id) FILTER (m.model_id = $second) AS second, 0 AS first_from, 0 AS second_from,
+    true AS same_text
   FROM message AS m JOIN scope ON m.id = scope.message_id
   LEFT JOIN message AS question
     ON question.id = m.parent_id
@@ -95,7 +97,7 @@ numbered AS (
   WINDOW of_pair AS (PARTITION BY first, second)
 ),
 measured AS MATERIALIZED (
-  SELECT *, distance(first, step, second, step) AS d
+  SELECT *, distance(first, step, second, other_step) AS d
   FROM numbered WHERE number * $sample % all_steps < $sample OR step = 0
 )
 SELECT any_value(prompt) AS prompt, first AS reply, second AS other,
@@ -191,14 +193,38 @@ def _replies(session: QuerySession, request: Request) -> Answer:
         answer = compare_text.by_token(session, request, (first, second), text)
         mean = _sentence(_mean(answer, [1] * len(answer.rows)))
         return replace(answer, about=f"{answer.about} Mean distance: {mean}")
-    answer = run_statement(session, request, first=first, second=second)
-    tokens = list(zip(answer.column("chosen"), answer.column("other"), strict=True))
-    prefix = next((i for i, (one, other) in enumerate(tokens) if one != other), len(tokens))
-    about = f"The first {prefix} {'token is' if prefix == 1 else 'tokens are'} the same."
+    aligned = align_replies(session.reader, *messages)
+    answer = run_statement(
+        session,
+        request,
+        first=first,
+        second=second,
+        first_from=aligned.first_from,
+        second_from=aligned.second_from,
+        same_text=aligned.same_text,
+    )
+    about = _common_prefix(aligned, answer)
     before = [same == "yes" for same in answer.column("same_before")]
     if any(before):
         about += f" Up to where they diverge: {_sentence(_mean(answer, before))}"
     return replace(answer, about=about)
+
+
+def _common_prefix(aligned: Alignment, answer: Answer) -> str:
+    """How many tokens both begin with, and which steps stand beside each other."""
+    tokens = list(zip(answer.column("chosen"), answer.column("other"), strict=True))
+    prefix = next((i for i, (one, other) in enumerate(tokens) if one != other), len(tokens))
+    if aligned.kept_same:
+        prefix = aligned.kept + (prefix if aligned.same_text else 0)
+    about = f"The first {prefix} {'token is' if prefix == 1 else 'tokens are'} the same."
+    if not aligned.kept_same:
+        return about
+    shorter, longer = ("second", "first") if aligned.first_from else ("first", "second")
+    return (
+        f"{about} The prompt of the {shorter} reply has {len(aligned.kept_same)} of the answer's "
+        f"tokens: its step 0 stands beside step {aligned.first_from + aligned.second_from} of the "
+        f"{longer}."
+    )
 
 
 def _models(session: QuerySession, request: Request) -> Answer:

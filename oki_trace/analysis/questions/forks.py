@@ -12,8 +12,9 @@ FORKS = Question(
     "Branches",
     "Branches and their answers",
     "Where branches depart from a reply, how long they differ from it, and what they answer.",
-    "A branch and its reply have agreed again where both end with the same tokens. The logprob of "
-    "a branch is that of all its tokens after the fork, whoever chose them.",
+    "A branch and its reply agree again at the first three tokens in a row that both have after "
+    "the fork, in the same place or not, or at fewer if both end with them. The logprob of a "
+    "branch is that of all its tokens after the fork, whoever chose them.",
     {
         "branch": View(
             """
@@ -36,20 +37,37 @@ left_behind AS (
   JOIN step ON step.message_id = branches.branch_of AND step_index >= branches.branch_step
   GROUP BY branches.id
 ),
-same_end AS (
-  SELECT own.branch, count(*) AS tokens
-  FROM own JOIN left_behind USING (branch),
-    generate_series(1, least(len(own.ids), len(left_behind.ids))) AS series(n)
-  WHERE own.ids[-n:] = left_behind.ids[-n:]
-  GROUP BY own.branch
+own_three AS (
+  SELECT branch, n AS place, list_concat(ids, [-1, -2])[n:n + 2] AS three
+  FROM own, generate_series(1, len(ids)) AS series(n)
+),
+left_three AS (
+  SELECT branch, n AS place, list_concat(ids, [-1, -2])[n:n + 2] AS three
+  FROM left_behind, generate_series(1, len(ids)) AS series(n)
+),
+meeting AS (
+  SELECT branch, min({'own': own_three.place, 'of_reply': left_three.place}) AS place
+  FROM own_three JOIN left_three USING (branch, three)
+  GROUP BY branch
+),
+after_meeting AS (
+  SELECT branch, place, own.ids[place.own:] AS ids, left_behind.ids[place.of_reply:] AS left_ids
+  FROM meeting JOIN own USING (branch) JOIN left_behind USING (branch)
+),
+agreement AS (
+  SELECT branch, any_value(place) AS place,
+    coalesce(min(n) FILTER (ids[n] != left_ids[n]) - 1, max(n)) AS tokens
+  FROM after_meeting, generate_series(1, least(len(ids), len(left_ids))) AS series(n)
+  GROUP BY branch
 )
 SELECT conversation_id AS conversation, branch_of AS reply, branch_step AS step, id AS branch,
   left_behind.token AS left_token, left_behind.prob AS left_prob, own.token, own.prob,
-  len(own.ids) AS tokens, len(own.ids) - coalesce(same_end.tokens, 0) AS apart,
-  coalesce(same_end.tokens, 0) AS agreed, logprob
+  len(own.ids) AS tokens, coalesce(agreement.place.own - 1, len(own.ids)) AS apart,
+  coalesce(agreement.place.of_reply - 1, len(left_behind.ids)) AS left_apart,
+  coalesce(agreement.tokens, 0) AS agreed, logprob
 FROM branches JOIN own ON own.branch = id
 LEFT JOIN left_behind ON left_behind.branch = id
-LEFT JOIN same_end ON same_end.branch = id
+LEFT JOIN agreement ON agreement.branch = id
 ORDER BY conversation, reply, step, logprob DESC, id
 LIMIT $top
 """,
@@ -63,8 +81,9 @@ LIMIT $top
                 Column("token", "token", "the token of the branch"),
                 Column("prob", "share", "its probability"),
                 Column("tokens", "number", "tokens of the branch after the fork"),
-                Column("apart", "number", "of these, tokens before the common end"),
-                Column("agreed", "number", "tokens of the common end"),
+                Column("apart", "number", "of these, tokens before they agree again"),
+                Column("left_apart", "number", "tokens of the reply before they agree again"),
+                Column("agreed", "number", "tokens that both then have in a row"),
                 Column("logprob", "number", "of all tokens of the branch after the fork", "nats"),
             ),
             {"first token": Drawing("ranked", ("token", "branch"), ("prob",))},
