@@ -54,22 +54,29 @@ function drawBars(step) {
     head.append(make("span"), make("span"), make("span", "num", "model"), make("span", "num", "sampled"));
     bars.append(head);
   }
-  step.top.forEach((number, k) => {
+  const rows = step.top.map((number, k) => ({
+    number, rank: k + 1, prob: step.topProb[k], after: step.topSampled?.[k],
+  }));
+  // The chosen token is always there, with its rank where it is below the kept candidates.
+  if (step.rank > rows.length)
+    rows.push({ number: step.token, rank: step.rank, prob: step.prob, after: step.sampled });
+  for (const [k, { number, rank, prob, after }] of rows.entries()) {
     const bar = make("div", number === step.token ? "bar picked" : "bar");
     const track = make("div", "track");
     const inner = make("div", "fill");
-    inner.style.width = `${(step.topProb[k] ?? 0) * 100}%`;
+    const name = make("span", "token-text mono", tokenText(number));
+    if (rank > k + 1) name.prepend(make("span", "dim", `${rankText(rank)} `));
+    inner.style.width = `${(prob ?? 0) * 100}%`;
     track.append(inner);
-    bar.append(make("span", "token-text mono", tokenText(number)), track, make("span", "num", figure(step.topProb[k], 3)));
+    bar.append(name, track, make("span", "num", figure(prob, 3)));
     if (drawn) {
-      const after = step.topSampled[k];
       bar.classList.toggle("gone", after === 0);
       bar.append(make("span", "num", after === 0 ? "–" : figure(after, 3)));
     }
     const id = trace.tokens[number][0];
-    bar.title = `${tokenText(number)} · rank ${k + 1}${id === null ? "" : ` · id ${id}`} · prob ${step.topProb[k] ?? "unknown"}`;
+    bar.title = `${tokenText(number)} · rank ${rank}${id === null ? "" : ` · id ${id}`} · prob ${prob ?? "unknown"}`;
     bars.append(bar);
-  });
+  }
   return [make("h2", "", "Candidates"), bars];
 }
 
