@@ -12,10 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
+
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
-from oki_trace.llm.capture.pipeline import capture
-from oki_trace.llm.capture.teacher_forcing import Windows, runs_in_chunks, teacher_force
+from oki_trace.llm.capture.pipeline import capture, rest_of
+from oki_trace.llm.capture.teacher_forcing import (
+    GivenLenses,
+    TextCache,
+    Windows,
+    runs_in_chunks,
+    teacher_force,
+)
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
@@ -23,6 +31,7 @@ from oki_trace.llm.decoding.generation import require_context, resolve_generatio
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
+from oki_trace.llm.loading.hardware import computing_dtype
 from oki_trace.records import (
     CapturePolicy,
     CaptureReport,
@@ -153,18 +162,46 @@ def trace_turn(
             report = _with_reuse(report, handle, prompt)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, report, prefix_len, text))
+        given, reused = None, report.reused if reuse else None
         if policy.trace_prompt is not None:
-            first = traced_before(prompt)
-            turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop)
+            first = max(traced_before(prompt), 1)
+            given = GivenLenses(handle, policy.for_prompt)
+            with _prompt_cache(handle, prompt, reused, first) as cache:
+                options: Any = {"later": given, "cache": cache}
+                turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop, **options)
+            if cache is not None:
+                reused, _ = handle.fast.shared_prefix(prompt.token_ids)
             turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
-            reused = report.reused if reuse else None
-            turn.follow(capture(handle, prompt, generation, policy, should_stop, first_ids, reused))
+            rest = (should_stop, first_ids, reused, given)
+            turn.follow(capture(handle, prompt, generation, policy, *rest))
+        elif given is not None:
+            turn.follow(rest_of(given))
         if turn.reason == "token limit" and generation.max_new_tokens < sampling.max_new_tokens:
             turn.reason = "context full"
     turn.forget_if_wrong(handle)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+@contextmanager
+def _prompt_cache(
+    handle: Instrument, prompt: Prompt, reused: int | None, first: int
+) -> Iterator[TextCache | None]:
+    """The KV cache for the trace of a prompt, kept afterwards for the reply.
+
+    None where the reply runs its own pass: the last reply's cache is left alone, or in 16
+    bits the reply would differ from plain ``generate()`` by the rounding of two passes.
+    """
+    exact = computing_dtype(handle.model) == torch.float32
+    if reused is None or not exact or first >= len(prompt) or not runs_in_chunks(handle):
+        yield None
+        return
+    tokens = min(reused, first - 1)
+    cache = TextCache(tokens, handle.fast.take_prefix(tokens))
+    yield cache
+    if cache.cache is not None:
+        handle.fast.keep_prefix(prompt.token_ids[: cache.tokens], cache.cache)
 
 
 def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> CaptureReport:
@@ -215,7 +252,7 @@ def trace_text(
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
         turn.reason = "scored"
-        turn.follow_given(handle, prompt, policy, first, should_stop, windows)
+        turn.follow_given(handle, prompt, policy, first, should_stop, windows=windows)
     turn.forget_if_wrong(handle)
     return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 
@@ -261,10 +298,13 @@ class _Turn:
         self.output = ""
         self.checks: ReplyChecks | None = None
 
-    def follow(self, events: Iterator[tuple[Step, str | None] | Lens | ReplyChecks]) -> None:
+    def follow(self, events: Iterator[tuple[Step, str | None] | Step | Lens | ReplyChecks]) -> None:
         for event in events:
             if isinstance(event, ReplyChecks):
                 self.checks = event if self.checks is None else event.after(self.checks)
+            elif isinstance(event, Step):
+                for sink in self._sinks:
+                    sink.step(event)
             elif isinstance(event, Lens):
                 for sink in self._sinks:
                     sink.lens(event)
@@ -283,24 +323,17 @@ class _Turn:
         policy: CapturePolicy,
         first: int,
         should_stop: Callable[[], bool],
-        windows: Windows | None = None,
+        **options: Any,
     ) -> None:
-        """Trace the given tokens from position ``first`` on."""
+        """Trace the given tokens from position ``first`` on; see ``teacher_force``."""
 
         def stop() -> bool:
             if should_stop():
                 self.reason = "stopped"
             return self.reason == "stopped"
 
-        given = teacher_force(
-            handle, prompt.token_ids, policy, first=first, windows=windows, should_stop=stop
-        )
-        for event in given:
-            if isinstance(event, ReplyChecks):
-                self.checks = event
-            else:
-                for sink in self._sinks:
-                    sink.step(event)
+        options |= {"first": first, "should_stop": stop}
+        self.follow(teacher_force(handle, prompt.token_ids, policy, **options))
 
     def forget_if_wrong(self, handle: Instrument) -> None:
         """Have the model checked again before its next trace if a check has failed."""

@@ -1,6 +1,7 @@
 // The candidates: the model's own probability, and the probability after sampling.
-// data: {rows: [{text, prob, sampled, id, chosen, title}], sampled: bool, step, branch: whether the
-// reply can be continued from a candidate}. Triggers: branch = the token id of a candidate.
+// data: {rows: [{text, prob, sampled, id, chosen, rank, title}], sampled: bool, step, branch: whether the
+// reply can be continued from a candidate}. The chosen token is the last row if it ranks below the
+// kept candidates. Triggers: branch = the token id of a candidate.
 export default function ({ data, parentElement, setTriggerValue }) {
   const root = parentElement.querySelector(".root");
   root.classList.toggle("sampled", data.sampled);
@@ -10,7 +11,7 @@ export default function ({ data, parentElement, setTriggerValue }) {
   table.setAttribute("aria-label", "Candidates and their probabilities");
   const csv = csvButton(`candidates-step-${data.step}`, () => [
     ["rank", "token", "token_id", "logit", "prob", "sampled_prob", "chosen"],
-    ...data.rows.map((r, k) => [k + 1, r.text, r.id, r.logit, r.prob, r.sampled, Number(r.chosen)])]);
+    ...data.rows.map((r) => [r.rank, r.text, r.id, r.logit, r.prob, r.sampled, Number(r.chosen)])]);
   const head = make("div", "row head");
   const own = make("span", "", data.sampled ? "the model's own" : "probability");
   own.title = "The model's own probability, before any sampling setting";
@@ -21,13 +22,17 @@ export default function ({ data, parentElement, setTriggerValue }) {
   title.setAttribute("aria-level", "4");
   head.append(title, own, ...(data.sampled ? [make("span"), after, csv] : [csv]));
   if (data.branch) head.append(make("span"));
-  const rows = data.rows.map((entry) => {
+  const rows = data.rows.map((entry, k) => {
     const row = make("div", "row");
+    const beyond = entry.rank > k + 1;
+    row.classList.toggle("beyond", beyond);
     row.setAttribute("role", "row");
     if (entry.chosen) row.classList.add("chosen");
     if (data.sampled && entry.sampled === 0) row.classList.add("gone");
     row.title = entry.title;
-    row.append(cell("name mono", entry.text), bar(entry.prob), cell("num", figure(entry.prob, 3)));
+    const name = cell("name mono", entry.text);
+    if (beyond) name.prepend(make("span", "rank", `#${entry.rank.toLocaleString("en")} `));
+    row.append(name, bar(entry.prob), cell("num", figure(entry.prob, 3)));
     if (data.sampled) {
       const after = entry.sampled === 0 ? "–" : figure(entry.sampled, 3);
       row.append(bar(entry.sampled), cell("num", after));

@@ -422,6 +422,21 @@ def effects_data(step: Step) -> Json | None:
     return table_data("Effect of each setting", EFFECT_COLUMNS, rows, name=name) if rows else None
 
 
+def _beyond(step: Step, *, drawn: bool) -> Json:
+    """The chosen token as a candidate, where it ranks below those that were kept."""
+    return {
+        "text": visible(step.token),
+        "prob": finite(step.prob),
+        "sampled": finite(step.sampled_prob) if drawn and step.sampled_prob is not None else None,
+        "id": step.token_id,
+        "logit": finite(step.logit),
+        "chosen": True,
+        "rank": step.rank,
+        "title": f"rank {step.rank:,} · id {step.token_id} · "
+        f"logit {format_number(step.logit, 2)} · prob {format_number(step.prob, 5)}",
+    }
+
+
 def candidates_data(step: Step, *, branch: bool = False) -> Json:
     """The data of ``components/bars.js``; ``branch``: whether the reply can go on from each."""
     top = step.topk
@@ -447,9 +462,12 @@ def candidates_data(step: Step, *, branch: bool = False) -> Json:
                 "id": token_id,
                 "logit": finite(logit),
                 "chosen": token_id == step.token_id,
+                "rank": k + 1,
                 "title": title,
             }
         )
+    if rows and step.rank > len(rows):
+        rows.append(_beyond(step, drawn=sampled is not None))
     return {
         "rows": rows,
         "sampled": sampled is not None,

@@ -348,6 +348,12 @@ def _print_candidates(step: Step) -> None:
     for rank, (text, prob) in enumerate(zip(top.tokens, top.probs.tolist(), strict=True)):
         cells = [column[rank] for column in columns.values()]
         rows.add_row(token(text), f"{prob:.4f}", bar(prob, BAR_WIDTH), *cells)
+    if top.tokens and step.rank > len(top.tokens):
+        # The chosen token is always there.
+        name = token(step.token).append(f"  rank {step.rank:,}", "dim")
+        drawn = [f"{step.sampled_prob:.4f}"] if columns and step.sampled_prob is not None else []
+        cells = [*drawn, *[""] * (len(columns) - len(drawn))]
+        rows.add_row(name, f"{step.prob:.4f}", bar(step.prob, BAR_WIDTH), *cells)
     print_text()
     console().print(rows)
 

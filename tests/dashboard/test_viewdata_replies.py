@@ -240,6 +240,18 @@ def test_bars_are_the_candidates_in_their_order(rng: np.random.Generator) -> Non
     assert data["sampled"]
 
 
+def test_the_chosen_token_is_there_where_it_ranks_below_the_candidates(
+    rng: np.random.Generator,
+) -> None:
+    step = replace(builders.step(0, rng), token_id=90_000, token=" rare", rank=27, prob=0.001)
+    *kept, last = replies.candidates_data(step)["rows"]
+    assert [row["rank"] for row in kept] == list(range(1, 11))
+    assert not any(row["chosen"] for row in kept)
+    assert (last["text"], last["rank"], last["chosen"]) == ("␣rare", 27, True)
+    assert (last["prob"], last["sampled"]) == (0.001, step.sampled_prob)
+    assert last["title"].startswith("rank 27 · id 90000 · ")
+
+
 def test_bars_of_a_greedy_step_have_one_probability(rng: np.random.Generator) -> None:
     step = builders.step(0, rng)
     data = replies.candidates_data(replace(step, topk=replace(step.topk, sampled_probs=None)))

@@ -17,11 +17,14 @@ from typing import TextIO
 from oki_trace.exchange.report.payload import payload
 from oki_trace.exchange.selection import Selection
 
+# One script, in this order.
+_SCRIPTS = ("talk.js", "step.js", "map.js", "open.js")
+
 
 def write_report(chosen: Selection, file: TextIO) -> None:
     """Write the report of a conversation, or of one of its replies."""
     data = payload(chosen)
-    style, script = _part("report.css"), _part("report.js")
+    style, script = _part("report.css"), "".join(map(_part, _SCRIPTS))
     parts = {
         "policy": html.escape(
             "default-src 'none'; base-uri 'none'; form-action 'none'; "

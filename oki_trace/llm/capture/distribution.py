@@ -18,10 +18,20 @@ from oki_trace.llm.capture.tiles import BLOCK, RowSums, TileSums, share
 
 @dataclass(frozen=True)
 class ModelDistribution:
-    """The model's own distribution at one step: ``probs`` (vocab,), ``entropy`` in nats."""
+    """The model's own distribution at one step: ``probs`` (vocab,), ``entropy`` in nats.
 
-    probs: Tensor
+    ``values`` are the probs, or, with their logsumexp ``lse``, the logits: then the probs are
+    computed when they are read, so a step that waits for its lens holds no second tensor.
+    """
+
+    values: Tensor
     entropy: float
+    lse: float | None = None
+
+    @property
+    def probs(self) -> Tensor:
+        """The probabilities (vocab,) in fp32."""
+        return self.values if self.lse is None else (self.values.float() - self.lse).exp()
 
 
 @dataclass(frozen=True)

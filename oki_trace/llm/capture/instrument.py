@@ -56,10 +56,17 @@ class Instrument(CheckedModel):
     tokenizer: Any
     vocabulary: Vocabulary
 
-    def draft_for(self, policy: CapturePolicy) -> LensProjection | None:
-        """The draft of the lens for one reply; None where the reply needs an exact lens."""
+    def draft_for(
+        self, policy: CapturePolicy, made: LensProjection | None = None
+    ) -> LensProjection | None:
+        """The draft of the lens for one reply; None where the reply needs an exact lens.
+
+        ``made``: the draft of this reply's prompt, which serves the reply too.
+        """
         draft = self.fast.draft_lens
-        return None if draft is None or self._no_draft(policy) else draft.projection()
+        if draft is None or self._no_draft(policy):
+            return None
+        return made or draft.projection()
 
     def checker(self) -> ReplyChecker:
         """The checker of the numbers of one reply."""

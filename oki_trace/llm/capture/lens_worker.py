@@ -1,7 +1,8 @@
 """Computes the lens in its own thread, a few steps behind the decoder.
 
 It costs several times as much as the model's own head, so it is computed for a few
-steps together, and no token waits for the lens of an earlier one.
+steps together, and no token waits for the lens of an earlier one. While no step of the
+reply waits, the thread computes the lenses of the prompt's tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Self
 import torch
 
 from oki_trace.llm.capture.reduce import PendingLens
-from oki_trace.records import Lens
+from oki_trace.records import Lens, Step
 
 # Steps computed together: with more, a step is hardly cheaper.
 BATCH_STEPS = 4
@@ -26,22 +27,33 @@ MAX_WAITING = 3 * BATCH_STEPS
 LENS_NICENESS = 10
 
 Compute = Callable[[list[PendingLens]], list[Lens]]
+# A few steps of the prompt with their lenses; an empty list when there are no more.
+Background = Callable[[], list[Step]]
+
+
+def _no_steps() -> list[Step]:
+    return []
 
 
 class LensWorker:
     """Takes steps and returns their lenses, in order. Use it from one thread.
 
     ``in_thread`` False computes in the caller's thread, for a model whose weights move
-    with each call: they cannot serve two threads.
+    with each call: they cannot serve two threads. ``background`` is called while fewer steps
+    wait than are computed together, until it returns nothing.
     """
 
-    def __init__(self, compute: Compute, *, in_thread: bool) -> None:
+    def __init__(
+        self, compute: Compute, *, in_thread: bool, background: Background = _no_steps
+    ) -> None:
         self._compute = compute
+        self._background = background
+        self._has_background = True
         self._executor: ThreadPoolExecutor | None = None
         if in_thread:
             self._executor = ThreadPoolExecutor(1, "lens", initializer=_lower_priority)
         self._waiting: list[PendingLens] = []
-        self._running: Future[list[Lens]] | None = None
+        self._running: Future[list[Lens]] | Future[list[Step]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -54,25 +66,38 @@ class LensWorker:
         """Queue the newest step."""
         self._waiting.append(step)
 
-    def poll(self) -> list[Lens]:
-        """The lenses that are done since the last call; waits while too many steps are queued."""
-        done: list[Lens] = []
+    def poll(self) -> list[Lens | Step]:
+        """What is done since the last call; waits while too many steps are queued."""
+        done: list[Lens | Step] = []
         if self._running and (self._running.done() or len(self._waiting) >= MAX_WAITING):
-            done = self._running.result()
-            self._running = None
+            done = self._finished()
         if self._running is None and len(self._waiting) >= BATCH_STEPS:
             if self._executor is None:
                 return done + self._compute(self._next_batch())
             self._running = self._executor.submit(self._compute, self._next_batch())
+        elif self._running is None and self._has_background and self._executor is not None:
+            self._running = self._executor.submit(self._next_in_background)
         return done
 
-    def drain(self) -> Iterator[Lens]:
-        """Every lens not yet returned, computed in the caller's thread when decoding has ended."""
-        if self._running is not None:
-            yield from self._running.result()
-            self._running = None
+    def drain(self) -> Iterator[Lens | Step]:
+        """All that is not yet returned, computed in the caller's thread when decoding has ended."""
+        yield from self._finished()
         while self._waiting:
             yield from self._compute(self._next_batch())
+        while steps := self._background():
+            yield from steps
+
+    def _finished(self) -> list[Lens | Step]:
+        """The result of the computation in progress, when it is done."""
+        if self._running is None:
+            return []
+        result, self._running = self._running.result(), None
+        return [*result]
+
+    def _next_in_background(self) -> list[Step]:
+        steps = self._background()
+        self._has_background = bool(steps)
+        return steps
 
     def _next_batch(self) -> list[PendingLens]:
         batch, self._waiting = self._waiting[:BATCH_STEPS], self._waiting[BATCH_STEPS:]

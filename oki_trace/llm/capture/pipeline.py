@@ -13,6 +13,8 @@ from oki_trace.llm.accelerate_internals import moves_weights
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.lens_worker import LensWorker
 from oki_trace.llm.capture.reduce import StepReducer
+from oki_trace.llm.capture.reply_checks import ReplyChecker
+from oki_trace.llm.capture.teacher_forcing import GivenLenses
 from oki_trace.llm.decoding.decode import decode
 from oki_trace.llm.decoding.decoder_thread import iterate_in_thread, with_thread_state
 from oki_trace.records import CapturePolicy, Generation, Lens, Prompt, ReplyChecks, Step
@@ -26,17 +28,21 @@ def capture(
     should_stop: Callable[[], bool],
     forced: Sequence[int] = (),
     reused: int | None = None,
-) -> Iterator[tuple[Step, str | None] | Lens | ReplyChecks]:
+    given: GivenLenses | None = None,
+) -> Iterator[tuple[Step, str | None] | Step | Lens | ReplyChecks]:
     """Decode and yield each step with its stop reason, and, a few steps later, its lens.
 
     When the iterator ends or raises, it has yielded every step's lens (none after a step
     whose lens disagreed with the model) and last the checks of the reply's numbers.
     ``forced``: the tokens of the first steps; ``generation`` limits those after them.
-    ``reused``: see ``decode``.
+    ``reused``: see ``decode``. ``given``: steps of the prompt, yielded as they are done, and
+    their checks before the reply's.
     """
     if generation.max_new_tokens + len(forced) == 0:
+        if given is not None:
+            yield from rest_of(given)
         return
-    reducer = StepReducer(instrument, policy)
+    reducer = StepReducer(instrument, policy, None if given is None else given.reducer.draft)
     checker = reducer.checker
     raw_steps = decode(
         instrument.model,
@@ -51,7 +57,15 @@ def capture(
     )
     # Weights that accelerate moves with each call cannot serve two threads.
     in_thread = not moves_weights(instrument.model)
-    with LensWorker(with_thread_state(reducer.lenses), in_thread=in_thread) as lens_worker:
+
+    def background() -> list[Step]:
+        return [] if given is None else given.compute()
+
+    with LensWorker(
+        with_thread_state(reducer.lenses),
+        in_thread=in_thread,
+        background=with_thread_state(background),
+    ) as lens_worker:
         try:
             with iterate_in_thread(raw_steps) if in_thread else closing(raw_steps) as steps:
                 for raw in steps:
@@ -66,7 +80,20 @@ def capture(
                         break
         except Exception:
             yield from lens_worker.drain()
-            yield checker.report()
+            yield from _reports(checker, given)
             raise
         yield from lens_worker.drain()
-        yield checker.report()
+        yield from _reports(checker, given)
+
+
+def rest_of(given: GivenLenses) -> Iterator[Step | ReplyChecks]:
+    """The steps that still wait for their lenses, and their checks."""
+    while steps := given.compute():
+        yield from steps
+    yield given.report()
+
+
+def _reports(checker: ReplyChecker, given: GivenLenses | None) -> Iterator[ReplyChecks]:
+    if given is not None:
+        yield given.report()
+    yield checker.report()

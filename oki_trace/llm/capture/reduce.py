@@ -54,12 +54,15 @@ class PendingLens:
 class StepReducer:
     """Reduces the steps of one reply. One thread calls ``step``, another may call ``lenses``."""
 
-    def __init__(self, instrument: Instrument, policy: CapturePolicy) -> None:
+    def __init__(
+        self, instrument: Instrument, policy: CapturePolicy, draft: LensProjection | None = None
+    ) -> None:
+        """``draft``: that of another reducer of the same turn."""
         self.checker = instrument.checker()
+        self.draft = instrument.draft_for(policy, draft)
         self._vocabulary = instrument.vocabulary
         self._policy = policy
         self._lens = instrument.lens.projection
-        self._draft = instrument.draft_for(policy)
 
     @property
     def kept_tokens(self) -> int:
@@ -114,7 +117,7 @@ class StepReducer:
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
             return []
-        draft = self._draft
+        draft = self.draft
         if draft is None or not checker.draft_holds:
             return self._lenses(steps, lens)
         compared = [step for step in steps if checker.compares_draft(step.step_index)]

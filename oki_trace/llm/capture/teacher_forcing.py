@@ -26,7 +26,7 @@ from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.model_structure import dummy_token_ids
 from oki_trace.llm.capture.reduce import PendingLens, StepReducer, top_attention
-from oki_trace.llm.decoding.decode import RawStep
+from oki_trace.llm.decoding.decode import RawStep, grad_mode
 from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.sampling import Choice
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
@@ -37,6 +37,8 @@ from oki_trace.records import CapturePolicy, ReplyChecks, Step
 # 16 bits. With more, a step is hardly cheaper.
 LENS_STEPS = 16
 _LENS_BYTES = 2**26
+# Bytes of the logits and hidden states of steps whose lenses are computed during the reply.
+_WAITING_BYTES = 2**26
 # Bytes of logits and of attention rows that a chunk may have, and its length in tokens.
 _CHUNK_BYTES = 2**26
 _CHUNK_TOKENS = (16, 256)
@@ -94,6 +96,58 @@ class Windows:
                 return
 
 
+@dataclass
+class TextCache:
+    """The KV cache of a text's first ``tokens``; None: of none, or one that cannot be kept.
+
+    ``teacher_force`` begins with it, and leaves that of all tokens but the last.
+    """
+
+    tokens: int = 0
+    cache: Any = None
+
+
+class GivenLenses:
+    """Steps of given tokens that wait for their lenses, in the order of their positions.
+
+    Use it from one thread at a time.
+    """
+
+    def __init__(self, instrument: Instrument, policy: CapturePolicy) -> None:
+        self.reducer = StepReducer(instrument, policy)
+        vocab = int(instrument.model.get_input_embeddings().weight.shape[0])
+        structure = instrument.structure
+        step_bytes = 2 * vocab * structure.layers
+        self._together = min(max(_LENS_BYTES // step_bytes, 1), LENS_STEPS)
+        width = int(instrument.model.get_input_embeddings().weight.shape[-1])
+        self._room = _WAITING_BYTES // (4 * (vocab + width * structure.layers))
+        self._waiting: list[tuple[Step, PendingLens]] = []
+
+    def add(self, step: Step, lens: PendingLens) -> None:
+        """A step after all others."""
+        given = replace(step, step_index=-1, origin="given")
+        self._waiting.append((given, lens))
+
+    def is_due(self, *, later: bool) -> bool:
+        """Whether as many wait as are computed together, or, if there is time ``later``, as
+        many as may be in memory.
+        """
+        return len(self._waiting) >= max(self._together, self._room if later else 0)
+
+    def compute(self) -> list[Step]:
+        """The next few steps with their lenses; empty if none waits."""
+        count = self._together
+        batch, self._waiting = self._waiting[:count], self._waiting[count:]
+        lenses = self.reducer.lenses([lens for _, lens in batch])
+        by_position = {lens.step_index: replace(lens, step_index=-1) for lens in lenses}
+        return [replace(step, lens=by_position.get(step.position)) for step, _ in batch]
+
+    def report(self) -> ReplyChecks:
+        """The results of the checks so far."""
+        # They name generated steps by their numbers, which these do not have.
+        return replace(self.reducer.checker.report(), steps=())
+
+
 def teacher_force(
     instrument: Instrument,
     token_ids: Sequence[int],
@@ -102,39 +156,33 @@ def teacher_force(
     first: int = 1,
     windows: Windows | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    later: GivenLenses | None = None,
+    cache: TextCache | None = None,
 ) -> Iterator[Step | ReplyChecks]:
     """The steps of the tokens from position ``first`` on, each with its lens, and the checks.
 
     The token at position 0 has no step, because nothing predicted it. ``policy`` is that of
-    these steps. ``should_stop`` is called after every few steps. Raises CaptureError on NaN or
-    infinite logits.
+    these steps. ``should_stop`` is called after every few steps. With ``later``, made for the
+    same policy, the last steps and the checks are left there for the caller to compute.
+    ``cache``, for a text without windows, saves the passes over what it has.
+    Raises CaptureError on NaN or infinite logits.
     """
-    reducer = StepReducer(instrument, policy)
-    pending: list[tuple[Step, PendingLens]] = []
-    row_bytes = 2 * int(instrument.model.get_input_embeddings().weight.shape[0])
-    step_bytes = row_bytes * instrument.structure.layers
-    together = min(max(_LENS_BYTES // step_bytes, 1), LENS_STEPS)
-    chunks = _chunks(instrument, token_ids, policy, max(first, 1), windows)
-    steps = (step for c in chunks for step in c.reduced(reducer, policy, len(token_ids)))
-    for step, lens in steps:
-        pending.append((replace(step, step_index=-1, origin="given"), lens))
-        if len(pending) == together:
-            yield from _with_lenses(reducer, pending)
-            pending = []
-            if should_stop():
-                break
-    yield from _with_lenses(reducer, pending)
-    # The checks name generated steps by their numbers, which these do not have.
-    yield replace(reducer.checker.report(), steps=())
-
-
-def _with_lenses(
-    reducer: StepReducer, pending: Sequence[tuple[Step, PendingLens]]
-) -> Iterator[Step]:
-    lenses = reducer.lenses([lens for _, lens in pending]) if pending else []
-    by_position = {lens.step_index: replace(lens, step_index=-1) for lens in lenses}
-    for step, _ in pending:
-        yield replace(step, lens=by_position.get(step.position))
+    lenses = later or GivenLenses(instrument, policy)
+    for chunk in _chunks(instrument, token_ids, policy, max(first, 1), windows, cache):
+        for step, lens in chunk.reduced(lenses.reducer, policy, len(token_ids)):
+            lenses.add(step, lens)
+            if lenses.is_due(later=later is not None):
+                yield from lenses.compute()
+                if should_stop():
+                    break
+        else:
+            continue
+        break
+    if later is not None:
+        return
+    while steps := lenses.compute():
+        yield from steps
+    yield lenses.report()
 
 
 @dataclass(frozen=True)
@@ -174,17 +222,20 @@ class _Chunk:
         )
         for i, position in enumerate(self.positions):
             own = summary.row(i)
-            probs = logits[i] if policy.no_lens else (logits[i] - own.lse.to(logits.device)).exp()
-            model = ModelDistribution(probs, float(own.entropy))
+            last = position == tokens - 1
+            # Rows of single queries are needed only where they are stored or checked.
+            rows = (
+                self.attention if heads_kept or reducer.checker.is_due(position, last=last) else {}
+            )
             yield reducer.summarized_step(
-                self._raw(i),
-                model,
+                self._raw(i, rows),
+                ModelDistribution(logits[i], float(own.entropy), float(own.lse)),
                 own,
-                last=position == tokens - 1,
+                last=last,
                 reduced=None if attention is None else attention[i],
             )
 
-    def _raw(self, i: int) -> RawStep:
+    def _raw(self, i: int, attention: QueryRows) -> RawStep:
         token, row = self.token_ids[i, None, None], self.logits[i]
         behind = len(self.positions) - 1 - i
         return RawStep(
@@ -192,8 +243,7 @@ class _Chunk:
             hidden_states=tuple(layer[i] for layer in self.hidden_states),
             # The keys up to the query's own.
             attention={
-                layer: rows[i, :, : rows.shape[2] - behind]
-                for layer, rows in self.attention.items()
+                layer: rows[i, :, : rows.shape[2] - behind] for layer, rows in attention.items()
             },
             step_index=self.positions[i],
             position=self.positions[i],
@@ -210,21 +260,29 @@ def _chunks(
     policy: CapturePolicy,
     first: int,
     windows: Windows | None,
+    cache: TextCache | None,
 ) -> Iterator[_Chunk]:
     """Run the text, chunk after chunk; yields those with positions from ``first`` on."""
+    if first >= len(token_ids):
+        return
     in_chunks = runs_in_chunks(instrument)
+    known = cache if cache is not None and in_chunks and cache.tokens < first else TextCache()
     spans = windows.spans(len(token_ids)) if windows else [(0, len(token_ids))]
     for window_start, window_end in spans:
-        forward = _Forward(instrument, token_ids[:window_end], window_start, policy)
+        forward = _Forward(instrument, token_ids[:window_end], window_start, policy, known.cache)
         # Nothing is read of what the last token predicts, so it does not run.
         end = window_end - 1
         length = _chunk_length(instrument, window_end - window_start, policy)
-        for start in range(window_start, end, length if in_chunks else max(end, 1)):
+        begin = window_start + known.tokens
+        for start in range(begin, end, length if in_chunks else max(end, 1)):
             stop = min(start + length, end) if in_chunks else end
             if stop < first:
                 forward.skip(start, stop)
                 continue
-            yield forward.chunk(start, stop, first, use_cache=in_chunks)
+            chunk = forward.chunk(start, stop, first, use_cache=in_chunks)
+            if cache is not None and stop == end:
+                cache.tokens, cache.cache = end, forward.cache
+            yield chunk
             first = stop + 1
 
 
@@ -232,26 +290,38 @@ class _Forward:
     """The passes over one window, chunk after chunk; positions count from the text's start."""
 
     def __init__(
-        self, instrument: Instrument, token_ids: Sequence[int], first: int, policy: CapturePolicy
+        self,
+        instrument: Instrument,
+        token_ids: Sequence[int],
+        first: int,
+        policy: CapturePolicy,
+        cache: Any = None,
     ) -> None:
-        """The window begins at position ``first`` and ends with the last of ``token_ids``."""
+        """The window begins at position ``first`` and ends with the last of ``token_ids``.
+
+        ``cache``, transformers' dynamic cache, has its first tokens.
+        """
         self._model = instrument.model
         self._hooks = instrument.hooks
         self._ids = torch.tensor([list(token_ids)], device=input_device(self._model))
         self._first = first
         self._heads = policy.tensors != "none"
-        self._cache: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
 
-    @torch.no_grad()
+    @property
+    def cache(self) -> Any:
+        """The KV cache of the tokens so far; None without one."""
+        return next(iter(self._cache.values()), None)
+
     def skip(self, start: int, stop: int) -> None:
         """Run the positions from ``start`` up to ``stop`` for the cache alone."""
         self._run(start, stop, use_cache=True)
 
-    @torch.no_grad()
     def chunk(self, start: int, stop: int, first: int, *, use_cache: bool) -> _Chunk:
         """The positions from ``start`` up to ``stop``, which predict those after them."""
         hooks = self._hooks
-        with hooks.attach(every_query="heads" if self._heads else "mean"):
+        attached = hooks.attach(every_query="heads" if self._heads else "mean")
+        with torch.no_grad(), attached:
             with hooks.forward_arguments() as arguments:
                 outputs = self._run(start, stop, use_cache, **arguments)
             hidden_states = hooks.take_hidden_states()
@@ -273,15 +343,9 @@ class _Forward:
         )
 
     def _run(self, start: int, stop: int, use_cache: bool, **arguments: Any) -> Any:
-        outputs = _run(
-            self._model,
-            self._ids,
-            (start, stop),
-            self._first,
-            use_cache=use_cache,
-            **self._cache,
-            **arguments,
-        )
+        arguments |= {"use_cache": use_cache, **self._cache}
+        with grad_mode(self._model):  # as decoding, with which it may share a cache
+            outputs = _run(self._model, self._ids, (start, stop), self._first, **arguments)
         named = cache_in(outputs) if use_cache else None
         self._cache = {} if named is None else {named[0]: named[1]}
         return outputs

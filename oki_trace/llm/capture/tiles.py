@@ -23,7 +23,7 @@ from oki_trace.llm.decoding.decoder_thread import with_thread_state
 BLOCK = 64
 # Logits that are processed together, in two float32 buffers of so many, and tokens per tile.
 _TILE_LOGITS = 2**16
-_SHORTEST_TILE = 16 * BLOCK
+_SHORTEST_TILE = 32 * BLOCK
 _SMALLEST_EXPONENT = -80.0
 
 
