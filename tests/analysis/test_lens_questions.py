@@ -138,8 +138,8 @@ def test_layers_of_one_lens(db: str, name: str) -> None:
     assert {row["steps"] for row in found} == {len(own)}
     for place, row in enumerate(found):
         assert row["kl"] == pytest.approx(np.mean([lens.kl[place] for lens in own]), rel=1e-6)
-        agreement = np.mean([lens.chosen_rank[place] == 1 for lens in own])
-        assert row["agreement"] == pytest.approx(agreement)
+        on_top = np.mean([lens.chosen_rank[place] == 1 for lens in own])
+        assert row["agreement"] == pytest.approx(on_top)
 
 
 def test_lenses_are_compared_on_the_steps_that_all_of_them_have_read(db: str) -> None:

@@ -334,11 +334,11 @@ def test_a_lens_is_named_and_one_that_has_read_nothing_is_told(
 ) -> None:
     app = questions(question="layers", lens="jlens")
     assert app.text_input(key="ask-lens-layers").value == "jlens"
-    (error,) = app.error
-    assert "No step was read by the lens jlens" in app_pages.plainly(error.value)
+    (warning,) = app.warning
+    assert "No step was read by the lens jlens" in app_pages.plainly(warning.value)
     app.text_input(key="ask-lens-layers").set_value("Not a name").run()
-    assert not app.exception and not app.error
-    assert address(app) == {"question": "layers"}
+    assert not app.exception and not app.warning
+    assert address(app) == {"question": "layers", "view": "layer"}
     assert len(app.dataframe[0].value)
 
 
