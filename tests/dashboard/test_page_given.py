@@ -117,7 +117,7 @@ def test_a_scored_text_is_its_tokens_and_its_score(given: given_store.GivenStore
     )
     facts = app_pages.shown(app, "facts")
     assert facts["position"] == min(steps, key=lambda s: s.logprob).position
-    assert facts["where"] == f"position {facts['position']} of 5 in the prompt"
+    assert facts["where"] == f"position {facts['position']} of 5 in the text"
 
 
 def test_a_reply_that_failed_after_its_prompt(given: given_store.GivenStore) -> None:
