@@ -155,8 +155,7 @@ def _conversation(
     with st.container(key="sides"):
         left, right = st.columns([8, 5], gap="medium")
     with left:
-        # The messages after a live reply are drawn with it, so that their order stays.
-        first = messages.index(next(m for m in messages if m.id == live[0])) if live else None
+        first = branch_data.first_live(messages)
         boundary.part(_finished)(conversation_id, first, settings)
         if first is not None:
             boundary.part(_live, run_every=POLL_SECONDS)(conversation_id, first, len(live))
