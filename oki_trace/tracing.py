@@ -19,10 +19,12 @@ from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture, rest_of
 from oki_trace.llm.capture.teacher_forcing import (
     GivenLenses,
+    NoGivenSteps,
     TextCache,
     Windows,
     runs_in_chunks,
     teacher_force,
+    waiting_room,
 )
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
@@ -48,6 +50,9 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
+
+# Tokens of a prompt that a light trace runs in one piece, where a model cannot run in chunks.
+ONE_PIECE = 256
 
 # A piece of the reply's text and the kind of its part.
 OnText = Callable[[str, PartKind], None]
@@ -157,18 +162,26 @@ def trace_turn(
         text = turn.text.replies_to(prompt, tools, prefix_len, handle.vocabulary)
         generation = resolve_generation(handle.model, sampling, len(prompt) + len(first_ids))
         report_activity(Activity.DECODING)
+        first = len(prompt) if policy.trace_prompt is None else max(traced_before(prompt), 1)
+        policy, note = _affordable(handle, policy, len(prompt) - first, len(prompt))
         report = handle.report(policy)
         if reuse:
             report = _with_reuse(report, handle, prompt)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, report, prefix_len, text))
         given, reused = None, report.reused if reuse else None
+        if note is not None:
+            turn.checks = ReplyChecks((), notes=(note,))
         if policy.trace_prompt is not None:
-            first = max(traced_before(prompt), 1)
             given = GivenLenses(handle, policy.for_prompt)
             with _prompt_cache(handle, prompt, reused, first) as cache:
                 options: Any = {"later": given, "cache": cache}
-                turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop, **options)
+                try:
+                    turn.follow_given(handle, prompt, given.policy, first, should_stop, **options)
+                except NoGivenSteps as error:
+                    if policy.trace_prompt == "full":
+                        raise
+                    given.reducer.checker.note(f"the prompt was not traced: {error}")
             if cache is not None:
                 reused, _ = handle.fast.shared_prefix(prompt.token_ids)
             turn.began = time.perf_counter()  # the time of a reply is that of its decoding
@@ -182,6 +195,26 @@ def trace_turn(
     turn.forget_if_wrong(handle)
     stopped = turn.reason == "stopped"
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
+
+
+def _affordable(
+    handle: Instrument, policy: CapturePolicy, new_tokens: int, tokens: int
+) -> tuple[CapturePolicy, str | None]:
+    """The policy for a prompt of so many tokens, and why it is less than was asked for.
+
+    A light trace shall not delay the reply: its lens is computed meanwhile, so it is left out
+    where there is no room for so many steps. Only ``lens_layers`` asks for it in any case.
+    """
+    room = waiting_room(handle)
+    if policy.trace_prompt != "light" or policy.lens_layers is not None or new_tokens <= 0:
+        return policy, None
+    if tokens > max(room, ONE_PIECE) and not runs_in_chunks(handle):
+        note = f"the prompt was not traced: {tokens:,} tokens take much memory in one piece"
+        return replace(policy, trace_prompt=None), note
+    if new_tokens <= room or policy.no_lens or handle.lens.projection is None:
+        return policy, None
+    note = f"the lens did not read the prompt, whose {new_tokens:,} tokens would delay the reply"
+    return replace(policy, lens_layers="none"), note
 
 
 @contextmanager
@@ -247,12 +280,13 @@ def trace_text(
         require_context(handle.model, len(prompt), windows.length if windows else None)
         generation = resolve_generation(handle.model, Sampling(max_new_tokens=0), 0)
         report_activity(Activity.DECODING)
-        report = handle.report(replace(policy, trace_prompt=policy.trace_prompt or "full"))
+        policy = replace(policy, trace_prompt=policy.trace_prompt or "full")
+        report = handle.report(policy)
         pair = None if windows is None else (windows.length, windows.stride)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
         turn.reason = "scored"
-        turn.follow_given(handle, prompt, policy, first, should_stop, windows=windows)
+        turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop, windows=windows)
     turn.forget_if_wrong(handle)
     return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 

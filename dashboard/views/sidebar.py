@@ -94,7 +94,7 @@ def _chosen() -> dict[str, Any]:
         "seed": None,
         "penalty": None,
         "max_new_tokens": Sampling().max_new_tokens,
-        **asdict(CapturePolicy()),
+        **asdict(CapturePolicy(trace_prompt="light")),
         "system": "",
         "enable_thinking": UNCHANGED,
         "reasoning_effort": UNCHANGED,

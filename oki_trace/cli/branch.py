@@ -65,7 +65,7 @@ def branch(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     tensors: options.Tensors = "half",
-    trace_prompt: options.TracePrompt = "none",
+    trace_prompt: options.TracePrompt = "light",
     no_fast: options.NoFast = False,
     db: options.Db = None,
     json: options.Json = False,

@@ -49,6 +49,10 @@ _TOLERANCE_16_BIT = 1e-1
 _continues_exactly: weakref.WeakKeyDictionary[ModelHooks, bool] = weakref.WeakKeyDictionary()
 
 
+class NoGivenSteps(CaptureError):
+    """The model returns nothing from which given tokens could be traced."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """Overlapping windows of ``length`` tokens, each ``stride`` tokens after the one before.
@@ -114,13 +118,12 @@ class GivenLenses:
     """
 
     def __init__(self, instrument: Instrument, policy: CapturePolicy) -> None:
+        self.policy = policy
         self.reducer = StepReducer(instrument, policy)
         vocab = int(instrument.model.get_input_embeddings().weight.shape[0])
-        structure = instrument.structure
-        step_bytes = 2 * vocab * structure.layers
+        step_bytes = 2 * vocab * instrument.structure.layers
         self._together = min(max(_LENS_BYTES // step_bytes, 1), LENS_STEPS)
-        width = int(instrument.model.get_input_embeddings().weight.shape[-1])
-        self._room = _WAITING_BYTES // (4 * (vocab + width * structure.layers))
+        self._room = waiting_room(instrument)
         self._waiting: list[tuple[Step, PendingLens]] = []
 
     def add(self, step: Step, lens: PendingLens) -> None:
@@ -146,6 +149,12 @@ class GivenLenses:
         """The results of the checks so far."""
         # They name generated steps by their numbers, which these do not have.
         return replace(self.reducer.checker.report(), steps=())
+
+
+def waiting_room(instrument: Instrument) -> int:
+    """How many steps of given tokens may wait until their lenses are computed."""
+    vocab, width = instrument.model.get_input_embeddings().weight.shape[:2]
+    return int(_WAITING_BYTES // (4 * (vocab + width * instrument.structure.layers)))
 
 
 def teacher_force(
@@ -328,9 +337,9 @@ class _Forward:
             attention = hooks.take_every_query(outputs)
         logits = outputs.logits[0]
         if len(logits) != stop - start:
-            raise CaptureError(
+            raise NoGivenSteps(
                 f"{type(self._model).__name__} does not predict the next token at every position, "
-                "so given text cannot be traced. Leave out --trace-prompt, or choose another model."
+                "so given text cannot be traced. Use --trace-prompt none, or choose another model."
             )
         skipped = max(0, first - 1 - start)
         positions = range(start + skipped + 1, stop + 1)
