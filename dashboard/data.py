@@ -137,10 +137,10 @@ Read = TypeVar("Read", bound=Callable[..., Any])
 
 
 def _cached(max_entries: int, spinner: str | bool = False) -> Callable[[Read], Read]:
-    """Caches a read of replies. The number of tokens is part of the key: a live reply grows."""
+    """Caches a read of replies, by what of them can change: their tokens and their readings."""
 
-    def key(message: Message) -> tuple[str, int, int]:
-        return store_name(), message.id, message.tokens
+    def key(message: Message) -> tuple[str, int, int, int]:
+        return store_name(), message.id, message.tokens, message.readings
 
     cached = st.cache_data(max_entries=max_entries, show_spinner=spinner, hash_funcs={Message: key})
     return cast("Callable[[Read], Read]", cached)

@@ -16,6 +16,7 @@ from oki_trace.records import (
     Effect,
     Generation,
     LayerAttention,
+    LayerRouting,
     Lens,
     Prompt,
     Step,
@@ -112,6 +113,48 @@ def lens(
         chosen_prob=rng.random(layers + 1).astype(np.float32),
         kl=rng.random(layers + 1).astype(np.float32),
     )
+
+
+def reading(
+    name: str, of: Lens, rng: np.random.Generator, layers: tuple[int, ...] | None = None
+) -> Lens:
+    """Another lens at the same step, which reads these layers, or all; the last is the same."""
+    rows = [*range(len(of.entropy))] if layers is None else [*layers]
+    probs = of.probs[rows] * rng.uniform(0.5, 0.9, size=(len(rows), 1)).astype(np.float32)
+    probs[-1] = of.probs[-1]
+    ratio = probs[:, :1] / of.probs[rows][:, :1]
+    return Lens(
+        step_index=of.step_index,
+        token_ids=of.token_ids[rows],
+        tokens=tuple(of.tokens[row] for row in rows),
+        logits=of.logits[rows],
+        probs=probs,
+        entropy=np.append(rng.random(len(rows) - 1).astype(np.float32), of.entropy[-1]),
+        chosen_rank=of.chosen_rank[rows],
+        chosen_prob=of.chosen_prob[rows] * ratio[:, 0],
+        kl=np.append(rng.random(len(rows) - 1), 0).astype(np.float32),
+        name=name,
+        layers=None if layers is None else np.array(layers),
+    )
+
+
+def routing(rng: np.random.Generator, *, layers: int = 3, k: int = 2) -> tuple[LayerRouting, ...]:
+    """``k`` of the eight experts of every layer."""
+    weights = np.array([0.5**rank for rank in range(1, k + 1)], dtype=np.float32)
+    return tuple(
+        LayerRouting(layer, rng.choice(8, size=k, replace=False), weights)
+        for layer in range(1, layers + 1)
+    )
+
+
+def read_by(step: Step, rng: np.random.Generator) -> Step:
+    """The step with readings by two lenses, one of which lacks a layer, and with experts."""
+    assert step.lens is not None
+    lenses = (
+        reading("jlens", step.lens, rng, (1, 3)),
+        reading("tuned-1.0", step.lens, rng),
+    )
+    return replace(step, lenses=lenses, router=routing(rng))
 
 
 def decision(chosen_id: int, greedy_id: int) -> Decision:

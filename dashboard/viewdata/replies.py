@@ -118,6 +118,10 @@ def reply_data(
     }
 
 
+# A complete reply that the model itself did not end.
+_CUT = {"token limit": "cut at the token limit", "context full": "cut: the context is full"}
+
+
 def status_line(message: Message, tokens: int, size: str) -> str:
     """How a reply ended, or how far it is; ``size`` is what its tensors take, in words.
 
@@ -135,6 +139,8 @@ def status_line(message: Message, tokens: int, size: str) -> str:
         return f"Interrupted: {reason}" if reason else "This reply was interrupted."
     if message.status is Status.STOPPED and reason not in (None, "", "stopped"):
         status += f" ({reason})"
+    if message.status is Status.COMPLETE:
+        status = _CUT.get(reason or "", status)
     if not tokens and not message.status.is_live:
         return status
     speed = f"{tokens / message.seconds:.1f} tokens/s" if message.seconds else ""

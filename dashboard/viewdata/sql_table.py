@@ -32,6 +32,7 @@ LIMIT 25""",
     "At how many steps each layer ranks the chosen token first": """\
 SELECT layer, avg((chosen_rank = 1)::INT) AS first, avg(chosen_prob) AS prob
 FROM lens_layer
+WHERE lens = 'logit'
 GROUP BY layer
 ORDER BY layer""",
     "Entropy and probability by step": """\
@@ -42,7 +43,7 @@ ORDER BY step_index""",
     "The most frequent top token of each middle layer": """\
 SELECT layer, top_token, count(*) AS times, avg(top_prob) AS prob
 FROM lens_layer
-WHERE layer BETWEEN 10 AND 20
+WHERE lens = 'logit' AND layer BETWEEN 10 AND 20
 GROUP BY layer, top_token
 QUALIFY row_number() OVER (PARTITION BY layer ORDER BY count(*) DESC) = 1
 ORDER BY layer""",

@@ -251,6 +251,11 @@ def _message(message: Message, messages: Sequence[Message]) -> None:
     live = message.status.is_live
     if not steps and not live and _scored(message):
         return
+    if not steps and message.status is Status.COMPLETE and message.content:
+        # Given or imported without a trace: its text is all there is.
+        shown = replies.bubble_data(message.content, "assistant")
+        components.bubble(data=shown, key=f"message-{message.id}")
+        return
     size = storage.size(data.store().message_bytes(message.id)) if steps and not live else ""
     prompt = data.prompt(message) if message.prefix_len else None
     prefix = {at: one.step for at, one in data.prefix_steps(message).items()} if prompt else {}

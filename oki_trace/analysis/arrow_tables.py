@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from oki_trace.analysis.head_targets import COUNTED_AS
 from oki_trace.analysis.tables import BY_NAME
+from oki_trace.records import LOGIT
 from oki_trace.store.reading.bulk_read import Columns
 from oki_trace.store.reading.reader import TraceReader
 from oki_trace.store.schema import arrow
@@ -68,7 +69,7 @@ def _step_tables(batch: dict[str, Columns], share: NDArray[np.int64], before: st
         "step": {
             "token_class": _classes(step["token"], step["is_special"].tolist(), before),
             **_runner_up(step, topk),
-            **_settled(step, lens_layer),
+            **_settled(step, _of_logit_lens(lens_layer)),
         },
         "lens_layer": _top_of_layer(lens_layer, lens_entry),
         "attention_layer": _divided(attention_layer, attention_entry, share),
@@ -107,6 +108,11 @@ def _tokens_at(
     return {f"{name}_id": ids, f"{name}_prob": probs, f"{name}_token": tokens}
 
 
+def _of_logit_lens(lens_layer: Columns) -> Columns:
+    rows = np.array([name == LOGIT for name in lens_layer["lens"]], dtype=np.bool_)
+    return {name: lens_layer[name][rows] for name in ("step_id", "layer", "chosen_prob")}
+
+
 def _settled(step: Columns, lens_layer: Columns) -> dict[str, Any]:
     place = _places(step, lens_layer)
     count = len(step["id"])
@@ -126,11 +132,20 @@ def _top_of_layer(layer: Columns, entry: Columns) -> dict[str, Any]:
 
 
 def _rows_of_layer(layer: Columns, entry: Columns) -> NDArray[np.int64]:
-    """The row of a layer's table that each entry belongs to; both are ordered by step and layer."""
+    """The row of a layer's table that each entry belongs to."""
     span = int(max(layer["layer"].max(initial=0), entry["layer"].max(initial=0))) + 1
-    row: NDArray[np.int64] = np.searchsorted(
-        layer["step_id"] * span + layer["layer"], entry["step_id"] * span + entry["layer"]
-    )
+    lenses = {name: number for number, name in enumerate(dict.fromkeys(layer.get("lens", ())))}
+
+    def key(rows: Columns) -> NDArray[np.int64]:
+        of_layer: NDArray[np.int64] = rows["step_id"] * span + rows["layer"]
+        if len(lenses) > 1:
+            numbers = np.fromiter((lenses[name] for name in rows["lens"]), np.int64)
+            of_layer = of_layer * len(lenses) + numbers
+        return of_layer
+
+    keys = key(layer)
+    order = np.argsort(keys)
+    row: NDArray[np.int64] = order[np.searchsorted(keys, key(entry), sorter=order)]
     return row
 
 

@@ -228,8 +228,12 @@ def _conversations(reader: TraceReader) -> pa.Table:
 
 
 def _identity(mark: MessageMark) -> str:
-    """Distinguishes a message from one with the same id in another store at this address."""
-    return f"{mark.conversation_id} {mark.status} {mark.created_at.isoformat()}"
+    """Distinguishes a message from one with the same id in another store at this address.
+
+    And from itself before a lens was applied to it.
+    """
+    identity = f"{mark.conversation_id} {mark.status} {mark.created_at.isoformat()}"
+    return f"{identity} {mark.readings}"
 
 
 def _up_to_full(parts: list[Part]) -> tuple[list[Part], list[Part]]:

@@ -26,7 +26,7 @@ from oki_trace.store.schema import identity
 from oki_trace.store.schema.identity import Db
 
 # The format of the files: with another number, everything is written again.
-FORMAT = 4
+FORMAT = 5
 
 _MANIFEST = "manifest.json"
 _MESSAGES = "messages.json"

@@ -75,6 +75,7 @@ def _table(name: str, meaning: str, columns: dict[str, str | tuple[str, str]]) -
     )
 
 
+_LENS = "logit: the Logit Lens; else the name of an installed lens"
 _OF_STEP: dict[str, str | tuple[str, str]] = {
     "message_id": ("BIGINT", "the reply"),
     "step_id": "the step",
@@ -159,7 +160,7 @@ TABLES: tuple[Table, ...] = (
             "elapsed_ms": "time of the step",
             "settle_layer": "first layer from which the token stays on top; NULL: it never does",
             "settle_prob": ("DOUBLE", "the token's prob at that layer"),
-            "layers": ("INTEGER", "the last layer of its lens; NULL: no lens"),
+            "layers": ("INTEGER", "the last layer of its Logit Lens; NULL: no lens"),
             "runner_up_id": ("INTEGER", "the most likely token that was not chosen"),
             "runner_up_token": ("VARCHAR", "its text"),
             "runner_up_prob": ("DOUBLE", "its prob"),
@@ -180,9 +181,10 @@ TABLES: tuple[Table, ...] = (
     ),
     _table(
         "lens_layer",
-        "the Logit Lens at a layer and a step",
+        "a lens at a layer and a step; an installed lens may lack layers",
         {
             **_OF_STEP,
+            "lens": _LENS,
             "layer": "0: the embedding; the last: the model's own distribution",
             "entropy": "of the layer's distribution, in nats",
             "chosen_rank": "the rank of the chosen token",
@@ -195,9 +197,10 @@ TABLES: tuple[Table, ...] = (
     ),
     _table(
         "lens_entry",
-        "a token that the Logit Lens reads at a layer",
+        "a token that a lens reads at a layer",
         {
             **_OF_STEP,
+            "lens": _LENS,
             "layer": "the layer",
             "rank": "1: the most likely",
             "token_id": "the token",
@@ -231,6 +234,17 @@ TABLES: tuple[Table, ...] = (
             "layer": "the layer",
             "rank": "1: the most attended",
             "position": "the position",
+            "weight": "its weight",
+        },
+    ),
+    _table(
+        "router_entry",
+        "an expert that a layer's router chose for a token; of mixtures of experts only",
+        {
+            **_OF_STEP,
+            "layer": "the layer",
+            "rank": "1: the largest weight",
+            "expert": "the expert's number, from 0",
             "weight": "its weight",
         },
     ),

@@ -148,7 +148,7 @@ def sql(
 ) -> None:
     """Query the whole store with your own SQL, in DuckDB's dialect. Read-only.
 
-    Example: oki-trace sql "SELECT layer, avg(kl) FROM lens_layer GROUP BY layer ORDER BY layer"
+    Example: oki-trace sql "SELECT lens, layer, avg(kl) FROM lens_layer GROUP BY ALL ORDER BY ALL"
 
     Example: oki-trace sql --tables
 

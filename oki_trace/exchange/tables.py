@@ -16,7 +16,7 @@ from oki_trace.store.schema.arrow import arrow_types
 # Of this store alone, and meaningless in another.
 _LEFT_OUT = {
     "conversation": {"updated_at", "uid"},
-    "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
+    "message": {"owner", "heartbeat_at", "stop_requested", "score_of", "readings"},
     "step": {"tensor_bytes"},
     "tensor": {"id", "codec", "checksum", "raw_bytes"},
 }
@@ -39,9 +39,19 @@ TABLES: dict[str, Any] = {
     )
     for name in (
         *("conversation", "message", "prompt_token", "step", "topk_entry"),
-        *("attention_layer", "attention_entry", "lens_layer", "lens_entry", "tensor"),
+        *(
+            "attention_layer",
+            "attention_entry",
+            "lens_layer",
+            "lens_entry",
+            "router_entry",
+            "tensor",
+        ),
     )
 }
+
+# The tables that older exports do not have.
+LATER = frozenset({"router_entry"})
 
 SUFFIX = ".parquet"
 FILES = frozenset(f"{name}{SUFFIX}" for name in TABLES)

@@ -19,6 +19,7 @@ from oki_trace.records import (
     FloatArray,
     IntArray,
     LayerAttention,
+    LayerRouting,
     Lens,
     Part,
     Prompt,
@@ -159,6 +160,8 @@ def _step(step: Step, prompt_len: int, ids: list[int], tokens: list[str]) -> Jso
             for layer in step.attention
         ],
         "logit_lens": _lens(step.lens) if step.lens else [],
+        **({"lenses": {lens.name: _lens(lens) for lens in step.lenses}} if step.lenses else {}),
+        **({"router": [_routing(layer) for layer in step.router]} if step.router else {}),
     }
 
 
@@ -235,15 +238,28 @@ def _lens(lens: Lens) -> list[Json]:
         {
             "layer": layer,
             "topk": _tokens(
-                lens.token_ids[layer], tokens, logit=lens.logits[layer], prob=lens.probs[layer]
+                lens.token_ids[row], tokens, logit=lens.logits[row], prob=lens.probs[row]
             ),
-            "chosen_rank": int(lens.chosen_rank[layer]) or None,
-            "chosen_prob": _number(float(lens.chosen_prob[layer])),
-            "entropy": _number(float(lens.entropy[layer])),
-            "kl": _number(float(lens.kl[layer])),
+            "chosen_rank": int(lens.chosen_rank[row]) or None,
+            "chosen_prob": _number(float(lens.chosen_prob[row])),
+            "entropy": _number(float(lens.entropy[row])),
+            "kl": _number(float(lens.kl[row])),
         }
-        for layer, tokens in enumerate(lens.tokens)
+        for row, (layer, tokens) in enumerate(
+            zip(lens.layer_numbers.tolist(), lens.tokens, strict=True)
+        )
     ]
+
+
+def _routing(routing: LayerRouting) -> Json:
+    pairs = zip(routing.experts.tolist(), routing.weights.tolist(), strict=True)
+    return {
+        "layer": routing.layer,
+        "topk": [
+            {"rank": rank, "expert": expert, "weight": _number(weight)}
+            for rank, (expert, weight) in enumerate(pairs, start=1)
+        ],
+    }
 
 
 def known_id(token_id: int | None) -> int | None:

@@ -65,7 +65,7 @@ def _require(holds: bool, sentence: str) -> None:
         raise UsageError(f"{sentence}.")
 
 
-def require_lens_name(name: str) -> None:
+def require_lens_name(name: object) -> None:
     """Raise UsageError unless an installed lens can have this name."""
     _require(
         isinstance(name, str) and name != LOGIT and _LENS_NAME.fullmatch(name) is not None,

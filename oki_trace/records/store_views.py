@@ -87,7 +87,8 @@ class Message:
     ``score_of``: the message whose text was scored, in this store; it may be gone since.
     ``tensors_pruned_at``: when its full tensors were pruned; None: never. ``digest``
     covers the message as it ended (see ``store.digest``): None before that, "" if it was
-    recorded by a program without digests. ``damage``: the impossible values in its row;
+    recorded by a program without digests. ``readings`` counts the readings by lenses that
+    were added or removed after it had ended. ``damage``: the impossible values in its row;
     its status is then "failed".
     """
 
@@ -120,6 +121,7 @@ class Message:
     template: TemplateOptions | None = None
     tool_name: str | None = None
     digest: str | None = None
+    readings: int = 0
     damage: str | None = None
 
     @property
@@ -177,10 +179,11 @@ class StepSummary:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LensGrid:
-    """The Logit Lens over many steps of one reply: S steps by L+1 layers.
+    """A lens over many steps of one reply: S steps by n layers.
 
-    ``step_index`` (S,), ascending, has the steps that have a lens, or the positions of
-    given tokens. All others are (S, L+1), column l being layer l. ``top`` is the index in
+    ``step_index`` (S,), ascending, has the steps that the lens has read, or the positions of
+    given tokens. ``layers`` (n,) are the layers of the columns; None: all, 0 to L. The others
+    are (S, n). ``top`` is the index in
     ``tokens``, which are distinct, of the layer's most likely token, ``top_id`` its id and
     ``top_prob`` its probability; the rest is as in ``Lens``.
     """
@@ -194,6 +197,7 @@ class LensGrid:
     chosen_rank: IntArray
     chosen_prob: FloatArray
     kl: FloatArray
+    layers: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,8 @@ digests of all its steps, so that no step can be changed, left out or moved. Dig
 cover values, not their encoding: they are the same in a copy, in an import of an
 export, on either engine and in every codec. Values that JSON does not distinguish
 have the same digest: infinities and NaN, -0 and 0, and all unknown token ids.
+A step's readings by installed lenses are not covered: they can be added at any time and
+made again from its hidden states.
 Digests detect damage and mistakes, but not forgery: a forger can compute new digests.
 """
 
@@ -26,6 +28,7 @@ from oki_trace.records import (
     Decision,
     FloatArray,
     IntArray,
+    LayerRouting,
     Lens,
     Message,
     Step,
@@ -52,7 +55,7 @@ def of_step(step: Step) -> bytes:
     count = len(top.tokens)
     missing = np.full(count, np.nan, dtype=np.float32)
     drawn = (missing if one is None else one for one in (top.sampled_probs, top.noise))
-    parts = (
+    parts: tuple[bytes, ...] = (
         _OF_STEP.pack(
             step.step_index,
             step.position,
@@ -72,6 +75,8 @@ def of_step(step: Step) -> bytes:
     )
     if step.origin == "forced":  # the step_index tells sampled and given tokens apart
         parts = (*parts[:-1], parts[-1] + _texts([step.origin]))
+    if step.router:
+        parts = (*parts, _router(step.router))
     return _hashed(b"oki step 1", parts)
 
 
@@ -235,6 +240,12 @@ def _decision(decision: Decision) -> bytes:
             texts.append(contender.token)
             numbers += (max(contender.token_id, _UNKNOWN), contender.prob, contender.noise)
     return _numbers([math.nan if one is None else one for one in numbers]) + _texts(texts)
+
+
+def _router(router: Sequence[LayerRouting]) -> bytes:
+    lengths = np.array([(one.layer, len(one.experts)) for one in router], dtype=np.int64)
+    experts, weights = ([getattr(one, name) for one in router] for name in ("experts", "weights"))
+    return _ids([lengths, *experts]) + _floats(weights)
 
 
 def _document(values: Any) -> bytes:

@@ -131,7 +131,7 @@ def test_a_reply_outlives_reloads_and_tabs(live: server.Explorer, browse: Browse
     third = browse(address)
     third.locator(".root.reply .token").nth(69).wait_for()
     assert browser_pages.said(third) == reply.content
-    assert "complete" in browser_pages.status(third)
+    assert "cut at the token limit" in browser_pages.status(third)
 
 
 def test_a_second_message_waits_its_turn(live: server.Explorer, browse: Browse) -> None:

@@ -1,4 +1,4 @@
-"""Text that runs from right to left, and a chosen token that no list has, in a real browser."""
+"""Text that runs from right to left, a token that no list has, an answer without a trace."""
 
 from __future__ import annotations
 
@@ -93,6 +93,21 @@ def test_a_reply_runs_in_the_direction_of_its_text(
     expect(last).to_have_class("row beyond chosen")
     if folder := os.environ.get("OKI_TRACE_SHOTS"):
         page.screenshot(path=f"{folder}/direction.png")
+
+
+def test_an_answer_without_a_trace_is_its_text(
+    run_explorer: Callable[..., server.Explorer], browse: Callable[..., Page], tmp_path: Path
+) -> None:
+    with TraceWriter(tmp_path / "store.db") as writer:
+        conversation = writer.create_conversation("Given")
+        writer.add_message(conversation, ChatMessage(Role.USER, QUESTION))
+        writer.add_message(conversation, ChatMessage(Role.ASSISTANT, "باريس"))
+        writer.add_message(conversation, ChatMessage(Role.USER, "Really?"))
+    explorer = run_explorer(str(tmp_path / "store.db"))
+    page = browse(f"{explorer.url}?conversation={conversation}")
+    said = page.locator(".root.bubble .message")
+    expect(said).to_have_text([QUESTION, "assistantباريس", "Really?"])
+    expect(page.get_by_text("complete")).to_have_count(0)
 
 
 def test_the_report_does_too(browser: Browser, tmp_path: Path) -> None:

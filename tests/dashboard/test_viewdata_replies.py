@@ -402,6 +402,19 @@ def replied(**values: Any) -> Message:
     )
 
 
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("end of turn", "complete · 5 tokens · 3 kB"),
+        ("token limit", "cut at the token limit · 5 tokens · 3 kB"),
+        ("context full", "cut: the context is full · 5 tokens · 3 kB"),
+        (None, "complete · 5 tokens · 3 kB"),
+    ],
+)
+def test_a_reply_that_the_model_did_not_end_says_so(reason: str | None, shown: str) -> None:
+    assert replies.status_line(replied(reason=reason), 5, "3 kB") == shown
+
+
 # ------------------------------------------------------------------------ parts
 
 

@@ -98,6 +98,8 @@ def fill(db: Path, *, steps: int = 3, tensors: TensorMode = "half") -> int:
             builders.step(i, rng, with_lens=True, token=(" the", "\n", HOSTILE)[i % 3])
             for i in range(steps)
         ]
+        # A lens may have been applied to some of the steps.
+        made[1:2] = [builders.read_by(step, rng) for step in made[1:2]]
         writer.append(reply, [*made, odd_step(steps, rng)])
         end = TurnEnd(Status.COMPLETE, HOSTILE, "end of turn", 1.5, parts=parts_of(steps + 1))
         writer.finish_reply(reply, end)

@@ -67,15 +67,17 @@ def test_tables_open_in_pandas_and_duckdb_and_say_what_the_store_says(
             as_read = np.frombuffer(data, "uint16" if dtype == "bfloat16" else dtype)
             assert np.array_equal(as_read.reshape(shape), kept.array)
             assert tuple(layers) == kept.layers
-    counted = duckdb.sql(f"SELECT count(*) FROM '{tmp_path}/t/lens_entry.parquet'").fetchall()
-    assert counted == [(4 * 4 * 5,)]
+    counted = duckdb.sql(
+        f"SELECT lens, count(*) FROM '{tmp_path}/t/lens_entry.parquet' GROUP BY lens ORDER BY lens"
+    ).fetchall()
+    assert counted == [("jlens", 2 * 5), ("logit", 4 * 4 * 5), ("tuned-1.0", 4 * 5)]
 
 
 def test_the_tables_have_the_columns_of_the_store() -> None:
     """The names of the contract and of ``oki-trace sql``; what is of the store alone is not."""
     own = {
         "conversation": {"updated_at", "uid"},
-        "message": {"owner", "heartbeat_at", "stop_requested", "score_of"},
+        "message": {"owner", "heartbeat_at", "stop_requested", "score_of", "readings"},
         "step": {"tensor_bytes"},
         "tensor": {"id", "codec", "checksum", "raw_bytes"},
     }
@@ -254,6 +256,9 @@ def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
         if isinstance(value, dict):
             # Whatever a tool or a template takes is no field of ours.
             values = [v for k, v in value.items() if k not in ("arguments", "tools")]
+            if isinstance(value.get("lenses"), dict):
+                values += value["lenses"].values()  # their keys are names of lenses
+                values.remove(value["lenses"])
             return set(value).union(*map(names, values))
         return set().union(*map(names, value)) if isinstance(value, list) else set()
 
@@ -263,7 +268,7 @@ def test_the_page_on_formats_names_every_field_and_limit(db: Path) -> None:
     for limit in (
         *(validation.MAX_PROMPT, validation.MAX_STEPS, validation.MAX_MESSAGES),
         *(validation.MAX_ENTRIES, validation.MAX_LAYERS, validation.MAX_CELLS),
-        *(validation.MAX_TEXT, validation.MAX_TOKEN),
+        *(validation.MAX_TEXT, validation.MAX_TOKEN, validation.MAX_LENSES),
         *(table_cursor.MAX_ROWS, json_stream.MAX_VALUE_CHARACTERS),
     ):
         assert f"{limit:,}" in page

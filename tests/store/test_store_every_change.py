@@ -45,7 +45,7 @@ FREE = {
     "store_state": {"id", "version"},
     "conversation": {"title", "updated_at", "uid"},
     # Ids of this store alone, of messages that may be gone.
-    "message": {"owner", "heartbeat_at", "stop_requested", "score_of", "branch_of"},
+    "message": {"owner", "heartbeat_at", "stop_requested", "score_of", "branch_of", "readings"},
     "worker": set(models.Worker.__table__.columns.keys()),
     "tensor": {"id"},
 }
@@ -71,7 +71,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             writer.start_reply(reply, replace(builders.turn_start("half"), prefix_len=2))
             rng = np.random.default_rng(5)
-            writer.append(reply, [drawn(builders.coherent_step(i, rng)) for i in range(STEPS)])
+            writer.append(reply, [step(i, rng) for i in range(STEPS)])
             writer.finish_reply(
                 reply, TurnEnd(Status.COMPLETE, " the" * STEPS, "token limit", 0.5, CHECKS)
             )
@@ -79,6 +79,12 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.add_message(conversation, ChatMessage(Role.USER, "And then?"))
     assert faults(path) == []
     return path
+
+
+def step(index: int, rng: np.random.Generator) -> Step:
+    """One with experts, read by the lenses that the policy names."""
+    coherent = builders.read_by(drawn(builders.coherent_step(index, rng)), rng)
+    return replace(coherent, router=builders.routing(rng, k=3))
 
 
 def drawn(step: Step) -> Step:
@@ -159,6 +165,7 @@ def where(table: Any) -> str:
     names = table.columns.keys()
     if "step_id" in names:
         of_list = [f"{name} = 3" for name in ("layer", "rank") if name in names]
+        of_list += ["lens = 'logit'"] if "lens" in names else []
         return " AND ".join([f"step_id = {STEP}", *of_list])
     if table.name in ("prompt_token",):
         return f"message_id = {REPLY} AND position = 3"
@@ -173,7 +180,7 @@ def test_no_column_can_be_changed_unnoticed(
         row = connection.execute(f"SELECT * FROM {table.name} WHERE {where(table)}").fetchone()
         value = another(column, row[column.name])
         if column.name in {key.name for key in table.primary_key} | _LINKS:
-            value += 1000
+            value = f"{value}x" if isinstance(value, str) else value + 1000
         connection.execute(
             f"UPDATE {table.name} SET {column.name} = ? "
             f"WHERE rowid = (SELECT rowid FROM {table.name} WHERE {where(table)} LIMIT 1)"

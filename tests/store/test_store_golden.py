@@ -43,14 +43,14 @@ def test_a_golden_store_is_upgraded_and_used(file: Path, revision: str) -> None:
     build.unpack(revision, file)
     assert migrate.current(file) == revision
     with TraceWriter(file) as writer, TraceReader(file) as reader:
-        _read_everything(reader, branches=int(revision == identity.HISTORY[-1]))
+        number = identity.HISTORY.index(revision) + 1
+        _read_everything(reader, branches=int(number >= 4), has_lenses=number >= 5)
         recorded = reader.info().messages
         _go_on(writer, reader)
         check = Verification(reader)
         assert [str(finding) for finding in check] == []
         # The first revision knew no digests; what goes on with it has them.
         assert check.without_digest == (recorded if revision == identity.HISTORY[0] else 0)
-    number = identity.HISTORY.index(revision) + 1
     backup = file.with_name(f"{file.name}.schema-{number}.bak")
     assert backup.exists() == (revision != migrate.head())
     fresh = file.with_name("fresh.db")
@@ -58,7 +58,7 @@ def test_a_golden_store_is_upgraded_and_used(file: Path, revision: str) -> None:
     assert schema(file) == schema(fresh), REBUILD.format(revision=revision)
 
 
-def _read_everything(reader: TraceReader, branches: int) -> None:
+def _read_everything(reader: TraceReader, branches: int, *, has_lenses: bool) -> None:
     empty, full = reader.conversations()[-1], reader.conversation(1)
     size = (8 + branches, 12 + 2 * branches)
     assert (full.title, full.messages, full.tokens) == ("What is gold? 🙂", *size)
@@ -72,6 +72,10 @@ def _read_everything(reader: TraceReader, branches: int) -> None:
         assert (branch.parent_id, branch.branch_of, branch.branch_step) == (7, 8, 2)
         assert branch.prefix_len == 2 and branch.forced == Forced((7,))
         assert [step.origin for step in reader.steps(branch.id)] == ["forced", "sampled"]
+        lenses = ("logit", "jlens", "tuned-1.0") if has_lenses else ("logit",)
+        assert reader.lens_names(branch.id) == lenses
+        assert len(reader.step(branch.id, 1).lenses) == len(lenses) - 1
+        assert len(reader.step(branch.id, 1).router) == (3 if has_lenses else 0)
     replies = [m for m in messages[:8] if m.role is Role.ASSISTANT]
     assert [m.status for m in replies] == [Status.COMPLETE] * 3 + [Status.STOPPED]
     for reply, mode in zip(replies, build.MODES, strict=True):

@@ -23,7 +23,7 @@ SELECT model_id AS model, layer, count(*) AS steps,
   avg(entropy) AS entropy,
   avg(kl) AS kl
 FROM lens_layer JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL
+WHERE step_index IS NOT NULL AND lens = 'logit'
 GROUP BY model_id, layer
 ORDER BY model, layer
 """,

@@ -19,7 +19,8 @@ rivals AS (
   SELECT step_id, arg_max(layer, top_prob) AS layer, arg_max(top_token, top_prob) AS rival,
     max(top_prob) AS rival_prob, count(*) AS layers
   FROM lens_layer JOIN scope USING (message_id)
-  WHERE step_index IS NOT NULL AND top_prob >= $least AND chosen_rank > 1 AND layer >= $from_layer
+  WHERE step_index IS NOT NULL AND lens = 'logit' AND layer >= $from_layer
+    AND top_prob >= $least AND chosen_rank > 1
   GROUP BY step_id
   ORDER BY rival_prob DESC, step_id
   LIMIT $top
@@ -52,7 +53,7 @@ WITH scope AS ($scope)
 SELECT model_id AS model, layer, count(*) AS steps,
   avg((chosen_rank > 1 AND top_prob >= $least)::INT) AS share
 FROM lens_layer JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL AND layer >= $from_layer
+WHERE step_index IS NOT NULL AND lens = 'logit' AND layer >= $from_layer
 GROUP BY model_id, layer
 ORDER BY model, layer
 """,

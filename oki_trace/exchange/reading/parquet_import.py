@@ -26,7 +26,7 @@ from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.tables import TABLES
 from oki_trace.exchange.tensor_file import Layers, Shape, byte_count, decode
 from oki_trace.exchange.trace_object import BLANK, known_id
-from oki_trace.records import NO_PARENT, Step, TensorRecord
+from oki_trace.records import LOGIT, NO_PARENT, Step, TensorRecord
 from oki_trace.store.codecs.tensors import MAX_RAW_BYTES, TensorName
 
 Cursors = dict[str, TableCursor]
@@ -138,8 +138,10 @@ def _prompt(rows: Iterator[Row], where: str) -> dict[str, list[Any]]:
 
 def _step(row: Row, cursors: Cursors, where: str) -> Row:
     """The fields of a step of a trace object."""
-    attention = _by_layer(cursors, "attention", row["id"], where)
-    lens = _by_layer(cursors, "lens", row["id"], where)
+    lenses = {
+        name: [{**layer, "chosen_rank": layer["chosen_rank"] or None} for layer in layers]
+        for name, layers in _by_layer(cursors, "lens", row["id"], where).items()
+    }
     candidates = cursors["topk_entry"].take(row["id"], validation.MAX_ENTRIES, where)
     return {
         **row,
@@ -148,22 +150,43 @@ def _step(row: Row, cursors: Cursors, where: str) -> Row:
         "rank": row["rank"] or None,
         "decision": _document(row["decision"], f"{where}, decision"),
         "logits_topk": _entries(candidates),
-        "attention": attention,
-        "logit_lens": [{**layer, "chosen_rank": layer["chosen_rank"] or None} for layer in lens],
+        "attention": _by_layer(cursors, "attention", row["id"], where).get(LOGIT, []),
+        "logit_lens": lenses.pop(LOGIT, []),
+        "lenses": lenses,
+        "router": _router(cursors, row["id"], where),
     }
 
 
-def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> list[Row]:
-    """The rows of the layers of a step, each with its entries as ``topk``."""
-    layers = cursors[f"{kind}_layer"].take(step, validation.MAX_LAYERS + 1, where)
-    entries: dict[int, list[Row]] = {row["layer"]: [] for row in layers}
+def _by_layer(cursors: Cursors, kind: str, step: int, where: str) -> dict[str, list[Row]]:
+    """The rows of the layers of a step by lens, each with its entries as ``topk``.
+
+    All rows of an older file, which has no column ``lens``, are of the Logit Lens.
+    """
+    most = (validation.MAX_LAYERS + 1) * (validation.MAX_LENSES + 1)
+    layers = cursors[f"{kind}_layer"].take(step, most, where)
+    entries: dict[tuple[str, int], list[Row]] = {_place(row): [] for row in layers}
     for entry in _entries(cursors[f"{kind}_entry"].take(step, validation.MAX_CELLS, where)):
-        if entry["layer"] not in entries:
+        if _place(entry) not in entries:
             raise refused(
                 f"{where}: the table {kind}_entry has a layer that {kind}_layer does not have"
             )
-        entries[entry["layer"]].append(entry)
-    return [{**row, "topk": entries[row["layer"]]} for row in layers]
+        entries[_place(entry)].append(entry)
+    lenses: dict[str, list[Row]] = {}
+    for row in layers:
+        lenses.setdefault(_place(row)[0], []).append({**row, "topk": entries[_place(row)]})
+    return lenses
+
+
+def _place(row: Row) -> tuple[str, int]:
+    """The lens and the layer of a row; attention is of one kind."""
+    return row.get("lens") or LOGIT, row["layer"]
+
+
+def _router(cursors: Cursors, step: int, where: str) -> list[Row]:
+    layers: dict[int, list[Row]] = {}
+    for row in cursors["router_entry"].take(step, validation.MAX_CELLS, where):
+        layers.setdefault(row["layer"], []).append(row)
+    return [{"layer": layer, "topk": rows} for layer, rows in layers.items()]
 
 
 def _entries(rows: list[Row]) -> list[Row]:

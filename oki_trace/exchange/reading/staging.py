@@ -232,8 +232,12 @@ class Staging:
 
 
 def _row_count(step: Step) -> int:
-    lens = 0 if step.lens is None else step.lens.token_ids.size
-    return len(step.topk.tokens) + sum(len(one.positions) for one in step.attention) + lens
+    lenses = (*step.lenses, *([] if step.lens is None else [step.lens]))
+    lists = [
+        *(len(one.positions) for one in step.attention),
+        *(len(r.experts) for r in step.router),
+    ]
+    return len(step.topk.tokens) + sum(lists) + sum(lens.token_ids.size for lens in lenses)
 
 
 def _end(message: validation.Message, status: Status, steps: int, where: str) -> TurnEnd:

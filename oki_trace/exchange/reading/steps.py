@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import numpy as np
 
 from oki_trace.exchange.reading import validation
+from oki_trace.exchange.reading.lenses import LensReader
+from oki_trace.exchange.reading.lists import (
+    check_falling,
+    check_ranks,
+    floats,
+    optional_floats,
+)
 from oki_trace.exchange.reading.replies import TokenIds
 from oki_trace.exchange.reading.validation import value_or
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.trace_object import BLANK
 from oki_trace.records import (
     Candidates,
     CaptureReport,
     Contender,
     Decision,
     LayerAttention,
-    Lens,
+    LayerRouting,
     Step,
     TensorRecord,
     TurnStart,
@@ -33,8 +38,6 @@ from oki_trace.records import (
 
 NAN = float("nan")
 
-# How far the entries of a list may be out of order: exp() is not monotone to the last bit.
-_ORDER = 1e-5
 _SPECIAL = re.compile(r"<\|[^<>|]{1,60}\|>|</?(s|eos|bos|pad)>")
 
 
@@ -114,6 +117,7 @@ def _record(
     prob = value_or(values, "prob", prob)
     margin = float(topk.probs[0] - topk.probs[1]) if len(topk.tokens) > 1 else NAN
     decision = values.get("decision")
+    lens, lenses = LensReader(index, token_id, start.capture.layers, ids, where).read(values)
     return Step(
         step_index=index,
         position=position,
@@ -131,7 +135,9 @@ def _record(
         elapsed_ms=value_or(values, "elapsed_ms", NAN),
         topk=topk,
         attention=_attention(values, start.capture, position, where),
-        lens=_lens(values, index, token_id, start.capture.layers, ids, where),
+        lens=lens,
+        lenses=lenses,
+        router=_router(values, start.capture.layers, where),
         decision=_decision(decision, ids) if decision else None,
         origin="given" if index < 0 else value_or(values, "origin", "sampled"),
         digest=values.get("digest"),
@@ -146,17 +152,17 @@ def _log(prob: float) -> float:
 
 def _candidates(entries: Sequence[validation.Candidate], ids: TokenIds, where: str) -> Candidates:
     where = f"{where}, logits_topk"
-    _check_ranks(entries, where)
-    logits, probs = _floats(entries, "logit"), _floats(entries, "prob")
-    _check_falling(logits, where, "logit")
-    _check_falling(probs, where, "prob")
+    check_ranks(entries, where)
+    logits, probs = floats(entries, "logit"), floats(entries, "prob")
+    check_falling(logits, where, "logit")
+    check_falling(probs, where, "prob")
     return Candidates(
         token_ids=np.array([ids.of(e.get("token_id"), e["token"]) for e in entries], np.int64),
         tokens=tuple([e["token"] for e in entries]),
         logits=logits,
         probs=probs,
-        sampled_probs=_optional_floats(entries, "sampled_prob"),
-        noise=_optional_floats(entries, "noise"),
+        sampled_probs=optional_floats(entries, "sampled_prob"),
+        noise=optional_floats(entries, "noise"),
     )
 
 
@@ -180,18 +186,18 @@ def _attention(
     # One array for all layers: a model has dozens, and each list is short.
     entries = list(chain.from_iterable(lists))
     positions = np.array([entry["position"] for entry in entries], dtype=np.int64)
-    weights = _floats(entries, "weight")
+    weights = floats(entries, "weight")
     if positions.max(initial=-1) >= position:
         raise refused(
             f"{where}: attention reaches position {positions.max()}, but it is at {position}"
         )
     list_numbers = np.repeat(np.arange(len(lists)), [len(entries) for entries in lists])
-    _check_falling(weights, f"{where}, attention", "weight", list_numbers)
+    check_falling(weights, f"{where}, attention", "weight", list_numbers)
     begin = 0
     records = []
     for layer, entries in zip(layers, lists, strict=True):
         here = f"{where}, attention of layer {layer['layer']}"
-        _check_ranks(entries, here)
+        check_ranks(entries, here)
         if len({entry["position"] for entry in entries}) != len(entries):
             raise refused(f"{here}: it has a position twice")
         end = begin + len(entries)
@@ -202,62 +208,33 @@ def _attention(
     if evidence and values.get("attention"):
         last = records[-1]
         same = [entry["position"] for entry in evidence] == last.positions.tolist()
-        weights = _floats(evidence, "weight")
+        weights = floats(evidence, "weight")
         if not same or not np.array_equal(weights, last.weights, equal_nan=True):
             raise refused(f"{where}: evidence is not the attention of the last layer")
     return tuple(records)
 
 
-def _lens(
-    values: validation.Step, index: int, token_id: int, layers: int, ids: TokenIds, where: str
-) -> Lens | None:
-    """A row for each layer of the model; a layer that the file does not have is blank."""
-    rows: dict[int, validation.LensLayer] = {}
-    for row in values.get("logit_lens") or ():
-        here = f"{where}, logit_lens of layer {row['layer']}"
-        if row["layer"] in rows:
-            raise refused(f"{here}: it occurs twice")
-        if row["layer"] > layers:
-            raise refused(f"{here}: the model has {layers:,} layers")
-        _check_ranks(row.get("topk") or (), here)
-        rows[row["layer"]] = row
-    if not rows:
-        return None
-    count = layers + 1
-    k = max(1, *(len(row.get("topk") or ()) for row in rows.values()))
-    if count * k > validation.MAX_CELLS:
-        raise refused(f"{where}: logit_lens has more than {validation.MAX_CELLS:,} entries")
-    blanks: list[validation.LensToken] = [{"token": ""}] * k
-    missing: validation.LensLayer = {"layer": 0}
-    cells: list[validation.LensToken] = []
-    token_ids, tokens, numbers = [], [], []
-    for layer in range(count):
-        row = rows.get(layer, missing)
-        entries = row.get("topk") or []
-        own_ids = [ids.of(entry.get("token_id"), entry["token"]) for entry in entries]
-        rank, prob = row.get("chosen_rank"), row.get("chosen_prob")
-        if token_id in own_ids:
-            at = own_ids.index(token_id)
-            rank = at + 1 if rank is None else rank
-            prob = entries[at].get("prob") if prob is None else prob
-        numbers.append((rank or 0, prob, row.get("entropy"), row.get("kl")))
-        short = k - len(entries)
-        entries = entries + blanks[:short]
-        cells += entries
-        token_ids.append(own_ids + [BLANK] * short)
-        tokens.append(tuple([entry["token"] for entry in entries]))
-    ranks, probs, entropy, kl = zip(*numbers, strict=True)
-    return Lens(
-        step_index=index,
-        token_ids=np.array(token_ids, dtype=np.int64),
-        tokens=tuple(tokens),
-        logits=_floats(cells, "logit").reshape(count, k),
-        probs=_floats(cells, "prob").reshape(count, k),
-        entropy=np.array(entropy, dtype=np.float32),
-        chosen_rank=np.array(ranks, dtype=np.int64),
-        chosen_prob=np.array(probs, dtype=np.float32) + np.float32(0),
-        kl=np.array(kl, dtype=np.float32),
-    )
+def _router(values: validation.Step, layers: int, where: str) -> tuple[LayerRouting, ...]:
+    """The experts of the layers that have any."""
+    routing = []
+    numbers = [layer["layer"] for layer in values.get("router") or ()]
+    if numbers != sorted(set(numbers)):
+        raise refused(f"{where}: router has a layer twice, or out of order")
+    if numbers and not 1 <= numbers[0] <= numbers[-1] <= layers:
+        raise refused(f"{where}: router has a layer that the model does not have")
+    for layer in values.get("router") or ():
+        here = f"{where}, router of layer {layer['layer']}"
+        entries = layer.get("topk") or []
+        if not entries:
+            raise refused(f"{here}: it has no expert")
+        check_ranks(entries, here)
+        experts = [entry["expert"] for entry in entries]
+        if len(set(experts)) != len(experts):
+            raise refused(f"{here}: it has an expert twice")
+        weights = floats(entries, "weight")
+        check_falling(weights, here, "weight")
+        routing.append(LayerRouting(layer["layer"], np.array(experts, dtype=np.int64), weights))
+    return tuple(routing)
 
 
 def _decision(values: validation.Decision, ids: TokenIds) -> Decision:
@@ -306,38 +283,3 @@ def _misfit(tensor: TensorRecord, step: Step, capture: CaptureReport) -> str | N
         if tensor.key_offset + shape[2] > step.position:
             return f"extend beyond position {step.position - 1}"
     return None
-
-
-# ------------------------------------------------------------------------- lists
-
-
-def _floats(entries: Sequence[Any], name: str) -> Any:
-    """As 32-bit floats: a missing number is NaN, and -0 becomes 0."""
-    values = np.array([entry.get(name) for entry in entries], dtype=np.float32)
-    return values + np.float32(0)
-
-
-def _optional_floats(entries: Sequence[Any], name: str) -> Any:
-    """None where no entry has the number."""
-    if all(entry.get(name) is None for entry in entries):
-        return None
-    return _floats(entries, name)
-
-
-def _check_ranks(entries: Iterable[Any], where: str) -> None:
-    for rank, entry in enumerate(entries, start=1):
-        if entry.get("rank") not in (None, rank):
-            raise refused(f"{where}: the ranks of its entries are not 1, 2, 3 and so on")
-
-
-def _check_falling(values: Any, where: str, name: str, list_numbers: Any = None) -> None:
-    """The largest value comes first, in each of several lists."""
-    finite = np.isfinite(values)
-    values = values[finite]
-    before, after = values[:-1], values[1:]
-    rises = after > before + _ORDER * np.maximum(1, np.abs(before))
-    if list_numbers is not None:
-        numbers = list_numbers[finite]
-        rises &= numbers[1:] == numbers[:-1]
-    if rises.any():
-        raise refused(f"{where}: its entries are not in the order of their {name}")

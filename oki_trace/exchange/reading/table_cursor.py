@@ -24,7 +24,7 @@ from oki_trace.errors import ExchangeError
 from oki_trace.exchange.reading import validation
 from oki_trace.exchange.reading.source import opened
 from oki_trace.exchange.refusal import refused
-from oki_trace.exchange.tables import SUFFIX, TABLES
+from oki_trace.exchange.tables import LATER, SUFFIX, TABLES
 
 Row = dict[str, Any]
 
@@ -48,6 +48,7 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 class TableCursor:
     """The rows of one table in order, grouped by their owner in the column ``key``.
 
+    A table that older exports do not have may be missing, and is then empty.
     ``pulse`` is called with every batch of rows. Raises ExchangeError.
     """
 
@@ -60,9 +61,13 @@ class TableCursor:
         self._types = dict(zip(TABLES[name].names, TABLES[name].types, strict=True))
         self._closing = ExitStack()
         try:
-            self._file = self._open(folder / f"{name}{SUFFIX}")
-            self._columns = self._checked()
-            self._batches = self._read()
+            path = folder / f"{name}{SUFFIX}"
+            is_there = name not in LATER or path.exists()
+            self._columns: set[str] = set()
+            if is_there:
+                self._file = self._open(path)
+                self._columns = self._checked()
+            self._batches = self._read() if is_there else iter(())
             self._batch: list[Sequence[Any]] = []
             self._owners: Sequence[Any] = ()
             self._at = 0

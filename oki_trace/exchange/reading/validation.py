@@ -43,6 +43,7 @@ MAX_MESSAGES = 10_000
 MAX_ENTRIES = 1_000
 MAX_LAYERS = 1_000
 MAX_CELLS = 200_000
+MAX_LENSES = 16
 MAX_TEXT = 16_000_000
 MAX_TOKEN = 10_000
 MAX_SPEEDUPS = 20
@@ -91,6 +92,15 @@ def _bytes(value: Any) -> Any:
         raise PydanticCustomError("hex", "is not hexadecimal") from None
 
 
+def _lens_name(value: str) -> str:
+    """The name of an installed lens."""
+    try:
+        records.require_lens_name(value)
+    except UsageError:
+        raise PydanticCustomError("lens", "is not the name of an installed lens") from None
+    return value
+
+
 def _shallow(value: Any) -> Any:
     """Any JSON that is not nested too deeply for the programs that read it."""
     if is_too_deep(value):
@@ -108,6 +118,7 @@ Token = Annotated[str, Field(max_length=MAX_TOKEN)]
 TokenBytes = Annotated[bytes, Field(max_length=4 * MAX_TOKEN), BeforeValidator(_bytes)]
 StepDigest = Annotated[bytes, Field(min_length=16, max_length=16), BeforeValidator(_bytes)]
 MessageDigest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+LensName = Annotated[str, AfterValidator(_lens_name)]
 Label = Annotated[str, Field(max_length=10_000)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Time = Annotated[dt.datetime, BeforeValidator(_time)]
@@ -381,6 +392,24 @@ class LensLayer(TypedDict, total=False):
     kl: Nats | None
 
 
+Lens = Annotated[list[LensLayer], _OF_LAYERS]
+
+
+class Expert(TypedDict, total=False):
+    """An expert that a router chose."""
+
+    rank: Rank | None
+    expert: Required[Count]
+    weight: Number | None
+
+
+class RouterLayer(TypedDict, total=False):
+    """The experts of one layer, the largest weight first."""
+
+    layer: Required[Layer]
+    topk: Annotated[list[Expert], _ENTRIES] | None
+
+
 class Contender(TypedDict, total=False):
     """A token in the draw."""
 
@@ -431,7 +460,9 @@ class Step(TypedDict, total=False):
     logits_topk: Annotated[list[Candidate], _ENTRIES] | None
     evidence: Annotated[list[Evidence], _ENTRIES] | None
     attention: Annotated[list[AttentionLayer], _OF_LAYERS] | None
-    logit_lens: Annotated[list[LensLayer], _OF_LAYERS] | None
+    logit_lens: Lens | None
+    lenses: Annotated[dict[LensName, Lens], Field(max_length=MAX_LENSES)] | None
+    router: Annotated[list[RouterLayer], _OF_LAYERS] | None
     digest: StepDigest | None
     tensor_digest: StepDigest | None
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from oki_trace.records import LayerAttention, Message, Origin, Step, TensorRecord
 from oki_trace.store.codecs import compact
+from oki_trace.store.maintenance.lens_checks import lenses_agree
+from oki_trace.store.maintenance.tolerance import ROUNDING, is_close, is_falling
 
-# float32, summed over a vocabulary or a row of weights in another order.
-_ROUNDING = 1e-4
 _PACKING = "+zstd"
 # The relative error of a decoded value from rounding it to its own dtype.
 _ROUNDED_TO = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
@@ -42,32 +42,33 @@ def rows_agree(message: Message, step: Step, *, complete: bool) -> Iterator[str]
         yield f"it is at position {step.position}, but the prompt has {message.prompt_len} tokens"
     yield from _candidates_agree(message, step)
     yield from _attention_agrees(message, step)
-    yield from _lens_agrees(message, step, complete=complete)
+    yield from lenses_agree(message, step, complete=complete)
+    yield from _router_agrees(message, step)
 
 
 def _candidates_agree(message: Message, step: Step) -> Iterator[str]:
     top = step.topk
-    if not _close(step.prob, math.exp(step.logprob), _ROUNDING):
+    if not is_close(step.prob, math.exp(step.logprob), ROUNDING):
         yield f"its probability {step.prob:.6g} is not that of its logprob {step.logprob:.6g}"
     if not len(top.tokens):
         yield "it has no candidates"
         return
     if message.policy is not None and len(top.tokens) > message.policy.topk_logits:
         yield f"it has {len(top.tokens)} candidates, more than requested"
-    if not _is_falling(top.probs) or not _is_falling(top.logits):
+    if not is_falling(top.probs) or not is_falling(top.logits):
         yield "the candidates are not in the order of their probabilities"
-    if step.rank <= len(top.tokens) and not _close(
-        float(top.logits[step.rank - 1]), step.logit, _ROUNDING
+    if step.rank <= len(top.tokens) and not is_close(
+        float(top.logits[step.rank - 1]), step.logit, ROUNDING
     ):
         yield f"the candidate of rank {step.rank} is not the token that was chosen"
-    if len(top.probs) > 1 and not _close(
-        step.margin, float(top.probs[0]) - float(top.probs[1]), _ROUNDING
+    if len(top.probs) > 1 and not is_close(
+        step.margin, float(top.probs[0]) - float(top.probs[1]), ROUNDING
     ):
         yield f"its margin is {step.margin:.6g}, but its candidates give another margin"
     place = np.flatnonzero(top.token_ids == step.token_id)
     if step.sampled_prob is not None and top.sampled_probs is not None and place.size:
         sampled = float(top.sampled_probs[place[0]])
-        if not _close(step.sampled_prob, sampled, _ROUNDING):
+        if not is_close(step.sampled_prob, sampled, ROUNDING):
             yield f"its probability when drawn is {step.sampled_prob:.6g}, not {sampled:.6g}"
 
 
@@ -77,7 +78,7 @@ def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
     if layers != announced:
         yield f"it has attention of layers {_list(layers)} instead of {_list(announced)}"
     for layer in step.attention:
-        if not _is_falling(layer.weights):
+        if not is_falling(layer.weights):
             yield f"the attention of layer {layer.layer} is not in the order of its weights"
         outside = (layer.positions < 0) | (layer.positions >= step.position)
         if outside.any() or len(set(layer.positions.tolist())) != len(layer.positions):
@@ -86,30 +87,16 @@ def _attention_agrees(message: Message, step: Step) -> Iterator[str]:
             yield f"the attention of layer {layer.layer} adds up to more than 1"
 
 
-def _lens_agrees(message: Message, step: Step, *, complete: bool) -> Iterator[str]:
-    capture, lens = message.capture, step.lens
-    if capture is None:
-        return
-    if lens is None:
-        given_up = message.checks is not None and message.checks.fault is not None
-        wanted = capture.logit_lens_available and not capture.policy.no_lens
-        if wanted and complete and not given_up:
-            yield "its lens is missing"
-        return
-    if not capture.logit_lens_available:
-        yield "it has a lens, although the model has none"
-    if len(lens.entropy) != capture.layers + 1:
-        yield f"its lens has {len(lens.entropy)} layers instead of {capture.layers + 1}"
-    k = min(lens.token_ids.shape[1], len(step.topk.tokens))
-    if not k:
-        return
-    last, own = lens.logits[-1, :k], step.topk.logits[:k]
-    if not np.allclose(last, own, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
-        yield "its lens at the last layer is not the model's own distribution"
-    if not _close(float(lens.chosen_prob[-1]), step.prob, _ROUNDING):
-        yield "its lens at the last layer gives its token another probability"
-    if lens.chosen_rank[-1] != step.rank:
-        yield f"its lens at the last layer has its token at rank {lens.chosen_rank[-1]}"
+def _router_agrees(message: Message, step: Step) -> Iterator[str]:
+    layers = message.capture.layers if message.capture else 0
+    for routing in step.router:
+        where = f"the router of layer {routing.layer}"
+        if layers and not 1 <= routing.layer <= layers:
+            yield f"{where} is of no layer of the model"
+        if len(set(routing.experts.tolist())) != len(routing.experts):
+            yield f"{where} names an expert twice"
+        if not is_falling(routing.weights):
+            yield f"{where} is not in the order of its weights"
 
 
 def names_agree(message: Message, step: Step, names: Set[str]) -> Iterator[str]:
@@ -164,12 +151,12 @@ def _logits_agree(
     probs = weights / normaliser
     is_exact = kind in ("raw", "zstd")
     prob = float(probs[step.token_id])
-    tolerance = _ROUNDING if is_exact else compact.PROB_BOUND
-    if not _close(step.prob, prob, tolerance, relative=False):
+    tolerance = ROUNDING if is_exact else compact.PROB_BOUND
+    if not is_close(step.prob, prob, tolerance, relative=False):
         yield f"its probability is {step.prob:.6g}, but its logits give {prob:.6g}"
     present = probs > 0
     entropy = -float((probs[present] * np.log(probs[present])).sum())
-    if not _close(step.entropy, entropy, 1e-3 if is_exact else 2e-2):
+    if not is_close(step.entropy, entropy, 1e-3 if is_exact else 2e-2):
         yield f"its entropy is {step.entropy:.6g}, but its logits give {entropy:.6g}"
     ids, rows = step.topk.token_ids, step.topk.logits.astype(np.float64)
     if not len(ids):
@@ -178,7 +165,7 @@ def _logits_agree(
         yield "its candidates name tokens outside the logits"
         return
     size = np.where(np.isfinite(rows), np.abs(rows), 0.0)
-    slack = _logit_slack(largest - wide[ids], kind) + _ROUNDING * size
+    slack = _logit_slack(largest - wide[ids], kind) + ROUNDING * size
     if kind == "companded":
         slack += rounding * size
     # Equal infinities are equal; an export cannot represent NaN and infinities at all.
@@ -198,8 +185,8 @@ def _logit_slack(gaps: NDArray[np.float64], kind: str) -> NDArray[np.float64]:
         return np.asarray(gaps * 2.0**-11 + 1e-3)
     if kind == "companded":
         fine, coarse = compact.GRIDS[0]
-        return np.asarray(np.minimum(fine * np.exp2(gaps / 2), coarse) * 0.55 + _ROUNDING)
-    return np.full_like(gaps, _ROUNDING)
+        return np.asarray(np.minimum(fine * np.exp2(gaps / 2), coarse) * 0.55 + ROUNDING)
+    return np.full_like(gaps, ROUNDING)
 
 
 def _attentions_agree(
@@ -214,7 +201,7 @@ def _attentions_agree(
     if tensor.key_offset + weights.shape[2] != step.position:
         yield f"its attentions end at position {tensor.key_offset + weights.shape[2]}"
         return
-    error = {"half": 2.0**-11, "cumulative": compact.WEIGHT_STEP}.get(kind, 0.0) + _ROUNDING
+    error = {"half": 2.0**-11, "cumulative": compact.WEIGHT_STEP}.get(kind, 0.0) + ROUNDING
     if not np.isfinite(weights).all():
         return
     if weights.min(initial=0.0) < 0 or weights.sum(axis=2, dtype=np.float64).max() > 1 + error:
@@ -233,22 +220,11 @@ def _evidence_agrees(
     columns = layer.positions - key_offset
     if columns.min(initial=0) < 0 or columns.max(initial=0) >= mean.size:
         yield f"the attention of layer {layer.layer} names positions outside its window"
-    elif not np.allclose(mean[columns], layer.weights, rtol=_ROUNDING, atol=error):
+    elif not np.allclose(mean[columns], layer.weights, rtol=ROUNDING, atol=error):
         yield f"the attention of layer {layer.layer} is not the mean of its heads"
     total = float(mean.sum()) + layer.missing
-    if abs(total - 1) > error + _ROUNDING:
+    if abs(total - 1) > error + ROUNDING:
         yield f"the attention of layer {layer.layer} and its missing share add up to {total:.5f}"
-
-
-def _is_falling(values: NDArray[Any]) -> bool:
-    known = values[~np.isnan(values)]
-    return bool((known[1:] <= known[:-1]).all())
-
-
-def _close(one: float, other: float, tolerance: float, *, relative: bool = True) -> bool:
-    if math.isnan(one) or math.isnan(other):
-        return math.isnan(one) and math.isnan(other)
-    return math.isclose(one, other, rel_tol=tolerance if relative else 0.0, abs_tol=tolerance)
 
 
 def _list(layers: tuple[int, ...]) -> str:

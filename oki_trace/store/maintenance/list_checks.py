@@ -6,23 +6,25 @@ does not change the order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import and_, func, select
 
+from oki_trace.records import LOGIT
 from oki_trace.store.reading.reader import Snapshot
 from oki_trace.store.schema import models
 
-# The lists of ranked rows: the table, and the column that separates the lists of a step.
-_RANKED = (
-    ("candidates", models.TopkEntry, None),
-    ("attention", models.AttentionEntry, models.AttentionEntry.layer),
-    ("lens", models.LensEntry, models.LensEntry.layer),
+# The lists of ranked rows: the table, and the columns that separate the lists of a step.
+_RANKED: tuple[tuple[str, type[models.Base], tuple[str, ...]], ...] = (
+    ("candidates", models.TopkEntry, ()),
+    ("attention", models.AttentionEntry, ("layer",)),
+    ("lens", models.LensEntry, ("layer", "lens")),
+    ("router", models.RouterEntry, ("layer",)),
 )
-_LAYERED = (
-    ("attention", models.AttentionEntry, models.AttentionLayer),
-    ("lens", models.LensEntry, models.LensLayer),
+_LAYERED: tuple[tuple[str, type[models.Base], type[models.Base], tuple[str, ...]], ...] = (
+    ("attention", models.AttentionEntry, models.AttentionLayer, ("layer",)),
+    ("lens", models.LensEntry, models.LensLayer, ("layer", "lens")),
 )
 
 
@@ -37,9 +39,9 @@ def broken_lists(instant: Snapshot, step_ids: list[int]) -> dict[int, list[str]]
 
 def _broken_ranks(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
     """Lists that are not ranked 1, 2, 3 … without a gap."""
-    for name, table, layer in _RANKED:
+    for name, table, separators in _RANKED:
         columns = table.__table__.c
-        lists = [columns.step_id] if layer is None else [columns.step_id, columns.layer]
+        lists = [columns[column] for column in ("step_id", *separators)]
         for row in instant.rows(
             select(*lists, func.count(), func.min(columns.rank), func.max(columns.rank))
             .where(columns.step_id.in_(step_ids))
@@ -47,17 +49,16 @@ def _broken_ranks(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int,
         ):
             count, lowest, highest = row[-3:]
             if (lowest, highest) != (1, count):
-                of_layer = f" of layer {row[1]}" if len(lists) == 2 else ""
                 ranks = f"ranks {lowest} to {highest}, {count} in all"
-                yield row[0], f"the {name} rows{of_layer} have {ranks}"
+                yield row[0], f"the {name} rows{_place(row[1:-3])} have {ranks}"
 
 
 def _broken_layers(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
-    """A lens has every layer from 0 on."""
+    """The Logit Lens has every layer from 0 on."""
     columns = models.LensLayer.__table__.c
     for row in instant.rows(
         select(columns.step_id, func.count(), func.min(columns.layer), func.max(columns.layer))
-        .where(columns.step_id.in_(step_ids))
+        .where(columns.step_id.in_(step_ids), columns.lens == LOGIT)
         .group_by(columns.step_id)
     ):
         step_id, count, lowest, highest = row
@@ -67,13 +68,21 @@ def _broken_layers(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int
 
 def _strays(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
     """Entries of a layer that the step does not have."""
-    for name, entries, layers in _LAYERED:
+    for name, entries, layers, separators in _LAYERED:
         own: Any = entries.__table__.c
         of: Any = layers.__table__.c
+        same = [of[column] == own[column] for column in ("step_id", *separators)]
         for row in instant.rows(
-            select(own.step_id, own.layer)
+            select(own.step_id, *(own[column] for column in separators))
             .distinct()
-            .outerjoin(layers, (of.step_id == own.step_id) & (of.layer == own.layer))
+            .outerjoin(layers, and_(*same))
             .where(own.step_id.in_(step_ids), of.layer.is_(None))
         ):
-            yield row[0], f"there are {name} rows of layer {row[1]}, which it does not have"
+            yield row[0], f"there are {name} rows{_place(row[1:])}, which it does not have"
+
+
+def _place(separators: Sequence[Any]) -> str:
+    """The layer of a list, and its lens where it is not the Logit Lens."""
+    layer, lens = (*separators, None, None)[:2]
+    of_lens = "" if lens in (None, LOGIT) else f" of the lens {lens}"
+    return "" if layer is None else f" of layer {layer}{of_lens}"

@@ -113,7 +113,7 @@ def prune(writer: TraceWriter, plan: PrunePlan, progress: Progress | None = None
     if progress is not None:
         progress(len(plan.items), len(plan.items))
     if pruned:
-        with writer.write() as connection:
+        with writer.making_room(), writer.write() as connection:
             _refresh_planner_statistics(connection)
     kept_bytes = plan.frees_bytes - sum(item.bytes for item in pruned)
     spared = plan.spared + len(plan.items) - len(pruned)

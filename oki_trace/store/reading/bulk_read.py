@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Boolean, Connection, Double, Integer, select
 
-from oki_trace.records import AttentionPoints, LensGrid, Status
+from oki_trace.records import LOGIT, AttentionPoints, LensGrid, Status
 from oki_trace.store.liveness import status_of
 from oki_trace.store.reading.connection import ReadConnection
 from oki_trace.store.reading.damage import report_damaged_steps
@@ -35,42 +35,56 @@ _LEFT_OUT = frozenset({"token_bytes", "decision", "digest", "tensor_digest"})
 
 @dataclass(frozen=True, slots=True)
 class MessageMark:
-    """The identity of a message and its stored status: live while it can still change."""
+    """The identity of a message and its stored status: live while it can still change.
+
+    A message that has ended changes only in its ``readings`` by lenses, which are counted.
+    """
 
     id: int
     conversation_id: int
     status: Status
     created_at: dt.datetime
+    readings: int = 0
 
 
 class BulkReads(ReadConnection):
     """The read methods that return arrays. Those of one reply raise DamagedSteps."""
 
     def lens_grid(
-        self, message_id: int, first: int = 0, end: int | None = None, *, given: bool = False
+        self,
+        message_id: int,
+        first: int = 0,
+        end: int | None = None,
+        *,
+        given: bool = False,
+        lens: str = LOGIT,
     ) -> LensGrid:
-        """The lens of every layer, at the steps from ``first`` up to ``end``.
+        """A lens at every layer that it reads, at the steps from ``first`` up to ``end``.
 
         With ``given``, at the steps of given tokens, by position.
         """
         step, layer, entry = Step, LensLayer, LensEntry
         index = step.position if given else step.step_index
-        best = (entry.step_id == layer.step_id) & (entry.layer == layer.layer) & (entry.rank == 1)
+        best = (entry.step_id == layer.step_id) & (entry.lens == lens)
+        best &= (entry.layer == layer.layer) & (entry.rank == 1)
         query = (
             select(
                 *(index, entry.token_id, entry.token, entry.prob, layer.entropy),
-                *(layer.chosen_rank, layer.chosen_prob, layer.kl),
+                *(layer.chosen_rank, layer.chosen_prob, layer.kl, layer.layer),
             )
-            .join(layer, layer.step_id == step.id)
+            .join(layer, (layer.step_id == step.id) & (layer.lens == lens))
             .join(entry, best)
             .where(*within(message_id, first, end, given=given))
             .order_by(index, layer.layer)
         )
         with report_damaged_steps(message_id):
             rows = self.rows(query)
-            columns = list(zip(*rows, strict=True)) or [()] * 8
+            columns = list(zip(*rows, strict=True)) or [()] * 9
             steps = np.unique(np.array(columns[0], dtype=np.int64))
             shape = (len(steps), len(rows) // max(len(steps), 1))
+            layers = np.array(columns[8][: shape[1]], dtype=np.int64)
+            if (np.array(columns[8], dtype=np.int64).reshape(shape) != layers).any():
+                raise ValueError("its steps were read at different layers")
             # Thousands of cells hold a few hundred distinct tokens.
             tokens = {token: number for number, token in enumerate(dict.fromkeys(columns[2]))}
 
@@ -90,6 +104,7 @@ class BulkReads(ReadConnection):
                 chosen_rank=ints(columns[5]),
                 chosen_prob=floats(6),
                 kl=floats(7),
+                layers=layers,
             )
 
     def attention_points(
@@ -122,10 +137,19 @@ class BulkReads(ReadConnection):
 
     def message_marks(self) -> list[MessageMark]:
         """The mark of every message of the store, by id."""
-        query = select(Message.id, Message.conversation_id, Message.status, Message.created_at)
+        query = select(
+            *(Message.id, Message.conversation_id, Message.status, Message.created_at),
+            Message.readings,
+        ).order_by(Message.id)
         return [
-            MessageMark(row.id, row.conversation_id, status_of(row.status), row.created_at)
-            for row in self.rows(query.order_by(Message.id))
+            MessageMark(
+                row.id,
+                row.conversation_id,
+                status_of(row.status),
+                row.created_at,
+                row.readings,
+            )
+            for row in self.rows(query)
         ]
 
     def conversation_columns(self) -> Columns:

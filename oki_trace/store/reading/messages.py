@@ -128,6 +128,7 @@ def _message(connection: Connection, row: Row[Any]) -> records.Message:
         },
         parts=damage.part("parts", documents.parts, row.parts) or (),
         tool_name=row.tool_name,
+        readings=damage.number("readings", row.readings, int) or 0,
         # Until the message has ended, the column holds the digest of its prompt.
         digest=None if status_of(row.status).is_live else row.digest,
     )

@@ -6,7 +6,7 @@ attention, and its lens, which may follow a few steps later, is complete or miss
 No transaction outlives its call, so the write-ahead log is never held open.
 
 The methods are grouped by subject: ``conversations``, ``messages``, ``steps``,
-``prompt_steps``, ``tensors``, ``bulk_read`` (many steps as arrays) and ``statistics``
+``prompt_steps``, ``lenses``, ``tensors``, ``bulk_read`` (many steps as arrays) and ``statistics``
 (the whole store).
 """
 
@@ -25,6 +25,7 @@ from oki_trace.store.disk_reserve import Reserve
 from oki_trace.store.file_guard import FileGuard
 from oki_trace.store.reading.bulk_read import BulkReads
 from oki_trace.store.reading.conversations import ConversationReads
+from oki_trace.store.reading.lenses import LensReads
 from oki_trace.store.reading.prompt_steps import PromptReads
 from oki_trace.store.reading.statistics import StoreReads
 from oki_trace.store.reading.tensors import TensorReads
@@ -33,7 +34,7 @@ from oki_trace.store.schema.engine import reader_engine
 from oki_trace.store.schema.identity import Db
 
 
-class Reader(ConversationReads, PromptReads, TensorReads, BulkReads, StoreReads):
+class Reader(ConversationReads, PromptReads, LensReads, TensorReads, BulkReads, StoreReads):
     """All read methods."""
 
     @contextmanager

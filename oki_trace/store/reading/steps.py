@@ -16,7 +16,16 @@ import numpy as np
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, select
 
 from oki_trace import records
-from oki_trace.records import Candidates, FloatArray, IntArray, LayerAttention, Lens, StepSummary
+from oki_trace.records import (
+    LOGIT,
+    Candidates,
+    FloatArray,
+    IntArray,
+    LayerAttention,
+    LayerRouting,
+    Lens,
+    StepSummary,
+)
 from oki_trace.store.reading import documents
 from oki_trace.store.reading.connection import ReadConnection
 from oki_trace.store.reading.damage import report_damaged_steps
@@ -27,6 +36,7 @@ from oki_trace.store.schema.models import (
     Base,
     LensEntry,
     LensLayer,
+    RouterEntry,
     Step,
     TopkEntry,
 )
@@ -154,14 +164,21 @@ def _read_steps(
     ).all()
     ids = [row.id for row in rows]
 
-    def children(model: type[Base]) -> dict[int, _Rows]:
-        """The rows of each step that has any, in the order of their key."""
-        table = model.__table__
-        query = select(table).where(table.c.step_id.in_(ids)).order_by(*table.primary_key)
-        return _grouped(connection, query)
+    def children(model: type[Base], *more: str) -> dict[Any, _Rows]:
+        """The rows of each step that has any, in the order of their key.
 
-    topk, lens_layers, lens = children(TopkEntry), children(LensLayer), children(LensEntry)
+        With the name of a second column, by the pair of step and this column.
+        """
+        table = model.__table__
+        names = ("step_id", *more)
+        first = [table.c[name] for name in names]
+        others = [column for column in table.c if column.name not in names]
+        query = select(*first, *others).where(table.c.step_id.in_(ids))
+        return _grouped(connection, query.order_by(*table.primary_key), len(names))
+
+    topk, router = children(TopkEntry), children(RouterEntry)
     attention_layers, attention = children(AttentionLayer), children(AttentionEntry)
+    lenses = _lenses(children(LensLayer, "lens"), children(LensEntry, "lens"), rows)
     return [
         records.Step(
             **_values(row),
@@ -170,7 +187,9 @@ def _read_steps(
             attention=_attention(
                 attention_layers.get(row.id, _NO_ROWS), attention.get(row.id, _NO_ROWS)
             ),
-            lens=_lens(_index(row), lens_layers.get(row.id), lens.get(row.id, _NO_ROWS)),
+            lens=next((one for one in lenses[row.id] if one.name == LOGIT), None),
+            lenses=tuple(one for one in lenses[row.id] if one.name != LOGIT),
+            router=_router(router.get(row.id, _NO_ROWS)),
             decision=None if row.decision is None else documents.decision(row.decision),
         )
         for row in rows
@@ -183,15 +202,15 @@ def _values(row: Row[Any]) -> dict[str, Any]:
     return values | {name: _number(getattr(row, name)) for name in _MEASURED}
 
 
-def _grouped(connection: Connection, query: Select[Any]) -> dict[int, _Rows]:
-    """The rows of a query by its first column, by which it is ordered: a list per column."""
+def _grouped(connection: Connection, query: Select[Any], columns: int = 1) -> dict[Any, _Rows]:
+    """The rows of a query by its first columns, by which it is ordered: a list per column."""
     rows = connection.execute(query).all()
     names = rows[0]._fields if rows else ()
     # Column by column: a step has hundreds of rows, and naming each value of each would
     # take longer than reading it.
     return {
         key: dict(zip(names, map(list, zip(*group, strict=True)), strict=True))
-        for key, group in groupby(rows, key=itemgetter(0))
+        for key, group in groupby(rows, key=itemgetter(*range(columns)))
     }
 
 
@@ -217,12 +236,37 @@ def _attention(layers: _Rows, entries: _Rows) -> tuple[LayerAttention, ...]:
     return tuple(attention)
 
 
-def _lens(step_index: int, layers: _Rows | None, entries: _Rows) -> Lens | None:
-    if layers is None:
-        return None
+def _router(entries: _Rows) -> tuple[LayerRouting, ...]:
+    layers = entries["layer"]
+    experts, weights = _ints(entries["expert"]), _floats(entries["weight"])
+    routing = []
+    for layer in dict.fromkeys(layers):
+        own = slice(bisect_left(layers, layer), bisect_right(layers, layer))
+        routing.append(LayerRouting(layer, experts[own], weights[own]))
+    return tuple(routing)
+
+
+def _lenses(
+    layers: Mapping[tuple[int, str], _Rows],
+    entries: Mapping[tuple[int, str], _Rows],
+    steps: Sequence[Row[Any]],
+) -> dict[int, list[Lens]]:
+    """The readings of each step, in the order of the lenses' names."""
+    lenses: dict[int, list[Lens]] = {row.id: [] for row in steps}
+    index = {row.id: _index(row) for row in steps}
+    for key in sorted(layers):
+        step_id, name = key
+        reading = _lens(index[step_id], name, layers[key], entries.get(key, _NO_ROWS))
+        lenses[step_id].append(reading)
+    return lenses
+
+
+def _lens(step_index: int, name: str, layers: _Rows, entries: _Rows) -> Lens:
     count = len(layers["layer"])
     tokens = entries["token"]
     k = len(tokens) // count
+    # The Logit Lens reads every layer.
+    is_whole = name == LOGIT or layers["layer"] == list(range(count))
     return Lens(
         step_index=step_index,
         token_ids=_ints(entries["token_id"]).reshape(count, k),
@@ -233,6 +277,8 @@ def _lens(step_index: int, layers: _Rows | None, entries: _Rows) -> Lens | None:
         chosen_rank=_ints(layers["chosen_rank"]),
         chosen_prob=_floats(layers["chosen_prob"]),
         kl=_floats(layers["kl"]),
+        name=name,
+        layers=None if is_whole else _ints(layers["layer"]),
     )
 
 

@@ -39,7 +39,7 @@ _TYPES: tuple[tuple[type[Any], pa.DataType], ...] = (
     (JSON, pa.string()),
 )
 # Their numbers are measured as 32-bit floats, which the store's 64-bit columns hold exactly.
-_FLOAT32 = frozenset({"topk_entry", "attention_entry", "lens_layer", "lens_entry"})
+_FLOAT32 = frozenset({"topk_entry", "attention_entry", "lens_layer", "lens_entry", "router_entry"})
 
 
 def arrow_type(column: Column[Any]) -> pa.DataType:

@@ -30,7 +30,7 @@ from oki_trace.errors import SchemaError, StoreError, UsageError
 Db = str | Path | URL
 
 # Every revision, oldest first; the number of a schema is its place here, from 1.
-HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42", "8d41f6b0c7a3", "5e2c90b7d418")
+HISTORY = ("f0b1c5a7d2e4", "3c9a7e5d1b42", "8d41f6b0c7a3", "5e2c90b7d418", "b7e4f1a90c36")
 SCHEMA = len(HISTORY)
 
 APPLICATION_ID = 0x6F6B6974  # "okit"

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import sqlalchemy as sa
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from oki_trace.records import LOGIT
 from oki_trace.store.schema.column_types import BigId, ModelText, UtcTime
 
 
@@ -94,7 +95,8 @@ class Message(Base):
     that are the beginning of the reply. ``forced``: the tokens or the text that the user chose
     for its first steps.
     ``score_of``: the message of this store whose text was scored; it may be gone since.
-    ``tensors_pruned_at``: when the full tensors were pruned. ``digest`` covers the
+    ``tensors_pruned_at``: when the full tensors were pruned. ``readings`` counts the readings
+    by lenses that were added or removed after the message had ended. ``digest`` covers the
     message as it ended, and until then its prompt only; it is empty if a version without
     digests recorded the message.
     """
@@ -139,6 +141,7 @@ class Message(Base):
     tool_name: Mapped[str | None] = mapped_column(ModelText)
     checks: Mapped[dict[str, Any] | None]
     digest: Mapped[str | None] = mapped_column(sa.String(64))
+    readings: Mapped[int] = mapped_column(server_default="0")
 
 
 class PromptToken(Base):
@@ -159,12 +162,12 @@ class Step(Base):
 
     ``origin`` says where the token came from: sampled, forced or given. ``step_index``
     counts the generated tokens of a reply and is NULL for a given token.
-    ``settle_layer`` is written with the step's lens.
+    ``settle_layer`` is written with the step's Logit Lens.
     ``decision`` explains the choice of the token, ``greedy_id`` is the token that greedy
     decoding would have chosen; both NULL when decoding was plainly greedy.
     ``tensor_bytes`` is the stored size of the step's tensors, so that a total need not
-    read their table. ``digest`` covers the recorded step and its lens, ``tensor_digest``
-    its tensors, which may have been pruned since.
+    read their table. ``digest`` covers the recorded step and its Logit Lens,
+    ``tensor_digest`` its tensors, which may have been pruned since.
     """
 
     __tablename__ = "step"
@@ -248,11 +251,19 @@ class AttentionEntry(StepChild):
     weight: Mapped[float | None]
 
 
+# Ordered by its bytes on both engines.
+_LENS_NAME = sa.String(64).with_variant(sa.String(64, collation="C"), "postgresql")
+
+
 class LensLayer(StepChild):
-    """The Logit Lens at a layer, over the whole vocabulary."""
+    """A lens at a layer, over the whole vocabulary.
+
+    ``lens`` is ``logit``, or the name of an installed lens, which may not read every layer.
+    """
 
     __tablename__ = "lens_layer"
 
+    lens: Mapped[str] = mapped_column(_LENS_NAME, primary_key=True, server_default=LOGIT)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     entropy: Mapped[float | None]
     chosen_rank: Mapped[int]
@@ -261,16 +272,28 @@ class LensLayer(StepChild):
 
 
 class LensEntry(StepChild):
-    """One of the most likely tokens of the Logit Lens at a layer."""
+    """One of the most likely tokens of a lens at a layer."""
 
     __tablename__ = "lens_entry"
 
+    lens: Mapped[str] = mapped_column(_LENS_NAME, primary_key=True, server_default=LOGIT)
     layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     token_id: Mapped[int]
     token: Mapped[str] = mapped_column(ModelText)
     logit: Mapped[float | None]
     prob: Mapped[float | None]
+
+
+class RouterEntry(StepChild):
+    """An expert that the router of a layer chose, the largest weight first."""
+
+    __tablename__ = "router_entry"
+
+    layer: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    rank: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    expert: Mapped[int]
+    weight: Mapped[float | None]
 
 
 class Tensor(Base):
@@ -316,4 +339,5 @@ STEP_CHILDREN: tuple[type[Base], ...] = (
     AttentionEntry,
     LensLayer,
     LensEntry,
+    RouterEntry,
 )

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, Select, func, insert, select
 
 from oki_trace.errors import NotFound, StoreError
 from oki_trace.records import Status
@@ -85,6 +85,12 @@ def copy(
                 yield copied
 
 
+def _readings(conversation_id: int) -> Select[Any]:
+    """How many readings were added to the replies of a conversation after they had ended."""
+    own = models.Message.conversation_id == conversation_id
+    return select(func.coalesce(func.sum(models.Message.readings), 0)).where(own)
+
+
 def _place(db: Db) -> str:
     url = identity.address(db)
     path = identity.file_of(url)
@@ -137,6 +143,10 @@ class _Copier:
             ).one_or_none()
             if existing is not None:
                 same = existing.updated_at == row.updated_at
+                # A lens that is applied later leaves the time of the conversation as it is.
+                same &= instant.scalar(_readings(row.id)) == connection.scalar(
+                    _readings(existing.id)
+                )
                 return existing.id, Fate.THERE if same else Fate.CHANGED
             new_id = lifecycle.new_row(connection, table, **_values(row))
             for message in messages:

@@ -19,7 +19,7 @@ _ROWS = 10_000
 NOT_COVERED = frozenset(
     {
         *("id", "conversation_id", "position", "owner", "heartbeat_at", "stop_requested"),
-        *("tensors_pruned_at", "score_of", "parent_id", "branch_of", "digest"),
+        *("tensors_pruned_at", "score_of", "parent_id", "branch_of", "digest", "readings"),
     }
 )
 _COVERED = [column for column in Message.__table__.columns if column.name not in NOT_COVERED]

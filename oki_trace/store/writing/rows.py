@@ -16,7 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from sqlalchemy import Connection, Dialect, Table, bindparam, insert, update
 
-from oki_trace.records import Candidates, FloatArray, LayerAttention, Lens, Prompt, Step, TensorMode
+from oki_trace.records import (
+    LOGIT,
+    Candidates,
+    FloatArray,
+    LayerAttention,
+    LayerRouting,
+    Lens,
+    Prompt,
+    Step,
+    TensorMode,
+)
 from oki_trace.store.codecs.tensors import EncodedTensor, keep
 from oki_trace.store.digest import of_step, of_tensors
 from oki_trace.store.reading import documents
@@ -88,6 +98,7 @@ class StepRows:
         topk: list[Row] = []
         attention_layers: list[Row] = []
         attention: list[Row] = []
+        router: list[Row] = []
         blobs: list[Row] = []
         for encoded in steps:
             step = encoded.step
@@ -98,10 +109,13 @@ class StepRows:
                 missing = number(float(of_layer.missing))
                 attention_layers.append((step_id, of_layer.layer, missing))
                 attention += _attention(step_id, of_layer)
+            for routing in step.router:
+                router += _routing(step_id, routing)
             blobs += (_tensor(step_id, tensor) for tensor in encoded.tensors)
         self._bulk[models.TopkEntry].insert(connection, topk)
         self._bulk[models.AttentionLayer].insert(connection, attention_layers)
         self._bulk[models.AttentionEntry].insert(connection, attention)
+        self._bulk[models.RouterEntry].insert(connection, router)
         self._bulk[models.Tensor].insert(connection, blobs)
         return ids
 
@@ -110,7 +124,7 @@ class StepRows:
     ) -> None:
         """Insert lenses, each with the id of its step and the step's new digest.
 
-        The step also gets its ``settle_layer``.
+        The Logit Lens also gives the step its ``settle_layer``; the digest covers no other.
         """
         if not lenses:
             return
@@ -120,10 +134,12 @@ class StepRows:
         for step_id, lens, digest in lenses:
             layers += _lens_layers(step_id, lens)
             entries += _lens(step_id, lens)
-            changes.append({"of_step": step_id, "layer": lens.settle_layer, "whole": digest})
+            if lens.name == LOGIT:
+                changes.append({"of_step": step_id, "layer": lens.settle_layer, "whole": digest})
         self._bulk[models.LensLayer].insert(connection, layers)
         self._bulk[models.LensEntry].insert(connection, entries)
-        connection.execute(_ADD_LENS, changes)
+        if changes:
+            connection.execute(_ADD_LENS, changes)
 
     def insert_prompt(self, connection: Connection, message_id: int, prompt: Prompt) -> None:
         tokens = zip(prompt.token_ids, prompt.tokens, prompt.segments, strict=True)
@@ -207,11 +223,24 @@ def _attention(step_id: int, attention: LayerAttention) -> Iterator[Row]:
     )
 
 
+def _routing(step_id: int, routing: LayerRouting) -> Iterator[Row]:
+    k = len(routing.experts)
+    return zip(
+        repeat(step_id, k),
+        repeat(routing.layer, k),
+        range(1, k + 1),
+        routing.experts.tolist(),
+        _numbers(routing.weights),
+        strict=True,
+    )
+
+
 def _lens_layers(step_id: int, lens: Lens) -> Iterator[Row]:
     layers = len(lens.entropy)
     return zip(
         repeat(step_id, layers),
-        range(layers),
+        repeat(lens.name, layers),
+        lens.layer_numbers.tolist(),
         _numbers(lens.entropy),
         lens.chosen_rank.tolist(),
         _numbers(lens.chosen_prob),
@@ -224,7 +253,8 @@ def _lens(step_id: int, lens: Lens) -> Iterator[Row]:
     layers, k = lens.token_ids.shape
     return zip(
         repeat(step_id, layers * k),
-        chain.from_iterable(repeat(layer, k) for layer in range(layers)),
+        repeat(lens.name, layers * k),
+        chain.from_iterable(repeat(layer, k) for layer in lens.layer_numbers.tolist()),
         chain.from_iterable(repeat(range(1, k + 1), layers)),
         lens.token_ids.ravel().tolist(),
         map(storable, chain.from_iterable(lens.tokens)),

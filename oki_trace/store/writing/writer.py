@@ -19,7 +19,7 @@ from sqlalchemy import Connection, func, select, update
 
 from oki_trace import records
 from oki_trace.errors import NotFound, StoreError
-from oki_trace.records import Role, Status
+from oki_trace.records import LOGIT, Role, Status
 from oki_trace.store.db_errors import translate_errors
 from oki_trace.store.digest import PromptDigest, with_lens
 from oki_trace.store.disk_reserve import Reserve
@@ -258,7 +258,7 @@ class TraceWriter:
         """Write steps, and lenses of these or earlier steps; returns whether to stop.
 
         Generated steps are in order; given ones come in any order, each once. A step's own
-        ``lens`` is written with it. ``faithful``: tensors are encoded in the
+        ``lens`` and ``lenses`` are written with it. ``faithful``: tensors are encoded in the
         reply's mode only where that loses no bit. A digest that a step brings along
         was computed when the step was recorded, and is kept.
         """
@@ -286,6 +286,11 @@ class TraceWriter:
                 for one in encoded
                 if (lens := one.step.lens) is not None
             ]
+            of_steps += (
+                (by_position[one.step.position], lens, None)
+                for one in encoded
+                for lens in one.step.lenses
+            )
             known = ChainMap(written, reply.step_ids)
             for lens in lenses:
                 if lens.step_index not in known:
@@ -294,14 +299,15 @@ class TraceWriter:
                         "the step first."
                     )
                 digest = digests.get(lens.step_index) or reply.digests.get(lens.step_index)
-                if digest is not None:
+                if digest is not None and lens.name == LOGIT:
                     digest = with_lens(digest, lens)
                 of_steps.append((known[lens.step_index], lens, digest))
             self._rows.insert_lenses(connection, of_steps)
         reply.step_ids.update(written)
         reply.digests.update(digests)
         with_lenses = [one.step.step_index for one in generated if one.step.lens is not None]
-        for step_index in (*with_lenses, *(lens.step_index for lens in lenses)):
+        later = [lens.step_index for lens in lenses if lens.name == LOGIT]
+        for step_index in (*with_lenses, *later):
             reply.digests.pop(step_index, None)
         return stop
 

@@ -38,7 +38,10 @@ WHEN = dt.datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=dt.UTC)
 
 
 def fill(path: Path) -> None:
-    """A conversation with a reply in each tensor mode, one cut short, a branch; an empty one."""
+    """A conversation with a reply in each tensor mode, one cut short, a branch; an empty one.
+
+    The branch has a step that is read by several lenses, of a model with experts.
+    """
     rng = np.random.default_rng(11)
     with TraceWriter(path) as writer:
         conversation = writer.create_conversation("What is gold? 🙂", created_at=WHEN)
@@ -68,7 +71,8 @@ def fill(path: Path) -> None:
         )
         writer.start_reply(branch, replace(builders.turn_start("none"), prefix_len=2))
         forced = replace(builders.coherent_step(0, rng), origin="forced")
-        writer.append(branch, [forced, builders.coherent_step(1, rng)])
+        sampled = builders.read_by(builders.coherent_step(1, rng), rng)
+        writer.append(branch, [forced, sampled])
         writer.finish_reply(branch, TurnEnd(Status.COMPLETE, " the" * 4, "token limit", 0.5))
         writer.create_conversation("empty", created_at=WHEN)
         writer.set_worker_state("idle", model_id="tiny/model")
