@@ -12,15 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
-
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture, rest_of
 from oki_trace.llm.capture.teacher_forcing import (
     GivenLenses,
     NoGivenSteps,
-    TextCache,
     Windows,
     runs_in_chunks,
     teacher_force,
@@ -33,7 +30,6 @@ from oki_trace.llm.decoding.generation import require_context, resolve_generatio
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
-from oki_trace.llm.loading.hardware import computing_dtype
 from oki_trace.records import (
     CapturePolicy,
     CaptureReport,
@@ -174,16 +170,12 @@ def trace_turn(
             turn.checks = ReplyChecks((), notes=(note,))
         if policy.trace_prompt is not None:
             given = GivenLenses(handle, policy.for_prompt)
-            with _prompt_cache(handle, prompt, reused, first) as cache:
-                options: Any = {"later": given, "cache": cache}
-                try:
-                    turn.follow_given(handle, prompt, given.policy, first, should_stop, **options)
-                except NoGivenSteps as error:
-                    if policy.trace_prompt == "full":
-                        raise
-                    given.reducer.checker.note(f"the prompt was not traced: {error}")
-            if cache is not None:
-                reused, _ = handle.fast.shared_prefix(prompt.token_ids)
+            try:
+                turn.follow_given(handle, prompt, given.policy, first, should_stop, later=given)
+            except NoGivenSteps as error:
+                if policy.trace_prompt == "full":
+                    raise
+                given.reducer.checker.note(f"the prompt was not traced: {error}")
             turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
             rest = (should_stop, first_ids, reused, given)
@@ -215,26 +207,6 @@ def _affordable(
         return policy, None
     note = f"the lens did not read the prompt, whose {new_tokens:,} tokens would delay the reply"
     return replace(policy, lens_layers="none"), note
-
-
-@contextmanager
-def _prompt_cache(
-    handle: Instrument, prompt: Prompt, reused: int | None, first: int
-) -> Iterator[TextCache | None]:
-    """The KV cache for the trace of a prompt, kept afterwards for the reply.
-
-    None where the reply runs its own pass: the last reply's cache is left alone, or in 16
-    bits the reply would differ from plain ``generate()`` by the rounding of two passes.
-    """
-    exact = computing_dtype(handle.model) == torch.float32
-    if reused is None or not exact or first >= len(prompt) or not runs_in_chunks(handle):
-        yield None
-        return
-    tokens = min(reused, first - 1)
-    cache = TextCache(tokens, handle.fast.take_prefix(tokens))
-    yield cache
-    if cache.cache is not None:
-        handle.fast.keep_prefix(prompt.token_ids[: cache.tokens], cache.cache)
 
 
 def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> CaptureReport:

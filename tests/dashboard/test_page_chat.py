@@ -255,11 +255,11 @@ def test_a_prompt_is_traced_as_chosen(empty_store: str, no_worker: None) -> None
     assert box.value == "light" and box.options == ["none", "light", "full"]
     reply = queued(app, empty_store)
     assert reply.policy is not None and reply.policy.trace_prompt == "light"
-    for level in (None, "full"):
+    for level in ("none", "full"):
         app = open_settings(app_pages.chat())
         app.selectbox(key="trace_prompt").set_value(level).run()
         reply = queued(app, empty_store)
-        assert reply.policy is not None and reply.policy.trace_prompt == level
+        assert reply.policy is not None and (reply.policy.trace_prompt or "none") == level
     app = app_pages.chat()
     assert "trace of the prompt" not in app_pages.plainly(app.sidebar.caption[0].value)
 
