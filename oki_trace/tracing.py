@@ -26,6 +26,7 @@ from oki_trace.llm.capture.teacher_forcing import (
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
+from oki_trace.llm.chat.typed_text import typed_ids
 from oki_trace.llm.decoding.generation import require_context, resolve_generation
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
@@ -219,12 +220,7 @@ def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> Ca
 
 def _token_ids(tokenizer: Any, forced: Forced) -> tuple[int, ...]:
     """The forced tokens. Raises CaptureError for a text that has none."""
-    if forced.text is None:
-        return forced.token_ids
-    ids = tuple(tokenizer(forced.text, add_special_tokens=False, verbose=False)["input_ids"])
-    if not ids:
-        raise CaptureError(f"The text {forced.text!r} has no tokens. Give another one.")
-    return ids
+    return forced.token_ids if forced.text is None else typed_ids(tokenizer, forced.text)
 
 
 def trace_text(

@@ -65,10 +65,15 @@ def _require(holds: bool, sentence: str) -> None:
         raise UsageError(f"{sentence}.")
 
 
+def is_lens_name(name: object) -> bool:
+    """Whether a lens can have this name: an installed one, or the Logit Lens."""
+    return isinstance(name, str) and _LENS_NAME.fullmatch(name) is not None
+
+
 def require_lens_name(name: object) -> None:
     """Raise UsageError unless an installed lens can have this name."""
     _require(
-        isinstance(name, str) and name != LOGIT and _LENS_NAME.fullmatch(name) is not None,
+        is_lens_name(name) and name != LOGIT,
         "a lens is named by up to 63 lower-case letters, digits, dots, hyphens and underscores, "
         f"begins with a letter or digit, and is not called {LOGIT}",
     )
