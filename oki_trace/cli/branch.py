@@ -66,7 +66,7 @@ def branch(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     tensors: options.Tensors = "half",
-    trace_prompt: options.TracePrompt = "light",
+    trace_prompt: options.TracePrompt = "none",
     no_fast: options.NoFast = False,
     db: options.Db = None,
     json: options.Json = False,

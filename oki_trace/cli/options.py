@@ -152,7 +152,7 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
-    trace_prompt: TracePrompt = "light"
+    trace_prompt: TracePrompt = "none"
     lens_layers: LensLayers = None
     template_arg: Annotated[
         list[str] | None,

@@ -60,7 +60,7 @@ def test_a_layer_that_the_model_has_not_is_refused(tmp_path: Path) -> None:
     with TraceReader(store) as reader:
         assert reader.conversations() == []
     with pytest.raises(UsageError, match="do not fit this model"):
-        run_traced(TEXT, max_new_tokens=2, lens_layers="0,99", **own)
+        run_traced(TEXT, max_new_tokens=2, trace_prompt="light", lens_layers="0,99", **own)
 
 
 def test_no_lens_leaves_no_lens_and_the_reply_has_its_own() -> None:
@@ -109,7 +109,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("layers") / "traces.db"
     model = configs.build("llama", num_hidden_layers=4)
     own: Any = {"model": model, "tokenizer": tiny.tokenizer(), "db": store}
-    run_traced(TEXT, max_new_tokens=3, lens_layers="1,3", **own)
+    run_traced(TEXT, max_new_tokens=3, trace_prompt="light", lens_layers="1,3", **own)
     score_traced(TEXT, lens_layers="every:4", **own)
     score_traced(TEXT, lens_layers="none", **own)
     return store
