@@ -67,8 +67,17 @@ NoFast = Annotated[
 TracePrompt = Annotated[
     str,
     typer.Option(
-        help="Also trace the prompt's tokens: none, light (no full tensors, one lens token per "
-        "layer) or full."
+        help="How the prompt's tokens are traced: light (no full tensors, one lens token per "
+        "layer), full or none."
+    ),
+]
+LensLayers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        show_default="all, or none of a long prompt",
+        help="Layers at which the Logit Lens reads given tokens: all, none, every:4, or a list "
+        "such as 0,8,16-29. Fewer take less time; the last one is always there.",
     ),
 ]
 # Suffixes of the files of an SQLite store.
@@ -104,12 +113,15 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
-def policy_of(tensors: str, trace_prompt: str = "none") -> CapturePolicy:
+def policy_of(
+    tensors: str, trace_prompt: str = "none", lens_layers: str | None = None
+) -> CapturePolicy:
     """The data that a command stores for each step. Raises UsageError for an unknown mode."""
     if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
         raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
     level: Any = None if trace_prompt == "none" else trace_prompt
-    return CapturePolicy(tensors=tensors, trace_prompt=level)  # type: ignore[arg-type]
+    mode: Any = tensors
+    return CapturePolicy(tensors=mode, trace_prompt=level, lens_layers=lens_layers)
 
 
 @dataclass(frozen=True)
@@ -141,6 +153,7 @@ class Turns:
     device: Device = "auto"
     tensors: Tensors = "half"
     trace_prompt: TracePrompt = "none"
+    lens_layers: LensLayers = None
     template_arg: Annotated[
         list[str] | None,
         typer.Option(

@@ -63,6 +63,9 @@ class StepReducer:
         self._vocabulary = instrument.vocabulary
         self._policy = policy
         self._lens = instrument.lens.projection
+        *self._inner_layers, last = policy.layers_read(instrument.structure.layers)
+        is_whole = len(self._inner_layers) == last
+        self._layers = None if is_whole else np.array([*self._inner_layers, last])
 
     @property
     def kept_tokens(self) -> int:
@@ -117,6 +120,8 @@ class StepReducer:
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
             return []
+        if not self._inner_layers:
+            return [self._record(step, None) for step in steps]
         draft = self.draft
         if draft is None or not checker.draft_holds:
             return self._lenses(steps, lens)
@@ -130,29 +135,48 @@ class StepReducer:
 
     def _compared(self, step: PendingLens, lens: LogitLens, draft: LensProjection) -> Lens:
         """The exact lens of a step, with which its draft is compared."""
-        inner, k, target = _inner([step]), self._policy.topk_lens, step.target
+        inner, k, target = self._inner([step]), self._policy.topk_lens, step.target
         logits = lens.project(inner)
         drafted = draft.project_steps(inner, [target.exact_ids], k)
         self.checker.check_draft(step.step_index, next(drafted), logits)
         summary = summarize(logits, [step.model], step.token_id, k)
-        return _lens(step, summary, self._vocabulary, k)
+        return self._record(step, summary)
 
     def _lenses(self, steps: Sequence[PendingLens], projection: LensProjection) -> list[Lens]:
         if not steps:
             return []
-        inner, k = _inner(steps), self._policy.topk_lens
+        inner, k = self._inner(steps), self._policy.topk_lens
         summary = projection.summarize_steps(inner, [step.target for step in steps], k)
         layers = len(inner) // len(steps)
         return [
-            _lens(step, summary.rows(slice(i * layers, (i + 1) * layers)), self._vocabulary, k)
+            self._record(step, summary.rows(slice(i * layers, (i + 1) * layers)))
             for i, step in enumerate(steps)
         ]
 
+    def _inner(self, steps: Sequence[PendingLens]) -> Tensor:
+        """The hidden states (steps · layers, width) of the layers read below the last one."""
+        device = steps[0].hidden_states[-1].device
+        streams = (step.hidden_states[layer] for step in steps for layer in self._inner_layers)
+        return torch.stack([stream.to(device) for stream in streams])
 
-def _inner(steps: Sequence[PendingLens]) -> Tensor:
-    """The hidden states (steps · L, width) of the layers below the last one."""
-    device = steps[0].hidden_states[-1].device
-    return torch.stack([h.to(device) for step in steps for h in step.hidden_states[:-1]])
+    def _record(self, step: PendingLens, inner: Distribution | None) -> Lens:
+        """The lens of one step, from the summary of its inner layers; None: it has none."""
+        k = self._policy.topk_lens
+
+        def all_layers(field: str) -> Any:
+            last_row = getattr(step.last_layer, field).numpy()
+            last_row = last_row[:, :k] if last_row.ndim == 2 else last_row
+            return last_row if inner is None else np.concatenate([getattr(inner, field), last_row])
+
+        ids = all_layers("token_ids")
+        fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
+        return Lens(
+            step_index=step.step_index,
+            token_ids=ids,
+            tokens=tuple(_texts(self._vocabulary, row) for row in ids),
+            layers=self._layers,
+            **{field: all_layers(field) for field in fields},
+        )
 
 
 def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
@@ -291,23 +315,6 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
     host = tensor.cpu()
     array = host.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else host.numpy()
     return TensorRecord(name=name, array=array, dtype=dtype)
-
-
-def _lens(step: PendingLens, inner: Distribution, vocabulary: Vocabulary, k: int) -> Lens:
-    """The lens of one step, from the summary of its inner layers."""
-
-    def all_layers(field: str) -> Any:
-        rows, last_row = getattr(inner, field).numpy(), getattr(step.last_layer, field).numpy()
-        return np.concatenate([rows, last_row[:, :k] if last_row.ndim == 2 else last_row])
-
-    ids = all_layers("token_ids")
-    fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
-    return Lens(
-        step_index=step.step_index,
-        token_ids=ids,
-        tokens=tuple(_texts(vocabulary, row) for row in ids),
-        **{field: all_layers(field) for field in fields},
-    )
 
 
 def _texts(vocabulary: Vocabulary, ids: Any) -> tuple[str, ...]:
