@@ -152,7 +152,7 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
-    trace_prompt: TracePrompt = "none"
+    trace_prompt: TracePrompt = "light"
     lens_layers: LensLayers = None
     template_arg: Annotated[
         list[str] | None,
