@@ -14,12 +14,14 @@ from oki_trace.input_text import require_storable
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.teacher_forcing import Windows
 from oki_trace.llm.chat.template_arguments import refuse_unknown
+from oki_trace.llm.lenses.library import require_installed
 from oki_trace.llm.loading.load import load_model_and_tokenizer
 from oki_trace.queueing import ReplyRequest, history
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Forced,
+    Lens,
     ModelChoice,
     PromptTrace,
     Role,
@@ -59,6 +61,7 @@ def run_traced(
     token: str | None = None,
     token_id: int | None = None,
     rank: int | None = None,
+    lenses: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -71,8 +74,9 @@ def run_traced(
     ``template_args`` (such as ``enable_thinking``) and ``tools``, JSON schemas of
     functions, go to the chat template. ``trace_prompt`` ("light" or "full") also traces the
     prompt's tokens, in ``prompt_steps`` of the trace. ``prefill`` is the beginning of the
-    reply. Raises UsageError for invalid arguments, ModelError when the model cannot be loaded
-    or traced.
+    reply. ``lenses`` are the names of installed lenses that read every step besides the Logit
+    Lens, in ``lenses`` of each step. Raises UsageError for invalid arguments, ModelError when
+    the model cannot be loaded or traced.
 
     ``branch_of``, in place of a prompt, is a reply in ``db`` by its message's number: the new
     reply keeps its tokens before ``branch_step`` (0 regenerates it; by default it goes on
@@ -81,7 +85,9 @@ def run_traced(
     """
     kept = "none" if db is None else tensors
     level = None if trace_prompt == "none" else trace_prompt
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, kept, level)
+    policy = CapturePolicy(
+        topk_logits, topk_evidence, topk_lens, kept, level, lenses=require_installed(lenses)
+    )
     name = _name_of(model, tokenizer)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     forks = (branch_step, token, token_id, rank)
@@ -126,6 +132,7 @@ def score_traced(
     stride: int | None = None,
     db: str | os.PathLike[str] | None = None,
     tensors: TensorMode = "none",
+    lenses: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a given text without generating; return its trace object.
 
@@ -143,7 +150,8 @@ def score_traced(
     for turn in turns:
         require_storable(turn.content, "The text")
     windows = Windows.of(window, stride)
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors, "full")
+    names = require_installed(lenses)
+    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors, "full", lenses=names)
     if db is None:
         policy = replace(policy, tensors="none")
     loaded = _load(model, tokenizer, _name_of(model, tokenizer))
@@ -254,6 +262,8 @@ def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str,
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
     head = TraceHead(start, end, request.messages, request.template)
-    lenses = {lens.step_index: lens for lens in collector.lenses}
-    steps = [replace(step, lens=lenses.get(step.step_index)) for step in collector.steps]
+    lenses: dict[int, list[Lens]] = {step.step_index: [] for step in collector.steps}
+    for lens in collector.lenses:
+        lenses[lens.step_index].append(lens)
+    steps = [step.with_lenses(lenses[step.step_index]) for step in collector.steps]
     return end.output, trace_object(head, steps, collector.prompt_steps)

@@ -228,4 +228,4 @@ def _read_again(
 
 def _with_more_candidates(policy: CapturePolicy) -> CapturePolicy:
     candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
-    return replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none")
+    return replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none", lenses=())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -71,6 +71,14 @@ TracePrompt = Annotated[
         "layer) or full."
     ),
 ]
+Lenses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lens",
+        metavar="NAME",
+        help="Also read every step with this installed lens. May be given several times.",
+    ),
+]
 # Suffixes of the files of an SQLite store.
 _STORE_FILES = ("", "-wal", "-shm")
 
@@ -104,12 +112,22 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
     return ModelChoice(model or Settings.from_environment().model_id, four_bit, dtype, device)
 
 
-def policy_of(tensors: str, trace_prompt: str = "none") -> CapturePolicy:
-    """The data that a command stores for each step. Raises UsageError for an unknown mode."""
+def policy_of(
+    tensors: str, trace_prompt: str = "none", lenses: Sequence[str] | None = None
+) -> CapturePolicy:
+    """The data that a command stores for each step.
+
+    Raises UsageError for an unknown mode, and for a lens that is not installed.
+    """
     if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
         raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
     level: Any = None if trace_prompt == "none" else trace_prompt
-    return CapturePolicy(tensors=tensors, trace_prompt=level)  # type: ignore[arg-type]
+    names: tuple[str, ...] = ()
+    if lenses:
+        from oki_trace.llm.lenses.library import require_installed
+
+        names = require_installed(lenses)
+    return CapturePolicy(tensors=tensors, trace_prompt=level, lenses=names)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -141,6 +159,7 @@ class Turns:
     device: Device = "auto"
     tensors: Tensors = "half"
     trace_prompt: TracePrompt = "none"
+    lens: Lenses = None
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -172,6 +191,10 @@ class Turns:
 
         schemas = read_tools(self.tools) if self.tools is not None else ()
         return options_from(self.template_arg or (), schemas)
+
+    def policy(self) -> CapturePolicy:
+        """The data that is stored for each step; see ``policy_of``."""
+        return policy_of(self.tensors, self.trace_prompt, self.lens)
 
     def sampling(self) -> Sampling:
         """The sampling settings. Raises UsageError for values out of range."""

@@ -46,6 +46,7 @@ def score(
     lens_layers: Annotated[
         str, typer.Option(help="Layers of the Logit Lens: all, or none to save time.")
     ] = "all",
+    lens: options.Lenses = None,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -69,7 +70,9 @@ def score(
     content = None if message is not None else _content(text, file)
     if lens_layers not in ("all", "none"):
         raise UsageError("--lens-layers must be all or none.")
-    policy = replace(options.policy_of(tensors), no_lens=lens_layers == "none")
+    if lens and lens_layers == "none":
+        raise UsageError("--lens needs the Logit Lens. Leave out --lens-layers none.")
+    policy = replace(options.policy_of(tensors, lenses=lens), no_lens=lens_layers == "none")
     from oki_trace import scoring
     from oki_trace.llm.capture.teacher_forcing import Windows
     from oki_trace.store.reading.reader import TraceReader

@@ -30,6 +30,7 @@ from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.model_lock import lock_model
+from oki_trace.llm.lenses.reading import LensReader, lens_readers
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.llm.loading.model_classes import TEXT_ONLY, is_mistral_common, takes_more_than_text
 from oki_trace.llm.torch_internals import uncompiled
@@ -67,6 +68,17 @@ class Instrument(CheckedModel):
         if draft is None or self._no_draft(policy):
             return None
         return made or draft.projection()
+
+    def readers_for(self, policy: CapturePolicy) -> tuple[LensReader, ...]:
+        """The readers of the installed lenses of a reply. Raises CaptureError, UsageError."""
+        if not policy.lenses:
+            return ()
+        if self.lens.projection is None:
+            raise CaptureError(
+                f"No lens can read this model: {self.lens.reason}. Leave out the lenses."
+            )
+        shape = self.structure.layers, self.structure.streams
+        return lens_readers(policy.lenses, self.model, *shape)
 
     def checker(self) -> ReplyChecker:
         """The checker of the numbers of one reply."""

@@ -26,6 +26,7 @@ from oki_trace.llm.capture.lens import LensProjection, LensTarget, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
+from oki_trace.llm.lenses.reading import LensReader
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step, TensorRecord
 
 
@@ -63,6 +64,7 @@ class StepReducer:
         self._vocabulary = instrument.vocabulary
         self._policy = policy
         self._lens = instrument.lens.projection
+        self._readers = instrument.readers_for(policy)
 
     @property
     def kept_tokens(self) -> int:
@@ -109,7 +111,8 @@ class StepReducer:
     def lenses(self, steps: Sequence[PendingLens]) -> list[Lens]:
         """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
 
-        Ends before a step at which the lens disagrees with the model; empty without a lens.
+        After them come their readings by installed lenses. Ends before a step at which the
+        lens disagrees with the model; empty without a lens.
         """
         lens, checker = self._lens, self.checker
         if lens is None or self._policy.no_lens:
@@ -117,7 +120,11 @@ class StepReducer:
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
             return []
-        draft = self.draft
+        logit = self._logit_lenses(steps, lens)
+        return [*logit, *(one for reader in self._readers for one in self._read(reader, steps))]
+
+    def _logit_lenses(self, steps: Sequence[PendingLens], lens: LogitLens) -> list[Lens]:
+        draft, checker = self.draft, self.checker
         if draft is None or not checker.draft_holds:
             return self._lenses(steps, lens)
         compared = [step for step in steps if checker.compares_draft(step.step_index)]
@@ -135,7 +142,19 @@ class StepReducer:
         drafted = draft.project_steps(inner, [target.exact_ids], k)
         self.checker.check_draft(step.step_index, next(drafted), logits)
         summary = summarize(logits, [step.model], step.token_id, k)
-        return _lens(step, summary, self._vocabulary, k)
+        return lens_record(step.step_index, summary, step.last_layer, self._vocabulary, k)
+
+    def _read(self, reader: LensReader, steps: Sequence[PendingLens]) -> Iterator[Lens]:
+        """The readings of the steps by an installed lens, always with the exact projection."""
+        assert self._lens is not None
+        k = self._policy.topk_lens
+        hidden = _inner(steps).unflatten(0, (len(steps), -1))
+        targets = [step.target for step in steps]
+        for step, inner in zip(
+            steps, reader.summarize(hidden, targets, k, self._lens), strict=True
+        ):
+            made = lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
+            yield replace(made, name=reader.name, layers=reader.layers)
 
     def _lenses(self, steps: Sequence[PendingLens], projection: LensProjection) -> list[Lens]:
         if not steps:
@@ -143,9 +162,10 @@ class StepReducer:
         inner, k = _inner(steps), self._policy.topk_lens
         summary = projection.summarize_steps(inner, [step.target for step in steps], k)
         layers = len(inner) // len(steps)
+        by_step = [summary.rows(slice(i * layers, (i + 1) * layers)) for i in range(len(steps))]
         return [
-            _lens(step, summary.rows(slice(i * layers, (i + 1) * layers)), self._vocabulary, k)
-            for i, step in enumerate(steps)
+            lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
+            for step, inner in zip(steps, by_step, strict=True)
         ]
 
 
@@ -293,17 +313,19 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
     return TensorRecord(name=name, array=array, dtype=dtype)
 
 
-def _lens(step: PendingLens, inner: Distribution, vocabulary: Vocabulary, k: int) -> Lens:
-    """The lens of one step, from the summary of its inner layers."""
+def lens_record(
+    step_index: int, inner: Distribution, last: Distribution, vocabulary: Vocabulary, k: int
+) -> Lens:
+    """The lens of one step, from the summary of its inner layers and that of the last one."""
 
     def all_layers(field: str) -> Any:
-        rows, last_row = getattr(inner, field).numpy(), getattr(step.last_layer, field).numpy()
+        rows, last_row = getattr(inner, field).numpy(), getattr(last, field).numpy()
         return np.concatenate([rows, last_row[:, :k] if last_row.ndim == 2 else last_row])
 
     ids = all_layers("token_ids")
     fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
     return Lens(
-        step_index=step.step_index,
+        step_index=step_index,
         token_ids=ids,
         tokens=tuple(_texts(vocabulary, row) for row in ids),
         **{field: all_layers(field) for field in fields},
