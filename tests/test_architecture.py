@@ -21,8 +21,8 @@ PACKAGE = ROOT / "oki_trace"
 # Packages and root modules from the top to the bottom: each may import those below it.
 ORDER = (
     *("__main__", "cli", "bench", "dashboard", "launcher", "worker", "model_supervisor"),
-    *("model_process", "recompute", "trace_differences", "analysis", "api", "scoring"),
-    *("generate", "exchange"),
+    *("model_process", "apply_lens", "recompute", "trace_differences", "analysis", "api"),
+    *("scoring", "generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
     *("explain", "likelihood", "message_spans", "message_tree", "settings", "input_text"),
     *("records", "errors"),
@@ -38,6 +38,7 @@ FORBIDDEN = {
     "analysis": TORCH | {"streamlit"},
     "tracing": {"streamlit", "duckdb"},
     "generate": {"streamlit", "duckdb"},
+    "apply_lens": SQL | {"streamlit", "duckdb"},
     "recompute": SQL | {"streamlit", "duckdb"},
     "queueing": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},

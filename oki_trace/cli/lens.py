@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oki_trace.cli import options
-from oki_trace.cli.output import cell, console, print_json, print_text, table
-from oki_trace.reporting import size
+from oki_trace.cli.output import (
+    cell,
+    console,
+    print_error,
+    print_json,
+    print_text,
+    progress_bar,
+    table,
+)
+from oki_trace.cli.session import reply_stream
+from oki_trace.errors import UsageError
+from oki_trace.reporting import counted, size
 
 if TYPE_CHECKING:
+    from oki_trace.apply_lens import Applied
     from oki_trace.llm.lenses.library import InstalledLens
 
 lens = typer.Typer(
@@ -30,7 +41,7 @@ def add(
         str,
         typer.Argument(
             metavar="FILE_OR_FOLDER_OR_HUB_ID",
-            help="A Jacobian lens's .pt file, a Tuned Lens's folder, or owner/name/path of the hub.",
+            help="A Jacobian lens's .pt file, a Tuned Lens's folder, or a hub owner/name/path.",
         ),
     ],
     name: Annotated[
@@ -91,6 +102,64 @@ def remove(name: Name) -> None:
 
     library.remove(name)
     print_text(f"Removed {name}.")
+
+
+@lens.command("apply")
+def apply_(
+    name: Name,
+    conversation: Annotated[
+        int | None, typer.Option(help="Read this conversation, by its number.")
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Read every conversation.")] = False,
+    db: options.Db = None,
+    json: options.Json = False,
+) -> None:
+    """Read stored hidden states with a lens. The model's tail is loaded, not its blocks.
+
+    Ctrl-C keeps what has been read; the next call goes on from there.
+
+    Example: oki-trace lens apply jacobian --conversation 3
+    """
+    if (conversation is None) != all_:
+        raise UsageError("Give exactly one of --conversation and --all.")
+    from oki_trace.apply_lens import apply_lens
+    from oki_trace.store.reading.reader import TraceReader
+    from oki_trace.store.writing.writer import TraceWriter
+
+    store = options.store_of(db)
+    with (
+        TraceReader(store) as reader,
+        TraceWriter(store, checkpoint=False) as writer,
+        reply_stream() as stream,
+        progress_bar("reading") as progress,
+    ):
+        stop = stream.should_stop
+        done = apply_lens(writer, reader, name, conversation, should_stop=stop, progress=progress)
+    if json:
+        print_json(asdict(done))
+    else:
+        _print_applied(done)
+    for message, reason in done.refused.items():
+        print_error(f"message {message}: {reason}")
+    raise typer.Exit(stream.exit_status or (1 if done.refused else 0))
+
+
+def _print_applied(done: Applied) -> None:
+    if not done.steps and not done.refused:
+        print_text("No step with stored hidden states is unread.")
+    if done.steps:
+        print_text(
+            f"Read {counted(done.steps, 'step')} of {counted(done.messages, 'message')} with "
+            f"{done.lens} in {done.seconds:.1f} s."
+        )
+        blocks = counted(done.loaded_blocks, "block")
+        print_text(
+            f"Loaded the model's tail and {blocks}: {size(done.loaded_bytes)} in "
+            f"{done.load_seconds:.1f} s.",
+            "dim",
+        )
+    if done.stopped:
+        print_text("Stopped. The same command goes on from here.", "dim")
 
 
 _KINDS = {"jacobian": "Jacobian lens", "tuned": "Tuned Lens"}
