@@ -11,12 +11,14 @@ A lens maps the residual stream of a layer to the basis of the last one:
   layer l: 0 is the embedding, and there are as many maps as blocks.
 
 Such a file comes from anywhere. Before torch reads it, its zip is checked: nothing
-compressed, so it holds no more than its size, and a pickle that names nothing but tensors.
+compressed, so it holds no more than its size, and a pickle that names nothing but tensors,
+each of the size that the zip has for it.
 The tensors are mapped, not read, until their shapes are known to be right.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import pickletools
@@ -44,12 +46,17 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KEYS = {"J", "source_layers", "n_prompts", "d_model", "provenance"}
 # What the pickle of tensors in plain dicts names; torch's own list allows more than that,
 # such as a byte array of any length.
+_ITEM_BYTES = {
+    **{f"{kind}Storage": 1 for kind in ("Byte", "Char", "Bool")},
+    **{f"{kind}Storage": 2 for kind in ("Half", "BFloat16", "Short")},
+    **{f"{kind}Storage": 4 for kind in ("Float", "Int")},
+    **{f"{kind}Storage": 8 for kind in ("Double", "Long")},
+}
 _GLOBALS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
     "torch Size",
-    *(f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double")),
-    *(f"torch {kind}Storage" for kind in ("Byte", "Char", "Short", "Int", "Long", "Bool")),
+    *(f"torch {kind}" for kind in _ITEM_BYTES),
     *(f"torch {str(dtype).removeprefix('torch.')}" for dtype in _DTYPES),
 }
 _OPCODES_OF_CODE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
@@ -233,19 +240,61 @@ def _check_zip(path: Path) -> None:
             pickles = [info for info in infos if info.filename.endswith("data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
                 raise _refusal(path, "it is not a torch file of plain tensors")
-            _check_pickle(path, archive.read(pickles[0]))
+            root = pickles[0].filename.removesuffix("data.pkl")
+            sizes = {info.filename.removeprefix(root): info.file_size for info in infos}
+            _check_pickle(path, archive.read(pickles[0]), sizes)
     except (OSError, zipfile.BadZipFile, NotImplementedError, EOFError) as error:
         raise _refusal(path, f"it is not a torch file ({_reason(error)})") from error
 
 
-def _check_pickle(path: Path, data: bytes) -> None:
+def _check_pickle(path: Path, data: bytes, sizes: Mapping[str, int]) -> None:
+    """Refuse a pickle that names more than tensors, or storages of other ``sizes`` than theirs.
+
+    torch trusts the sizes, and would read past the end of a shorter one.
+    """
     try:
         for opcode, argument, _ in pickletools.genops(data):
             named = str(argument) if opcode.name == "GLOBAL" else ""
             if opcode.name in _OPCODES_OF_CODE or (named and named not in _GLOBALS):
                 raise _refusal(path, f"it holds pickled code ({(named or opcode.name)[:80]})")
-    except (ValueError, pickle.UnpicklingError, IndexError) as error:
+            # The memo is a list that grows to the number.
+            if opcode.name.endswith("PUT") and not 0 <= int(str(argument)) < len(data):
+                raise ValueError("its memo is too large")
+        _Storages(data, sizes).load()
+    except ModelError:
+        raise
+    # Whatever a damaged pickle does to the unpickler.
+    except Exception as error:
         raise _refusal(path, f"its pickle is damaged ({_reason(error)})") from error
+
+
+class _Storages(pickle.Unpickler):
+    """Goes through a checked pickle without making a tensor, and compares its storages."""
+
+    def __init__(self, data: bytes, sizes: Mapping[str, int]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._sizes = sizes
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        return dict if name == "OrderedDict" else _Named(name)
+
+    def persistent_load(self, pid: Any, /) -> None:
+        kind, storage, key, _, count = pid
+        if kind != "storage" or not isinstance(storage, _Named) or not isinstance(count, int):
+            raise ValueError("a storage is described otherwise")
+        size = count * _ITEM_BYTES[storage.name]
+        if not isinstance(key, str) or self._sizes.get(f"data/{key}") != size:
+            raise ValueError(f"a storage of {size} bytes has {self._sizes.get(f'data/{key}')}")
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Stands for what a pickle names; making something of it gives nothing."""
+
+    name: str
+
+    def __call__(self, *arguments: Any) -> None:
+        return None
 
 
 def _check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...]) -> None:
