@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,13 +20,13 @@ import streamlit as st
 
 from dashboard import model_defaults as model_defaults_of
 from dashboard.viewdata import attention, comparison
-from oki_trace import worker
+from oki_trace import child_process, worker
 from oki_trace.analysis.distance import Distance
 from oki_trace.analysis.one_text import OneText, has_given_text
 from oki_trace.analysis.one_text import one_text as align_texts
 from oki_trace.analysis.reply_alignment import Alignment, align_replies
 from oki_trace.analysis.step_distance import StepKey, step_distances
-from oki_trace.errors import NotFound
+from oki_trace.errors import ModelError, NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.records import (
@@ -104,6 +106,32 @@ def writer() -> TraceWriter:
 def recent_conversations(limit: int = 8) -> list[Conversation]:
     """The conversations changed most recently."""
     return store().conversations(limit=limit)
+
+
+# A model's files hold code from others, which may never end.
+TOKENIZE_SECONDS = 60
+
+
+@st.cache_data(max_entries=64, show_spinner="Splitting the text into tokens…")
+def typed_tokens(model_id: str, text: str) -> list[tuple[int, str]]:
+    """The id and text of each token of a typed text. Raises OkiTraceError where it has none."""
+    process = child_process.start("oki_trace.token_process")
+    request = json.dumps({"model": model_id, "text": text}).encode()
+    try:
+        output, _ = process.communicate(request, TOKENIZE_SECONDS)
+        answer = json.loads(output)
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        raise ModelError(f"The tokenizer of {model_id} did not answer. Choose a token.") from error
+    finally:
+        process.kill()
+    if isinstance(answer, dict):
+        raise ModelError(str(answer["error"]))
+    return [(int(number), str(piece)) for number, piece in answer]
+
+
+def logprobs(conversation_id: int) -> dict[int, float]:
+    """The log-probability of each reply's own tokens together, in nats, by message."""
+    return store().logprobs(conversation_id)
 
 
 def export_file(conversation_id: int, format: Format) -> bytes:

@@ -19,6 +19,7 @@ def run() -> None:
     pages = {
         "chat": _page("chat", "Chat", "chat", default=True),
         "map": _page("reply_map", "Reply map", "grid_on", url_path="map"),
+        "branches": _page("tree", "Branches", "account_tree", url_path="branches"),
         "conversations": _page("conversations", "Conversations", "forum", url_path="conversations"),
         "compare": _page("compare", "Compare", "compare_arrows", url_path="compare"),
         "questions": _page("questions", "Questions", "query_stats", url_path="questions"),

@@ -55,6 +55,7 @@ def run_traced(
     template_args: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
     trace_prompt: PromptTrace | Literal["none"] | None = None,
+    lens_layers: str | None = None,
     prefill: str | None = None,
     branch_of: int | None = None,
     branch_step: int | None = None,
@@ -72,11 +73,12 @@ def run_traced(
     ``tokenizer`` the default model is loaded. ``db``, a path or SQLAlchemy URL, also
     stores the conversation there, and ``tensors`` says how its full tensors are stored.
     ``template_args`` (such as ``enable_thinking``) and ``tools``, JSON schemas of
-    functions, go to the chat template. ``trace_prompt`` ("light" or "full") also traces the
-    prompt's tokens, in ``prompt_steps`` of the trace. ``prefill`` is the beginning of the
-    reply. ``lenses`` are the names of installed lenses that read every step besides the Logit
-    Lens, in ``lenses`` of each step. Raises UsageError for invalid arguments, ModelError when
-    the model cannot be loaded or traced.
+    functions, go to the chat template. ``trace_prompt`` ("light", "full" or "none") says how the
+    prompt's tokens are traced, in ``prompt_steps`` of the trace, and ``lens_layers`` at which
+    layers the Logit Lens reads them: "all", "none", "every:4" or "0,8,16-29"; by default all,
+    but none of a long prompt. ``prefill`` is the beginning of the reply. ``lenses`` are the names
+    of installed lenses that read every step besides the Logit Lens, in ``lenses`` of each step.
+    Raises UsageError for invalid arguments, ModelError when the model cannot be loaded or traced.
 
     ``branch_of``, in place of a prompt, is a reply in ``db`` by its message's number: the new
     reply keeps its tokens before ``branch_step`` (0 regenerates it; by default it goes on
@@ -85,9 +87,8 @@ def run_traced(
     """
     kept = "none" if db is None else tensors
     level = None if trace_prompt == "none" else trace_prompt
-    policy = CapturePolicy(
-        topk_logits, topk_evidence, topk_lens, kept, level, lenses=require_installed(lenses)
-    )
+    counts, names = (topk_logits, topk_evidence, topk_lens), require_installed(lenses)
+    policy = CapturePolicy(*counts, kept, level, lens_layers=lens_layers, lenses=names)
     name = _name_of(model, tokenizer)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     forks = (branch_step, token, token_id, rank)
@@ -130,6 +131,7 @@ def score_traced(
     *,
     window: int | None = None,
     stride: int | None = None,
+    lens_layers: str | None = None,
     db: str | os.PathLike[str] | None = None,
     tensors: TensorMode = "none",
     lenses: Sequence[str] = (),
@@ -150,8 +152,8 @@ def score_traced(
     for turn in turns:
         require_storable(turn.content, "The text")
     windows = Windows.of(window, stride)
-    names = require_installed(lenses)
-    policy = CapturePolicy(topk_logits, topk_evidence, topk_lens, tensors, "full", lenses=names)
+    counts, names = (topk_logits, topk_evidence, topk_lens), require_installed(lenses)
+    policy = CapturePolicy(*counts, tensors, "full", lens_layers=lens_layers, lenses=names)
     if db is None:
         policy = replace(policy, tensors="none")
     loaded = _load(model, tokenizer, _name_of(model, tokenizer))

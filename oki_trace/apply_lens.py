@@ -113,7 +113,8 @@ def apply_lens(
                 assert message.capture is not None
                 layers = message.capture.layers
                 transport.require_fit(handle.model, layers, handle.structure.streams)
-                pass_ = _Pass(handle, reader, message, LensReader(transport, layers))
+                lens_reader = LensReader(transport, layers, range(layers))
+                pass_ = _Pass(handle, reader, message, lens_reader)
                 before = result.steps
                 for step_id, lens in pass_.readings(name):
                     readings.add(step_id, lens)
@@ -208,9 +209,9 @@ class _Pass:
         summaries = self._lens.summarize(
             hidden, targets, self._k, self._projection(hidden, targets)
         )
-        for i, (step, inner) in enumerate(zip(steps, summaries, strict=True)):
+        for i, (step, summary) in enumerate(zip(steps, summaries, strict=True)):
             last = stored.last_layer(step, own.row(i), self._k)
-            made = lens_record(step.step_index, inner, last, self._handle.vocabulary, self._k)
+            made = lens_record(step.step_index, summary, last, self._handle.vocabulary, self._k)
             yield step.id, replace(made, name=self._lens.name, layers=self._lens.layers)
 
     def _projection(self, hidden: Tensor, targets: Sequence[LensTarget]) -> LensProjection:

@@ -6,7 +6,7 @@ siblings: replies to the same text, or versions of a text that was edited.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from oki_trace.records import Message
 
@@ -45,3 +45,29 @@ def subtree(messages: Sequence[Message], message_id: int) -> list[Message]:
             below.add(message.id)
             found.append(message)
     return found
+
+
+def in_depth(messages: Sequence[Message]) -> Iterator[tuple[Message, int]]:
+    """Every message after its parent, with the number of forks before it."""
+    children: dict[int | None, list[Message]] = {}
+    for message in messages:
+        children.setdefault(message.parent_id, []).append(message)
+    roots = children.get(None, [])
+    shown: set[int] = set()
+    # In a damaged store, a message may follow one that is missing, or itself in a loop.
+    for root in [*roots, *messages]:
+        waiting = [(root, int(len(roots) > 1))]
+        while waiting:
+            message, depth = waiting.pop()
+            if message.id in shown:
+                continue
+            shown.add(message.id)
+            yield message, depth
+            following = children.get(message.id, [])
+            deeper = depth + (len(following) > 1)
+            waiting += [(child, deeper) for child in reversed(following)]
+
+
+def branches_at(messages: Sequence[Message], reply_id: int, step: int) -> list[Message]:
+    """The branches that depart from a reply at a step, oldest first."""
+    return [m for m in messages if m.branch_of == reply_id and m.branch_step == step]

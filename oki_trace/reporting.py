@@ -19,6 +19,7 @@ def size(count: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 reply``, ``2,000 replies``."""
-    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    """``1 reply``, ``2,000 replies``, ``3 branches``."""
+    ending = "es" if noun.endswith(("ch", "sh", "s", "x")) else "s"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}{ending}"
     return f"{number:,} {noun if number == 1 else plural}"

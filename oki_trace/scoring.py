@@ -131,8 +131,9 @@ def score_into_store(
     """Store a scored text as a conversation of one message; returns the message's id.
 
     ``make`` gets the model's instrument and returns the text; nothing is stored if it
-    raises, or if the text does not fit. ``of``: the message whose text it is. ``began`` is
-    called with the message's id before the first token. Raises CaptureError.
+    raises, or if the text or the policy's layers do not fit the model. ``of``: the message
+    whose text it is. ``began`` is called with the message's id before the first token. Raises
+    CaptureError.
     """
     from oki_trace.store.writing.recorder import Recorder
 
@@ -140,6 +141,7 @@ def score_into_store(
     given = make(instrument)
     require_context(instrument.model, len(given.prompt), windows.length if windows else None)
     policy = replace(policy, trace_prompt="full")
+    policy.layers_read(instrument.structure.layers)
     conversation = writer.create_conversation(title_of(f"Score: {given.content.strip()}"))
     request = (choice, Sampling(max_new_tokens=0), policy)
     message = writer.queue_reply(conversation, *request, claim=True, score_of=of)

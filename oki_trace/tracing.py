@@ -12,26 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
-
 from oki_trace.errors import CaptureError, OkiTraceError
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture, rest_of
 from oki_trace.llm.capture.teacher_forcing import (
     GivenLenses,
-    TextCache,
+    NoGivenSteps,
     Windows,
     runs_in_chunks,
     teacher_force,
+    waiting_room,
 )
 from oki_trace.llm.capture.vocabulary import require_embeddings
 from oki_trace.llm.chat.prompt import render
 from oki_trace.llm.chat.reply_text import ReplyText
+from oki_trace.llm.chat.typed_text import typed_ids
 from oki_trace.llm.decoding.generation import require_context, resolve_generation
 from oki_trace.llm.decoding.model_lock import lock_model
 from oki_trace.llm.failures import INTERRUPTIONS, is_out_of_memory, summary
 from oki_trace.llm.loading.activity import Activity, report_activity
-from oki_trace.llm.loading.hardware import computing_dtype
 from oki_trace.records import (
     CapturePolicy,
     CaptureReport,
@@ -48,6 +47,9 @@ from oki_trace.records import (
     TurnEnd,
     TurnStart,
 )
+
+# Tokens of a prompt that a light trace runs in one piece, where a model cannot run in chunks.
+ONE_PIECE = 256
 
 # A piece of the reply's text and the kind of its part.
 OnText = Callable[[str, PartKind], None]
@@ -157,20 +159,24 @@ def trace_turn(
         text = turn.text.replies_to(prompt, tools, prefix_len, handle.vocabulary)
         generation = resolve_generation(handle.model, sampling, len(prompt) + len(first_ids))
         report_activity(Activity.DECODING)
+        first = len(prompt) if policy.trace_prompt is None else max(traced_before(prompt), 1)
+        policy, note = _affordable(handle, policy, len(prompt) - first, len(prompt))
         report = handle.report(policy)
         if reuse:
             report = _with_reuse(report, handle, prompt)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, report, prefix_len, text))
         given, reused = None, report.reused if reuse else None
+        if note is not None:
+            turn.checks = ReplyChecks((), notes=(note,))
         if policy.trace_prompt is not None:
-            first = max(traced_before(prompt), 1)
             given = GivenLenses(handle, policy.for_prompt)
-            with _prompt_cache(handle, prompt, reused, first) as cache:
-                options: Any = {"later": given, "cache": cache}
-                turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop, **options)
-            if cache is not None:
-                reused, _ = handle.fast.shared_prefix(prompt.token_ids)
+            try:
+                turn.follow_given(handle, prompt, given.policy, first, should_stop, later=given)
+            except NoGivenSteps as error:
+                if policy.trace_prompt == "full":
+                    raise
+                given.reducer.checker.note(f"the prompt was not traced: {error}")
             turn.began = time.perf_counter()  # the time of a reply is that of its decoding
         if turn.reason != "stopped":
             rest = (should_stop, first_ids, reused, given)
@@ -184,24 +190,24 @@ def trace_turn(
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
 
-@contextmanager
-def _prompt_cache(
-    handle: Instrument, prompt: Prompt, reused: int | None, first: int
-) -> Iterator[TextCache | None]:
-    """The KV cache for the trace of a prompt, kept afterwards for the reply.
+def _affordable(
+    handle: Instrument, policy: CapturePolicy, new_tokens: int, tokens: int
+) -> tuple[CapturePolicy, str | None]:
+    """The policy for a prompt of so many tokens, and why it is less than was asked for.
 
-    None where the reply runs its own pass: the last reply's cache is left alone, or in 16
-    bits the reply would differ from plain ``generate()`` by the rounding of two passes.
+    A light trace shall not delay the reply: its lens is computed meanwhile, so it is left out
+    where there is no room for so many steps. Only ``lens_layers`` asks for it in any case.
     """
-    exact = computing_dtype(handle.model) == torch.float32
-    if reused is None or not exact or first >= len(prompt) or not runs_in_chunks(handle):
-        yield None
-        return
-    tokens = min(reused, first - 1)
-    cache = TextCache(tokens, handle.fast.take_prefix(tokens))
-    yield cache
-    if cache.cache is not None:
-        handle.fast.keep_prefix(prompt.token_ids[: cache.tokens], cache.cache)
+    room = waiting_room(handle)
+    if policy.trace_prompt != "light" or policy.lens_layers is not None or new_tokens <= 0:
+        return policy, None
+    if tokens > max(room, ONE_PIECE) and not runs_in_chunks(handle):
+        note = f"the prompt was not traced: {tokens:,} tokens take much memory in one piece"
+        return replace(policy, trace_prompt=None), note
+    if new_tokens <= room or policy.no_lens or handle.lens.projection is None:
+        return policy, None
+    note = f"the lens did not read the prompt, whose {new_tokens:,} tokens would delay the reply"
+    return replace(policy, lens_layers="none"), note
 
 
 def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> CaptureReport:
@@ -214,12 +220,7 @@ def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> Ca
 
 def _token_ids(tokenizer: Any, forced: Forced) -> tuple[int, ...]:
     """The forced tokens. Raises CaptureError for a text that has none."""
-    if forced.text is None:
-        return forced.token_ids
-    ids = tuple(tokenizer(forced.text, add_special_tokens=False, verbose=False)["input_ids"])
-    if not ids:
-        raise CaptureError(f"The text {forced.text!r} has no tokens. Give another one.")
-    return ids
+    return forced.token_ids if forced.text is None else typed_ids(tokenizer, forced.text)
 
 
 def trace_text(
@@ -247,12 +248,13 @@ def trace_text(
         require_context(handle.model, len(prompt), windows.length if windows else None)
         generation = resolve_generation(handle.model, Sampling(max_new_tokens=0), 0)
         report_activity(Activity.DECODING)
-        report = handle.report(replace(policy, trace_prompt=policy.trace_prompt or "full"))
+        policy = replace(policy, trace_prompt=policy.trace_prompt or "full")
+        report = handle.report(policy)
         pair = None if windows is None else (windows.length, windows.stride)
         for sink in sinks:
             sink.start(TurnStart(model_id, prompt, generation, replace(report, windows=pair)))
         turn.reason = "scored"
-        turn.follow_given(handle, prompt, policy, first, should_stop, windows=windows)
+        turn.follow_given(handle, prompt, policy.for_prompt, first, should_stop, windows=windows)
     turn.forget_if_wrong(handle)
     return turn.end(Status.STOPPED if turn.reason == "stopped" else Status.COMPLETE, turn.reason)
 

@@ -21,6 +21,7 @@ PACKAGE = ROOT / "oki_trace"
 # Packages and root modules from the top to the bottom: each may import those below it.
 ORDER = (
     *("__main__", "cli", "bench", "dashboard", "launcher", "worker", "model_supervisor"),
+    *("token_process",),
     *("model_process", "apply_lens", "recompute", "trace_differences", "analysis", "api"),
     *("scoring", "generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
@@ -44,6 +45,7 @@ FORBIDDEN = {
     "launcher": TORCH | SQL | {"duckdb"},
     "worker": TORCH | {"streamlit", "duckdb"},
     "model_supervisor": TORCH | SQL | {"streamlit", "duckdb"},
+    "token_process": SQL | {"streamlit", "duckdb"},
     "model_process": {"streamlit", "duckdb"},
     "cli": {"duckdb"},
 }

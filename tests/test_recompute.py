@@ -75,7 +75,14 @@ def test_smollm2_agrees_with_its_own_traces(
 
         model = copy.deepcopy(model).to(torch.bfloat16)
     db = tmp_path / "store.db"
-    run_traced(model=model, tokenizer=tokenizer, prompt="What is gold?", max_new_tokens=8, db=db)
+    run_traced(
+        model=model,
+        tokenizer=tokenizer,
+        prompt="What is gold?",
+        max_new_tokens=8,
+        db=db,
+        trace_prompt="none",
+    )
     found = again(db, model, tokenizer)
     assert found.reason is None and found.agrees and found.steps == 8, found
     assert found.logprob_difference is not None and found.logprob_difference < 1e-4

@@ -32,6 +32,8 @@ function lensModel(data, state) {
   const rank = numbers(data.rank, Uint32Array), kl = numbers(data.kl, Float32Array);
   const mine = numbers(data.chosen_prob, Float32Array);
   const most = entropy.reduce((a, b) => (b > a ? b : a), 1);
+  // The lens did not read this layer.
+  const isBlank = (i) => Number.isNaN(prob[i]) && !data.words[top[i]];
   const worst = Math.log(Math.max(10, rank.reduce((a, b) => Math.max(a, b), 1)));
   const at = (c, r) => c * L + (L - 1 - r);
   const shade = {
@@ -50,7 +52,7 @@ function lensModel(data, state) {
       const i = at(c, r), [value, tone] = shade[state.view](i);
       const text = state.view === "rank" && rank[i] > 1
         ? `#${rank[i].toLocaleString("en")}` : data.words[top[i]];
-      return { value: Number.isNaN(value) ? 0 : value, tone, text,
+      return { value: isBlank(i) || Number.isNaN(value) ? 0 : value, tone, text,
         outlined: data.settled[c] === L - 1 - r };
     },
     tell(c, r) {
@@ -58,6 +60,7 @@ function lensModel(data, state) {
       if (r < 0) return [`${step.where}: ${step.text}`,
         `surprisal ${figure(step.surprisal, 2)} nats`];
       const i = at(c, r);
+      if (isBlank(i)) return [`layer ${L - 1 - r}, ${step.where}: not read by the lens`];
       return [
         `layer ${L - 1 - r}, ${step.where}: ${data.words[top[i]]}  ${figure(prob[i], 3)}`,
         `final token ${step.text}: rank ${rank[i].toLocaleString("en")}, ${figure(mine[i], 3)}`,
@@ -87,7 +90,8 @@ function lensModel(data, state) {
     csv: () => [
       ["step", "position", "chosen_token", "layer", "top_token", "top_prob", "is_final_token", "chosen_rank",
         "chosen_prob", "entropy_nats", "kl_nats", "settled_here"],
-      ...data.steps.flatMap((step, c) => Array.from({ length: L }, (_, layer) => {
+      ...data.steps.flatMap((step, c) => Array.from({ length: L }, (_, layer) => layer)
+        .filter((layer) => !isBlank(c * L + layer)).map((layer) => {
         const i = c * L + layer;
         return [stepNumber(step), step.position, step.text, layer, data.words[top[i]], prob[i], same[i], rank[i],
           mine[i], entropy[i], kl[i], Number(data.settled[c] === layer)];

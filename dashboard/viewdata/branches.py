@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dashboard.viewdata.wording import Json
+from dashboard.viewdata.wording import Json, counted
 from oki_trace.message_tree import newest_path
 from oki_trace.records import Message, Prompt, Role, Status, StepSummary
+from oki_trace.sanitize import visible
+
+# Tokens of a typed text that are shown one by one.
+TOKENS_SHOWN = 30
 
 
 def shown_path(
@@ -41,6 +45,13 @@ def compared_with(message: Message, others: Sequence[Message]) -> int | None:
         return message.branch_of
     at = replies.index(message.id)
     return replies[at - 1] if at else replies[1]
+
+
+def typed_text(tokens: Sequence[tuple[int, str]]) -> str:
+    """The tokens of a typed text, each with its id."""
+    shown = "  ".join(f"{visible(text)} ({number})" for number, text in tokens[:TOKENS_SHOWN])
+    more = "" if len(tokens) <= TOKENS_SHOWN else f"  and {len(tokens) - TOKENS_SHOWN:,} more"
+    return f"{counted(len(tokens), 'token')}: {shown}{more}"
 
 
 def shared_steps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -24,9 +25,9 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json
     """
     settle = lens.settle_layer
     rows = []
-    for layer in range(len(lens.tokens) - 1, -1, -1):
-        ids = lens.token_ids[layer].tolist()
-        probs = lens.probs[layer].tolist()
+    for row, layer in reversed(list(enumerate(lens.layer_numbers.tolist()))):
+        ids = lens.token_ids[row].tolist()
+        probs = lens.probs[row].tolist()
         rows.append(
             {
                 "layer": layer,
@@ -43,15 +44,15 @@ def lens_data(step: Step, lens: Lens, pinned: Sequence[str] | None = ()) -> Json
                         + ("" if pinned is None else "\nclick to pin its curve"),
                     }
                     for k, (token_id, text, prob) in enumerate(
-                        zip(ids, lens.tokens[layer], probs, strict=False)
+                        zip(ids, lens.tokens[row], probs, strict=False)
                     )
                 ],
-                "rank": int(lens.chosen_rank[layer]),
+                "rank": int(lens.chosen_rank[row]),
                 "settled": layer == settle,
-                "title": f"chosen token: rank {int(lens.chosen_rank[layer]):,}, "
-                f"prob {format_number(float(lens.chosen_prob[layer]), 4)}\n"
-                f"entropy {format_number(float(lens.entropy[layer]), 2, ' nats')} · "
-                f"KL to the final layer {format_number(float(lens.kl[layer]), 2, ' nats')}",
+                "title": f"chosen token: rank {int(lens.chosen_rank[row]):,}, "
+                f"prob {format_number(float(lens.chosen_prob[row]), 4)}\n"
+                f"entropy {format_number(float(lens.entropy[row]), 2, ' nats')} · "
+                f"KL to the final layer {format_number(float(lens.kl[row]), 2, ' nats')}",
             }
         )
     return {"rows": rows, "pins": pinned is not None}
@@ -66,19 +67,20 @@ def short_label(token: str) -> str:
 def changes_data(step: Step, lens: Lens, columns: int = 2) -> Json:
     """The data of ``components/changes.js``: the tokens that each layer promoted and suppressed.
 
-    A change is the probability at a layer minus that at the layer before. If a token
+    A change is the probability at a layer minus that at the layer read before. If a token
     is in only one of the two lists, its other probability is at most the last one of
     the other list: the change is then a bound, and ``exact`` is false. The chosen
     token's probability is known at every layer.
     """
     rows = []
-    for layer in range(len(lens.tokens) - 1, 0, -1):
-        changes = _changes(step, lens, layer)
+    numbers = lens.layer_numbers.tolist()
+    for row in range(len(numbers) - 1, 0, -1):
+        changes = _changes(step, lens, row)
         up = [change for change in changes if change.delta > 0][:columns]
         down = [change for change in reversed(changes) if change.delta < 0][:columns]
         rows.append(
             {
-                "layer": layer,
+                "layer": numbers[row],
                 "up": [_change_data(change, step) for change in up],
                 "down": [_change_data(change, step) for change in down],
             }
@@ -95,11 +97,11 @@ class Change(NamedTuple):
     token_id: int
 
 
-def _changes(step: Step, lens: Lens, layer: int) -> list[Change]:
-    """The changes at ``layer``, the most promoted first."""
+def _changes(step: Step, lens: Lens, row: int) -> list[Change]:
+    """The changes at a row of the lens, the most promoted first."""
     tokens: dict[int, str] = {}
     probs: list[dict[int, float]] = []
-    for at in (layer - 1, layer):
+    for at in (row - 1, row):
         ids = lens.token_ids[at].tolist()
         tokens.update(zip(ids, lens.tokens[at], strict=True))
         probs.append(
@@ -109,7 +111,7 @@ def _changes(step: Step, lens: Lens, layer: int) -> list[Change]:
     if not before or not after:
         return []
     least = [min(before.values()), min(after.values())]
-    chosen = [float(lens.chosen_prob[at]) for at in (layer - 1, layer)]
+    chosen = [float(lens.chosen_prob[at]) for at in (row - 1, row)]
     if all(map(math.isfinite, chosen)):
         tokens.setdefault(step.token_id, step.token)
         before[step.token_id], after[step.token_id] = chosen
@@ -159,13 +161,14 @@ def curve_rows(step: Step, lens: Lens, pinned: Sequence[str] = ()) -> list[Json]
         kinds.setdefault(name, "pinned")
     rows: list[Json] = []
     for name, kind in kinds.items():
-        for layer, tokens in enumerate(lens.tokens):
+        layers = lens.layer_numbers.tolist()
+        for row, (layer, tokens) in enumerate(zip(layers, lens.tokens, strict=True)):
             rank, prob = None, None
             if kind == "chosen":
-                rank = int(lens.chosen_rank[layer])
-                prob = finite(float(lens.chosen_prob[layer]))
+                rank = int(lens.chosen_rank[row])
+                prob = finite(float(lens.chosen_prob[row]))
             elif (at := next((k for k, t in enumerate(tokens) if short_label(t) == name), -1)) >= 0:
-                rank, prob = at + 1, finite(float(lens.probs[layer, at]))
+                rank, prob = at + 1, finite(float(lens.probs[row, at]))
             rows.append({"token": name, "kind": kind, "layer": layer, "rank": rank, "prob": prob})
     return rows
 
@@ -174,7 +177,9 @@ def layer_rows(lens: Lens) -> list[Json]:
     """Entropy, and KL divergence from the final layer, for each layer, in nats."""
     return [
         {"layer": layer, "entropy": finite(float(entropy)), "kl": finite(float(kl))}
-        for layer, (entropy, kl) in enumerate(zip(lens.entropy, lens.kl, strict=True))
+        for layer, entropy, kl in zip(
+            lens.layer_numbers.tolist(), lens.entropy, lens.kl, strict=True
+        )
     ]
 
 
@@ -189,11 +194,12 @@ def pinnable_tokens(step: Step, lens: Lens) -> list[str]:
 def joined_lens(grids: Sequence[tuple[LensGrid, int]]) -> LensGrid:
     """Grids one after another as one, each with the shift from its steps to column numbers.
 
-    Grids with another number of layers than the last are left out.
+    A layer at which a grid was not read is blank. Grids with another number of layers than the
+    last are left out.
     """
     grids = [(grid, shift) for grid, shift in grids if len(grid.step_index)] or list(grids[-1:])
-    layers = grids[-1][0].top.shape[1]
-    grids = [(grid, shift) for grid, shift in grids if grid.top.shape[1] == layers]
+    last = _last_layer(grids[-1][0])
+    grids = [(_widened(grid), shift) for grid, shift in grids if _last_layer(grid) == last]
     tokens: dict[str, int] = {}
     top = []
     for grid, _ in grids:
@@ -213,6 +219,36 @@ def joined_lens(grids: Sequence[tuple[LensGrid, int]]) -> LensGrid:
         chosen_rank=together("chosen_rank"),
         chosen_prob=together("chosen_prob"),
         kl=together("kl"),
+    )
+
+
+def _last_layer(grid: LensGrid) -> int:
+    layers = grid.layers
+    return grid.top.shape[1] - 1 if layers is None else int(layers.max(initial=-1))
+
+
+def _widened(grid: LensGrid) -> LensGrid:
+    """The grid with all layers up to its last; one that was not read is blank, of rank 0."""
+    count = _last_layer(grid) + 1
+    if grid.layers is None or grid.top.shape[1] == count:
+        return replace(grid, layers=None)
+
+    def widened(values: np.ndarray, blank: float) -> np.ndarray:
+        wide = np.full((len(values), count), blank, dtype=values.dtype)
+        wide[:, grid.layers] = values
+        return wide
+
+    return replace(
+        grid,
+        tokens=(*grid.tokens, ""),
+        top=widened(grid.top, len(grid.tokens)),
+        top_id=widened(grid.top_id, -1),
+        chosen_rank=widened(grid.chosen_rank, 0),
+        **{
+            name: widened(getattr(grid, name), np.nan)
+            for name in ("top_prob", "entropy", "chosen_prob", "kl")
+        },
+        layers=None,
     )
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import streamlit as st
 
 from dashboard import data, url_state
-from dashboard.viewdata import branches
+from dashboard.viewdata import branches, wording
 from dashboard.views import layout
 from oki_trace.message_tree import siblings
-from oki_trace.queueing import ReplyRequest, new_messages, submit, submit_branch
+from oki_trace.queueing import ReplyRequest, fork_candidates, new_messages, submit, submit_branch
 from oki_trace.records import (
     NO_PARENT,
     CapturePolicy,
@@ -22,6 +23,8 @@ from oki_trace.records import (
     Sampling,
 )
 
+# Candidates that are continued at once.
+MOST_WAYS = 10
 # How a branch is generated; its model is that of the reply it departs from.
 Settings = tuple[Sampling, CapturePolicy]
 
@@ -109,9 +112,49 @@ def _edit(message: Message, messages: Sequence[Message], settings: Settings) -> 
                 _show(message.conversation_id, sent)
 
 
-def branch(origin: Message, step: int, settings: Settings, token_id: int | None = None) -> None:
-    """Queue a branch of a reply, and show it; ``token_id`` is its first token."""
-    forced = None if token_id is None else Forced((token_id,))
+def other_ways(origin: Message, step: int, candidates: int, settings: Settings) -> None:
+    """Several branches from one step at once, and a branch that goes on with a typed text."""
+    with st.popover("Other ways from here", icon=":material/alt_route:", type="tertiary"):
+        most = min(candidates, MOST_WAYS)
+        with layout.row(f"ways-{origin.id}", align="bottom"):
+            count = st.number_input("Candidates", 1, most, min(5, most), key="ways", width=110)
+            tokens = st.number_input("Tokens each", 1, 1000, 20, key="ways-tokens", width=120)
+            if st.button("Continue from each", type="primary", key="ways-go"):
+                _continue_from_each(origin, step, int(count), int(tokens), settings)
+        st.caption("The most likely candidates, each with its own continuation, side by side.")
+        text = st.text_input("Or your own text", key="typed", placeholder="such as “ Lyon”")
+        if text:
+            _typed(origin, step, text, settings)
+
+
+def _continue_from_each(
+    origin: Message, step: int, count: int, tokens: int, settings: Settings
+) -> None:
+    sampling, policy = settings
+    with layout.errors_shown():
+        for candidate in fork_candidates(data.store(), origin, step, range(1, count + 1)):
+            # The candidate is the first of the tokens.
+            short = replace(sampling, max_new_tokens=tokens - 1)
+            forced = Forced((candidate.token_id,))
+            submit_branch(data.writer(), origin, step, short, policy, forced=forced)
+        place = url_state.Location(origin.conversation_id, origin.id, step)
+        layout.open_page("branches", place.query())
+
+
+def _typed(origin: Message, step: int, text: str, settings: Settings) -> None:
+    """The tokens of a typed text, and a button that uses them."""
+    with layout.errors_shown():
+        model = origin.choice.model_id if origin.choice else origin.model_id or ""
+        tokens = data.typed_tokens(model, text)
+        st.caption(wording.escape(branches.typed_text(tokens)))
+        if st.button("Continue with this text", type="primary", key="typed-go"):
+            ids = tuple(number for number, _ in tokens)
+            branch(origin, step, settings, ids)
+
+
+def branch(origin: Message, step: int, settings: Settings, token_ids: tuple[int, ...] = ()) -> None:
+    """Queue a branch of a reply, and show it; ``token_ids`` are its first tokens."""
+    forced = Forced(token_ids) if token_ids else None
     with layout.errors_shown():
         reply = submit_branch(data.writer(), origin, step, *settings, forced=forced)
         _show(origin.conversation_id, reply)

@@ -69,6 +69,9 @@ def _option(option: Option, key: str) -> Value:
     if option.choices:
         chosen: str = st.selectbox(option.label, option.choices, key=key, help=help_, width=150)
         return chosen
+    if option.is_name:
+        typed = st.text_input(option.label, key=key, help=help_, width=150)
+        return option.parse(typed) or option.default
     number: float = st.number_input(
         option.label,
         0.0 if option.is_share else option.least,

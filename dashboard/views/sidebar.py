@@ -35,7 +35,7 @@ STATES = {
 }
 
 TENSORS: tuple[TensorMode, ...] = get_args(TensorMode)
-PROMPT_TRACES: tuple[PromptTrace | None, ...] = (None, *get_args(PromptTrace))
+PROMPT_TRACES: tuple[str, ...] = ("none", *get_args(PromptTrace))
 
 # Of an argument of the chat template: the value of earlier turns, or the template's default.
 UNCHANGED = "unchanged"
@@ -95,6 +95,7 @@ def _chosen() -> dict[str, Any]:
         "penalty": None,
         "max_new_tokens": Sampling().max_new_tokens,
         **asdict(CapturePolicy()),
+        "trace_prompt": "none",
         "system": "",
         "enable_thinking": UNCHANGED,
         "reasoning_effort": UNCHANGED,
@@ -223,7 +224,6 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
         "Trace the prompt",
         PROMPT_TRACES,
         PROMPT_TRACES.index(_default("trace_prompt")),
-        format_func=lambda level: level or "none",
         key="trace_prompt",
         help="Measure the tokens of the prompt too. light: their probability, candidates and "
         "attention, and the best token of each lens layer. full: everything that is kept of the "
@@ -250,7 +250,10 @@ def _requested() -> tuple[Sampling, CapturePolicy, str | None]:
         repetition_penalty=chosen["penalty"],
         **{key: None if off else chosen[key] for key in ("temperature", "top_p", "top_k", "seed")},
     )
-    policy = CapturePolicy(**{key: chosen[key] for key in asdict(CapturePolicy())})
+    kept = {key: chosen[key] for key in asdict(CapturePolicy())}
+    if kept["trace_prompt"] == "none":
+        kept["trace_prompt"] = None
+    policy = CapturePolicy(**kept)
     return sampling, policy, chosen["system"] if chosen["system"].strip() else None
 
 

@@ -103,7 +103,9 @@ def show(conversation_id: int, settings: branches.Settings | None = None) -> Non
         on_branch_change=lambda: None,  # the rerun is enough
     )
     if can_branch and settings is not None and picked.branch is not None:
-        branches.branch(drawn.owner, drawn.address, settings, int(picked.branch))
+        branches.branch(drawn.owner, drawn.address, settings, (int(picked.branch),))
+    if can_branch and settings is not None:
+        branches.other_ways(drawn.owner, drawn.address, len(step.topk.tokens), settings)
     st.caption(wording.escape(replies.decision_text(step, drawn.owner.generation)))
     effects = replies.effects_data(step)
     if effects:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from oki_trace.analysis.scope import Scope
+from oki_trace.records import is_lens_name
 
 if TYPE_CHECKING:
     from oki_trace.analysis.query_session import QuerySession
@@ -82,9 +83,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """An option of a question: a share of 1 when ``default`` is a float, else a whole number.
+    """An option of a question: a share of 1 when ``default`` is a float, or a whole number.
 
-    With ``choices``, one of these texts.
+    With ``choices``, one of these texts. When ``default`` is another text, the name of a lens;
+    with ``several``, names with commas between them.
     """
 
     default: Value
@@ -92,6 +94,11 @@ class Option:
     meaning: str
     least: int = 1
     choices: tuple[str, ...] = ()
+    several: bool = False
+
+    @property
+    def is_name(self) -> bool:
+        return isinstance(self.default, str) and not self.choices
 
     @property
     def is_share(self) -> bool:
@@ -102,12 +109,18 @@ class Option:
         """The allowed values in words."""
         if self.choices:
             return " or ".join(self.choices)
+        if self.is_name:
+            return "names of lenses with commas" if self.several else "the name of a lens"
         return "0 to 1" if self.is_share else f"a whole number from {self.least}"
 
     def parse(self, text: str) -> Value | None:
         """The value of ``text``; None when the option does not allow it."""
         if self.choices:
             return text if text in self.choices else None
+        if self.is_name:
+            names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+            allowed = self.several or len(names) == 1
+            return ",".join(names) if allowed and all(map(is_lens_name, names)) else None
         try:
             value = float(text) if self.is_share else int(text)
         except ValueError:

@@ -77,6 +77,13 @@ def ask(
     segment: Annotated[
         str | None, typer.Option(help="For prompt: only this part, such as user or system.")
     ] = None,
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="For layers, settle and rivals: an installed lens instead of the Logit Lens; "
+            "for layers, several are compared."
+        ),
+    ] = None,
     set_option: Annotated[
         list[str] | None,
         typer.Option(
@@ -115,7 +122,7 @@ def ask(
     scope = Scope(model, conversation, message, first, last, role, text)
     given = {"top": top, "least": least, "sample": sample}
     chosen: dict[str, Value] = {n: value for n, value in given.items() if value is not None}
-    named = {"origin": origin, "segment": segment}
+    named = {"origin": origin, "segment": segment, "lens": ",".join(lens or ()) or None}
     pairs = [f"{name}={value}" for name, value in named.items() if value is not None]
     chosen |= questions.parse_options(question, [*pairs, *(set_option or ())])
     with _session(db) as session:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from oki_trace.cli import options
 from oki_trace.cli.output import console, print_json, print_text, token
@@ -168,11 +169,8 @@ def _starts(
 def _show_tokens(session: Session, text: str) -> None:
     """The tokens of a typed text, before they are used."""
     from oki_trace.llm.capture.vocabulary import Vocabulary
+    from oki_trace.llm.chat.typed_text import typed_ids
 
     tokenizer = session.loaded.tokenizer
-    vocabulary = Vocabulary(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    line = token(vocabulary.text(ids[0])) if ids else token("")
-    for one in ids[1:]:
-        line.append("  ").append_text(token(vocabulary.text(one)))
-    console().print("Goes on with: ", line, sep="")
+    texts = map(Vocabulary(tokenizer).text, typed_ids(tokenizer, text))
+    console().print("Goes on with: ", Text("  ").join(map(token, texts)), sep="")

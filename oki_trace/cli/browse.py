@@ -384,11 +384,11 @@ def _print_lens(message: Message, step: Step) -> None:
         return
     width = min(3, lens.token_ids.shape[1])
     rows = table("layer", *["", "prob"] * width, "chosen rank", right=("layer", "chosen rank"))
-    for layer in reversed(range(len(lens.tokens))):
+    for row, layer in reversed(list(enumerate(lens.layer_numbers.tolist()))):
         cells: list[Any] = []
         for k in range(width):
-            cells += [token(lens.tokens[layer][k]), f"{float(lens.probs[layer, k]):.3f}"]
-        rows.add_row(str(layer), *cells, f"{int(lens.chosen_rank[layer]):,}")
+            cells += [token(lens.tokens[row][k]), f"{float(lens.probs[row, k]):.3f}"]
+        rows.add_row(str(layer), *cells, f"{int(lens.chosen_rank[row]):,}")
     console().print(rows)
     if message.capture is not None:
         _print_check("lens check", message.lens_check)

@@ -67,8 +67,17 @@ NoFast = Annotated[
 TracePrompt = Annotated[
     str,
     typer.Option(
-        help="Also trace the prompt's tokens: none, light (no full tensors, one lens token per "
-        "layer) or full."
+        help="How the prompt's tokens are traced: light (no full tensors, one lens token per "
+        "layer), full or none."
+    ),
+]
+LensLayers = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LAYERS",
+        show_default="all, or none of a long prompt",
+        help="Layers at which the Logit Lens reads given tokens: all, none, every:4, or a list "
+        "such as 0,8,16-29. Fewer take less time; the last one is always there.",
     ),
 ]
 Lenses = Annotated[
@@ -113,7 +122,10 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
 
 
 def policy_of(
-    tensors: str, trace_prompt: str = "none", lenses: Sequence[str] | None = None
+    tensors: str,
+    trace_prompt: str = "none",
+    lens_layers: str | None = None,
+    lenses: Sequence[str] | None = None,
 ) -> CapturePolicy:
     """The data that a command stores for each step.
 
@@ -122,12 +134,13 @@ def policy_of(
     if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
         raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
     level: Any = None if trace_prompt == "none" else trace_prompt
+    mode: Any = tensors
     names: tuple[str, ...] = ()
     if lenses:
         from oki_trace.llm.lenses.library import require_installed
 
         names = require_installed(lenses)
-    return CapturePolicy(tensors=tensors, trace_prompt=level, lenses=names)  # type: ignore[arg-type]
+    return CapturePolicy(tensors=mode, trace_prompt=level, lens_layers=lens_layers, lenses=names)
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,7 @@ class Turns:
     device: Device = "auto"
     tensors: Tensors = "half"
     trace_prompt: TracePrompt = "none"
+    lens_layers: LensLayers = None
     lens: Lenses = None
     template_arg: Annotated[
         list[str] | None,
@@ -194,7 +208,7 @@ class Turns:
 
     def policy(self) -> CapturePolicy:
         """The data that is stored for each step; see ``policy_of``."""
-        return policy_of(self.tensors, self.trace_prompt, self.lens)
+        return policy_of(self.tensors, self.trace_prompt, self.lens_layers, self.lens)
 
     def sampling(self) -> Sampling:
         """The sampling settings. Raises UsageError for values out of range."""

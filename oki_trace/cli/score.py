@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,9 +42,7 @@ def score(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     tensors: options.Tensors = "none",
-    lens_layers: Annotated[
-        str, typer.Option(help="Layers of the Logit Lens: all, or none to save time.")
-    ] = "all",
+    lens_layers: options.LensLayers = None,
     lens: options.Lenses = None,
     db: options.Db = None,
     json: options.Json = False,
@@ -68,11 +65,7 @@ def score(
     if sum(sources) != 1:
         raise UsageError("Give exactly one of a text, --file and --message.")
     content = None if message is not None else _content(text, file)
-    if lens_layers not in ("all", "none"):
-        raise UsageError("--lens-layers must be all or none.")
-    if lens and lens_layers == "none":
-        raise UsageError("--lens needs the Logit Lens. Leave out --lens-layers none.")
-    policy = replace(options.policy_of(tensors, lenses=lens), no_lens=lens_layers == "none")
+    policy = options.policy_of(tensors, lens_layers=lens_layers, lenses=lens)
     from oki_trace import scoring
     from oki_trace.llm.capture.teacher_forcing import Windows
     from oki_trace.store.reading.reader import TraceReader

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from oki_trace.cli.output import cell, console
+from oki_trace.message_tree import in_depth
 from oki_trace.records import Message, Role
 
 if TYPE_CHECKING:
@@ -22,43 +23,21 @@ def print_tree(reader: TraceReader, messages: Sequence[Message]) -> None:
 
     The probability of a branch is that of all its own tokens, from the fork on.
     """
-    for message, depth in _in_depth(messages):
+    logprobs = reader.logprobs(messages[0].conversation_id) if messages else {}
+    for message, depth in in_depth(messages):
         line = Text("  " * depth).append(str(message.id), "bold").append(f"  {message.role}: ")
         line.append_text(cell(_shortened(message.content)))
         if message.role is Role.ASSISTANT:
-            line.append(f"  {_about(reader, message)}", "dim")
+            line.append(f"  {_about(message, logprobs.get(message.id))}", "dim")
         console().print(line, soft_wrap=True)
 
 
-def _in_depth(messages: Sequence[Message]) -> Iterator[tuple[Message, int]]:
-    """Every message after its parent, with the number of forks before it."""
-    children: dict[int | None, list[Message]] = {}
-    for message in messages:
-        children.setdefault(message.parent_id, []).append(message)
-    roots = children.get(None, [])
-    shown: set[int] = set()
-    # In a damaged store, a message may follow one that is missing, or itself in a loop.
-    for root in [*roots, *messages]:
-        waiting = [(root, int(len(roots) > 1))]
-        while waiting:
-            message, depth = waiting.pop()
-            if message.id in shown:
-                continue
-            shown.add(message.id)
-            yield message, depth
-            following = children.get(message.id, [])
-            deeper = depth + (len(following) > 1)
-            waiting += [(child, deeper) for child in reversed(following)]
-
-
-def _about(reader: TraceReader, message: Message) -> str:
+def _about(message: Message, logprob: float | None) -> str:
     parts = []
     if message.branch_of is not None:
         parts.append(f"from {message.branch_of} at step {message.branch_step}")
-    steps = reader.steps(message.id)
-    if steps:
-        logprob = sum(step.logprob for step in steps)
-        parts.append(f"{len(steps)} tokens, logprob {logprob:z.2f} ({math.exp(logprob):.2g})")
+    if logprob is not None:
+        parts.append(f"{message.tokens} tokens, logprob {logprob:z.2f} ({math.exp(logprob):.2g})")
     return " · ".join([*parts, "" if message.status == "complete" else str(message.status)]).strip(
         " ·"
     )

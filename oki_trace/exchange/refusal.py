@@ -37,6 +37,8 @@ def invalid(where: str, error: ValidationError) -> ExchangeError:
     (first, *_) = error.errors(include_url=False)
     path: list[str] = []
     for key in first["loc"]:
+        if key == "[key]":  # pydantic's mark of the name before it, instead of its value
+            continue
         if isinstance(key, int) and path:
             path[-1] += f" {key + 1}"
         else:

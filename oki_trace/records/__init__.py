@@ -27,6 +27,7 @@ from oki_trace.records.request import (
     Status,
     TemplateOptions,
     TensorMode,
+    is_lens_name,
     is_too_deep,
     require_lens_name,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "TurnEnd",
     "TurnStart",
     "WorkerState",
+    "is_lens_name",
     "is_too_deep",
     "require_lens_name",
 ]

@@ -16,6 +16,8 @@ TensorMode = Literal["exact", "half", "compact", "none"]
 PromptTrace = Literal["light", "full"]
 # The name of the Logit Lens, which needs no installation.
 LOGIT = "logit"
+# Layers of the Logit Lens: all, none, every:4, or numbers and ranges such as 0,8,16-29.
+_LENS_LAYERS = re.compile(r"all|none|every:[1-9]\d{0,3}|\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*")
 _LENS_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 # The ``parent_id`` of a message that follows none; ids begin at 1.
 NO_PARENT = 0
@@ -63,10 +65,15 @@ def _require(holds: bool, sentence: str) -> None:
         raise UsageError(f"{sentence}.")
 
 
+def is_lens_name(name: object) -> bool:
+    """Whether a lens can have this name: an installed one, or the Logit Lens."""
+    return isinstance(name, str) and _LENS_NAME.fullmatch(name) is not None
+
+
 def require_lens_name(name: object) -> None:
     """Raise UsageError unless an installed lens can have this name."""
     _require(
-        isinstance(name, str) and name != LOGIT and _LENS_NAME.fullmatch(name) is not None,
+        is_lens_name(name) and name != LOGIT,
         "a lens is named by up to 63 lower-case letters, digits, dots, hyphens and underscores, "
         f"begins with a letter or digit, and is not called {LOGIT}",
     )
@@ -119,7 +126,10 @@ class CapturePolicy:
     ``trace_prompt``: the tokens of the prompt become steps too, "light" with the best token
     of each lens layer and no full tensors, "full" like the reply's; None: they do not.
     ``no_lens``: the Logit Lens is not computed. ``lenses``: the installed lenses that read
-    every step besides it.
+    every step besides it. ``lens_layers``: the layers at which the Logit Lens reads given
+    tokens, as ``all``, ``none``, ``every:4`` or ``0,8,16-29``; the last layer always too.
+    None: all, but none under ``light`` if the prompt is so long that its lens would delay the
+    reply.
     """
 
     topk_logits: int = 10
@@ -129,6 +139,7 @@ class CapturePolicy:
     trace_prompt: PromptTrace | None = None
     no_lens: bool = False
     lenses: tuple[str, ...] = ()
+    lens_layers: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("topk_logits", "topk_evidence", "topk_lens"):
@@ -143,12 +154,47 @@ class CapturePolicy:
             require_lens_name(name)
         _require(len(set(self.lenses)) == len(self.lenses), "lenses must not name one twice")
         _require(not (self.no_lens and self.lenses), "no_lens excludes lenses")
+        spec: Any = self.lens_layers
+        _require(
+            spec is None or (isinstance(spec, str) and _LENS_LAYERS.fullmatch(spec) is not None),
+            "lens_layers must be all, none, every:N or layers such as 0,8,16-29",
+        )
 
     @property
     def for_prompt(self) -> CapturePolicy:
         """The data that is stored for the steps of the prompt."""
-        light = self.trace_prompt != "full"
-        return replace(self, topk_lens=1, tensors="none") if light else self
+        policy = self
+        if self.trace_prompt != "full":
+            policy = replace(policy, topk_lens=1, tensors="none")
+        if self.lens_layers == "none":
+            policy = replace(policy, no_lens=True, lenses=())
+        return policy
+
+    @property
+    def for_reply(self) -> CapturePolicy:
+        """The data that is stored for generated steps."""
+        return replace(self, lens_layers=None)
+
+    def layers_read(self, layers: int) -> tuple[int, ...]:
+        """The layers at which the Logit Lens reads a model with so many, in ascending order.
+
+        Raises UsageError for one that the model does not have.
+        """
+        spec = self.lens_layers
+        if spec is None or spec == "all":
+            return tuple(range(layers + 1))
+        if spec.startswith("every:"):
+            every = int(spec.removeprefix("every:"))
+            return tuple(sorted({*range(0, layers, every), layers}))
+        chosen = {layers}
+        for part in () if spec == "none" else spec.split(","):
+            first, _, last = part.partition("-")
+            chosen.update(range(int(first), int(last or first) + 1))
+        if max(chosen) > layers:
+            raise UsageError(
+                f"The lens layers {spec} do not fit this model, whose layers are 0 to {layers}."
+            )
+        return tuple(sorted(chosen))
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,7 +144,9 @@ def run_of(loaded: Any, instrument: Any, mode: str, length: int) -> Callable[[],
 
     text = " ".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md")))
     ids = loaded.tokenizer(text, verbose=False)["input_ids"][:length]
-    policy = CapturePolicy(tensors="none", no_lens=mode == "no lens")
+    policy = CapturePolicy(
+        tensors="none", trace_prompt="full", lens_layers="none" if mode == "no lens" else "all"
+    )
 
     @torch.no_grad()
     def plain() -> None:
@@ -152,7 +154,7 @@ def run_of(loaded: Any, instrument: Any, mode: str, length: int) -> Callable[[],
 
     def traced() -> None:
         with lock_model(loaded.model):
-            for _ in teacher_force(instrument, ids, policy):
+            for _ in teacher_force(instrument, ids, policy.for_prompt):
                 pass
 
     return plain if mode == "plain" else traced

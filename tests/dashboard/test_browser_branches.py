@@ -83,3 +83,59 @@ def test_a_candidate_becomes_a_branch_beside_the_reply(
         first = reader.step(origin.id, 0)
     expect(again.locator(".root.facts")).to_contain_text(first.token.strip())
     until(lambda: "position" in browser_pages.place(again), "the address of a kept token")
+
+
+def test_the_best_candidates_are_continued_side_by_side(
+    live: server.Explorer, browse: Browse
+) -> None:
+    page = browse(live.url)
+    browser_pages.set_most_new_tokens(page, 12)
+    browser_pages.ask(page, "How many legs does a spider have?")
+    browser_pages.watch_to_the_end(page)
+    place = browser_pages.place(page)
+    with TraceReader(live.db) as reader:
+        origin = reader.messages(place["conversation"])[-1]
+        step = reader.step(origin.id, 0)
+    page.locator(".root.reply .token").first.click()
+    browser_pages.wait_for_panel(page, step, origin.tokens)
+
+    # A typed text is shown as tokens before it is used.
+    page.get_by_role("button", name="Other ways from here").click()
+    page.get_by_label("Or your own text").fill("An octopus")
+    page.get_by_label("Or your own text").press("Enter")
+    expect(page.get_by_text("2 tokens: An (")).to_be_visible()
+    for name, value in (("Candidates", "3"), ("Tokens each", "6")):
+        number = page.get_by_test_id("stPopoverBody").get_by_role("spinbutton", name=name)
+        number.fill(value)
+        number.press("Enter")
+    if folder := os.environ.get("OKI_TRACE_SHOTS"):
+        page.screenshot(path=f"{folder}/ways-panel.png")
+    page.get_by_role("button", name="Continue from each").click()
+
+    cards = page.locator(".root.paths .card")
+    expect(cards).to_have_count(4)  # three branches and the reply itself
+    expect(page.locator(".root.paths .cursor")).to_have_count(0)
+    with TraceReader(live.db) as reader:
+        branches = [m for m in reader.messages(place["conversation"]) if m.branch_of == origin.id]
+        said = {m.id: reader.steps(m.id) for m in branches}
+        logprobs = reader.logprobs(place["conversation"])
+    assert [len(said[m.id]) for m in branches] == [6, 6, 6]
+    assert [said[m.id][0].token for m in branches] == list(step.topk.tokens[:3])
+    names = page.locator(".root.paths .name").all_inner_texts()
+    assert names[0] == names[1] == step.topk.tokens[0], "the likeliest, and the reply itself"
+    for branch in branches:
+        card = cards.filter(has=page.locator(f"[data-id='{branch.id}']"))
+        expect(card).to_contain_text(f"6 tokens · {logprobs[branch.id]:.2f} nats")
+        expect(card).to_contain_text("cut at the token limit")
+    rows = page.locator(".root.tree li")
+    expect(rows).to_have_count(2 + len(branches))
+    expect(rows.last).to_contain_text(f"from {origin.id} at step 0")
+    assert browser_pages.overflow(page) == []
+    if folder := os.environ.get("OKI_TRACE_SHOTS"):
+        page.screenshot(path=f"{folder}/ways.png", full_page=True)
+
+    rows.last.locator("button").click()
+    expect(page.get_by_text("4 / 4")).to_be_visible()
+    assert browser_pages.place(page)["branch"] == branches[-1].id
+    shown = [s.token for s in said[branches[-1].id]]
+    until(lambda: browser_pages.tokens(page) == shown, "the branch in the chat")

@@ -249,10 +249,10 @@ def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
     assert not app.chat_input[0].disabled
 
 
-def test_tracing_the_prompt_is_asked_for(empty_store: str, no_worker: None) -> None:
+def test_a_prompt_is_traced_as_chosen(empty_store: str, no_worker: None) -> None:
     app = open_settings(app_pages.chat())
     box = app.selectbox(key="trace_prompt")
-    assert box.value is None and box.options == ["none", "light", "full"]
+    assert box.value == "none" and box.options == ["none", "light", "full"]
     reply = queued(app, empty_store)
     assert reply.policy is not None and reply.policy.trace_prompt is None
     for level in ("light", "full"):

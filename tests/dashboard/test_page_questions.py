@@ -329,6 +329,19 @@ def test_an_address_that_makes_no_sense_is_the_first_question(
     assert len(app.dataframe[0].value)
 
 
+def test_a_lens_is_named_and_one_that_has_read_nothing_is_told(
+    filled: sample_stores.Samples,
+) -> None:
+    app = questions(question="layers", lens="jlens")
+    assert app.text_input(key="ask-lens-layers").value == "jlens"
+    (warning,) = app.warning
+    assert "No step was read by the lens jlens" in app_pages.plainly(warning.value)
+    app.text_input(key="ask-lens-layers").set_value("Not a name").run()
+    assert not app.exception and not app.warning
+    assert address(app) == {"question": "layers", "view": "layer"}
+    assert len(app.dataframe[0].value)
+
+
 def test_replies_that_kept_no_tensors_have_no_heads(filled: sample_stores.Samples) -> None:
     app = questions(question="heads", conversation=filled.without_tensors[0])
     assert not app.exception

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from oki_trace.analysis.question import Column, Drawing, Option, Question, View
+from oki_trace.analysis.lens_choice import ONE_LENS, require_rows
+from oki_trace.analysis.query_session import QuerySession
+from oki_trace.analysis.question import (
+    Answer,
+    Column,
+    Drawing,
+    Option,
+    Question,
+    Request,
+    View,
+    run_statement,
+)
+
+
+def _run(session: QuerySession, request: Request) -> Answer:
+    return require_rows(session, request, run_statement(session, request))
+
 
 RIVALS = Question(
     "rivals",
@@ -19,7 +35,7 @@ rivals AS (
   SELECT step_id, arg_max(layer, top_prob) AS layer, arg_max(top_token, top_prob) AS rival,
     max(top_prob) AS rival_prob, count(*) AS layers
   FROM lens_layer JOIN scope USING (message_id)
-  WHERE step_index IS NOT NULL AND lens = 'logit' AND layer >= $from_layer
+  WHERE step_index IS NOT NULL AND lens = $lens AND layer >= $from_layer
     AND top_prob >= $least AND chosen_rank > 1
   GROUP BY step_id
   ORDER BY rival_prob DESC, step_id
@@ -53,7 +69,7 @@ WITH scope AS ($scope)
 SELECT model_id AS model, layer, count(*) AS steps,
   avg((chosen_rank > 1 AND top_prob >= $least)::INT) AS share
 FROM lens_layer JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL AND lens = 'logit' AND layer >= $from_layer
+WHERE step_index IS NOT NULL AND lens = $lens AND layer >= $from_layer
 GROUP BY model_id, layer
 ORDER BY model, layer
 """,
@@ -70,5 +86,7 @@ ORDER BY model, layer
         "least": Option(0.5, "Minimum probability", "the minimum probability of the rival"),
         "from_layer": Option(2, "From layer", "the first layer: 0 mostly repeats its input", 0),
         "top": Option(20, "Rows", "how many steps"),
+        "lens": ONE_LENS,
     },
+    run=_run,
 )

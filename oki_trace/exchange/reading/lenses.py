@@ -11,18 +11,21 @@ from oki_trace.exchange.reading.lists import check_ranks, floats
 from oki_trace.exchange.reading.replies import TokenIds
 from oki_trace.exchange.refusal import refused
 from oki_trace.exchange.trace_object import BLANK
-from oki_trace.records import LOGIT, Lens
+from oki_trace.records import LOGIT, CaptureReport, Lens
 
 
 class LensReader:
-    """Reads the lenses of one step of a model with ``layers`` layers. Raises ExchangeError."""
+    """Reads the lenses of one step. Raises ExchangeError."""
 
     def __init__(
-        self, step_index: int, token_id: int, layers: int, ids: TokenIds, where: str
+        self, step_index: int, token_id: int, capture: CaptureReport, ids: TokenIds, where: str
     ) -> None:
         self._step_index = step_index
         self._token_id = token_id
-        self._layers = layers
+        self._layers = capture.layers
+        # Given tokens may be read at fewer layers; else the Logit Lens has all.
+        some = step_index < 0 and capture.policy.lens_layers not in (None, "all")
+        self._whole = () if some else (LOGIT,)
         self._ids = ids
         self._where = where
         self._cells = 0
@@ -35,7 +38,7 @@ class LensReader:
         return lens, tuple(reading for reading in readings if reading is not None)
 
     def _lens(self, name: str, given: Sequence[validation.LensLayer], label: str) -> Lens | None:
-        """A reading; a layer of the model that the Logit Lens does not have is blank."""
+        """A reading; a layer that is missing although the lens read all of them is blank."""
         rows: dict[int, validation.LensLayer] = {}
         for row in given:
             here = f"{self._where}, {label} of layer {row['layer']}"
@@ -47,10 +50,10 @@ class LensReader:
             rows[row["layer"]] = row
         if not rows:
             return None
-        if name != LOGIT and self._layers not in rows:
+        if name not in self._whole and self._layers not in rows:
             raise refused(f"{self._where}, {label}: it lacks the last layer, {self._layers:,}")
         every = range(self._layers + 1)
-        numbers = list(every) if name == LOGIT else sorted(rows)
+        numbers = list(every) if name in self._whole else sorted(rows)
         k = max(1, *(len(row.get("topk") or ()) for row in rows.values()))
         self._cells += len(numbers) * k
         if self._cells > validation.MAX_CELLS:

@@ -117,7 +117,7 @@ def _record(
     prob = value_or(values, "prob", prob)
     margin = float(topk.probs[0] - topk.probs[1]) if len(topk.tokens) > 1 else NAN
     decision = values.get("decision")
-    lens, lenses = LensReader(index, token_id, start.capture.layers, ids, where).read(values)
+    lens, lenses = LensReader(index, token_id, start.capture, ids, where).read(values)
     return Step(
         step_index=index,
         position=position,

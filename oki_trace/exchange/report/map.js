@@ -19,7 +19,7 @@ function numberOf(n) {
 
 function layMap(scroll) {
   const { reply, steps, selected } = mapped();
-  const layers = steps.reduce((most, s) => Math.max(most, s.lens?.length ?? 0), 0);
+  const layers = steps.reduce((most, s) => Math.max(most, s.lens ? layerOf(s, s.lens.length - 1) + 1 : 0), 0);
   byId("map").hidden = !layers;
   reply.rows = layers;
   if (!layers) return;
@@ -64,10 +64,11 @@ function drawMap() {
     const step = steps[n];
     const x = GUTTER + n * columnWidth - frame.scrollLeft;
     write(pen, tokenText(step.token), x, HEAD / 2, inks.text, `600 11px ${mono}`);
-    for (let layer = 0; layer < (step.lens?.length ?? 0); layer += 1) {
+    for (let row = 0; row < (step.lens?.length ?? 0); row += 1) {
+      const layer = layerOf(step, row);
       const y = HEAD + (reply.rows - 1 - layer) * ROW;
-      const number = step.lens[layer][0];
-      pen.globalAlpha = ((step.lensProb[layer][0] ?? 0) / 1000) * 0.66;
+      const number = step.lens[row][0];
+      pen.globalAlpha = ((step.lensProb[row][0] ?? 0) / 1000) * 0.66;
       pen.fillStyle = number === step.token ? inks.same : inks.other;
       pen.fillRect(x + 0.5, y + 0.5, columnWidth - 1, ROW - 1);
       pen.globalAlpha = 1;
@@ -120,9 +121,10 @@ canvas.onclick = (event) => {
 };
 canvas.onmousemove = (event) => {
   const { step, number, layer } = cellAt(event) ?? {};
-  const row = step?.lens?.[layer];
+  const place = step?.lensLayers ? step.lensLayers.indexOf(layer) : layer;
+  const row = step?.lens?.[place];
   const where = number < 0 ? `position ${step.position}` : `step ${number}`;
-  canvas.title = row ? `layer ${layer}, ${where}: ${tokenText(row[0])} ${((step.lensProb[layer][0] ?? 0) / 1000).toFixed(3)}\n` +
-    `this token, ${tokenText(step.token)}: rank ${rankText(step.lensRank[layer])}` : step ? tokenText(step.token) : "";
+  canvas.title = row ? `layer ${layer}, ${where}: ${tokenText(row[0])} ${((step.lensProb[place][0] ?? 0) / 1000).toFixed(3)}\n` +
+    `this token, ${tokenText(step.token)}: rank ${rankText(step.lensRank[place])}` : step ? tokenText(step.token) : "";
 };
 frame.onscroll = drawMap;

@@ -227,6 +227,8 @@ def _step(step: Step, tokens: _Tokens) -> Json:
         shown["lensProb"] = [_thousandths(row.tolist()) for row in shares]
         shown["lensRank"] = lens.chosen_rank.tolist()
         shown["settle"] = lens.settle_layer
+        if lens.layers is not None:
+            shown["lensLayers"] = lens.layers.tolist()
     return shown
 
 

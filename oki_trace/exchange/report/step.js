@@ -132,12 +132,13 @@ function drawLens(reply, step) {
   const columns = make("colgroup");
   columns.append(make("col", "layer"), ...Array.from({ length: width }, (_, k) => make("col", k === 2 ? "third" : "")), make("col", "rank"));
   const body = make("tbody");
-  for (let layer = step.lens.length - 1; layer >= 0; layer -= 1) {
+  for (let n = step.lens.length - 1; n >= 0; n -= 1) {
+    const layer = layerOf(step, n);
     const row = make("tr", step.settle === layer ? "settled" : "");
     row.append(make("td", "num dim", String(layer)));
     for (let k = 0; k < width; k += 1) {
-      const number = step.lens[layer][k];
-      const share = step.lensProb[layer][k];
+      const number = step.lens[n][k];
+      const share = step.lensProb[n][k];
       const cell = make("td", number === step.token ? "cell picked" : "cell");
       cell.classList.toggle("third", k === 2);
       cell.style.setProperty("--v", (share ?? 0) / 1000);
@@ -147,7 +148,7 @@ function drawLens(reply, step) {
       cell.append(pair);
       row.append(cell);
     }
-    row.append(make("td", "num dim", rankText(step.lensRank[layer])));
+    row.append(make("td", "num dim", rankText(step.lensRank[n])));
     body.append(row);
   }
   table.append(columns, body);
@@ -155,12 +156,18 @@ function drawLens(reply, step) {
     ...drawRanks(step)];
 }
 
+// The layer of a row of the lens: given tokens may be read at some layers only.
+function layerOf(step, n) {
+  return step.lensLayers?.[n] ?? n;
+}
+
 // The rank of the chosen token through the layers, on a logarithmic scale.
 function drawRanks(step) {
   const ranks = step.lensRank;
   if (ranks.length < 2 || ranks.some((rank) => !rank)) return [];
   const top = Math.log(Math.max(10, ...ranks));
-  const points = ranks.map((rank, n) => `${(n / (ranks.length - 1)) * 100},${(Math.log(rank) / top) * 100}`);
+  const first = layerOf(step, 0), last = layerOf(step, ranks.length - 1);
+  const points = ranks.map((rank, n) => `${((layerOf(step, n) - first) / (last - first)) * 100},${(Math.log(rank) / top) * 100}`);
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("viewBox", "0 0 100 100");
   svg.setAttribute("preserveAspectRatio", "none");
@@ -168,6 +175,6 @@ function drawRanks(step) {
   line.setAttribute("points", points.join(" "));
   svg.append(line);
   const ends = make("div", "ends");
-  ends.append(make("span", "", "layer 0"), make("span", "", `log scale: rank 1 at the top, ${Math.max(...ranks).toLocaleString("en")} at the bottom`), make("span", "", `layer ${ranks.length - 1}`));
+  ends.append(make("span", "", `layer ${first}`), make("span", "", `log scale: rank 1 at the top, ${Math.max(...ranks).toLocaleString("en")} at the bottom`), make("span", "", `layer ${last}`));
   return [make("h2", "", "Rank of this token by layer"), svg, ends];
 }

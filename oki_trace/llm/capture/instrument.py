@@ -10,6 +10,7 @@ own numbers (``reply_checks.py``).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -69,8 +70,11 @@ class Instrument(CheckedModel):
             return None
         return made or draft.projection()
 
-    def readers_for(self, policy: CapturePolicy) -> tuple[LensReader, ...]:
-        """The readers of the installed lenses of a reply. Raises CaptureError, UsageError."""
+    def readers_for(self, policy: CapturePolicy, layers: Sequence[int]) -> tuple[LensReader, ...]:
+        """The readers of the installed lenses of a reply, for the ``layers`` below the last one.
+
+        Raises CaptureError, UsageError.
+        """
         if not policy.lenses:
             return ()
         if self.lens.projection is None:
@@ -78,7 +82,7 @@ class Instrument(CheckedModel):
                 f"No lens can read this model: {self.lens.reason}. Leave out the lenses."
             )
         shape = self.structure.layers, self.structure.streams
-        return lens_readers(policy.lenses, self.model, *shape)
+        return lens_readers(policy.lenses, self.model, *shape, layers)
 
     def checker(self) -> ReplyChecker:
         """The checker of the numbers of one reply."""

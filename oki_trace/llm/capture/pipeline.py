@@ -42,7 +42,9 @@ def capture(
         if given is not None:
             yield from rest_of(given)
         return
-    reducer = StepReducer(instrument, policy, None if given is None else given.reducer.draft)
+    reducer = StepReducer(
+        instrument, policy.for_reply, None if given is None else given.reducer.draft
+    )
     checker = reducer.checker
     raw_steps = decode(
         instrument.model,

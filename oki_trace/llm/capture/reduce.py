@@ -64,7 +64,10 @@ class StepReducer:
         self._vocabulary = instrument.vocabulary
         self._policy = policy
         self._lens = instrument.lens.projection
-        self._readers = instrument.readers_for(policy)
+        *self._inner_layers, last = policy.layers_read(instrument.structure.layers)
+        is_whole = len(self._inner_layers) == last
+        self._layers = None if is_whole else np.array([*self._inner_layers, last])
+        self._readers = instrument.readers_for(policy, self._inner_layers)
 
     @property
     def kept_tokens(self) -> int:
@@ -120,6 +123,8 @@ class StepReducer:
         steps = [step for step in steps if _lens_holds(step, lens, checker)]
         if not steps:
             return []
+        if not self._inner_layers:
+            return [self._record(step, None) for step in steps]
         logit = self._logit_lenses(steps, lens)
         return [*logit, *(one for reader in self._readers for one in self._read(reader, steps))]
 
@@ -137,42 +142,51 @@ class StepReducer:
 
     def _compared(self, step: PendingLens, lens: LogitLens, draft: LensProjection) -> Lens:
         """The exact lens of a step, with which its draft is compared."""
-        inner, k, target = _inner([step]), self._policy.topk_lens, step.target
+        inner, k, target = self._inner([step]), self._policy.topk_lens, step.target
         logits = lens.project(inner)
         drafted = draft.project_steps(inner, [target.exact_ids], k)
         self.checker.check_draft(step.step_index, next(drafted), logits)
         summary = summarize(logits, [step.model], step.token_id, k)
-        return lens_record(step.step_index, summary, step.last_layer, self._vocabulary, k)
+        return self._record(step, summary)
 
     def _read(self, reader: LensReader, steps: Sequence[PendingLens]) -> Iterator[Lens]:
         """The readings of the steps by an installed lens, always with the exact projection."""
         assert self._lens is not None
         k = self._policy.topk_lens
-        hidden = _inner(steps).unflatten(0, (len(steps), -1))
+        hidden = _streams(steps, reader.inner).unflatten(0, (len(steps), -1))
         targets = [step.target for step in steps]
-        for step, inner in zip(
-            steps, reader.summarize(hidden, targets, k, self._lens), strict=True
-        ):
+        summaries = reader.summarize(hidden, targets, k, self._lens)
+        for step, inner in zip(steps, summaries, strict=True):
             made = lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
             yield replace(made, name=reader.name, layers=reader.layers)
 
     def _lenses(self, steps: Sequence[PendingLens], projection: LensProjection) -> list[Lens]:
         if not steps:
             return []
-        inner, k = _inner(steps), self._policy.topk_lens
+        inner, k = self._inner(steps), self._policy.topk_lens
         summary = projection.summarize_steps(inner, [step.target for step in steps], k)
         layers = len(inner) // len(steps)
-        by_step = [summary.rows(slice(i * layers, (i + 1) * layers)) for i in range(len(steps))]
         return [
-            lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
-            for step, inner in zip(steps, by_step, strict=True)
+            self._record(step, summary.rows(slice(i * layers, (i + 1) * layers)))
+            for i, step in enumerate(steps)
         ]
 
+    def _inner(self, steps: Sequence[PendingLens]) -> Tensor:
+        """The hidden states (steps · layers, width) of the layers read below the last one."""
+        return _streams(steps, self._inner_layers)
 
-def _inner(steps: Sequence[PendingLens]) -> Tensor:
-    """The hidden states (steps · L, width) of the layers below the last one."""
+    def _record(self, step: PendingLens, inner: Distribution | None) -> Lens:
+        """The lens of one step, from the summary of its inner layers; None: it has none."""
+        k = self._policy.topk_lens
+        made = lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
+        return replace(made, layers=self._layers)
+
+
+def _streams(steps: Sequence[PendingLens], layers: Sequence[int]) -> Tensor:
+    """The hidden states (steps · layers, width) of these layers."""
     device = steps[0].hidden_states[-1].device
-    return torch.stack([h.to(device) for step in steps for h in step.hidden_states[:-1]])
+    streams = (step.hidden_states[layer] for step in steps for layer in layers)
+    return torch.stack([stream.to(device) for stream in streams])
 
 
 def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
@@ -314,13 +328,17 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
 
 
 def lens_record(
-    step_index: int, inner: Distribution, last: Distribution, vocabulary: Vocabulary, k: int
+    step_index: int, inner: Distribution | None, last: Distribution, vocabulary: Vocabulary, k: int
 ) -> Lens:
-    """The lens of one step, from the summary of its inner layers and that of the last one."""
+    """The lens of one step, from the summary of its inner layers and that of the last one.
+
+    ``inner`` None: no inner layer was read.
+    """
 
     def all_layers(field: str) -> Any:
-        rows, last_row = getattr(inner, field).numpy(), getattr(last, field).numpy()
-        return np.concatenate([rows, last_row[:, :k] if last_row.ndim == 2 else last_row])
+        last_row = getattr(last, field).numpy()
+        last_row = last_row[:, :k] if last_row.ndim == 2 else last_row
+        return last_row if inner is None else np.concatenate([getattr(inner, field), last_row])
 
     ids = all_layers("token_ids")
     fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")

@@ -26,7 +26,7 @@ from oki_trace.llm.capture.hooks import ModelHooks
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.model_structure import dummy_token_ids
 from oki_trace.llm.capture.reduce import PendingLens, StepReducer, top_attention
-from oki_trace.llm.decoding.decode import RawStep, grad_mode
+from oki_trace.llm.decoding.decode import RawStep
 from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.sampling import Choice
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
@@ -47,6 +47,10 @@ _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_16_BIT = 1e-1
 
 _continues_exactly: weakref.WeakKeyDictionary[ModelHooks, bool] = weakref.WeakKeyDictionary()
+
+
+class NoGivenSteps(CaptureError):
+    """The model returns nothing from which given tokens could be traced."""
 
 
 @dataclass(frozen=True)
@@ -96,17 +100,6 @@ class Windows:
                 return
 
 
-@dataclass
-class TextCache:
-    """The KV cache of a text's first ``tokens``; None: of none, or one that cannot be kept.
-
-    ``teacher_force`` begins with it, and leaves that of all tokens but the last.
-    """
-
-    tokens: int = 0
-    cache: Any = None
-
-
 class GivenLenses:
     """Steps of given tokens that wait for their lenses, in the order of their positions.
 
@@ -114,13 +107,12 @@ class GivenLenses:
     """
 
     def __init__(self, instrument: Instrument, policy: CapturePolicy) -> None:
+        self.policy = policy
         self.reducer = StepReducer(instrument, policy)
         vocab = int(instrument.model.get_input_embeddings().weight.shape[0])
-        structure = instrument.structure
-        step_bytes = 2 * vocab * structure.layers
+        step_bytes = 2 * vocab * instrument.structure.layers
         self._together = min(max(_LENS_BYTES // step_bytes, 1), LENS_STEPS)
-        width = int(instrument.model.get_input_embeddings().weight.shape[-1])
-        self._room = _WAITING_BYTES // (4 * (vocab + width * structure.layers))
+        self._room = waiting_room(instrument)
         self._waiting: list[tuple[Step, PendingLens]] = []
 
     def add(self, step: Step, lens: PendingLens) -> None:
@@ -150,6 +142,12 @@ class GivenLenses:
         return replace(self.reducer.checker.report(), steps=())
 
 
+def waiting_room(instrument: Instrument) -> int:
+    """How many steps of given tokens may wait until their lenses are computed."""
+    vocab, width = instrument.model.get_input_embeddings().weight.shape[:2]
+    return int(_WAITING_BYTES // (4 * (vocab + width * instrument.structure.layers)))
+
+
 def teacher_force(
     instrument: Instrument,
     token_ids: Sequence[int],
@@ -159,18 +157,16 @@ def teacher_force(
     windows: Windows | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     later: GivenLenses | None = None,
-    cache: TextCache | None = None,
 ) -> Iterator[Step | ReplyChecks]:
     """The steps of the tokens from position ``first`` on, each with its lens, and the checks.
 
     The token at position 0 has no step, because nothing predicted it. ``policy`` is that of
     these steps. ``should_stop`` is called after every few steps. With ``later``, made for the
     same policy, the last steps and the checks are left there for the caller to compute.
-    ``cache``, for a text without windows, saves the passes over what it has.
     Raises CaptureError on NaN or infinite logits.
     """
     lenses = later or GivenLenses(instrument, policy)
-    for chunk in _chunks(instrument, token_ids, policy, max(first, 1), windows, cache):
+    for chunk in _chunks(instrument, token_ids, policy, max(first, 1), windows):
         for step, lens in chunk.reduced(lenses.reducer, policy, len(token_ids)):
             lenses.add(step, lens)
             if lenses.is_due(later=later is not None):
@@ -262,29 +258,23 @@ def _chunks(
     policy: CapturePolicy,
     first: int,
     windows: Windows | None,
-    cache: TextCache | None,
 ) -> Iterator[_Chunk]:
     """Run the text, chunk after chunk; yields those with positions from ``first`` on."""
     if first >= len(token_ids):
         return
     in_chunks = runs_in_chunks(instrument)
-    known = cache if cache is not None and in_chunks and cache.tokens < first else TextCache()
     spans = windows.spans(len(token_ids)) if windows else [(0, len(token_ids))]
     for window_start, window_end in spans:
-        forward = _Forward(instrument, token_ids[:window_end], window_start, policy, known.cache)
+        forward = _Forward(instrument, token_ids[:window_end], window_start, policy)
         # Nothing is read of what the last token predicts, so it does not run.
         end = window_end - 1
         length = _chunk_length(instrument, window_end - window_start, policy)
-        begin = window_start + known.tokens
-        for start in range(begin, end, length if in_chunks else max(end, 1)):
+        for start in range(window_start, end, length if in_chunks else max(end, 1)):
             stop = min(start + length, end) if in_chunks else end
             if stop < first:
                 forward.skip(start, stop)
                 continue
-            chunk = forward.chunk(start, stop, first, use_cache=in_chunks)
-            if cache is not None and stop == end:
-                cache.tokens, cache.cache = end, forward.cache
-            yield chunk
+            yield forward.chunk(start, stop, first, use_cache=in_chunks)
             first = stop + 1
 
 
@@ -297,42 +287,34 @@ class _Forward:
         token_ids: Sequence[int],
         first: int,
         policy: CapturePolicy,
-        cache: Any = None,
     ) -> None:
-        """The window begins at position ``first`` and ends with the last of ``token_ids``.
-
-        ``cache``, transformers' dynamic cache, has its first tokens.
-        """
+        """The window begins at position ``first`` and ends with the last of ``token_ids``."""
         self._model = instrument.model
         self._hooks = instrument.hooks
         self._ids = torch.tensor([list(token_ids)], device=input_device(self._model))
         self._first = first
         self._heads = policy.tensors != "none"
-        self._cache: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+        self._cache: dict[str, Any] = {}
 
-    @property
-    def cache(self) -> Any:
-        """The KV cache of the tokens so far; None without one."""
-        return next(iter(self._cache.values()), None)
-
+    @torch.no_grad()
     def skip(self, start: int, stop: int) -> None:
         """Run the positions from ``start`` up to ``stop`` for the cache alone."""
         self._run(start, stop, use_cache=True)
 
+    @torch.no_grad()
     def chunk(self, start: int, stop: int, first: int, *, use_cache: bool) -> _Chunk:
         """The positions from ``start`` up to ``stop``, which predict those after them."""
         hooks = self._hooks
-        attached = hooks.attach(every_query="heads" if self._heads else "mean")
-        with torch.no_grad(), attached:
+        with hooks.attach(every_query="heads" if self._heads else "mean"):
             with hooks.forward_arguments() as arguments:
                 outputs = self._run(start, stop, use_cache, **arguments)
             hidden_states = hooks.take_hidden_states()
             attention = hooks.take_every_query(outputs)
         logits = outputs.logits[0]
         if len(logits) != stop - start:
-            raise CaptureError(
+            raise NoGivenSteps(
                 f"{type(self._model).__name__} does not predict the next token at every position, "
-                "so given text cannot be traced. Leave out --trace-prompt, or choose another model."
+                "so given text cannot be traced. Use --trace-prompt none, or choose another model."
             )
         skipped = max(0, first - 1 - start)
         positions = range(start + skipped + 1, stop + 1)
@@ -346,8 +328,7 @@ class _Forward:
 
     def _run(self, start: int, stop: int, use_cache: bool, **arguments: Any) -> Any:
         arguments |= {"use_cache": use_cache, **self._cache}
-        with grad_mode(self._model):  # as decoding, with which it may share a cache
-            outputs = _run(self._model, self._ids, (start, stop), self._first, **arguments)
+        outputs = _run(self._model, self._ids, (start, stop), self._first, **arguments)
         named = cache_in(outputs) if use_cache else None
         self._cache = {} if named is None else {named[0]: named[1]}
         return outputs

@@ -79,7 +79,7 @@ def decode(
     steps: Generator[RawStep] = generate_method(model)(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        custom_generate=grad_mode(model)(_loop),
+        custom_generate=_grad_mode(model)(_loop),
         hooks=hooks,
         fast=fast,
         seed=generation.seed,
@@ -96,7 +96,7 @@ def decode(
     return steps
 
 
-def grad_mode(model: Any) -> Any:
+def _grad_mode(model: Any) -> Any:
     """Inference mode, which skips autograd's bookkeeping, where no tensor outlives the reply.
 
     Code from elsewhere may keep tensors on the model, which could then not be

@@ -20,33 +20,21 @@ from oki_trace.records import IntArray
 
 
 class LensReader:
-    """Reads the steps of a model with ``layers`` blocks, which the lens fits."""
+    """Reads the steps of a model with ``last`` blocks, which the lens fits.
 
-    def __init__(self, transport: Transport, layers: int) -> None:
+    ``inner`` are the layers that it reads, those of ``layers`` that the lens has a map for.
+    """
+
+    def __init__(self, transport: Transport, last: int, layers: Sequence[int]) -> None:
         self.name = transport.name
+        self.inner = [layer for layer in transport.layers if layer < last and layer in layers]
         self._transport = transport
-        self._last = layers
-        self._inner = transport.layers_below(layers)
+        self._last = last
 
     @property
     def layers(self) -> IntArray | None:
         """The layers of a reading, the last one included; None: all, from 0."""
-        if len(self._inner) == self._last:
-            return None
-        return np.array([*self._inner, self._last])
-
-    @property
-    def rows(self) -> int:
-        """How many layers below the last one it reads."""
-        return len(self._inner)
-
-    def transported(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states (steps, L or more, width) to (steps · rows, width), step by step."""
-        if len(self._inner) == self._last:
-            inner = hidden_states[:, : self._last]
-        else:
-            inner = hidden_states[:, self._inner]
-        return self._transport(inner, self._last).flatten(0, 1)
+        return None if len(self.inner) == self._last else np.array([*self.inner, self._last])
 
     def summarize(
         self,
@@ -55,23 +43,29 @@ class LensReader:
         k: int,
         projection: LensProjection,
     ) -> list[Distribution]:
-        """The summary of each step's rows, from hidden states (steps, L or more, width)."""
-        summary = projection.summarize_steps(self.transported(hidden_states), steps, k)
-        n = self.rows
+        """The summary of each step, from hidden states (steps, inner, width) of ``inner``."""
+        rows = self.transported(hidden_states)
+        summary = projection.summarize_steps(rows, steps, k)
+        n = len(self.inner)
         return [summary.rows(slice(i * n, (i + 1) * n)) for i in range(len(steps))]
+
+    def transported(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states (steps, inner, width) as the tail takes them: (steps · inner, width)."""
+        return self._transport(hidden_states, self.inner).flatten(0, 1)
 
 
 def lens_readers(
-    names: Sequence[str], model: Any, layers: int, streams: int
+    names: Sequence[str], model: Any, last: int, streams: int, layers: Sequence[int]
 ) -> tuple[LensReader, ...]:
-    """The readers of the installed lenses of these names, for a model with so many blocks.
+    """The readers of the installed lenses of these names, for a model with ``last`` blocks.
 
-    ``streams`` is the number of its residual streams. Raises UsageError for a lens that is
-    not installed, CaptureError for one that does not fit the model.
+    ``streams`` is the number of its residual streams; a lens that has no map for one of the
+    ``layers`` is left out. Raises UsageError for a lens that is not installed, CaptureError
+    for one that does not fit the model.
     """
     readers = []
     for name in sorted(names):
         transport = load_transport(name)
-        transport.require_fit(model, layers, streams)
-        readers.append(LensReader(transport, layers))
-    return tuple(readers)
+        transport.require_fit(model, last, streams)
+        readers.append(LensReader(transport, last, layers))
+    return tuple(reader for reader in readers if reader.inner)

@@ -7,12 +7,13 @@ float16: the late residual streams of some models exceed its largest number.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from oki_trace.errors import CaptureError
 from oki_trace.llm.lenses.files import FittedOn, Kind
@@ -39,18 +40,11 @@ class Transport:
         self.name = name
         self.fitted = fitted
         self._adds = kind == "tuned"
-        self._layers = tuple(sorted(weights))
+        self.layers = tuple(sorted(weights))
         size = 4 * len(weights) * fitted.width**2
         dtype = torch.bfloat16 if size > _LARGE_BYTES else torch.float32
-        stack = [weights[layer].to(dtype).T for layer in self._layers]
-        self._weights = torch.stack(stack)
-        self._biases: Tensor | None = None
-        if biases:
-            self._biases = torch.stack([biases[layer].float() for layer in self._layers])[:, None]
-
-    def layers_below(self, last: int) -> list[int]:
-        """The layers under the ``last`` one that it has a map for, in ascending order."""
-        return [layer for layer in self._layers if layer < last]
+        self._weights = {layer: weights[layer].to(dtype) for layer in self.layers}
+        self._biases = {layer: bias.float() for layer, bias in biases.items()}
 
     def require_fit(self, model: Any, layers: int, streams: int = 1) -> None:
         """Raise CaptureError, which says what the lens was fitted on, if it fits no such model.
@@ -71,7 +65,7 @@ class Transport:
             return "the model has several residual streams"
         if self.fitted.width != width:
             return f"the model's width is {width}"
-        if (self.fitted.layers or layers) != layers or not self.layers_below(layers):
+        if (self.fitted.layers or layers) != layers or self.layers[0] >= layers:
             return f"the model has {layers} layers"
         expected, head = self.fitted.unembed_hash, model.get_output_embeddings()
         if expected and head is not None and unembedding_hash(head.weight) != expected:
@@ -79,20 +73,20 @@ class Transport:
         return None
 
     @torch.no_grad()
-    def __call__(self, hidden_states: Tensor, last: int) -> Tensor:
-        """Hidden states (steps, n, width) of the layers below ``last``, in their own dtype."""
-        count = len(self.layers_below(last))
-        if self._weights.device != hidden_states.device:
-            self._weights = self._weights.to(hidden_states.device)
-            if self._biases is not None:
-                self._biases = self._biases.to(hidden_states.device)
-        streams = hidden_states.transpose(0, 1)
-        mapped = (streams.to(self._weights.dtype) @ self._weights[:count]).float()
-        if self._biases is not None:
-            mapped += self._biases[:count]
-        if self._adds:
-            mapped += streams.float()
-        return mapped.transpose(0, 1).to(hidden_states.dtype)
+    def __call__(self, hidden_states: Tensor, layers: Sequence[int]) -> Tensor:
+        """Hidden states (steps, layers, width) of these layers, mapped, in their own dtype."""
+        device = hidden_states.device
+        mapped = torch.empty_like(hidden_states)
+        for i, layer in enumerate(layers):
+            weight = self._weights[layer] = self._weights[layer].to(device)
+            stream = hidden_states[:, i].float()
+            result = linear(stream.to(weight.dtype), weight).float()
+            if layer in self._biases:
+                result += self._biases[layer].to(device)
+            if self._adds:
+                result += stream
+            mapped[:, i] = result
+        return mapped
 
 
 def unembedding_hash(weight: Tensor) -> str:

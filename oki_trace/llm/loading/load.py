@@ -279,6 +279,22 @@ def _model(
     return model
 
 
+def load_tokenizer(model_id: str, *, models_dir: Path | None = None) -> PreTrainedTokenizerBase:
+    """A model's tokenizer alone, as ``load`` would load it. Raises ModelError."""
+    source = locate(model_id, models_dir)
+    common: dict[str, Any] = {"trust_remote_code": False}
+    if source.gguf is not None:
+        common["gguf_file"] = source.gguf
+    try:
+        _checked_files(source, None)
+        return _tokenizer(source, common)
+    except (*INTERRUPTIONS, ModelError):
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        raise ModelError(f"{model_id} has no tokenizer that can be read ({reason}).") from error
+
+
 def _tokenizer(source: Source, common: dict[str, Any]) -> PreTrainedTokenizerBase:
     files = "Copy the tokenizer files (tokenizer.json, tokenizer_config.json) into it"
     try:

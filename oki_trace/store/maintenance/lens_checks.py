@@ -12,7 +12,7 @@ from itertools import pairwise
 import numpy as np
 
 from oki_trace.errors import UsageError
-from oki_trace.records import Lens, Message, Step, require_lens_name
+from oki_trace.records import CaptureReport, Lens, Message, Step, require_lens_name
 from oki_trace.store.maintenance.tolerance import ROUNDING, is_close, is_falling
 
 # How far rounding may take a probability above 1, or a distance below 0.
@@ -30,13 +30,13 @@ def lenses_agree(message: Message, step: Step, *, complete: bool) -> Iterator[st
     given_up = message.checks is not None and message.checks.fault is not None
     expected = complete and not given_up
     if lens is None:
-        if capture.logit_lens_available and not capture.policy.no_lens and expected:
+        policy = capture.policy.for_prompt if step.step_index < 0 else capture.policy
+        if capture.logit_lens_available and not policy.no_lens and expected:
             yield "its lens is missing"
     else:
         if not capture.logit_lens_available:
             yield "it has a lens, although the model has none"
-        if len(lens.entropy) != capture.layers + 1:
-            yield f"its lens has {len(lens.entropy)} layers instead of {capture.layers + 1}"
+        yield from _layers_agree(lens, step, capture)
         yield from _last_layer_agrees(lens, step, "its lens")
     policy = capture.policy.for_prompt if step.step_index < 0 else capture.policy
     missing = sorted(set(policy.lenses) - {reading.name for reading in step.lenses})
@@ -44,6 +44,26 @@ def lenses_agree(message: Message, step: Step, *, complete: bool) -> Iterator[st
         yield f"its reading by {', '.join(missing)} is missing"
     for reading in step.lenses:
         yield from _reading_agrees(reading, step, capture.layers)
+
+
+def _layers_agree(lens: Lens, step: Step, capture: CaptureReport) -> Iterator[str]:
+    """The Logit Lens has the layers at which the policy says that it reads."""
+    policy = capture.policy if step.step_index < 0 else capture.policy.for_reply
+    try:
+        wanted = policy.layers_read(capture.layers)
+    except UsageError as error:
+        yield str(error)
+        return
+    numbers = lens.layer_numbers.tolist()
+    if numbers != list(wanted):
+        missing, more = set(wanted) - set(numbers), set(numbers) - set(wanted)
+        parts = [f"lacks layer {_list(missing)}"] if missing else []
+        parts += [f"has layer {_list(more)}, at which it did not read"] if more else []
+        yield f"its lens {' and '.join(parts)}"
+
+
+def _list(layers: set[int]) -> str:
+    return ", ".join(map(str, sorted(layers)))
 
 
 def _last_layer_agrees(lens: Lens, step: Step, name: str) -> Iterator[str]:

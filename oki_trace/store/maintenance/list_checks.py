@@ -1,4 +1,4 @@
-"""Checks a step's lists: ranks and layers have no gap, and every row belongs to a list.
+"""Checks a step's lists: ranks have no gap, and every row belongs to a list.
 
 A record is built from rows in their order, so it does not show a wrong number that
 does not change the order.
@@ -31,7 +31,7 @@ _LAYERED: tuple[tuple[str, type[models.Base], type[models.Base], tuple[str, ...]
 def broken_lists(instant: Snapshot, step_ids: list[int]) -> dict[int, list[str]]:
     """A sentence for each problem in the lists of these steps, by step id."""
     broken: dict[int, list[str]] = {}
-    for check in (_broken_ranks, _broken_layers, _strays):
+    for check in (_broken_ranks, _strays):
         for step_id, problem in check(instant, step_ids):
             broken.setdefault(step_id, []).append(problem)
     return broken
@@ -51,19 +51,6 @@ def _broken_ranks(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int,
             if (lowest, highest) != (1, count):
                 ranks = f"ranks {lowest} to {highest}, {count} in all"
                 yield row[0], f"the {name} rows{_place(row[1:-3])} have {ranks}"
-
-
-def _broken_layers(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:
-    """The Logit Lens has every layer from 0 on."""
-    columns = models.LensLayer.__table__.c
-    for row in instant.rows(
-        select(columns.step_id, func.count(), func.min(columns.layer), func.max(columns.layer))
-        .where(columns.step_id.in_(step_ids), columns.lens == LOGIT)
-        .group_by(columns.step_id)
-    ):
-        step_id, count, lowest, highest = row
-        if (lowest, highest) != (0, count - 1):
-            yield step_id, f"its lens has layers {lowest} to {highest}, {count} in all"
 
 
 def _strays(instant: Snapshot, step_ids: list[int]) -> Iterator[tuple[int, str]]:

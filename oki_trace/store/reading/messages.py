@@ -73,6 +73,21 @@ class MessageReads(ReadConnection):
             or 0
         )
 
+    def logprobs(self, conversation_id: int) -> dict[int, float]:
+        """The log-probability of each reply's own tokens together, in nats, by message.
+
+        Of a branch these are the tokens from the fork on. Replies without tokens are left out.
+        """
+        query = (
+            select(Step.message_id, func.sum(Step.logprob))
+            .join(Message, Message.id == Step.message_id)
+            .where(Message.conversation_id == conversation_id, Step.step_index.is_not(None))
+            .group_by(Step.message_id)
+        )
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+        return {number: float(total) for number, total in rows if total is not None}
+
     def prompt(self, message_id: int) -> Prompt:
         """The prompt of a reply. Raises NotFound before the reply has begun."""
         table = PromptToken

@@ -112,5 +112,7 @@ def _traces(earlier: Message, message: Message) -> bool:
         return False  # another model, or the same in another dtype or quantization
     if earlier.status.is_live or earlier.capture.windows is not None:
         return False
+    if message.policy.lens_layers not in (None, earlier.policy.lens_layers):
+        return False  # read at other layers of the lens
     levels = (earlier.policy.trace_prompt, message.policy.trace_prompt)
     return levels in (("light", "light"), ("full", "light"), ("full", "full"))

@@ -265,8 +265,7 @@ def _lens(step_index: int, name: str, layers: _Rows, entries: _Rows) -> Lens:
     count = len(layers["layer"])
     tokens = entries["token"]
     k = len(tokens) // count
-    # The Logit Lens reads every layer.
-    is_whole = name == LOGIT or layers["layer"] == list(range(count))
+    is_whole = layers["layer"] == list(range(count))
     return Lens(
         step_index=step_index,
         token_ids=_ints(entries["token_id"]).reshape(count, k),
