@@ -185,17 +185,25 @@ def _finished_steps(message: Message) -> list[StepSummary]:
 
 
 def prompt_steps(message: Message) -> dict[int, PromptStep]:
-    """The traced tokens of a finished reply's prompt, by position; empty while it is live.
+    """The traced tokens of a reply's prompt, by position; empty until the reply has begun.
 
     A branch has the steps of its beginning among them.
     """
-    if message.status.is_live or message.prompt_len is None:
+    if message.prompt_len is None:
         return {}
+    if message.status.is_live:
+        return _live_prompt_steps(store_name(), message.id) if message.tokens else {}
     untraced = message.policy is not None and message.policy.trace_prompt is None
     traced = {} if untraced else _prompt_steps(message)
     if message.branch_of is None:
         return traced
     return dict(sorted((traced | prefix_steps(message)).items()))
+
+
+@st.cache_data(ttl=5, max_entries=8, show_spinner=False)
+def _live_prompt_steps(db: str, message_id: int) -> dict[int, PromptStep]:
+    # All are written before the reply's own steps, and their lenses soon after.
+    return store().prompt_steps(message_id)
 
 
 @_cached(32)

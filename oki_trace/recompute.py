@@ -228,4 +228,5 @@ def _read_again(
 
 def _with_more_candidates(policy: CapturePolicy) -> CapturePolicy:
     candidates = min(policy.topk_logits + _EXTRA_CANDIDATES, 1000)
+    # The readings by installed lenses are not compared: those lenses may be gone since.
     return replace(policy, topk_logits=candidates, topk_evidence=1, tensors="none", lenses=())

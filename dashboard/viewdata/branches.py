@@ -24,6 +24,22 @@ def shown_path(
     return path
 
 
+def first_live(messages: Sequence[Message]) -> int | None:
+    """From which message on a path is drawn anew while a reply is live; None without one.
+
+    The messages after a live reply are drawn with it, so that their order stays; the messages that
+    it answers too where their tokens are traced, which are shown as soon as they are measured.
+    """
+    first = next((n for n, message in enumerate(messages) if message.status.is_live), None)
+    if first is None:
+        return None
+    policy = messages[first].policy
+    if policy is not None and policy.trace_prompt is not None:
+        while first > 0 and messages[first - 1].role is not Role.ASSISTANT:
+            first -= 1
+    return first
+
+
 def can_regenerate(message: Message) -> bool:
     """Whether a message is a finished reply that was generated, not a scored text."""
     generated = message.role is Role.ASSISTANT and message.prompt_len is not None

@@ -262,11 +262,13 @@ def facts_data(
     first: int = 0,
     prompt_len: int | None = None,
     branch: int | None = None,
+    scored: bool = False,
 ) -> Json:
     """The data of ``components/facts.js``: the token, its numbers, and where the reader is.
 
     ``first`` is the first step, below 0 for a traced prompt of ``prompt_len`` tokens, which
     is None where a token of the reply is shown.
+    ``scored``: that prompt is a scored text.
     ``following``: no step was chosen, so the panel moves on to the newest of a live reply.
     """
     facts = {
@@ -295,7 +297,7 @@ def facts_data(
         "waiting": step.lens is None,
         "where": f"step {step.step_index + 1} of {total} · position {step.position}"
         if prompt_len is None
-        else f"position {step.position} of {prompt_len} in the prompt",
+        else f"position {step.position} of {prompt_len} in the {'text' if scored else 'prompt'}",
         "what": visible(step.token),
         "facts": [{"name": n, "value": v, "title": MEANINGS[n]} for n, v in facts.items()],
         "rows": [names, values],

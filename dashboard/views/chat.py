@@ -25,9 +25,11 @@ from oki_trace.queueing import (
     submit,
     unanswered_calls,
 )
-from oki_trace.records import Message, Prompt, Role, Status, StepSummary, WorkerState
+from oki_trace.records import Forced, Message, Prompt, Role, Status, StepSummary, WorkerState
 
 POLL_SECONDS = 0.3
+# How many messages this session has sent.
+SENT = "messages-sent"
 
 FIRST_QUESTIONS = (
     "What is the capital of France, and what is it famous for?",
@@ -57,14 +59,28 @@ def page() -> None:
 
 def _input(settings: sidebar.Settings | None, conversation: int | None, *, live: bool) -> None:
     # Inside a container: at the root of the page it would keep the page scrolled to its end.
-    with st.container(key="say"):
+    with st.container(key="say"), layout.row("say-row"):
         text = st.chat_input(
             "Queue the next message" if live else "Message the model",
             key="message",
             disabled=settings is None,
         )
+        # Sending a message begins a new field, which is empty.
+        sent = st.session_state.get(SENT, 0)
+        with st.popover(
+            "Begin the answer",
+            icon=":material/format_quote:",
+            type="tertiary",
+            help="Write the first words of the answer; the model goes on from them.",
+        ):
+            begun = st.text_area(
+                "The answer begins with",
+                key=f"prefill-{sent}",
+                width=420,
+                help="The model goes on from here. Begin the next word with its space.",
+            )
     if text and settings is not None:
-        _send(text, settings, conversation)
+        _send(text, settings, conversation, begun=begun)
 
 
 def _tool_result(
@@ -87,8 +103,14 @@ def _tool_result(
 
 
 def _send(
-    text: str, settings: sidebar.Settings, conversation: int | None, tool: str | None = None
+    text: str,
+    settings: sidebar.Settings,
+    conversation: int | None,
+    tool: str | None = None,
+    *,
+    begun: str = "",
 ) -> None:
+    """Queue a message and its reply, which begins with ``begun``."""
     choice, sampling, policy, system, template = settings
     with layout.errors_shown():
         opened = branches.opened(conversation) if conversation else None
@@ -98,7 +120,9 @@ def _send(
             add_tool_result(data.writer(), conversation, tool, text)
         else:
             messages = new_messages(text, system=None if conversation else system, tool=tool)
-            request = ReplyRequest(messages, choice, sampling, policy, template)
+            forced = Forced(text=begun) if begun else None
+            request = ReplyRequest(messages, choice, sampling, policy, template, forced)
+            st.session_state[SENT] = st.session_state.get(SENT, 0) + 1
             parent = before[-1].id if before else None
             conversation, _ = submit(data.writer(), request, conversation, parent_id=parent)
         url_state.navigate(url_state.Location(conversation))
@@ -131,8 +155,7 @@ def _conversation(
     with st.container(key="sides"):
         left, right = st.columns([8, 5], gap="medium")
     with left:
-        # The messages after a live reply are drawn with it, so that their order stays.
-        first = messages.index(next(m for m in messages if m.id == live[0])) if live else None
+        first = branch_data.first_live(messages)
         boundary.part(_finished)(conversation_id, first, settings)
         if first is not None:
             boundary.part(_live, run_every=POLL_SECONDS)(conversation_id, first, len(live))

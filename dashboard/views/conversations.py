@@ -122,7 +122,7 @@ def _frame(conversations: Sequence[Conversation]) -> pd.DataFrame:
             "changed": [c.updated_at for c in conversations],
             "model": [", ".join(c.model_ids) for c in conversations],
             "messages": [c.messages for c in conversations],
-            "tokens": [c.tokens for c in conversations],
+            "tokens": [c.tokens or data.store().scored_tokens(c) for c in conversations],
             "tokens/s": [totals[c.id].tokens_per_second for c in conversations],
             "tensors": [totals[c.id].tensor_bytes or None for c in conversations],
             "status": ["damaged" if c.damage else str(c.status) for c in conversations],
@@ -159,7 +159,9 @@ def _table(conversations: Sequence[Conversation]) -> list[Conversation]:
             "title": st.column_config.TextColumn(width=260),
             "changed": st.column_config.DatetimeColumn(format="distance", width=110),
             "messages": number(width="small"),
-            "tokens": number(format="localized", width="small"),
+            "tokens": number(
+                format="localized", width="small", help="Generated; of a scored text, scored"
+            ),
             "tokens/s": number(
                 format="%.1f", width="small", help="Of the replies whose duration is known"
             ),

@@ -236,7 +236,7 @@ def _sampling_widgets(own: Mapping[str, float]) -> None:
             ("Lens", "topk_lens", "tokens of each layer"),
         ):
             st.number_input(
-                name, 1, 1000, **_setting(key), width=76, help=f"How many {of_what} are kept."
+                name, 1, 1000, **_setting(key), width=70, help=f"How many {of_what} are kept."
             )
     st.text_area("System message", **_setting("system"), placeholder="none", height=80)
 

@@ -141,6 +141,7 @@ def draw_head(conversation_id: int, *, follow: bool = False) -> tuple[Selected, 
             first=min(selected.prompt, default=length) - length,
             prompt_len=length if selected.in_prompt else None,
             branch=place.branch,
+            scored=not selected.steps and message.is_score,
         )
     components.facts(
         data=shown,

@@ -60,7 +60,7 @@ def list_(
 
     with TraceReader(options.store_of(db)) as reader:
         conversations = reader.conversations(search=search, limit=limit)
-        scored = {c.id: _scored_tokens(reader, c) for c in conversations}
+        scored = {c.id: reader.scored_tokens(c) for c in conversations}
     if json:
         print_json([_conversation_json(c, scored[c.id]) for c in conversations])
         return
@@ -81,14 +81,6 @@ def list_(
         if c.damage:
             print_error(f"conversation {c.id} is damaged: {c.damage} (see oki-trace verify {c.id})")
     console().print(rows)
-
-
-def _scored_tokens(reader: TraceReader, conversation: Conversation) -> int:
-    """The scored tokens of a conversation that generated none, such as a scored text."""
-    if conversation.tokens or conversation.damage:
-        return 0
-    messages = reader.messages(conversation.id)
-    return sum(reader.given_count(message.id) for message in messages if message.is_score)
 
 
 def show(

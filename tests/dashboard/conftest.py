@@ -118,6 +118,18 @@ def filled_store(
     return samples
 
 
+@pytest.fixture
+def filled(
+    samples: sample_stores.Samples, open_store: Callable[[str], None]
+) -> sample_stores.Samples:
+    open_store(samples.db)
+    # What it takes to write the cache is no part of what is tested.
+    from dashboard import data
+
+    assert data.cache_backlog(60.0) is None
+    return samples
+
+
 @pytest.fixture(scope="module")
 def explorer(
     run_explorer: Callable[..., server.Explorer], samples: sample_stores.Samples

@@ -95,6 +95,16 @@ def build(db: str) -> GivenStore:
     )
 
 
+def live(writer: TraceWriter) -> tuple[int, int, int]:
+    """(conversation, question, reply): the prompt is traced, and the reply has one token."""
+    conversation = writer.create_conversation("Who?")
+    writer.add_message(conversation, ChatMessage(Role.SYSTEM, "".join(SYSTEM)))
+    asked = writer.add_message(conversation, ChatMessage(Role.USER, "".join(ASKED)))
+    rng = np.random.default_rng(7)
+    reply = _turn(writer, rng, conversation, FIRST, 1, REPLY[:1], status=Status.RUNNING)
+    return conversation, asked, reply
+
+
 def edit(writer: TraceWriter, built: GivenStore) -> int:
     """Another version of the first question, whose own tokens are traced; returns its reply."""
     conversation, _ = built.first
@@ -137,6 +147,8 @@ def _turn(
     ]
     if steps:
         writer.append(reply, steps)
+    if status is Status.RUNNING:
+        return reply
     writer.finish_reply(reply, TurnEnd(status, "".join(words), "end of turn", 1.0))
     return reply
 

@@ -139,3 +139,26 @@ def test_the_best_candidates_are_continued_side_by_side(
     assert browser_pages.place(page)["branch"] == branches[-1].id
     shown = [s.token for s in said[branches[-1].id]]
     until(lambda: browser_pages.tokens(page) == shown, "the branch in the chat")
+
+
+def test_the_user_begins_the_answer(live: server.Explorer, browse: Browse) -> None:
+    page = browse(live.url)
+    browser_pages.set_most_new_tokens(page, 6)
+    page.get_by_role("button", name="Begin the answer").click()
+    field = page.get_by_role("textbox", name="The answer begins with")
+    field.fill("Paris, because")
+    field.press("Control+Enter")
+    page.keyboard.press("Escape")
+    browser_pages.ask(page, sample_stores.QUESTIONS[0])
+    browser_pages.watch_to_the_end(page)
+    assert browser_pages.tokens(page)[:3] == ["Paris", ",", " because"]
+    with TraceReader(live.db) as reader:
+        reply = reader.messages(browser_pages.place(page)["conversation"])[-1]
+        origins = [step.origin for step in reader.steps(reply.id)]
+    assert origins == ["forced"] * 3 + ["sampled"] * 6
+    # The next answer begins by itself again.
+    browser_pages.ready_for_a_message(page)
+    page.get_by_role("button", name="Begin the answer").click()
+    expect(page.get_by_role("textbox", name="The answer begins with")).to_have_value("")
+    page.keyboard.press("Escape")
+    assert browser_pages.overflow(page) == []

@@ -6,6 +6,7 @@ import base64
 import datetime as dt
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from oki_trace.likelihood import score_of
 from oki_trace.message_spans import message_spans
 from oki_trace.records import Message, Prompt, Role, Status
 from oki_trace.sanitize import visible
+from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.dashboard import app_pages, given_store
 
@@ -62,6 +64,20 @@ def test_messages_before_a_reply_are_tokens(given: given_store.GivenStore) -> No
     assert (later["message"], later["first"]) == (second, 11 - 14)
     app.button_group(key="colour").set_value("entropy").run()
     assert app_pages.shown(app, f"given-{asked}")["name"] == "entropy"
+
+
+def test_the_prompt_of_a_live_reply_is_shown_as_soon_as_it_is_traced(
+    tmp_path: Path, open_store: Callable[[str], None]
+) -> None:
+    with TraceWriter(tmp_path / "store.db") as writer:
+        conversation, asked, reply = given_store.live(writer)
+        open_store(str(tmp_path / "store.db"))
+        app = app_pages.chat(conversation=conversation)
+        assert not app.exception
+        assert words(app, f"given-{asked}") == list(given_store.ASKED)
+        drawn = app_pages.shown(app, f"given-{asked}")
+        assert all(token["value"] is not None for token in drawn["tokens"])
+        assert app_pages.shown(app, f"reply-{reply}")["live"]
 
 
 def test_a_link_to_a_token_of_the_prompt_opens_its_panel(given: given_store.GivenStore) -> None:
@@ -117,7 +133,7 @@ def test_a_scored_text_is_its_tokens_and_its_score(given: given_store.GivenStore
     )
     facts = app_pages.shown(app, "facts")
     assert facts["position"] == min(steps, key=lambda s: s.logprob).position
-    assert facts["where"] == f"position {facts['position']} of 5 in the prompt"
+    assert facts["where"] == f"position {facts['position']} of 5 in the text"
 
 
 def test_a_reply_that_failed_after_its_prompt(given: given_store.GivenStore) -> None:

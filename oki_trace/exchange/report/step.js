@@ -25,7 +25,7 @@ function drawPanel() {
   const reply = trace.replies[at.reply];
   const step = stepOf(reply, at.step);
   const where = make("div", "where");
-  const place = at.step < 0 ? `position ${step.position} of ${reply.promptLen} in the prompt`
+  const place = at.step < 0 ? `position ${step.position} of ${reply.promptLen} in the ${reply.scored ? "text" : "prompt"}`
     : `step ${at.step + 1} of ${reply.steps.length} · position ${step.position}`;
   where.append(make("span", "", place), make("span", "", "← →"));
   const numbers = make("dl", "numbers");

@@ -20,6 +20,7 @@ from sqlalchemy import Connection
 from sqlalchemy.engine import URL
 
 from oki_trace.errors import StoreError
+from oki_trace.records import Conversation
 from oki_trace.store.db_errors import translate_errors
 from oki_trace.store.disk_reserve import Reserve
 from oki_trace.store.file_guard import FileGuard
@@ -36,6 +37,13 @@ from oki_trace.store.schema.identity import Db
 
 class Reader(ConversationReads, PromptReads, LensReads, TensorReads, BulkReads, StoreReads):
     """All read methods."""
+
+    def scored_tokens(self, conversation: Conversation) -> int:
+        """The scored tokens of a conversation that generated none, such as a scored text."""
+        if conversation.tokens or conversation.damage:
+            return 0
+        messages = self.messages(conversation.id)
+        return sum(self.given_count(message.id) for message in messages if message.is_score)
 
     @contextmanager
     def snapshot(self) -> Iterator[Snapshot]:
