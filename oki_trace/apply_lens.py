@@ -206,9 +206,9 @@ class _Pass:
             self._check(step, float(row.chosen_prob), stored.summary(step))
             model = ModelDistribution(logits[i], float(row.entropy), float(row.lse))
             targets.append(LensTarget(step.token_id, model, row.token_ids[0]))
-        summaries = self._lens.summarize(
-            hidden, targets, self._k, self._projection(hidden, targets)
-        )
+        inner = hidden[:, self._lens.inner]
+        projection = self._projection(inner, targets)
+        summaries = self._lens.summarize(inner, targets, self._k, projection)
         for i, (step, summary) in enumerate(zip(steps, summaries, strict=True)):
             last = stored.last_layer(step, own.row(i), self._k)
             made = lens_record(step.step_index, summary, last, self._handle.vocabulary, self._k)
@@ -289,5 +289,5 @@ class _Stored:
 
 def _tensor(record: TensorRecord) -> Tensor:
     """The tensor in the dtype in which the model made it."""
-    made = torch.from_numpy(record.array)
+    made = torch.tensor(record.array)  # a copy: what was decoded is read-only
     return made.view(torch.bfloat16) if record.dtype == "bfloat16" else made

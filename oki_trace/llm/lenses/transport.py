@@ -75,6 +75,7 @@ class Transport:
     @torch.no_grad()
     def __call__(self, hidden_states: Tensor, layers: Sequence[int]) -> Tensor:
         """Hidden states (steps, layers, width) of these layers, mapped, in their own dtype."""
+        assert hidden_states.shape[1] == len(layers)
         device = hidden_states.device
         mapped = torch.empty_like(hidden_states)
         for i, layer in enumerate(layers):
