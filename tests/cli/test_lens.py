@@ -61,8 +61,8 @@ def test_stored_states_are_read_as_live_ones(mode: TensorMode, tmp_path: Path) -
                     assert np.abs(own.chosen_prob - read.chosen_prob).max() < tolerance
                     assert own.token_ids[-1].tolist() == read.token_ids[-1].tolist()
                     assert own.probs[-1].tolist() == read.probs[-1].tolist()
-                    agreement = (own.token_ids[:, 0] == read.token_ids[:, 0]).mean()
-                    assert agreement > (0.8 if mode == "compact" else 0.93)
+                    same_best = (own.token_ids[:, 0] == read.token_ids[:, 0]).mean()
+                    assert same_best > (0.8 if mode == "compact" else 0.93)
 
 
 def test_lenses_from_the_command_line(oki: Oki, tmp_path: Path) -> None:
