@@ -14,12 +14,14 @@ from oki_trace.input_text import require_storable
 from oki_trace.llm.capture.instrument import Instrument
 from oki_trace.llm.capture.teacher_forcing import Windows
 from oki_trace.llm.chat.template_arguments import refuse_unknown
+from oki_trace.llm.lenses.library import require_installed
 from oki_trace.llm.loading.load import load_model_and_tokenizer
 from oki_trace.queueing import ReplyRequest, history
 from oki_trace.records import (
     CapturePolicy,
     ChatMessage,
     Forced,
+    Lens,
     ModelChoice,
     PromptTrace,
     Role,
@@ -60,6 +62,7 @@ def run_traced(
     token: str | None = None,
     token_id: int | None = None,
     rank: int | None = None,
+    lenses: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
     """Generate a reply; return its text and its trace object.
 
@@ -73,8 +76,9 @@ def run_traced(
     functions, go to the chat template. ``trace_prompt`` ("light", "full" or "none") says how the
     prompt's tokens are traced, in ``prompt_steps`` of the trace, and ``lens_layers`` at which
     layers the Logit Lens reads them: "all", "none", "every:4" or "0,8,16-29"; by default all,
-    but none of a long prompt. ``prefill`` is the beginning of the reply. Raises UsageError for
-    invalid arguments, ModelError when the model cannot be loaded or traced.
+    but none of a long prompt. ``prefill`` is the beginning of the reply. ``lenses`` are the names
+    of installed lenses that read every step besides the Logit Lens, in ``lenses`` of each step.
+    Raises UsageError for invalid arguments, ModelError when the model cannot be loaded or traced.
 
     ``branch_of``, in place of a prompt, is a reply in ``db`` by its message's number: the new
     reply keeps its tokens before ``branch_step`` (0 regenerates it; by default it goes on
@@ -83,8 +87,8 @@ def run_traced(
     """
     kept = "none" if db is None else tensors
     level = None if trace_prompt == "none" else trace_prompt
-    counts = (topk_logits, topk_evidence, topk_lens)
-    policy = CapturePolicy(*counts, kept, level, lens_layers=lens_layers)
+    counts, names = (topk_logits, topk_evidence, topk_lens), require_installed(lenses)
+    policy = CapturePolicy(*counts, kept, level, lens_layers=lens_layers, lenses=names)
     name = _name_of(model, tokenizer)
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     forks = (branch_step, token, token_id, rank)
@@ -130,6 +134,7 @@ def score_traced(
     lens_layers: str | None = None,
     db: str | os.PathLike[str] | None = None,
     tensors: TensorMode = "none",
+    lenses: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Score a given text without generating; return its trace object.
 
@@ -147,8 +152,8 @@ def score_traced(
     for turn in turns:
         require_storable(turn.content, "The text")
     windows = Windows.of(window, stride)
-    counts = (topk_logits, topk_evidence, topk_lens)
-    policy = CapturePolicy(*counts, tensors, "full", lens_layers=lens_layers)
+    counts, names = (topk_logits, topk_evidence, topk_lens), require_installed(lenses)
+    policy = CapturePolicy(*counts, tensors, "full", lens_layers=lens_layers, lenses=names)
     if db is None:
         policy = replace(policy, tensors="none")
     loaded = _load(model, tokenizer, _name_of(model, tokenizer))
@@ -259,6 +264,8 @@ def _result(collector: Collector, request: ReplyRequest) -> tuple[str, dict[str,
     start, end = collector.started, collector.ended
     assert start is not None and end is not None
     head = TraceHead(start, end, request.messages, request.template)
-    lenses = {lens.step_index: lens for lens in collector.lenses}
-    steps = [replace(step, lens=lenses.get(step.step_index)) for step in collector.steps]
+    lenses: dict[int, list[Lens]] = {step.step_index: [] for step in collector.steps}
+    for lens in collector.lenses:
+        lenses[lens.step_index].append(lens)
+    steps = [step.with_lenses(lenses[step.step_index]) for step in collector.steps]
     return end.output, trace_object(head, steps, collector.prompt_steps)

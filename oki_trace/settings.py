@@ -22,8 +22,8 @@ DEFAULT_DB = "data/oki_trace.db"
 class Settings:
     """The settings of a process.
 
-    ``data_dir`` holds converted models, and the worker's lock and log for a store that is
-    not a file.
+    ``data_dir`` holds converted models and installed lenses, and the worker's lock and log
+    for a store that is not a file.
     """
 
     db: str = DEFAULT_DB
@@ -50,3 +50,8 @@ class Settings:
     def models_dir(self) -> Path:
         """The folder of the converted built-in model."""
         return self.data_dir / "models"
+
+    @property
+    def lenses_dir(self) -> Path:
+        """The folder of the installed lenses."""
+        return self.data_dir / "lenses"

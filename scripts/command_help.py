@@ -9,6 +9,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from typer import Typer
 from typer.models import OptionInfo
 
 from oki_trace.cli.app import app
@@ -30,9 +31,19 @@ bash, zsh, fish and PowerShell.
 
 def commands() -> dict[str, Callable[..., None]]:
     """Every command's function by name, in the order of ``oki-trace --help``."""
+    made = _own(app)
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        name = group.typer_instance.info.name
+        made |= {f"{name} {own}": call for own, call in _own(group.typer_instance).items()}
+    return made
+
+
+def _own(group: Typer) -> dict[str, Callable[..., None]]:
+    """The commands of the program, or of a group, without those of groups in it."""
     return {
         info.name or str(getattr(info.callback, "__name__", "")).replace("_", "-"): info.callback
-        for info in app.registered_commands
+        for info in group.registered_commands
         if info.callback is not None
     }
 
@@ -52,7 +63,7 @@ def page() -> str:
     """The whole page."""
     every = commands()
     index = "\n".join(
-        f"| [`{name}`](#oki-trace-{name}) | {_escaped(paragraphs(command)[0])} |"
+        f"| [`{name}`](#oki-trace-{name.replace(' ', '-')}) | {_escaped(paragraphs(command)[0])} |"
         for name, command in every.items()
     )
     parts = [_HEAD, f"| command | |\n| --- | --- |\n{index}\n"]

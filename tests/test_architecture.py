@@ -22,8 +22,8 @@ PACKAGE = ROOT / "oki_trace"
 ORDER = (
     *("__main__", "cli", "bench", "dashboard", "launcher", "worker", "model_supervisor"),
     *("token_process",),
-    *("model_process", "recompute", "trace_differences", "analysis", "api", "scoring"),
-    *("generate", "exchange"),
+    *("model_process", "apply_lens", "recompute", "trace_differences", "analysis", "api"),
+    *("scoring", "generate", "exchange"),
     *("tracing", "llm", "queueing", "store", "chat_messages", "template_options"),
     *("explain", "likelihood", "message_spans", "message_tree", "settings", "input_text"),
     *("records", "errors"),
@@ -39,6 +39,7 @@ FORBIDDEN = {
     "analysis": TORCH | {"streamlit"},
     "tracing": {"streamlit", "duckdb"},
     "generate": {"streamlit", "duckdb"},
+    "apply_lens": SQL | {"streamlit", "duckdb"},
     "recompute": SQL | {"streamlit", "duckdb"},
     "queueing": TORCH | {"streamlit", "duckdb"},
     "launcher": TORCH | SQL | {"duckdb"},

@@ -19,6 +19,7 @@ from oki_trace.cli import (
     browse,
     chat,
     explorer,
+    lens,
     maintain,
     score,
     store,
@@ -115,3 +116,4 @@ for _command in (
     *(store.verify, transfer.copy, explorer.ui, bench.bench),
 ):
     app.command(_command.__name__.strip("_"))(_command)
+app.add_typer(lens.lens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -80,6 +80,14 @@ LensLayers = Annotated[
         "such as 0,8,16-29. Fewer take less time; the last one is always there.",
     ),
 ]
+Lenses = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lens",
+        metavar="NAME",
+        help="Also read every step with this installed lens. May be given several times.",
+    ),
+]
 # Suffixes of the files of an SQLite store.
 _STORE_FILES = ("", "-wal", "-shm")
 
@@ -114,14 +122,25 @@ def choice_of(model: str | None, four_bit: bool, dtype: str, device: str) -> Mod
 
 
 def policy_of(
-    tensors: str, trace_prompt: str = "none", lens_layers: str | None = None
+    tensors: str,
+    trace_prompt: str = "none",
+    lens_layers: str | None = None,
+    lenses: Sequence[str] | None = None,
 ) -> CapturePolicy:
-    """The data that a command stores for each step. Raises UsageError for an unknown mode."""
+    """The data that a command stores for each step.
+
+    Raises UsageError for an unknown mode, and for a lens that is not installed.
+    """
     if trace_prompt not in (levels := ("none", *get_args(PromptTrace))):
         raise UsageError(f"--trace-prompt must be one of {', '.join(levels)}.")
     level: Any = None if trace_prompt == "none" else trace_prompt
     mode: Any = tensors
-    return CapturePolicy(tensors=mode, trace_prompt=level, lens_layers=lens_layers)
+    names: tuple[str, ...] = ()
+    if lenses:
+        from oki_trace.llm.lenses.library import require_installed
+
+        names = require_installed(lenses)
+    return CapturePolicy(tensors=mode, trace_prompt=level, lens_layers=lens_layers, lenses=names)
 
 
 @dataclass(frozen=True)
@@ -154,6 +173,7 @@ class Turns:
     tensors: Tensors = "half"
     trace_prompt: TracePrompt = "light"
     lens_layers: LensLayers = None
+    lens: Lenses = None
     template_arg: Annotated[
         list[str] | None,
         typer.Option(
@@ -185,6 +205,10 @@ class Turns:
 
         schemas = read_tools(self.tools) if self.tools is not None else ()
         return options_from(self.template_arg or (), schemas)
+
+    def policy(self) -> CapturePolicy:
+        """The data that is stored for each step; see ``policy_of``."""
+        return policy_of(self.tensors, self.trace_prompt, self.lens_layers, self.lens)
 
     def sampling(self) -> Sampling:
         """The sampling settings. Raises UsageError for values out of range."""

@@ -43,6 +43,7 @@ def score(
     device: options.Device = "auto",
     tensors: options.Tensors = "none",
     lens_layers: options.LensLayers = None,
+    lens: options.Lenses = None,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
@@ -64,7 +65,7 @@ def score(
     if sum(sources) != 1:
         raise UsageError("Give exactly one of a text, --file and --message.")
     content = None if message is not None else _content(text, file)
-    policy = options.policy_of(tensors, lens_layers=lens_layers)
+    policy = options.policy_of(tensors, lens_layers=lens_layers, lenses=lens)
     from oki_trace import scoring
     from oki_trace.llm.capture.teacher_forcing import Windows
     from oki_trace.store.reading.reader import TraceReader

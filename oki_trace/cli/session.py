@@ -142,8 +142,7 @@ def open_session(turns: options.Turns, origin: Message | None = None) -> Iterato
     from oki_trace.store.writing.writer import TraceWriter
 
     db = options.store_of(turns.db)
-    sampling = turns.sampling()
-    policy = options.policy_of(turns.tensors, turns.trace_prompt, turns.lens_layers)
+    sampling, policy = turns.sampling(), turns.policy()
     template = turns.template()
     if turns.system and turns.conversation is not None:
         raise UsageError(

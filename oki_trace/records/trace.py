@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -324,6 +325,12 @@ class Step:
     def differs_from_greedy(self) -> bool:
         """Whether another token was chosen than by greedy decoding."""
         return self.decision is not None and self.decision.greedy.token_id != self.token_id
+
+    def with_lenses(self, lenses: Iterable[Lens]) -> Step:
+        """This step with its readings, the Logit Lens and others."""
+        by_name = {lens.name: lens for lens in lenses}
+        own = by_name.pop(LOGIT, None)
+        return replace(self, lens=own, lenses=tuple(by_name[name] for name in sorted(by_name)))
 
     @property
     def evidence(self) -> LayerAttention | None:

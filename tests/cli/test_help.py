@@ -19,7 +19,16 @@ from scripts import command_help
 from tests.cli.commands import ACTIVE, Oki
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+GROUPS = {
+    name: made
+    for name, made in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    if hasattr(made, "commands")
+}
+# Those of a group, such as ``lens add``, in place of the group.
+COMMANDS = sorted(
+    [name for name in typer.main.get_command(app).commands if name not in GROUPS]  # type: ignore[attr-defined]
+    + [f"{group} {name}" for group, made in GROUPS.items() for name in made.commands]
+)
 
 
 def unwrapped(text: str) -> str:
@@ -39,9 +48,13 @@ def test_every_example_is_a_command_that_parses() -> None:
         shown = command_help.examples(command)
         assert shown
         for line in shown:
-            program, called, *arguments = shlex.split(re.sub(r" < \S+$", "", line))
-            assert (program, called) == ("oki-trace", name), line
-            made[name].make_context(name, arguments)
+            words = shlex.split(re.sub(r" < \S+$", "", line))
+            called = name.split()
+            assert words[: 1 + len(called)] == ["oki-trace", *called], line
+            context = made[called[0]]
+            for inner in called[1:]:
+                context = context.commands[inner]
+            context.make_context(name, words[1 + len(called) :])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +86,7 @@ def test_the_commands_of_the_contract_are_there() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_has_an_example(oki: Oki, name: str) -> None:
     for option in ("--help", "-h"):
-        done = oki(name, option)
+        done = oki(*name.split(), option)
         assert (done.status, done.err) == (0, "")
         assert not ACTIVE.search(done.out)
         text = unwrapped(done.out)
@@ -82,9 +95,12 @@ def test_help_has_an_example(oki: Oki, name: str) -> None:
         assert "--help" in text and not re.search(r"--[a-z-]+ +(<\w+> +)?(?=--)", text)
 
 
-@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"bench"}))
+WITHOUT_STORE = {"bench", "lens add", "lens list", "lens remove"}
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - WITHOUT_STORE))
 def test_every_command_takes_a_store(oki: Oki, name: str) -> None:
-    text = unwrapped(oki(name, "--help").out)
+    text = unwrapped(oki(*name.split(), "--help").out)
     assert "--db PATH_OR_URL The store. [default: ($OKI_TRACE_DB)]" in text
 
 
@@ -99,7 +115,7 @@ def test_exit_statuses_and_debug_are_told(oki: Oki) -> None:
     assert "Exit status: 0 success, 1 failure, 2 wrong usage, 130 ended by Ctrl-C" in text
     assert "the exit status is 130" in unwrapped(oki("run", "--help").out)
     for name in COMMANDS:
-        assert f" {name} " in text
+        assert f" {name.split()[0]} " in text
 
 
 def test_version(oki: Oki) -> None:

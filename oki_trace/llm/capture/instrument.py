@@ -10,6 +10,7 @@ own numbers (``reply_checks.py``).
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -30,6 +31,7 @@ from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.speedups import DRAFT_LENS, Speedups, are_off, speedups
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.model_lock import lock_model
+from oki_trace.llm.lenses.reading import LensReader, lens_readers
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
 from oki_trace.llm.loading.model_classes import TEXT_ONLY, is_mistral_common, takes_more_than_text
 from oki_trace.llm.torch_internals import uncompiled
@@ -67,6 +69,20 @@ class Instrument(CheckedModel):
         if draft is None or self._no_draft(policy):
             return None
         return made or draft.projection()
+
+    def readers_for(self, policy: CapturePolicy, layers: Sequence[int]) -> tuple[LensReader, ...]:
+        """The readers of the installed lenses of a reply, for the ``layers`` below the last one.
+
+        Raises CaptureError, UsageError.
+        """
+        if not policy.lenses:
+            return ()
+        if self.lens.projection is None:
+            raise CaptureError(
+                f"No lens can read this model: {self.lens.reason}. Leave out the lenses."
+            )
+        shape = self.structure.layers, self.structure.streams
+        return lens_readers(policy.lenses, self.model, *shape, layers)
 
     def checker(self) -> ReplyChecker:
         """The checker of the numbers of one reply."""

@@ -9,6 +9,7 @@ block (a norm, sometimes a projection). ``checks.py`` verifies the result.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +57,12 @@ class ModelStructure:
     def layers(self) -> int:
         """L, the number of blocks."""
         return len(self.blocks)
+
+    @property
+    def streams(self) -> int:
+        """The number of residual streams, 1 in most models."""
+        shape = residual_stream(self.block_output).shape
+        return math.prod(shape) // (shape[-1] * self.dummy_ids.shape[1])
 
     def layer_of(self) -> dict[nn.Module, int]:
         """The layer, 1 to L, of every module inside a block."""

@@ -26,6 +26,7 @@ from oki_trace.llm.capture.lens import LensProjection, LensTarget, LogitLens
 from oki_trace.llm.capture.reply_checks import ReplyChecker
 from oki_trace.llm.capture.vocabulary import Vocabulary
 from oki_trace.llm.decoding.decode import RawStep
+from oki_trace.llm.lenses.reading import LensReader
 from oki_trace.records import Candidates, CapturePolicy, LayerAttention, Lens, Step, TensorRecord
 
 
@@ -66,6 +67,7 @@ class StepReducer:
         *self._inner_layers, last = policy.layers_read(instrument.structure.layers)
         is_whole = len(self._inner_layers) == last
         self._layers = None if is_whole else np.array([*self._inner_layers, last])
+        self._readers = instrument.readers_for(policy, self._inner_layers)
 
     @property
     def kept_tokens(self) -> int:
@@ -112,7 +114,8 @@ class StepReducer:
     def lenses(self, steps: Sequence[PendingLens]) -> list[Lens]:
         """The lens of a few steps: layers 0 to L-1 projected together, layer L the model's own.
 
-        Ends before a step at which the lens disagrees with the model; empty without a lens.
+        After them come their readings by installed lenses. Ends before a step at which the
+        lens disagrees with the model; empty without a lens.
         """
         lens, checker = self._lens, self.checker
         if lens is None or self._policy.no_lens:
@@ -122,7 +125,11 @@ class StepReducer:
             return []
         if not self._inner_layers:
             return [self._record(step, None) for step in steps]
-        draft = self.draft
+        logit = self._logit_lenses(steps, lens)
+        return [*logit, *(one for reader in self._readers for one in self._read(reader, steps))]
+
+    def _logit_lenses(self, steps: Sequence[PendingLens], lens: LogitLens) -> list[Lens]:
+        draft, checker = self.draft, self.checker
         if draft is None or not checker.draft_holds:
             return self._lenses(steps, lens)
         compared = [step for step in steps if checker.compares_draft(step.step_index)]
@@ -142,6 +149,17 @@ class StepReducer:
         summary = summarize(logits, [step.model], step.token_id, k)
         return self._record(step, summary)
 
+    def _read(self, reader: LensReader, steps: Sequence[PendingLens]) -> Iterator[Lens]:
+        """The readings of the steps by an installed lens, always with the exact projection."""
+        assert self._lens is not None
+        k = self._policy.topk_lens
+        hidden = _streams(steps, reader.inner).unflatten(0, (len(steps), -1))
+        targets = [step.target for step in steps]
+        summaries = reader.summarize(hidden, targets, k, self._lens)
+        for step, inner in zip(steps, summaries, strict=True):
+            made = lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
+            yield replace(made, name=reader.name, layers=reader.layers)
+
     def _lenses(self, steps: Sequence[PendingLens], projection: LensProjection) -> list[Lens]:
         if not steps:
             return []
@@ -155,28 +173,20 @@ class StepReducer:
 
     def _inner(self, steps: Sequence[PendingLens]) -> Tensor:
         """The hidden states (steps · layers, width) of the layers read below the last one."""
-        device = steps[0].hidden_states[-1].device
-        streams = (step.hidden_states[layer] for step in steps for layer in self._inner_layers)
-        return torch.stack([stream.to(device) for stream in streams])
+        return _streams(steps, self._inner_layers)
 
     def _record(self, step: PendingLens, inner: Distribution | None) -> Lens:
         """The lens of one step, from the summary of its inner layers; None: it has none."""
         k = self._policy.topk_lens
+        made = lens_record(step.step_index, inner, step.last_layer, self._vocabulary, k)
+        return replace(made, layers=self._layers)
 
-        def all_layers(field: str) -> Any:
-            last_row = getattr(step.last_layer, field).numpy()
-            last_row = last_row[:, :k] if last_row.ndim == 2 else last_row
-            return last_row if inner is None else np.concatenate([getattr(inner, field), last_row])
 
-        ids = all_layers("token_ids")
-        fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
-        return Lens(
-            step_index=step.step_index,
-            token_ids=ids,
-            tokens=tuple(_texts(self._vocabulary, row) for row in ids),
-            layers=self._layers,
-            **{field: all_layers(field) for field in fields},
-        )
+def _streams(steps: Sequence[PendingLens], layers: Sequence[int]) -> Tensor:
+    """The hidden states (steps · layers, width) of these layers."""
+    device = steps[0].hidden_states[-1].device
+    streams = (step.hidden_states[layer] for step in steps for layer in layers)
+    return torch.stack([stream.to(device) for stream in streams])
 
 
 def _lens_holds(step: PendingLens, lens: LogitLens, checker: ReplyChecker) -> bool:
@@ -315,6 +325,29 @@ def _record(name: Any, tensor: Tensor) -> TensorRecord:
     host = tensor.cpu()
     array = host.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else host.numpy()
     return TensorRecord(name=name, array=array, dtype=dtype)
+
+
+def lens_record(
+    step_index: int, inner: Distribution | None, last: Distribution, vocabulary: Vocabulary, k: int
+) -> Lens:
+    """The lens of one step, from the summary of its inner layers and that of the last one.
+
+    ``inner`` None: no inner layer was read.
+    """
+
+    def all_layers(field: str) -> Any:
+        last_row = getattr(last, field).numpy()
+        last_row = last_row[:, :k] if last_row.ndim == 2 else last_row
+        return last_row if inner is None else np.concatenate([getattr(inner, field), last_row])
+
+    ids = all_layers("token_ids")
+    fields = ("logits", "probs", "entropy", "chosen_rank", "chosen_prob", "kl")
+    return Lens(
+        step_index=step_index,
+        token_ids=ids,
+        tokens=tuple(_texts(vocabulary, row) for row in ids),
+        **{field: all_layers(field) for field in fields},
+    )
 
 
 def _texts(vocabulary: Vocabulary, ids: Any) -> tuple[str, ...]:

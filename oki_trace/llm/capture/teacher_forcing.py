@@ -31,7 +31,7 @@ from oki_trace.llm.decoding.forward_pass import cache_in
 from oki_trace.llm.decoding.sampling import Choice
 from oki_trace.llm.decoding.special_lengths import checkable_lengths
 from oki_trace.llm.loading.hardware import computing_dtype, input_device
-from oki_trace.records import CapturePolicy, ReplyChecks, Step
+from oki_trace.records import CapturePolicy, Lens, ReplyChecks, Step
 
 # Steps whose lenses are computed together, and bytes that their rows of logits may have in
 # 16 bits. With more, a step is hardly cheaper.
@@ -131,8 +131,10 @@ class GivenLenses:
         count = self._together
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
         lenses = self.reducer.lenses([lens for _, lens in batch])
-        by_position = {lens.step_index: replace(lens, step_index=-1) for lens in lenses}
-        return [replace(step, lens=by_position.get(step.position)) for step, _ in batch]
+        by_position: dict[int, list[Lens]] = {step.position: [] for step, _ in batch}
+        for lens in lenses:
+            by_position[lens.step_index].append(replace(lens, step_index=-1))
+        return [step.with_lenses(by_position[step.position]) for step, _ in batch]
 
     def report(self) -> ReplyChecks:
         """The results of the checks so far."""

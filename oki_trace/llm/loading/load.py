@@ -135,10 +135,12 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     check_tokenizer: Callable[[PreTrainedTokenizerBase], None] | None = None,
+    change_config: Callable[[Any], Any] | None = None,
 ) -> LoadedModel:
     """Load what ``choice`` names; ``models_dir`` is where the built-in model is kept.
 
     ``check_tokenizer`` is called before the weights are read, and may raise a ModelError.
+    ``change_config`` returns the config to load with, of a model that is not a GGUF file.
 
     ``dtype`` "auto" is the checkpoint's own if the hardware computes it natively,
     else float16 on a GPU and float32 on a CPU. ``device`` "auto" lets accelerate
@@ -159,6 +161,8 @@ def load(
             report(f"Reading {source.model_id}", None)
             weights = _checked_files(source, cache)
             config: Any = AutoConfig.from_pretrained(source.path, **common)
+            if change_config is not None and source.gguf is None:
+                config = change_config(config)
             kind = model_class(config, source.model_id, trust_remote_code)
             dtype = dtype or native_dtype(checkpoint_dtype(config), device)
             tokenizer = _tokenizer(source, common)

@@ -1,0 +1,1 @@
+"""Published lenses: their files, the installed ones, and reading hidden states with them."""
