@@ -370,7 +370,7 @@ LENS_CHECK = (
 )
 LENS_DRAFT = (
     "For speed, inner layers were drafted in bfloat16 and their best tokens computed in float32. "
-    "This is the largest difference in probability that drafting made, at load and at a step of "
+    "This is the largest difference in probability that drafting made, at load and at two steps of "
     "this reply. With exact tensors, nothing is drafted"
 )
 ATTENTION_CHECK = (

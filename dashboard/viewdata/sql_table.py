@@ -26,24 +26,26 @@ EXAMPLES = {
     "The most frequent tokens, and their probability": """\
 SELECT token, count(*) AS times, avg(prob) AS prob
 FROM step
+WHERE step_index IS NOT NULL -- generated tokens, not those of the prompt
 GROUP BY token
 ORDER BY times DESC
 LIMIT 25""",
-    "At how many steps each layer ranks the chosen token first": """\
+    "Share of steps at which each layer ranks the chosen token first": """\
 SELECT layer, avg((chosen_rank = 1)::INT) AS first, avg(chosen_prob) AS prob
 FROM lens_layer
-WHERE lens = 'logit'
+WHERE lens = 'logit' AND step_index IS NOT NULL
 GROUP BY layer
 ORDER BY layer""",
     "Entropy and probability by step": """\
 SELECT step_index, avg(entropy) AS entropy, avg(prob) AS prob, count(*) AS replies
 FROM step
+WHERE step_index IS NOT NULL
 GROUP BY step_index
 ORDER BY step_index""",
     "The most frequent top token of each middle layer": """\
 SELECT layer, top_token, count(*) AS times, avg(top_prob) AS prob
 FROM lens_layer
-WHERE lens = 'logit' AND layer BETWEEN 10 AND 20
+WHERE lens = 'logit' AND step_index IS NOT NULL AND layer BETWEEN 10 AND 20
 GROUP BY layer, top_token
 QUALIFY row_number() OVER (PARTITION BY layer ORDER BY count(*) DESC) = 1
 ORDER BY layer""",
@@ -58,13 +60,14 @@ LIMIT 50""",
 SELECT prompt_token.token, segment, sum(weight) AS weight, count(*) AS times
 FROM attention_entry
 JOIN prompt_token USING (message_id, position)
-WHERE position > 0
+WHERE position > 0 AND step_index IS NOT NULL
 GROUP BY prompt_token.token, segment
 ORDER BY weight DESC
 LIMIT 25""",
     "Time per token, by model": """\
 SELECT model_id, dtype, quantization, count(*) AS steps, median(elapsed_ms) AS median_ms
 FROM step JOIN message ON message.id = message_id
+WHERE step_index IS NOT NULL
 GROUP BY ALL
 ORDER BY median_ms""",
 }

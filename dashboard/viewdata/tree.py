@@ -34,7 +34,7 @@ def tree_data(
             "text": shorten(inert(" ".join(message.content.split())), SHORT),
             "from": None
             if message.branch_of is None
-            else f"from {message.branch_of} at step {message.branch_step}",
+            else f"branch of message {message.branch_of} at step {message.branch_step}",
             "fork": message.branch_of is not None,
             "tokens": counted(message.tokens, "token") if message.tokens else "",
             "logprob": path_text(logprobs.get(message.id)),
@@ -103,7 +103,7 @@ def _card(message: Message, steps: Sequence[StepSummary], is_origin: bool) -> Js
         "rank": first.rank if first else None,
         "tokens": [replies.token_data(s, t) for s, t in zip(steps, texts, strict=True)],
         "path": f"{counted(len(steps), 'token')} · {path_text(logprob)}" if steps else "",
-        "status": "the reply itself" if is_origin else _status(message),
+        "status": "original reply" if is_origin else _status(message),
         "live": message.status.is_live,
     }
 

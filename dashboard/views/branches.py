@@ -59,7 +59,7 @@ def controls(message: Message, messages: Sequence[Message], settings: Settings |
                 key=f"compare-{message.id}",
                 type="tertiary",
                 icon=":material/compare_arrows:",
-                help=f"Beside message {beside:d}, from where they part",
+                help=f"Compare with message {beside:d}, from where they diverge",
             ):
                 layout.open_page("compare", {"left": str(beside), "right": str(message.id)})
         if settings is None:
@@ -114,7 +114,7 @@ def _edit(message: Message, messages: Sequence[Message], settings: Settings) -> 
 
 def other_ways(origin: Message, step: int, candidates: int, settings: Settings) -> None:
     """Several branches from one step at once, and a branch that goes on with a typed text."""
-    with st.popover("Other ways from here", icon=":material/alt_route:", type="tertiary"):
+    with st.popover("Branch from here", icon=":material/alt_route:", type="tertiary"):
         most = min(candidates, MOST_WAYS)
         with layout.row(f"ways-{origin.id}", align="bottom"):
             count = st.number_input("Candidates", 1, most, min(5, most), key="ways", width=110)
@@ -122,7 +122,9 @@ def other_ways(origin: Message, step: int, candidates: int, settings: Settings) 
             if st.button("Continue from each", type="primary", key="ways-go"):
                 _continue_from_each(origin, step, int(count), int(tokens), settings)
         st.caption("The most likely candidates, each with its own continuation, side by side.")
-        text = st.text_input("Or your own text", key="typed", placeholder="such as “ Lyon”")
+        text = st.text_input(
+            "Or continue with your own text", key="typed", placeholder="such as “ Lyon”"
+        )
         if text:
             _typed(origin, step, text, settings)
 

@@ -71,13 +71,14 @@ def _input(settings: sidebar.Settings | None, conversation: int | None, *, live:
             "Begin the answer",
             icon=":material/format_quote:",
             type="tertiary",
-            help="Write the first words of the answer; the model goes on from them.",
+            help="Set the first words of the answer; the model continues from them.",
         ):
             begun = st.text_area(
                 "The answer begins with",
                 key=f"prefill-{sent}",
                 width=420,
-                help="The model goes on from here. Begin the next word with its space.",
+                help="The model continues from here. Leave out a space at the end: most tokens "
+                "begin with their own.",
             )
     if text and settings is not None:
         _send(text, settings, conversation, begun=begun)

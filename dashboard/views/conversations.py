@@ -160,7 +160,9 @@ def _table(conversations: Sequence[Conversation]) -> list[Conversation]:
             "changed": st.column_config.DatetimeColumn(format="distance", width=110),
             "messages": number(width="small"),
             "tokens": number(
-                format="localized", width="small", help="Generated; of a scored text, scored"
+                format="localized",
+                width="small",
+                help="Generated tokens; of a scored text, its scored tokens",
             ),
             "tokens/s": number(
                 format="%.1f", width="small", help="Of the replies whose duration is known"

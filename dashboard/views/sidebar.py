@@ -176,7 +176,7 @@ def _model(messages: Sequence[Message]) -> ModelChoice | None:
         _default("four_bit") and "four_bit" not in st.session_state,
         key="four_bit",
         help="Loads the model with bitsandbytes. If that fails, it is loaded in its own precision, "
-        "and the model card says so.",
+        "and the box of the model below says so.",
     )
     loaded: ModelChoice | None = st.session_state.get(CHOSEN, {}).get("loaded")
     if loaded is not None and loaded.model_id == name:

@@ -112,7 +112,7 @@ def _side_by_side(conversation_id: int, fork: tuple[int, int], live: bool) -> No
         _open(conversation_id, int(opened))
     st.caption(
         "The bar is the probability that the model gave the first token. The log-probability is "
-        "that of all tokens from the fork on; a longer text adds up more terms."
+        "that of all tokens from the fork on; longer continuations therefore have lower values."
     )
 
 

@@ -33,19 +33,25 @@ class _Start:
 
 def branch(
     message: Annotated[int, typer.Argument(help="The reply, by the number of its message.")],
-    step: Annotated[int, typer.Argument(min=0, help="The step from which on it differs.")] = 0,
+    step: Annotated[int, typer.Argument(min=0, help="The step at which the branch departs.")] = 0,
     text: Annotated[
-        str | None, typer.Option("--token", metavar="TEXT", help="The text to go on with.")
+        str | None,
+        typer.Option(
+            "--token", metavar="TEXT", help="The text to continue with; it may be several tokens."
+        ),
     ] = None,
     token_id: Annotated[
-        int | None, typer.Option(min=0, help="The token to go on with, by its id.")
+        int | None, typer.Option(min=0, help="The token to continue with, by its id.")
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="The candidate of this rank, 1 is the likeliest.")
+        int | None,
+        typer.Option(min=1, help="Continue with the candidate of this rank; 1 is the most likely."),
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, max=MOST_BRANCHES, help="A branch for each of the N best candidates."),
+        typer.Option(
+            min=1, max=MOST_BRANCHES, help="Create a branch for each of the N best candidates."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=0, help="Maximum number of new tokens.")
@@ -73,9 +79,10 @@ def branch(
 ) -> None:
     """Continue a stored reply from one of its steps, in a branch beside it.
 
-    The branch keeps the tokens before STEP and goes on with the token that you choose, or,
-    without one, with a new choice of the model: step 0 regenerates the reply. Settings that
-    you do not give are those of the reply.
+    The branch keeps the tokens before STEP and continues with the token that you choose, or,
+    without one, lets the model choose again at that step: step 0 regenerates the reply. The
+    model and the sampling settings that you do not give are those of the reply; full tensors
+    and the trace of the prompt have the defaults below.
 
     Example: oki-trace branch 2 5 --rank 2
 

@@ -29,7 +29,7 @@ lens = typer.Typer(
     name="lens",
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="Install lenses that others publish, and read stored hidden states with them.",
+    help="Install published lenses and apply them to stored hidden states.",
 )
 
 Name = Annotated[str, typer.Argument(help="The lens's name, from oki-trace lens list.")]
@@ -94,7 +94,7 @@ def list_(json: options.Json = False) -> None:
 
 @lens.command()
 def remove(name: Name) -> None:
-    """Remove an installed lens. What it has read stays in the stores.
+    """Remove an installed lens. Its stored results are kept.
 
     Example: oki-trace lens remove jacobian
     """
@@ -108,13 +108,17 @@ def remove(name: Name) -> None:
 def apply_(
     name: Name,
     conversation: Annotated[
-        int | None, typer.Option(help="Read this conversation, by its number.")
+        int | None, typer.Option(help="Apply the lens to this conversation.")
     ] = None,
-    all_: Annotated[bool, typer.Option("--all", help="Read every conversation.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Apply the lens to all conversations.")
+    ] = False,
     db: options.Db = None,
     json: options.Json = False,
 ) -> None:
-    """Read stored hidden states with a lens. The model's tail is loaded, not its blocks.
+    """Apply a lens to stored hidden states, without running the model.
+
+    Only the model's embeddings, final norm, head and one block are loaded.
 
     Ctrl-C keeps what has been read; the next call goes on from there.
 

@@ -100,9 +100,9 @@ def test_the_best_candidates_are_continued_side_by_side(
     browser_pages.wait_for_panel(page, step, origin.tokens)
 
     # A typed text is shown as tokens before it is used.
-    page.get_by_role("button", name="Other ways from here").click()
-    page.get_by_label("Or your own text").fill("An octopus")
-    page.get_by_label("Or your own text").press("Enter")
+    page.get_by_role("button", name="Branch from here").click()
+    page.get_by_label("Or continue with your own text").fill("An octopus")
+    page.get_by_label("Or continue with your own text").press("Enter")
     expect(page.get_by_text("2 tokens: An (")).to_be_visible()
     for name, value in (("Candidates", "3"), ("Tokens each", "6")):
         number = page.get_by_test_id("stPopoverBody").get_by_role("spinbutton", name=name)
@@ -129,7 +129,7 @@ def test_the_best_candidates_are_continued_side_by_side(
         expect(card).to_contain_text("cut at the token limit")
     rows = page.locator(".root.tree li")
     expect(rows).to_have_count(2 + len(branches))
-    expect(rows.last).to_contain_text(f"from {origin.id} at step 0")
+    expect(rows.last).to_contain_text(f"branch of message {origin.id} at step 0")
     assert browser_pages.overflow(page) == []
     if folder := os.environ.get("OKI_TRACE_SHOTS"):
         page.screenshot(path=f"{folder}/ways.png", full_page=True)

@@ -50,7 +50,7 @@ def test_a_tree_has_a_row_for_each_message(
         (question.id, 0, None, "", True),
         (reply.id, 1, None, "4 tokens", True),
         (then.id, 1, None, "", True),
-        (branch.id, 1, f"from {reply.id} at step 2", "3 tokens", False),
+        (branch.id, 1, f"branch of message {reply.id} at step 2", "3 tokens", False),
     ]
     assert rows[1]["logprob"] == tree.path_text(logprobs[reply.id])
     assert tree.path_text(math.log(0.25)) == "-1.39 nats (0.25)"
@@ -72,7 +72,7 @@ def test_the_ways_from_a_fork_are_side_by_side(
     cards = data["cards"]
     assert [card["prob"] for card in cards] == sorted((c["prob"] for c in cards), reverse=True)
     by_id = {card["id"]: card for card in cards}
-    assert by_id[reply.id]["status"] == "the reply itself"
+    assert by_id[reply.id]["status"] == "original reply"
     assert len(by_id[reply.id]["tokens"]) == 2
     assert len(by_id[branch.id]["tokens"]) == 3
     total = sum(step.logprob for step in steps[branch.id])
