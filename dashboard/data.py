@@ -30,6 +30,7 @@ from oki_trace.errors import ModelError, NotFound
 from oki_trace.exchange.exporting import export
 from oki_trace.exchange.formats import Format
 from oki_trace.records import (
+    LOGIT,
     AttentionPoints,
     Conversation,
     LensGrid,
@@ -251,9 +252,17 @@ def head_count(message: Message, index: int, *, given: bool = False) -> int | No
 
 
 @_cached(16)
-def lens_grid(message: Message, first: int, end: int, *, given: bool = False) -> LensGrid:
-    """The lens of every layer from step ``first`` up to ``end``; if ``given`` by position."""
-    return store().lens_grid(message.id, first, end, given=given)
+def lens_grid(
+    message: Message, first: int, end: int, *, given: bool = False, lens: str = LOGIT
+) -> LensGrid:
+    """A lens at every layer from step ``first`` up to ``end``; if ``given`` by position."""
+    return store().lens_grid(message.id, first, end, given=given, lens=lens)
+
+
+@_cached(64)
+def lens_names(message: Message) -> tuple[str, ...]:
+    """The lenses that have read any step of a reply, the Logit Lens first."""
+    return store().lens_names(message.id)
 
 
 @_cached(32)

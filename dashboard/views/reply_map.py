@@ -125,9 +125,10 @@ def _layers(message: Message, capture: CaptureReport, columns: Sequence[MapColum
         st.caption(wording.sentence(f"Lens not available: {capture.lens_reason}"))
         return
     layout.check_warning(message)
+    name = step_panel.lens_select(data.lens_names(message), "map_lens")
     grid = lens.joined_lens(
         [
-            (data.lens_grid(owner, run.first, run.end, given=run.given), run.shift)
+            (data.lens_grid(owner, run.first, run.end, given=run.given, lens=name), run.shift)
             for owner, run in _runs(columns)
         ]
     )

@@ -14,7 +14,7 @@ import streamlit as st
 from dashboard import components, data, url_state
 from dashboard.viewdata import attention, lens, prompts, replies, wording
 from dashboard.views import branches, layout
-from oki_trace.records import CaptureReport, Message, Role, Step, StepSummary
+from oki_trace.records import LOGIT, CaptureReport, Lens, Message, Role, Step, StepSummary
 from oki_trace.store.reading.prompt_steps import PromptStep
 
 TABLES = ("tokens", "changes")
@@ -247,9 +247,11 @@ def sink_toggle(key: str = "no_sink") -> bool:
 
 
 def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
-    with layout.section_row("Logit Lens", "lens-head"):
-        view = None if step.lens is None else layout.choice("Show", TABLES, "lens_view")
-    if step.lens is None:
+    lenses = {one.name: one for one in (step.lens, *step.lenses) if one is not None}
+    with layout.section_row("Logit Lens" if len(lenses) < 2 else "Lens", "lens-head"):
+        shown = lenses.get(lens_select(list(lenses), "lens_name"))
+        view = None if shown is None else layout.choice("Show", TABLES, "lens_view")
+    if shown is None:
         if not capture.logit_lens_available:
             st.caption(wording.sentence(f"Not available: {capture.lens_reason}"))
         elif message.status.is_live:
@@ -260,7 +262,7 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
     pinned: list[str] = st.session_state.get("pins") or []
     if view == "changes":
         components.changes(
-            data={**lens.changes_data(step, step.lens), "step": step.step_index},
+            data={**lens.changes_data(step, shown), "step": step.step_index},
             key="changes",
         )
         st.caption(
@@ -269,17 +271,44 @@ def _lens(message: Message, capture: CaptureReport, step: Step) -> None:
         )
     else:
         components.lens(
-            data={**lens.lens_data(step, step.lens, pinned), "step": step.step_index},
+            data={**lens.lens_data(step, shown, pinned), "step": step.step_index},
             key="lens",
             on_pin_change=_pin,
         )
-        error = message.lens_check
-        check = "" if error is None else f" Lens check {replies.format_difference(error)}."
+        _lens_notes(message, shown)
+    _curves(step, shown)
+
+
+def _lens_notes(message: Message, shown: Lens) -> None:
+    """What the rows of a lens are, and how far they can be trusted."""
+    if shown.name != LOGIT:
         st.caption(
-            "The prediction if a layer were the last, through the model's own final norm and head. "
-            f"Predictions of early layers are often meaningless.{check}"
+            f"The installed lens {wording.escape(shown.name)}: each layer is mapped to the basis "
+            "of the last one, and goes through the model's own final norm and head. A layer "
+            "without a row has no map. A map is a mean over the texts that it was fitted on."
         )
-    _curves(step)
+        return
+    error = message.lens_check
+    check = "" if error is None else f" Lens check {replies.format_difference(error)}."
+    st.caption(
+        "The prediction if a layer were the last, through the model's own final norm and head. "
+        f"Predictions of early layers are often meaningless.{check}"
+    )
+
+
+def lens_select(offered: Sequence[str], key: str) -> str:
+    """A choice among the lenses that have read something, the Logit Lens first."""
+    if len(offered) < 2:
+        return next(iter(offered), LOGIT)
+    name: str = st.selectbox(
+        "Lens",
+        offered,
+        format_func=lambda name: "Logit Lens" if name == LOGIT else name,
+        key=key,
+        label_visibility="collapsed",
+        width=150,
+    )
+    return name
 
 
 def _pin() -> None:
@@ -291,15 +320,14 @@ def _pin() -> None:
     st.session_state["pins"] = [p for p in pins if p != label] if label in pins else [*pins, label]
 
 
-def _curves(step: Step) -> None:
+def _curves(step: Step, shown: Lens) -> None:
     # Imported here: a chat without charts does not wait for Altair.
     from dashboard import charts
 
-    assert step.lens is not None
     with layout.section_row("By layer", "curves-head"):
         curve = layout.choice("Curve", lens.CURVES, "curve")
     if curve == "entropy and KL":
-        rows = lens.layer_rows(step.lens)
+        rows = lens.layer_rows(shown)
         name = f"layers-step-{step.step_index}"
         layout.chart(charts.entropy_and_kl(rows), rows, "by_layer", name)
         st.caption("In nats. KL is the divergence of the layer's prediction from the final one.")
@@ -307,16 +335,16 @@ def _curves(step: Step) -> None:
     kept: list[str] = st.session_state.get("pins") or []
     pinned = st.multiselect(
         "Pinned tokens",
-        list(dict.fromkeys([*kept, *lens.pinnable_tokens(step, step.lens)])),
+        list(dict.fromkeys([*kept, *lens.pinnable_tokens(step, shown)])),
         key="pins",
         placeholder="Pin a token: type it, or click it above",
         label_visibility="collapsed",
         accept_new_options=True,
     )
-    rows = lens.curve_rows(step, step.lens, pinned)
+    rows = lens.curve_rows(step, shown, pinned)
     drawn = charts.layer_curves(rows, "rank" if curve == "rank" else "prob")
     layout.chart(drawn, rows, "trajectory", f"curves-step-{step.step_index}")
-    k = step.lens.probs.shape[1]
+    k = shown.probs.shape[1]
     st.caption(
         f"The {k:d} most likely tokens of each layer are kept; a gap means that a token was not "
         "among them. The chosen token is known at every layer."

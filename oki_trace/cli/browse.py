@@ -29,7 +29,7 @@ from oki_trace.explain import (
     explain_generation,
     quoted,
 )
-from oki_trace.records import Conversation, Lens, Message, Prompt, Role, Step
+from oki_trace.records import LOGIT, Conversation, Lens, Message, Prompt, Role, Step
 
 if TYPE_CHECKING:
     from oki_trace.store.reading.reader import TraceReader
@@ -374,6 +374,16 @@ def _print_lens(message: Message, step: Step) -> None:
         reason = (message.capture and message.capture.lens_reason) or "not computed yet"
         print_text(f"logit lens: {reason}", "dim")
         return
+    for one in (lens, *step.lenses):
+        if step.lenses:
+            print_text("Logit Lens" if one.name == LOGIT else f"lens {one.name}", "bold")
+        _print_layers(one)
+    if message.capture is not None:
+        _print_check("lens check", message.lens_check)
+        _print_check("lens draft", message.capture.lens_draft)
+
+
+def _print_layers(lens: Lens) -> None:
     width = min(3, lens.token_ids.shape[1])
     rows = table("layer", *["", "prob"] * width, "chosen rank", right=("layer", "chosen rank"))
     for row, layer in reversed(list(enumerate(lens.layer_numbers.tolist()))):
@@ -382,9 +392,6 @@ def _print_lens(message: Message, step: Step) -> None:
             cells += [token(lens.tokens[row][k]), f"{float(lens.probs[row, k]):.3f}"]
         rows.add_row(str(layer), *cells, f"{int(lens.chosen_rank[row]):,}")
     console().print(rows)
-    if message.capture is not None:
-        _print_check("lens check", message.lens_check)
-        _print_check("lens draft", message.capture.lens_draft)
 
 
 def _print_check(name: str, error: float | None) -> None:

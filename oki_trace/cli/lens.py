@@ -45,11 +45,11 @@ def add(
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(show_default="the file's", help="What to call it.")
+        str | None, typer.Option(show_default="the file's", help="The lens's name.")
     ] = None,
     json: options.Json = False,
 ) -> None:
-    """Install a lens. Its file may only hold tensors; nothing in it is run.
+    """Install a lens. The file may contain only tensors; no code in it is executed.
 
     Example: oki-trace lens add SmolLM2_jacobian_lens.pt --name jacobian
     """

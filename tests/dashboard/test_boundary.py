@@ -28,7 +28,7 @@ from oki_trace.store.writing.writer import TraceWriter
 from tests import builders
 from tests.dashboard import app_pages
 
-PAGES = ("chat", "reply_map", "conversations", "compare", "questions", "sql", "store")
+PAGES = ("chat", "reply_map", "tree", "conversations", "compare", "questions", "sql", "store")
 SECRET = "www.evil.test/?q=secret [x](http://evil.test)"
 
 
