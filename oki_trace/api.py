@@ -54,7 +54,7 @@ def run_traced(
     tensors: TensorMode = "half",
     template_args: Mapping[str, Any] | None = None,
     tools: Sequence[Mapping[str, Any]] | None = None,
-    trace_prompt: PromptTrace | Literal["none"] | None = None,
+    trace_prompt: PromptTrace | Literal["none"] = "light",
     lens_layers: str | None = None,
     prefill: str | None = None,
     branch_of: int | None = None,

@@ -191,13 +191,18 @@ def trace_turn(
     return turn.end(Status.STOPPED if stopped else Status.COMPLETE, turn.reason)
 
 
+# Rows of a lens without a draft that take less than a tenth of a turn of 128 tokens on a CPU.
+_EXACT_ROWS = 1000
+
+
 def _affordable(
     handle: Instrument, policy: CapturePolicy, new_tokens: int, tokens: int
 ) -> tuple[CapturePolicy, str | None]:
     """The policy for a prompt of so many tokens, and why it is less than was asked for.
 
     A light trace shall not delay the reply: its lens is computed meanwhile, so it is left out
-    where there is no room for so many steps. Only ``lens_layers`` asks for it in any case.
+    where there is no room for so many steps, or where every layer needs the whole head because
+    nothing drafts it. Only ``lens_layers`` asks for it in any case.
     """
     room = waiting_room(handle)
     if policy.trace_prompt != "light" or policy.lens_layers is not None or new_tokens <= 0:
@@ -205,7 +210,14 @@ def _affordable(
     if tokens > max(room, ONE_PIECE) and not runs_in_chunks(handle):
         note = f"the prompt was not traced: {tokens:,} tokens take much memory in one piece"
         return replace(policy, trace_prompt=None), note
-    if new_tokens <= room or policy.no_lens or handle.lens.projection is None:
+    if policy.no_lens or handle.lens.projection is None:
+        return policy, None
+    on_cpu = handle.model.device.type == "cpu"
+    rows = new_tokens * handle.structure.layers
+    if on_cpu and handle.fast.draft_lens is None and rows > _EXACT_ROWS:
+        note = "the lens did not read the prompt: without a draft, that would delay the reply"
+        return replace(policy, lens_layers="none"), note
+    if new_tokens <= room:
         return policy, None
     note = f"the lens did not read the prompt, whose {new_tokens:,} tokens would delay the reply"
     return replace(policy, lens_layers="none"), note

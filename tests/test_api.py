@@ -402,7 +402,7 @@ def test_a_reply_that_fails_halfway_keeps_what_it_had(tmp_path: Path) -> None:
 
     model.model.layers[0].register_forward_hook(break_later)
     run_traced("the fox", None, 1, model, tokenizer)  # attached to, with passes of its own
-    breaks_at = passes + 6
+    breaks_at = passes + 7  # one more for the trace of the prompt
     with pytest.raises(CaptureError) as caught:
         run_traced("the quick brown fox", None, 64, model, tokenizer, db=tmp_path / "s.db")
     assert "RuntimeError: the weights fell out" in str(caught.value)

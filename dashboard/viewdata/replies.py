@@ -352,8 +352,8 @@ def settings_summary(sampling: Sampling, policy: CapturePolicy, system: str | No
     parts.append(
         "no full tensors" if policy.tensors == "none" else f"full tensors: {policy.tensors}"
     )
-    if policy.trace_prompt is not None:
-        parts.append(f"{policy.trace_prompt} trace of the prompt")
+    if policy.trace_prompt != "light":
+        parts.append("full trace of the prompt" if policy.trace_prompt else "prompt not traced")
     if system:
         parts.append("a system message")
     return " · ".join(parts)

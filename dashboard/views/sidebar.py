@@ -95,7 +95,7 @@ def _chosen() -> dict[str, Any]:
         "penalty": None,
         "max_new_tokens": Sampling().max_new_tokens,
         **asdict(CapturePolicy()),
-        "trace_prompt": "none",
+        "trace_prompt": "light",
         "system": "",
         "enable_thinking": UNCHANGED,
         "reasoning_effort": UNCHANGED,

@@ -171,7 +171,7 @@ class Turns:
     dtype: Dtype = "auto"
     device: Device = "auto"
     tensors: Tensors = "half"
-    trace_prompt: TracePrompt = "none"
+    trace_prompt: TracePrompt = "light"
     lens_layers: LensLayers = None
     lens: Lenses = None
     template_arg: Annotated[

@@ -77,7 +77,7 @@ def set_most_new_tokens(page: Page, number: int) -> None:
 
 def progress(page: Page) -> tuple[int, bool]:
     """How many tokens the last reply shows, and whether its cursor is there."""
-    reply = page.locator(".root.reply").last
+    reply = page.locator(".root.reply:not(.given)").last
     script = "root => [root.querySelectorAll('.token').length, !!root.querySelector('.cursor')]"
     count, live = reply.evaluate(script)
     return count, live
@@ -85,14 +85,14 @@ def progress(page: Page) -> tuple[int, bool]:
 
 def wait_for_tokens(page: Page, at_least: int) -> int:
     """Wait until the last reply has so many tokens; returns how many it then has."""
-    page.locator(".root.reply .token").first.wait_for()
+    page.locator(".root.reply:not(.given) .token").first.wait_for()
     return until(lambda: n if (n := progress(page)[0]) >= at_least else 0, f"{at_least} tokens")
 
 
 def watch_to_the_end(page: Page) -> list[int]:
     """The numbers of tokens seen beside the cursor, until it is gone."""
     seen: list[int] = []
-    page.locator(".root.reply .cursor").wait_for()
+    page.locator(".root.reply:not(.given) .cursor").wait_for()
 
     def ended() -> bool:
         count, live = progress(page)
@@ -106,7 +106,7 @@ def watch_to_the_end(page: Page) -> list[int]:
 
 def tokens(page: Page) -> list[str]:
     """The texts of the last reply's tokens."""
-    return page.locator(".root.reply").last.locator(".token").all_text_contents()
+    return page.locator(".root.reply:not(.given)").last.locator(".token").all_text_contents()
 
 
 def said(page: Page) -> str:
@@ -115,7 +115,7 @@ def said(page: Page) -> str:
 
 
 def status(page: Page) -> str:
-    return page.locator(".root.reply").last.locator(".foot").inner_text()
+    return page.locator(".root.reply:not(.given)").last.locator(".foot").inner_text()
 
 
 def place(page: Page) -> dict[str, int]:
@@ -206,7 +206,7 @@ def of(explorer: server.Explorer, reply: tuple[int, int], step: int | None = Non
 
 def chosen(page: Page) -> int:
     """The index of the token that is marked as chosen."""
-    index = page.locator(".root.reply .token.chosen").get_attribute("data-index")
+    index = page.locator(".root.reply:not(.given) .token.chosen").get_attribute("data-index")
     assert index is not None
     return int(index)
 

@@ -48,7 +48,7 @@ def test_a_new_user_asks_and_sees_why_each_token_was_chosen(
         assert browser_pages.tokens(page) == [s.token for s in steps]
         paris = next(s.step_index for s in steps if "Paris" in s.token)
 
-        page.locator(".root.reply .token").filter(has_text="Paris").click()
+        page.locator(".root.reply:not(.given) .token").filter(has_text="Paris").click()
         browser_pages.wait_for_panel(page, reader.step(reply.id, paris), len(steps))
         assert sample_stores.QUESTIONS[0] in (page.locator(".root.evidence").text_content() or "")
         assert browser_pages.place(page) == {
@@ -69,7 +69,7 @@ def test_a_new_user_asks_and_sees_why_each_token_was_chosen(
         browser_pages.wait_for_panel(again, reader.step(reply.id, paris - 1), len(steps))
         assert browser_pages.chosen(again) == paris - 1
 
-        page.locator(".root.reply .token").first.click()
+        page.locator(".root.reply:not(.given) .token").first.click()
         browser_pages.wait_for_panel(page, reader.step(reply.id, 0), len(steps))
         page.go_back()
         browser_pages.wait_for_panel(page, reader.step(reply.id, paris - 1), len(steps))
@@ -89,7 +89,7 @@ def test_tokens_come_one_after_another_and_stop_keeps_them(
         assert browser_pages.progress(page)[1], "the cursor is there while tokens come"
     page.get_by_role("button", name="Stop").click()
     until(lambda: not browser_pages.progress(page)[1], "the end of the reply")
-    expect(page.locator(".root.reply .foot")).to_contain_text("stopped")
+    expect(page.locator(".root.reply:not(.given) .foot")).to_contain_text("stopped")
     assert browser_pages.status(page).count("stopped") == 1, "said once"
 
     with TraceReader(live.db) as reader:
@@ -129,7 +129,7 @@ def test_a_reply_outlives_reloads_and_tabs(live: server.Explorer, browse: Browse
     assert reply.status is Status.COMPLETE
     assert [s.step_index for s in steps] == list(range(70))
     third = browse(address)
-    third.locator(".root.reply .token").nth(69).wait_for()
+    third.locator(".root.reply:not(.given) .token").nth(69).wait_for()
     assert browser_pages.said(third) == reply.content
     assert "cut at the token limit" in browser_pages.status(third)
 
@@ -140,7 +140,7 @@ def test_a_second_message_waits_its_turn(live: server.Explorer, browse: Browse) 
     browser_pages.ask(page, STORY)
     browser_pages.wait_for_tokens(page, 2)
     browser_pages.ask(page, "What is the capital of Italy?")
-    expect(page.locator(".root.reply")).to_have_count(2)
+    expect(page.locator(".root.reply:not(.given)")).to_have_count(2)
     expect(page.get_by_text("Queued behind 1 reply.")).to_be_visible()
     expect(page.get_by_role("button", name="Stop")).to_have_count(2)
     until(lambda: "complete" in browser_pages.status(page), "the second reply to be complete")
@@ -162,7 +162,7 @@ def test_a_live_reply_is_followed_until_a_token_is_chosen(
 
     first = until(lambda: step() if where.count() else 0, "a step in the panel")
     until(lambda: step() > first, "the panel to follow")
-    page.locator(".root.reply .token").nth(1).click()
+    page.locator(".root.reply:not(.given) .token").nth(1).click()
     until(lambda: step() == 2, "the chosen step")
     before = browser_pages.progress(page)[0]
     browser_pages.wait_for_tokens(page, before + 2)
@@ -185,7 +185,7 @@ def test_a_reply_whose_process_dies_ends_as_interrupted(
     assert "interrupted" in browser_pages.status(page).lower()
     assert len(browser_pages.tokens(page)) >= count
     browser_pages.ask(page, "What is the capital of Italy?")
-    expect(page.locator(".root.reply")).to_have_count(2)
+    expect(page.locator(".root.reply:not(.given)")).to_have_count(2)
     browser_pages.watch_to_the_end(page)
     assert "complete" in browser_pages.status(page)
 

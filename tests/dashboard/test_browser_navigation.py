@@ -41,7 +41,7 @@ def test_a_row_of_the_list_opens_in_chat(
     expect(table).to_contain_text(sample_stores.QUESTIONS[0])
     # The table is drawn on a canvas: its cells cannot be clicked by name.
     page.get_by_test_id("stDataFrame").click(position={"x": 200, "y": 50})
-    expect(page.locator(".root.reply")).to_have_count(2)
+    expect(page.locator(".root.reply:not(.given)")).to_have_count(2)
     assert browser_pages.place(page)["conversation"] == samples.first[0]
     expect(page.locator(".root.bubble").first).to_have_text(sample_stores.QUESTIONS[0])
 
@@ -58,10 +58,10 @@ def test_recent_conversations_open_from_the_sidebar(
 ) -> None:
     page = browse(explorer.url)
     page.locator(".st-key-recent").get_by_text(sample_stores.QUESTIONS[0]).first.click()
-    expect(page.locator(".root.reply")).to_have_count(2)
+    expect(page.locator(".root.reply:not(.given)")).to_have_count(2)
     assert browser_pages.place(page) == {"conversation": samples.first[0]}
     page.get_by_role("button", name="Start a chat").click()
-    expect(page.locator(".root.reply")).to_have_count(0)
+    expect(page.locator(".root.reply:not(.given)")).to_have_count(0)
     assert browser_pages.place(page) == {}
 
 
@@ -69,7 +69,7 @@ def test_each_reply_of_a_conversation_can_be_looked_into(
     explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     page = browse(browser_pages.of(explorer, samples.second))
-    first, second = (page.locator(".root.reply").nth(n) for n in (0, 1))
+    first, second = (page.locator(".root.reply:not(.given)").nth(n) for n in (0, 1))
     with TraceReader(explorer.db) as reader:
         for element, (_, message), index in (
             (first, samples.first, 2),
@@ -129,7 +129,7 @@ def test_with_the_sidebar_shut_nothing_is_covered(
     # A click that something else would get is refused.
     page.get_by_test_id("stText").filter(has_text=sample_stores.QUESTIONS[0]).click()
     page.get_by_role("radio", name="entropy", exact=True).click()
-    expect(page.locator(".root.reply .foot").first).to_contain_text("entropy")
+    expect(page.locator(".root.reply:not(.given) .foot").first).to_contain_text("entropy")
 
 
 def test_a_line_end_can_be_seen_and_clicked(
@@ -137,7 +137,7 @@ def test_a_line_end_can_be_seen_and_clicked(
 ) -> None:
     page = browse(browser_pages.of(explorer, samples.without_tensors, 0))
     page.locator(".root.lens tr").first.wait_for()
-    page.locator(".root.reply .token").nth(1).click()
+    page.locator(".root.reply:not(.given) .token").nth(1).click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 2 of 3")
 
 
@@ -200,7 +200,7 @@ def test_a_click_shows_its_step_within_a_second(
     seconds = []
     for index in (3, 1, 5, 2, 4):
         began = time.perf_counter()
-        page.locator(".root.reply").last.locator(".token").nth(index).click()
+        page.locator(".root.reply:not(.given)").last.locator(".token").nth(index).click()
         where = page.locator(".root.facts .where")
         expect(where).to_contain_text(re.compile(rf"^step {index + 1} of"))
         seconds.append(time.perf_counter() - began)

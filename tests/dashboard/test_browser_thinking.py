@@ -79,7 +79,7 @@ def test_thinking_is_folded_and_a_tool_is_answered(
     db, kept = thinking
     explorer = run_explorer(db)
     page = browse(browser_pages.of(explorer, kept), width)
-    reply = page.locator(".root.reply").first
+    reply = page.locator(".root.reply:not(.given)").first
     fold = reply.locator(".fold")
     expect(fold).to_contain_text("Thinking")
     hidden, answer = reply.locator(".token.thinking").first, reply.get_by_text("O", exact=True)

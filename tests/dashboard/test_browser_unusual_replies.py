@@ -72,7 +72,7 @@ def test_a_title_that_is_cut_off_shows_no_marks(
     page = browse(explorer.url)
     button = page.locator(".st-key-recent button").filter(has_text="a a a").first
     button.click()
-    page.locator(".root.reply").wait_for(state="detached")
+    page.locator(".root.reply:not(.given)").wait_for(state="detached")
     expect(button.locator("strong")).to_have_count(1)
     assert "*" not in button.inner_text()
 
@@ -82,8 +82,12 @@ def test_a_direction_mark_turns_no_other_token_round(
 ) -> None:
     """A token that says "from right to left" is to stay between its neighbours."""
     page = browse(browser_pages.of(explorer, samples.hostile))
-    page.locator(".root.reply .token").last.wait_for()
-    boxes = [box for t in page.locator(".root.reply .token").all() if (box := t.bounding_box())]
+    page.locator(".root.reply:not(.given) .token").last.wait_for()
+    boxes = [
+        box
+        for t in page.locator(".root.reply:not(.given) .token").all()
+        if (box := t.bounding_box())
+    ]
     assert len(boxes) == len(sample_stores.HOSTILE) + 1
     for before, after in zip(boxes[-3:], boxes[-2:], strict=False):
         same_line = before["y"] == after["y"]
@@ -98,7 +102,7 @@ def test_numbers_that_are_not_known_are_no_harm(
     page.locator(".root.lens tr").first.wait_for()
     assert browser_pages.tokens(page) == [" the", " cat", " sat"]
     assert "NaN" not in page.locator(".st-key-sides").inner_text()
-    page.locator(".root.reply .token").last.click()
+    page.locator(".root.reply:not(.given) .token").last.click()
     expect(page.locator(".root.facts .where")).to_contain_text("step 3 of 3")
 
 
@@ -150,7 +154,7 @@ def test_a_failed_reply_shows_its_reason_and_its_tokens(
 ) -> None:
     page = browse(browser_pages.of(explorer, samples.failed))
     page.locator(".root.lens tr").first.wait_for()
-    expect(page.locator(".root.reply .bad")).to_contain_text(sample_stores.FAILURE)
+    expect(page.locator(".root.reply:not(.given) .bad")).to_contain_text(sample_stores.FAILURE)
     assert browser_pages.tokens(page) == [" the", " cat", " sat"]
 
 
@@ -158,7 +162,9 @@ def test_a_reply_that_failed_before_its_first_token_shows_its_reason(
     explorer: server.Explorer, browse: Browse, samples: sample_stores.Samples
 ) -> None:
     page = browse(browser_pages.of(explorer, samples.failed_at_once))
-    expect(page.locator(".root.reply .bad")).to_contain_text("There is no model no/such")
+    expect(page.locator(".root.reply:not(.given) .bad")).to_contain_text(
+        "There is no model no/such"
+    )
     browser_pages.ready_for_a_message(page)
 
 
@@ -170,8 +176,8 @@ def test_a_model_that_is_not_there_is_a_sentence_in_the_reply(
     box.fill("./no-such-folder")
     box.press("Enter")
     browser_pages.ask(page, "Are you there?")
-    page.locator(".root.reply .bad").wait_for()
-    reason = page.locator(".root.reply .bad").inner_text()
+    page.locator(".root.reply:not(.given) .bad").wait_for()
+    reason = page.locator(".root.reply:not(.given) .bad").inner_text()
     assert "no-such-folder" in reason
     assert "Traceback" not in reason
     with TraceReader(live.db) as reader:

@@ -252,14 +252,14 @@ def test_settings_that_make_no_sense_cannot_be_sent(empty_store: str) -> None:
 def test_a_prompt_is_traced_as_chosen(empty_store: str, no_worker: None) -> None:
     app = open_settings(app_pages.chat())
     box = app.selectbox(key="trace_prompt")
-    assert box.value == "none" and box.options == ["none", "light", "full"]
+    assert box.value == "light" and box.options == ["none", "light", "full"]
     reply = queued(app, empty_store)
-    assert reply.policy is not None and reply.policy.trace_prompt is None
-    for level in ("light", "full"):
+    assert reply.policy is not None and reply.policy.trace_prompt == "light"
+    for level, stored in (("none", None), ("full", "full")):
         app = open_settings(app_pages.chat())
         app.selectbox(key="trace_prompt").set_value(level).run()
         reply = queued(app, empty_store)
-        assert reply.policy is not None and reply.policy.trace_prompt == level
+        assert reply.policy is not None and reply.policy.trace_prompt == stored
     app = app_pages.chat()
     assert "trace of the prompt" not in app_pages.plainly(app.sidebar.caption[0].value)
 

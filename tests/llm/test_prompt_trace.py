@@ -179,6 +179,21 @@ def test_the_lens_of_a_long_prompt_is_left_out_unless_it_is_asked_for(
     assert len(kept.lenses) == len(kept.steps) == 12
 
 
+def test_without_a_draft_the_lens_of_the_prompt_is_left_out_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every layer needs the whole head then, as on a CPU without bfloat16 instructions."""
+    monkeypatch.setattr("oki_trace.tracing._EXACT_ROWS", 8)
+    model = configs.build("llama")
+    kept, whole = turn(model), turn(model, policy=ALL_LAYERS)
+    assert kept.started is not None and kept.ended is not None and kept.ended.checks is not None
+    assert kept.started.capture.policy.lens_layers == "none"
+    assert any("without a draft" in note for note in kept.ended.checks.notes)
+    assert all(step.lens is None or len(step.lens.logits) == 1 for step in kept.prompt_steps)
+    assert all(step.lens is not None for step in whole.prompt_steps)
+    assert [step.token_id for step in kept.steps] == [step.token_id for step in whole.steps]
+
+
 def test_a_long_prompt_that_must_run_in_one_piece_is_not_traced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
