@@ -262,8 +262,17 @@ def test_what_cannot_branch_says_why(dense: Talk) -> None:
 
 def test_a_token_that_the_model_has_not_is_refused(dense: Talk) -> None:
     origin = dense.ask(QUESTION, Sampling(3))
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match="no token with the id 10,000,000"):
         dense.branch(origin, 1, Sampling(3), 10_000_000)
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "a\0b"])
+def test_a_text_that_cannot_be_stored_begins_no_branch(dense: Talk, text: str) -> None:
+    origin = dense.ask(QUESTION, Sampling(3))
+    forced = Forced(text=text)
+    with pytest.raises(UsageError, match="beginning of the reply"):
+        submit_branch(dense.writer, origin, 1, Sampling(3), POLICY, forced=forced)
+    assert len(dense.reader.messages(origin.conversation_id)) == 2
 
 
 @pytest.mark.parametrize(
