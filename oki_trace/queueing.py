@@ -53,8 +53,12 @@ class ReplyRequest:
         for message in self.messages:
             name = "The system message" if message.role is Role.SYSTEM else "The message"
             require_storable(message.content, name)
-        if self.forced is not None and self.forced.text is not None:
-            require_storable(self.forced.text, "The beginning of the reply")
+        _require_storable_text(self.forced)
+
+
+def _require_storable_text(forced: Forced | None) -> None:
+    if forced is not None and forced.text is not None:
+        require_storable(forced.text, "The beginning of the reply")
 
 
 def new_messages(
@@ -113,9 +117,10 @@ def submit_branch(
 
     Without ``forced`` the model chooses at that step too: step 0 regenerates the reply, and
     a step as large as the number of its tokens continues it. Raises UsageError if the message
-    has no such step.
+    has no such step, and for a text that cannot be stored unchanged.
     """
     require_fork(origin, step)
+    _require_storable_text(forced)
     return writer.queue_reply(
         origin.conversation_id,
         choice or origin.choice or ModelChoice(origin.model_id or ""),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from oki_trace.errors import CaptureError, OkiTraceError
+from oki_trace.llm.capture.fingerprint import runs_own_code
 from oki_trace.llm.capture.instrument import Instrument, forget, instrument
 from oki_trace.llm.capture.pipeline import capture, rest_of
 from oki_trace.llm.capture.teacher_forcing import (
@@ -227,6 +228,8 @@ def _with_reuse(report: CaptureReport, handle: Instrument, prompt: Prompt) -> Ca
     tokens, reason = handle.fast.shared_prefix(prompt.token_ids)
     if tokens and not runs_in_chunks(handle):
         tokens, reason = 0, "the model's cache does not continue a text exactly"
+    if tokens and not runs_own_code(handle.model):
+        tokens, reason = 0, "hooks or replaced code may change what the model computes"
     return replace(report, reused=tokens, not_reused=reason)
 
 

@@ -16,11 +16,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """The hooks that run before and after the module's forward."""
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def global_hooks() -> list[Any]:
+    """The hooks that run before and after the forward of every module of the process."""
+    return [*_modules._global_forward_pre_hooks.values(), *_modules._global_forward_hooks.values()]
+
+
+def only_watches(hook: Any) -> bool:
+    """Whether a hook is one of transformers or of this package, which change no result."""
+    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "oki_trace.llm."))
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -262,8 +262,17 @@ def test_what_cannot_branch_says_why(dense: Talk) -> None:
 
 def test_a_token_that_the_model_has_not_is_refused(dense: Talk) -> None:
     origin = dense.ask(QUESTION, Sampling(3))
-    with pytest.raises(CaptureError):
+    with pytest.raises(CaptureError, match="no token with the id 10,000,000"):
         dense.branch(origin, 1, Sampling(3), 10_000_000)
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "a\0b"])
+def test_a_text_that_cannot_be_stored_begins_no_branch(dense: Talk, text: str) -> None:
+    origin = dense.ask(QUESTION, Sampling(3))
+    forced = Forced(text=text)
+    with pytest.raises(UsageError, match="beginning of the reply"):
+        submit_branch(dense.writer, origin, 1, Sampling(3), POLICY, forced=forced)
+    assert len(dense.reader.messages(origin.conversation_id)) == 2
 
 
 @pytest.mark.parametrize(
@@ -308,3 +317,39 @@ def test_a_reply_of_forced_tokens_alone_ends_with_them(dense: Talk) -> None:
     branch = dense.branch(origin, 1, Sampling(0), 9, 11)
     assert (branch.status, branch.reason) == (Status.COMPLETE, "token limit")
     assert [step.token_id for step in dense.steps(branch)] == [9, 11]
+
+
+@pytest.mark.parametrize("kind", ["hook", "global hook", "forward"])
+def test_code_of_the_user_in_the_model_runs_for_every_token_again(dense: Talk, kind: str) -> None:
+    """A hook for steering has another strength at each reply, which no identity shows."""
+    layer = dense.loaded.model.model.layers[0]
+    strength = 0.0
+    plain = layer.forward
+
+    def steer(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + strength * torch.arange(hidden.shape[-1])
+
+    def hook(module: Any, _inputs: Any, output: Any) -> Any:
+        return steer(output) if module is layer else output
+
+    handle = None
+    if kind == "hook":
+        handle = layer.register_forward_hook(hook)
+    elif kind == "global hook":
+        handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    else:
+        layer.forward = lambda *args, **kwargs: steer(plain(*args, **kwargs))
+    try:
+        origin = dense.ask(QUESTION, Sampling(4))
+        strength = 3.0
+        branch = dense.branch(origin, 1, Sampling(3))
+        own = logprobs(dense.loaded.model, dense.ids(branch))
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert branch.capture is not None and branch.capture.reused == 0
+    assert "hooks" in (branch.capture.not_reused or "")
+    for step in dense.steps(branch):
+        assert step.logprob == pytest.approx(
+            float(own[step.position - 1, step.token_id]), abs=TOLERANCE
+        )

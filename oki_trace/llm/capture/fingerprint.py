@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from oki_trace.llm.accelerate_internals import has_hook
 from oki_trace.llm.decoding.decoder_thread import autocast_state
-from oki_trace.llm.torch_internals import hooks_of, version_of
+from oki_trace.llm.torch_internals import global_hooks, hooks_of, only_watches, version_of
 from oki_trace.llm.transformers_internals import attention_name
 
 Fingerprint = tuple[Any, ...]
@@ -32,6 +33,19 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         _config(model),
         autocast_state(),
         torch.get_float32_matmul_precision(),
+    )
+
+
+def runs_own_code(model: nn.Module) -> bool:
+    """Whether no hook or replaced forward may compute something else than at the last reply.
+
+    A fingerprint cannot tell: such code may read variables of the user's, and Python gives the
+    identity of a removed hook to the next one.
+    """
+    modules = list(model.modules())
+    hooks = [*global_hooks(), *(hook for module in modules for hook in hooks_of(module))]
+    return all(map(only_watches, hooks)) and not any(
+        "forward" in module.__dict__ and not has_hook(module) for module in modules
     )
 
 

@@ -51,6 +51,10 @@ class Vocabulary:
         self._texts: dict[int, str] = {}
         self._bytes: dict[int, bytes] = {}
 
+    def has(self, token_id: int) -> bool:
+        """Whether the tokenizer itself has a token of this id."""
+        return 0 <= token_id < len(self._tokenizer) or token_id in self._added
+
     def text(self, token_id: int) -> str:
         """The token as text, control characters unchanged."""
         text = self._texts.get(token_id)
@@ -132,6 +136,10 @@ def require_embeddings(model: Any, ids: Sequence[int], vocabulary: Vocabulary) -
     except (AttributeError, NotImplementedError, IndexError):
         return
     largest = max(ids, default=0)
+    if largest >= rows and not vocabulary.has(largest):
+        raise CaptureError(
+            f"The model has no token with the id {largest:,}. Choose an id below {rows:,}."
+        )
     if largest >= rows:
         raise CaptureError(
             f"The tokenizer gives {visible(vocabulary.text(largest))} the id {largest:,}, but the "

@@ -28,7 +28,7 @@ from oki_trace.llm.decoding.forward_pass import (
 )
 from oki_trace.llm.fast.kv_cache import PreallocatedLayer, preallocated_layers
 from oki_trace.llm.fast.prepacked import PrepackedWeights
-from oki_trace.llm.torch_internals import hooks_of, without_fusion
+from oki_trace.llm.torch_internals import hooks_of, only_watches, without_fusion
 from oki_trace.llm.transformers_internals import attention_implementation
 
 # The inputs of a step that the graph can replay.
@@ -210,18 +210,13 @@ def is_plain(model: nn.Module) -> bool:
     modules = list(model.modules())
     return (
         not model.training
-        and all(_only_watches(hook) for module in modules for hook in hooks_of(module))
+        and all(only_watches(hook) for module in modules for hook in hooks_of(module))
         and not any("forward" in m.__dict__ or has_hook(m) for m in modules)
         and all(
             type(p) is nn.Parameter and p.device.type == "cpu" and p.dtype.is_floating_point
             for p in model.parameters()
         )
     )
-
-
-def _only_watches(hook: Any) -> bool:
-    """Transformers' hooks serve output_attentions; ours are not needed, or are in the graph."""
-    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "oki_trace.llm."))
 
 
 def named_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
