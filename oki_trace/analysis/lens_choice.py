@@ -1,12 +1,14 @@
-"""The option ``lens`` of a question: which lens, or which lenses, its answer is about."""
+"""Options of questions about lenses: which lens or lenses, and the tokens of which origin."""
 
 from __future__ import annotations
 
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import Answer, Option, Request
+from oki_trace.analysis.scope import KINDS
 from oki_trace.errors import QuestionError
 from oki_trace.records import LOGIT
 
+ORIGIN = Option("generated", "Origin", "how the tokens came about", choices=KINDS)
 ONE_LENS = Option(LOGIT, "Lens", "logit, or the name of an installed lens")
 LENSES = Option(LOGIT, "Lens", "logit, or names of installed lenses with commas", several=True)
 

@@ -22,6 +22,11 @@ ORIGINS = ("generated", "sampled", "forced", "given", "all")
 OF_ORIGIN = """\
 CASE $origin WHEN 'all' THEN true WHEN 'generated' THEN origin <> 'given'
     ELSE origin = $origin END"""
+# The same for rows that know the number of their step alone.
+KINDS = ("generated", "given", "all")
+OF_KIND = """\
+CASE $origin WHEN 'all' THEN true WHEN 'given' THEN step_index IS NULL
+    ELSE step_index IS NOT NULL END"""
 _OF_EARLIER = {
     "role": "earlier.role = $role",
     "text": "contains(lower(earlier.content), lower($text))",

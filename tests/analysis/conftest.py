@@ -30,9 +30,16 @@ def traced(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -
         {"role": "user", "content": "Name a river."},
     ]
     run_traced(messages=asked, max_new_tokens=6, trace_prompt="full", **common)
-    run_traced(QUESTION, max_new_tokens=10, **common)
+    run_traced(QUESTION, max_new_tokens=10, trace_prompt="none", **common)
     for seed in (1, 2):
-        run_traced(QUESTION, max_new_tokens=6, temperature=1.2, seed=seed, **common)
+        run_traced(
+            QUESTION,
+            max_new_tokens=6,
+            temperature=1.2,
+            seed=seed,
+            trace_prompt="none",
+            **common,
+        )
     return db
 
 

@@ -136,6 +136,24 @@ def test_given_tokens_in_sql(session: QuerySession, given: list[Given]) -> None:
     )
 
 
+@pytest.mark.parametrize("question", ["layers", "settle"])
+def test_the_layers_of_given_tokens(
+    session: QuerySession, given: list[Given], question: str
+) -> None:
+    steps = {
+        origin: sum(row["steps"] for row in ask(session, question, origin=origin))
+        for origin in ("generated", "given", "all")
+    }
+    assert steps["given"] > 0 and steps["generated"] > 0
+    assert steps["all"] == steps["given"] + steps["generated"]
+    if question == "layers":
+        rows = ask(session, question, origin="given")
+        assert {row["steps"] for row in rows} == {len(given)}
+        last = max(rows, key=lambda row: row["layer"])
+        same(last["chosen_prob"], mean(g.probs[g.token_id] for g in given))
+        assert last["kl"] == pytest.approx(0, abs=1e-6)
+
+
 def test_a_forced_first_token_is_a_generated_one_without_a_decision(tmp_path: Path) -> None:
     """As in a branch: every question has an answer, and ``--origin`` tells it from the rest."""
     db = str(tmp_path / "store.db")

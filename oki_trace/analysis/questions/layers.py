@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from oki_trace.analysis.lens_choice import LENSES, require_rows
+from oki_trace.analysis.lens_choice import LENSES, ORIGIN, require_rows
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import (
     Answer,
@@ -15,6 +15,7 @@ from oki_trace.analysis.question import (
     View,
     run_statement,
 )
+from oki_trace.analysis.scope import OF_KIND, compose
 
 _MODEL = Column("model", "name", "the model")
 _LAYER = Column("layer", "number", "0: the embedding; the last: the model's output")
@@ -44,7 +45,8 @@ LAYERS = Question(
     "final one. The lens that is closer to it at a layer is the better calibrated one there.",
     {
         "layer": View(
-            """
+            compose(
+                """
 WITH scope AS ($scope)
 SELECT model_id AS model, layer, count(*) AS steps,
   avg((chosen_rank = 1)::INT) AS agreement,
@@ -52,10 +54,12 @@ SELECT model_id AS model, layer, count(*) AS steps,
   avg(entropy) AS entropy,
   avg(kl) AS kl
 FROM lens_layer JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL AND lens = $lens
+WHERE $of_kind AND lens = $lens
 GROUP BY model_id, layer
 ORDER BY model, layer
 """,
+                of_kind=OF_KIND,
+            ),
             (
                 _MODEL,
                 _LAYER,
@@ -71,12 +75,13 @@ ORDER BY model, layer
             },
         ),
         "lens": View(
-            """
+            compose(
+                """
 WITH scope AS ($scope),
 read AS (
   SELECT *, count(DISTINCT lens) OVER (PARTITION BY model_id) AS lenses
   FROM lens_layer JOIN scope USING (message_id)
-  WHERE step_index IS NOT NULL
+  WHERE $of_kind
     AND (NOT contains($lens, ',') OR list_contains(string_split($lens, ','), lens))
 ),
 common AS (
@@ -93,6 +98,8 @@ FROM read JOIN common USING (step_id)
 GROUP BY model_id, layer, lens
 ORDER BY model, layer, lens <> 'logit', lens
 """,
+                of_kind=OF_KIND,
+            ),
             (
                 _MODEL,
                 _LAYER,
@@ -109,6 +116,6 @@ ORDER BY model, layer, lens <> 'logit', lens
             },
         ),
     },
-    {"lens": LENSES},
+    {"lens": LENSES, "origin": ORIGIN},
     run=_run,
 )

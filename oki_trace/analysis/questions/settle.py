@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from oki_trace.analysis.lens_choice import ONE_LENS, require_rows
+from oki_trace.analysis.lens_choice import ONE_LENS, ORIGIN, require_rows
 from oki_trace.analysis.query_session import QuerySession
 from oki_trace.analysis.question import (
     Answer,
@@ -13,7 +13,7 @@ from oki_trace.analysis.question import (
     View,
     run_statement,
 )
-from oki_trace.analysis.scope import compose
+from oki_trace.analysis.scope import OF_KIND, compose
 from oki_trace.records import LOGIT
 
 _MEANS = (
@@ -62,11 +62,12 @@ SELECT $key,
   avg(settle_prob) AS prob_at_layer,
   avg(prob) AS prob
 FROM $steps JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL AND layers IS NOT NULL
+WHERE $of_kind AND layers IS NOT NULL
 GROUP BY $group
 ORDER BY $order
 """,
         steps=steps,
+        of_kind=OF_KIND,
         key=key,
         group=group,
         order=order,
@@ -85,12 +86,13 @@ SELECT model_id AS model, settle_layer AS layer, count(*) AS steps,
   sum(count(*)) OVER so_far / sum(count(*)) OVER (PARTITION BY model_id) AS cumulative_share,
   avg(settle_prob) AS prob_at_layer
 FROM $steps JOIN scope USING (message_id)
-WHERE step_index IS NOT NULL AND layers IS NOT NULL
+WHERE $of_kind AND layers IS NOT NULL
 GROUP BY model_id, settle_layer
 WINDOW so_far AS (PARTITION BY model_id ORDER BY settle_layer NULLS LAST)
 ORDER BY model, layer NULLS LAST
 """,
                 steps=steps,
+                of_kind=OF_KIND,
             ),
             (
                 Column("model", "name", "the model"),
@@ -156,6 +158,6 @@ SETTLE = Question(
     "layer, the layer before still ranks another token first. The lens reads early layers badly, "
     "so a token may be decided before the lens shows it.",
     _views("step"),
-    {"lens": ONE_LENS},
+    {"lens": ONE_LENS, "origin": ORIGIN},
     run=_run,
 )
