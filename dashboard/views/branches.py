@@ -113,18 +113,23 @@ def _edit(message: Message, messages: Sequence[Message], settings: Settings) -> 
 
 
 def other_ways(origin: Message, step: int, candidates: int, settings: Settings) -> None:
-    """Several branches from one step at once, and a branch that goes on with a typed text."""
+    """Several branches from one step at once, and a branch that continues with a typed text.
+
+    ``candidates``: how many the step has.
+    """
     with st.popover("Branch from here", icon=":material/alt_route:", type="tertiary"):
-        most = min(candidates, MOST_WAYS)
-        with layout.row(f"ways-{origin.id}", align="bottom"):
-            count = st.number_input("Candidates", 1, most, min(5, most), key="ways", width=110)
-            tokens = st.number_input("Tokens each", 1, 1000, 20, key="ways-tokens", width=120)
-            if st.button("Continue from each", type="primary", key="ways-go"):
-                _continue_from_each(origin, step, int(count), int(tokens), settings)
-        st.caption("The most likely candidates, each with its own continuation, side by side.")
-        text = st.text_input(
-            "Or continue with your own text", key="typed", placeholder="such as “ Lyon”"
-        )
+        if candidates:
+            most = min(candidates, MOST_WAYS)
+            with layout.row(f"ways-{origin.id}", align="bottom"):
+                count = st.number_input(
+                    "Candidates", 1, most, min(5, most), key=f"ways-{most}", width=110
+                )
+                tokens = st.number_input("Tokens each", 1, 1000, 20, key="ways-tokens", width=120)
+                if st.button("Continue from each", type="primary", key="ways-go"):
+                    _continue_from_each(origin, step, int(count), int(tokens), settings)
+            st.caption("The most likely candidates, each with its own continuation, side by side.")
+        label = "Or continue with your own text" if candidates else "Continue with your own text"
+        text = st.text_input(label, key="typed", placeholder="such as “ Lyon”")
         if text:
             _typed(origin, step, text, settings)
 

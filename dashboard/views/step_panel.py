@@ -105,7 +105,8 @@ def show(conversation_id: int, settings: branches.Settings | None = None) -> Non
     if can_branch and settings is not None and picked.branch is not None:
         branches.branch(drawn.owner, drawn.address, settings, (int(picked.branch),))
     if can_branch and settings is not None:
-        branches.other_ways(drawn.owner, drawn.address, len(step.topk.tokens), settings)
+        known = int((step.topk.token_ids >= 0).sum())  # an import may lack the ids
+        branches.other_ways(drawn.owner, drawn.address, known, settings)
     st.caption(wording.escape(replies.decision_text(step, drawn.owner.generation)))
     effects = replies.effects_data(step)
     if effects:
