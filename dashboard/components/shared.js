@@ -19,9 +19,13 @@ function unsigned(text) {
   return Number(text) === 0 ? text.replace("-", "") : text;
 }
 
+const DIRECTION_MARKS = /[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/;
+
 // A piece of running text into its node. At a line break its leading space is not drawn, as in any
 // text: else a sliver of its shade would be left at the end of the line.
 function write(node, text) {
+  // A direction mark acts on its own token alone.
+  if (DIRECTION_MARKS.test(text)) node.style.unicodeBidi = "isolate";
   if (/^ \S/.test(text)) node.replaceChildren(make("span", "gap", " "), text.slice(1));
   else node.textContent = text;
   return node;

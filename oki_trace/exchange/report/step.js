@@ -115,6 +115,7 @@ function drawEvidence(reply, step) {
     const weight = weights.get(position) ?? 0;
     const value = sink && position === 0 ? 0 : weight / top;
     const piece = make("span", `piece ${kind}`, text || (weight ? "◌" : ""));
+    contain(piece);
     if (value) piece.style.setProperty("--v", value);
     if (value === 1 && !marked) { piece.classList.add("strongest"); marked = true; }
     piece.title = `position ${position} · ${kind} · weight ${(weight / 1000).toFixed(3)}`;

@@ -24,6 +24,12 @@ function fill(node, ...children) {
   return node;
 }
 
+// A direction mark acts on its own token alone.
+function contain(node) {
+  if (/[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]/.test(node.textContent))
+    node.style.unicodeBidi = "isolate";
+}
+
 // A token by itself: spaces, line ends and invisible characters become visible signs.
 function visible(text) {
   return text.replace(/[\p{Cc}\p{Cf}\p{Cs}\p{Zs}\p{Zl}\p{Zp}]/gu, (c) =>
@@ -124,6 +130,7 @@ function listOf(label, index) {
 
 function drawToken(reply, step, number) {
   const node = make("span", "token", step.special ? tokenText(step.token) : running(step.run) || "◌");
+  contain(node);
   if (step.special || !step.run.trim()) node.classList.add("mark");
   node.dataset.step = number;
   node.tabIndex = -1;
