@@ -122,7 +122,7 @@ def other_ways(origin: Message, step: int, candidates: int, settings: Settings) 
             most = min(candidates, MOST_WAYS)
             with layout.row(f"ways-{origin.id}", align="bottom"):
                 count = st.number_input(
-                    "Candidates", 1, most, min(5, most), key=f"ways-{most}", width=110
+                    "Candidates", 1, most, min(5, most), key=f"ways-most-{most}", width=110
                 )
                 tokens = st.number_input("Tokens each", 1, 1000, 20, key="ways-tokens", width=120)
                 if st.button("Continue from each", type="primary", key="ways-go"):
