@@ -12,7 +12,7 @@ from streamlit.delta_generator import DeltaGenerator
 from dashboard import components, url_state
 from dashboard.viewdata import replies, wording
 from oki_trace.errors import OkiTraceError
-from oki_trace.records import Message
+from oki_trace.records import Conversation, Message
 
 if TYPE_CHECKING:  # Altair is slow to import, and not every page has charts
     import altair as alt
@@ -58,6 +58,20 @@ def empty_state(nothing: str, then: str) -> None:
         "Start a chat", icon=":material/chat:", type="primary"
     ):
         open_page("chat", {})
+
+
+def choose_conversation(title: str, note: str, then: str, offered: Sequence[Conversation]) -> None:
+    """A page without an open conversation: those to choose from, or how to make the first."""
+    st.title(title)
+    if not offered:
+        empty_state("replies", then)
+        return
+    st.caption(note)
+    with st.container(key="recent", gap=None):
+        for one in offered:
+            if st.button(wording.escape(one.title[:80]), key=f"choose-{one.id}", type="tertiary"):
+                url_state.navigate(url_state.Location(one.id))
+                st.rerun()
 
 
 @contextmanager

@@ -40,17 +40,12 @@ def page() -> None:
 
 def _choose() -> None:
     """The latest conversations to choose from."""
-    st.title("Reply map")
-    conversations = [c for c in data.recent_conversations() if c.tokens]
-    if not conversations:
-        layout.empty_state("replies", "see its map")
-        return
-    st.caption("Choose a conversation to see the map of its last reply:")
-    with st.container(key="recent", gap=None):
-        for c in conversations:
-            if st.button(wording.escape(c.title[:80]), key=f"map-{c.id}", type="tertiary"):
-                url_state.navigate(url_state.Location(c.id))
-                st.rerun()
+    layout.choose_conversation(
+        "Reply map",
+        "Choose a conversation to see the map of its last reply:",
+        "see its map",
+        [c for c in data.recent_conversations() if c.tokens],
+    )
 
 
 def _head(conversation_id: int) -> None:

@@ -36,19 +36,13 @@ def page() -> None:
 
 
 def _choose() -> None:
-    st.title("Branches")
-    conversations = [c for c in data.recent_conversations() if c.tokens]
-    if not conversations:
-        layout.empty_state(
-            "replies", "continue one of its replies from another token, and see both"
-        )
-        return
-    st.caption("Choose a conversation to see its branches:")
-    with st.container(key="recent", gap=None):
-        for c in conversations:
-            if st.button(wording.escape(c.title[:80]), key=f"tree-{c.id}", type="tertiary"):
-                url_state.navigate(url_state.Location(c.id))
-                st.rerun()
+    """The latest conversations to choose from."""
+    layout.choose_conversation(
+        "Branches",
+        "Choose a conversation to see its branches:",
+        "continue one of its replies from another token, and see both",
+        [c for c in data.recent_conversations() if c.tokens],
+    )
 
 
 def _fork(opened: branches.Opened) -> tuple[int, int] | None:
